@@ -1,0 +1,9 @@
+__version__ = "0.1.0"
+
+from .core.gpu import read_gpus
+from .core.host import read_memory
+from .core.manager import (ResourceBusy, ResourceConflict, ResourceManager, ResourceStatus, ResourceType, ResourceUnavailable,
+                           WorkerState)
+
+__all__ = ["ResourceBusy", "ResourceConflict", "ResourceManager", "ResourceStatus", "ResourceType", "ResourceUnavailable",
+           "WorkerState", "read_gpus", "read_memory"]
