@@ -106,7 +106,7 @@ def _to_host(machine: SimulatedMachine) -> host.SimulatedHost:
             seen.add(pid := up)
 
     return host.SimulatedHost(
-        {p.pid: host.ProcessInfo(p.pid, 1.0, p.name, p.username, tuple(ancestors(p.pid))) for p in machine.processes},
+        {p.pid: host.ProcessInfo(p.pid, 1.0, host.printable(p.name), p.username, tuple(ancestors(p.pid))) for p in machine.processes},
         host.HostMemory(int(machine.memory_total_mb*2**20), int(machine.memory_used_mb*2**20)),
         {p.pid: int(p.memory_mb*2**20) for p in machine.processes}, machine.pid_namespace)
 

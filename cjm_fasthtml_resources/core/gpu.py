@@ -69,11 +69,11 @@ _WORDS = {
     3: "the device does not report its memory",
     4: "no permission to ask the NVIDIA driver (in a container: is the GPU passed in?)",
     9: "the NVIDIA driver is not loaded",
-    12: "no NVIDIA driver: its library libnvidia-ml was not found",
-    15: "the GPU is lost: it fell off the bus, and needs a reset or a reboot",
+    12: "no NVIDIA driver (its library libnvidia-ml was not found)",
+    15: "the GPU is lost (it fell off the bus) and needs a reset or a reboot",
     16: "the GPU needs a reset before it can be used again",
     17: "the operating system blocks the GPU (cgroup device rules?)",
-    18: "the NVIDIA library and the loaded driver are of different versions, as after an upgrade: reboot, "
+    18: "the NVIDIA library and the loaded driver are of different versions, as after an upgrade; reboot, "
         "or reload the driver, and start this program again",
 }
 

@@ -70,7 +70,7 @@ class DeviceStatus:
 class MemoryStatus:
     "System memory by owner"
     memory: HostMemory
-    processes: tuple[OwnedProcess, ...] = ()   # the app's, and others from 1 % of the total; the largest first
+    processes: tuple[OwnedProcess, ...] = ()   # all that may be looked at, the largest first
     app_memory: int = 0                        # bytes, resident
     external_memory: int = 0                   # bytes: the rest of what is in use
 
@@ -160,11 +160,11 @@ def _explain_memory(conflict: ResourceConflict) -> str:
     "The sentence for system memory"
     state = conflict.memory
     assert state is not None
-    free = f"{format_bytes(state.memory.available)} of {format_bytes(state.memory.total)} RAM are free"
-    if conflict.status is ResourceStatus.AVAILABLE: return f"There is memory: {free}."
+    free = f"{format_bytes(state.memory.available)} of {format_bytes(state.memory.total)} free"
+    if conflict.status is ResourceStatus.AVAILABLE: return f"RAM is available: {free}."
     mine = conflict.status is ResourceStatus.APP_BUSY
     names = [_name(p) for p in state.processes if p.owner == ("app" if mine else "external")]
-    return f"Memory is short, {free}; {'the app itself' if mine else 'others'} hold{'s' if mine else ''} it: {_listed(names)}."
+    return f"RAM is short, {free}: {'the app itself holds' if mine else 'others hold'} it, {_listed(names)}."
 
 # %% ../../nbs/core/manager.ipynb #8c9b078c
 _SECRET = r"(?i)key(?!board|word)|token(?!i[sz])|secret|passw"
@@ -297,7 +297,7 @@ def classify_memory(
     by_size = sorted(processes, key=_size)
     app = [p for p in by_size if p.owner == "app"]
     others = [p for p in by_size if p.owner != "app"]
-    others = [p for i, p in enumerate(others) if i == 0 or 100*(p.memory_used or 0) >= memory.total]
+    others = others[:1] + [p for p in others[1:] if 100*(p.memory_used or 0) >= memory.total]
     app_memory = sum(p.memory_used or 0 for p in app)
     external_memory = max(memory.used - app_memory, 0)
     if memory.used_percent < threshold_percent: status = ResourceStatus.AVAILABLE
@@ -306,7 +306,7 @@ def classify_memory(
     return ResourceConflict(
         ResourceType.SYSTEM_MEMORY, status, [p.pid for p in app], [p.pid for p in in_the_way],
         [_memory_dict(p, memory.total) for p in app], [_memory_dict(p, memory.total) for p in in_the_way],
-        memory=MemoryStatus(memory, tuple(sorted([*app, *others], key=_size)), app_memory, external_memory), threshold_percent=threshold_percent)
+        memory=MemoryStatus(memory, tuple(by_size), app_memory, external_memory), threshold_percent=threshold_percent)
 
 # %% ../../nbs/core/manager.ipynb #e3abe88c
 def _ask_plugin(plugin: Any, method: str, *args: Any) -> Any:
@@ -604,7 +604,7 @@ class ResourceManager:
         me = self._me()
         processes = [self._own(host.read_process(pid), me, used) for pid, used in resident.items()]
         if memory.cgroup:
-            processes = [p for p in processes if p.owner == "app" or 100*(p.memory_used or 0) >= memory.total and host.in_cgroup(p.pid, memory.cgroup)]
+            processes = [p for p in processes if p.owner == "app" or host.in_cgroup(p.pid, memory.cgroup)]
         return classify_memory(memory, processes, threshold)
 
     def pick_gpus(
