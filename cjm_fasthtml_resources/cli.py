@@ -99,7 +99,7 @@ def _table(
     needed = [max([cell_len(name), *(cell_len(str(row[i])) for row in rows)]) + 2 for i, (name, _) in enumerate(columns)]
     place = [name for name, _ in columns].index(shrink)
     keep = len(columns)
-    while keep > place + 1 and sum(needed[:keep]) - needed[place] + 10 > width: keep -= 1
+    while keep > place + 1 and sum(needed[:keep]) - needed[place] + min(needed[place], 20) > width: keep -= 1
     needed[place] = max(min(needed[place], width - sum(needed[:keep]) + needed[place]), 10)
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
     for (name, justify), size in list(zip(columns, needed))[:keep]:

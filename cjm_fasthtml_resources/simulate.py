@@ -241,9 +241,28 @@ class _Library:
     nvmlDeviceGetGraphicsRunningProcesses_v2 = nvmlDeviceGetGraphicsRunningProcesses_v3
     nvmlDeviceGetMPSComputeRunningProcesses_v2 = nvmlDeviceGetMPSComputeRunningProcesses_v3
 
+# %% ../nbs/simulate.ipynb #a7720dca
+_ALSO: dict[str, int | tuple[int, ...]] = {  # a tuple: success, and these numbers
+    "nvmlDeviceGetFanSpeed": _NOT_SUPPORTED, "nvmlDeviceGetDriverModel": _NOT_SUPPORTED, "nvmlDeviceGetProcessUtilization": _NOT_FOUND,
+    "nvmlDeviceGetDisplayMode": (0,), "nvmlDeviceGetDisplayActive": (0,), "nvmlDeviceGetPersistenceMode": (1,),
+    "nvmlDeviceGetPerformanceState": (0,), "nvmlDeviceGetComputeMode": (0,), "nvmlDeviceGetCudaComputeCapability": (8, 9),
+    "nvmlDeviceGetEncoderUtilization": (0, 0), "nvmlDeviceGetDecoderUtilization": (0, 0), "nvmlDeviceGetClockInfo": (1500,),
+    "nvmlDeviceGetMaxClockInfo": (2000,), "nvmlDeviceGetPcieThroughput": (0,), "nvmlDeviceGetTotalEccErrors": (0,),
+}
+
+def _answer(answer: int | tuple[int, ...]) -> Callable[..., int]:
+    "A function of the library that always gives the same answer"
+    def function(self: _Library, *args: Any) -> int:
+        if isinstance(answer, int): return answer
+        for ref, value in zip(args[-len(answer):], answer): _number(ref, value)
+        return 0
+    return function
+
+for _name, _value in _ALSO.items(): setattr(_Library, _name, _answer(_value))
+
 CALLS = frozenset(name for name in vars(_Library) if name.startswith("nvml"))
 
-# %% ../nbs/simulate.ipynb #14116b79
+# %% ../nbs/simulate.ipynb #d9e997a9
 @dataclass
 class Fault:
     "What goes wrong, where and for how long"
@@ -268,7 +287,7 @@ class Fault:
             return True
         return False
 
-# %% ../nbs/simulate.ipynb #bd3558f8
+# %% ../nbs/simulate.ipynb #1d42282d
 class SimulatedDriver:
     "A driver beneath `pynvml` for as long as the `with` block lasts; one for the whole process"
     def __init__(
@@ -367,7 +386,7 @@ class SimulatedDriver:
         self._awake.set()
         self._awake = threading.Event()
 
-# %% ../nbs/simulate.ipynb #42780840
+# %% ../nbs/simulate.ipynb #5e0bf4aa
 def _build(
     kind: type,    # a dataclass
     data: Any,     # what a scenario has in its place
@@ -391,7 +410,7 @@ def _build_list(kind: type, data: Any, where: str) -> list[Any]:
     nested: dict[str, type] = dict(processes=SimulatedProcess, mig=SimulatedGpu) if kind is SimulatedGpu else {}
     return [_build(kind, item, f"{where}[{i}]", **nested) for i, item in enumerate(data)]
 
-# %% ../nbs/simulate.ipynb #afac2d49
+# %% ../nbs/simulate.ipynb #789ed7d4
 def make_driver(
     scenario: Mapping[str, Any],  # gpus, machine, workers, faults, description
 ) -> SimulatedDriver:
@@ -409,7 +428,7 @@ def make_driver(
         None if machine is None else _build(SimulatedMachine, machine, "machine", processes=SimulatedHostProcess),
         workers, _build_list(Fault, scenario.get("faults", []), "faults"), str(scenario.get("description", "")))
 
-# %% ../nbs/simulate.ipynb #50b3bd9d
+# %% ../nbs/simulate.ipynb #755af645
 def _processes(*rows: tuple[int, float | None]) -> list[dict[str, Any]]:
     return [dict(pid=pid, memory_mb=mb) for pid, mb in rows]
 
@@ -488,7 +507,7 @@ PRESETS: dict[str, Callable[[], dict[str, Any]]] = {
         faults=[dict(call=call, error=pynvml.NVML_ERROR_GPU_IS_LOST, gpu=1) for call in ("nvmlDeviceGetMemoryInfo", "nvmlDeviceGetMemoryInfo_v2")]),
 }
 
-# %% ../nbs/simulate.ipynb #eeaf19ab
+# %% ../nbs/simulate.ipynb #4f9d9b83
 def load_scenario(
     name: str | Path,  # a preset's name, or the path of a JSON file
 ) -> SimulatedDriver:  # use it in a `with` block

@@ -216,8 +216,9 @@ def find_owner(
     for pid, start in () if process.foreign else process.lineage:
         worker = workers.get(pid)
         if worker and worker.start_time in (None, start): return "app", worker
-        for worker_pid, child_start in children.get(pid, {}).items():
-            if child_start in (None, start): return "app", workers.get(worker_pid)
+        if declared := children.get(pid):
+            for worker_pid, child_start in declared.items():
+                if child_start in (None, start): return "app", workers.get(worker_pid)
         if me == (pid, start): return "app", None
     return "external", None
 
