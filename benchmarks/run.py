@@ -8,7 +8,7 @@ Eight simulated GPUs hold twenty live processes each: ten are grandchildren of t
 Needs the extra `bench`. The two sides of a ratio take turns, so that both see the same machine; the figure is the
 ratio of their medians.
 """
-import argparse, contextlib, datetime, os, platform, statistics, subprocess, sys, time
+import argparse, atexit, contextlib, datetime, os, platform, statistics, subprocess, sys, time
 from importlib.metadata import version
 from pathlib import Path
 
@@ -100,7 +100,7 @@ def measure():
             check, peer = medians(few.check_gpu_availability, nvitop.take_snapshots, rounds=15)
             ours, bare = medians(few.check_gpu_availability, bare_calls)
             ten, lots = medians(few.check_gpu_availability, many.check_gpu_availability)
-            nvitop.libnvml.nvmlShutdown()  # while there is a driver to shut down
+            atexit.unregister(nvitop.libnvml.nvmlShutdown)  # it would complain that the simulated driver is gone
 
     def lookups(manager, pid):
         def side():

@@ -44,7 +44,7 @@ class Answer(NamedTuple):
 
 EXIT_CODES = {ResourceStatus.AVAILABLE: 0, ResourceStatus.APP_BUSY: 10, ResourceStatus.EXTERNAL_BUSY: 11, ResourceStatus.UNAVAILABLE: 12}
 
-# %% ../nbs/cli.ipynb #9442697b
+# %% ../nbs/cli.ipynb #d406e909
 class _Part(NamedTuple):
     "How an owner's share of a bar looks"
     name: str
@@ -70,7 +70,7 @@ def _bar(shares: Sequence[float], total: float | None, width: int, plain: bool) 
     for part, count in zip(_PARTS, split_cells(shares, total, width)): bar.append((part.ascii if plain else part.sign)*count, part.style)
     return bar
 
-# %% ../nbs/cli.ipynb #c8f2dd48
+# %% ../nbs/cli.ipynb #6df49c3c
 _LOOKS = {ResourceStatus.AVAILABLE: ("+", "available", "green"), ResourceStatus.APP_BUSY: ("*", "app busy", "cyan"),
           ResourceStatus.EXTERNAL_BUSY: ("!", "external busy", "bold red"), ResourceStatus.UNAVAILABLE: ("-", "unavailable", "bold yellow")}
 
@@ -126,7 +126,7 @@ def resource_table(
     columns: _Columns = [("", "left"), ("device", "left"), ("status", "left"), ("memory", "left"), ("used", "right"), ("load", "left")]
     return _table(columns, rows, "device", console.width)
 
-# %% ../nbs/cli.ipynb #cef9f409
+# %% ../nbs/cli.ipynb #a52bcef7
 def _worker(process: OwnedProcess) -> str:
     return "" if process.parent_pid is None else f"{process.parent_worker_type} {process.parent_pid}"
 
@@ -152,7 +152,7 @@ def process_table(
                          ("user", "left"), ("child of worker", "left")]
     return _table(columns, [*on_gpu, *([[""]*7] if on_gpu and in_ram else []), *in_ram], "process", width)
 
-# %% ../nbs/cli.ipynb #792f698f
+# %% ../nbs/cli.ipynb #47d7e5a6
 def _legend(plain: bool) -> Text:
     legend = Text()
     for part in _PARTS: legend.append(f"{part.ascii if plain else part.sign} {part.name}  ", part.style)
@@ -173,7 +173,7 @@ def status_view(
     parts += [Text(note, "bright_black") for note in answer.gpu.notes]
     return Group(*parts)
 
-# %% ../nbs/cli.ipynb #ed18b47a
+# %% ../nbs/cli.ipynb #2419ef1b
 SCHEMA_VERSION = 1
 
 def _shown(conflict: ResourceConflict) -> dict[str, Any]:
@@ -198,7 +198,7 @@ def to_json(answer: Answer) -> dict[str, Any]:
         gpu=dict(_shown(answer.gpu), driver_version=snapshot.driver_version if snapshot else None, devices=[_device_json(d) for d in answer.gpu.devices]),
         memory=dict(_shown(answer.memory), **(_memory_json(answer.memory.memory) if answer.memory.memory else {})))
 
-# %% ../nbs/cli.ipynb #3eaa4bf0
+# %% ../nbs/cli.ipynb #c0a57095
 @contextlib.contextmanager
 def _source(simulate: str | None, manager: ResourceManager) -> Iterator[str | None]:
     "This machine, or a simulated one with its workers registered; gives what is simulated"
@@ -220,7 +220,7 @@ def _register_apps(manager: ResourceManager, pids: Iterable[int]) -> None:
         if start is None or has_ended(pid, start): raise click.BadParameter(f"there is no process with the PID {pid}", param_hint="--app")
         manager.register_worker(pid, "app")
 
-# %% ../nbs/cli.ipynb #f98a9136
+# %% ../nbs/cli.ipynb #4fb25d07
 def _look(manager: ResourceManager, simulated: str | None) -> Answer:
     return Answer(manager.check_gpu_availability(), manager.check_memory_availability(), simulated)
 
@@ -245,7 +245,7 @@ def _watch(manager: ResourceManager, simulated: str | None, console: Console, as
                 answer = _look(manager, simulated)
     return answer
 
-# %% ../nbs/cli.ipynb #2be4284f
+# %% ../nbs/cli.ipynb #335ce070
 @click.command(context_settings=dict(help_option_names=["-h", "--help"], max_content_width=100))
 @click.option("--app", "apps", type=click.IntRange(1), multiple=True, metavar="PID", help="A process of the app; its descendants are the app's, too. May be repeated.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object; with --watch, one on each line.")

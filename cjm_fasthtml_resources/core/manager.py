@@ -150,7 +150,7 @@ def _explain_gpu(conflict: ResourceConflict) -> str:
     if conflict.status is ResourceStatus.APP_BUSY:
         busy = [d for d in conflict.devices if d.status is ResourceStatus.APP_BUSY]
         names = _on_devices(busy, "app") or [f"{format_bytes(d.app_memory)} on GPU {d.device.id}" for d in busy]
-        return f"Not on a GPU of its own{about}: the app already holds {_listed(names)}; {_most_free(busy)}."
+        return f"Not on a GPU of its own{about}: the app is at work with {_listed(names)}; {_most_free(busy)} beside it."
     busy = [d for d in conflict.devices if d.status is ResourceStatus.EXTERNAL_BUSY]
     unseen = [f"{format_bytes(d.unattributed_memory)} on GPU {d.device.id} that no visible process accounts for"
               for d in busy if d.unattributed_memory > d.external_memory]

@@ -1,0 +1,69 @@
+#!/usr/bin/env python3
+"""Make README.md from nbs/index.ipynb.
+
+    python tools/readme.py           write it
+    python tools/readme.py --check   only say whether it is up to date, closing with 'N passed, N failed'
+"""
+import argparse, re, sys
+from pathlib import Path
+
+from execnb.nbio import read_nb
+from nbdev.processors import FilterDefaults, add_links, insert_warning
+
+ROOT = Path(__file__).resolve().parent.parent
+HEAD = "<!-- Made from nbs/index.ipynb by tools/readme.py: edit the notebook -->\n"
+
+
+class ReadmeFilter(FilterDefaults):
+    "nbdev's own processing, but for links to the API: on GitHub the reader is beside the notebooks"
+    def base_procs(self): return [proc for proc in super().base_procs() if proc not in (add_links, insert_warning)]
+
+
+def from_root(markdown: str) -> str:
+    "Relative links and pictures as they are called from the root"
+    return re.sub(r"(\]\()(?!https?:|#|mailto:)([^)]+\))", r"\1nbs/\2", markdown)
+
+
+def output_text(output) -> str:
+    "One output: Markdown as it is, anything else as an indented block"
+    data = output.get("data", {})
+    if "text/markdown" in data: return "".join(data["text/markdown"]).strip()
+    text = "".join(output.get("text") or data.get("text/plain", ""))
+    return "\n".join("    " + line for line in text.rstrip().splitlines())
+
+
+def cell_text(cell) -> str:
+    "A cell as Markdown"
+    if cell.cell_type == "markdown": return from_root(cell.source.strip())
+    lines = cell.source.strip().splitlines()
+    shown = not any(re.match(r"#\s*\|\s*(echo:\s*false|hide)", line) for line in lines)
+    source = "\n".join(line for line in lines if not line.startswith("#|")).strip()
+    parts = [f"```python\n{source}\n```"] if source and shown else []
+    return "\n\n".join([*parts, *filter(None, map(output_text, cell.outputs))])
+
+
+def readme() -> str:
+    "The whole file"
+    nb = read_nb(ROOT/"nbs"/"index.ipynb")
+    ReadmeFilter()(nb)
+    title = nb.frontmatter_ if hasattr(nb, "frontmatter_") else {}
+    head = [f"# {title['title']}", f"> {title['description']}"] if title else []
+    cells = [cell_text(c) for c in nb.cells if not (c.cell_type == "raw")]
+    text = "\n\n".join(filter(None, [*head, *cells]))
+    return HEAD + "\n" + text.replace("\n```\n\n```python\n", "\n\n") + "\n"  # code cells that follow each other are one block
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="write nothing")
+    path, text = ROOT/"README.md", readme()
+    if not parser.parse_args().check:
+        path.write_text(text, encoding="utf-8")
+        return 0
+    stale = path.read_text(encoding="utf-8") != text
+    if stale: print("README.md is not what nbs/index.ipynb makes: run python tools/readme.py")
+    print(f"{int(not stale)} passed, {int(stale)} failed")
+    return int(stale)
+
+
+if __name__ == "__main__": sys.exit(main())
