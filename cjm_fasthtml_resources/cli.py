@@ -6,8 +6,8 @@
 __all__ = ['EXIT_CODES', 'SCHEMA_VERSION', 'Answer', 'split_cells', 'resource_table', 'process_table', 'status_view', 'to_json',
            'main']
 
-# %% ../nbs/cli.ipynb #7132ab44
-import contextlib, json, sys, time
+# %% ../nbs/cli.ipynb #d48d9403
+import contextlib, io, json, sys, time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict
 from typing import Any, Literal, NamedTuple
@@ -261,6 +261,7 @@ def main(apps: tuple[int, ...], as_json: bool, watch: bool, interval: float, top
 
     Exits with 0 when it could look, with 2 when an argument is wrong.
     """
+    if isinstance(sys.stdout, io.TextIOWrapper): sys.stdout.reconfigure(errors="replace")  # a terminal without Unicode
     console = Console()
     manager = ResourceManager(threshold, track_self=False)
     with _source(simulate, manager) as simulated:

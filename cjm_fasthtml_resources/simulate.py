@@ -50,6 +50,7 @@ class SimulatedProcess:
         if not set(self.kind.split("+")) <= {"compute", "graphics", "mps"}:
             raise ScenarioError(f"SimulatedProcess.kind must be compute, graphics or mps, or several joined by '+', not {self.kind!r}")
 
+# %% ../nbs/simulate.ipynb #7b321bc4
 @dataclass
 class SimulatedGpu:
     "A GPU, or an instance in the `mig` list of one"
@@ -73,7 +74,7 @@ class SimulatedGpu:
         if self.memory_used_mb is not None: return self.memory_used_mb
         return sum(p.memory_mb or 0 for p in self.processes) + sum(gpu.used_mb for gpu in self.mig or ())
 
-# %% ../nbs/simulate.ipynb #7d10d0c0
+# %% ../nbs/simulate.ipynb #6b6392be
 @dataclass
 class SimulatedHostProcess:
     "A process of the machine, whether it is on a GPU or not"
@@ -85,6 +86,7 @@ class SimulatedHostProcess:
 
     def __post_init__(self) -> None: _check(self)
 
+# %% ../nbs/simulate.ipynb #c37c0b58
 @dataclass
 class SimulatedMachine:
     "What `core.host` sees while the driver runs"
@@ -110,7 +112,7 @@ def _to_host(machine: SimulatedMachine) -> host.SimulatedHost:
         host.HostMemory(int(machine.memory_total_mb*2**20), int(machine.memory_used_mb*2**20)),
         {p.pid: int(p.memory_mb*2**20) for p in machine.processes}, machine.pid_namespace)
 
-# %% ../nbs/simulate.ipynb #048f4887
+# %% ../nbs/simulate.ipynb #21daf6c3
 _TEXTS = {0: "Success", 1: "Uninitialized", 2: "Invalid Argument", 3: "Not Supported", 4: "Insufficient Permissions", 6: "Not Found",
           7: "Insufficient Size", 9: "Driver Not Loaded", 10: "Timeout", 12: "NVML Shared Library Not Found", 13: "Function Not Found",
           15: "GPU is lost", 16: "GPU requires reset", 17: "The operating system has blocked the request",
@@ -128,7 +130,7 @@ def _number(ref: Any, value: float) -> int:
     ref._obj.value = int(value)
     return 0
 
-# %% ../nbs/simulate.ipynb #3b822ac0
+# %% ../nbs/simulate.ipynb #0cb7793c
 class _Library:
     "The functions of libnvidia-ml, over a list of simulated GPUs"
     def __init__(self, gpus: list[SimulatedGpu]) -> None:
@@ -241,7 +243,7 @@ class _Library:
     nvmlDeviceGetGraphicsRunningProcesses_v2 = nvmlDeviceGetGraphicsRunningProcesses_v3
     nvmlDeviceGetMPSComputeRunningProcesses_v2 = nvmlDeviceGetMPSComputeRunningProcesses_v3
 
-# %% ../nbs/simulate.ipynb #a7720dca
+# %% ../nbs/simulate.ipynb #235fa3d5
 _ALSO: dict[str, int | tuple[int, ...]] = {  # a tuple: success, and these numbers
     "nvmlDeviceGetFanSpeed": _NOT_SUPPORTED, "nvmlDeviceGetDriverModel": _NOT_SUPPORTED, "nvmlDeviceGetProcessUtilization": _NOT_FOUND,
     "nvmlDeviceGetDisplayMode": (0,), "nvmlDeviceGetDisplayActive": (0,), "nvmlDeviceGetPersistenceMode": (1,),
@@ -262,7 +264,7 @@ for _name, _value in _ALSO.items(): setattr(_Library, _name, _answer(_value))
 
 CALLS = frozenset(name for name in vars(_Library) if name.startswith("nvml"))
 
-# %% ../nbs/simulate.ipynb #d9e997a9
+# %% ../nbs/simulate.ipynb #16d2c7ee
 @dataclass
 class Fault:
     "What goes wrong, where and for how long"
@@ -287,7 +289,7 @@ class Fault:
             return True
         return False
 
-# %% ../nbs/simulate.ipynb #1d42282d
+# %% ../nbs/simulate.ipynb #da37cb81
 class SimulatedDriver:
     "A driver beneath `pynvml` for as long as the `with` block lasts; one for the whole process"
     def __init__(
@@ -386,7 +388,7 @@ class SimulatedDriver:
         self._awake.set()
         self._awake = threading.Event()
 
-# %% ../nbs/simulate.ipynb #5e0bf4aa
+# %% ../nbs/simulate.ipynb #ff616806
 def _build(
     kind: type,    # a dataclass
     data: Any,     # what a scenario has in its place
@@ -410,7 +412,7 @@ def _build_list(kind: type, data: Any, where: str) -> list[Any]:
     nested: dict[str, type] = dict(processes=SimulatedProcess, mig=SimulatedGpu) if kind is SimulatedGpu else {}
     return [_build(kind, item, f"{where}[{i}]", **nested) for i, item in enumerate(data)]
 
-# %% ../nbs/simulate.ipynb #789ed7d4
+# %% ../nbs/simulate.ipynb #4d81e653
 def make_driver(
     scenario: Mapping[str, Any],  # gpus, machine, workers, faults, description
 ) -> SimulatedDriver:
@@ -428,7 +430,7 @@ def make_driver(
         None if machine is None else _build(SimulatedMachine, machine, "machine", processes=SimulatedHostProcess),
         workers, _build_list(Fault, scenario.get("faults", []), "faults"), str(scenario.get("description", "")))
 
-# %% ../nbs/simulate.ipynb #755af645
+# %% ../nbs/simulate.ipynb #289ff23d
 def _processes(*rows: tuple[int, float | None]) -> list[dict[str, Any]]:
     return [dict(pid=pid, memory_mb=mb) for pid, mb in rows]
 
@@ -507,7 +509,7 @@ PRESETS: dict[str, Callable[[], dict[str, Any]]] = {
         faults=[dict(call=call, error=pynvml.NVML_ERROR_GPU_IS_LOST, gpu=1) for call in ("nvmlDeviceGetMemoryInfo", "nvmlDeviceGetMemoryInfo_v2")]),
 }
 
-# %% ../nbs/simulate.ipynb #4f9d9b83
+# %% ../nbs/simulate.ipynb #051fb159
 def load_scenario(
     name: str | Path,  # a preset's name, or the path of a JSON file
 ) -> SimulatedDriver:  # use it in a `with` block

@@ -43,6 +43,7 @@ class Stat(NamedTuple):
     ppid: int
     start_time: float  # seconds since boot
 
+# %% ../../nbs/core/host.ipynb #219d3d0d
 _TICKS = os.sysconf("SC_CLK_TCK") if hasattr(os, "sysconf") else 100
 
 def parse_stat(
@@ -53,7 +54,7 @@ def parse_stat(
     rest = line[closed + 2:].split(None, 20)
     return Stat(line[opened + 1:closed].decode(errors="replace"), rest[0].decode(), int(rest[1]), int(rest[19])/_TICKS)
 
-# %% ../../nbs/core/host.ipynb #31bf0754
+# %% ../../nbs/core/host.ipynb #b4d0eec1
 def _stat_by_psutil(pid: int) -> Stat | None:
     "The same on systems without /proc"
     import psutil
@@ -75,7 +76,7 @@ def read_stat(
 
 _HAS_PROC = os.path.exists("/proc/self/stat")
 
-# %% ../../nbs/core/host.ipynb #db9ae128
+# %% ../../nbs/core/host.ipynb #6d5f7a23
 @dataclass(frozen=True)
 class ProcessInfo:
     "Who a process is; `start_time` is `None` for a number behind which no process is to be seen"
@@ -91,7 +92,7 @@ class ProcessInfo:
         "The process itself and then its ancestors"
         return (ProcessId(self.pid, self.start_time), *self.ancestors)
 
-# %% ../../nbs/core/host.ipynb #9d70df8e
+# %% ../../nbs/core/host.ipynb #2a60d75d
 def find_ancestors(
     pid: int,
 ) -> tuple[ProcessId, ...]:  # the parent first; as far as can be seen
@@ -105,7 +106,7 @@ def find_ancestors(
         found.append(ProcessId(ppid, stat.start_time if stat else None))
     return tuple(found)
 
-# %% ../../nbs/core/host.ipynb #e55d5b3c
+# %% ../../nbs/core/host.ipynb #b9c2a028
 _MAX_KNOWN = 20_000  # processes to keep; then begin anew, so that a long-lived server does not grow
 _known: dict[int, ProcessInfo] = {}
 
@@ -124,7 +125,7 @@ def _look_at(pid: int, stat: Stat) -> ProcessInfo:
     name, username = _name_and_user(pid, stat)
     return ProcessInfo(pid, stat.start_time, printable(name), username, find_ancestors(pid))
 
-# %% ../../nbs/core/host.ipynb #d2c5a93a
+# %% ../../nbs/core/host.ipynb #7767f62f
 def read_process(
     pid: int,
 ) -> ProcessInfo:  # with `start_time=None` when there is no such process, or none that may be seen
@@ -138,6 +139,7 @@ def read_process(
         info = _known[pid] = _look_at(pid, stat)
     return info
 
+# %% ../../nbs/core/host.ipynb #acd821c4
 def has_ended(
     pid: int,
     start_time: float | None,  # as read when the process was there
@@ -148,7 +150,7 @@ def has_ended(
     stat = read_stat(pid)
     return stat is None or stat.start_time != start_time or stat.state in ("Z", "X", "zombie")
 
-# %% ../../nbs/core/host.ipynb #8e7a9699
+# %% ../../nbs/core/host.ipynb #f9846d43
 @dataclass(frozen=True)
 class HostMemory:
     "System memory, measured against the smaller of the machine's and the cgroup's limit"
@@ -161,6 +163,7 @@ class HostMemory:
     @property
     def used_percent(self) -> float: return 100*self.used/self.total if self.total else 100.0
 
+# %% ../../nbs/core/host.ipynb #96eb257c
 @dataclass(frozen=True)
 class SimulatedHost:
     "What stands in for this machine while a driver is simulated"
@@ -171,7 +174,7 @@ class SimulatedHost:
 
 simulated: SimulatedHost | None = None
 
-# %% ../../nbs/core/host.ipynb #c1197c12
+# %% ../../nbs/core/host.ipynb #9b285902
 _FIRST_PID_NAMESPACE = 0xEFFFFFFC  # PROC_PID_INIT_INO in the kernel's include/linux/proc_ns.h
 
 @lru_cache(maxsize=None)
@@ -185,7 +188,7 @@ def in_pid_namespace() -> bool:
     if simulated: return simulated.pid_namespace
     return _namespace("/proc", "self") not in (None, _FIRST_PID_NAMESPACE)
 
-# %% ../../nbs/core/host.ipynb #dc8984a6
+# %% ../../nbs/core/host.ipynb #439c2796
 def host_proc() -> str | None:
     "Where the host's process file system is mounted: CJM_HOST_PROC, else /host/proc if it is there"
     path = os.environ.get("CJM_HOST_PROC") or "/host/proc"
@@ -200,7 +203,7 @@ def _numbers(proc: str, pid: int | str) -> list[int]:
     except (OSError, ValueError): return []
     return []
 
-# %% ../../nbs/core/host.ipynb #fe083cf8
+# %% ../../nbs/core/host.ipynb #eb19693e
 def to_local_pid(
     pid: int,             # as the host numbers it
     proc: str,            # the host's process file system
@@ -216,7 +219,7 @@ def to_local_pid(
         if theirs not in (None, _namespace.__wrapped__(here, "self")): return None
     return numbers[level]
 
-# %% ../../nbs/core/host.ipynb #aef062e3
+# %% ../../nbs/core/host.ipynb #ac1962a4
 def read_driver_process(
     pid: int,          # as the driver numbers it
     proc: str | None,  # the host's process file system, from `host_proc()`
@@ -229,7 +232,7 @@ def read_driver_process(
     stat = read_stat(pid, proc)
     return ProcessInfo(pid, name=printable(stat.name) if stat else None, foreign=True)
 
-# %% ../../nbs/core/host.ipynb #c10dcf7c
+# %% ../../nbs/core/host.ipynb #7bfa8c4b
 class _CgroupFiles(NamedTuple):
     "What the same things are called in each version"
     limit: str
@@ -254,7 +257,7 @@ def _own_cgroup(proc: str, pid: int | str = "self") -> tuple[_CgroupFiles, str] 
         if "memory" in controllers.split(","): return _V1, path
     return (_V2, groups[""]) if "" in groups else None
 
-# %% ../../nbs/core/host.ipynb #42f7c5fa
+# %% ../../nbs/core/host.ipynb #f2c650e8
 def _folders(root: str, files: _CgroupFiles, path: str) -> list[str]:
     "The folders of a control group and of all its parents, up to where they are mounted"
     mount = os.path.join(root, files.mount).rstrip("/")
@@ -270,7 +273,7 @@ def _read_cgroup(folder: str, files: _CgroupFiles) -> HostMemory | None:
         return HostMemory(int(limit), max(int(used) - int(cache), 0), folder)
     except ValueError: return None
 
-# %% ../../nbs/core/host.ipynb #d0acbd33
+# %% ../../nbs/core/host.ipynb #8aaf5fc6
 def cgroup_memory(
     root: str = "/sys/fs/cgroup",  # where control groups are mounted
     proc: str = "/proc",           # the process file system
@@ -281,7 +284,7 @@ def cgroup_memory(
     limited = [m for folder in _folders(root, *own) if (m := _read_cgroup(folder, own[0]))]
     return min(limited, key=lambda m: m.total, default=None)
 
-# %% ../../nbs/core/host.ipynb #04737d52
+# %% ../../nbs/core/host.ipynb #48d97bc1
 def read_memory() -> HostMemory:
     "The memory of this machine or of its control group, whichever has less"
     import psutil
@@ -291,13 +294,14 @@ def read_memory() -> HostMemory:
     if group and group.total < machine.total: return group
     return HostMemory(machine.total, machine.total - machine.available)
 
-# %% ../../nbs/core/host.ipynb #e4a0b4d2
+# %% ../../nbs/core/host.ipynb #13598987
 def resident_memory() -> dict[int, int]:
     "PID → bytes in RAM, for every process that may be looked at"
     import psutil
     if simulated and simulated.memory: return dict(simulated.resident)
     return {p.pid: p.info["memory_info"].rss for p in psutil.process_iter(["memory_info"]) if p.info["memory_info"]}
 
+# %% ../../nbs/core/host.ipynb #eacc2aa0
 def in_cgroup(
     pid: int,
     cgroup: str,                   # a folder, as `HostMemory.cgroup` gives it

@@ -29,6 +29,7 @@ class ResourceType(Enum):
     GPU_MEMORY = "gpu_memory"
     SYSTEM_MEMORY = "system_memory"
 
+# %% ../../nbs/core/manager.ipynb #fb7da177
 class ResourceStatus(Enum):
     "Whether a job could have it now"
     AVAILABLE = "available"          # nobody is in the way
@@ -36,7 +37,7 @@ class ResourceStatus(Enum):
     EXTERNAL_BUSY = "external_busy"  # others hold too much of it
     UNAVAILABLE = "unavailable"      # there is nothing to use; the `reason` says why
 
-# %% ../../nbs/core/manager.ipynb #5232e21d
+# %% ../../nbs/core/manager.ipynb #b029a4f7
 @dataclass(frozen=True)
 class OwnedProcess:
     "A process that holds memory, and whose it is"
@@ -49,6 +50,7 @@ class OwnedProcess:
     parent_pid: int | None = None         # the worker that it descends from
     parent_worker_type: str | None = None
 
+# %% ../../nbs/core/manager.ipynb #368a4f16
 @dataclass(frozen=True)
 class DeviceStatus:
     "One device: its memory by owner, and what that means for a job"
@@ -66,6 +68,7 @@ class DeviceStatus:
         "What the app cannot have, in percent of the device's total"
         return 100*(self.external_memory + self.unattributed_memory)/self.device.memory_total if self.device.memory_total else 0.0
 
+# %% ../../nbs/core/manager.ipynb #010c929c
 @dataclass(frozen=True)
 class MemoryStatus:
     "System memory by owner"
@@ -74,7 +77,7 @@ class MemoryStatus:
     app_memory: int = 0                        # bytes, resident
     external_memory: int = 0                   # bytes: the rest of what is in use
 
-# %% ../../nbs/core/manager.ipynb #1d225622
+# %% ../../nbs/core/manager.ipynb #57b5bc27
 class _Process(TypedDict):
     pid: int
     name: str | None
@@ -90,12 +93,13 @@ class GpuProcessDict(_Process, _Child):
     device_id: int | str             # index, or "gpu:instance" for a MIG instance
     device_name: str | None
 
+# %% ../../nbs/core/manager.ipynb #a679b41f
 class MemoryProcessDict(_Process, _Child):
     "A process in system memory"
     memory_mb: float                 # MiB, resident
     memory_percent: float            # of the total that use is measured against
 
-# %% ../../nbs/core/manager.ipynb #010c929c
+# %% ../../nbs/core/manager.ipynb #d2795afb
 @dataclass(frozen=True)
 class ResourceConflict:
     "What a check found: a status, who is behind it, and a sentence"
@@ -122,7 +126,7 @@ class ResourceConflict:
         "The answer as a sentence: could a job start, and if not, who is in the way"
         return _explain_gpu(self) if self.resource_type is ResourceType.GPU_MEMORY else _explain_memory(self)
 
-# %% ../../nbs/core/manager.ipynb #5d31fa92
+# %% ../../nbs/core/manager.ipynb #0b465103
 def _name(process: OwnedProcess, where: str = "") -> str:
     "A process as a person would call it"
     who = (process.name or "a process without a name") + (f" of {process.username}" if process.username else "")
@@ -166,7 +170,7 @@ def _explain_memory(conflict: ResourceConflict) -> str:
     names = [_name(p) for p in state.processes if p.owner == ("app" if mine else "external")]
     return f"RAM is short, {free}: {'the app itself holds' if mine else 'others hold'} it, {_listed(names)}."
 
-# %% ../../nbs/core/manager.ipynb #8c9b078c
+# %% ../../nbs/core/manager.ipynb #8b0ae49f
 _SECRET = r"(?i)key(?!board|word)|token(?!i[sz])|secret|passw"
 
 def redact(
@@ -177,7 +181,7 @@ def redact(
     if isinstance(value, (list, tuple)): return [redact(v) for v in value]
     return value
 
-# %% ../../nbs/core/manager.ipynb #e2540b04
+# %% ../../nbs/core/manager.ipynb #53539f70
 @dataclass(frozen=True, repr=False)
 class WorkerState:
     "A worker process of the app, at one moment"
@@ -202,10 +206,10 @@ class WorkerState:
         shown = {name: redact({name: value})[name] for name, value in vars(self).items() if value not in (None, [], False)}
         return f"WorkerState({', '.join(f'{name}={value!r}' for name, value in shown.items())})"
 
-# %% ../../nbs/core/manager.ipynb #e72dcb0d
+# %% ../../nbs/core/manager.ipynb #07c89d00
 PLUGIN_RESOURCE_CONFIG_KEYS = ["resource_id", "model_id", "model", "model_name", "model_path"]
 
-# %% ../../nbs/core/manager.ipynb #f0f27170
+# %% ../../nbs/core/manager.ipynb #9fb68324
 def find_owner(
     process: ProcessInfo,
     workers: Mapping[int, WorkerState],                    # by PID
@@ -222,7 +226,7 @@ def find_owner(
         if me == (pid, start): return "app", None
     return "external", None
 
-# %% ../../nbs/core/manager.ipynb #b8736a54
+# %% ../../nbs/core/manager.ipynb #41ccb90d
 def _divide(
     left: int,                           # bytes in use that no process's figure explains
     processes: Sequence[OwnedProcess],
@@ -255,7 +259,7 @@ def classify_device(
     return DeviceStatus(device, status, tuple(processes), app, external, unattributed,
                         estimated=bool(left) and (reported is not None or unattributed != left))
 
-# %% ../../nbs/core/manager.ipynb #5316a94a
+# %% ../../nbs/core/manager.ipynb #e29a3b2b
 def _gpu_dict(process: OwnedProcess, device: GpuDevice) -> GpuProcessDict:
     row = GpuProcessDict(pid=process.pid, name=process.name, username=process.username, device_id=device.id, device_name=device.name,
                          gpu_memory_mb=None if process.memory_used is None else round(process.memory_used/2**20, 2))
@@ -281,7 +285,7 @@ def conclude(
     return ResourceConflict(ResourceType.GPU_MEMORY, status, _pids(app), _pids(external), app, external,
                             reason if status is ResourceStatus.UNAVAILABLE else None, tuple(devices), None, threshold_percent, tuple(notes), snapshot)
 
-# %% ../../nbs/core/manager.ipynb #ca8ce120
+# %% ../../nbs/core/manager.ipynb #8958546a
 def _memory_dict(process: OwnedProcess, total: int) -> MemoryProcessDict:
     used = process.memory_used or 0
     row = MemoryProcessDict(pid=process.pid, name=process.name, username=process.username, memory_mb=round(used/2**20, 2),
@@ -309,7 +313,7 @@ def classify_memory(
         [_memory_dict(p, memory.total) for p in app], [_memory_dict(p, memory.total) for p in in_the_way],
         memory=MemoryStatus(memory, tuple(by_size), app_memory, external_memory), threshold_percent=threshold_percent)
 
-# %% ../../nbs/core/manager.ipynb #e3abe88c
+# %% ../../nbs/core/manager.ipynb #605c78bd
 def _ask_plugin(plugin: Any, method: str, *args: Any) -> Any:
     "The answer of a plugin's method; `None` if it has none or raises"
     if not callable(call := getattr(plugin, method, None)): return None
@@ -333,7 +337,7 @@ def _lifecycle_fields(plugin: Any) -> dict[str, Any]:
     return dict(execution_mode=None if mode is None else str(mode), child_pids=[pid for pid in declared if _is_pid(pid)],
                 container_id=managed.get("container_id"), conda_env=managed.get("conda_env"))
 
-# %% ../../nbs/core/manager.ipynb #1e40f506
+# %% ../../nbs/core/manager.ipynb #69ba0cd1
 _REMOTE_FIELDS = ("provider", "region", "instance_id", "status", "ssh_host", "gpu_count", "gpu_type", "estimated_cost_per_hour")
 
 def _cloud_fields(plugin: Any) -> dict[str, Any]:
@@ -343,7 +347,7 @@ def _cloud_fields(plugin: Any) -> dict[str, Any]:
     given = info if isinstance(info, Mapping) else {name: getattr(info, name, None) for name in _REMOTE_FIELDS}
     return dict(is_remote=True, remote_resource={name: _plain(given.get(name)) for name in _REMOTE_FIELDS})
 
-# %% ../../nbs/core/manager.ipynb #9c109290
+# %% ../../nbs/core/manager.ipynb #b45ef006
 def _check_pid(pid: Any, name: str = "pid") -> int:
     "A PID as a plain int; `TypeError` or `ValueError` for anything else"
     if isinstance(pid, bool) or not hasattr(pid, "__index__"): raise TypeError(f"{name} must be a positive int, not {pid!r}")
@@ -366,26 +370,28 @@ def _check_fields(**given: Any) -> None:
         elif name == "gpu_memory_mb": _check_number(value, name)
         elif not isinstance(value, str): raise TypeError(f"{name} must be a string or None, not {value!r}")
 
-# %% ../../nbs/core/manager.ipynb #6b0090a7
+# %% ../../nbs/core/manager.ipynb #3d59bf42
 class _Unchanged:
     "The default of an argument that leaves a field as it is"
     def __repr__(self) -> str: return "UNCHANGED"
 
 UNCHANGED: Any = _Unchanged()
 
-# %% ../../nbs/core/manager.ipynb #c9e1a330
+# %% ../../nbs/core/manager.ipynb #fff0d443
 class ResourceBusy(RuntimeError):
     "There is not enough room now; `conflict` says who holds it. Worth trying again later"
     def __init__(self, message: str, conflict: ResourceConflict) -> None:
         super().__init__(message)
         self.conflict = conflict
 
+# %% ../../nbs/core/manager.ipynb #7df85704
 class ResourceUnavailable(RuntimeError):
     "There is nothing to use; `conflict.reason` says why. Waiting does not help"
     def __init__(self, message: str, conflict: ResourceConflict) -> None:
         super().__init__(message)
         self.conflict = conflict
 
+# %% ../../nbs/core/manager.ipynb #a73f8ce3
 @dataclass(frozen=True)
 class GpuChoice:
     "Devices for a job, and how to start it on them"
@@ -396,14 +402,14 @@ class GpuChoice:
         "What a child's environment needs; UUIDs, for they mean the same to every program"
         return {"CUDA_VISIBLE_DEVICES": ",".join(d.uuid or str(d.index) for d in self.devices)}
 
-# %% ../../nbs/core/manager.ipynb #519882b8
+# %% ../../nbs/core/manager.ipynb #025b6c42
 _CONTAINER_NOTE = ("An estimate: inside a container the driver's process numbers cannot be matched. For an exact answer mount the host's /proc "
                    "(docker run -v /proc:/host/proc:ro), or set CJM_HOST_PROC to where it is; or let workers report what they hold with "
                    "update_worker_state(pid, gpu_memory_mb=...)")
 _SILENT_NOTE = ("An estimate: the driver does not say how much memory each process has, as under WSL and Windows, so what is left over was "
                 "counted for the processes without a figure")
 
-# %% ../../nbs/core/manager.ipynb #930c5fac
+# %% ../../nbs/core/manager.ipynb #7146a72e
 class ResourceManager:
     "Knows the app's workers, and says who holds GPU memory and RAM"
 

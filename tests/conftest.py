@@ -1,0 +1,30 @@
+"What several tests need"
+import contextlib, os, subprocess, sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture
+def spawn():
+    "Start processes that end with the test: spawn(code) gives a Popen, with pipes for stdin and stdout"
+    started = []
+
+    def start(code: str) -> subprocess.Popen:
+        started.append(subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True))
+        return started[-1]
+
+    yield start
+    for process in started:
+        with contextlib.suppress(ProcessLookupError): os.killpg(process.pid, 9)
+        process.communicate()
+
+
+@pytest.fixture
+def command():
+    "Run cjm-resources as a user does, in a process of its own"
+    def run(*args: str, **env: str) -> subprocess.CompletedProcess:
+        return subprocess.run([Path(sys.executable).with_name("cjm-resources"), *args], env={**os.environ, **env}, capture_output=True, text=True, timeout=60)
+    return run

@@ -1,0 +1,90 @@
+"The command as a user starts it: colours, exit codes, pipes, Ctrl-C, and what is really on this machine"
+import json, os, pty, re, signal, subprocess, sys, time
+from pathlib import Path
+
+import psutil, pytest
+
+PROGRAM = str(Path(sys.executable).with_name("cjm-resources"))
+
+
+def on_terminal(*args: str, keys: bytes = b"", wait: float = 0, **env: str) -> tuple[int, str]:
+    "Run the command on a terminal; after `wait` seconds type `keys`. Its exit code, and all that it wrote"
+    pid, fd = pty.fork()
+    if pid == 0: os.execve(PROGRAM, [PROGRAM, *args], {**os.environ, "TERM": "xterm-256color", "COLUMNS": "100", "LINES": "40", **env})
+    written = b""
+    began = time.monotonic()
+    os.set_blocking(fd, False)
+    while True:
+        try: written += os.read(fd, 65536) or b""
+        except BlockingIOError: time.sleep(0.02)
+        except OSError: break
+        if keys and time.monotonic() - began > wait: keys = os.write(fd, keys) and b""
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), written.decode()
+
+
+def test_this_machine(command, spawn):
+    worker = spawn("import subprocess, sys; p = subprocess.Popen([sys.executable, '-c', 'x = bytearray(300 << 20); print(1, flush=True); input()']); print(p.pid, flush=True); p.wait()")
+    child = int(worker.stdout.readline())
+    worker.stdout.readline()
+    result = command("--json", "--app", str(worker.pid))
+    assert result.returncode == 0, result.stderr
+    found = json.loads(result.stdout)
+    row = next(p for p in found["memory"]["processes"] if p["pid"] == child)
+    assert (row["owner"], row["parent_pid"], row["parent_worker_type"]) == ("app", worker.pid, "app")
+    assert abs(row["memory_used"] - psutil.Process(child).memory_info().rss) < 20 << 20
+    assert found["memory"]["app_memory"] > 300 << 20
+    assert found["simulated"] is None
+    shown = command("--app", str(worker.pid), COLUMNS="120").stdout
+    assert str(child) in shown and "SIMULATED" not in shown
+
+
+def test_colour_only_on_a_terminal(command):
+    assert "\x1b" not in command("--simulate", "shared").stdout
+    code, written = on_terminal("--simulate", "shared")
+    assert code == 0 and "\x1b[31m" in written
+    assert not re.search(r"\x1b\[[0-9;]*3[0-9]m", on_terminal("--simulate", "shared", NO_COLOR="1")[1])
+
+
+@pytest.mark.parametrize("args, code", [(["--simulate", "idle"], 0), (["--simulate", "shared"], 0), (["--simulate", "idle", "--exit-code"], 0), (["--simulate", "pair", "--exit-code"], 10),
+                                        (["--simulate", "shared", "--exit-code", "--json"], 11), (["--simulate", "nothing"], 2), (["--app", "0"], 2), (["extra"], 2), (["--interval", "0"], 2)])
+def test_exit_codes(command, args, code): assert command(*args).returncode == code
+
+
+def test_unavailable_is_12(command, tmp_path):
+    path = tmp_path/"none.json"
+    path.write_text(json.dumps(dict(faults=[dict(call="nvmlInitWithFlags", error=9)])))
+    result = command("--simulate", str(path), "--exit-code")
+    assert result.returncode == 12 and "the NVIDIA driver is not loaded" in result.stdout
+
+
+def test_watch_refreshes_in_place_and_ends_cleanly():
+    code, written = on_terminal("--simulate", "pair", "--watch", "--interval", "0.2", keys=b"\x03", wait=2.5)
+    assert code == 0 and "Traceback" not in written and "Aborted" not in written
+    assert written.count("SIMULATED") >= 3 and "\x1b[1A" in written      # it went up and wrote over what was there
+    assert on_terminal("--simulate", "shared", "--watch", "--interval", "0.2", "--exit-code", keys=b"\x03", wait=2)[0] == 11
+
+
+def test_watch_as_json_gives_a_line_each_time():
+    process = subprocess.Popen([PROGRAM, "--simulate", "idle", "--watch", "--json", "--interval", "0.1"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    lines = [json.loads(process.stdout.readline()) for _ in range(3)]
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=10)
+    assert (process.returncode, errors) == (0, "") and lines[0]["time"] < lines[2]["time"]
+
+
+def test_a_reader_that_goes_away_is_no_traceback():
+    process = subprocess.run(f"{PROGRAM} --simulate eight-h100 --top 100 | head -1", shell=True, capture_output=True, text=True, timeout=60)
+    assert "Traceback" not in process.stderr
+
+
+def test_a_terminal_without_unicode(command):
+    result = command("--simulate", "shared", PYTHONIOENCODING="ascii", PYTHONUTF8="0", LC_ALL="C")
+    assert result.returncode == 0 and "#" in result.stdout and result.stdout.isascii()
+
+
+def test_a_scenario_that_cannot_be_read_says_why(command, tmp_path):
+    path = tmp_path/"mine.json"
+    for text in ["", "[", "[]", '{"gpus": [{"memory_total_mb": "many"}]}', '{"workers": [{"pid": -1, "worker_type": "llm"}]}', '{"workers": [{"pid": 1, "worker_type": "llm", "x": 2}]}', "\x00\xff"]:
+        path.write_text(text, encoding="latin-1")
+        result = command("--simulate", str(path))
+        assert result.returncode == 2 and "--simulate" in result.stderr and "Traceback" not in result.stderr, (text, result.stderr)

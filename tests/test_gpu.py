@@ -1,0 +1,158 @@
+"Readings under every failure that a driver knows, from many threads, and beside other NVML programs"
+import os, subprocess, sys, threading, time
+
+import pynvml, pytest
+from hypothesis import given, settings, strategies as st
+
+from cjm_fasthtml_resources.core.gpu import GpuDevice, read_gpus, visible_devices
+from cjm_fasthtml_resources.core.manager import ResourceManager, ResourceStatus
+from cjm_fasthtml_resources.simulate import PRESETS, SimulatedDriver, SimulatedGpu, SimulatedProcess, load_scenario
+
+ERRORS = sorted({value for name, value in vars(pynvml).items() if name.startswith("NVML_ERROR_") and isinstance(value, int)})
+MEMORY = ("nvmlDeviceGetMemoryInfo", "nvmlDeviceGetMemoryInfo_v2")
+
+
+def calls_made() -> list[str]:
+    "Every C function that reading the MIG preset calls: it has all kinds of devices"
+    with load_scenario("mig") as driver:
+        read_gpus()
+        return sorted(driver.calls)
+
+
+@pytest.mark.parametrize("times", [1, None], ids=["once", "always"])
+@pytest.mark.parametrize("call", calls_made())
+def test_no_failure_of_one_call_escapes_or_frees_memory_that_was_not_read(call, times):
+    for error in ERRORS:
+        with SimulatedDriver([SimulatedGpu(processes=[SimulatedProcess(4200001, 20000)]), SimulatedGpu(mig=[SimulatedGpu(memory_total_mb=22000, memory_used_mb=20000)])]) as driver:
+            driver.fail(call, error, times=times)
+            conflict = ResourceManager().check_gpu_availability()
+            assert conflict.status is not ResourceStatus.AVAILABLE, (call, error)  # everything is taken, so nothing can be free
+            for d in conflict.devices: assert (d.status is ResourceStatus.UNAVAILABLE) == (d.device.memory_used is None)
+            if not conflict.devices: assert conflict.reason
+            driver.recover()
+            assert ResourceManager().check_gpu_availability().status is ResourceStatus.EXTERNAL_BUSY, (call, error)
+
+
+@pytest.mark.parametrize("error", ERRORS)
+def test_a_device_that_fails_altogether_leaves_the_others(error):
+    with SimulatedDriver([SimulatedGpu(), SimulatedGpu()]) as driver:
+        driver.fail("*", error, gpu=1)
+        good, bad = read_gpus().devices
+        assert good.reason is None and bad.reason and bad.memory_total is None
+
+
+def test_the_process_list_is_whole_although_one_kind_fails():
+    with SimulatedDriver([SimulatedGpu(processes=[SimulatedProcess(4200001, 100), SimulatedProcess(4200002, 50, "graphics")])]) as driver:
+        for version in ("_v2", "_v3"): driver.fail("nvmlDeviceGetGraphicsRunningProcesses" + version, pynvml.NVML_ERROR_NOT_SUPPORTED)
+        assert [p.pid for p in read_gpus().devices[0].processes] == [4200001]
+
+
+def test_an_older_driver_without_the_newer_calls():
+    with SimulatedDriver([SimulatedGpu(memory_reserved_mb=100, processes=[SimulatedProcess(4200001, 100)])]) as driver:
+        for name in ("nvmlDeviceGetMemoryInfo_v2", *(f"nvmlDeviceGet{kind}RunningProcesses_v3" for kind in ("Compute", "Graphics", "MPSCompute"))):
+            driver.fail(name, pynvml.NVML_ERROR_FUNCTION_NOT_FOUND)
+        device = read_gpus().devices[0]
+        assert (device.memory_used, device.memory_reserved, [p.pid for p in device.processes]) == (200*2**20, None, [4200001])
+
+
+@pytest.mark.parametrize("call", calls_made())
+def test_a_call_that_hangs_costs_one_thread_and_one_time_limit(call):
+    with SimulatedDriver([SimulatedGpu(mig=[SimulatedGpu()])]) as driver:
+        driver.hang(call)
+        began = time.monotonic()
+        reasons = [read_gpus(timeout=0.1).reason for _ in range(20)]
+        assert all("did not answer" in reason for reason in reasons) and time.monotonic() - began < 1
+        assert sum(t.name == "nvml-reader" for t in threading.enumerate()) == 1
+        driver.recover()
+        assert read_gpus().reason is None
+
+
+def test_what_a_caller_gets_was_read_after_it_asked():
+    with SimulatedDriver([SimulatedGpu(memory_used_mb=0)]) as driver:
+        driver.delay("nvmlDeviceGetUtilizationRates", 0.05)  # after the memory was read
+        stale, wrong = threading.Event(), []
+
+        def ask():
+            while not stale.is_set():
+                used = driver.gpus[0].memory_used_mb
+                if read_gpus().devices[0].memory_used < used*2**20: wrong.append(used)
+
+        threads = [threading.Thread(target=ask) for _ in range(8)]
+        for t in threads: t.start()
+        for n in range(1, 60):
+            driver.gpus[0].memory_used_mb = n
+            time.sleep(0.01)
+        stale.set()
+        for t in threads: t.join()
+        assert not wrong
+        assert driver.calls["nvmlDeviceGetCount_v2"] < 40  # callers share readings
+
+
+def test_the_number_of_devices_changes():
+    with SimulatedDriver([SimulatedGpu(name=f"GPU {i}") for i in range(4)]) as driver:
+        assert len(read_gpus().devices) == 4
+        del driver.gpus[1]
+        assert len(read_gpus().devices) == 3
+        driver.gpus.append(SimulatedGpu())
+        assert len(read_gpus().devices) == 4
+
+
+def test_impossible_values_are_survived():
+    odd = [SimulatedGpu(memory_total_mb=0), SimulatedGpu(memory_total_mb=100, memory_used_mb=5000), SimulatedGpu(name="n"*90),
+           SimulatedGpu(processes=[SimulatedProcess(0, 10), SimulatedProcess(2**32 - 1, 10)])]
+    with SimulatedDriver(odd) as driver:
+        driver.gpus[2].name = b"\xff\xfe"
+        found = ResourceManager().check_gpu_availability()
+        assert found.devices[0].status is ResourceStatus.UNAVAILABLE
+        assert found.devices[1].status is ResourceStatus.EXTERNAL_BUSY
+        assert found.devices[2].device.name is None
+        assert isinstance(found.message, str)
+
+
+def test_after_a_fork_in_the_middle_of_a_reading_the_child_reads():
+    with SimulatedDriver([SimulatedGpu()]) as driver:
+        driver.delay("nvmlDeviceGetUtilizationRates", 0.3)
+        reading = threading.Thread(target=read_gpus)
+        reading.start()
+        time.sleep(0.1)
+        if (child := os.fork()) == 0: os._exit(len(read_gpus().devices))
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 1
+        reading.join()
+
+
+def test_the_interpreter_ends_although_the_driver_hangs():
+    code = ("from cjm_fasthtml_resources.simulate import *; from cjm_fasthtml_resources.core.gpu import read_gpus\n"
+            "d = SimulatedDriver([SimulatedGpu()]); d.__enter__(); d.hang('nvmlDeviceGetName'); print(read_gpus(0.1).reason)")
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=10)
+    assert (result.returncode, result.stderr) == (0, "") and "did not answer" in result.stdout
+
+
+def test_importing_gpustat_which_replaces_a_function_of_pynvml_changes_nothing():
+    pytest.importorskip("gpustat", reason="gpustat is a development dependency")
+    code = ("import gpustat; from cjm_fasthtml_resources.simulate import *; from cjm_fasthtml_resources.core.gpu import read_gpus\n"
+            "with SimulatedDriver([SimulatedGpu(memory_reserved_mb=100, memory_used_mb=300)]):\n"
+            "    d = read_gpus().devices[0]; print(d.memory_used >> 20, d.memory_reserved >> 20)\n"
+            "    print(gpustat.new_query().gpus[0].memory_used)")
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert result.stdout.split() == ["300", "100", "300"], result.stderr
+
+
+def test_nvitop_sees_the_same_devices_and_processes():
+    pytest.importorskip("nvitop", reason="nvitop is a development dependency")
+    code = ("import atexit, os, nvitop; from cjm_fasthtml_resources.simulate import *\n"
+            "atexit.unregister(nvitop.libnvml.nvmlShutdown)\n"
+            "with SimulatedDriver([SimulatedGpu(processes=[SimulatedProcess(os.getpid(), 700)])]):\n"
+            "    found = nvitop.take_snapshots(); print(found.devices[0].name, found.gpu_processes[0].gpu_memory >> 20, nvitop.Device.driver_version())")
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert result.stdout.strip() == "NVIDIA L4 700 580.105.08 (simulated)", result.stderr
+
+
+devices = st.lists(st.builds(GpuDevice, st.integers(0, 20), uuid=st.none() | st.text("GPU-MIGabc123", max_size=8), mig_mode=st.none() | st.booleans()), max_size=5)
+
+
+@given(devices, st.none() | st.text("0123456789,-GPUMIG abc", max_size=20) | st.text(max_size=10))
+@settings(deadline=None, max_examples=500)
+def test_any_value_of_cuda_visible_devices_is_understood_or_complained_about(found, value):
+    visible, complaint = visible_devices(found, value)
+    assert all(d in found and not d.mig_mode for d in visible)
+    if value is not None and not visible and any(not d.mig_mode for d in found): assert complaint

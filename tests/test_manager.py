@@ -1,0 +1,185 @@
+"The manager with many threads, with every sequence of calls, and with real processes that end and come back"
+import copy, json, os, pickle, signal, threading, time
+from dataclasses import asdict
+
+import pytest
+from hypothesis import settings, strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
+
+from cjm_fasthtml_resources.core import host
+from cjm_fasthtml_resources.core.manager import ResourceManager, ResourceStatus
+from cjm_fasthtml_resources.simulate import PRESETS, SimulatedDriver, SimulatedGpu, SimulatedProcess, load_scenario
+
+PIDS, JOBS = st.integers(5_000_001, 5_000_005), st.sampled_from(["a", "b", "c"])
+
+
+class Registry(RuleBasedStateMachine):
+    "Any sequence of registrations and updates against the plainest model of what they mean"
+    def __init__(self):
+        super().__init__()
+        self.manager, self.jobs, self.types, self.states = ResourceManager(), {}, {}, {}
+
+    def take(self, pid, job):
+        for other, held in self.jobs.items():
+            if held == job and other != pid: self.jobs[other] = None
+        self.jobs[pid] = job
+
+    @rule(pid=PIDS, kind=st.sampled_from(["llm", "speech"]), job=st.none() | JOBS)
+    def register(self, pid, kind, job):
+        self.types[pid], self.states[pid] = kind, "running" if job else "idle"
+        self.jobs.pop(pid, None)
+        self.take(pid, job)
+        assert self.manager.register_worker(pid, kind, job).pid == pid
+
+    @rule(pid=PIDS, job=st.none() | JOBS)
+    def give(self, pid, job):
+        state = self.manager.update_worker_state(pid, job_id=job)
+        if pid not in self.types: assert state is None
+        else: self.take(pid, job)
+
+    @rule(pid=PIDS, status=st.sampled_from(["idle", "running", None]))
+    def set_status(self, pid, status):
+        self.manager.update_worker_state(pid, status=status)
+        if pid not in self.types: return
+        self.states[pid] = status or "idle"
+        if self.states[pid] == "idle": self.jobs[pid] = None
+
+    @rule(pid=PIDS)
+    def unregister(self, pid):
+        self.manager.unregister_worker(pid)
+        for held in (self.types, self.states, self.jobs): held.pop(pid, None)
+
+    @invariant()
+    def agrees(self):
+        assert {w.pid: (w.worker_type, w.status, w.job_id) for w in self.manager.get_all_workers()} == {pid: (self.types[pid], self.states[pid], self.jobs[pid]) for pid in self.types}
+        for job in ("a", "b", "c"):
+            holders = [pid for pid, held in self.jobs.items() if held == job]
+            found = self.manager.get_worker_by_job(job)
+            assert ([found.pid] if found else []) == holders
+        assert self.manager.get_active_worker_types() == set(self.types.values())
+
+
+TestRegistry = Registry.TestCase
+TestRegistry.settings = settings(max_examples=150, stateful_step_count=30, deadline=None)
+
+
+def test_many_threads_at_once():
+    manager, errors = ResourceManager(), []
+
+    def work(n):
+        try:
+            for i in range(150):
+                pid = 5_000_000 + n*1000 + i % 7
+                manager.register_worker(pid, f"type-{n}", job_id=f"job-{i % 5}")
+                manager.update_worker_state(pid, status="running", job_id=f"job-{(i + n) % 5}")
+                manager.get_worker_by_job("job-1"), manager.get_all_workers(), manager.get_active_worker_types()
+                if i % 3 == 0: manager.unregister_worker(pid)
+                if i % 50 == 0: manager.check_gpu_availability()
+        except Exception as error: errors.append(error)
+
+    with load_scenario("pair"):
+        threads = [threading.Thread(target=work, args=(n,)) for n in range(8)]
+        for t in threads: t.start()
+        for t in threads: t.join()
+    assert not errors
+    for job in range(5): assert sum(w.job_id == f"job-{job}" for w in manager.get_all_workers()) <= 1
+
+
+def test_a_worker_is_known_by_its_start_also_after_the_clock_was_set(spawn, monkeypatch):
+    worker, manager = spawn("input()"), ResourceManager(track_self=False)
+    manager.register_worker(worker.pid, "llm")
+    host._known.clear()
+    monkeypatch.setattr("psutil.boot_time", lambda: 1.0)
+    with SimulatedDriver([SimulatedGpu(processes=[SimulatedProcess(worker.pid, 100)])]):
+        assert manager.check_gpu_availability().app_pids == [worker.pid]
+
+
+def test_a_zombie_has_ended(spawn):
+    worker, manager = spawn("pass"), ResourceManager()
+    manager.register_worker(worker.pid, "llm")
+    os.waitid(os.P_PID, worker.pid, os.WEXITED | os.WNOWAIT)  # it ended, and nobody looked at its exit status yet
+    assert host.read_stat(worker.pid).state == "Z"
+    assert [w.pid for w in manager.prune_dead_workers()] == [worker.pid] and manager.get_all_workers() == []
+
+
+def test_a_pid_that_was_given_to_another_process():
+    try: last = open("/proc/sys/kernel/ns_last_pid", "r+")
+    except OSError: pytest.skip("only root may choose the next PID")
+    manager = ResourceManager(track_self=False)
+    for attempt in range(20):
+        first = os.fork()
+        if first == 0: signal.pause()
+        manager.register_worker(first, "llm")
+        os.kill(first, signal.SIGKILL)
+        os.waitpid(first, 0)
+        time.sleep(0.03)  # start times are counted in hundredths of a second
+        last.seek(0)
+        last.write(str(first - 1))
+        last.flush()
+        second = os.fork()
+        if second == 0: signal.pause()
+        try:
+            if second != first: continue
+            with SimulatedDriver([SimulatedGpu(processes=[SimulatedProcess(second, 20000)])]):
+                found = manager.check_gpu_availability()
+            assert (found.app_pids, found.external_pids, found.status) == ([], [second], ResourceStatus.EXTERNAL_BUSY)
+            assert [w.pid for w in manager.prune_dead_workers()] == [first]
+            return
+        finally:
+            os.kill(second, signal.SIGKILL)
+            os.waitpid(second, 0)
+            manager.unregister_worker(first)
+    pytest.skip("the number was not given again in 20 attempts")
+
+
+def test_processes_that_come_and_go_while_being_looked_at():
+    manager, stop, errors = ResourceManager(), threading.Event(), []
+
+    def storm():
+        while not stop.is_set():
+            pid = os.posix_spawn("/bin/true", ["true"], {})
+            alive.append(pid)
+            os.waitpid(pid, 0)
+
+    alive = [os.getpid()]
+    thread = threading.Thread(target=storm)
+    thread.start()
+    try:
+        with SimulatedDriver([SimulatedGpu()]) as driver:
+            for _ in range(60):
+                driver.gpus[0].processes = [SimulatedProcess(pid, 1) for pid in dict.fromkeys(alive[-20:])]
+                assert manager.check_gpu_availability().devices[0].processes
+                assert manager.check_memory_availability().memory.memory.total
+    finally:
+        stop.set()
+        thread.join()
+
+
+def test_what_is_kept_about_processes_does_not_grow(monkeypatch):
+    host._known.clear()
+    monkeypatch.setattr(host, "_MAX_KNOWN", 5)
+    for process in host.resident_memory(): host.read_process(process)
+    assert len(host._known) <= 5
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_answers_can_be_copied_pickled_and_written_as_json(preset):
+    with load_scenario(preset) as driver:
+        manager = ResourceManager()
+        for worker in driver.workers: manager.register_worker(**worker)
+        for found in (manager.check_gpu_availability(), manager.check_memory_availability()):
+            assert pickle.loads(pickle.dumps(found)) == found == copy.deepcopy(found)
+            json.dumps(asdict(found), default=lambda enum: enum.value)
+        for state in manager.get_all_workers(): assert pickle.loads(pickle.dumps(state)) == state
+
+
+def test_no_text_shows_a_secret(caplog):
+    class Plugin:
+        def get_remote_resource_info(self): return dict(provider="p", status="up", ssh_host="h")
+        def get_child_pids(self): raise RuntimeError("not yet")
+
+    manager = ResourceManager()
+    state = manager.register_worker(5_000_001, "llm", config={"api_key": "hush", "deep": {"auth": [{"Access-Token": "hush"}]}, "client_secret": "hush", "dbPassword": "hush", "model": "m"}, plugin_instance=Plugin())
+    texts = [repr(state), str(state), f"{state}", repr(manager), repr(manager.check_gpu_availability()), repr(manager.get_all_workers()), caplog.text]
+    assert not any("hush" in text for text in texts) and "get_child_pids" in caplog.text
+    assert state.config["api_key"] == "hush"  # it is hidden, not lost

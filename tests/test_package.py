@@ -1,0 +1,54 @@
+"What a user installs: its names, what importing it costs them, and that the texts say what is so"
+import importlib, json, os, pkgutil, re, subprocess, sys
+
+import pytest
+from conftest import ROOT
+
+import cjm_fasthtml_resources
+
+MODULES = [m.name for m in pkgutil.walk_packages(cjm_fasthtml_resources.__path__, "cjm_fasthtml_resources.") if m.name.split(".")[-1] not in ("showdoc", "_modidx")]
+
+
+def python(code: str, **env: str) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, "-c", code], env={**os.environ, **env}, capture_output=True, text=True, timeout=60)
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_all_names_exist_and_are_documented(name):
+    module = importlib.import_module(name)
+    for public in getattr(module, "__all__", []):
+        thing = getattr(module, public)
+        if callable(thing): assert (thing.__doc__ or "").strip(), f"{name}.{public} says nothing about itself"
+
+
+def test_importing_the_manager_brings_no_user_interface_and_touches_no_driver():
+    code = "import sys, cjm_fasthtml_resources.core.manager; print(*sorted(sys.modules))"
+    loaded = set(python(code).stdout.split())
+    assert not loaded & {"ipywidgets", "IPython", "fasthtml", "fastcore", "pynvml", "rich", "click"}
+    assert "cjm_fasthtml_resources.core.host" in loaded
+
+
+def test_type_hints_are_shipped():
+    assert os.path.exists(os.path.join(os.path.dirname(cjm_fasthtml_resources.__file__), "py.typed"))
+
+
+def test_readme_example_prints_what_the_readme_says():
+    text = (ROOT/"README.md").read_text(encoding="utf-8")
+    code, printed = re.search(r"```python\n(.*?)```\n\n((?:    [^\n]*\n)+)", text, re.S).groups()
+    result = python(code)
+    assert result.stdout.splitlines() == [line[4:] for line in printed.splitlines()], result.stderr
+
+
+def test_readme_quotes_the_benchmark_as_it_was_saved():
+    assert (ROOT/"benchmarks"/"results.md").read_text(encoding="utf-8").strip() in (ROOT/"README.md").read_text(encoding="utf-8")
+
+
+def test_readme_commands_are_those_that_run():
+    text = (ROOT/"README.md").read_text(encoding="utf-8")
+    assert "python3 tools/check.py" in text and "python3 tools/check.py" in (ROOT/".ci"/"run").read_text(encoding="utf-8")
+
+
+def test_notebooks_are_nbformat_4_5_with_cell_ids():
+    for path in (ROOT/"nbs").rglob("[!_.]*.ipynb"):
+        nb = json.loads(path.read_text(encoding="utf-8"))
+        assert (nb["nbformat"], nb["nbformat_minor"]) == (4, 5) and all(cell["id"] for cell in nb["cells"]), path

@@ -1,0 +1,89 @@
+#!/usr/bin/env python3
+"""Run every test, in environments that it makes for itself; needs Python 3.10 or later and nothing else.
+
+    python3 tools/check.py
+
+In .venvs/dev are nbdev 2 and fastcore 1, which the notebooks are made with; in .venvs/clean is the built wheel with the
+newest fastcore and no nbdev, as a user has it. Closes with 'N passed, N failed' over all steps.
+"""
+import hashlib, os, re, shutil, subprocess, sys, tempfile, venv
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+VENVS = ROOT/".venvs"
+MADE = ("nbs", "cjm_fasthtml_resources", "README.md")  # what the notebooks make, besides themselves
+
+
+def environment(name: str, *requirements: str) -> Path:
+    "A new virtual environment with the requirements; the folder of its programs"
+    path = VENVS/name
+    print(f"\n== making the environment {name}", flush=True)
+    venv.EnvBuilder(with_pip=True, clear=True).create(path)
+    programs = path/("Scripts" if os.name == "nt" else "bin")
+    subprocess.run([programs/"python", "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *requirements], cwd=ROOT, check=True)
+    return programs
+
+
+def run(title: str, programs: Path, *command: str, cwd: Path = ROOT) -> tuple[int, int]:
+    "One step; how many passed and failed in it, one where it does not say"
+    print(f"\n== {title}: {' '.join(command)}", flush=True)
+    env = {**os.environ, "PATH": f"{programs}{os.pathsep}{os.environ.get('PATH', '')}"}
+    process = subprocess.Popen([programs/command[0], *command[1:]], cwd=cwd, env=env, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace")
+    output = ""
+    for line in process.stdout:
+        print(line, end="", flush=True)
+        output += line
+    passed, failed = (sum(map(int, re.findall(rf"(\d+) {word}", output.rstrip().rpartition("\n")[2]))) for word in ("passed", "failed"))
+    if process.wait() and not failed: return passed, 1
+    return (passed, failed) if passed or failed else (1, 0)
+
+
+def contents() -> dict[str, str]:
+    "A fingerprint of every file that is made from the notebooks"
+    files = [path for name in MADE for path in ([ROOT/name] if (ROOT/name).is_file() else (ROOT/name).rglob("*"))]
+    return {str(p.relative_to(ROOT)): hashlib.sha256(p.read_bytes()).hexdigest() for p in files if p.is_file() and "__pycache__" not in p.parts and ".ipynb_checkpoints" not in p.parts}
+
+
+def unchanged(before: dict[str, str]) -> tuple[int, int]:
+    "Whether cleaning, exporting and building left every file as it was: none is unclean, and none differs from its notebook"
+    after = contents()
+    changed = sorted(name for name in before.keys() | after.keys() if before.get(name) != after.get(name))
+    for name in changed: print(f"{name} was not as its notebook makes it: run nbdev_export, nbdev_clean and tools/readme.py, and commit")
+    return int(not changed), len(changed)
+
+
+def development() -> list[tuple[int, int]]:
+    "The notebooks, the modules, the README and the site"
+    programs = environment("dev", "-e", ".[dev]")
+    before = contents()
+    return [
+        run("export the modules", programs, "nbdev_export"), run("clean the notebooks", programs, "nbdev_clean"),
+        run("README", programs, "python", "tools/readme.py", "--check"), run("pictures", programs, "python", "tools/pictures.py", "--check"),
+        run("types", programs, "mypy"), run("notebooks", programs, "python", "tools/notebooks.py"),
+        run("nbdev's own tests", programs, "nbdev_test", "--n_workers", "2"), run("tests", programs, "python", "-m", "pytest", "-q", "tests"),
+        run("site", programs, "python", "tools/docs.py"), unchanged(before)]
+
+
+def as_installed() -> list[tuple[int, int]]:
+    "The wheel, where there is neither nbdev nor this folder's package"
+    dev = VENVS/"dev"/("Scripts" if os.name == "nt" else "bin")
+    with tempfile.TemporaryDirectory() as tmp:
+        built = run("build", dev, "python", "-m", "build", "--outdir", tmp)
+        wheel = next(Path(tmp).glob("*.whl"))
+        programs = environment("clean", str(wheel), "fastcore>=2", "python-fasthtml", "pytest>=8", "hypothesis>=6.100")
+        where = run("installed, not from this folder", programs, "python", "-I", "-c",
+                    "import cjm_fasthtml_resources as c, fastcore, sys; assert c.__file__.startswith(sys.prefix), c.__file__; assert fastcore.__version__ >= '2'; "
+                    "import importlib.util as u; assert u.find_spec('nbdev') is None; print(c.__file__, 'with fastcore', fastcore.__version__)", cwd=Path(tmp))
+        for name in ("tests", "nbs", "benchmarks", "README.md", ".ci"):  # not the package: what is tested is what is installed
+            (shutil.copytree if (ROOT/name).is_dir() else shutil.copy)(ROOT/name, Path(tmp)/name)
+        return [built, where, run("tests against the wheel", programs, "python", "-P" if sys.version_info >= (3, 11) else "-s", "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests", cwd=Path(tmp))]
+
+
+def main() -> int:
+    results = [*development(), *as_installed()]
+    passed, failed = (sum(found) for found in zip(*results))
+    print(f"\n{passed} passed, {failed} failed")
+    return bool(failed)
+
+
+if __name__ == "__main__": sys.exit(main())
