@@ -17,16 +17,16 @@ from nbdev.showdoc import BasicMarkdownRenderer
 def class_fields(
     text: str,  # a module's source
     name: str,  # of a class in it
-) -> tuple[str, dict[str, str]] | None:  # `None` if the class is not there or has no fields
+) -> tuple[str, dict[str, str]] | None:  # `None` if the class is not there, or is made by an `__init__` of its own
     "The part of a class that declares its fields, as it is written, and its public methods with their docstrings"
     node = next((n for n in ast.parse(text).body if isinstance(n, ast.ClassDef) and n.name == name), None)
-    if node is None or not any(isinstance(n, (ast.Assign, ast.AnnAssign)) for n in node.body): return None
-    methods = [n for n in node.body if isinstance(n, ast.FunctionDef)]
-    last = max(n.end_lineno or 0 for n in node.body if isinstance(n, (ast.Assign, ast.AnnAssign)))
-    doc = node.body[0] if ast.get_docstring(node) else None
-    lines = text.splitlines()[node.lineno - 1:last]
-    if doc: del lines[doc.lineno - node.lineno:(doc.end_lineno or 0) - node.lineno + 1]
-    return "\n".join(lines), {n.name: ast.get_docstring(n) or "" for n in methods if not n.name.startswith("_")}
+    if node is None: return None
+    methods = {n.name: ast.get_docstring(n) or "" for n in node.body if isinstance(n, ast.FunctionDef)}
+    fields = [n for n in node.body if isinstance(n, (ast.Assign, ast.AnnAssign))]
+    if not fields and "__init__" in methods: return None
+    lines = text.splitlines()
+    shown = [lines[node.lineno - 1], *(line for n in fields for line in lines[n.lineno - 1:n.end_lineno])]
+    return "\n".join(shown), {name: doc for name, doc in methods.items() if not name.startswith("_")}
 
 # %% ../nbs/showdoc.ipynb #4fea1281
 class FieldsRenderer(BasicMarkdownRenderer):  # type: ignore[misc]

@@ -271,7 +271,7 @@ def read_gpus(
     "The state of every NVIDIA device of this machine, now. Whatever the driver does, an answer comes within `timeout`"
     return _reader.read(timeout)
 
-# %% ../../nbs/core/gpu.ipynb #b695fca9
+# %% ../../nbs/core/gpu.ipynb #279eccf5
 def _named(devices: Sequence[GpuDevice], entry: str) -> tuple[GpuDevice, ...]:
     "The devices for which one entry of CUDA_VISIBLE_DEVICES stands: none, one, or the instances of a divided GPU"
     if entry.isdecimal(): found = [d for d in devices if d.id == int(entry)]
@@ -280,7 +280,7 @@ def _named(devices: Sequence[GpuDevice], entry: str) -> tuple[GpuDevice, ...]:
     if len(found) != 1: return ()
     return tuple(d for d in devices if d.mig_parent == found[0].index) if found[0].mig_mode else tuple(found)
 
-# %% ../../nbs/core/gpu.ipynb #c0dd2a2b
+# %% ../../nbs/core/gpu.ipynb #97a231e5
 def visible_devices(
     devices: Sequence[GpuDevice],  # a snapshot's
     value: str | None,             # of CUDA_VISIBLE_DEVICES; `None` when it is not set
