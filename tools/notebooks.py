@@ -5,7 +5,7 @@
     python tools/notebooks.py --update [NAME ...]   the same, and keep what the cells print now
 """
 import argparse, copy, os, sys
-from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -59,9 +59,8 @@ def main() -> int:
     args = parser.parse_args()
     paths = [NBS/f"{name}.ipynb" for name in args.names] or sorted(NBS.rglob("[!_.]*.ipynb"))
     passed, failed = 0, 0
-    with ProcessPoolExecutor(mp_context=get_context("spawn"), max_tasks_per_child=1) if sys.version_info >= (3, 11) \
-            else ProcessPoolExecutor(mp_context=get_context("spawn")) as pool:
-        for path, good, failures in pool.map(run, paths, [args.update]*len(paths)):
+    with get_context("spawn").Pool(maxtasksperchild=1) as pool:
+        for path, good, failures in pool.imap(partial(run, update=args.update), paths, chunksize=1):
             print(f"{path.relative_to(ROOT)}: {good} cells passed, {len(failures)} failed", *failures, sep="\n")
             passed, failed = passed + good, failed + len(failures)
     print(f"{passed} passed, {failed} failed")

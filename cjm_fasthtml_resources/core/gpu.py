@@ -104,8 +104,9 @@ _PROCESS_CALLS = {kind: tuple(f"nvmlDeviceGet{nvml}RunningProcesses{version}" fo
 
 def _list_processes(nvml: Any, handle: Any, kind: str) -> list[Any] | None:
     "The processes of one kind; drivers before 510 know only the second version of the call"
-    for name in _PROCESS_CALLS[kind]:
-        try: return list(getattr(nvml, name)(handle))
+    for call in (getattr(nvml, name, None) for name in _PROCESS_CALLS[kind]):
+        if call is None: continue  # not every version of pynvml has each of them
+        try: return list(call(handle))
         except nvml.NVMLError_FunctionNotFound: continue
         except nvml.NVMLError: return None
     return None
