@@ -5,37 +5,37 @@
 # %% auto #0
 __all__ = ['simulated', 'format_bytes', 'printable', 'ProcessId', 'Stat', 'parse_stat', 'read_stat', 'ProcessInfo',
            'find_ancestors', 'read_process', 'has_ended', 'HostMemory', 'SimulatedHost', 'in_pid_namespace',
-           'host_proc', 'to_local_pid', 'read_driver_process', 'cgroup_memory', 'read_memory', 'resident_memory',
+           'host_proc', 'to_local_pid', 'driver_pid_reader', 'cgroup_memory', 'read_memory', 'resident_memory',
            'in_cgroup']
 
 # %% ../../nbs/core/host.ipynb #ea82aaf7
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import partial
 from typing import NamedTuple
 
-# %% ../../nbs/core/host.ipynb #8d275997
+# %% ../../nbs/core/host.ipynb #98da6173
 def format_bytes(
     n: float,
 ) -> str:
     "A size as people read it, in GiB or MiB"
     return f"{n/2**30:.1f} GiB" if n >= 2**30 else f"{n/2**20:.0f} MiB"
 
-# %% ../../nbs/core/host.ipynb #1629aa12
+# %% ../../nbs/core/host.ipynb #974a9d07
 def printable(
     text: str,
 ) -> str:
     "A text from outside, with a replacement for each control character, so that it can be shown anywhere"
     return text if text.isprintable() else "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)
 
-# %% ../../nbs/core/host.ipynb #5ded901f
+# %% ../../nbs/core/host.ipynb #bb736680
 class ProcessId(NamedTuple):
     "What tells a process from a later one with the same number"
     pid: int
     start_time: float | None  # seconds from boot to its start; `None` when there is no such process to be seen
 
-# %% ../../nbs/core/host.ipynb #8554adb9
+# %% ../../nbs/core/host.ipynb #9c0752f0
 class Stat(NamedTuple):
     "The part of /proc/PID/stat that identity and descent need"
     name: str         # at most 15 bytes
@@ -43,7 +43,7 @@ class Stat(NamedTuple):
     ppid: int
     start_time: float  # seconds since boot
 
-# %% ../../nbs/core/host.ipynb #219d3d0d
+# %% ../../nbs/core/host.ipynb #b997dfee
 _TICKS = os.sysconf("SC_CLK_TCK") if hasattr(os, "sysconf") else 100
 
 def parse_stat(
@@ -54,7 +54,7 @@ def parse_stat(
     rest = line[closed + 2:].split(None, 20)
     return Stat(line[opened + 1:closed].decode(errors="replace"), rest[0].decode(), int(rest[1]), int(rest[19])/_TICKS)
 
-# %% ../../nbs/core/host.ipynb #b4d0eec1
+# %% ../../nbs/core/host.ipynb #4f64cc9e
 def _stat_by_psutil(pid: int) -> Stat | None:
     "The same on systems without /proc"
     import psutil
@@ -76,7 +76,7 @@ def read_stat(
 
 _HAS_PROC = os.path.exists("/proc/self/stat")
 
-# %% ../../nbs/core/host.ipynb #6d5f7a23
+# %% ../../nbs/core/host.ipynb #3cfd2629
 @dataclass(frozen=True)
 class ProcessInfo:
     "Who a process is; `start_time` is `None` for a number behind which no process is to be seen"
@@ -92,7 +92,7 @@ class ProcessInfo:
         "The process itself and then its ancestors"
         return (ProcessId(self.pid, self.start_time), *self.ancestors)
 
-# %% ../../nbs/core/host.ipynb #2a60d75d
+# %% ../../nbs/core/host.ipynb #688beba6
 def find_ancestors(
     pid: int,
 ) -> tuple[ProcessId, ...]:  # the parent first; as far as can be seen
@@ -106,7 +106,7 @@ def find_ancestors(
         found.append(ProcessId(ppid, stat.start_time if stat else None))
     return tuple(found)
 
-# %% ../../nbs/core/host.ipynb #b9c2a028
+# %% ../../nbs/core/host.ipynb #38ae24c5
 _MAX_KNOWN = 20_000  # processes to keep; then begin anew, so that a long-lived server does not grow
 _known: dict[int, ProcessInfo] = {}
 
@@ -125,7 +125,7 @@ def _look_at(pid: int, stat: Stat) -> ProcessInfo:
     name, username = _name_and_user(pid, stat)
     return ProcessInfo(pid, stat.start_time, printable(name), username, find_ancestors(pid))
 
-# %% ../../nbs/core/host.ipynb #7767f62f
+# %% ../../nbs/core/host.ipynb #8da23e72
 def read_process(
     pid: int,
 ) -> ProcessInfo:  # with `start_time=None` when there is no such process, or none that may be seen
@@ -139,7 +139,7 @@ def read_process(
         info = _known[pid] = _look_at(pid, stat)
     return info
 
-# %% ../../nbs/core/host.ipynb #acd821c4
+# %% ../../nbs/core/host.ipynb #ebc358d0
 def has_ended(
     pid: int,
     start_time: float | None,  # as read when the process was there
@@ -150,7 +150,7 @@ def has_ended(
     stat = read_stat(pid)
     return stat is None or stat.start_time != start_time or stat.state in ("Z", "X", "zombie")
 
-# %% ../../nbs/core/host.ipynb #f9846d43
+# %% ../../nbs/core/host.ipynb #96eb257c
 @dataclass(frozen=True)
 class HostMemory:
     "System memory, measured against the smaller of the machine's and the cgroup's limit"
@@ -163,7 +163,7 @@ class HostMemory:
     @property
     def used_percent(self) -> float: return 100*self.used/self.total if self.total else 100.0
 
-# %% ../../nbs/core/host.ipynb #96eb257c
+# %% ../../nbs/core/host.ipynb #a699286f
 @dataclass(frozen=True)
 class SimulatedHost:
     "What stands in for this machine while a driver is simulated"
@@ -174,10 +174,9 @@ class SimulatedHost:
 
 simulated: SimulatedHost | None = None
 
-# %% ../../nbs/core/host.ipynb #9b285902
+# %% ../../nbs/core/host.ipynb #3b41c1a3
 _FIRST_PID_NAMESPACE = 0xEFFFFFFC  # PROC_PID_INIT_INO in the kernel's include/linux/proc_ns.h
 
-@lru_cache(maxsize=None)
 def _namespace(proc: str, pid: int | str) -> int | None:
     "The inode of a process's PID namespace, `None` if it may not be read"
     try: return os.stat(f"{proc}/{pid}/ns/pid").st_ino
@@ -188,7 +187,7 @@ def in_pid_namespace() -> bool:
     if simulated: return simulated.pid_namespace
     return _namespace("/proc", "self") not in (None, _FIRST_PID_NAMESPACE)
 
-# %% ../../nbs/core/host.ipynb #439c2796
+# %% ../../nbs/core/host.ipynb #7c1b1d04
 def host_proc() -> str | None:
     "Where the host's process file system is mounted: CJM_HOST_PROC, else /host/proc if it is there"
     path = os.environ.get("CJM_HOST_PROC") or "/host/proc"
@@ -203,7 +202,7 @@ def _numbers(proc: str, pid: int | str) -> list[int]:
     except (OSError, ValueError): return []
     return []
 
-# %% ../../nbs/core/host.ipynb #eb19693e
+# %% ../../nbs/core/host.ipynb #13a5ab5d
 def to_local_pid(
     pid: int,             # as the host numbers it
     proc: str,            # the host's process file system
@@ -215,24 +214,23 @@ def to_local_pid(
     there, local = read_stat(pid, proc), read_stat(numbers[level], here)
     if not there or not local or there.start_time != local.start_time: return None
     if len(numbers) == level + 1:
-        theirs = _namespace.__wrapped__(proc, pid)
-        if theirs not in (None, _namespace.__wrapped__(here, "self")): return None
+        if _namespace(proc, pid) not in (None, _namespace(here, "self")): return None
     return numbers[level]
 
-# %% ../../nbs/core/host.ipynb #ac1962a4
-def read_driver_process(
-    pid: int,          # as the driver numbers it
-    proc: str | None,  # the host's process file system, from `host_proc()`
-) -> ProcessInfo | None:  # `None` when that cannot be told: inside a container without the host's /proc
-    "Who a process is that the driver names"
-    if not in_pid_namespace(): return read_process(pid)
-    if proc is None: return None
-    local = to_local_pid(pid, proc)
-    if local is not None: return read_process(local)
+# %% ../../nbs/core/host.ipynb #0cb65838
+def _read_through(proc: str, pid: int) -> ProcessInfo:
+    "Who a process is that has this number on the host"
+    if (local := to_local_pid(pid, proc)) is not None: return read_process(local)
     stat = read_stat(pid, proc)
     return ProcessInfo(pid, name=printable(stat.name) if stat else None, foreign=True)
 
-# %% ../../nbs/core/host.ipynb #7bfa8c4b
+def driver_pid_reader() -> Callable[[int], ProcessInfo] | None:  # `None`: inside a container, without the host's /proc
+    "How to find out who a process is that the driver names; `None` where that cannot be told"
+    if not in_pid_namespace(): return read_process
+    proc = host_proc()
+    return None if proc is None else partial(_read_through, proc)
+
+# %% ../../nbs/core/host.ipynb #c2eb067f
 class _CgroupFiles(NamedTuple):
     "What the same things are called in each version"
     limit: str
@@ -257,7 +255,7 @@ def _own_cgroup(proc: str, pid: int | str = "self") -> tuple[_CgroupFiles, str] 
         if "memory" in controllers.split(","): return _V1, path
     return (_V2, groups[""]) if "" in groups else None
 
-# %% ../../nbs/core/host.ipynb #f2c650e8
+# %% ../../nbs/core/host.ipynb #6aac032f
 def _folders(root: str, files: _CgroupFiles, path: str) -> list[str]:
     "The folders of a control group and of all its parents, up to where they are mounted"
     mount = os.path.join(root, files.mount).rstrip("/")
@@ -273,7 +271,7 @@ def _read_cgroup(folder: str, files: _CgroupFiles) -> HostMemory | None:
         return HostMemory(int(limit), max(int(used) - int(cache), 0), folder)
     except ValueError: return None
 
-# %% ../../nbs/core/host.ipynb #8aaf5fc6
+# %% ../../nbs/core/host.ipynb #0cedbbfe
 def cgroup_memory(
     root: str = "/sys/fs/cgroup",  # where control groups are mounted
     proc: str = "/proc",           # the process file system
@@ -284,7 +282,7 @@ def cgroup_memory(
     limited = [m for folder in _folders(root, *own) if (m := _read_cgroup(folder, own[0]))]
     return min(limited, key=lambda m: m.total, default=None)
 
-# %% ../../nbs/core/host.ipynb #48d97bc1
+# %% ../../nbs/core/host.ipynb #b5390a72
 def read_memory() -> HostMemory:
     "The memory of this machine or of its control group, whichever has less"
     import psutil
@@ -294,14 +292,14 @@ def read_memory() -> HostMemory:
     if group and group.total < machine.total: return group
     return HostMemory(machine.total, machine.total - machine.available)
 
-# %% ../../nbs/core/host.ipynb #13598987
+# %% ../../nbs/core/host.ipynb #c597f9bc
 def resident_memory() -> dict[int, int]:
     "PID → bytes in RAM, for every process that may be looked at"
     import psutil
     if simulated and simulated.memory: return dict(simulated.resident)
     return {p.pid: p.info["memory_info"].rss for p in psutil.process_iter(["memory_info"]) if p.info["memory_info"]}
 
-# %% ../../nbs/core/host.ipynb #eacc2aa0
+# %% ../../nbs/core/host.ipynb #91cfd800
 def in_cgroup(
     pid: int,
     cgroup: str,                   # a folder, as `HostMemory.cgroup` gives it

@@ -403,7 +403,7 @@ class GpuChoice:
         return {"CUDA_VISIBLE_DEVICES": ",".join(d.uuid or str(d.index) for d in self.devices)}
 
 # %% ../../nbs/core/manager.ipynb #025b6c42
-_CONTAINER_NOTE = ("An estimate: inside a container the driver's process numbers cannot be matched. For an exact answer mount the host's /proc "
+_CONTAINER_NOTE = ("An estimate: inside a container (WSL is one, too) the driver's process numbers cannot be matched. For an exact answer mount the host's /proc "
                    "(docker run -v /proc:/host/proc:ro), or set CJM_HOST_PROC to where it is; or let workers report what they hold with "
                    "update_worker_state(pid, gpu_memory_mb=...)")
 _SILENT_NOTE = ("An estimate: the driver does not say how much memory each process has, as under WSL and Windows, so what is left over was "
@@ -643,16 +643,14 @@ class ResourceManager:
 
     def _classify(self, devices: Sequence[GpuDevice]) -> tuple[list[DeviceStatus], list[str]]:
         "Each device by the owners of its processes, and what makes that an estimate"
-        proc, me = host.host_proc(), self._me()
-        blind = proc is None and host.in_pid_namespace()
-        reported, result = self._reported() if blind else None, []
+        read, me = host.driver_pid_reader(), self._me()
+        reported, result = self._reported() if read is None else None, []
         for device in devices:
-            seen = [(p, host.read_driver_process(p.pid, proc)) for p in device.processes or ()]
-            processes = [OwnedProcess(p.pid, "unknown", p.memory_used, kind=p.kind) if info is None else self._own(info, me, p.memory_used, p.kind)
-                         for p, info in seen]
+            processes = [OwnedProcess(p.pid, "unknown", p.memory_used, kind=p.kind) if read is None else self._own(read(p.pid), me, p.memory_used, p.kind)
+                         for p in device.processes or ()]
             result.append(classify_device(device, processes, self.gpu_memory_threshold_percent, reported))
             if reported is not None: reported -= result[-1].app_memory
-        notes = [_CONTAINER_NOTE if blind else _SILENT_NOTE] if any(s.estimated for s in result) else []
+        notes = [_CONTAINER_NOTE if read is None else _SILENT_NOTE] if any(s.estimated for s in result) else []
         return result, notes
 
     def _reported(self) -> int:
