@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['EXIT_CODES', 'SCHEMA_VERSION', 'Answer', 'split_cells', 'resource_table', 'process_table', 'status_view', 'to_json']
 
-# %% ../nbs/cli.ipynb #d48d9403
-import contextlib, io, json, sys, time
+# %% ../nbs/cli.ipynb #f849a383
+import contextlib, io, json, os, sys, time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict
 from typing import Any, Literal, NamedTuple
@@ -224,8 +224,14 @@ def _look(manager: ResourceManager, simulated: str | None) -> Answer:
     return Answer(manager.check_gpu_availability(), manager.check_memory_availability(), simulated)
 
 def _print(answer: Answer, console: Console, as_json: bool, top: int) -> None:
-    if as_json: click.echo(json.dumps(to_json(answer)))
-    else: console.print(status_view(answer, console, top))
+    try:
+        if as_json: click.echo(json.dumps(to_json(answer)))
+        else: console.print(status_view(answer, console, top))
+        sys.stdout.flush()
+    except BrokenPipeError: raise  # the reader has enough; click ends quietly
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python tries it again when it ends
+        raise click.ClickException(f"the output could not be written: {error.strerror}") from None
 
 def _watch(manager: ResourceManager, simulated: str | None, console: Console, as_json: bool, top: int, interval: float) -> Answer:
     "Show again and again until Ctrl-C: in place on a terminal, one after the other elsewhere"

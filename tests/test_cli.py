@@ -77,6 +77,12 @@ def test_a_reader_that_goes_away_is_no_traceback():
     assert "Traceback" not in process.stderr
 
 
+@pytest.mark.parametrize("args", [[], ["--json"], ["--watch", "--json"]])
+def test_a_full_disk_is_said_in_words(args):
+    with open("/dev/full", "w") as full: result = subprocess.run([PROGRAM, "--simulate", "idle", *args], stdout=full, stderr=subprocess.PIPE, text=True, timeout=60)
+    assert (result.returncode, result.stderr) == (1, "Error: the output could not be written: No space left on device\n")
+
+
 def test_a_terminal_without_unicode(command):
     result = command("--simulate", "shared", PYTHONIOENCODING="ascii", PYTHONUTF8="0", LC_ALL="C")
     assert result.returncode == 0 and "#" in result.stdout and result.stdout.isascii()
