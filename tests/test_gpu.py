@@ -127,24 +127,26 @@ def test_the_interpreter_ends_although_the_driver_hangs():
     assert (result.returncode, result.stderr) == (0, "") and "did not answer" in result.stdout
 
 
-def test_importing_gpustat_which_replaces_a_function_of_pynvml_changes_nothing():
-    pytest.importorskip("gpustat", reason="gpustat is a development dependency")
-    code = ("import gpustat; from cjm_fasthtml_resources.simulate import *; from cjm_fasthtml_resources.core.gpu import read_gpus\n"
-            "with SimulatedDriver([SimulatedGpu(memory_reserved_mb=100, memory_used_mb=300)]):\n"
-            "    d = read_gpus().devices[0]; print(d.memory_used >> 20, d.memory_reserved >> 20)\n"
-            "    print(gpustat.new_query().gpus[0].memory_used)")
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
-    assert result.stdout.split() == ["300", "100", "300"], result.stderr
+PEERS = {  # each replaces or wraps something of pynvml when it is imported
+    "gpustat": """
+import gpustat
+from cjm_fasthtml_resources.core.gpu import read_gpus
+with SimulatedDriver([SimulatedGpu(memory_reserved_mb=100, memory_used_mb=300)]):
+    device = read_gpus().devices[0]
+    print(device.memory_used >> 20, device.memory_reserved >> 20, gpustat.new_query().gpus[0].memory_used)""",
+    "nvitop": """
+import atexit, os, nvitop
+atexit.unregister(nvitop.libnvml.nvmlShutdown)
+with SimulatedDriver([SimulatedGpu(processes=[SimulatedProcess(os.getpid(), 700)])]):
+    found = nvitop.take_snapshots()
+    print(found.devices[0].name, found.gpu_processes[0].gpu_memory >> 20, nvitop.Device.driver_version())"""}
 
 
-def test_nvitop_sees_the_same_devices_and_processes():
-    pytest.importorskip("nvitop", reason="nvitop is a development dependency")
-    code = ("import atexit, os, nvitop; from cjm_fasthtml_resources.simulate import *\n"
-            "atexit.unregister(nvitop.libnvml.nvmlShutdown)\n"
-            "with SimulatedDriver([SimulatedGpu(processes=[SimulatedProcess(os.getpid(), 700)])]):\n"
-            "    found = nvitop.take_snapshots(); print(found.devices[0].name, found.gpu_processes[0].gpu_memory >> 20, nvitop.Device.driver_version())")
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
-    assert result.stdout.strip() == "NVIDIA L4 700 580.105.08 (simulated)", result.stderr
+@pytest.mark.parametrize("peer, shown", [("gpustat", "300 100 300"), ("nvitop", "NVIDIA L4 700 580.105.08 (simulated)")])
+def test_another_program_in_the_same_process_sees_the_same(peer, shown):
+    pytest.importorskip(peer, reason=f"{peer} is a development dependency")
+    result = subprocess.run([sys.executable, "-c", "from cjm_fasthtml_resources.simulate import *" + PEERS[peer]], capture_output=True, text=True, timeout=60)
+    assert result.stdout.strip() == shown, result.stderr
 
 
 devices = st.lists(st.builds(GpuDevice, st.integers(0, 20), uuid=st.none() | st.text("GPU-MIGabc123", max_size=8), mig_mode=st.none() | st.booleans()), max_size=5)
