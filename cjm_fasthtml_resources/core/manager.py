@@ -9,7 +9,7 @@ __all__ = ['PLUGIN_RESOURCE_CONFIG_KEYS', 'UNCHANGED', 'ResourceType', 'Resource
            'GpuChoice', 'ResourceManager']
 
 # %% ../../nbs/core/manager.ipynb #988cfa97
-import logging, os, re, threading
+import logging, os, re, threading, time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import Enum
@@ -314,25 +314,27 @@ def classify_memory(
         memory=MemoryStatus(memory, tuple(by_size), app_memory, external_memory), threshold_percent=threshold_percent)
 
 # %% ../../nbs/core/manager.ipynb #605c78bd
-def _ask_plugin(plugin: Any, method: str, *args: Any) -> Any:
-    "The answer of a plugin's method; `None` if it has none or raises"
+_NOBODY = WorkerState(0, "")  # what is known before a plugin is asked for the first time
+
+def _ask_plugin(plugin: Any, method: str, *args: Any, failed: Any = None) -> Any:
+    "The answer of a plugin's method; `None` if it has none, and `failed` if it raises"
     if not callable(call := getattr(plugin, method, None)): return None
     try: return call(*args)
     except Exception as error:
         _log.warning("%s.%s() raised %s: %s", type(plugin).__name__, method, type(error).__name__, error)
-        return None
+        return failed
 
 def _plain(value: Any) -> Any: return value.value if isinstance(value, Enum) else value
 
 def _is_pid(value: Any) -> bool: return isinstance(value, int) and not isinstance(value, bool) and value > 0
 
-def _lifecycle_fields(plugin: Any) -> dict[str, Any]:
-    "What a lifecycle-aware plugin says about its processes"
-    mode = _plain(_ask_plugin(plugin, "get_execution_mode"))
-    answer = _ask_plugin(plugin, "get_child_pids")
+def _lifecycle_fields(plugin: Any, before: WorkerState = _NOBODY) -> dict[str, Any]:
+    "What a lifecycle-aware plugin says about its processes; where it raises, what it said before"
+    mode = _plain(_ask_plugin(plugin, "get_execution_mode", failed=before.execution_mode))
+    answer = _ask_plugin(plugin, "get_child_pids", failed=before.child_pids)
     declared = list(answer) if isinstance(answer, (list, tuple, set, frozenset)) else []
     if bad := [pid for pid in declared if not _is_pid(pid)]: _log.warning("%s.get_child_pids() gave %r, which are no PIDs", type(plugin).__name__, bad)
-    managed = _ask_plugin(plugin, "get_managed_resources")
+    managed = _ask_plugin(plugin, "get_managed_resources", failed=vars(before))
     managed = managed if isinstance(managed, Mapping) else {}
     return dict(execution_mode=None if mode is None else str(mode), child_pids=[pid for pid in declared if _is_pid(pid)],
                 container_id=managed.get("container_id"), conda_env=managed.get("conda_env"))
@@ -340,12 +342,26 @@ def _lifecycle_fields(plugin: Any) -> dict[str, Any]:
 # %% ../../nbs/core/manager.ipynb #69ba0cd1
 _REMOTE_FIELDS = ("provider", "region", "instance_id", "status", "ssh_host", "gpu_count", "gpu_type", "estimated_cost_per_hour")
 
-def _cloud_fields(plugin: Any) -> dict[str, Any]:
-    "What a cloud-aware plugin says about the machine that it rents"
-    info = _ask_plugin(plugin, "get_remote_resource_info")
-    if info is None: return {}
+def _cloud_fields(plugin: Any, before: WorkerState = _NOBODY) -> dict[str, Any]:
+    "What a cloud-aware plugin says about the machine that it rents; where it raises, what it said before"
+    info = _ask_plugin(plugin, "get_remote_resource_info", failed=before.remote_resource)
+    if info is None: return dict(is_remote=False, remote_resource=None)
     given = info if isinstance(info, Mapping) else {name: getattr(info, name, None) for name in _REMOTE_FIELDS}
     return dict(is_remote=True, remote_resource={name: _plain(given.get(name)) for name in _REMOTE_FIELDS})
+
+# %% ../../nbs/core/manager.ipynb #5d596948
+_REFRESH_AFTER = 3.0  # seconds after which a check asks a lifecycle-aware plugin again
+
+def _ask_fields(plugin: Any, before: WorkerState = _NOBODY) -> dict[str, Any]:
+    return {**_lifecycle_fields(plugin, before), **_cloud_fields(plugin, before)}
+
+def _start_times(
+    children: Iterable[int],
+    known: Mapping[int, Mapping[int, float | None]] = {},  # what was read earlier: declared PID → worker's PID → the child's start
+    worker: int = 0,                                       # the worker's PID
+) -> dict[int, float | None]:
+    "When each declared child started. One that is still declared keeps the start that was read first, so that its number may go to somebody else"
+    return {child: known.get(child, {}).get(worker) or host.read_process(child).start_time for child in children}
 
 # %% ../../nbs/core/manager.ipynb #b45ef006
 def _check_pid(pid: Any, name: str = "pid") -> int:
@@ -429,6 +445,7 @@ class ResourceManager:
         self._children: dict[int, dict[int, float | None]] = {}         # declared PID → worker's PID → the child's start
         self._plugins: dict[int, Any] = {}                              # PID → plugin instance
         self._reporting: set[int] = set()                               # PIDs of workers that report their GPU memory
+        self._asked: dict[int, float] = {}                              # PID → when its lifecycle-aware plugin was last asked
 
     def __repr__(self) -> str:
         return f"ResourceManager({len(self._workers)} workers, gpu_memory_threshold_percent={self.gpu_memory_threshold_percent:g})"
@@ -453,17 +470,41 @@ class ResourceManager:
         if not isinstance(worker_type, str) or not worker_type: raise TypeError(f"worker_type must be a string that says something, not {worker_type!r}")
         texts: dict[str, Any] = dict(job_id=job_id, plugin_id=plugin_id, plugin_name=plugin_name, loaded_plugin_resource=loaded_plugin_resource)
         _check_fields(**texts, config=config, gpu_memory_mb=gpu_memory_mb)
-        asked: dict[str, Any] = {} if plugin_instance is None else {**_lifecycle_fields(plugin_instance), **_cloud_fields(plugin_instance)}
+        asked = {} if plugin_instance is None else _ask_fields(plugin_instance)
         state = WorkerState(pid, worker_type, **texts, config=None if config is None else dict(config),
                             status="idle" if job_id is None else "running", start_time=host.read_process(pid).start_time,
                             gpu_memory_mb=gpu_memory_mb, **asked)
-        starts = {child: host.read_process(child).start_time for child in state.child_pids}
+        starts = _start_times(state.child_pids)
         with self._lock:
             self._forget(pid)
             self._keep(state)
-            for child, start in starts.items(): self._children.setdefault(child, {})[pid] = start
-            if plugin_instance is not None: self._plugins[pid] = plugin_instance
+            self._declare(pid, starts)
+            if plugin_instance is not None: self._keep_plugin(pid, plugin_instance)
         return state
+
+    def refresh_worker(
+        self,
+        pid: int,
+    ) -> WorkerState | None:  # the new state; `None` for a PID that is not registered
+        "Ask a worker's plugin again for its processes and its rented machine. Without a plugin nothing changes"
+        pid = _check_pid(pid)
+        with self._lock: state, plugin = self._workers.get(pid), self._plugins.get(pid)
+        if state is None: _log.warning("refresh_worker: no worker with PID %d is registered", pid)
+        if state is None or plugin is None: return state
+        asked = _ask_fields(plugin, state)
+        starts = _start_times(asked["child_pids"], self._children, pid)
+        with self._lock:
+            old = self._workers.get(pid)
+            if old is None or self._plugins.get(pid) is not plugin: return old  # meanwhile it was forgotten, or registered anew
+            self._undeclare(old)
+            self._declare(pid, starts)
+            self._keep_plugin(pid, plugin)
+            return self._keep(replace(old, **asked))
+
+    def _refresh_stale(self) -> None:
+        "Ask the lifecycle-aware plugins again whose answers are old"
+        with self._lock: stale = [pid for pid, at in self._asked.items() if time.monotonic() - at > _REFRESH_AFTER]
+        for pid in stale: self.refresh_worker(pid)
 
     def update_worker_state(
         self,
@@ -521,13 +562,24 @@ class ResourceManager:
         state = self._workers.pop(pid, None)
         if state is None: return None
         if state.job_id is not None and self._jobs.get(state.job_id) == pid: del self._jobs[state.job_id]
-        for child in state.child_pids:
-            by_worker = self._children.get(child, {})
-            by_worker.pop(pid, None)
-            if not by_worker: self._children.pop(child, None)
+        self._undeclare(state)
         self._plugins.pop(pid, None)
+        self._asked.pop(pid, None)
         self._reporting.discard(pid)
         return state
+
+    def _declare(self, pid: int, starts: Mapping[int, float | None]) -> None:
+        for child, start in starts.items(): self._children.setdefault(child, {})[pid] = start
+
+    def _undeclare(self, state: WorkerState) -> None:
+        for child in state.child_pids:
+            by_worker = self._children.get(child, {})
+            by_worker.pop(state.pid, None)
+            if not by_worker: self._children.pop(child, None)
+
+    def _keep_plugin(self, pid: int, plugin: Any) -> None:
+        self._plugins[pid] = plugin
+        if callable(getattr(plugin, "get_child_pids", None)): self._asked[pid] = time.monotonic()
 
     # Lookups
 
@@ -594,6 +646,7 @@ class ResourceManager:
 
     def check_gpu_availability(self) -> ResourceConflict:
         "Who holds the memory of the devices that this app may use, and could a job start"
+        self._refresh_stale()
         snapshot = read_gpus(self.gpu_timeout)
         visible, complaint = visible_devices(snapshot.devices, os.environ.get("CUDA_VISIBLE_DEVICES"))
         devices, notes = self._classify(visible)
@@ -607,6 +660,7 @@ class ResourceManager:
     ) -> ResourceConflict:
         "Who holds the memory of this machine, or of the control group that this process is in"
         threshold = _check_number(threshold_percent, "threshold_percent", 0, 100)
+        self._refresh_stale()
         memory, resident = host.read_memory(), host.resident_memory()
         me = self._me()
         processes = [self._own(host.read_process(pid), me, used) for pid, used in resident.items()]
