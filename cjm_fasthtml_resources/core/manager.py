@@ -395,17 +395,31 @@ UNCHANGED: Any = _Unchanged()
 
 # %% ../../nbs/core/manager.ipynb #fff0d443
 class ResourceBusy(RuntimeError):
-    "There is not enough room now; `conflict` says who holds it. Worth trying again later"
-    def __init__(self, message: str, conflict: ResourceConflict) -> None:
+    "There is not enough room now; `conflict` says who holds it"
+    def __init__(
+        self,
+        message: str,
+        conflict: ResourceConflict | None = None,
+        *,
+        retryable: bool = True,                # whether waiting may help without a person's doing anything
+        suggested_action: str | None = None,   # what would help, in words
+        result: Any = None,                    # the `ValidationResult`, where a validation raised this
+    ) -> None:
         super().__init__(message)
-        self.conflict = conflict
+        self.conflict, self.retryable, self.suggested_action, self.result = conflict, retryable, suggested_action, result
 
 # %% ../../nbs/core/manager.ipynb #7df85704
 class ResourceUnavailable(RuntimeError):
-    "There is nothing to use; `conflict.reason` says why. Waiting does not help"
-    def __init__(self, message: str, conflict: ResourceConflict) -> None:
+    "There is nothing to use; the message says why. Waiting does not help"
+    def __init__(
+        self,
+        message: str,
+        conflict: ResourceConflict | None = None,
+        *,
+        result: Any = None,                    # the `ValidationResult`, where a validation raised this
+    ) -> None:
         super().__init__(message)
-        self.conflict = conflict
+        self.conflict, self.result = conflict, result
 
 # %% ../../nbs/core/manager.ipynb #a73f8ce3
 @dataclass(frozen=True)

@@ -108,14 +108,15 @@ class PluginResourceRequirements:
     plugin_resource: str | None = None   # the model or other resource that it loads
     device: str | int | None = None      # as the configuration names it
 
-# %% ../../nbs/core/plugins.ipynb #a9f4445b
+# %% ../../nbs/core/plugins.ipynb #54bc5fbb
 def get_plugin_resource_requirements(
     plugin_registry: PluginRegistry,
     plugin_id: str,
     plugin_config: Mapping[str, Any] | None = None,  # `None`: the saved one
 ) -> PluginResourceRequirements:
     "What a plugin with this configuration needs; `LookupError` for a plugin that the registry does not know"
-    plugin = plugin_registry.get_plugin(plugin_id)
+    try: plugin = plugin_registry.get_plugin(plugin_id)
+    except KeyError: plugin = None  # a registry that is a dictionary underneath
     if plugin is None: raise LookupError(f"there is no plugin {plugin_id!r}")
     config = plugin_registry.load_plugin_config(plugin_id) if plugin_config is None else plugin_config
     local = is_local_plugin(plugin)
