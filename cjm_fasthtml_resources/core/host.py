@@ -6,11 +6,11 @@
 __all__ = ['simulated', 'format_bytes', 'printable', 'ProcessId', 'Stat', 'parse_stat', 'read_stat', 'ProcessInfo',
            'find_ancestors', 'read_process', 'has_ended', 'HostMemory', 'SimulatedHost', 'in_pid_namespace',
            'host_proc', 'to_local_pid', 'driver_pid_reader', 'cgroup_memory', 'read_memory', 'resident_memory',
-           'in_cgroup']
+           'in_cgroup', 'send_signal', 'find_descendants', 'end_processes']
 
 # %% ../../nbs/core/host.ipynb #ea82aaf7
-import os
-from collections.abc import Callable, Mapping
+import os, signal, time
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import NamedTuple
@@ -309,3 +309,54 @@ def in_cgroup(
     "Whether what a process uses counts against that control group's limit"
     if (own := _own_cgroup(proc, pid)) is None: return False
     return cgroup in _folders(root, *own)
+
+# %% ../../nbs/core/host.ipynb #b69458f9
+def send_signal(
+    process: ProcessId,
+    number: int,         # such as `signal.SIGTERM`
+) -> bool:  # False if it has ended or was never seen
+    "Send a signal to that very process; `PermissionError` if it may not be sent"
+    if process.start_time is None: return False
+    try: fd = os.pidfd_open(process.pid)
+    except ProcessLookupError: return False
+    except (AttributeError, OSError): fd = None
+    try:
+        if has_ended(*process): return False
+        if fd is None: os.kill(process.pid, number)
+        else: signal.pidfd_send_signal(fd, number)
+        return True
+    except ProcessLookupError: return False
+    finally:
+        if fd is not None: os.close(fd)
+
+# %% ../../nbs/core/host.ipynb #8ef2c564
+def find_descendants(
+    roots: Iterable[ProcessId],
+) -> list[ProcessId]:
+    """These processes and every one that descends from them, the living only and no simulated ones.
+    Those whose parents have ended are found if they were seen before"""
+    import psutil
+    wanted = {root for root in roots if root.start_time is not None}
+    found = (read_process(pid).lineage for pid in psutil.pids() if not (simulated and pid in simulated.processes))
+    return [lineage[0] for lineage in found if wanted.intersection(lineage) and not has_ended(*lineage[0])]
+
+# %% ../../nbs/core/host.ipynb #7f37ee4b
+def _signal_all(processes: Iterable[ProcessId], number: int, seconds: float) -> list[ProcessId]:
+    "Send it to each, and wait for their end at most so long; those that live on"
+    left = list(processes)
+    for process in left:
+        try: send_signal(process, number)
+        except PermissionError: continue  # it stays in the list of those that live on
+    until = time.monotonic() + seconds
+    while (left := [p for p in left if not has_ended(*p)]) and time.monotonic() < until: time.sleep(0.02)
+    return left
+
+def end_processes(
+    roots: Iterable[ProcessId],
+    grace: float = 5.0,          # seconds between asking (SIGTERM) and killing (SIGKILL)
+) -> list[ProcessId]:  # those that could not be ended
+    "End processes with all that descends from them, also what they start meanwhile"
+    roots = list(roots)
+    asked = find_descendants(roots)
+    left = _signal_all(asked, signal.SIGTERM, grace)
+    return _signal_all({*left, *find_descendants([*roots, *asked])}, signal.SIGKILL, 5.0)

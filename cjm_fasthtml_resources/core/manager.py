@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['PLUGIN_RESOURCE_CONFIG_KEYS', 'UNCHANGED', 'ResourceType', 'ResourceStatus', 'OwnedProcess', 'DeviceStatus',
            'MemoryStatus', 'GpuProcessDict', 'MemoryProcessDict', 'ResourceConflict', 'redact', 'WorkerState',
-           'find_owner', 'classify_device', 'conclude', 'classify_memory', 'ResourceBusy', 'ResourceUnavailable',
-           'GpuChoice', 'ResourceManager']
+           'find_owner', 'classify_device', 'held_by', 'conclude', 'classify_memory', 'ResourceBusy',
+           'ResourceUnavailable', 'GpuChoice', 'plan_room', 'ResourceManager']
 
 # %% ../../nbs/core/manager.ipynb #988cfa97
 import logging, os, re, threading, time
@@ -201,9 +201,10 @@ class WorkerState:
     remote_resource: dict[str, Any] | None = None  # provider, region, GPU type, cost per hour …
     start_time: float | None = None               # with the PID, what tells the process; `None`: tracked by number alone
     gpu_memory_mb: float | None = None            # MiB that the worker says it holds, for where the driver cannot tell
+    last_used: float | None = field(default=None, compare=False)  # `time.monotonic()` when it was registered, or last given or freed of work
 
     def __repr__(self) -> str:
-        shown = {name: redact({name: value})[name] for name, value in vars(self).items() if value not in (None, [], False)}
+        shown = {name: redact({name: value})[name] for name, value in vars(self).items() if value not in (None, [], False) and name != "last_used"}
         return f"WorkerState({', '.join(f'{name}={value!r}' for name, value in shown.items())})"
 
 # %% ../../nbs/core/manager.ipynb #07c89d00
@@ -258,6 +259,18 @@ def classify_device(
     else: status = ResourceStatus.AVAILABLE
     return DeviceStatus(device, status, tuple(processes), app, external, unattributed,
                         estimated=bool(left) and (reported is not None or unattributed != left))
+
+# %% ../../nbs/core/manager.ipynb #71d82f62
+def held_by(
+    worker: WorkerState,
+    devices: Iterable[DeviceStatus],
+) -> dict[int | str, int]:  # device's id → bytes, for those that it is on
+    "GPU memory of a worker with what descends from it"
+    held: dict[int | str, int] = {}
+    for d in devices:
+        for p in d.processes:
+            if p.owner == "app" and worker.pid in (p.pid, p.parent_pid): held[d.device.id] = held.get(d.device.id, 0) + (p.memory_used or 0)
+    return held
 
 # %% ../../nbs/core/manager.ipynb #e29a3b2b
 def _gpu_dict(process: OwnedProcess, device: GpuDevice) -> GpuProcessDict:
@@ -439,6 +452,28 @@ _CONTAINER_NOTE = ("An estimate: inside a container (WSL is one, too) the driver
 _SILENT_NOTE = ("An estimate: the driver does not say how much memory each process has, as under WSL and Windows, so what is left over was "
                 "counted for the processes without a figure")
 
+# %% ../../nbs/core/manager.ipynb #c5c21284
+def plan_room(
+    devices: Iterable[DeviceStatus],
+    idle: Sequence[WorkerState],   # the least recently used first
+    need: float,                   # bytes
+) -> list[WorkerState]:  # empty if stopping all of them would not be enough on any device
+    "Which idle workers have to end for a device to have room"
+    plans: list[list[WorkerState]] = []
+    for d in devices:
+        room, plan = d.device.memory_free or 0, list[WorkerState]()
+        for worker, held in [(w, held_by(w, [d]).get(d.device.id, 0)) for w in idle]:
+            if room < need and held: room, plan = room + held, [*plan, worker]
+        if room >= need: plans.append(plan)
+    return min(plans, key=len, default=[])
+
+# %% ../../nbs/core/manager.ipynb #570c845a
+_RELEASE_WITHIN = 5.0  # seconds in which the driver takes back the memory of a process that ended
+
+def _is_idle(worker: WorkerState) -> bool:
+    "Whether it may be stopped unasked. One that is tracked by number alone may not"
+    return worker.status == "idle" and worker.job_id is None and worker.start_time is not None
+
 # %% ../../nbs/core/manager.ipynb #7146a72e
 class ResourceManager:
     "Knows the app's workers, and says who holds GPU memory and RAM"
@@ -487,7 +522,7 @@ class ResourceManager:
         asked = {} if plugin_instance is None else _ask_fields(plugin_instance)
         state = WorkerState(pid, worker_type, **texts, config=None if config is None else dict(config),
                             status="idle" if job_id is None else "running", start_time=host.read_process(pid).start_time,
-                            gpu_memory_mb=gpu_memory_mb, **asked)
+                            gpu_memory_mb=gpu_memory_mb, last_used=time.monotonic(), **asked)
         starts = _start_times(state.child_pids)
         with self._lock:
             self._forget(pid)
@@ -540,6 +575,7 @@ class ResourceManager:
         changes = {name: value for name, value in given.items() if value is not UNCHANGED}
         if changes.get("config") is not None: changes["config"] = dict(changes["config"])
         if "status" in changes and changes["status"] in (None, "idle"): changes.update(status="idle", job_id=None)
+        if changes.keys() & {"status", "job_id"}: changes["last_used"] = time.monotonic()
         with self._lock:
             if (old := self._workers.get(pid)) is None:
                 _log.warning("update_worker_state: no worker with PID %d is registered", pid)
@@ -698,6 +734,86 @@ class ResourceManager:
         if len(room) < count:
             raise ResourceBusy(f"{count} GPUs with {format_bytes(int(least))} free were asked for, {len(room)} of {len(usable)} have it", conflict)
         return GpuChoice(tuple(room[:count]))
+
+    # Making room
+
+    def stop_worker(
+        self,
+        pid: int,             # a registered worker, or a process that descends from one or from this process
+        *,
+        grace: float = 5.0,   # seconds between asking (SIGTERM) and killing (SIGKILL)
+    ) -> WorkerState | None:  # what was known about the worker; `None` if it was not registered itself
+        """End a process of the app with all that descends from it: its plugin's `force_cleanup`, then SIGTERM, then SIGKILL; then forget it.
+        `PermissionError` for a process that is not the app's own, whoever asks, for this process and for those that it descends from;
+        `TimeoutError` if something could not be ended"""
+        pid, grace = _check_pid(pid), _check_number(grace, "grace", 0, threading.TIMEOUT_MAX)
+        state, roots = self._stoppable(pid)
+        with self._lock: plugin = self._plugins.get(pid)
+        cleanup = threading.Thread(target=_ask_plugin, args=(plugin, "force_cleanup"), name="force_cleanup", daemon=True)
+        cleanup.start()
+        cleanup.join(grace)  # one that hangs does not keep the processes alive
+        if left := host.end_processes(roots, grace):
+            raise TimeoutError(f"of the worker with PID {pid}, these processes could not be ended: {', '.join(str(p.pid) for p in left)}")
+        with self._lock:
+            if state and (now := self._workers.get(pid)) and now.start_time == state.start_time: self._forget(pid)
+        return state
+
+    def _stoppable(self, pid: int) -> tuple[WorkerState | None, list[ProcessId]]:
+        "The worker, if it is one, and the processes to end; `PermissionError` if it may not be stopped"
+        info = host.read_process(pid)
+        with self._lock:
+            state = self._workers.get(pid)
+            owner, _ = find_owner(info, self._workers, self._children, self._me())
+            declared = [ProcessId(child, by[pid]) for child, by in self._children.items() if state and by.keys() == {pid}]  # nobody else's
+        itself = [ProcessId(pid, state.start_time if state else info.start_time)]
+        if {*itself, *declared} & set(host.read_process(os.getpid()).lineage):
+            raise PermissionError(f"PID {pid} is this process, or one that it descends from")
+        if state is None and owner != "app": raise PermissionError(f"PID {pid} is not a process of this app, so it is not stopped")
+        if state and state.start_time is None and info.start_time is not None:
+            raise PermissionError(f"the worker with PID {pid} was registered before there was such a process, so it may be somebody else's")
+        return state, [*itself, *declared]
+
+    def free_gpu(
+        self,
+        mb: float,            # MiB that one device shall have free
+        *,
+        grace: float = 5.0,   # seconds between asking (SIGTERM) and killing (SIGKILL)
+    ) -> list[WorkerState]:  # those that were stopped, in that order; none if there was room
+        """Stop idle workers, the least recently used first, until a device has room; a running one never, and none if it would not be enough.
+        `ResourceBusy` if there is no room in the end, `ValueError` if no device has so much at all"""
+        need, stopped = _check_number(mb, "mb")*2**20, list[WorkerState]()
+        while True:
+            conflict = self.check_gpu_availability()
+            if conflict.status is ResourceStatus.UNAVAILABLE: raise ResourceUnavailable(conflict.message, conflict)
+            if need > (most := max(d.device.memory_total or 0 for d in conflict.devices)):
+                raise ValueError(f"mb must be at most {most/2**20:.0f}, which is what the largest device has, not {mb!r}")
+            if any((d.device.memory_free or 0) >= need for d in conflict.devices): return stopped
+            above = {p.pid for p in host.read_process(os.getpid()).lineage}  # a server may be registered itself
+            idle = sorted((w for w in self.get_all_workers() if _is_idle(w) and w.pid not in above), key=lambda w: w.last_used or 0)
+            if not (plan := plan_room(conflict.devices, idle, need)):
+                raise ResourceBusy(f"{format_bytes(need)} cannot be made free by stopping idle workers. {conflict.message}", conflict)
+            if self._mark_stopping(plan[0]):
+                stopped.append(plan[0])
+                self.stop_worker(plan[0].pid, grace=grace)
+                self._await_release(plan[0], conflict)
+
+    def _mark_stopping(self, worker: WorkerState) -> bool:
+        "Take an idle worker out of use, so that nobody gives it a job; False if somebody just did"
+        with self._lock:
+            now = self._workers.get(worker.pid)
+            if now is None or now.start_time != worker.start_time or not _is_idle(now): return False
+            self._keep(replace(now, status="stopping"))
+            return True
+
+    def _await_release(self, worker: WorkerState, conflict: ResourceConflict) -> None:
+        "The driver takes a moment to give back what a killed process had. `ResourceBusy` if it does not: then stopping more would not help"
+        gone = {p.pid for d in conflict.devices for p in d.processes if p.owner == "app" and worker.pid in (p.pid, p.parent_pid)}
+        until = time.monotonic() + _RELEASE_WITHIN
+        while gone & {p.pid for d in conflict.devices for p in d.processes}:
+            if time.monotonic() > until:
+                raise ResourceBusy(f"the worker with PID {worker.pid} was stopped, but its GPU memory is not free after {_RELEASE_WITHIN:g} s", conflict)
+            time.sleep(0.05)
+            conflict = self.check_gpu_availability()
 
     def _me(self) -> ProcessId | None:
         "This process, if its descendants are the app's. Asked for each time, for after a fork it is another one"

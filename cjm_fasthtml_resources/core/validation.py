@@ -6,7 +6,7 @@
 __all__ = ['ValidationAction', 'ValidationResult', 'decide_on_cpu', 'decide_for_worker', 'decide_by_device',
            'validate_resources_for_job']
 
-# %% ../../nbs/core/validation.ipynb #4e7f9d9b
+# %% ../../nbs/core/validation.ipynb #2924dbdf
 import logging, re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -17,7 +17,7 @@ from . import host
 from .gpu import GpuDevice
 from .host import format_bytes
 from .manager import (DeviceStatus, GpuChoice, ResourceBusy, ResourceConflict, ResourceManager, ResourceStatus,
-                                                 ResourceUnavailable, WorkerState, conclude)
+                                                 ResourceUnavailable, WorkerState, conclude, held_by)
 from .plugins import PluginRegistry, PluginResourceRequirements, compare_plugin_resources, get_plugin_resource_requirements
 
 # %% ../../nbs/core/validation.ipynb #1b331914
@@ -33,12 +33,12 @@ class ValidationAction(Enum):
     USER_INTERVENTION = "user_intervention"          # others hold the memory: a person has to see to it
     ABORT = "abort"                                  # it cannot run here
 
-# %% ../../nbs/core/validation.ipynb #d98c7358
+# %% ../../nbs/core/validation.ipynb #494390b8
 def _advise(action: ValidationAction, worker: WorkerState | None) -> tuple[bool, str]:
     "Whether waiting may help, and what would"
     if action is ValidationAction.USER_INTERVENTION: return False, "ask the owners of the processes named, or take another machine"
     if worker and worker.status != "idle": return True, f"wait until the worker with PID {worker.pid} has done its job"
-    return False, f"stop the idle worker with PID {worker.pid}" if worker else "end what the app itself runs"
+    return False, f"stop_worker({worker.pid}) ends the idle worker, or free_gpu as many as it takes" if worker else "end what the app itself runs"
 
 @dataclass(frozen=True)
 class ValidationResult:
@@ -64,15 +64,7 @@ class ValidationResult:
         retryable, advice = _advise(self.action, self.current_worker)
         raise ResourceBusy(self.message, self.conflict, retryable=retryable, suggested_action=advice, result=self)
 
-# %% ../../nbs/core/validation.ipynb #9344a9ea
-def _held(worker: WorkerState, devices: Sequence[DeviceStatus]) -> dict[int | str, int]:
-    "Bytes that a worker and its descendants have on each device that they are on, by the device's id"
-    held: dict[int | str, int] = {}
-    for d in devices:
-        for p in d.processes:
-            if p.owner == "app" and worker.pid in (p.pid, p.parent_pid): held[d.device.id] = held.get(d.device.id, 0) + (p.memory_used or 0)
-    return held
-
+# %% ../../nbs/core/validation.ipynb #358d1880
 def _untold(device: DeviceStatus) -> bool:
     "Whether memory on it is in use, and by which process cannot be told"
     return any(p.owner == "unknown" for p in device.processes) or device.estimated and not device.processes
@@ -82,16 +74,16 @@ def _in_the_way(workers: Sequence[WorkerState], devices: Sequence[DeviceStatus])
     if any(_untold(d) for d in devices):
         local = [w for w in workers if not w.is_remote]
         return [w for w in local if w.gpu_memory_mb] or local
-    return [w for w in workers if _held(w, devices)]
+    return [w for w in workers if held_by(w, devices)]
 
 def _describe(worker: WorkerState, devices: Sequence[DeviceStatus] = ()) -> str:
     "A worker as a person would call it"
     loaded = " with ".join(text for text in (worker.plugin_name or worker.plugin_id, worker.loaded_plugin_resource) if text)
     busy = f"running {worker.job_id}" if worker.job_id else worker.status
-    held = [f"{format_bytes(size)} on GPU {place}" for place, size in _held(worker, devices).items()]
+    held = [f"{format_bytes(size)} on GPU {place}" for place, size in held_by(worker, devices).items()]
     return f"the {worker.worker_type} worker with PID {worker.pid} ({', '.join([*([loaded] if loaded else []), busy, *held])})"
 
-# %% ../../nbs/core/validation.ipynb #31338fc1
+# %% ../../nbs/core/validation.ipynb #6820545c
 def _room(device: DeviceStatus) -> int: return device.device.memory_free or 0
 
 def _free_device(
@@ -115,7 +107,7 @@ def _could_have_room(
     "Whether a device would have room without these workers"
     usable = [d for d in devices if d.status is not ResourceStatus.UNAVAILABLE]
     if need is None: return any(d.status is not ResourceStatus.EXTERNAL_BUSY for d in usable)
-    return any(_room(d) + (d.app_memory if _untold(d) else sum(_held(w, [d]).get(d.device.id, 0) for w in workers)) >= need for d in usable)
+    return any(_room(d) + (d.app_memory if _untold(d) else sum(held_by(w, [d]).get(d.device.id, 0) for w in workers)) >= need for d in usable)
 
 # %% ../../nbs/core/validation.ipynb #cccc4e03
 def _ordinal(device: Any) -> int | None:
@@ -151,7 +143,7 @@ def decide_on_cpu(
     idle = next(iter(workers), None)
     return _blocked(ValidationAction.WAIT_FOR_OTHER_WORKER, f"{message} No job is running whose end would free it.", conflict=memory, current_worker=idle)
 
-# %% ../../nbs/core/validation.ipynb #73076975
+# %% ../../nbs/core/validation.ipynb #114f7393
 @dataclass(frozen=True)
 class _Job:
     "What is asked for"
@@ -172,7 +164,7 @@ class _Job:
 
 def _on(worker: WorkerState, conflict: ResourceConflict) -> GpuDevice | None:
     "The device on which a worker has most"
-    held = _held(worker, conflict.devices)
+    held = held_by(worker, conflict.devices)
     return max((d.device for d in conflict.devices if d.device.id in held), key=lambda device: held[device.id], default=None)
 
 def _reload(job: _Job, worker: WorkerState, conflict: ResourceConflict) -> ValidationResult:

@@ -1,0 +1,150 @@
+"Ending workers: all of theirs, nothing else, whatever they do about it"
+import os, time
+from dataclasses import replace
+
+import pytest
+
+from cjm_fasthtml_resources.core import host, manager as module
+from cjm_fasthtml_resources.core.manager import ResourceBusy, ResourceManager, plan_room
+from cjm_fasthtml_resources.simulate import SimulatedDriver, SimulatedGpu, SimulatedProcess
+
+SLEEPER = "import subprocess, sys, time\n"
+CHILD = f"{SLEEPER}p = subprocess.Popen(['sleep', '60']); print(p.pid, flush=True); p.wait()"
+# answers SIGTERM by starting another process, in a session of its own, and goes on
+HYDRA = f"""{SLEEPER}import signal
+def more(*_): print(subprocess.Popen(['sleep', '60'], start_new_session=True).pid, flush=True)
+signal.signal(signal.SIGTERM, more)
+print('ready', flush=True)
+while True: time.sleep(1)"""
+
+
+def gone(pid): return host.read_stat(pid) is None or host.read_stat(pid).state == "Z"
+
+
+def test_the_whole_tree_ends(spawn):
+    worker, manager = spawn(CHILD), ResourceManager(track_self=False)
+    child = int(worker.stdout.readline())
+    manager.register_worker(worker.pid, "llm")
+    assert manager.stop_worker(worker.pid).pid == worker.pid
+    assert gone(worker.pid) and gone(child) and manager.get_all_workers() == []
+
+
+def test_what_is_started_in_answer_to_the_signal_ends_too(spawn):
+    worker, manager = spawn(HYDRA), ResourceManager(track_self=False)
+    assert worker.stdout.readline() == "ready\n"
+    manager.register_worker(worker.pid, "llm")
+    manager.stop_worker(worker.pid, grace=0.5)
+    assert gone(worker.pid) and gone(int(worker.stdout.readline()))
+
+
+def test_children_of_a_worker_that_ended_are_found(spawn):
+    worker, manager = spawn(CHILD), ResourceManager(track_self=False)
+    child = int(worker.stdout.readline())
+    manager.register_worker(worker.pid, "llm")
+    host.read_process(child)  # as any check does that finds it on a GPU
+    worker.kill()
+    worker.wait()
+    manager.stop_worker(worker.pid)
+    assert gone(child)
+
+
+def test_nobody_elses_process_is_stopped(spawn):
+    theirs, manager = spawn(CHILD), ResourceManager(track_self=False)
+    theirs.stdout.readline()
+    for pid in (theirs.pid, os.getpid(), os.getppid(), 1, 2**22 + 1):
+        with pytest.raises(PermissionError, match=str(pid)): manager.stop_worker(pid)
+    manager.register_worker(os.getpid(), "server")
+    with pytest.raises(PermissionError, match="this process"): manager.stop_worker(os.getpid())
+    for bad in (True, "7", -1):
+        with pytest.raises((TypeError, ValueError), match="pid"): manager.stop_worker(bad)
+    with pytest.raises(ValueError, match="grace"): manager.stop_worker(theirs.pid, grace=-1)
+    assert theirs.poll() is None
+
+
+def test_a_number_that_changed_hands_is_not_stopped(spawn):
+    other, manager = spawn(CHILD), ResourceManager(track_self=False)
+    other.stdout.readline()
+    state = manager.register_worker(other.pid, "llm")
+    manager._workers[other.pid] = replace(state, start_time=state.start_time - 5)  # registered was an earlier process with this number
+    manager.stop_worker(other.pid)
+    assert other.poll() is None and manager.get_all_workers() == []
+    manager._workers[other.pid] = replace(state, start_time=None)  # registered before there was a process with this number
+    with pytest.raises(PermissionError, match="registered before"): manager.stop_worker(other.pid)
+    assert other.poll() is None
+
+
+def test_a_server_that_two_workers_declared_ends_with_the_second(spawn):
+    server, first, second = spawn("input()"), spawn("input()"), spawn("input()")
+    manager = ResourceManager(track_self=False)
+
+    class Shared:
+        def get_child_pids(self): return [server.pid]
+
+    for worker in (first, second): manager.register_worker(worker.pid, "llm", plugin_instance=Shared())
+    manager.stop_worker(first.pid)
+    assert gone(first.pid) and server.poll() is None
+    manager.stop_worker(second.pid)
+    assert gone(second.pid) and gone(server.pid)
+
+
+@pytest.mark.parametrize("cleanup", [lambda self: 1/0, lambda self: time.sleep(60)], ids=["raises", "hangs"])
+def test_a_cleanup_that_fails_does_not_keep_the_worker_alive(spawn, cleanup):
+    worker, manager = spawn("input()"), ResourceManager(track_self=False)
+    manager.register_worker(worker.pid, "llm", plugin_instance=type("Plugin", (), dict(force_cleanup=cleanup))())
+    manager.stop_worker(worker.pid, grace=0.3)
+    assert gone(worker.pid)
+
+
+class Room:
+    "Workers that hold 6000 MiB each on one GPU of 24 GiB, and give it back when they are cleaned up"
+    def __init__(self, spawn, count):
+        self.manager, self.gpu = ResourceManager(track_self=False), SimulatedGpu()
+        self.processes = [spawn("input()") for _ in range(count)]
+        for process in self.processes:
+            held = SimulatedProcess(process.pid, 6000)
+            self.gpu.processes.append(held)
+            plugin = type("Plugin", (), dict(force_cleanup=lambda _, held=held: self.gpu.processes.remove(held)))()
+            self.manager.register_worker(process.pid, "llm", plugin_instance=plugin)
+
+    @property
+    def living(self): return [i for i, p in enumerate(self.processes) if not gone(p.pid)]
+
+
+def test_idle_workers_go_in_the_order_of_their_last_use_and_no_more_than_needed(spawn):
+    room = Room(spawn, 3)
+    for i, jobs in enumerate(["abc", "a", "ab"]):
+        for job in jobs: room.manager.update_worker_state(room.processes[i].pid, job_id=f"{i}{job}", status="running")
+    for i in (2, 0, 1): room.manager.update_worker_state(room.processes[i].pid, status="idle")
+    with SimulatedDriver([room.gpu]):
+        assert room.manager.free_gpu(6000) == [] and room.living == [0, 1, 2]
+        assert [w.pid for w in room.manager.free_gpu(8000)] == [room.processes[2].pid] and room.living == [0, 1]
+        assert [w.pid for w in room.manager.free_gpu(24000)] == [room.processes[0].pid, room.processes[1].pid]
+
+
+def test_a_worker_that_is_just_given_a_job_is_spared(spawn, monkeypatch):
+    room = Room(spawn, 2)
+
+    def plan(devices, idle, need):
+        monkeypatch.setattr(module, "plan_room", plan_room)
+        room.manager.update_worker_state(idle[0].pid, job_id="now", status="running")  # by another thread, just now
+        return plan_room(devices, idle, need)
+
+    monkeypatch.setattr(module, "plan_room", plan)
+    with SimulatedDriver([room.gpu]): room.manager.free_gpu(18000)
+    assert room.living == [0] and room.manager.get_worker_by_job("now").status == "running"
+
+
+def test_memory_that_does_not_come_back_stops_no_more_workers(spawn, monkeypatch):
+    room = Room(spawn, 3)
+    room.manager._plugins.clear()  # so nobody tells the simulated driver that the process has ended
+    monkeypatch.setattr(module, "_RELEASE_WITHIN", 0.2)
+    with SimulatedDriver([room.gpu]), pytest.raises(ResourceBusy, match="not free after 0.2 s"): room.manager.free_gpu(15000)
+    assert room.living == [1, 2]
+
+
+def test_a_server_that_is_registered_itself_is_not_stopped(spawn):
+    room = Room(spawn, 1)
+    room.manager.register_worker(os.getpid(), "server")
+    room.gpu.processes.append(SimulatedProcess(os.getpid(), 9000))
+    with SimulatedDriver([room.gpu]), pytest.raises(ResourceBusy, match="cannot be made free"): room.manager.free_gpu(20000)
+    assert room.living == [0]
