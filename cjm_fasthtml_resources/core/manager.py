@@ -749,9 +749,10 @@ class ResourceManager:
         pid, grace = _check_pid(pid), _check_number(grace, "grace", 0, threading.TIMEOUT_MAX)
         state, roots = self._stoppable(pid)
         with self._lock: plugin = self._plugins.get(pid)
-        cleanup = threading.Thread(target=_ask_plugin, args=(plugin, "force_cleanup"), name="force_cleanup", daemon=True)
-        cleanup.start()
-        cleanup.join(grace)  # one that hangs does not keep the processes alive
+        if plugin is not None:
+            cleanup = threading.Thread(target=_ask_plugin, args=(plugin, "force_cleanup"), name="force_cleanup", daemon=True)
+            cleanup.start()
+            cleanup.join(grace)  # one that hangs does not keep the processes alive
         if left := host.end_processes(roots, grace):
             raise TimeoutError(f"of the worker with PID {pid}, these processes could not be ended: {', '.join(str(p.pid) for p in left)}")
         with self._lock:
@@ -780,7 +781,8 @@ class ResourceManager:
         grace: float = 5.0,   # seconds between asking (SIGTERM) and killing (SIGKILL)
     ) -> list[WorkerState]:  # those that were stopped, in that order; none if there was room
         """Stop idle workers, the least recently used first, until a device has room; a running one never, and none if it would not be enough.
-        `ResourceBusy` if there is no room in the end, `ValueError` if no device has so much at all"""
+        `ResourceBusy` if there is no room in the end, `ResourceUnavailable` if there is no GPU, `ValueError` if none has so much at all,
+        `TimeoutError` if a worker could not be ended"""
         need, stopped = _check_number(mb, "mb")*2**20, list[WorkerState]()
         while True:
             conflict = self.check_gpu_availability()

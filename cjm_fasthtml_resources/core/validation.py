@@ -6,7 +6,7 @@
 __all__ = ['ValidationAction', 'ValidationResult', 'decide_on_cpu', 'Job', 'decide_for_worker', 'decide_by_device',
            'validate_resources_for_job']
 
-# %% ../../nbs/core/validation.ipynb #2924dbdf
+# %% ../../nbs/core/validation.ipynb #000e449a
 import logging, re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -17,8 +17,9 @@ from . import host
 from .gpu import GpuDevice
 from .host import format_bytes
 from .manager import (DeviceStatus, GpuChoice, ResourceBusy, ResourceConflict, ResourceManager, ResourceStatus,
-                                                 ResourceUnavailable, WorkerState, conclude, held_by)
-from .plugins import PluginRegistry, PluginResourceRequirements, compare_plugin_resources, get_plugin_resource_requirements
+                                                 ResourceUnavailable, WorkerState, _check_number, conclude, held_by)
+from .plugins import (PluginRegistry, PluginResourceRequirements, compare_plugin_resources, device_kind, find_plugin,
+                                                 read_requirements)
 
 # %% ../../nbs/core/validation.ipynb #1b331914
 _log = logging.getLogger(__name__)
@@ -173,7 +174,7 @@ def _reload(job: Job, worker: WorkerState, conflict: ResourceConflict) -> Valida
     return ValidationResult(ValidationAction.RELOAD_PLUGIN, True, f"Load {what} on {_describe(worker, conflict.devices)}.", conflict, worker,
                             job.plugin_name, job.config, _on(worker, conflict))
 
-# %% ../../nbs/core/validation.ipynb #1e2638b7
+# %% ../../nbs/core/validation.ipynb #22533c57
 def decide_for_worker(
     job: Job,
     worker: WorkerState,            # that the job is for
@@ -181,7 +182,7 @@ def decide_for_worker(
 ) -> ValidationResult | None:  # `None`: it has nothing loaded, so it depends on the devices
     "Whether the worker that a job is for may take it"
     who = _describe(worker, conflict.devices)
-    if worker.status == "running": return _blocked(ValidationAction.WAIT_FOR_JOB, f"Its worker is at work: {who}.", conflict=conflict, current_worker=worker)
+    if worker.status != "idle": return _blocked(ValidationAction.WAIT_FOR_JOB, f"Its worker is not idle: {who}.", conflict=conflict, current_worker=worker)
     if job.loaded_on(worker): return _proceed(f"Already loaded on {who}.", conflict=conflict, current_worker=worker, device=_on(worker, conflict))
     if worker.plugin_id is None and worker.plugin_name is None: return None
     return _reload(job, worker, conflict) if _could_have_room(conflict.devices, job.memory, [worker]) else None
@@ -232,7 +233,7 @@ def _decide_by_workers(
     hint = "Stopping it would free its memory." if other.status == "idle" else "It holds its memory until it has done its job."
     return _blocked(ValidationAction.WAIT_FOR_OTHER_WORKER, f"{short}In the way is {_describe(other, conflict.devices)}. {hint}", conflict=conflict, current_worker=other)
 
-# %% ../../nbs/core/validation.ipynb #f984aa7f
+# %% ../../nbs/core/validation.ipynb #17450b87
 def validate_resources_for_job(
     resource_manager: ResourceManager,
     plugin_registry: PluginRegistry,                 # anything with `get_plugin` and `load_plugin_config`
@@ -245,32 +246,26 @@ def validate_resources_for_job(
     memory_threshold_percent: float = 90.0,          # of RAM; from this share on, it is short
 ) -> ValidationResult:
     "May this job start now, and if not, what has to happen? Reads the state of this moment, and changes nothing"
-    if gpu_memory_mb is not None and (isinstance(gpu_memory_mb, bool) or not isinstance(gpu_memory_mb, (int, float)) or not gpu_memory_mb >= 0):
-        raise ValueError(f"gpu_memory_mb must be a number of MiB, 0 or more, or None, not {gpu_memory_mb!r}")
+    need = None if gpu_memory_mb is None else _check_number(gpu_memory_mb, "gpu_memory_mb")*2**20
     own = None if worker_pid is None else resource_manager.get_worker_by_pid(worker_pid)  # a malformed one is an error now, not later
-    try: needs = get_plugin_resource_requirements(plugin_registry, plugin_id, plugin_config)
+    try: plugin, name, config = find_plugin(plugin_registry, plugin_id, plugin_config)
     except LookupError as error: return _logged(plugin_id, _blocked(ValidationAction.ABORT, f"It cannot run: {error}."))
+    needs = read_requirements(plugin, config)
     _log.debug("%s needs %r", plugin_id, needs)
     if not needs.is_local: return _logged(plugin_id, _proceed(f"{plugin_id} calls a service and needs nothing of this machine."))
     workers = [w for w in resource_manager.get_all_workers() if not host.has_ended(w.pid, w.start_time)]
-    if not needs.uses_gpu or str(needs.device).lower() == "mps":  # Apple's GPUs use the machine's memory
+    if not needs.uses_gpu or device_kind(needs.device) == "mps":  # Apple's GPUs use the machine's memory
         return _logged(plugin_id, decide_on_cpu(resource_manager.check_memory_availability(memory_threshold_percent), workers))
     conflict = _narrow(resource_manager.check_gpu_availability(), needs.device)
     _log.debug("GPU memory: %s", conflict.message)
     if conflict.status is ResourceStatus.UNAVAILABLE:
-        if str(needs.device).strip().lower() != "auto": return _logged(plugin_id, _blocked(ValidationAction.ABORT, conflict.message, conflict=conflict))
+        if device_kind(needs.device) != "auto": return _logged(plugin_id, _blocked(ValidationAction.ABORT, conflict.message, conflict=conflict))
         memory = resource_manager.check_memory_availability(memory_threshold_percent)
         return _logged(plugin_id, decide_on_cpu(memory, workers, f"It runs on the CPU, for no GPU can be used: {conflict.reason}"))
-    config = plugin_registry.load_plugin_config(plugin_id) if plugin_config is None else plugin_config
-    job = Job(plugin_id, _plugin_name(plugin_registry.get_plugin(plugin_id), plugin_id), dict(config or {}), needs, worker_type,
-               None if gpu_memory_mb is None else gpu_memory_mb*2**20)
+    job = Job(plugin_id, name, config, needs, worker_type, need)
     own = next((w for w in workers if own and w.pid == own.pid), None)  # as it is by now; `None` if it has ended
     mine = decide_for_worker(job, own, conflict) if own else None
     return _logged(plugin_id, mine or decide_by_device(job, [w for w in workers if w is not own], conflict, own))
-
-def _plugin_name(plugin: Any, plugin_id: str) -> str:
-    name = plugin.get("name") if isinstance(plugin, Mapping) else getattr(plugin, "name", None)
-    return name if isinstance(name, str) and name else plugin_id
 
 def _logged(plugin_id: str, result: ValidationResult) -> ValidationResult:
     _log.debug("%s: %s. %s", plugin_id, result.action.value, result.message)
