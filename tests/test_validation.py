@@ -48,7 +48,7 @@ def test_what_it_decides_holds(gpus, states, stopping, ram, container, plugin, d
         assert result.device.memory_free >= need*2**20
     if action is ValidationAction.PROCEED and worker: assert worker.loaded_plugin_resource == "large" and worker.status == "idle"
     if action is ValidationAction.RELOAD_PLUGIN: assert worker.status == "idle" and result.plugin_name_to_reload == plugin
-    if action is ValidationAction.WAIT_FOR_JOB: assert worker.status != "idle"
+    if action is ValidationAction.WAIT_FOR_JOB: assert worker.status == "running" or worker.pid in stopping and worker.pid == worker_pid
     if action is ValidationAction.ABORT:
         there = len(gpus) > (1 if device == "cuda:1" else 0)
         assert plugin == "nobody" or not there or need > TOTAL
