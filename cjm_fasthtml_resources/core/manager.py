@@ -416,7 +416,7 @@ class ResourceBusy(RuntimeError):
         *,
         retryable: bool = True,                # whether waiting may help without a person's doing anything
         suggested_action: str | None = None,   # what would help, in words
-        result: Any = None,                    # the `ValidationResult`, where a validation raised this
+        result: Any = None,                    # the ValidationResult, where a validation raised this
     ) -> None:
         super().__init__(message)
         self.conflict, self.retryable, self.suggested_action, self.result = conflict, retryable, suggested_action, result
@@ -429,7 +429,7 @@ class ResourceUnavailable(RuntimeError):
         message: str,
         conflict: ResourceConflict | None = None,
         *,
-        result: Any = None,                    # the `ValidationResult`, where a validation raised this
+        result: Any = None,                    # the ValidationResult, where a validation raised this
     ) -> None:
         super().__init__(message)
         self.conflict, self.result = conflict, result
