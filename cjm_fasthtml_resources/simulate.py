@@ -296,7 +296,7 @@ class SimulatedDriver:
         self,
         gpus: Iterable[SimulatedGpu] = (),               # in NVML's order
         machine: SimulatedMachine | None = None,         # names and RAM of the processes; `None`: this machine's real ones
-        workers: Iterable[Mapping[str, Any]] = (),       # arguments for `ResourceManager.register_worker`
+        workers: Iterable[Mapping[str, Any]] = (),       # arguments for ResourceManager.register_worker
         faults: Iterable[Fault] = (),                    # what goes wrong from the start
         description: str = "",                           # one sentence for people
     ) -> None:

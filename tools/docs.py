@@ -5,7 +5,7 @@
 
 nbdev processes the notebooks, smalldocs makes pages of them. Who has Quarto may run nbdev_docs on the same files.
 """
-import os, shutil, subprocess, sys
+import os, re, shutil, subprocess, sys
 from html.parser import HTMLParser
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
@@ -47,6 +47,7 @@ class Page(HTMLParser):
         super().__init__()
         self.links: list[str] = []
         self.anchors: set[str] = {""}
+        self.raw: list[str] = []  # Markdown that nbdev made of a symbol in a comment, where nothing renders it
         self.feed(path.read_text(encoding="utf-8"))
 
     def handle_starttag(self, tag, attrs) -> None:
@@ -54,10 +55,13 @@ class Page(HTMLParser):
         self.links += [found[key] for key in ("href", "src") if found.get(key)]
         self.anchors |= {found[key] for key in ("id", "name") if found.get(key)}
 
+    def handle_data(self, data) -> None:
+        self.raw += re.findall(r"\[[^\]]*\]\(http[^)]*\)", data)
+
 
 def dead_links(path: Path, pages: dict[Path, Page]) -> list[str]:
-    "Links inside the site that lead nowhere"
-    dead = []
+    "Links inside the site that lead nowhere, or are shown as Markdown"
+    dead = list(pages[path].raw)
     for link in pages[path].links:
         parts = urlsplit(link)
         if parts.scheme or parts.netloc: continue

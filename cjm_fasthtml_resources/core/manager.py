@@ -107,7 +107,7 @@ class ResourceConflict:
     status: ResourceStatus
     app_pids: list[int] = field(default_factory=list)        # all of the app's processes there
     external_pids: list[int] = field(default_factory=list)   # outsiders that are in the way
-    app_processes: list[Any] = field(default_factory=list)       # `GpuProcessDict` or `MemoryProcessDict`
+    app_processes: list[Any] = field(default_factory=list)       # GpuProcessDict or MemoryProcessDict
     external_processes: list[Any] = field(default_factory=list)
     reason: str | None = None                     # why there is nothing to use, in words
     devices: tuple[DeviceStatus, ...] = ()        # each device's own status, for GPU memory
