@@ -7,9 +7,9 @@ __all__ = ['CALLS', 'PRESETS', 'ScenarioError', 'SimulatedProcess', 'SimulatedGp
            'Fault', 'SimulatedDriver', 'make_driver', 'load_scenario']
 
 # %% ../nbs/simulate.ipynb #b993e92a
-import ctypes, json, threading, time
+import contextlib, ctypes, json, os, threading, time, uuid
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from types import UnionType
@@ -130,11 +130,38 @@ def _number(ref: Any, value: float) -> int:
     ref._obj.value = int(value)
     return 0
 
+# %% ../nbs/simulate.ipynb #a835c6e1
+class _Allocations:
+    "What processes have allocated, beside what is listed for the devices"
+    def __init__(self, folder: Path | None) -> None:
+        self.folder, self.names = folder, set[str]()
+        if folder: folder.mkdir(parents=True, exist_ok=True)
+
+    def add(self, gpu: int, size: int) -> str:
+        "This process has so many bytes more; the allocation's name"
+        me = host.read_process(os.getpid())
+        name = f"{gpu}_{me.pid}_{me.start_time}_{size}_{uuid.uuid4().hex}"
+        if self.folder: (self.folder/name).touch()
+        else: self.names.add(name)
+        return name
+
+    def remove(self, name: str) -> None:
+        if self.folder: (self.folder/name).unlink(missing_ok=True)
+        else: self.names.discard(name)
+
+    def on(self, place: tuple[int, int | None]) -> dict[int, int]:
+        "PID → bytes on a GPU, of living processes"
+        found: dict[int, int] = {}
+        for name in os.listdir(self.folder) if self.folder else list(self.names):
+            gpu, pid, start, size, _ = name.split("_")
+            if (int(gpu), None) == place and not host.has_ended(int(pid), float(start)): found[int(pid)] = found.get(int(pid), 0) + int(size)
+        return found
+
 # %% ../nbs/simulate.ipynb #0cb7793c
 class _Library:
     "The functions of libnvidia-ml, over a list of simulated GPUs"
-    def __init__(self, gpus: list[SimulatedGpu]) -> None:
-        self.gpus = gpus
+    def __init__(self, gpus: list[SimulatedGpu], allocations: _Allocations) -> None:
+        self.gpus, self.allocations = gpus, allocations
         self.handles: dict[int, Any] = {}             # id of a GPU → the structure that its handle points at
         self.devices: dict[int, SimulatedGpu] = {}    # address of that structure → GPU
 
@@ -154,6 +181,8 @@ class _Library:
             for number, part in enumerate(top.mig or ()):
                 if part is gpu: return index, number
         raise LookupError("no longer there")
+
+    def allocated(self, gpu: SimulatedGpu) -> int: return sum(self.allocations.on(self.place(gpu)).values())
 
     def nvmlInitWithFlags(self, flags: Any) -> int: return 0
     def nvmlInit_v2(self) -> int: return 0
@@ -190,13 +219,13 @@ class _Library:
 
     def nvmlDeviceGetMemoryInfo(self, handle: Any, ref: Any) -> int:
         gpu, info = self.gpu(handle), ref._obj
-        info.total, info.used = _bytes(gpu.memory_total_mb), _bytes(gpu.used_mb + gpu.memory_reserved_mb)
+        info.total, info.used = _bytes(gpu.memory_total_mb), _bytes(gpu.used_mb + gpu.memory_reserved_mb) + self.allocated(gpu)
         info.free = max(info.total - info.used, 0)
         return 0
 
     def nvmlDeviceGetMemoryInfo_v2(self, handle: Any, ref: Any) -> int:
         gpu, info = self.gpu(handle), ref._obj
-        info.total, info.used, info.reserved = _bytes(gpu.memory_total_mb), _bytes(gpu.used_mb), _bytes(gpu.memory_reserved_mb)
+        info.total, info.used, info.reserved = _bytes(gpu.memory_total_mb), _bytes(gpu.used_mb) + self.allocated(gpu), _bytes(gpu.memory_reserved_mb)
         info.free = max(info.total - info.used - info.reserved, 0)
         return 0
 
@@ -228,7 +257,9 @@ class _Library:
 
     def processes(self, kind: str, handle: Any, count: Any, array: Any) -> int:
         "As NVML does: say how many there are, and fill the caller's array if it is large enough"
-        found = [p for p in self.gpu(handle).processes if kind in p.kind.split("+")]
+        gpu = self.gpu(handle)
+        found = [p for p in gpu.processes if kind in p.kind.split("+")]
+        if kind == "compute": found += [SimulatedProcess(pid, size/2**20) for pid, size in self.allocations.on(self.place(gpu)).items()]
         room, count._obj.value = count._obj.value, len(found)
         if found and (array is None or room < len(found)): return _INSUFFICIENT_SIZE
         for slot, process in zip(array or (), found):
@@ -299,11 +330,14 @@ class SimulatedDriver:
         workers: Iterable[Mapping[str, Any]] = (),       # arguments for ResourceManager.register_worker
         faults: Iterable[Fault] = (),                    # what goes wrong from the start
         description: str = "",                           # one sentence for people
+        *,
+        shared: str | Path | None = None,                # a folder: what processes that name it `allocate`, they all see
     ) -> None:
         self.gpus, self.machine, self.workers = list(gpus), machine, [dict(w) for w in workers]
         self.faults, self.description = list(faults), description
         self.calls: Counter[str] = Counter()             # how often each C function was called
-        self._library = _Library(self.gpus)
+        self._allocations = _Allocations(None if shared is None else Path(shared))
+        self._library = _Library(self.gpus, self._allocations)
         self._awake = threading.Event()
         self._saved: tuple[Any, ...] | None = None
 
@@ -353,6 +387,22 @@ class SimulatedDriver:
         if name == "nvmlDeviceGetHandleByIndex_v2": return bool(args[0].value == fault.gpu)
         try: return self._library.place(self._library.gpu(args[0]))[0] == fault.gpu
         except (AttributeError, LookupError, IndexError): return False
+
+    @contextlib.contextmanager
+    def allocate(
+        self,
+        memory_mb: float,   # MiB
+        gpu: int = 0,       # the GPU's index
+    ) -> Iterator[None]:
+        "GPU memory of this process for as long as the block lasts, or the process; `MemoryError` if there is not so much"
+        if not 0 <= gpu < len(self.gpus): raise ScenarioError(f"gpu must be the index of one of the {len(self.gpus)} GPUs, not {gpu!r}")
+        name = self._allocations.add(gpu, int(memory_mb*2**20))
+        try:
+            top = self.gpus[gpu]
+            free = _bytes(top.memory_total_mb - top.memory_reserved_mb - top.used_mb) - self._library.allocated(top)
+            if free < 0: raise MemoryError(f"{memory_mb:g} MiB were asked of simulated GPU {gpu}, which has {free/2**20 + memory_mb:g} MiB free")
+            yield
+        finally: self._allocations.remove(name)
 
     def fail(
         self,

@@ -6,19 +6,21 @@
 __all__ = ['PLUGIN_RESOURCE_CONFIG_KEYS', 'UNCHANGED', 'ResourceType', 'ResourceStatus', 'OwnedProcess', 'DeviceStatus',
            'MemoryStatus', 'GpuProcessDict', 'MemoryProcessDict', 'ResourceConflict', 'redact', 'WorkerState',
            'find_owner', 'classify_device', 'held_by', 'conclude', 'classify_memory', 'ResourceBusy',
-           'ResourceUnavailable', 'GpuChoice', 'plan_room', 'ResourceManager']
+           'ResourceUnavailable', 'GpuChoice', 'select_devices', 'explain_shortage', 'plan_room', 'ResourceManager']
 
 # %% ../../nbs/core/manager.ipynb #988cfa97
-import logging, os, re, threading, time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import asyncio, contextlib, logging, os, re, threading, time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import Enum
 from operator import index
 from typing import Any, TypedDict
 
 from . import host
-from .gpu import GpuDevice, GpuSnapshot, read_gpus, visible_devices
+from .gpu import GpuDevice, GpuSnapshot, read_gpus, visible_devices, visible_env
 from .host import HostMemory, ProcessId, ProcessInfo, format_bytes
+from .reservations import Claim, DeviceUse, Ledger, PendingReservation, Promise, Request, Reservation, device_key, find_promises, read_use
+from .store import Store, StoreError, store_path
 
 # %% ../../nbs/core/manager.ipynb #3fdc668a
 _log = logging.getLogger(__name__)
@@ -60,13 +62,27 @@ class DeviceStatus:
     app_memory: int = 0                        # bytes
     external_memory: int = 0                   # bytes
     unattributed_memory: int = 0               # bytes in use that no visible process accounts for
+    promises: tuple[Promise, ...] = ()         # memory that was reserved on it
     estimated: bool = False                    # the division by owner is not exact; the conflict's notes say why
     reason: str | None = None                  # why it is unavailable, in words
 
     @property
     def external_percent(self) -> float:
         "What the app cannot have, in percent of the device's total"
-        return 100*(self.external_memory + self.unattributed_memory)/self.device.memory_total if self.device.memory_total else 0.0
+        taken = self.external_memory + self.unattributed_memory + self.promised("external")
+        return 100*taken/self.device.memory_total if self.device.memory_total else 0.0
+
+    def promised(
+        self,
+        owner: str | None = None,  # "app" or "external"; `None`: to both
+    ) -> int:
+        "Bytes that were promised and are not used yet"
+        return sum(p.unused for p in self.promises if owner in (None, p.owner))
+
+    @property
+    def room(self) -> int:
+        "Bytes that are neither used nor promised"
+        return max((self.device.memory_free or 0) - self.promised(), 0)
 
 # %% ../../nbs/core/manager.ipynb #010c929c
 @dataclass(frozen=True)
@@ -142,8 +158,13 @@ def _on_devices(devices: Iterable[DeviceStatus], owner: str) -> list[str]:
     return [_name(p, where) for p, where in sorted(rows, key=lambda row: _size(row[0]))]
 
 def _most_free(devices: Iterable[DeviceStatus]) -> str:
-    best = max((d.device for d in devices), key=lambda device: device.memory_free or 0)
-    return f"GPU {best.id} ({best.name or 'no name'}) has {format_bytes(best.memory_free or 0)} free"
+    best = max(devices, key=lambda d: d.room)
+    return f"GPU {best.device.id} ({best.device.name or 'no name'}) has {format_bytes(best.room)} free"
+
+def _promised_on(devices: Iterable[DeviceStatus], owner: str | None = None) -> list[str]:
+    "Each promise that is not used yet, as a person would call it"
+    return [f"{format_bytes(p.unused)} on GPU {d.device.id} promised to PID {p.pid}" + (f" of the app {p.app}" if p.owner == "external" else "")
+            for d in devices for p in d.promises if p.unused and owner in (None, p.owner)]
 
 def _explain_gpu(conflict: ResourceConflict) -> str:
     "The sentence for GPU memory"
@@ -153,12 +174,12 @@ def _explain_gpu(conflict: ResourceConflict) -> str:
         return f"A GPU job could start now{about}: {_most_free(d for d in conflict.devices if d.status is ResourceStatus.AVAILABLE)}."
     if conflict.status is ResourceStatus.APP_BUSY:
         busy = [d for d in conflict.devices if d.status is ResourceStatus.APP_BUSY]
-        names = _on_devices(busy, "app") or [f"{format_bytes(d.app_memory)} on GPU {d.device.id}" for d in busy]
+        names = [*_on_devices(busy, "app"), *_promised_on(busy, "app")] or [f"{format_bytes(d.app_memory)} on GPU {d.device.id}" for d in busy]
         return f"Not on a GPU of its own{about}: the app is at work with {_listed(names)}; {_most_free(busy)} beside it."
     busy = [d for d in conflict.devices if d.status is ResourceStatus.EXTERNAL_BUSY]
     unseen = [f"{format_bytes(d.unattributed_memory)} on GPU {d.device.id} that no visible process accounts for"
               for d in busy if d.unattributed_memory > d.external_memory]
-    return f"Not now, others hold the GPU{about}: {_listed([*unseen, *_on_devices(busy, 'external')])}."
+    return f"Not now, others hold the GPU{about}: {_listed([*unseen, *_on_devices(busy, 'external'), *_promised_on(busy, 'external')])}."
 
 def _explain_memory(conflict: ResourceConflict) -> str:
     "The sentence for system memory"
@@ -244,6 +265,7 @@ def classify_device(
     processes: Sequence[OwnedProcess] = (),
     threshold_percent: float = 45.0,        # of the device's total
     reported: int | None = None,            # bytes that the app's workers say they hold, where PIDs cannot be told; else `None`
+    promises: tuple[Promise, ...] = (),     # what was reserved on it
 ) -> DeviceStatus:
     "What a device's memory, by owner, means for a job"
     total, used = device.memory_total, device.memory_used
@@ -253,11 +275,12 @@ def classify_device(
     left = max(used - app - external, 0)
     more_app, more_external, unattributed = _divide(left, processes, reported)
     app, external = app + more_app, external + more_external
-    taken = external + unattributed
+    to_come = {owner: sum(p.unused for p in promises if p.owner == owner) for owner in ("app", "external")} if promises else {}
+    taken = external + unattributed + to_come.get("external", 0)
     if taken and 100*taken >= threshold_percent*total: status = ResourceStatus.EXTERNAL_BUSY
-    elif app or any(p.owner == "app" for p in processes): status = ResourceStatus.APP_BUSY
+    elif app or to_come.get("app") or any(p.owner == "app" for p in processes): status = ResourceStatus.APP_BUSY
     else: status = ResourceStatus.AVAILABLE
-    return DeviceStatus(device, status, tuple(processes), app, external, unattributed,
+    return DeviceStatus(device, status, tuple(processes), app, external, unattributed, promises,
                         estimated=bool(left) and (reported is not None or unattributed != left))
 
 # %% ../../nbs/core/manager.ipynb #71d82f62
@@ -390,6 +413,12 @@ def _check_number(value: Any, name: str, low: float = 0, high: float = float("in
         raise ValueError(f"{name} must be {f'between {low:g} and {high:g}' if high < float('inf') else f'{low:g} or more'}, not {value!r}")
     return value
 
+def _check_app(name: Any) -> str:
+    "An app's name; not a number, so that it cannot be taken for a PID"
+    if not isinstance(name, str): raise TypeError(f"app must be a name, not {name!r}")
+    if not re.fullmatch(r"[A-Za-z][\w.-]{0,63}", name): raise ValueError(f"app must be a letter and then at most 63 letters, digits or any of '_.-', not {name!r}")
+    return name
+
 def _check_fields(**given: Any) -> None:
     "The text fields of a worker, its configuration and its report"
     for name, value in given.items():
@@ -442,8 +471,8 @@ class GpuChoice:
 
     @property
     def env(self) -> dict[str, str]:
-        "What a child's environment needs; UUIDs, for they mean the same to every program"
-        return {"CUDA_VISIBLE_DEVICES": ",".join(d.uuid or str(d.index) for d in self.devices)}
+        "What a child's environment needs to use these devices and no others"
+        return visible_env(self.devices)
 
 # %% ../../nbs/core/manager.ipynb #025b6c42
 _CONTAINER_NOTE = ("An estimate: inside a container (WSL is one, too) the driver's process numbers cannot be matched. For an exact answer mount the host's /proc "
@@ -451,6 +480,32 @@ _CONTAINER_NOTE = ("An estimate: inside a container (WSL is one, too) the driver
                    "update_worker_state(pid, gpu_memory_mb=...)")
 _SILENT_NOTE = ("An estimate: the driver does not say how much memory each process has, as under WSL and Windows, so what is left over was "
                 "counted for the processes without a figure")
+
+# %% ../../nbs/core/manager.ipynb #98c96e0c
+def select_devices(
+    devices: Sequence[GpuDevice],            # the visible ones, in CUDA's order
+    wanted: int | str | GpuDevice | None,    # a place among them, "cuda:1", a UUID or a device; `None`: all
+) -> list[GpuDevice]:
+    "The devices that are meant; `ValueError` if there is none, `TypeError` for what names no device"
+    if wanted is None: return list(devices)
+    if isinstance(wanted, GpuDevice): wanted = device_key(wanted)
+    if isinstance(wanted, bool) or not isinstance(wanted, (int, str)): raise TypeError(f"device must be a number, 'cuda:1', a UUID, a GpuDevice or None, not {wanted!r}")
+    place = re.fullmatch(r"(?:cuda:)?(\d+)", str(wanted))
+    found = [d for i, d in enumerate(devices) if (int(place[1]) == i if place else wanted in (d.uuid, str(d.id), "cuda"))]
+    if not found: raise ValueError(f"device must name one of the {len(devices)} that are visible, not {wanted!r}: {', '.join(device_key(d) for d in devices)}")
+    return found
+
+def explain_shortage(
+    devices: Iterable[DeviceStatus],
+    memory: int,                       # bytes that are wanted on one device
+) -> str:  # empty without a device
+    "Who is in the way of so much memory, on the device that has the most room"
+    best = max(devices, key=lambda d: d.room, default=None)
+    if best is None: return ""
+    unseen = [f"{format_bytes(best.unattributed_memory)} that no visible process accounts for"] if best.unattributed_memory else []
+    names = [*[_name(p) for p in sorted(best.processes, key=_size)], *_promised_on([best]), *unseen]
+    held = f", with {_listed(names)} on it" if names else ""
+    return f"{format_bytes(memory)} of GPU memory are wanted, and GPU {best.device.id} has {format_bytes(best.room)} free{held}."
 
 # %% ../../nbs/core/manager.ipynb #c5c21284
 def plan_room(
@@ -461,7 +516,7 @@ def plan_room(
     "Which idle workers have to end for a device to have room"
     plans: list[list[WorkerState]] = []
     for d in devices:
-        room, plan = d.device.memory_free or 0, list[WorkerState]()
+        room, plan = d.room, list[WorkerState]()
         for worker, held in [(w, held_by(w, [d]).get(d.device.id, 0)) for w in idle]:
             if room < need and held: room, plan = room + held, [*plan, worker]
         if room >= need: plans.append(plan)
@@ -484,10 +539,13 @@ class ResourceManager:
         *,
         track_self: bool = True,     # whether this process and its descendants are the app's
         gpu_timeout: float = 5.0,    # seconds to wait for the driver
+        app: str | None = None,      # a name: promises count for every process of this user that names an app; `None`: for this manager alone
     ) -> None:
         self.gpu_memory_threshold_percent = _check_number(gpu_memory_threshold_percent, "gpu_memory_threshold_percent", 0, 100)
         self.gpu_timeout = _check_number(gpu_timeout, "gpu_timeout", 1e-3, threading.TIMEOUT_MAX)
-        self.track_self = track_self
+        self.track_self, self.app = track_self, None if app is None else _check_app(app)
+        self._ledger = Ledger(Store(None if app is None else store_path()))
+        self._ledger.claims()  # a file that cannot be used is an error now, not later
         self._lock = threading.RLock()
         self._workers: dict[int, WorkerState] = {}                      # by PID
         self._jobs: dict[str, int] = {}                                 # job → PID
@@ -699,7 +757,9 @@ class ResourceManager:
         self._refresh_stale()
         snapshot = read_gpus(self.gpu_timeout)
         visible, complaint = visible_devices(snapshot.devices, os.environ.get("CUDA_VISIBLE_DEVICES"))
-        devices, notes = self._classify(visible)
+        try: claims = self._ledger.claims()
+        except StoreError as error: return conclude((), self.gpu_memory_threshold_percent, f"what is promised cannot be read: {error}", (), snapshot)
+        devices, notes = self._classify(visible, claims)
         none_left = "MIG is on, but there is no instance" if snapshot.devices else None
         return conclude(devices, self.gpu_memory_threshold_percent, snapshot.reason or complaint or none_left,
                         [*notes, *([complaint] if complaint and visible else [])], snapshot)
@@ -727,13 +787,126 @@ class ResourceManager:
         count = _check_pid(n, "n")
         least = _check_number(min_free_mb, "min_free_mb")*2**20
         conflict = self.check_gpu_availability()
-        usable = [d.device for d in conflict.devices if d.status is not ResourceStatus.UNAVAILABLE]
+        usable = [d for d in conflict.devices if d.status is not ResourceStatus.UNAVAILABLE]
         if len(usable) < count:
             raise ResourceUnavailable(f"{count} GPUs were asked for, {len(usable)} can be used" + (f": {conflict.reason}" if conflict.reason else ""), conflict)
-        room = sorted((d for d in usable if (d.memory_free or 0) >= least), key=lambda d: -(d.memory_free or 0))
+        room = sorted((d for d in usable if d.room >= least), key=lambda d: -d.room)
         if len(room) < count:
             raise ResourceBusy(f"{count} GPUs with {format_bytes(int(least))} free were asked for, {len(room)} of {len(usable)} have it", conflict)
-        return GpuChoice(tuple(room[:count]))
+        return GpuChoice(tuple(d.device for d in room[:count]))
+
+    # Reserving
+
+    def reserve(
+        self,
+        gpu_memory_mb: float,                          # MiB on one device
+        device: int | str | GpuDevice | None = None,   # a place among the visible ones, "cuda:1", a UUID or a device; `None`: any
+        timeout: float | None = None,                  # seconds to wait for room; 0: do not wait; `None`: for ever
+        *,
+        ttl: float | None = None,                      # seconds that it holds; `None`: until it is released or the holder ends
+        pid: int | None = None,                        # the process whose tree it is for; `None`: this one
+        progress: bool = False,                        # show a bar, with who is in the way, while it waits
+    ) -> Reservation:
+        """Hold GPU memory for a job, in a `with` block or until `release()`; who asked first is served first.
+        `ResourceBusy` when the time is over, `ResourceUnavailable` without a GPU, `ValueError` for more than a device has, `StoreError`"""
+        request = self._request(gpu_memory_mb, device, timeout, ttl, pid)
+        with self._progress(request, progress) as show: return request.wait(show)
+
+    def reserve_async(
+        self,
+        gpu_memory_mb: float,
+        device: int | str | GpuDevice | None = None,
+        timeout: float | None = None,
+        *,
+        ttl: float | None = None,
+        pid: int | None = None,
+        progress: bool = False,
+    ) -> PendingReservation:
+        "The same to `await`, or for `async with`; the event loop goes on. A task that is cancelled leaves the queue"
+        async def acquire() -> Reservation:
+            request = await asyncio.to_thread(self._request, gpu_memory_mb, device, timeout, ttl, pid)
+            with self._progress(request, progress) as show: return await request.wait_async(show)
+        return PendingReservation(acquire)
+
+    def wait_for_gpu(
+        self,
+        gpu_memory_mb: float,                          # MiB on one device
+        device: int | str | GpuDevice | None = None,   # as for `reserve`
+        timeout: float | None = None,                  # seconds; `None`: for ever
+        *,
+        progress: bool = False,                        # show a bar, with who is in the way
+    ) -> GpuChoice:
+        "Wait in the same queue until a device has room, and reserve nothing: a moment later somebody else may have it"
+        with self.reserve(gpu_memory_mb, device, timeout, progress=progress) as held: return GpuChoice((held.device,))
+
+    async def wait_for_gpu_async(
+        self,
+        gpu_memory_mb: float,
+        device: int | str | GpuDevice | None = None,
+        timeout: float | None = None,
+        *,
+        progress: bool = False,
+    ) -> GpuChoice:
+        "The same; the event loop goes on"
+        async with self.reserve_async(gpu_memory_mb, device, timeout, progress=progress) as held: return GpuChoice((held.device,))
+
+    def _request(self, gpu_memory_mb: Any, device: Any, timeout: Any, ttl: Any, pid: Any) -> Request:
+        "A request that was looked at: there is such a device, and it is large enough"
+        memory = int(_check_number(gpu_memory_mb, "gpu_memory_mb", 1)*2**20)
+        if timeout is not None: _check_number(timeout, "timeout", 0, threading.TIMEOUT_MAX)
+        if ttl is not None: _check_number(ttl, "ttl", 1e-3)
+        holder = host.read_process(os.getpid() if pid is None else _check_pid(pid)).lineage[0]
+        if holder.start_time is None or host.has_ended(*holder): raise ValueError(f"pid must be that of a living process, not {pid!r}")
+        conflict = self.check_gpu_availability()
+        if conflict.status is ResourceStatus.UNAVAILABLE: raise ResourceUnavailable(conflict.message, conflict)
+        allowed = select_devices([d.device for d in conflict.devices], device)
+        usable = [d.device for d in conflict.devices if d.device in allowed and d.status is not ResourceStatus.UNAVAILABLE]
+        if not usable: raise ResourceUnavailable(f"The device {device!r} cannot be used: {allowed[0].reason}.", conflict)
+        most = max((d.memory_total or 0) - (d.memory_reserved or 0) for d in usable)
+        if memory > most: raise ValueError(f"gpu_memory_mb must be at most {most/2**20:.0f}, which is what the largest device has, not {gpu_memory_mb!r}")
+        until = None if timeout is None else time.monotonic() + timeout
+
+        def give_up() -> None:
+            if until is None or time.monotonic() < until: return
+            shortage, now = self._shortage(request)
+            raise ResourceBusy(f"{shortage} It was waited for {timeout:g} s.", now)
+
+        request = Request(self._ledger, self._look, holder, memory, usable, self.app or "", ttl, give_up)
+        return request
+
+    def _look(self) -> list[DeviceUse]:
+        "Every device of the machine, for the promises of all that share them"
+        return read_use(read_gpus(self.gpu_timeout).devices, read_gpus(self.gpu_timeout).devices)
+
+    def _shortage(self, request: Request) -> tuple[str, ResourceConflict]:
+        "Why a request has to wait"
+        conflict = self.check_gpu_availability()
+        return explain_shortage([d for d in conflict.devices if device_key(d.device) in request.devices], request.memory) or conflict.message, conflict
+
+    @contextlib.contextmanager
+    def _progress(self, request: Request, wanted: bool) -> Iterator[Callable[[], None]]:
+        "What to call while a request waits"
+        if not wanted:
+            yield lambda: None
+            return
+        from tqdm.auto import tqdm
+        bar, shown = None, [0.0]
+
+        def show() -> None:
+            nonlocal bar
+            if time.monotonic() - shown[0] < 0.5: return
+            shown[0] = time.monotonic()
+            text, conflict = self._shortage(request)
+            room = max((d.room for d in conflict.devices if device_key(d.device) in request.devices), default=0)
+            if bar is None:
+                bar = tqdm(total=request.memory/2**30, desc="waiting for GPU memory", unit="GiB", dynamic_ncols=True,
+                           bar_format="{desc}: {bar} {n:.1f} of {total:.1f} GiB free, {elapsed}{postfix}")
+            bar.n = min(room, request.memory)/2**30
+            bar.set_postfix_str(text)
+
+        try: yield show
+        finally:
+            if bar is not None: bar.close()
 
     # Making room
 
@@ -789,7 +962,7 @@ class ResourceManager:
             if conflict.status is ResourceStatus.UNAVAILABLE: raise ResourceUnavailable(conflict.message, conflict)
             if need > (most := max(d.device.memory_total or 0 for d in conflict.devices)):
                 raise ValueError(f"mb must be at most {most/2**20:.0f}, which is what the largest device has, not {mb!r}")
-            if any((d.device.memory_free or 0) >= need for d in conflict.devices): return stopped
+            if any(d.room >= need for d in conflict.devices): return stopped
             above = {p.pid for p in host.read_process(os.getpid()).lineage}  # a server may be registered itself
             idle = sorted((w for w in self.get_all_workers() if _is_idle(w) and w.pid not in above), key=lambda w: w.last_used or 0)
             if not (plan := plan_room(conflict.devices, idle, need)):
@@ -827,15 +1000,17 @@ class ResourceManager:
         return OwnedProcess(process.pid, owner, memory_used, process.name, process.username, kind,
                             parent.pid if parent else None, parent.worker_type if parent else None)
 
-    def _classify(self, devices: Sequence[GpuDevice]) -> tuple[list[DeviceStatus], list[str]]:
+    def _classify(self, devices: Sequence[GpuDevice], claims: Sequence[Claim]) -> tuple[list[DeviceStatus], list[str]]:
         "Each device by the owners of its processes, and what makes that an estimate"
         read, me = host.driver_pid_reader(), self._me()
         reported, result = self._reported() if read is None else None, []
         for device in devices:
             processes = [OwnedProcess(p.pid, "unknown", p.memory_used, kind=p.kind) if read is None else self._own(read(p.pid), me, p.memory_used, p.kind)
                          for p in device.processes or ()]
-            result.append(classify_device(device, processes, self.gpu_memory_threshold_percent, reported))
-            if reported is not None: reported -= result[-1].app_memory
+            promises = tuple(p for use in read_use([device]) for p in find_promises(use, claims, self.app or "")) if claims else ()
+            consumed = sum(p.memory - p.unused for p in promises if p.owner == "app")
+            result.append(classify_device(device, processes, self.gpu_memory_threshold_percent, None if reported is None else max(reported, consumed), promises))
+            if reported is not None: reported = max(reported - result[-1].app_memory, 0)
         notes = [_CONTAINER_NOTE if read is None else _SILENT_NOTE] if any(s.estimated for s in result) else []
         return result, notes
 

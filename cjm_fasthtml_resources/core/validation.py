@@ -17,7 +17,8 @@ from . import host
 from .gpu import GpuDevice
 from .host import format_bytes
 from .manager import (DeviceStatus, GpuChoice, ResourceBusy, ResourceConflict, ResourceManager, ResourceStatus,
-                                                 ResourceUnavailable, WorkerState, _check_number, conclude, held_by)
+                                                 ResourceUnavailable, WorkerState, _check_number, _listed, _promised_on, conclude,
+                                                 held_by)
 from .plugins import (PluginRegistry, PluginResourceRequirements, compare_plugin_resources, device_kind, find_plugin,
                                                  read_requirements)
 
@@ -38,6 +39,7 @@ class ValidationAction(Enum):
 def _advise(action: ValidationAction, worker: WorkerState | None) -> tuple[bool, str]:
     "Whether waiting may help, and what would"
     if action is ValidationAction.USER_INTERVENTION: return False, "ask the owners of the processes named, or take another machine"
+    if action is ValidationAction.WAIT_FOR_JOB and worker is None: return True, "reserve() waits until there is room"
     if worker and worker.status != "idle": return True, f"wait until the worker with PID {worker.pid} has done its job"
     return False, f"stop_worker({worker.pid}) ends the idle worker, or free_gpu as many as it takes" if worker else "end what the app itself runs"
 
@@ -85,8 +87,6 @@ def _describe(worker: WorkerState, devices: Sequence[DeviceStatus] = ()) -> str:
     return f"the {worker.worker_type} worker with PID {worker.pid} ({', '.join([*([loaded] if loaded else []), busy, *held])})"
 
 # %% ../../nbs/core/validation.ipynb #6820545c
-def _room(device: DeviceStatus) -> int: return device.device.memory_free or 0
-
 def _free_device(
     conflict: ResourceConflict,        # for the devices in question
     need: float | None,                # bytes; `None`: not known
@@ -94,11 +94,11 @@ def _free_device(
 ) -> DeviceStatus | None:
     "The device with the most room on which a job could start, `None` if there is none"
     usable = [d for d in conflict.devices if d.status is not ResourceStatus.UNAVAILABLE]
-    if need is not None: free = [d for d in usable if _room(d) >= need]
+    if need is not None: free = [d for d in usable if d.room >= need]
     else:
         free = [d for d in usable if d.status is ResourceStatus.AVAILABLE]
-        if not free and not in_the_way: free = [d for d in usable if d.status is ResourceStatus.APP_BUSY]
-    return max(free, key=_room, default=None)
+        if not free and not in_the_way: free = [d for d in usable if d.status is ResourceStatus.APP_BUSY and not d.promised("app")]
+    return max(free, key=lambda d: d.room, default=None)
 
 def _could_have_room(
     devices: Sequence[DeviceStatus],
@@ -108,7 +108,7 @@ def _could_have_room(
     "Whether a device would have room without these workers"
     usable = [d for d in devices if d.status is not ResourceStatus.UNAVAILABLE]
     if need is None: return any(d.status is not ResourceStatus.EXTERNAL_BUSY for d in usable)
-    return any(_room(d) + (d.app_memory if _untold(d) else sum(held_by(w, [d]).get(d.device.id, 0) for w in workers)) >= need for d in usable)
+    return any(d.room + (d.app_memory if _untold(d) else sum(held_by(w, [d]).get(d.device.id, 0) for w in workers)) >= need for d in usable)
 
 # %% ../../nbs/core/validation.ipynb #cccc4e03
 def _ordinal(device: Any) -> int | None:
@@ -200,20 +200,27 @@ def decide_by_device(
         return _proceed(f"Already loaded on {_describe(ready, conflict.devices)}.", conflict=conflict, current_worker=ready, device=_on(ready, conflict))
     there = _in_the_way(workers, conflict.devices)
     if free := _free_device(conflict, job.memory, there):
-        return _proceed(f"GPU {free.device.id} ({free.device.name or 'no name'}) has {format_bytes(_room(free))} free.", conflict=conflict, device=free.device)
+        return _proceed(f"GPU {free.device.id} ({free.device.name or 'no name'}) has {format_bytes(free.room)} free.", conflict=conflict, device=free.device)
     short = "" if job.memory is None else f"It needs {format_bytes(job.memory)}. "
     usable = [d.device for d in conflict.devices if d.status is not ResourceStatus.UNAVAILABLE]
     if job.memory is not None and job.memory > max((d.memory_total or 0) - (d.memory_reserved or 0) for d in usable):
         return _blocked(ValidationAction.ABORT, f"{short}No GPU here has so much, the largest has {format_bytes(max(d.memory_total or 0 for d in usable))}.", conflict=conflict)
     let_go = [own] if own else []
     if there and _could_have_room(conflict.devices, job.memory, [*there, *let_go]): return _decide_by_workers(job, there, conflict, let_go, short)
-    room = max(conflict.devices, key=_room)
-    held = f"GPU {room.device.id} has {format_bytes(_room(room))} free. " if short else ""
+    if reserved := _reserved(job, conflict): return _blocked(ValidationAction.WAIT_FOR_JOB, f"{short}{reserved}", conflict=conflict)
+    room = max(conflict.devices, key=lambda d: d.room)
+    held = f"GPU {room.device.id} has {format_bytes(room.room)} free. " if short else ""
     return _blocked(ValidationAction.USER_INTERVENTION, short + held + _others(conflict), conflict=conflict)
+
+def _reserved(job: Job, conflict: ResourceConflict) -> str | None:
+    "The sentence about the app's own reservations, if a device would do once they are released"
+    found = [d for d in conflict.devices if (promised := d.promised("app")) and
+             (d.status is not ResourceStatus.EXTERNAL_BUSY if job.memory is None else d.room + promised >= job.memory)]
+    return f"Reserved by the app itself: {_listed(_promised_on(found, 'app'))}; reserve() waits until there is room." if found else None
 
 def _others(conflict: ResourceConflict) -> str:
     "The sentence about outsiders, also where their share is below the threshold; where there are none, the check's own"
-    taken = [replace(d, status=ResourceStatus.EXTERNAL_BUSY) for d in conflict.devices if d.external_memory or d.unattributed_memory]
+    taken = [replace(d, status=ResourceStatus.EXTERNAL_BUSY) for d in conflict.devices if d.external_memory or d.unattributed_memory or d.promised("external")]
     return conclude(taken).message if taken else conflict.message
 
 def _decide_by_workers(

@@ -1,0 +1,266 @@
+"Promises of GPU memory: between threads, tasks and processes, with everything that can end a holder or break the file"
+import asyncio, json, os, re, signal, sqlite3, subprocess, sys, threading, time
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings, strategies as st
+
+from cjm_fasthtml_resources.core import store as module
+from cjm_fasthtml_resources.core.gpu import GpuDevice
+from cjm_fasthtml_resources.core.host import ProcessId
+from cjm_fasthtml_resources.core.manager import ResourceBusy, ResourceManager, ResourceStatus
+from cjm_fasthtml_resources.core.reservations import Claim, DeviceUse, find_pools, grant
+from cjm_fasthtml_resources.core.store import Store, StoreError, store_path
+from cjm_fasthtml_resources.simulate import SimulatedDriver, SimulatedGpu, SimulatedProcess
+
+HERE = Path(__file__).parent
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("CJM_RESOURCES_DIR", str(tmp_path/"state"))
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    return tmp_path/"state"
+
+
+# The arithmetic
+
+holders = st.integers(1, 4).map(lambda n: ProcessId(n, float(n)))
+keys = ["GPU-0", "GPU-1", "GPU-2"]
+
+
+@st.composite
+def situations(draw):
+    "Devices with processes on them, and claims of which some are promised, as they can come about: no more is promised than there is"
+    uses, claims = [], []
+    for key in keys[:draw(st.integers(1, 3))]:
+        processes = draw(st.lists(st.tuples(holders.map(lambda h: (h,)), st.integers(0, 30)), max_size=3))
+        used = min(sum(m for _, m in processes) + draw(st.integers(0, 30)), 200)
+        uses.append(DeviceUse(GpuDevice(int(key[-1]), key, memory_total=200, memory_used=used, memory_free=200 - used), tuple(processes) if draw(st.booleans()) else None))
+    for id in range(1, draw(st.integers(1, 9))):
+        claim = Claim(id, draw(holders), draw(st.integers(1, 120)), tuple(draw(st.sets(st.sampled_from(keys), min_size=1))))
+        if draw(st.booleans()):
+            granted = [c for c in grant([*claims, claim], uses, choose=min) if c.id == id]
+            if granted[0].device: claim = granted[0]
+        claims.append(claim)
+    return uses, claims
+
+
+@given(situations())
+@settings(max_examples=400, deadline=None)
+def test_what_is_granted_is_there_and_nobody_who_fits_is_passed_over(situation):
+    uses, claims = situation
+    before, after = {c.id: c for c in claims}, {c.id: c for c in grant(claims, uses, choose=min)}
+    room = {u.key: u.device.memory_free - sum(p.unused for p in find_pools(u, after.values()).values()) for u in uses}
+    given_now = [c for c in after.values() if c.device and before[c.id].device is None]
+    for c in given_now:
+        assert c.device in c.allowed and room[c.device] >= 0
+    waiting = [c for c in after.values() if c.device is None]
+    if waiting:  # the first who waits would not fit anywhere it may go, even with what those before it were given
+        assert all(room[key] + sum(c.memory for c in given_now if c.device == key and c.id > waiting[0].id) < waiting[0].memory for key in waiting[0].allowed if key in room)
+    assert [(c.id, c.holder, c.memory) for c in after.values()] == [(c.id, c.holder, c.memory) for c in claims]
+    assert all(after[c.id].device == c.device for c in claims if c.device)  # what is promised stays promised
+
+
+@given(st.lists(st.integers(1, 40), min_size=5, max_size=60), st.integers(50, 100))
+@settings(max_examples=100, deadline=None)
+def test_a_large_request_is_not_starved_by_small_ones(small, large):
+    "Small ones come without end and hold for two rounds; the large one is served as soon as those that were before it are gone"
+    me, claims, number = ProcessId(1, 1.0), [], 0
+    free = DeviceUse(GpuDevice(0, "GPU-0", memory_total=100, memory_used=0, memory_free=100), ())
+    born = {}
+    for turn, size in enumerate(small):
+        number += 1
+        claims.append(Claim(number, me, large if turn == 2 else size, ("GPU-0",)))
+        claims = grant([c for c in claims if turn - born.get(c.id, turn) < 2], [free])
+        for c in claims:
+            if c.device: born.setdefault(c.id, turn)
+    assert 3 in born and born[3] <= 4
+
+
+# One process
+
+def test_threads_never_hold_more_than_there_is(folder):
+    for manager in (ResourceManager(), ResourceManager(app="threads")):
+        driver, errors = SimulatedDriver([SimulatedGpu(memory_total_mb=10_000) for _ in range(2)]), []
+
+        def work():
+            try:
+                for _ in range(4):
+                    with manager.reserve(4_000, timeout=30) as held, driver.allocate(4_000, held.index): time.sleep(0.002)
+            except BaseException as error: errors.append(error)
+
+        with driver:
+            threads = [threading.Thread(target=work) for _ in range(12)]
+            for t in threads: t.start()
+            for t in threads: t.join()
+        assert not errors and manager._ledger.claims() == []
+
+
+def test_the_event_loop_goes_on_while_a_task_waits():
+    manager, ticks = ResourceManager(), []
+
+    async def tick():
+        while True:
+            ticks.append(time.monotonic())
+            await asyncio.sleep(0.01)
+
+    async def main():
+        held = await manager.reserve_async(20_000)
+        clock = asyncio.create_task(tick())
+        with pytest.raises(ResourceBusy, match="waited for 0.5 s"): await manager.reserve_async(20_000, timeout=0.5)
+        waiting = asyncio.create_task(manager.wait_for_gpu_async(20_000))
+        await asyncio.sleep(0.1)
+        assert not waiting.done()
+        async with held: pass
+        assert (await waiting).devices[0].index == 0
+        clock.cancel()
+
+    with SimulatedDriver([SimulatedGpu()]): asyncio.run(main())
+    assert max(b - a for a, b in zip(ticks, ticks[1:])) < 0.2 and manager._ledger.claims() == []
+
+
+def test_a_bar_says_who_is_in_the_way(capfd):
+    manager, gpu = ResourceManager(), SimulatedGpu(processes=[SimulatedProcess(os.getpid(), 20_000)])
+    with SimulatedDriver([gpu]), pytest.raises(ResourceBusy): manager.reserve(10_000, timeout=0.8, progress=True)
+    shown = capfd.readouterr().err
+    assert f"PID {os.getpid()}, 19.5 GiB" in shown and re.search(r"4\.5 of 9\.8 GiB free", shown)
+
+
+def test_inside_a_container_what_the_use_grows_by_is_the_promise():
+    manager, gpu = ResourceManager(), SimulatedGpu(memory_total_mb=20_000, memory_used_mb=4_000)
+    from cjm_fasthtml_resources.simulate import SimulatedMachine
+    with SimulatedDriver([gpu], SimulatedMachine(pid_namespace=True)), manager.reserve(10_000, pid=None):
+        def seen():
+            d, = manager.check_gpu_availability().devices
+            return d.room//2**20, d.promised()//2**20, d.app_memory//2**20
+        assert seen() == (6_000, 10_000, 0)
+        gpu.memory_used_mb = 11_000
+        assert seen() == (6_000, 3_000, 7_000)  # what of the promise is used is the app's
+
+
+def test_in_a_fork_the_child_neither_releases_nor_inherits(folder):
+    with SimulatedDriver([SimulatedGpu()]):
+        for manager, seen in ((ResourceManager(), 0), (ResourceManager(app="fork"), 1)):
+            with manager.reserve(1_000) as held:
+                if (pid := os.fork()) == 0: os._exit(10*held.release() + len(manager._ledger.claims()))
+                assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == seen
+                assert len(manager._ledger.claims()) == 1
+
+
+# Several processes
+
+HOLDER = """import sys
+from cjm_fasthtml_resources.core.manager import ResourceManager
+from cjm_fasthtml_resources.simulate import SimulatedDriver, SimulatedGpu
+driver = SimulatedDriver([SimulatedGpu()]).__enter__()
+held = ResourceManager(app="theirs").reserve(20_000)
+print("held", flush=True)
+sys.stdin.readline()"""
+
+
+def test_another_apps_promise_counts_until_it_is_killed(folder, spawn):
+    other = spawn(HOLDER)
+    assert other.stdout.readline() == "held\n"
+    manager = ResourceManager(app="mine")
+    with SimulatedDriver([SimulatedGpu()]):
+        conflict = manager.check_gpu_availability()
+        assert conflict.status is ResourceStatus.EXTERNAL_BUSY and f"promised to PID {other.pid} of the app theirs" in conflict.message
+        with pytest.raises(ResourceBusy, match=f"PID {other.pid}"): manager.reserve(10_000, timeout=0)
+        assert ResourceManager(app="theirs").check_gpu_availability().status is ResourceStatus.APP_BUSY
+        assert ResourceManager().check_gpu_availability().status is ResourceStatus.AVAILABLE  # it names no app, so it shares nothing
+        other.send_signal(signal.SIGKILL)
+        other.wait()
+        assert manager.check_gpu_availability().status is ResourceStatus.AVAILABLE
+        assert manager.reserve(10_000, timeout=0).release()
+
+
+@pytest.mark.parametrize("kills", [0, 5])
+def test_a_crowd_never_holds_more_than_there_is_and_nobody_waits_for_ever(tmp_path, kills):
+    out = subprocess.run([sys.executable, HERE/"crowd.py", tmp_path, "200", "20", str(kills)], capture_output=True, text=True, timeout=150)
+    found = json.loads(out.stdout)
+    print(found, out.stderr)
+    assert (found["failed"], found["stuck"], found["left_over"]) == (0, 0, 0), out.stderr  # no MemoryError, no timeout, no error
+    assert max(found["most_promised_mb"]) <= found["total_mb"]
+    assert found["large_grants"] and found["grants"] > 200 and bool(found["killed"]) == bool(kills)
+
+
+# The file
+
+def answers(manager):
+    "What a check and a reservation say about a file that cannot be used"
+    with SimulatedDriver([SimulatedGpu()]):
+        conflict = manager.check_gpu_availability()
+        with pytest.raises(Exception) as raised: manager.reserve(1_000, timeout=0)
+    return conflict, raised
+
+
+def test_a_file_that_is_locked_is_said_to_be(folder, monkeypatch):
+    monkeypatch.setattr(module, "_BUSY_SECONDS", 0.1)
+    manager = ResourceManager(app="mine")
+    other = sqlite3.connect(store_path())
+    other.execute("BEGIN EXCLUSIVE")
+    with SimulatedDriver([SimulatedGpu()]):
+        with pytest.raises(StoreError, match=f"{re.escape(str(store_path()))} is locked"): manager.reserve(1_000)
+        other.rollback()
+        assert manager.reserve(1_000).release()
+
+
+def damage(path):
+    for part in (path, f"{path}-wal"): Path(part).write_bytes(b"\xff"*5_000)
+
+def remove(path): os.remove(path)
+def replace(path):
+    os.rename(path, f"{path}.old")
+    Path(path).touch(0o600)
+
+
+@pytest.mark.parametrize("harm", [remove, replace])
+def test_a_file_that_is_gone_under_a_running_process_is_never_an_available(folder, harm):
+    manager = ResourceManager(app="mine")
+    harm(store_path())
+    conflict, raised = answers(manager)
+    assert conflict.status is ResourceStatus.UNAVAILABLE and str(store_path()) in conflict.reason and "removed or replaced" in conflict.reason
+    assert str(store_path()) in str(raised.value)
+
+
+def test_a_file_that_is_damaged_under_running_processes_is_made_anew_when_they_have_gone(folder, caplog):
+    first = ResourceManager(app="mine")
+    damage(store_path())
+    with pytest.raises(StoreError, match="damaged.*other programs use it"): ResourceManager(app="late")
+    first._ledger.store.close()
+    with SimulatedDriver([SimulatedGpu()]): assert ResourceManager(app="late").reserve(1_000).release()
+    assert "set aside" in caplog.text and len(list(folder.glob("*.damaged-1"))) == 1
+
+
+def test_a_full_disk_and_a_read_only_file_lose_nothing(folder):
+    manager = ResourceManager(app="mine")
+    with SimulatedDriver([SimulatedGpu()]):
+        with manager.reserve(1_000) as held:
+            with manager._ledger.store.reading() as db: pages = db.execute("PRAGMA page_count").fetchone()[0]
+            with manager._ledger.store.reading() as db: db.execute(f"PRAGMA max_page_count = {pages}")
+            with pytest.raises(StoreError, match="disk is full"):
+                for _ in range(2_000): manager._ledger.enter(held.holder, 2**20, ["GPU-x"*200])
+            with manager._ledger.store.reading() as db: db.execute("PRAGMA max_page_count = 100000")
+            with manager._ledger.store.reading() as db: db.execute("PRAGMA query_only = 1")
+            with pytest.raises(StoreError, match="read-only"): manager.reserve(1_000)
+            assert any(c.id == held.id and c.device for c in manager._ledger.claims())
+            with manager._ledger.store.reading() as db: db.execute("PRAGMA query_only = 0")
+
+
+def test_after_a_restart_of_the_machine_nothing_is_promised(folder, monkeypatch):
+    manager = ResourceManager(app="mine")
+    with SimulatedDriver([SimulatedGpu()]): manager.reserve(1_000)
+    manager._ledger.store.close()
+    assert len(ResourceManager(app="mine")._ledger.claims()) == 1
+    monkeypatch.setattr(module, "_boot", lambda: "another")
+    assert ResourceManager(app="mine")._ledger.claims() == []
+
+
+def test_two_that_start_at_once_make_one_file(folder):
+    "Many processes open the file that is not there yet"
+    code = "from cjm_fasthtml_resources.core.manager import ResourceManager; m = ResourceManager(app='many'); print(m._ledger.store.path.stat().st_ino); input()"
+    started = [subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) for _ in range(8)]
+    assert len({p.stdout.readline() for p in started}) == 1
+    for p in started: p.communicate("\n")
+    assert all(p.returncode == 0 for p in started)
