@@ -1,5 +1,5 @@
 "The examples of the notebooks, against the installed package: no nbdev, no IPython, the module instead of the exported cells"
-import importlib, json, re
+import ast, asyncio, importlib, inspect, json, re
 from pathlib import Path
 
 import pytest
@@ -26,7 +26,10 @@ def test_examples(path, monkeypatch):
     examples = [re.sub(r"^from nbdev.*\n?", "", cell, flags=re.M) for cell in cells]
     examples = [cell for cell in examples if is_example(cell) and cell.strip()]
     assert len(examples) >= 3
-    for cell in examples: exec(compile(cell, f"{path.name}: {cell[:60]!r}", "exec"), names)
+    for cell in examples:
+        code = compile(cell, f"{path.name}: {cell[:60]!r}", "exec", flags=ast.PyCF_ALLOW_TOP_LEVEL_AWAIT)  # as in a notebook
+        if code.co_flags & inspect.CO_COROUTINE: asyncio.run(eval(code, names))
+        else: exec(code, names)
 
 
 def test_every_rule_has_an_assertion():
