@@ -28,3 +28,11 @@ def command():
     def run(*args: str, **env: str) -> subprocess.CompletedProcess:
         return subprocess.run([Path(sys.executable).with_name("cjm-resources"), *args], env={**os.environ, **env}, capture_output=True, text=True, timeout=60)
     return run
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    "Where this test's processes share what they promise"
+    monkeypatch.setenv("CJM_RESOURCES_DIR", str(tmp_path/"state"))
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    return tmp_path/"state"

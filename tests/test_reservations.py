@@ -16,13 +16,6 @@ from cjm_fasthtml_resources.simulate import SimulatedDriver, SimulatedGpu, Simul
 HERE = Path(__file__).parent
 
 
-@pytest.fixture
-def folder(tmp_path, monkeypatch):
-    monkeypatch.setenv("CJM_RESOURCES_DIR", str(tmp_path/"state"))
-    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    return tmp_path/"state"
-
-
 # The arithmetic
 
 holders = st.integers(1, 4).map(lambda n: ProcessId(n, float(n)))

@@ -6,10 +6,11 @@
 __all__ = ['PLUGIN_RESOURCE_CONFIG_KEYS', 'UNCHANGED', 'ResourceType', 'ResourceStatus', 'OwnedProcess', 'DeviceStatus',
            'MemoryStatus', 'GpuProcessDict', 'MemoryProcessDict', 'ResourceConflict', 'redact', 'WorkerState',
            'find_owner', 'classify_device', 'held_by', 'conclude', 'classify_memory', 'ResourceBusy',
-           'ResourceUnavailable', 'GpuChoice', 'select_devices', 'explain_shortage', 'plan_room', 'ResourceManager']
+           'ResourceUnavailable', 'GpuChoice', 'to_row', 'from_row', 'Roster', 'select_devices', 'explain_shortage',
+           'plan_room', 'ResourceManager']
 
 # %% ../../nbs/core/manager.ipynb #988cfa97
-import asyncio, contextlib, logging, os, re, threading, time
+import asyncio, contextlib, json, logging, os, re, threading, time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import Enum
@@ -481,6 +482,58 @@ _CONTAINER_NOTE = ("An estimate: inside a container (WSL is one, too) the driver
 _SILENT_NOTE = ("An estimate: the driver does not say how much memory each process has, as under WSL and Windows, so what is left over was "
                 "counted for the processes without a figure")
 
+# %% ../../nbs/core/manager.ipynb #7e11a00a
+def to_row(
+    state: WorkerState,
+    starts: Mapping[int, float | None],   # when its declared children started
+) -> str:
+    "A worker as the file has it, without secrets"
+    shown = dict(vars(state), config=redact(state.config), remote_resource=redact(state.remote_resource))
+    return json.dumps([shown, list(starts.items())], default=str)
+
+def from_row(
+    text: str,
+    before: WorkerState | None = None,   # what this process knows about it; its secrets are kept if all else is the same
+) -> tuple[WorkerState, dict[int, float | None]]:  # with its declared children's starts
+    "A worker from the file"
+    fields, starts = json.loads(text)
+    state = WorkerState(**fields)
+    if before and (before.pid, before.start_time) == (state.pid, state.start_time) and json.loads(json.dumps(redact(before.config), default=str)) == state.config:
+        state = replace(state, config=before.config)
+    return state, dict(starts)
+
+# %% ../../nbs/core/manager.ipynb #b95eae38
+class Roster:
+    "The rows of one app's workers in a file"
+    def __init__(self, store: Store, app: str) -> None: self.store, self.app = store, app
+
+    def version(self, db: Any) -> int:
+        "How often the rows were changed"
+        found = db.execute("SELECT version FROM apps WHERE app = ?", [self.app]).fetchone()
+        return found[0] if found else 0
+
+    def read(self, db: Any) -> list[str]: return [row[0] for row in db.execute("SELECT state FROM workers WHERE app = ? ORDER BY seq", [self.app])]
+
+    def write(self, db: Any, gone: Iterable[int], changed: Iterable[tuple[ProcessId, str]]) -> int:
+        "Delete and store rows; the new version"
+        by = host.read_process(os.getpid()).lineage[0]
+        for pid in gone: db.execute("DELETE FROM workers WHERE app = ? AND pid = ?", [self.app, pid])
+        for worker, text in changed:
+            db.execute("INSERT INTO workers (app, pid, start_time, state, by_pid, by_start) VALUES (?, ?, ?, ?, ?, ?) "
+                       "ON CONFLICT (app, pid) DO UPDATE SET start_time = excluded.start_time, state = excluded.state",
+                       [self.app, *worker, text, *by])
+        db.execute("INSERT INTO apps VALUES (?, 1) ON CONFLICT (app) DO UPDATE SET version = version + 1", [self.app])
+        return self.version(db)
+
+    def drop_ended(self) -> None:
+        "Forget the workers, of any app, that have ended together with the process that registered them: nobody is left to ask for them"
+        with self.store.transaction() as db:
+            rows = db.execute("SELECT seq, app, pid, start_time, by_pid, by_start FROM workers").fetchall()
+            for seq, app, pid, start, by_pid, by_start in rows:
+                if host.has_ended(by_pid, by_start) and (start is None or host.has_ended(pid, start)):
+                    db.execute("DELETE FROM workers WHERE seq = ?", [seq])
+                    db.execute("UPDATE apps SET version = version + 1 WHERE app = ?", [app])
+
 # %% ../../nbs/core/manager.ipynb #98c96e0c
 def select_devices(
     devices: Sequence[GpuDevice],            # the visible ones, in CUDA's order
@@ -539,13 +592,12 @@ class ResourceManager:
         *,
         track_self: bool = True,     # whether this process and its descendants are the app's
         gpu_timeout: float = 5.0,    # seconds to wait for the driver
-        app: str | None = None,      # a name: promises count for every process of this user that names an app; `None`: for this manager alone
+        app: str | None = None,      # a name: processes of this user that name it share their workers, and reservations count among all that name an app
     ) -> None:
         self.gpu_memory_threshold_percent = _check_number(gpu_memory_threshold_percent, "gpu_memory_threshold_percent", 0, 100)
         self.gpu_timeout = _check_number(gpu_timeout, "gpu_timeout", 1e-3, threading.TIMEOUT_MAX)
         self.track_self, self.app = track_self, None if app is None else _check_app(app)
         self._ledger = Ledger(Store(None if app is None else store_path()))
-        self._ledger.claims()  # a file that cannot be used is an error now, not later
         self._lock = threading.RLock()
         self._workers: dict[int, WorkerState] = {}                      # by PID
         self._jobs: dict[str, int] = {}                                 # job → PID
@@ -553,6 +605,12 @@ class ResourceManager:
         self._plugins: dict[int, Any] = {}                              # PID → plugin instance
         self._reporting: set[int] = set()                               # PIDs of workers that report their GPU memory
         self._asked: dict[int, float] = {}                              # PID → when its lifecycle-aware plugin was last asked
+        self._roster = None if app is None else Roster(self._ledger.store, app)
+        self._version: int | None = None                                # of the roster, when it was last read
+        self._changed: dict[int, bool] | None = None                    # within a change: PID → whether its row goes first
+        if self._roster:
+            self._roster.drop_ended()  # a file that cannot be used is an error now, not later
+            self._sync()
 
     def __repr__(self) -> str:
         return f"ResourceManager({len(self._workers)} workers, gpu_memory_threshold_percent={self.gpu_memory_threshold_percent:g})"
@@ -582,7 +640,7 @@ class ResourceManager:
                             status="idle" if job_id is None else "running", start_time=host.read_process(pid).start_time,
                             gpu_memory_mb=gpu_memory_mb, last_used=time.monotonic(), **asked)
         starts = _start_times(state.child_pids)
-        with self._lock:
+        with self._changing():
             self._forget(pid)
             self._keep(state)
             self._declare(pid, starts)
@@ -595,18 +653,30 @@ class ResourceManager:
     ) -> WorkerState | None:  # the new state; `None` for a PID that is not registered
         "Ask a worker's plugin again for its processes and its rented machine. Without a plugin nothing changes"
         pid = _check_pid(pid)
+        self._sync()
         with self._lock: state, plugin = self._workers.get(pid), self._plugins.get(pid)
         if state is None: _log.warning("refresh_worker: no worker with PID %d is registered", pid)
         if state is None or plugin is None: return state
         asked = _ask_fields(plugin, state)
         starts = _start_times(asked["child_pids"], self._children, pid)
-        with self._lock:
+        if (asked, starts) == ({name: getattr(state, name) for name in asked}, {child: self._children.get(child, {}).get(pid) for child in state.child_pids}):
+            self._asked.update({pid: time.monotonic()} if pid in self._asked else {})
+            return state  # as it was: nothing to write
+        with self._changing():
             old = self._workers.get(pid)
             if old is None or self._plugins.get(pid) is not plugin: return old  # meanwhile it was forgotten, or registered anew
             self._undeclare(old)
             self._declare(pid, starts)
             self._keep_plugin(pid, plugin)
             return self._keep(replace(old, **asked))
+
+    def _prepare(self) -> str | None:
+        "Know the workers as they are now; what is wrong with the file that they stand in, if anything is"
+        try:
+            self._sync()
+            self._refresh_stale()
+        except StoreError as error: return str(error)
+        return None
 
     def _refresh_stale(self) -> None:
         "Ask the lifecycle-aware plugins again whose answers are old"
@@ -634,7 +704,7 @@ class ResourceManager:
         if changes.get("config") is not None: changes["config"] = dict(changes["config"])
         if "status" in changes and changes["status"] in (None, "idle"): changes.update(status="idle", job_id=None)
         if changes.keys() & {"status", "job_id"}: changes["last_used"] = time.monotonic()
-        with self._lock:
+        with self._changing():
             if (old := self._workers.get(pid)) is None:
                 _log.warning("update_worker_state: no worker with PID %d is registered", pid)
                 return None
@@ -647,21 +717,71 @@ class ResourceManager:
     ) -> WorkerState | None:  # what was known about it; `None` for a PID that is not registered
         "Forget a worker; its process goes on, and is an outsider from now on unless it descends from this one"
         pid = _check_pid(pid)
-        with self._lock: state = self._forget(pid)
+        with self._changing(): state = self._forget(pid)
         if state is None: _log.warning("unregister_worker: no worker with PID %d is registered", pid)
         return state
 
     def prune_dead_workers(self) -> list[WorkerState]:
         "Forget the workers whose processes have ended, and say which. Those never seen alive stay"
         ended = [w for w in self.get_all_workers() if host.has_ended(w.pid, w.start_time)]
-        with self._lock: return [w for w in ended if (now := self._workers.get(w.pid)) and now.start_time == w.start_time and self._forget(w.pid)]
+        with self._changing(): return [w for w in ended if (now := self._workers.get(w.pid)) and now.start_time == w.start_time and self._forget(w.pid)]
+
+    @contextlib.contextmanager
+    def _changing(self) -> Iterator[None]:
+        "A change of the workers under the lock; of a named app's together with its file, all or nothing"
+        with self._lock:
+            if self._roster is None or self._changed is not None:
+                yield
+                return
+            self._changed, changed = {}, dict[int, bool]()
+            try:
+                with self._ledger.store.transaction() as db:
+                    self._reload(db)
+                    yield
+                    changed = self._changed
+                    rows = [(ProcessId(pid, self._workers[pid].start_time), self._row(pid)) for pid in changed if pid in self._workers]
+                    version = self._roster.write(db, [pid for pid, anew in changed.items() if anew], rows) if changed else self._version
+                self._version = version
+            except BaseException:
+                self._version = None  # what was changed here is not in the file: read it again
+                raise
+            finally: self._changed = None
+
+    def _row(self, pid: int) -> str:
+        state = self._workers[pid]
+        return to_row(state, {child: self._children.get(child, {}).get(pid) for child in state.child_pids})
+
+    def _sync(self) -> None:
+        "Read the workers again if another process has changed them. `StoreError` if the file cannot be read"
+        if self._roster is None or self._changed is not None: return
+        with self._lock, self._ledger.store.reading() as db: self._reload(db)
+
+    def _reload(self, db: Any) -> None:
+        assert self._roster
+        if (version := self._roster.version(db)) == self._version: return
+        before, self._workers, self._jobs, self._children = self._workers, {}, {}, {}
+        self._reporting.clear()
+        for text in self._roster.read(db):
+            pid = json.loads(text)[0]["pid"]
+            state, starts = from_row(text, before.get(pid))
+            self._store_state(state)
+            self._declare(pid, starts)
+        for pid, old in before.items():
+            if (now := self._workers.get(pid)) is None or now.start_time != old.start_time:
+                self._plugins.pop(pid, None)
+                self._asked.pop(pid, None)
+        self._version = version
 
     def _keep(self, state: WorkerState) -> WorkerState:
         "Store a state; a job that another worker has is taken from it"
         if state.job_id is not None:
             other = self._workers.get(self._jobs.get(state.job_id, 0))
-            if other and other.pid != state.pid: self._workers[other.pid] = replace(other, job_id=None)
-            self._jobs[state.job_id] = state.pid
+            if other and other.pid != state.pid: self._keep(replace(other, job_id=None))
+        if self._changed is not None: self._changed.setdefault(state.pid, False)
+        return self._store_state(state)
+
+    def _store_state(self, state: WorkerState) -> WorkerState:
+        if state.job_id is not None: self._jobs[state.job_id] = state.pid
         self._workers[state.pid] = state
         (self._reporting.discard if state.gpu_memory_mb is None else self._reporting.add)(state.pid)
         return state
@@ -669,6 +789,7 @@ class ResourceManager:
     def _forget(self, pid: int) -> WorkerState | None:
         state = self._workers.pop(pid, None)
         if state is None: return None
+        if self._changed is not None: self._changed[pid] = True
         if state.job_id is not None and self._jobs.get(state.job_id) == pid: del self._jobs[state.job_id]
         self._undeclare(state)
         self._plugins.pop(pid, None)
@@ -693,14 +814,18 @@ class ResourceManager:
 
     def get_worker_by_pid(self, pid: int) -> WorkerState | None:
         "The worker with this PID, `None` if none is registered"
-        return self._workers.get(_check_pid(pid))
+        pid = _check_pid(pid)
+        self._sync()
+        with self._lock: return self._workers.get(pid)
 
     def get_worker_by_job(self, job_id: str) -> WorkerState | None:
         "The worker that has this job, `None` if none has"
+        self._sync()
         with self._lock: return self._workers.get(self._jobs.get(job_id, 0))
 
     def get_all_workers(self) -> list[WorkerState]:
         "Every registered worker, in the order of registration"
+        self._sync()
         with self._lock: return list(self._workers.values())
 
     def get_workers_by_type(self, worker_type: str) -> list[WorkerState]:
@@ -717,10 +842,12 @@ class ResourceManager:
 
     def get_app_pids(self) -> set[int]:
         "The PIDs of the registered workers"
+        self._sync()
         with self._lock: return set(self._workers)
 
     def get_all_app_pids_including_children(self) -> set[int]:
         "The PIDs of the registered workers and of the children that their plugins declared"
+        self._sync()
         with self._lock: return {*self._workers, *self._children}
 
     def get_all_related_pids(self, parent_pid: int) -> list[int]:
@@ -754,11 +881,12 @@ class ResourceManager:
 
     def check_gpu_availability(self) -> ResourceConflict:
         "Who holds the memory of the devices that this app may use, and could a job start"
-        self._refresh_stale()
+        trouble = self._prepare()
         snapshot = read_gpus(self.gpu_timeout)
         visible, complaint = visible_devices(snapshot.devices, os.environ.get("CUDA_VISIBLE_DEVICES"))
         try: claims = self._ledger.claims()
-        except StoreError as error: return conclude((), self.gpu_memory_threshold_percent, f"what is promised cannot be read: {error}", (), snapshot)
+        except StoreError as error: trouble, claims = trouble or str(error), []
+        if trouble: return conclude((), self.gpu_memory_threshold_percent, f"what is promised cannot be read: {trouble}", (), snapshot)
         devices, notes = self._classify(visible, claims)
         none_left = "MIG is on, but there is no instance" if snapshot.devices else None
         return conclude(devices, self.gpu_memory_threshold_percent, snapshot.reason or complaint or none_left,
@@ -770,13 +898,14 @@ class ResourceManager:
     ) -> ResourceConflict:
         "Who holds the memory of this machine, or of the control group that this process is in"
         threshold = _check_number(threshold_percent, "threshold_percent", 0, 100)
-        self._refresh_stale()
+        trouble = self._prepare()
         memory, resident = host.read_memory(), host.resident_memory()
         me = self._me()
         processes = [self._own(host.read_process(pid), me, used) for pid, used in resident.items()]
         if memory.cgroup:
             processes = [p for p in processes if p.owner == "app" or host.in_cgroup(p.pid, memory.cgroup)]
-        return classify_memory(memory, processes, threshold)
+        conflict = classify_memory(memory, processes, threshold)
+        return replace(conflict, notes=(f"The app's workers are those of an earlier moment: {trouble}",)) if trouble else conflict
 
     def pick_gpus(
         self,
@@ -921,20 +1050,21 @@ class ResourceManager:
         `TimeoutError` if something could not be ended"""
         pid, grace = _check_pid(pid), _check_number(grace, "grace", 0, threading.TIMEOUT_MAX)
         state, roots = self._stoppable(pid)
-        with self._lock: plugin = self._plugins.get(pid)
+        with self._lock: plugin = self._plugins.get(pid)  # of a worker that another process registered, that process has it
         if plugin is not None:
             cleanup = threading.Thread(target=_ask_plugin, args=(plugin, "force_cleanup"), name="force_cleanup", daemon=True)
             cleanup.start()
             cleanup.join(grace)  # one that hangs does not keep the processes alive
         if left := host.end_processes(roots, grace):
             raise TimeoutError(f"of the worker with PID {pid}, these processes could not be ended: {', '.join(str(p.pid) for p in left)}")
-        with self._lock:
+        with self._changing():
             if state and (now := self._workers.get(pid)) and now.start_time == state.start_time: self._forget(pid)
         return state
 
     def _stoppable(self, pid: int) -> tuple[WorkerState | None, list[ProcessId]]:
         "The worker, if it is one, and the processes to end; `PermissionError` if it may not be stopped"
         info = host.read_process(pid)
+        self._sync()
         with self._lock:
             state = self._workers.get(pid)
             owner, _ = find_owner(info, self._workers, self._children, self._me())
@@ -974,7 +1104,7 @@ class ResourceManager:
 
     def _mark_stopping(self, worker: WorkerState) -> bool:
         "Take an idle worker out of use, so that nobody gives it a job; False if somebody just did"
-        with self._lock:
+        with self._changing():
             now = self._workers.get(worker.pid)
             if now is None or now.start_time != worker.start_time or not _is_idle(now): return False
             self._keep(replace(now, status="stopping"))

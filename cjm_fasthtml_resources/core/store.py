@@ -26,7 +26,7 @@ def store_path() -> Path:
     space = host._namespace("/proc", "self")
     return Path(folder)/(f"{name}.sqlite" if space in (None, host._FIRST_PID_NAMESPACE) else f"{name}-{space}.sqlite")
 
-# %% ../../nbs/core/store.ipynb #8c3d0279
+# %% ../../nbs/core/store.ipynb #7fe66e3e
 SCHEMA_VERSION = 1
 _TABLES = """
 CREATE TABLE claims (
@@ -35,6 +35,11 @@ CREATE TABLE claims (
     memory INTEGER NOT NULL, allowed TEXT NOT NULL,
     device TEXT, base INTEGER NOT NULL DEFAULT 0,
     ttl REAL, expires REAL);
+CREATE TABLE workers (
+    seq INTEGER PRIMARY KEY AUTOINCREMENT,  -- in the order of registration
+    app TEXT NOT NULL, pid INTEGER NOT NULL, start_time REAL, state TEXT NOT NULL,
+    by_pid INTEGER NOT NULL, by_start REAL, UNIQUE (app, pid));
+CREATE TABLE apps (app TEXT PRIMARY KEY, version INTEGER NOT NULL);
 CREATE TABLE ledger (version INTEGER NOT NULL, looked_at REAL NOT NULL, boot TEXT NOT NULL);
 """
 
@@ -77,7 +82,7 @@ def _set_aside(path: Path) -> Path:
         with contextlib.suppress(FileNotFoundError): os.rename(f"{path}{suffix}", f"{path}.damaged-{number}{suffix}")
     return Path(f"{path}.damaged-{number}")
 
-# %% ../../nbs/core/store.ipynb #a1439a5c
+# %% ../../nbs/core/store.ipynb #c1faee3d
 _BUSY_SECONDS = 5.0  # how long to wait for another process's transaction
 
 def _connect(where: str) -> sqlite3.Connection:
@@ -116,7 +121,7 @@ def _prepare(path: Path, alone: bool) -> sqlite3.Connection:
         _log.warning("%s was damaged (%s) and set aside as %s", path, error, _set_aside(path))
         return _prepare(path, alone)
     if alone and db.execute("SELECT boot FROM ledger").fetchone() != (_boot(),):  # the machine was started anew
-        db.execute("DELETE FROM claims")
+        for table in ("claims", "workers"): db.execute(f"DELETE FROM {table}")
         db.execute("UPDATE ledger SET boot = ?", [_boot()])
     return db
 
@@ -142,7 +147,7 @@ def _open(path: Path) -> tuple[sqlite3.Connection, int]:
     finally: os.close(gate)
     return db, used
 
-# %% ../../nbs/core/store.ipynb #eba1f140
+# %% ../../nbs/core/store.ipynb #308393b9
 _ADVICE = {
     "locked": f"is locked by another process for {_BUSY_SECONDS:g} s now; is that one stopped?",
     "busy": f"is locked by another process for {_BUSY_SECONDS:g} s now; is that one stopped?",
@@ -214,6 +219,10 @@ class Store:
             except BaseException:
                 with contextlib.suppress(sqlite3.Error): db.execute("ROLLBACK")  # what went wrong first is what is raised
                 raise
+
+    def keep_over_exec(self) -> None:
+        "Let the program that this process becomes by `os.execvp` go on holding the file's lock"
+        if self._used is not None: os.set_inheritable(self._used, True)
 
     def close(self) -> None:
         "Close the file; the next use opens it again"
