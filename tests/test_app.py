@@ -119,6 +119,17 @@ def test_ram_is_answered_without_the_file_and_a_gpu_is_never_available(folder):
     with pytest.raises(StoreError): mine.get_all_workers()
 
 
+def test_what_a_plugin_needs_is_kept_with_the_app(folder, spawn):
+    worker = spawn("input()")
+    with SimulatedDriver([SimulatedGpu(processes=[SimulatedProcess(worker.pid, 9_800)])]):
+        mine = ResourceManager(app="app")
+        mine.register_worker(worker.pid, "transcription", plugin_name="whisper", loaded_plugin_resource="large-v3")
+        mine.check_gpu_availability()
+    mine._ledger.store.close()
+    assert ResourceManager(app="app").expected_gpu_memory_mb("whisper", "large-v3") == 9_800
+    assert ResourceManager(app="other").expected_gpu_memory_mb("whisper", "large-v3") is None
+
+
 # The command
 
 def simulated(tmp_path, *, gpus=1, total=24_000):

@@ -73,7 +73,7 @@ def as_installed() -> list[tuple[int, int]]:
     with tempfile.TemporaryDirectory() as tmp:
         built = run("build", dev, "python", "-m", "build", "--outdir", tmp)
         wheel = next(Path(tmp).glob("*.whl"))
-        programs = environment("clean", str(wheel), "fastcore>=2", "python-fasthtml", "pytest>=8", "hypothesis>=6.100")
+        programs = environment("clean", str(wheel), "fastcore>=2", "python-fasthtml", "pytest>=8", "hypothesis>=6.100", "jsonschema>=4.20")
         where = run("installed, not from this folder", programs, "python", "-I", "-c",
                     "import cjm_fasthtml_resources as c, fastcore, sys; assert c.__file__.startswith(sys.prefix), c.__file__; assert fastcore.__version__ >= '2'; "
                     "import importlib.util as u; assert u.find_spec('nbdev') is None; print(c.__file__, 'with fastcore', fastcore.__version__)", cwd=Path(tmp))

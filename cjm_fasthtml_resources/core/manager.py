@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['PLUGIN_RESOURCE_CONFIG_KEYS', 'UNCHANGED', 'ResourceType', 'ResourceStatus', 'OwnedProcess', 'DeviceStatus',
            'MemoryStatus', 'GpuProcessDict', 'MemoryProcessDict', 'ResourceConflict', 'redact', 'WorkerState',
-           'find_owner', 'classify_device', 'held_by', 'conclude', 'classify_memory', 'ResourceBusy',
+           'find_owner', 'classify_device', 'held_by', 'measure', 'conclude', 'classify_memory', 'ResourceBusy',
            'ResourceUnavailable', 'GpuChoice', 'to_row', 'from_row', 'Roster', 'select_devices', 'explain_shortage',
            'plan_room', 'ResourceManager']
 
 # %% ../../nbs/core/manager.ipynb #988cfa97
-import asyncio, contextlib, json, logging, os, re, threading, time
+import asyncio, contextlib, inspect, json, logging, os, re, threading, time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import Enum
@@ -296,6 +296,24 @@ def held_by(
             if p.owner == "app" and worker.pid in (p.pid, p.parent_pid): held[d.device.id] = held.get(d.device.id, 0) + (p.memory_used or 0)
     return held
 
+# %% ../../nbs/core/manager.ipynb #a2b8002a
+def measure(
+    workers: Mapping[int, WorkerState],        # by PID
+    devices: Iterable[DeviceStatus],
+) -> dict[tuple[str, str], int]:  # plugin and resource ("" for none) → bytes
+    "What each plugin with its resource holds now: of several workers the one that has most, over all devices"
+    held: dict[int, int] = {pid: int(w.gpu_memory_mb*2**20) for pid, w in workers.items() if w.gpu_memory_mb}
+    seen: dict[int, int] = {}
+    for d in devices:
+        for p in d.processes:
+            if p.owner == "app": seen[p.parent_pid or p.pid] = seen.get(p.parent_pid or p.pid, 0) + (p.memory_used or 0)
+    found: dict[tuple[str, str], int] = {}
+    for pid, memory in {**held, **{pid: max(m, held.get(pid, 0)) for pid, m in seen.items()}}.items():
+        if (worker := workers.get(pid)) is None or not worker.plugin_name or not memory: continue
+        key = (worker.plugin_name, worker.loaded_plugin_resource or "")
+        found[key] = max(found.get(key, 0), memory)
+    return found
+
 # %% ../../nbs/core/manager.ipynb #e29a3b2b
 def _gpu_dict(process: OwnedProcess, device: GpuDevice) -> GpuProcessDict:
     row = GpuProcessDict(pid=process.pid, name=process.name, username=process.username, device_id=device.id, device_name=device.name,
@@ -417,7 +435,7 @@ def _check_number(value: Any, name: str, low: float = 0, high: float = float("in
 def _check_app(name: Any) -> str:
     "An app's name; not a number, so that it cannot be taken for a PID"
     if not isinstance(name, str): raise TypeError(f"app must be a name, not {name!r}")
-    if not re.fullmatch(r"[A-Za-z][\w.-]{0,63}", name): raise ValueError(f"app must be a letter and then at most 63 letters, digits or any of '_.-', not {name!r}")
+    if not re.fullmatch(r"[A-Za-z][A-Za-z0-9_.-]{0,63}", name): raise ValueError(f"app must be a letter and then at most 63 letters, digits or any of '_.-', not {name!r}")
     return name
 
 def _check_fields(**given: Any) -> None:
@@ -502,7 +520,7 @@ def from_row(
         state = replace(state, config=before.config)
     return state, dict(starts)
 
-# %% ../../nbs/core/manager.ipynb #b95eae38
+# %% ../../nbs/core/manager.ipynb #62cb9319
 class Roster:
     "The rows of one app's workers in a file"
     def __init__(self, store: Store, app: str) -> None: self.store, self.app = store, app
@@ -524,6 +542,16 @@ class Roster:
                        [self.app, *worker, text, *by])
         db.execute("INSERT INTO apps VALUES (?, 1) ON CONFLICT (app) DO UPDATE SET version = version + 1", [self.app])
         return self.version(db)
+
+    def peaks(self, db: Any) -> dict[tuple[str, str], int]:
+        "Plugin and resource → the most bytes of GPU memory seen"
+        return {(plugin, resource): memory for plugin, resource, memory in db.execute("SELECT plugin_name, resource, memory FROM peaks WHERE app = ?", [self.app])}
+
+    def raise_peaks(self, higher: Mapping[tuple[str, str], int]) -> None:
+        "Write what is more than was known"
+        with self.store.transaction() as db:
+            for (plugin, resource), memory in higher.items():
+                db.execute("INSERT INTO peaks VALUES (?, ?, ?, ?) ON CONFLICT DO UPDATE SET memory = max(memory, excluded.memory)", [self.app, plugin, resource, memory])
 
     def drop_ended(self) -> None:
         "Forget the workers, of any app, that have ended together with the process that registered them: nobody is left to ask for them"
@@ -595,7 +623,8 @@ class ResourceManager:
         app: str | None = None,      # a name: processes of this user that name it share their workers, and reservations count among all that name an app
     ) -> None:
         self.gpu_memory_threshold_percent = _check_number(gpu_memory_threshold_percent, "gpu_memory_threshold_percent", 0, 100)
-        self.gpu_timeout = _check_number(gpu_timeout, "gpu_timeout", 1e-3, threading.TIMEOUT_MAX)
+        self.gpu_timeout = _check_number(gpu_timeout, "gpu_timeout", 1e-3, 1e6)
+        if not isinstance(track_self, bool): raise TypeError(f"track_self must be True or False, not {track_self!r}")
         self.track_self, self.app = track_self, None if app is None else _check_app(app)
         self._ledger = Ledger(Store(None if app is None else store_path()))
         self._lock = threading.RLock()
@@ -605,12 +634,24 @@ class ResourceManager:
         self._plugins: dict[int, Any] = {}                              # PID → plugin instance
         self._reporting: set[int] = set()                               # PIDs of workers that report their GPU memory
         self._asked: dict[int, float] = {}                              # PID → when its lifecycle-aware plugin was last asked
+        self._peaks: dict[tuple[str, str], int] = {}                    # plugin and resource → bytes
         self._roster = None if app is None else Roster(self._ledger.store, app)
         self._version: int | None = None                                # of the roster, when it was last read
         self._changed: dict[int, bool] | None = None                    # within a change: PID → whether its row goes first
         if self._roster:
             self._roster.drop_ended()  # a file that cannot be used is an error now, not later
             self._sync()
+
+    @classmethod
+    def from_config(
+        cls,
+        config: Mapping[str, Any],   # what `settings.MANAGER_SCHEMA` describes: the arguments of the class by name
+    ) -> "ResourceManager":
+        "A manager from settings, as from a JSON or TOML file. `ValueError` or `TypeError` names the field that is wrong"
+        if not isinstance(config, Mapping): raise TypeError(f"config must be a dictionary, not {type(config).__name__}")
+        allowed = list(inspect.signature(cls).parameters)
+        if unknown := [name for name in config if name not in allowed]: raise ValueError(f"config has no field {unknown[0]!r}; allowed are: {', '.join(allowed)}")
+        return cls(**config)
 
     def __repr__(self) -> str:
         return f"ResourceManager({len(self._workers)} workers, gpu_memory_threshold_percent={self.gpu_memory_threshold_percent:g})"
@@ -888,9 +929,34 @@ class ResourceManager:
         except StoreError as error: trouble, claims = trouble or str(error), []
         if trouble: return conclude((), self.gpu_memory_threshold_percent, f"what is promised cannot be read: {trouble}", (), snapshot)
         devices, notes = self._classify(visible, claims)
+        self._learn(devices)
         none_left = "MIG is on, but there is no instance" if snapshot.devices else None
         return conclude(devices, self.gpu_memory_threshold_percent, snapshot.reason or complaint or none_left,
                         [*notes, *([complaint] if complaint and visible else [])], snapshot)
+
+    def _learn(self, devices: Sequence[DeviceStatus]) -> None:
+        "Remember what plugins hold, where it is more than before"
+        with self._lock:
+            reporting = {pid: self._workers[pid] for pid in self._reporting}
+            seen = {pid for d in devices for p in d.processes if p.owner == "app" for pid in (p.parent_pid or p.pid,) if pid in self._workers}
+            now = measure({**{pid: self._workers[pid] for pid in seen}, **reporting}, devices)
+            higher = {key: memory for key, memory in now.items() if memory > self._peaks.get(key, 0)}
+            self._peaks.update(higher)
+        if higher and self._roster:
+            try: self._roster.raise_peaks(higher)
+            except StoreError as error: _log.warning("what plugins need was not kept: %s", error)
+
+    def expected_gpu_memory_mb(
+        self,
+        plugin_name: str,
+        resource: str | None = None,  # its `loaded_plugin_resource`
+    ) -> float | None:  # MiB; `None` if no worker was seen with it
+        "The most GPU memory that a worker was seen to hold with this plugin and resource; an app's file keeps it"
+        _check_fields(plugin_name=plugin_name, resource=resource)
+        key, found = (plugin_name, resource or ""), [self._peaks.get((plugin_name, resource or ""), 0)]
+        if self._roster:
+            with self._ledger.store.reading() as db: found.append(self._roster.peaks(db).get(key, 0))
+        return max(found)/2**20 or None
 
     def check_memory_availability(
         self,

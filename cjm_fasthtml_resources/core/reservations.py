@@ -251,12 +251,12 @@ class Ledger:
         given = any(c.device and before[c.id].device is None for c in after)
         db.execute("UPDATE ledger SET version = version + ?, looked_at = ?", [int(bool(over) or given), now])
 
-# %% ../../nbs/core/reservations.ipynb #870dc428
+# %% ../../nbs/core/reservations.ipynb #d9954e92
 @dataclass(frozen=True)
 class Reservation:
     "GPU memory that is promised to a process, until it is released or the process ends. Release it when the job has given its memory back"
     id: int
-    device: GpuDevice         # as it was when it was promised
+    device: GpuDevice = field(repr=False)   # as it was when it was promised
     gpu_memory_mb: float      # MiB
     holder: ProcessId         # the process whose tree it is promised to
     _ledger: Ledger = field(repr=False, compare=False)

@@ -26,7 +26,7 @@ def store_path() -> Path:
     space = host._namespace("/proc", "self")
     return Path(folder)/(f"{name}.sqlite" if space in (None, host._FIRST_PID_NAMESPACE) else f"{name}-{space}.sqlite")
 
-# %% ../../nbs/core/store.ipynb #7fe66e3e
+# %% ../../nbs/core/store.ipynb #e4937c79
 SCHEMA_VERSION = 1
 _TABLES = """
 CREATE TABLE claims (
@@ -39,6 +39,7 @@ CREATE TABLE workers (
     seq INTEGER PRIMARY KEY AUTOINCREMENT,  -- in the order of registration
     app TEXT NOT NULL, pid INTEGER NOT NULL, start_time REAL, state TEXT NOT NULL,
     by_pid INTEGER NOT NULL, by_start REAL, UNIQUE (app, pid));
+CREATE TABLE peaks (app TEXT NOT NULL, plugin_name TEXT NOT NULL, resource TEXT NOT NULL, memory INTEGER NOT NULL, PRIMARY KEY (app, plugin_name, resource));
 CREATE TABLE apps (app TEXT PRIMARY KEY, version INTEGER NOT NULL);
 CREATE TABLE ledger (version INTEGER NOT NULL, looked_at REAL NOT NULL, boot TEXT NOT NULL);
 """

@@ -19,6 +19,7 @@ from .host import format_bytes
 from .manager import (DeviceStatus, GpuChoice, ResourceBusy, ResourceConflict, ResourceManager, ResourceStatus,
                                                  ResourceUnavailable, WorkerState, _check_number, _listed, _promised_on, conclude,
                                                  held_by)
+from .store import StoreError
 from .plugins import (PluginRegistry, PluginResourceRequirements, compare_plugin_resources, device_kind, find_plugin,
                                                  read_requirements)
 
@@ -249,7 +250,7 @@ def validate_resources_for_job(
     worker_pid: int | None = None,                   # the worker that the job is for; `None`: any of `worker_type`, or a new one
     worker_type: str = "transcription",              # the type of worker that does such jobs
     *,
-    gpu_memory_mb: float | None = None,              # MiB that the job is known to need
+    gpu_memory_mb: float | None = None,              # MiB that the job needs; `None`: what was seen of its plugin and resource, if it was
     memory_threshold_percent: float = 90.0,          # of RAM; from this share on, it is short
 ) -> ValidationResult:
     "May this job start now, and if not, what has to happen? Reads the state of this moment, and changes nothing"
@@ -269,10 +270,19 @@ def validate_resources_for_job(
         if device_kind(needs.device) != "auto": return _logged(plugin_id, _blocked(ValidationAction.ABORT, conflict.message, conflict=conflict))
         memory = resource_manager.check_memory_availability(memory_threshold_percent)
         return _logged(plugin_id, decide_on_cpu(memory, workers, f"It runs on the CPU, for no GPU can be used: {conflict.reason}"))
+    if need is None: need = _expected(resource_manager, name, needs.plugin_resource)
     job = Job(plugin_id, name, config, needs, worker_type, need)
     own = next((w for w in workers if own and w.pid == own.pid), None)  # as it is by now; `None` if it has ended
     mine = decide_for_worker(job, own, conflict) if own else None
     return _logged(plugin_id, mine or decide_by_device(job, [w for w in workers if w is not own], conflict, own))
+
+def _expected(manager: ResourceManager, plugin_name: str, resource: str | None) -> float | None:
+    "Bytes that the plugin was seen to need; `None` if it is not known"
+    try: expected = manager.expected_gpu_memory_mb(plugin_name, resource)
+    except StoreError as error:
+        _log.warning("what %s needs is not known: %s", plugin_name, error)
+        return None
+    return None if expected is None else expected*2**20
 
 def _logged(plugin_id: str, result: ValidationResult) -> ValidationResult:
     _log.debug("%s: %s. %s", plugin_id, result.action.value, result.message)
