@@ -1,8 +1,8 @@
 "The examples of the notebooks, against the installed package: no nbdev, no IPython, the module instead of the exported cells"
-import ast, asyncio, importlib, inspect, json, re
+import ast, asyncio, importlib, inspect, json, re, subprocess, sys
 from pathlib import Path
 
-import pytest
+import psutil, pytest
 from conftest import ROOT
 
 NOTEBOOKS = sorted(path for path in (ROOT/"nbs").rglob("[!_.]*.ipynb") if path.stem != "showdoc")  # that one is about nbdev
@@ -30,6 +30,17 @@ def test_examples(path, monkeypatch):
         code = compile(cell, f"{path.name}: {cell[:60]!r}", "exec", flags=ast.PyCF_ALLOW_TOP_LEVEL_AWAIT)  # as in a notebook
         if code.co_flags & inspect.CO_COROUTINE: asyncio.run(eval(code, names))
         else: exec(code, names)
+
+
+def test_the_example_program_shows_what_it_says_and_leaves_nothing_running():
+    out = subprocess.run([sys.executable, ROOT/"examples/one_gpu.py"], capture_output=True, text=True, timeout=60)
+    assert (out.returncode, out.stderr) == (0, "")
+    shown = out.stdout
+    places = [shown.index(text) for text in ("Nobody is there: PROCEED", "began job-1", "a fourth: WAIT_FOR_JOB", "ended job-1", "began job-2", "ended job-2", "began job-3", "ended job-3",
+                                             "WAIT_FOR_OTHER_WORKER", "stopped: ['llama'] and then: PROCEED", "began job-4", "began job-5 (at once)", "0 workers, 0 promises; A GPU job could start now")]
+    assert places == sorted(places)
+    started = set(map(int, re.findall(r"PID (\d+)", shown)))
+    assert started and not any(psutil.pid_exists(pid) for pid in started)
 
 
 def test_every_rule_has_an_assertion():

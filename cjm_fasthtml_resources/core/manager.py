@@ -1045,6 +1045,10 @@ class ResourceManager:
         "The same; the event loop goes on"
         async with self.reserve_async(gpu_memory_mb, device, timeout, progress=progress) as held: return GpuChoice((held.device,))
 
+    def get_claims(self) -> list[Claim]:
+        "All requests that wait and all promises that hold, in the order of asking; for a named app those of all apps"
+        return self._ledger.claims()
+
     def _request(self, gpu_memory_mb: Any, device: Any, timeout: Any, ttl: Any, pid: Any) -> Request:
         "A request that was looked at: there is such a device, and it is large enough"
         memory = int(_check_number(gpu_memory_mb, "gpu_memory_mb", 1)*2**20)
