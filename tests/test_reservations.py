@@ -102,6 +102,9 @@ def test_the_event_loop_goes_on_while_a_task_waits():
         held = await manager.reserve_async(20_000)
         clock = asyncio.create_task(tick())
         with pytest.raises(ResourceBusy, match="waited for 0.5 s"): await manager.reserve_async(20_000, timeout=0.5)
+        driver.delay("nvmlDeviceGetCount_v2", 0.4)  # a slow driver holds up the request, and its bar, alone
+        with pytest.raises(ResourceBusy): await manager.reserve_async(20_000, timeout=1, progress=True)
+        driver.recover()
         waiting = asyncio.create_task(manager.wait_for_gpu_async(20_000))
         await asyncio.sleep(0.1)
         assert not waiting.done()
@@ -109,7 +112,7 @@ def test_the_event_loop_goes_on_while_a_task_waits():
         assert (await waiting).devices[0].index == 0
         clock.cancel()
 
-    with SimulatedDriver([SimulatedGpu()]): asyncio.run(main())
+    with SimulatedDriver([SimulatedGpu()]) as driver: asyncio.run(main())
     assert max(b - a for a, b in zip(ticks, ticks[1:])) < 0.2 and manager._ledger.claims() == []
 
 

@@ -6,8 +6,8 @@
 __all__ = ['PLUGIN_RESOURCE_CONFIG_KEYS', 'UNCHANGED', 'ResourceType', 'ResourceStatus', 'OwnedProcess', 'DeviceStatus',
            'MemoryStatus', 'GpuProcessDict', 'MemoryProcessDict', 'ResourceConflict', 'redact', 'WorkerState',
            'find_owner', 'classify_device', 'held_by', 'measure', 'conclude', 'classify_memory', 'ResourceBusy',
-           'ResourceUnavailable', 'GpuChoice', 'to_row', 'from_row', 'Roster', 'select_devices', 'explain_shortage',
-           'plan_room', 'ResourceManager']
+           'ResourceUnavailable', 'GpuChoice', 'to_row', 'from_row', 'Roster', 'device_place', 'select_devices',
+           'explain_shortage', 'plan_room', 'ResourceManager']
 
 # %% ../../nbs/core/manager.ipynb #988cfa97
 import asyncio, contextlib, inspect, json, logging, os, re, threading, time
@@ -562,7 +562,16 @@ class Roster:
                     db.execute("DELETE FROM workers WHERE seq = ?", [seq])
                     db.execute("UPDATE apps SET version = version + 1 WHERE app = ?", [app])
 
-# %% ../../nbs/core/manager.ipynb #98c96e0c
+# %% ../../nbs/core/manager.ipynb #23e58f0a
+def device_place(
+    device: Any,  # as a plugin's configuration names it: 1, "cuda:1", "gpu:1", "cuda" …
+) -> int | None:  # `None`: it leaves the choice
+    "The place among the visible devices that is meant, as CUDA counts them"
+    if isinstance(device, int): return device
+    found = re.fullmatch(r"\s*(?:(?:cuda|gpu):)?(\d+)\s*", str(device), re.IGNORECASE)
+    return int(found[1]) if found else None
+
+# %% ../../nbs/core/manager.ipynb #7167272a
 def select_devices(
     devices: Sequence[GpuDevice],            # the visible ones, in CUDA's order
     wanted: int | str | GpuDevice | None,    # a place among them, "cuda:1", a UUID or a device; `None`: all
@@ -571,8 +580,8 @@ def select_devices(
     if wanted is None: return list(devices)
     if isinstance(wanted, GpuDevice): wanted = device_key(wanted)
     if isinstance(wanted, bool) or not isinstance(wanted, (int, str)): raise TypeError(f"device must be a number, 'cuda:1', a UUID, a GpuDevice or None, not {wanted!r}")
-    place = re.fullmatch(r"(?:cuda:)?(\d+)", str(wanted))
-    found = [d for i, d in enumerate(devices) if (int(place[1]) == i if place else wanted in (d.uuid, str(d.id), "cuda"))]
+    if (place := device_place(wanted)) is not None: found = list(devices[place:place + 1])
+    else: found = [d for d in devices if wanted in (d.uuid, str(d.id), "cuda", "gpu", "auto")]
     if not found: raise ValueError(f"device must name one of the {len(devices)} that are visible, not {wanted!r}: {', '.join(device_key(d) for d in devices)}")
     return found
 
@@ -640,7 +649,6 @@ class ResourceManager:
         self._changed: dict[int, bool] | None = None                    # within a change: PID → whether its row goes first
         if self._roster:
             self._roster.drop_ended()  # a file that cannot be used is an error now, not later
-            self._sync()
 
     @classmethod
     def from_config(
@@ -694,8 +702,7 @@ class ResourceManager:
     ) -> WorkerState | None:  # the new state; `None` for a PID that is not registered
         "Ask a worker's plugin again for its processes and its rented machine. Without a plugin nothing changes"
         pid = _check_pid(pid)
-        self._sync()
-        with self._lock: state, plugin = self._workers.get(pid), self._plugins.get(pid)
+        with self._reading(): state, plugin = self._workers.get(pid), self._plugins.get(pid)
         if state is None: _log.warning("refresh_worker: no worker with PID %d is registered", pid)
         if state is None or plugin is None: return state
         asked = _ask_fields(plugin, state)
@@ -714,7 +721,7 @@ class ResourceManager:
     def _prepare(self) -> str | None:
         "Know the workers as they are now; what is wrong with the file that they stand in, if anything is"
         try:
-            self._sync()
+            with self._reading(): pass
             self._refresh_stale()
         except StoreError as error: return str(error)
         return None
@@ -792,10 +799,13 @@ class ResourceManager:
         state = self._workers[pid]
         return to_row(state, {child: self._children.get(child, {}).get(pid) for child in state.child_pids})
 
-    def _sync(self) -> None:
-        "Read the workers again if another process has changed them. `StoreError` if the file cannot be read"
-        if self._roster is None or self._changed is not None: return
-        with self._lock, self._ledger.store.reading() as db: self._reload(db)
+    @contextlib.contextmanager
+    def _reading(self) -> Iterator[None]:
+        "The workers under the lock, read again if another process has changed them. `StoreError` if the file cannot be read"
+        with self._lock:
+            if self._roster and self._changed is None:
+                with self._ledger.store.reading() as db: self._reload(db)
+            yield
 
     def _reload(self, db: Any) -> None:
         assert self._roster
@@ -856,18 +866,15 @@ class ResourceManager:
     def get_worker_by_pid(self, pid: int) -> WorkerState | None:
         "The worker with this PID, `None` if none is registered"
         pid = _check_pid(pid)
-        self._sync()
-        with self._lock: return self._workers.get(pid)
+        with self._reading(): return self._workers.get(pid)
 
     def get_worker_by_job(self, job_id: str) -> WorkerState | None:
         "The worker that has this job, `None` if none has"
-        self._sync()
-        with self._lock: return self._workers.get(self._jobs.get(job_id, 0))
+        with self._reading(): return self._workers.get(self._jobs.get(job_id, 0))
 
     def get_all_workers(self) -> list[WorkerState]:
         "Every registered worker, in the order of registration"
-        self._sync()
-        with self._lock: return list(self._workers.values())
+        with self._reading(): return list(self._workers.values())
 
     def get_workers_by_type(self, worker_type: str) -> list[WorkerState]:
         "Every registered worker of one type"
@@ -883,13 +890,11 @@ class ResourceManager:
 
     def get_app_pids(self) -> set[int]:
         "The PIDs of the registered workers"
-        self._sync()
-        with self._lock: return set(self._workers)
+        with self._reading(): return set(self._workers)
 
     def get_all_app_pids_including_children(self) -> set[int]:
         "The PIDs of the registered workers and of the children that their plugins declared"
-        self._sync()
-        with self._lock: return {*self._workers, *self._children}
+        with self._reading(): return {*self._workers, *self._children}
 
     def get_all_related_pids(self, parent_pid: int) -> list[int]:
         "A worker's PID and those of its declared children; the PID alone if it is not registered"
@@ -1020,7 +1025,7 @@ class ResourceManager:
         "The same to `await`, or for `async with`; the event loop goes on. A task that is cancelled leaves the queue"
         async def acquire() -> Reservation:
             request = await asyncio.to_thread(self._request, gpu_memory_mb, device, timeout, ttl, pid)
-            with self._progress(request, progress) as show: return await request.wait_async(show)
+            with self._progress(request, progress) as show: return await request.wait_async(show if progress else None)
         return PendingReservation(acquire)
 
     def wait_for_gpu(
@@ -1134,8 +1139,7 @@ class ResourceManager:
     def _stoppable(self, pid: int) -> tuple[WorkerState | None, list[ProcessId]]:
         "The worker, if it is one, and the processes to end; `PermissionError` if it may not be stopped"
         info = host.read_process(pid)
-        self._sync()
-        with self._lock:
+        with self._reading():
             state = self._workers.get(pid)
             owner, _ = find_owner(info, self._workers, self._children, self._me())
             declared = [ProcessId(child, by[pid]) for child, by in self._children.items() if state and by.keys() == {pid}]  # nobody else's

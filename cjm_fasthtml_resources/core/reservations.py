@@ -287,7 +287,7 @@ class Reservation:
     async def __aenter__(self) -> "Reservation": return self
     async def __aexit__(self, *exc: object) -> None: await asyncio.shield(asyncio.to_thread(self.release))
 
-# %% ../../nbs/core/reservations.ipynb #1547d48c
+# %% ../../nbs/core/reservations.ipynb #b39ecd25
 def _pauses() -> Iterator[float]:
     "Seconds between two looks at one's own row, longer for who waits long"
     for number in itertools.count(): yield min(0.02*1.05**min(number, 50), 0.1)
@@ -348,13 +348,13 @@ class Request:
 
     async def wait_async(
         self,
-        show: Callable[[], None] = lambda: None,   # called between two polls
+        show: Callable[[], None] | None = None,   # called between two polls
     ) -> Reservation:
         "The same without blocking the event loop"
         try:
             for pause in _pauses():
                 if found := await asyncio.to_thread(self.poll): return found
-                show()
+                if show: await asyncio.to_thread(show)  # it may have to wait for the driver
                 await asyncio.sleep(pause)
             raise AssertionError("the pauses never end")
         except BaseException:

@@ -7,7 +7,7 @@ __all__ = ['ValidationAction', 'ValidationResult', 'decide_on_cpu', 'Job', 'deci
            'validate_resources_for_job']
 
 # %% ../../nbs/core/validation.ipynb #000e449a
-import logging, re
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import Enum
@@ -17,7 +17,7 @@ from . import host
 from .gpu import GpuDevice
 from .host import format_bytes
 from .manager import (DeviceStatus, GpuChoice, ResourceBusy, ResourceConflict, ResourceManager, ResourceStatus,
-                                                 ResourceUnavailable, WorkerState, _check_number, _listed, _promised_on, conclude,
+                                                 ResourceUnavailable, WorkerState, _check_number, _listed, _promised_on, conclude, device_place,
                                                  held_by)
 from .store import StoreError
 from .plugins import (PluginRegistry, PluginResourceRequirements, compare_plugin_resources, device_kind, find_plugin,
@@ -112,15 +112,9 @@ def _could_have_room(
     return any(d.room + (d.app_memory if _untold(d) else sum(held_by(w, [d]).get(d.device.id, 0) for w in workers)) >= need for d in usable)
 
 # %% ../../nbs/core/validation.ipynb #cccc4e03
-def _ordinal(device: Any) -> int | None:
-    "The place among the visible devices that a configuration names"
-    if isinstance(device, int): return device
-    found = re.fullmatch(r"\s*(?:cuda|gpu):(\d+)\s*", str(device), re.IGNORECASE)
-    return int(found[1]) if found else None
-
 def _narrow(conflict: ResourceConflict, device: Any) -> ResourceConflict:
     "The same answer for the one device that is named, if one is"
-    place = _ordinal(device)
+    place = device_place(device)
     if place is None or conflict.status is ResourceStatus.UNAVAILABLE: return conflict
     there = len(conflict.devices)
     complaint = f"device {device!r} was asked for, and there {'is' if there == 1 else 'are'} {there}"
@@ -161,7 +155,7 @@ class Job:
         plugin = worker.plugin_id == self.plugin_id if worker.plugin_id is not None else worker.plugin_name == self.plugin_name
         if worker.loaded_plugin_resource is None: resource = compare_plugin_resources(worker.config, self.config)
         else: resource = worker.loaded_plugin_resource == self.needs.plugin_resource
-        places = {_ordinal((worker.config or {}).get("device")), _ordinal(self.needs.device)} - {None}
+        places = {device_place((worker.config or {}).get("device")), device_place(self.needs.device)} - {None}
         return plugin and resource and len(places) < 2
 
 def _on(worker: WorkerState, conflict: ResourceConflict) -> GpuDevice | None:
