@@ -39,7 +39,7 @@ def device_key(device: GpuDevice) -> str:
     "What a device is called in a claim, the same in every process"
     return device.uuid or str(device.id)
 
-# %% ../../nbs/core/reservations.ipynb #5c60eff9
+# %% ../../nbs/core/reservations.ipynb #88758812
 @dataclass(frozen=True)
 class DeviceUse:
     "A device at one moment, and who is on it"
@@ -47,7 +47,9 @@ class DeviceUse:
     processes: tuple[tuple[tuple[ProcessId, ...], int], ...] | None  # lineage and bytes of each; `None` where that cannot be told
 
     @property
-    def key(self) -> str: return device_key(self.device)
+    def key(self) -> str:
+        "What the device is called in a claim"
+        return device_key(self.device)
 
 def _no_less(device: GpuDevice, used: int) -> GpuDevice:
     "The device with at least so much in use"
@@ -70,7 +72,7 @@ def read_use(
 
     return [on(d) for d in devices if d.memory_total and d.memory_used is not None and not d.mig_mode]
 
-# %% ../../nbs/core/reservations.ipynb #450442a3
+# %% ../../nbs/core/reservations.ipynb #8cd4a19a
 @dataclass(frozen=True)
 class Pool:
     "The promises of one holder on one device, in bytes"
@@ -78,13 +80,17 @@ class Pool:
     used: int                 # by the holder with what descends from it
 
     @property
-    def promised(self) -> int: return sum(c.memory for c in self.claims)
+    def promised(self) -> int:
+        "All that was promised, used or not"
+        return sum(c.memory for c in self.claims)
     @property
     def consumed(self) -> int:
         "What of the promises is used already"
         return min(max(self.used - max(min(c.base, self.used) for c in self.claims), 0), self.promised)
     @property
-    def unused(self) -> int: return self.promised - self.consumed
+    def unused(self) -> int:
+        "What of the promises is still to come"
+        return self.promised - self.consumed
     @property
     def base(self) -> int:
         "The base of one more promise: what is used and not accounted for by those that are there"
@@ -251,7 +257,7 @@ class Ledger:
         given = any(c.device and before[c.id].device is None for c in after)
         db.execute("UPDATE ledger SET version = version + ?, looked_at = ?", [int(bool(over) or given), now])
 
-# %% ../../nbs/core/reservations.ipynb #d9954e92
+# %% ../../nbs/core/reservations.ipynb #41b9ace7
 @dataclass(frozen=True)
 class Reservation:
     "GPU memory that is promised to a process, until it is released or the process ends. Release it when the job has given its memory back"
@@ -263,9 +269,13 @@ class Reservation:
     _made_in: int = field(default_factory=os.getpid, repr=False, compare=False)
 
     @property
-    def index(self) -> int: return self.device.index
+    def index(self) -> int:
+        "NVML's index of the device"
+        return self.device.index
     @property
-    def uuid(self) -> str | None: return self.device.uuid
+    def uuid(self) -> str | None:
+        "The device's UUID, which means the same to every program"
+        return self.device.uuid
     @property
     def env(self) -> dict[str, str]:
         "What a child's environment needs to use this device and no other"
