@@ -1,10 +1,21 @@
 __version__ = "0.1.0"
 
+from typing import TYPE_CHECKING, Any
+
 from .core.gpu import read_gpus
 from .core.host import read_memory
 from .core.manager import (ResourceBusy, ResourceConflict, ResourceManager, ResourceStatus, ResourceType, ResourceUnavailable,
                            WorkerState)
-from .core.validation import ValidationAction, validate_resources_for_job
+
+if TYPE_CHECKING: from .core.validation import ValidationAction, validate_resources_for_job
 
 __all__ = ["ResourceBusy", "ResourceConflict", "ResourceManager", "ResourceStatus", "ResourceType", "ResourceUnavailable",
            "ValidationAction", "WorkerState", "read_gpus", "read_memory", "validate_resources_for_job"]
+
+_LATER = {"ValidationAction": "core.validation", "validate_resources_for_job": "core.validation"}  # imported when they are asked for
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LATER: raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module
+    return getattr(import_module(f"{__name__}.{_LATER[name]}"), name)

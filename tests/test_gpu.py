@@ -158,3 +158,16 @@ def test_any_value_of_cuda_visible_devices_is_understood_or_complained_about(fou
     visible, complaint = visible_devices(found, value)
     assert all(d in found and not d.mig_mode for d in visible)
     if value is not None and not visible and any(not d.mig_mode for d in found): assert complaint
+
+
+@pytest.mark.parametrize("before, after", [(0, 5000), (5000, 0)])
+def test_what_changes_hands_while_a_device_is_read_counts_as_used(monkeypatch, before, after):
+    with SimulatedDriver([SimulatedGpu(memory_used_mb=before)]) as driver:
+        listing = pynvml.nvmlDeviceGetComputeRunningProcesses_v3
+
+        def changes(handle):
+            driver.gpus[0].memory_used_mb = after
+            return listing(handle)
+
+        monkeypatch.setattr(pynvml, "nvmlDeviceGetComputeRunningProcesses_v3", changes)
+        assert read_gpus().devices[0].memory_used == 5000*2**20

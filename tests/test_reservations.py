@@ -236,7 +236,7 @@ def test_a_full_disk_and_a_read_only_file_lose_nothing(folder):
             with manager._ledger.store.reading() as db: pages = db.execute("PRAGMA page_count").fetchone()[0]
             with manager._ledger.store.reading() as db: db.execute(f"PRAGMA max_page_count = {pages}")
             with pytest.raises(StoreError, match="disk is full"):
-                for _ in range(2_000): manager._ledger.enter(held.holder, 2**20, ["GPU-x"*200])
+                for _ in range(200): manager._ledger.settle(list, lambda: Claim(0, held.holder, 2**20, ("GPU-x"*4_000,)))
             with manager._ledger.store.reading() as db: db.execute("PRAGMA max_page_count = 100000")
             with manager._ledger.store.reading() as db: db.execute("PRAGMA query_only = 1")
             with pytest.raises(StoreError, match="read-only"): manager.reserve(1_000)

@@ -132,10 +132,12 @@ def _watts(milliwatts: int | None) -> float | None: return None if milliwatts is
 
 def _read_device(nvml: Any, handle: Any, **fixed: Any) -> GpuDevice:
     "Everything that changes on one device, added to what is `fixed`"
-    try: memory = _memory(nvml, handle)
+    try:
+        before = _memory(nvml, handle)
+        listed = None if fixed.get("mig_mode") else {kind: _list_processes(nvml, handle, kind) for kind in _PROCESS_CALLS}
+        memory = before if listed is None else max(before, _memory(nvml, handle), key=lambda m: m.used)
     except nvml.NVMLError as error: return GpuDevice(**fixed, reason=in_words(error))
     utilization = _ask(nvml.nvmlDeviceGetUtilizationRates, handle)
-    listed = None if fixed.get("mig_mode") else {kind: _list_processes(nvml, handle, kind) for kind in _PROCESS_CALLS}
     return GpuDevice(
         **fixed,
         memory_total=memory.total, memory_used=memory.used, memory_free=memory.free,

@@ -10,7 +10,7 @@ __all__ = ['PLUGIN_RESOURCE_CONFIG_KEYS', 'UNCHANGED', 'ResourceType', 'Resource
            'explain_shortage', 'plan_room', 'ResourceManager']
 
 # %% ../../nbs/core/manager.ipynb #988cfa97
-import asyncio, contextlib, inspect, json, logging, os, re, threading, time
+import contextlib, inspect, json, logging, os, re, threading, time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import Enum
@@ -20,7 +20,7 @@ from typing import Any, TypedDict
 from . import host
 from .gpu import GpuDevice, GpuSnapshot, read_gpus, visible_devices, visible_env
 from .host import HostMemory, ProcessId, ProcessInfo, format_bytes
-from .reservations import Claim, DeviceUse, Ledger, PendingReservation, Promise, Request, Reservation, device_key, find_promises, read_use
+from .reservations import Claim, Ledger, PendingReservation, Promise, Request, Reservation, device_key, find_promises, read_use
 from .store import Store, StoreError, store_path
 
 # %% ../../nbs/core/manager.ipynb #3fdc668a
@@ -928,7 +928,10 @@ class ResourceManager:
     def check_gpu_availability(self) -> ResourceConflict:
         "Who holds the memory of the devices that this app may use, and could a job start"
         trouble = self._prepare()
-        snapshot = read_gpus(self.gpu_timeout)
+        return self._judge(read_gpus(self.gpu_timeout), trouble)
+
+    def _judge(self, snapshot: GpuSnapshot, trouble: str | None = None) -> ResourceConflict:
+        "What a reading means, with what is known about workers and promises"
         visible, complaint = visible_devices(snapshot.devices, os.environ.get("CUDA_VISIBLE_DEVICES"))
         try: claims = self._ledger.claims()
         except StoreError as error: trouble, claims = trouble or str(error), []
@@ -1024,6 +1027,7 @@ class ResourceManager:
     ) -> PendingReservation:
         "The same to `await`, or for `async with`; the event loop goes on. A task that is cancelled leaves the queue"
         async def acquire() -> Reservation:
+            import asyncio
             request = await asyncio.to_thread(self._request, gpu_memory_mb, device, timeout, ttl, pid)
             with self._progress(request, progress) as show: return await request.wait_async(show if progress else None)
         return PendingReservation(acquire)
@@ -1055,32 +1059,32 @@ class ResourceManager:
         return self._ledger.claims()
 
     def _request(self, gpu_memory_mb: Any, device: Any, timeout: Any, ttl: Any, pid: Any) -> Request:
-        "A request that was looked at: there is such a device, and it is large enough"
+        "A request whose arguments were looked at. Whether there is such a device, and whether it is large enough, shows when it enters the queue"
         memory = int(_check_number(gpu_memory_mb, "gpu_memory_mb", 1)*2**20)
         if timeout is not None: _check_number(timeout, "timeout", 0, threading.TIMEOUT_MAX)
         if ttl is not None: _check_number(ttl, "ttl", 1e-3)
         holder = host.read_process(os.getpid() if pid is None else _check_pid(pid)).lineage[0]
-        if holder.start_time is None or host.has_ended(*holder): raise ValueError(f"pid must be that of a living process, not {pid!r}")
-        conflict = self.check_gpu_availability()
-        if conflict.status is ResourceStatus.UNAVAILABLE: raise ResourceUnavailable(conflict.message, conflict)
-        allowed = select_devices([d.device for d in conflict.devices], device)
-        usable = [d.device for d in conflict.devices if d.device in allowed and d.status is not ResourceStatus.UNAVAILABLE]
-        if not usable: raise ResourceUnavailable(f"The device {device!r} cannot be used: {allowed[0].reason}.", conflict)
-        most = max((d.memory_total or 0) - (d.memory_reserved or 0) for d in usable)
-        if memory > most: raise ValueError(f"gpu_memory_mb must be at most {most/2**20:.0f}, which is what the largest device has, not {gpu_memory_mb!r}")
+        if pid is not None and (holder.start_time is None or host.has_ended(*holder)): raise ValueError(f"pid must be that of a living process, not {pid!r}")
         until = None if timeout is None else time.monotonic() + timeout
+
+        def choose(snapshot: GpuSnapshot) -> list[GpuDevice]:
+            visible, _ = visible_devices(snapshot.devices, os.environ.get("CUDA_VISIBLE_DEVICES"))
+            readable = [d for d in visible if d.memory_total and d.memory_used is not None]
+            if not readable: raise ResourceUnavailable((conflict := self._judge(snapshot)).message, conflict)
+            allowed = select_devices(visible, device)
+            usable = [d for d in allowed if d in readable]
+            if not usable: raise ResourceUnavailable(f"The device {device!r} cannot be used: {allowed[0].reason}.", self._judge(snapshot))
+            most = max((d.memory_total or 0) - (d.memory_reserved or 0) for d in usable)
+            if memory > most: raise ValueError(f"gpu_memory_mb must be at most {most/2**20:.0f}, which is what the largest device has, not {gpu_memory_mb!r}")
+            return usable
 
         def give_up() -> None:
             if until is None or time.monotonic() < until: return
             shortage, now = self._shortage(request)
             raise ResourceBusy(f"{shortage} It was waited for {timeout:g} s.", now)
 
-        request = Request(self._ledger, self._look, holder, memory, usable, self.app or "", ttl, give_up)
+        request = Request(self._ledger, lambda: read_gpus(self.gpu_timeout), choose, holder, memory, self.app or "", ttl, give_up)
         return request
-
-    def _look(self) -> list[DeviceUse]:
-        "Every device of the machine, for the promises of all that share them"
-        return read_use(read_gpus(self.gpu_timeout).devices, read_gpus(self.gpu_timeout).devices)
 
     def _shortage(self, request: Request) -> tuple[str, ResourceConflict]:
         "Why a request has to wait"

@@ -7,13 +7,13 @@ __all__ = ['Claim', 'device_key', 'DeviceUse', 'read_use', 'Pool', 'find_pools',
            'Reservation', 'Request', 'PendingReservation']
 
 # %% ../../nbs/core/reservations.ipynb #11592e7c
-import asyncio, itertools, json, os, random, threading, time
+import itertools, json, os, random, threading, time
 from collections.abc import Awaitable, Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from . import host
-from .gpu import GpuDevice, visible_env
+from .gpu import GpuDevice, GpuSnapshot, visible_env
 from .host import ProcessId
 from .store import Store
 
@@ -58,14 +58,13 @@ def _no_less(device: GpuDevice, used: int) -> GpuDevice:
 
 def read_use(
     devices: Iterable[GpuDevice],
-    later: Iterable[GpuDevice] = (),   # the same ones, read once more
 ) -> list[DeviceUse]:  # without devices whose memory cannot be read
     "Who is on which device, as far as the driver tells"
-    read, again = host.driver_pid_reader(), {device_key(d): d.memory_used or 0 for d in later}
+    read = host.driver_pid_reader()
 
     def on(device: GpuDevice) -> DeviceUse:
         listed = device.processes
-        device = _no_less(device, max(again.get(device_key(device), 0), sum(p.memory_used or 0 for p in listed or ())))
+        device = _no_less(device, sum(p.memory_used or 0 for p in listed or ()))
         if read is None or listed is None or any(p.memory_used is None for p in listed): return DeviceUse(device, None)
         found = ((read(p.pid), p.memory_used or 0) for p in listed)
         return DeviceUse(device, tuple((info.lineage, used) for info, used in found if not info.foreign))
@@ -191,12 +190,6 @@ class Ledger:
         now = time.monotonic()
         return [c for c in found if not c.is_over(now)]
 
-    def enter(self, holder: ProcessId, memory: int, allowed: Iterable[str], app: str = "", ttl: float | None = None) -> int:
-        "Ask; the new claim's id"
-        with self.store.transaction() as db:
-            row = (app, holder.pid, holder.start_time, memory, json.dumps(list(allowed)), ttl)
-            return int(db.execute("INSERT INTO claims (app, pid, start_time, memory, allowed, ttl) VALUES (?, ?, ?, ?, ?, ?)", row).lastrowid or 0)
-
     def find(self, id: int) -> Claim | None:
         "A claim as it is now, `None` if it is over"
         with self.store.reading() as db: row = db.execute(f"SELECT {_FIELDS} FROM claims WHERE id = ?", [id]).fetchone()
@@ -227,16 +220,16 @@ class Ledger:
     def settle(
         self,
         look: Callable[[], Sequence[DeviceUse]],   # reads every device of the machine
-    ) -> Sequence[DeviceUse]:  # what was read
-        "Drop what is over, and hand out what there is"
+        ask: Callable[[], Claim | None] = lambda: None,   # one more claim, without an id; called when the devices were read
+    ) -> list[Claim]:  # all that hold, in the order of asking, the new one last
+        "Drop what is over, enter what is asked for, and hand out what there is"
         for attempt in range(4):
             with self.store.reading() as db: version, before = self._version(db), _all(db)
             uses, over = (look() if attempt < 3 else ()), self._over(before)
             with self.store.transaction() as db:
                 if attempt == 3: uses, over = look(), self._over(_all(db))
                 elif self._version(db) != version: continue
-                self._apply(db, over, uses)
-                return uses
+                return self._apply(db, over, ask(), uses)
         raise AssertionError("the last attempt always ends")
 
     def _version(self, db: Any) -> int: return int(db.execute("SELECT version FROM ledger").fetchone()[0])
@@ -245,17 +238,27 @@ class Ledger:
         now = time.monotonic()
         return {c.id for c in claims if c.is_over(now)}
 
-    def _apply(self, db: Any, over: set[int], uses: Sequence[DeviceUse]) -> None:
+    def _apply(self, db: Any, over: set[int], asked: Claim | None, uses: Sequence[DeviceUse]) -> list[Claim]:
         "One transaction's work"
         now = time.monotonic()
         for id in over: db.execute("DELETE FROM claims WHERE id = ?", [id])
+        if asked:
+            row = (asked.app, *asked.holder, asked.memory, json.dumps(asked.allowed), asked.ttl)
+            db.execute("INSERT INTO claims (app, pid, start_time, memory, allowed, ttl) VALUES (?, ?, ?, ?, ?, ?)", row)
         before = {c.id: c for c in _all(db)}
         after = grant(list(before.values()), uses)
-        for c in (c for c in after if c != before[c.id]):
-            expires = now + c.ttl if c.ttl is not None and before[c.id].device is None and c.device else c.expires
-            db.execute("UPDATE claims SET device = ?, base = ?, expires = ? WHERE id = ?", [c.device, c.base, expires, c.id])
-        given = any(c.device and before[c.id].device is None for c in after)
-        db.execute("UPDATE ledger SET version = version + ?, looked_at = ?", [int(bool(over) or given), now])
+        given = {c.id for c in after if c.device and before[c.id].device is None}
+        after = [replace(c, expires=now + c.ttl) if c.id in given and c.ttl is not None else c for c in after]
+        for c in after:
+            if c != before[c.id]: db.execute("UPDATE claims SET device = ?, base = ?, expires = ? WHERE id = ?", [c.device, c.base, c.expires, c.id])
+        db.execute("UPDATE ledger SET version = version + ?, looked_at = ?", [int(bool(over or given)), now])
+        return after
+
+# %% ../../nbs/core/reservations.ipynb #8e4f30a5
+async def _surely(call: Callable[[], Any]) -> None:
+    "Call in a thread, and to its end even if the task is cancelled meanwhile"
+    import asyncio
+    await asyncio.shield(asyncio.to_thread(call))
 
 # %% ../../nbs/core/reservations.ipynb #41b9ace7
 @dataclass(frozen=True)
@@ -295,7 +298,7 @@ class Reservation:
     def __enter__(self) -> "Reservation": return self
     def __exit__(self, *exc: object) -> None: self.release()
     async def __aenter__(self) -> "Reservation": return self
-    async def __aexit__(self, *exc: object) -> None: await asyncio.shield(asyncio.to_thread(self.release))
+    async def __aexit__(self, *exc: object) -> None: await _surely(self.release)
 
 # %% ../../nbs/core/reservations.ipynb #b39ecd25
 def _pauses() -> Iterator[float]:
@@ -307,27 +310,37 @@ class Request:
     def __init__(
         self,
         ledger: Ledger,
-        look: Callable[[], Sequence[DeviceUse]],        # reads every device of the machine
+        look: Callable[[], GpuSnapshot],                # reads every device of the machine
+        choose: Callable[[GpuSnapshot], Iterable[GpuDevice]],   # those that will do; raises if there are none
         holder: ProcessId,
         memory: int,                                    # bytes
-        devices: Sequence[GpuDevice],                   # that will do
         app: str = "",
         ttl: float | None = None,                       # seconds that the promise shall hold
         give_up: Callable[[], None] = lambda: None,     # called when it has to wait; raises when it has waited for too long
     ) -> None:
-        self.ledger, self.look, self.holder, self.memory, self.app, self.ttl, self.give_up = ledger, look, holder, memory, app, ttl, give_up
-        self.devices = {device_key(d): d for d in devices}
+        self.ledger, self.look, self.choose, self.holder, self.memory, self.app, self.ttl, self.give_up = ledger, look, choose, holder, memory, app, ttl, give_up
+        self.devices: dict[str, GpuDevice] = {}   # those that will do, by key, when they were read
         self._lock = threading.Lock()   # who withdraws waits for a poll that is under way, so that nothing is granted afterwards
         self._id: int | None = None
         self._over = False
+
+    def _look(self) -> list[DeviceUse]:
+        snapshot = self.look()
+        if not self.devices: self.devices = {device_key(d): d for d in self.choose(snapshot)}
+        return read_use(snapshot.devices)
+
+    def _claim(self) -> Claim: return Claim(0, self.holder, self.memory, tuple(self.devices), app=self.app, ttl=self.ttl)
 
     def poll(self) -> Reservation | None:
         "The promise if it is given by now"
         with self._lock:
             if self._over: return None
-            entered, self._id = self._id is None, self._id or self.ledger.enter(self.holder, self.memory, self.devices, self.app, self.ttl)
-            if entered or self.ledger.is_due(): self.ledger.settle(self.look)
-            claim = self.ledger.find(self._id)
+            if self._id is None:
+                claim: Claim | None = self.ledger.settle(self._look, self._claim)[-1]
+                self._id = claim.id if claim else None
+            else:
+                if self.ledger.is_due(): self.ledger.settle(self._look)
+                claim = self.ledger.find(self._id)
         if claim is None:  # the file was made anew, or the holder has ended
             self._id = None
             if host.has_ended(*self.holder): raise ProcessLookupError(f"the process with PID {self.holder.pid} ended before it was given any GPU memory")
@@ -361,6 +374,7 @@ class Request:
         show: Callable[[], None] | None = None,   # called between two polls
     ) -> Reservation:
         "The same without blocking the event loop"
+        import asyncio
         try:
             for pause in _pauses():
                 if found := await asyncio.to_thread(self.poll): return found
@@ -368,7 +382,7 @@ class Request:
                 await asyncio.sleep(pause)
             raise AssertionError("the pauses never end")
         except BaseException:
-            await asyncio.shield(asyncio.to_thread(self.withdraw))
+            await _surely(self.withdraw)
             raise
 
 # %% ../../nbs/core/reservations.ipynb #f2befc18
@@ -386,4 +400,4 @@ class PendingReservation:
         self._held.append(await self._acquire())
         return self._held[-1]
 
-    async def __aexit__(self, *exc: object) -> None: await asyncio.shield(asyncio.to_thread(self._held.pop().release))
+    async def __aexit__(self, *exc: object) -> None: await _surely(self._held.pop().release)

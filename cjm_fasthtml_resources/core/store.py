@@ -6,11 +6,14 @@
 __all__ = ['SCHEMA_VERSION', 'store_path', 'StoreError', 'Store']
 
 # %% ../../nbs/core/store.ipynb #ef53b40b
-import contextlib, logging, os, platform, re, sqlite3, stat, threading, time, weakref
+import contextlib, logging, os, re, stat, threading, time, weakref
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from . import host
+
+if TYPE_CHECKING: import sqlite3
 
 # %% ../../nbs/core/store.ipynb #dd8e3d96
 _log = logging.getLogger(__name__)
@@ -18,6 +21,7 @@ _log = logging.getLogger(__name__)
 # %% ../../nbs/core/store.ipynb #7ed646cb
 def store_path() -> Path:
     "The file for this user on this machine, whether it is there or not"
+    import platform
     folder = os.environ.get("CJM_RESOURCES_DIR")
     if not folder:
         import platformdirs
@@ -54,7 +58,7 @@ def _boot() -> str:
         import psutil
         return str(round(psutil.boot_time(), -1))
 
-def _create(db: sqlite3.Connection) -> None:
+def _create(db: "sqlite3.Connection") -> None:
     db.executescript(f"BEGIN; {_TABLES} PRAGMA user_version = {SCHEMA_VERSION}; COMMIT")
     db.execute("INSERT INTO ledger VALUES (0, 0, ?)", [_boot()])
 
@@ -86,16 +90,20 @@ def _set_aside(path: Path) -> Path:
 # %% ../../nbs/core/store.ipynb #c1faee3d
 _BUSY_SECONDS = 5.0  # how long to wait for another process's transaction
 
-def _connect(where: str) -> sqlite3.Connection:
+def _connect(where: str) -> "sqlite3.Connection":
+    import sqlite3  # when it is used: most programs never open a store
     db = sqlite3.connect(where, timeout=_BUSY_SECONDS, isolation_level=None, check_same_thread=False)
     db.execute("PRAGMA journal_mode = WAL")
     db.execute("PRAGMA synchronous = NORMAL")  # safe against kill; after a power cut there is nothing left to promise
     return db
 
-def _is_damaged(error: sqlite3.Error) -> bool: return isinstance(error, sqlite3.DatabaseError) and not isinstance(error, sqlite3.OperationalError)
+def _is_damaged(error: "sqlite3.Error") -> bool:
+    import sqlite3
+    return isinstance(error, sqlite3.DatabaseError) and not isinstance(error, sqlite3.OperationalError)
 
-def _read(path: Path) -> sqlite3.Connection:
+def _read(path: Path) -> "sqlite3.Connection":
     "A connection to a file whose content was looked at; raises what SQLite raises"
+    import sqlite3
     db = _connect(str(path))
     try:
         if (found := db.execute("PRAGMA quick_check(1)").fetchone()[0]) != "ok": raise sqlite3.DatabaseError(found)
@@ -109,8 +117,9 @@ def _read(path: Path) -> sqlite3.Connection:
         raise
     return db
 
-def _prepare(path: Path, alone: bool) -> sqlite3.Connection:
+def _prepare(path: Path, alone: bool) -> "sqlite3.Connection":
     "A connection to a good file. One that is missing or damaged is made anew by who has it alone"
+    import sqlite3
     if not path.exists():
         if not alone: raise StoreError(f"{path} was removed while other programs use it; end them, and it is made anew")
         os.close(os.open(path, os.O_CREAT | os.O_EXCL, 0o600))
@@ -126,7 +135,7 @@ def _prepare(path: Path, alone: bool) -> sqlite3.Connection:
         db.execute("UPDATE ledger SET boot = ?", [_boot()])
     return db
 
-def _open(path: Path) -> tuple[sqlite3.Connection, int]:
+def _open(path: Path) -> "tuple[sqlite3.Connection, int]":
     "The connection, and the lock's file descriptor"
     try: import fcntl
     except ImportError: raise StoreError(f"{path} cannot be shared: this system has no flock (it needs Linux or macOS)") from None
@@ -174,11 +183,11 @@ class Store:
 
     def _reset(self) -> None:
         self._lock = threading.RLock()
-        self._db: sqlite3.Connection | None = None
+        self._db: "sqlite3.Connection | None" = None
         self._used: int | None = None           # the descriptor that holds the lock
         self._inode: tuple[int, int] | None = None
 
-    def _connection(self) -> sqlite3.Connection:
+    def _connection(self) -> "sqlite3.Connection":
         "The connection, opened if need be; `StoreError` if the file is no longer the one that was opened"
         if self._db is None:
             if self.path is None:
@@ -203,15 +212,17 @@ class Store:
         return self.path is None and self._db is None
 
     @contextlib.contextmanager
-    def reading(self) -> Iterator[sqlite3.Connection]:
+    def reading(self) -> Iterator["sqlite3.Connection"]:
         "For single SELECTs. `StoreError` for whatever is wrong with the file"
+        import sqlite3
         with self._lock:
             try: yield self._connection()
             except (sqlite3.Error, OSError) as error: raise StoreError(_in_words(self.path, error)) from error
 
     @contextlib.contextmanager
-    def transaction(self) -> Iterator[sqlite3.Connection]:
+    def transaction(self) -> Iterator["sqlite3.Connection"]:
         "All or nothing, one process at a time. `StoreError` for whatever is wrong with the file; then nothing was changed"
+        import sqlite3
         with self.reading() as db:
             db.execute("BEGIN IMMEDIATE")
             try:
