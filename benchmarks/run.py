@@ -8,12 +8,13 @@ Eight simulated GPUs hold twenty live processes each: ten are grandchildren of t
 Needs the extra `bench`. The two sides of a ratio take turns, so that both see the same machine; the figure is the
 ratio of their medians.
 """
-import argparse, atexit, contextlib, datetime, os, platform, statistics, subprocess, sys, time
+import argparse, atexit, contextlib, datetime, os, platform, sqlite3, statistics, subprocess, sys, tempfile, time
 from importlib.metadata import version
 from pathlib import Path
 
 import psutil, pynvml
 
+from cjm_fasthtml_resources.core.gpu import read_gpus
 from cjm_fasthtml_resources.core.manager import ResourceManager
 from cjm_fasthtml_resources.simulate import SimulatedDriver, SimulatedGpu, SimulatedProcess
 
@@ -79,6 +80,30 @@ def filled(workers, count):
     return manager
 
 
+def grants():
+    "Seconds of a reservation that is granted at once, in memory and in a file, of its reading of the driver, of an insert into the same kind of file and of a dict operation"
+    with tempfile.TemporaryDirectory() as folder, SimulatedDriver([SimulatedGpu()]):
+        os.environ["CJM_RESOURCES_DIR"] = folder
+        inserted = sqlite3.connect(f"{folder}/insert.sqlite", isolation_level=None)
+        for line in ("PRAGMA journal_mode = WAL", "PRAGMA synchronous = NORMAL", "CREATE TABLE rows (id INTEGER PRIMARY KEY, memory INTEGER)"): inserted.execute(line)
+        held, plain = [], {}
+
+        def reserving(manager):
+            def side(): held.append(manager.reserve(1_000, timeout=0))
+            return side
+
+        def count(): plain["promised"] = plain.get("promised", 0) + 1
+
+        def insert(): inserted.execute("INSERT INTO rows (memory) VALUES (1000)")
+
+        def give_back():
+            while held: held.pop().release()
+
+        found = medians(reserving(ResourceManager()), reserving(ResourceManager(app="bench")), read_gpus, insert, count, give_back, rounds=400)
+        inserted.close()
+        return found[:5]
+
+
 def import_seconds(code):
     "The least of many imports, each in a new interpreter that finds compiled bytecode"
     env = {k: v for k, v in os.environ.items() if k != "PYTHONDONTWRITEBYTECODE"}
@@ -110,12 +135,15 @@ def measure():
     by_few, by_many = medians(lookups(few, 5_000_001), lookups(many, 5_050_000))
     mine, base = zip(*[(import_seconds("import cjm_fasthtml_resources.core.manager"), import_seconds("import pynvml, psutil")) for _ in range(15)])
     megabytes = float(subprocess.run([sys.executable, __file__, "--memory"], check=True, capture_output=True, text=True).stdout)
+    in_memory, in_file, reading, insert, operation = grants()
     return [
         ("nvitop 1.7 `take_snapshots`, in checks", f"{peer/check:.1f} ×", "≥ 8", peer/check >= 8, f"{peer*1e3:.1f} ms : {check*1e3:.2f} ms"),
         ("a check, in bare pynvml calls + one start time per process", f"{ours/bare:.2f} ×", "≤ 2", ours/bare <= 2, f"{ours*1e3:.2f} ms : {bare*1e3:.2f} ms"),
         ("a check with 100,000 workers, in checks with 10", f"{lots/ten:.2f} ×", "≤ 1.2", lots/ten <= 1.2, f"{lots*1e3:.2f} ms : {ten*1e3:.2f} ms"),
         ("lookup by PID and by job among 100,000, in lookups among 10", f"{by_many/by_few:.2f} ×", "about 1", by_many/by_few < 1.5, f"{by_many/2e-3:.2f} µs : {by_few/2e-3:.2f} µs"),
         ("importing core.manager, in imports of pynvml and psutil", f"{min(mine)/min(base):.2f} ×", "≤ 1.3", min(mine)/min(base) <= 1.3, f"{min(mine)*1e3:.1f} ms : {min(base)*1e3:.1f} ms"),
+        ("a reservation granted at once, in memory, in dict operations", f"{in_memory/operation:.0f} ×", "< 0.2 ms", in_memory < 2e-4, f"{in_memory*1e3:.2f} ms, of which {reading*1e3:.2f} ms read the driver : {operation*1e6:.2f} µs"),
+        ("a reservation granted at once, in an app's file, in SQLite inserts", f"{in_file/insert:.0f} ×", "< 2 ms", in_file < 2e-3, f"{in_file*1e3:.2f} ms : {insert*1e6:.0f} µs"),
         ("memory of 100,000 workers", f"{megabytes:.0f} MB", "< 150", megabytes < 150, f"{megabytes*10:.0f} bytes each"),
     ]
 
