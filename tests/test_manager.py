@@ -4,20 +4,27 @@ from dataclasses import asdict
 
 import pytest
 from hypothesis import settings, strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from cjm_fasthtml_resources.core import host
-from cjm_fasthtml_resources.core.manager import ResourceManager, ResourceStatus
+from cjm_fasthtml_resources.core.manager import ResourceBusy, ResourceManager, ResourceStatus
 from cjm_fasthtml_resources.simulate import PRESETS, SimulatedDriver, SimulatedGpu, SimulatedProcess, load_scenario
 
 PIDS, JOBS = st.integers(5_000_001, 5_000_005), st.sampled_from(["a", "b", "c"])
+TOTALS = [1_000, 600]  # MiB of the simulated GPUs
 
 
 class Registry(RuleBasedStateMachine):
-    "Any sequence of registrations and updates against the plainest model of what they mean"
+    "Any sequence of registrations, updates and reservations against the plainest model of what they mean"
     def __init__(self):
         super().__init__()
         self.manager, self.jobs, self.types, self.states = ResourceManager(), {}, {}, {}
+        self.driver = SimulatedDriver([SimulatedGpu(memory_total_mb=total) for total in TOTALS]).__enter__()
+        self.held = []  # (device, MiB, reservation)
+
+    def teardown(self): self.driver.__exit__()
+
+    def promised(self, device): return sum(memory for where, memory, _ in self.held if where == device)
 
     def take(self, pid, job):
         for other, held in self.jobs.items():
@@ -48,6 +55,32 @@ class Registry(RuleBasedStateMachine):
     def unregister(self, pid):
         self.manager.unregister_worker(pid)
         for held in (self.types, self.states, self.jobs): held.pop(pid, None)
+
+    @rule(memory=st.integers(1, 1_000), device=st.none() | st.sampled_from(range(len(TOTALS))))
+    def reserve(self, memory, device):
+        allowed = range(len(TOTALS)) if device is None else [device]
+        room = {d: TOTALS[d] - self.promised(d) for d in allowed}
+        if memory > max(TOTALS[d] for d in allowed): refused = ValueError
+        else: refused = None if max(room.values()) >= memory else ResourceBusy
+        if refused:
+            with pytest.raises(refused): self.manager.reserve(memory, device, timeout=0)
+            return
+        given = self.manager.reserve(memory, device, timeout=0)
+        assert room[given.index] >= memory and room[given.index] >= max(room.values()) - TOTALS[given.index]/100
+        self.held.append((given.index, memory, given))
+
+    @precondition(lambda self: self.held)
+    @rule(data=st.data())
+    def release(self, data):
+        _, _, reservation = self.held.pop(data.draw(st.integers(0, len(self.held) - 1)))
+        assert reservation.release() and not reservation.release()
+
+    @invariant()
+    def promises_agree(self):
+        assert sorted((c.device[-7], c.memory//2**20) for c in self.manager.get_claims()) == sorted((str(d), memory) for d, memory, _ in self.held)
+        if len(self.held) % 3 == 1:  # a check costs more than all else here
+            devices = self.manager.check_gpu_availability().devices
+            assert [d.promised("app")//2**20 for d in devices] == [self.promised(d) for d in range(len(TOTALS))]
 
     @invariant()
     def agrees(self):
