@@ -63,35 +63,32 @@ def main() -> None:
         try:
             print("1. Nobody is there:", ask("whisper").action.name)
 
-            print("2. Three jobs are started one after the other, and there is room for one:")
             for number, worker in enumerate(workers, 1):
                 worker.tell(f"job-{number}")
                 wait_until(lambda: queued() == number)
-            print("  ", whisper.hear())
-            answer = ask("whisper")
-            print(f"   a fourth: {answer.action.name}. {answer.message}")
+            began, answer = whisper.hear(), ask("whisper")
+            print(f"2. Three jobs and room for one: {began}. A fourth: {answer.action.name}\n   {answer.message}")
+            said = []
             for worker, after in zip(workers, [*workers[1:], None]):
                 worker.tell("done")
-                print("  ", worker.hear())
-                if after: print("  ", after.hear())
+                said += [worker.hear(), *([after.hear()] if after else [])]
+            print("  ", ", ".join(said))
             wait_until(lambda: manager.get_worker_by_pid(parakeet.process.pid).plugin_name is None)
 
-            print("3. The llm worker is idle and keeps its model:")
             answer = ask("whisper")
-            print(f"   {answer.action.name}. {answer.message}")
-            print("   stopped:", [w.plugin_name for w in manager.free_gpu(16_000)], "and then:", ask("whisper").action.name)
+            print(f"3. The llm worker is idle and keeps its model: {answer.action.name}\n   {answer.message}")
+            print("   Stopped:", ", ".join(w.plugin_name for w in manager.free_gpu(16_000)), "and then:", ask("whisper").action.name)
 
-            print("4. A worker that holds the GPU is killed, and who waits has it at the next look:")
             whisper.tell("job-4")
-            print("  ", whisper.hear())
+            began = whisper.hear()
             parakeet.tell("job-5")
             wait_until(lambda: queued() == 2)
             whisper.process.kill()
             whisper.process.wait()
             killed = time.monotonic()
-            print("  ", parakeet.hear(), f"({'at once' if time.monotonic() - killed < 2 else 'late'})")
+            next_one = parakeet.hear()
             parakeet.tell("done")
-            print("  ", parakeet.hear())
+            print(f"4. {began}, job-5 waits. The holder is killed: {next_one} {'at once' if time.monotonic() - killed < 2 else 'late'}, {parakeet.hear()}")
         finally:
             for worker in workers:
                 worker.process.kill()
