@@ -5,13 +5,15 @@
     python tools/pictures.py --check   only say whether those there are up to date, closing with 'N passed, N failed'
 """
 import argparse, os, sys
+from dataclasses import replace
 from pathlib import Path
 
 from rich.console import Console
 from rich.terminal_theme import TerminalTheme
 
-from cjm_fasthtml_resources.cli import Answer, status_view
+from cjm_fasthtml_resources.cli import status_view
 from cjm_fasthtml_resources.core.manager import ResourceManager
+from cjm_fasthtml_resources.core.monitor import take_sample
 from cjm_fasthtml_resources.simulate import load_scenario
 
 IMAGES = Path(__file__).resolve().parent.parent/"nbs"/"images"
@@ -41,7 +43,7 @@ def terminal(preset: str, title: str, width: int) -> str:
     with load_scenario(preset) as driver:
         manager = ResourceManager(track_self=False)
         for worker in driver.workers: manager.register_worker(**worker)
-        answer = Answer(manager.check_gpu_availability(), manager.check_memory_availability(), driver.description)
+        answer = replace(take_sample(manager), workers=(), simulated=driver.description)
     with open(os.devnull, "w", encoding="utf-8") as nowhere:
         console = Console(record=True, width=width, file=nowhere, force_terminal=True, color_system="truecolor", legacy_windows=False)
         console.print(status_view(answer, console, top=5))

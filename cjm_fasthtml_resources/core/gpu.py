@@ -53,6 +53,7 @@ class GpuSnapshot:
     reason: str | None = None            # why there is nothing to see, in words
     driver_version: str | None = None    # such as "580.105.08"
     time: float = field(default_factory=time.time)  # seconds since the epoch, when it was read
+    late: bool = False                   # the driver took longer than it was given
 
     @property
     def simulated(self) -> bool:
@@ -254,7 +255,7 @@ class GpuReader:
             while self._done < ticket:
                 hung = self._since + timeout if self._done < self._begun < ticket else deadline  # an older reading is under way
                 if (left := min(deadline, hung) - time.monotonic()) <= 0:
-                    return GpuSnapshot(reason=f"the NVIDIA driver did not answer within {timeout:g} s")
+                    return GpuSnapshot(reason=f"the NVIDIA driver did not answer within {timeout:g} s", late=True)
                 self._changed.wait(left)
             return self._latest
 

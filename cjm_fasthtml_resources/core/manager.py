@@ -81,6 +81,11 @@ class DeviceStatus:
         return sum(p.unused for p in self.promises if owner in (None, p.owner))
 
     @property
+    def shares(self) -> dict[str, int]:
+        "Bytes by owner, and those that were promised and are not used yet; what is left of the total is free, or the driver's own"
+        return dict(app=self.app_memory, external=self.external_memory, unattributed=self.unattributed_memory, promised=self.promised())
+
+    @property
     def room(self) -> int:
         "Bytes that are neither used nor promised"
         return max((self.device.memory_free or 0) - self.promised(), 0)
@@ -93,6 +98,11 @@ class MemoryStatus:
     processes: tuple[OwnedProcess, ...] = ()   # all that may be looked at, the largest first
     app_memory: int = 0                        # bytes, resident
     external_memory: int = 0                   # bytes: the rest of what is in use
+
+    @property
+    def shares(self) -> dict[str, int]:
+        "Bytes by owner; what is left of the total is free"
+        return dict(app=self.app_memory, external=self.external_memory)
 
 # %% ../../nbs/core/manager.ipynb #57b5bc27
 class _Process(TypedDict):
@@ -925,10 +935,14 @@ class ResourceManager:
 
     # Checks
 
-    def check_gpu_availability(self) -> ResourceConflict:
+    def check_gpu_availability(
+        self,
+        *,
+        snapshot: GpuSnapshot | None = None,   # what was read already; `None`: read the driver now
+    ) -> ResourceConflict:
         "Who holds the memory of the devices that this app may use, and could a job start"
         trouble = self._prepare()
-        return self._judge(read_gpus(self.gpu_timeout), trouble)
+        return self._judge(read_gpus(self.gpu_timeout) if snapshot is None else snapshot, trouble)
 
     def _judge(self, snapshot: GpuSnapshot, trouble: str | None = None) -> ResourceConflict:
         "What a reading means, with what is known about workers and promises"
