@@ -7,7 +7,7 @@ __all__ = ['EXIT_CODES', 'SCHEMA_VERSION', 'split_cells', 'resource_table', 'pro
            'status_view', 'to_json', 'parse_size', 'parse_duration']
 
 # %% ../nbs/cli.ipynb #f849a383
-import contextlib, io, json, os, re, signal, sys, time
+import contextlib, io, ipaddress, json, os, re, signal, socket, sys, time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, replace
 from typing import Any, Literal, NamedTuple, NoReturn
@@ -381,3 +381,36 @@ def _wait(simulate: str | None, gpu_memory: float, timeout: float | None, device
     except ResourceUnavailable as error: _fail(str(error), os.EX_UNAVAILABLE)
     except (StoreError, OSError) as error: _fail(str(error), os.EX_IOERR)
     except ValueError as error: raise click.UsageError(str(error)) from None
+
+# %% ../nbs/cli.ipynb #5075cfed
+@main.command("serve")
+@click.option("--host", default="127.0.0.1", show_default=True, metavar="ADDRESS", help="Where to listen. Another address than this machine's own needs --token.")
+@click.option("--port", type=click.IntRange(0, 65535), default=8765, show_default=True, metavar="N", help="0 takes any that is free.")
+@click.option("--token", envvar="CJM_RESOURCES_TOKEN", metavar="TEXT", help="What a visitor has to know; open the page with ?token=TEXT. Better set as CJM_RESOURCES_TOKEN, for other users can see a command's arguments.")
+@click.option("--app", "apps", callback=_read_apps, multiple=True, metavar="NAME|PID", help="As for cjm-resources.")
+@click.option("--interval", type=click.FloatRange(0.1, 3600), default=1.0, show_default=True, metavar="SECONDS", help="Time between two looks.")
+@click.option("--threshold", type=click.FloatRange(0, 100), default=45.0, show_default=True, metavar="PERCENT", help="As for cjm-resources.")
+@click.pass_obj
+def _serve(simulate: str | None, host: str, port: int, token: str | None, apps: list[int | str], interval: float, threshold: float) -> None:
+    """Show it live on a web page, until Ctrl-C. It can be looked at, and nothing can be changed.
+
+    Exits with 69 when it cannot listen there, or when the extra `web` is not installed.
+    """
+    if not token and not _is_loopback(host): raise click.BadParameter(f"{host} can be reached by others: it needs --token", param_hint="--host")
+    try:
+        import fasthtml, uvicorn
+        from cjm_fasthtml_resources.ui.web import make_app
+    except ImportError as error: _fail(f"{error.name} is not installed: pip install 'cjm-fasthtml-resources[web]'", os.EX_UNAVAILABLE)
+    manager = _make_manager(apps, threshold, simulate)
+    with _source(simulate, manager), contextlib.ExitStack() as stack:
+        _register_apps(manager, apps)
+        try: listening = stack.enter_context(socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET))
+        except OSError as error: _fail(f"cannot listen on {host} port {port}: {error.strerror}", os.EX_UNAVAILABLE)
+        shown = f"[{host}]" if ":" in host else host
+        click.echo(f"http://{shown}:{listening.getsockname()[1]}/resources{'?token=…' if token else ''}  (Ctrl-C ends)")
+        config = uvicorn.Config(make_app(manager, token or None, interval), log_level="warning", access_log=False, timeout_graceful_shutdown=1, lifespan="off")
+        with contextlib.suppress(KeyboardInterrupt): uvicorn.Server(config).run([listening])
+
+def _is_loopback(host: str) -> bool:
+    try: return ipaddress.ip_address(host).is_loopback
+    except ValueError: return host == "localhost"

@@ -65,6 +65,10 @@ class GpuSnapshot:
         "Every process on any device, as the driver numbers them"
         return {p.pid for d in self.devices for p in d.processes or ()}
 
+    def _repr_html_(self) -> str:
+        from cjm_fasthtml_resources.ui.cards import snapshot_html  # how it looks in a notebook, known when it is shown
+        return snapshot_html(self)
+
 # %% ../../nbs/core/gpu.ipynb #a4b77786
 _WORDS = {
     1: "the connection to the NVIDIA driver was closed",

@@ -153,6 +153,14 @@ class ResourceConflict:
         "The answer as a sentence: could a job start, and if not, who is in the way"
         return _explain_gpu(self) if self.resource_type is ResourceType.GPU_MEMORY else _explain_memory(self)
 
+    def _repr_html_(self) -> str:
+        from cjm_fasthtml_resources.ui.cards import conflict_html  # how it looks in a notebook, known when it is shown
+        return conflict_html(self)
+
+    def _repr_pretty_(self, printer: Any, cycle: bool) -> None:
+        from cjm_fasthtml_resources.ui.cards import to_text
+        printer.text(to_text(self))
+
 # %% ../../nbs/core/manager.ipynb #0b465103
 def _name(process: OwnedProcess, where: str = "") -> str:
     "A process as a person would call it"
@@ -238,6 +246,10 @@ class WorkerState:
     def __repr__(self) -> str:
         shown = {name: redact({name: value})[name] for name, value in vars(self).items() if value not in (None, [], False) and name != "last_used"}
         return f"WorkerState({', '.join(f'{name}={value!r}' for name, value in shown.items())})"
+
+    def _repr_html_(self) -> str:
+        from cjm_fasthtml_resources.ui.cards import worker_html
+        return worker_html(self)
 
 # %% ../../nbs/core/manager.ipynb #07c89d00
 PLUGIN_RESOURCE_CONFIG_KEYS = ["resource_id", "model_id", "model", "model_name", "model_path"]
@@ -673,6 +685,10 @@ class ResourceManager:
 
     def __repr__(self) -> str:
         return f"ResourceManager({len(self._workers)} workers, gpu_memory_threshold_percent={self.gpu_memory_threshold_percent:g})"
+
+    def _repr_html_(self) -> str:
+        from cjm_fasthtml_resources.ui.cards import manager_html
+        return manager_html(self)
 
     # Workers
 

@@ -1,0 +1,38 @@
+"""An app with the page and with simulated GPUs that a test can change: server.py PORT
+
+PUT /test?used=MIB fills the second GPU, /test says what the driver was asked and which threads there are.
+"""
+import subprocess, sys, threading
+
+import uvicorn
+from fasthtml.common import FastHTML, Titled
+from starlette.responses import JSONResponse
+
+from cjm_fasthtml_resources.core.manager import ResourceManager
+from cjm_fasthtml_resources.simulate import SimulatedDriver, SimulatedGpu, SimulatedHostProcess, SimulatedMachine, SimulatedProcess
+from cjm_fasthtml_resources.ui.web import ResourceCard, resource_routes
+
+HOSTILE = "<script>alert(1)</script><img src=x onerror=alert(2)>"
+machine = SimulatedMachine(processes=[SimulatedHostProcess(4200001, HOSTILE, "mallory"), SimulatedHostProcess(4200002, "train.py", "bob")])
+gpus = [SimulatedGpu("NVIDIA L4", memory_used_mb=5000, processes=[SimulatedProcess(4200001, 3000), SimulatedProcess(4200002, 2000)]), SimulatedGpu("NVIDIA L40S", memory_total_mb=46068)]
+driver, manager, app = SimulatedDriver(gpus, machine), ResourceManager(), FastHTML(secret_key="of a test", default_hdrs=False)
+resource_routes(app, manager, interval=0.25, controls=True, guard=lambda req: None)
+worker = subprocess.Popen(["sleep", "600"])
+manager.register_worker(worker.pid, "llm", plugin_name="vllm", job_id="job-1")
+
+
+@app.get("/")
+def home(): return Titled("An app of one's own", ResourceCard(manager))
+
+
+@app.route("/test", methods=["GET", "PUT"])
+def state(req):
+    if "used" in req.query_params: gpus[1].memory_used_mb = float(req.query_params["used"])
+    if "temperature" in req.query_params: gpus[0].temperature = int(req.query_params["temperature"])
+    return JSONResponse(dict(reads=driver.calls["nvmlDeviceGetCount_v2"], threads=[t.name for t in threading.enumerate()], worker=worker.pid, ended=worker.poll()))
+
+
+if __name__ == "__main__":
+    with driver:
+        try: uvicorn.run(app, host="127.0.0.1", port=int(sys.argv[1]), log_level="warning", timeout_graceful_shutdown=1)
+        finally: worker.kill()

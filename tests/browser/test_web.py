@@ -1,0 +1,102 @@
+"The web page in a real browser: two tabs, a GPU that fills up, a hostile name, a stream that is cut"
+import json, sys, time, urllib.request
+from pathlib import Path
+
+import pytest
+from conftest import free_port, serving, violations
+
+SERVER = Path(__file__).with_name("server.py")
+
+
+@pytest.fixture
+def server(chromium, tmp_path):
+    "The address of an app, in a process of its own"
+    port = free_port()
+    url = f"http://127.0.0.1:{port}"
+    with serving([sys.executable, str(SERVER), str(port)], f"{url}/test", tmp_path/"log"): yield url
+
+
+def ask(server: str, query: str = "") -> dict:
+    with urllib.request.urlopen(f"{server}/test{query}", timeout=10) as answer: return json.load(answer)
+
+
+def second(page): return page.locator(".card", has_text="NVIDIA L40S")
+
+
+def wait_until(condition, seconds=15.0) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it takes too long"
+        time.sleep(0.05)
+
+
+def test_two_tabs_show_a_gpu_that_fills_up_and_is_freed_and_share_one_sampler(server, new_page):
+    tabs = [new_page() for _ in range(2)]
+    for page, path in zip(tabs, ("/resources", "/")): page.goto(server + path)
+    for used, words in (("30000", "▲ external busy"), ("0", "✓ available")):
+        ask(server, f"?used={used}")
+        for page in tabs: second(page).locator(".badge", has_text=words).wait_for()
+    before, began = ask(server)["reads"], time.monotonic()
+    time.sleep(2)
+    assert ask(server)["reads"] - before <= (time.monotonic() - began)/0.25 + 2
+    assert ask(server)["threads"].count("resource-monitor") == 1
+    for page in tabs: page.close()
+    wait_until(lambda: "resource-monitor" not in ask(server)["threads"])
+
+
+def test_a_hostile_name_is_text(server, new_page):
+    page, alerts = new_page(), []
+    page.on("dialog", lambda dialog: (alerts.append(dialog.message), dialog.dismiss()))
+    page.goto(f"{server}/resources")
+    ask(server, "?temperature=77")
+    page.get_by_text("77 °C").wait_for()
+    assert page.locator(".processes td", has_text="<script>alert(1)</script>").count() == 1
+    assert page.locator(".cjm script:not([src]), .cjm img").count() == 0 and alerts == []
+
+
+def test_what_is_selected_and_where_it_was_scrolled_to_stays(server, new_page):
+    page = new_page(height=300)
+    page.goto(f"{server}/resources")
+    page.evaluate("""() => { const cell = [...document.querySelectorAll('.processes td')].find(td => td.textContent === 'train.py');
+        cell.scrollIntoView(); getSelection().selectAllChildren(cell); window.scrolled = scrollY; }""")
+    for degrees in (50, 51, 52):
+        ask(server, f"?temperature={degrees}&used={degrees*300}")
+        page.get_by_text(f"{degrees} °C").wait_for(state="attached")
+    assert page.evaluate("[getSelection().toString(), scrollY === window.scrolled]") == ["train.py", True]
+
+
+def test_a_stream_that_is_cut_says_so_and_comes_back(chromium, new_page, tmp_path):
+    port = free_port()
+    command, url, page = [sys.executable, str(SERVER), str(port)], f"http://127.0.0.1:{port}", new_page()
+    with serving(command, f"{url}/test", tmp_path/"first"):
+        page.goto(f"{url}/resources")
+        second(page).wait_for()
+        assert page.locator("[data-cjm-lost]").inner_text() == ""
+    page.get_by_text("The connection is lost. What is shown is of").wait_for()
+    with serving(command, f"{url}/test", tmp_path/"second"):
+        page.wait_for_function("document.querySelector('[data-cjm-lost]').textContent === ''")
+        ask(url, "?used=30000")
+        second(page).locator(".badge", has_text="▲ external busy").wait_for()
+
+
+def test_a_worker_is_stopped_after_a_question(server, new_page):
+    page, pid = new_page(), ask(server)["worker"]
+    page.goto(f"{server}/resources")
+    page.locator(".workers summary").click()
+    ask(server, "?temperature=66")                                  # an update does not close the question
+    page.get_by_text("66 °C").wait_for()
+    assert ask(server)["ended"] is None
+    page.get_by_role("button", name=f"Yes, stop {pid}").click()
+    page.wait_for_function("!document.querySelector('.workers')")
+    assert ask(server)["ended"] is not None
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", [390, 1280])
+def test_everybody_can_read_it(server, new_page, scheme, width):
+    page = new_page(width=width, color_scheme=scheme)
+    page.goto(f"{server}/resources")
+    ask(server, "?used=30000")
+    second(page).locator(".badge", has_text="▲ external busy").wait_for()
+    assert violations(page) == []
+    assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")   # nothing sticks out
