@@ -18,6 +18,8 @@ from cjm_fasthtml_resources.core.gpu import read_gpus
 from cjm_fasthtml_resources.core.manager import ResourceManager
 from cjm_fasthtml_resources.simulate import SimulatedDriver, SimulatedGpu, SimulatedProcess
 
+import live
+
 GPUS, EACH = 8, 20
 RESULTS = Path(__file__).with_name("results.md")
 
@@ -165,7 +167,7 @@ def main() -> int:
     if args.memory:
         print(worker_memory())
         return 0
-    rows = measure()
+    rows = measure() + live.measure()
     where = (f"{GPUS} simulated GPUs with {EACH} live processes each. {datetime.date.today()}, {platform.machine()} with {os.cpu_count()} cores, "
              f"Python {platform.python_version()}, nvidia-ml-py {version('nvidia-ml-py')}, psutil {version('psutil')}, nvitop {version('nvitop')}.")
     lines = ["| what is compared | figure | bound | measured |", "|---|---|---|---|", *(f"| {what} | {figure} | {bound} | {detail} |" for what, figure, bound, _, detail in rows), "", where]

@@ -7,12 +7,16 @@ from .core.host import read_memory
 from .core.manager import (ResourceBusy, ResourceConflict, ResourceManager, ResourceStatus, ResourceType, ResourceUnavailable,
                            WorkerState)
 
-if TYPE_CHECKING: from .core.validation import ValidationAction, validate_resources_for_job
+if TYPE_CHECKING:
+    from .core.monitor import ResourceMonitor
+    from .core.validation import ValidationAction, validate_resources_for_job
+    from .ui.panel import ResourcePanel
 
-__all__ = ["ResourceBusy", "ResourceConflict", "ResourceManager", "ResourceStatus", "ResourceType", "ResourceUnavailable",
+__all__ = ["ResourceBusy", "ResourceConflict", "ResourceManager", "ResourceMonitor", "ResourcePanel", "ResourceStatus", "ResourceType", "ResourceUnavailable",
            "ValidationAction", "WorkerState", "read_gpus", "read_memory", "validate_resources_for_job"]
 
-_LATER = {"ValidationAction": "core.validation", "validate_resources_for_job": "core.validation"}  # imported when they are asked for
+_LATER = {"ResourceMonitor": "core.monitor", "ResourcePanel": "ui.panel",
+          "ValidationAction": "core.validation", "validate_resources_for_job": "core.validation"}  # imported when they are asked for
 
 
 def __getattr__(name: str) -> Any:

@@ -80,7 +80,7 @@ class Point:
     "The figures of one sample; memory in bytes"
     number: int
     time: float                        # seconds since the epoch
-    devices: dict[str, DevicePoint]    # by `device_key`
+    devices: dict[str, DevicePoint]    # by the device's key
     memory_total: int
     memory_app: int
     memory_external: int
@@ -119,8 +119,12 @@ class History:
 # %% ../../nbs/core/monitor.ipynb #ae3cc3e1
 class Subscription:
     "What `subscribe` gives: `close()` it, or use it in a `with` block"
-    def __init__(self, monitor: "ResourceMonitor", callback: Callable[[Sample], Any]) -> None:
-        self._monitor, self._callback, self._failed = monitor, callback, False
+    def __init__(
+        self,
+        callback: Callable[[Sample], Any],
+        leave: Callable[[Any], None],      # called with this subscription when it is closed
+    ) -> None:
+        self._callback, self._leave, self._failed = callback, leave, False
 
     def tell(self, sample: Sample) -> None:
         "Call back; the first time that it raises is logged"
@@ -131,7 +135,7 @@ class Subscription:
 
     def close(self) -> None:
         "Hear no more. A call that is under way on the monitor's thread may still end after this"
-        self._monitor._leave(self)
+        self._leave(self)
 
     def __enter__(self) -> "Subscription": return self
     def __exit__(self, *exc: object) -> None: self.close()
@@ -185,19 +189,19 @@ class ResourceMonitor:
         with self._changed: return History(tuple(self._points))
 
     def take(self) -> Sample:
-        "A sample of now, taken on this thread and not told to anybody"
-        return self._number(take_sample(self.manager))
+        "Look now, on this thread. It is kept as the latest, and told to nobody"
+        return self._keep_sample(self._number(take_sample(self.manager)))
 
     def subscribe(
         self,
         callback: Callable[[Sample], Any],   # called on the monitor's thread with each sample, and when the last one becomes stale
     ) -> Subscription:
         "Hear of each sample from now on"
-        subscription = Subscription(self, callback)
+        subscription = Subscription(callback, self._leave)
         with self._changed:
             self._subscriptions += (subscription,)
-            if self._thread is None:
-                self._due = time.monotonic()
+            if self._thread is None:  # the first look is at once, unless somebody has just taken one
+                self._due = max(time.monotonic(), self._latest.taken + self._interval if self._latest else 0.0)
                 self._thread = threading.Thread(target=self._run, name="resource-monitor", daemon=True)
                 self._thread.start()
         return subscription
@@ -275,9 +279,9 @@ class ResourceMonitor:
                 if not self._subscriptions:
                     self._thread = None
                     return
-                now = time.monotonic()  # the next one is due in a whole number of intervals, however long this one takes
-                self._due += self._interval*max(math.ceil((now - self._due)/self._interval), 1)
-            try: self._keep_sample(self._number(take_sample(self.manager, self._read())))
+                late = time.monotonic() - self._due  # the next one is due a whole number of intervals later, however long this one takes
+                self._due += self._interval*max(math.ceil(late/self._interval), 1)
+            try: self._tell(self._keep_sample(self._number(take_sample(self.manager, self._read()))))
             except Exception as error:  # whatever goes wrong, the thread goes on and the subscribers are told
                 _log.exception("the resource monitor could not look")
                 self._mark(f"the last look failed: {error}")
@@ -294,14 +298,13 @@ class ResourceMonitor:
     def _number(self, sample: Sample) -> Sample:
         with self._changed: return replace(sample, number=(self._latest.number if self._latest else 0) + 1)
 
-    def _keep_sample(self, sample: Sample) -> None:
+    def _keep_sample(self, sample: Sample) -> Sample:
         point = to_point(sample)
         with self._changed:
-            if self._paused: return  # paused while this one was taken
             self._latest = sample
             self._points.append(point)
             while self._points[0].time < point.time - self._keep: self._points.popleft()
-        self._tell(sample)
+        return sample
 
     def _mark(self, reason: str) -> None:
         with self._changed:
@@ -310,7 +313,8 @@ class ResourceMonitor:
         self._tell(sample)
 
     def _tell(self, sample: Sample | None) -> None:
-        for subscription in self._subscriptions if sample else (): subscription.tell(sample)  # type: ignore[arg-type]
+        if sample is None or self._paused and not sample.stale: return  # paused while it was taken
+        for subscription in self._subscriptions: subscription.tell(sample)
 
 _monitors: weakref.WeakSet[ResourceMonitor] = weakref.WeakSet()
 

@@ -5,17 +5,18 @@
 # %% auto #0
 __all__ = ['CSS', 'Column', 'ProcessRow', 'PROCESS_COLUMNS', 'WORKER_COLUMNS', 'SORTS', 'badge', 'memory_bar', 'memory_key',
            'sparkline', 'gpu_head', 'gpu_memory', 'gpu_load', 'gpu_card', 'memory_head', 'memory_use', 'memory_card',
-           'make_table', 'process_table', 'WorkerRow', 'to_row', 'worker_table', 'conflict_banner', 'notes', 'View',
-           'find_traces', 'render', 'render_tables', 'arrange', 'overview', 'conflict_html', 'manager_html',
+           'to_html', 'make_table', 'process_table', 'WorkerRow', 'to_row', 'worker_table', 'conflict_banner', 'notes',
+           'View', 'find_traces', 'render', 'render_tables', 'arrange', 'overview', 'conflict_html', 'manager_html',
            'worker_html', 'snapshot_html', 'to_text']
 
-# %% ../../nbs/ui/cards.ipynb #07b2501d
+# %% ../../nbs/ui/cards.ipynb #7ab25631
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
-from fastcore.xml import B, Caption, Div, P, Safe, Small, Span, Style, Table, Tbody, Td, Th, Thead, Tr, ft, to_xml
+from fastcore.xml import FT, B, Caption, Div, P, Safe, Small, Span, Style, Table, Tbody, Td, Th, Thead, Tr, ft, to_xml
 
 from ..core.gpu import GpuDevice, GpuSnapshot
 from ..core.host import format_bytes, printable
@@ -38,30 +39,31 @@ CSS = """
 .cjm .banner { padding: 6px 10px; border-left: 4px solid var(--c); background: color-mix(in srgb, var(--c) 9%, transparent); }
 .cjm .note, .cjm small { color: var(--muted); font-size: 12px; }
 .cjm .available { --c: var(--app); } .cjm .app_busy { --c: var(--used); } .cjm .external_busy { --c: var(--external); } .cjm .unavailable { --c: var(--unattributed); }
-.cjm .badge { color: var(--c); font-weight: 600; white-space: nowrap; }
-.cjm .cards { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(19rem, 100%), 1fr)); gap: 10px; margin-bottom: 10px; }
-.cjm .card { min-width: 0; padding: 8px 10px; border: 1px solid var(--edge); border-radius: 6px; }
+.cjm .cjm-badge { color: var(--c); font-weight: 600; white-space: nowrap; }
+.cjm .cjm-cards { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(19rem, 100%), 1fr)); gap: 10px; margin-bottom: 10px; }
+.cjm .cjm-card { min-width: 0; padding: 8px 10px; border: 1px solid var(--edge); border-radius: 6px; }
 .cjm .head { display: flex; gap: 8px; align-items: baseline; } .cjm .head span:nth-child(2) { flex: 1; min-width: 0; overflow: hidden; text-overflow: ellipsis; white-space: nowrap; }
 .cjm .bar { display: flex; gap: 1px; height: 12px; margin: 6px 0 4px; overflow: hidden; border-radius: 3px; background: var(--track); }
-.cjm .bar i { flex: none; min-width: 2px; } .cjm .bar i, .cjm .key::before { background: var(--p); }
-.cjm .p-app { --p: var(--app); } .cjm .p-used { --p: var(--used); } .cjm .p-free { --p: var(--track); }
-.cjm .p-external { --p: repeating-linear-gradient(45deg, var(--external) 0 4px, color-mix(in srgb, var(--external) 62%, var(--bg)) 4px 6px); }
-.cjm .p-unattributed { --p: repeating-linear-gradient(90deg, var(--unattributed) 0 3px, color-mix(in srgb, var(--unattributed) 55%, var(--bg)) 3px 5px); }
-.cjm .p-promised { --p: repeating-linear-gradient(-45deg, var(--promised) 0 2px, var(--bg) 2px 4px); }
-.cjm .key { display: inline-block; margin-right: 10px; white-space: nowrap; } .cjm .key::before { content: ""; display: inline-block; width: 9px; height: 9px; margin-right: 4px; border: 1px solid var(--muted); }
+.cjm .bar i { flex: none; min-width: 2px; } .cjm .bar i, .cjm .key span::before { background: var(--p); }
+.cjm .app { --p: var(--app); } .cjm .used { --p: var(--used); } .cjm .free { --p: var(--track); }
+.cjm .external { --p: repeating-linear-gradient(45deg, var(--external) 0 4px, color-mix(in srgb, var(--external) 62%, var(--bg)) 4px 6px); }
+.cjm .unattributed { --p: repeating-linear-gradient(90deg, var(--unattributed) 0 3px, color-mix(in srgb, var(--unattributed) 55%, var(--bg)) 3px 5px); }
+.cjm .promised { --p: repeating-linear-gradient(-45deg, var(--promised) 0 2px, var(--bg) 2px 4px); }
+.cjm .key span { display: inline-block; margin-right: 10px; white-space: nowrap; } .cjm .key span::before { content: ""; display: inline-block; width: 9px; height: 9px; margin-right: 4px; border: 1px solid var(--muted); }
 .cjm .load { display: flex; gap: 8px; align-items: end; min-height: 24px; color: var(--muted); } .cjm .load span { flex: 1; } .cjm .load svg { width: 96px; height: 24px; overflow: visible; border-bottom: 1px solid var(--edge); }
-.cjm polyline { fill: none; stroke: var(--used); stroke-width: 1.5; stroke-linejoin: round; }
-.cjm table { width: 100%; margin: 0 0 10px; border-collapse: collapse; border: 0; table-layout: fixed; font-size: 13px; color: inherit; background: none; display: table; }
-.cjm caption { padding: 0 0 2px; caption-side: top; text-align: left; font-weight: 600; color: var(--fg); } .cjm caption small { font-weight: 400; }
+.cjm path { fill: none; stroke: var(--used); stroke-width: 1.5; stroke-linejoin: round; }
+.cjm.cjm table { width: 100%; margin: 0 0 10px; border-collapse: collapse; border: 0; table-layout: fixed; font-size: 13px; color: inherit; background: none; display: table; }
+.cjm.cjm caption { padding: 0 0 2px; caption-side: top; text-align: left; font-weight: 600; font-size: 13px; color: var(--fg); } .cjm caption small { font-weight: 400; }
 .cjm th, .cjm td { padding: 2px 8px 2px 0; border: 0; text-align: left; vertical-align: top; overflow: hidden; text-overflow: ellipsis; white-space: nowrap; background: none; max-width: none; }
 .cjm th { color: var(--muted); font-weight: 600; } .cjm tbody tr { border-top: 1px solid color-mix(in srgb, var(--edge) 60%, transparent); background: none; } .cjm tbody td { height: 1.45em; }
-.cjm .n { text-align: right; padding-right: 12px; } .cjm .o-app { color: var(--app); } .cjm .o-external { color: var(--external); } .cjm .o-unknown { color: var(--unattributed); }
-.cjm .g { width: 3.2rem; } .cjm .i { width: 4.8rem; } .cjm .o { width: 5.2rem; } .cjm .m { width: 5.2rem; } .cjm .u { width: 5rem; } .cjm .w { width: 9rem; }
-.cjm .workers .m { width: 9rem; } .cjm .x { width: 8rem; }
+.cjm td.app { color: var(--app); } .cjm td.external { color: var(--external); } .cjm td.unknown { color: var(--unattributed); }
+.cjm .processes :is(th, td):is(:nth-child(2), :nth-child(7)), .cjm .workers :is(th, td):is(:nth-child(1), :nth-child(5)), .cjm .only :is(th, td) { text-align: right; padding-right: 12px; }
+.cjm .processes th:nth-child(1) { width: 4em; } .cjm .processes th:is(:nth-child(2), :nth-child(7)), .cjm .workers th:nth-child(1) { width: 6em; } .cjm .processes th:is(:nth-child(3), :nth-child(5)) { width: 6.4em; } .cjm .processes th:nth-child(6) { width: 11em; }
+.cjm .workers th:nth-child(5) { width: 12em; } .cjm .workers th:nth-child(6) { width: 10em; } .cjm .only th:nth-child(1) { width: auto; }
 .cjm button { font: inherit; color: var(--fg); background: var(--bg); border: 1px solid var(--edge); border-radius: 4px; cursor: pointer; } .cjm summary { cursor: pointer; color: var(--external); }
 .cjm details[open] { white-space: normal; }
-@container (max-width: 34rem) { .cjm .u, .cjm .w, .cjm .l { display: none; } }
-@container (max-width: 28rem) { .cjm :is(th, td) { padding-right: 6px; } .cjm .g { width: 2rem; } .cjm .i { width: 3.9rem; } .cjm .o { width: 3.9rem; } .cjm .m { width: 4.4rem; } .cjm .workers .m { width: 7.6rem; } }
+@container (max-width: 34rem) { .cjm .processes :is(th, td):is(:nth-child(5), :nth-child(6)), .cjm .workers :is(th, td):nth-child(4) { display: none; } }
+@container (max-width: 28rem) { .cjm :is(th, td) { padding-right: 6px; } .cjm .processes th:nth-child(1) { width: 2.6em; } .cjm .processes th:is(:nth-child(2), :nth-child(3), :nth-child(7)), .cjm .workers th:nth-child(1) { width: 5.3em; } .cjm .workers th:nth-child(5) { width: 9.4em; } }
 """.strip()
 
 # %% ../../nbs/ui/cards.ipynb #66e64041
@@ -73,19 +75,19 @@ def badge(
 ) -> Any:
     "A status in a word"
     sign, words = _LOOKS[status]
-    return Span(f"{sign} {words}", cls=f"badge {status.value}")
+    return Span(f"{sign} {words}", cls=f"cjm-badge {status.value}")
 
 # %% ../../nbs/ui/cards.ipynb #6721382b
 def _gib(n: float) -> str: return f"{n/2**30:.1f}"
 
 def memory_bar(
-    shares: Mapping[str, int],   # bytes by owner, as `DeviceStatus.shares` gives them
+    shares: Mapping[str, int],   # bytes by owner
     total: int,                  # bytes
     label: str,                  # what the bar is of, for a screen reader
 ) -> Any:
     "A bar of memory by owner, as a meter whose value is what is taken; the key beside it says by whom"
     held = {owner: n for owner, n in shares.items() if n > 0}
-    parts = [ft("i", cls=f"p-{owner}", style=f"width:{100*n/total:.1f}%") for owner, n in held.items()] if total else []
+    parts = [ft("i", cls=owner, style=f"width:{100*n/total:.1f}%") for owner, n in held.items()] if total else []
     return Div(*parts, cls="bar", role="meter", aria_label=f"{label}, GiB", aria_valuemin=0, aria_valuemax=_gib(total), aria_valuenow=_gib(min(sum(held.values()), total)))
 
 def memory_key(
@@ -94,8 +96,8 @@ def memory_key(
     total: int,                  # bytes
 ) -> Any:
     "The figures of a bar in words"
-    rows = [Span(f"{owner} {format_bytes(n)}", cls=f"key p-{owner}") for owner, n in shares.items() if n > 0]
-    return Div(*rows, Span(f"free {_gib(free)} of {_gib(total)} GiB", cls="key p-free"))
+    rows = [Span(f"{owner} {format_bytes(n)}", cls=owner) for owner, n in shares.items() if n > 0]
+    return Div(*rows, Span(f"free {_gib(free)} of {_gib(total)} GiB", cls="free"), cls="key")
 
 # %% ../../nbs/ui/cards.ipynb #2bb1e79d
 _WIDTH, _HEIGHT = 96, 24  # of a sparkline, in px
@@ -110,7 +112,9 @@ def sparkline(
     else:
         points = [(round(i*_WIDTH/(len(heights) - 1)), y) for i, y in enumerate(heights)]
         points = [p for i, p in enumerate(points) if i in (0, len(points) - 1) or not points[i - 1][1] == p[1] == points[i + 1][1]]
-    return ft("svg", ft("polyline", points=" ".join(f"{x},{y}" for x, y in points)), viewBox=f"0 0 {_WIDTH} {_HEIGHT}", role="img", aria_label=label)
+    (x, y), *rest = points
+    moves = [f"{b[0] - a[0]} {b[1] - a[1]}" for a, b in zip(points, rest)]
+    return ft("svg", ft("path", d=f"M{x} {y}l{' '.join(moves)}".replace(" -", "-")), viewBox=f"0 0 {_WIDTH} {_HEIGHT}", role="img", aria_label=label)
 
 # %% ../../nbs/ui/cards.ipynb #b528c0f3
 def _title(device: GpuDevice) -> tuple[Any, Any]: return B(f"GPU {device.id}"), Span(printable(device.name or "no name"), title=device.uuid or "")
@@ -132,7 +136,7 @@ def gpu_load(
     "How busy and how warm it is, and its memory over time"
     power = None if device.power_usage is None else f"{device.power_usage:.0f}" + (f" of {device.power_limit:.0f} W" if device.power_limit else " W")
     parts = [None if device.utilization is None else f"{device.utilization} % load", None if device.temperature is None else f"{device.temperature} °C", power]
-    line = [sparkline(trace, f"memory in use over time, now {100*trace[-1]:.0f} %")] if trace else []
+    line = [sparkline(trace, "memory over time")] if trace else []
     return Div(Span(" · ".join(p for p in parts if p)), *line, cls="load")
 
 # %% ../../nbs/ui/cards.ipynb #64f4285f
@@ -143,7 +147,7 @@ def gpu_card(
     trace: Sequence[float] = (),   # the share of memory in use over the last minutes, the oldest first
 ) -> Any:
     "All of one device"
-    return Div(gpu_head(status), gpu_memory(status), gpu_load(status.device, trace), cls="card", role="group", aria_label=_label(status.device))
+    return Div(gpu_head(status), gpu_memory(status), gpu_load(status.device, trace), cls="cjm-card", role="group", aria_label=_label(status.device))
 
 # %% ../../nbs/ui/cards.ipynb #0293b5dc
 def memory_head(conflict: ResourceConflict) -> Any:
@@ -161,18 +165,19 @@ def memory_card(
     conflict: ResourceConflict,   # of `check_memory_availability`
 ) -> Any:
     "All of system memory"
-    return Div(memory_head(conflict), memory_use(conflict), cls="card", role="group", aria_label="RAM")
+    return Div(memory_head(conflict), memory_use(conflict), cls="cjm-card", role="group", aria_label="RAM")
 
-# %% ../../nbs/ui/cards.ipynb #299879c6
-Column = tuple[str, str | None, Callable[[Any], Any]]   # name, class, and what is in the cell of a row
+# %% ../../nbs/ui/cards.ipynb #91e09e58
+_PLAIN = re.compile(r'="([\w.:#%/-]+)"(?=[^<>]*>)')   # within a tag, for in texts < and > are escaped
 
-def _html(component: Any) -> str: return str(to_xml(component, indent=False))
+def to_html(component: Any) -> str:
+    "A component as short as HTML allows: without quotes around values that need none"
+    return _PLAIN.sub(r"=\1", str(to_xml(component, indent=False)))
 
-@lru_cache(maxsize=4096, typed=True)  # most cells are as they were a second ago; what is marked as safe is of another type than what is not
-def _cell_html(value: Any, cls: str | None) -> str: return _html(Td(value, cls=cls))
+Column = tuple[str, Callable[[Any], Any]]   # name, and what is in the cell of a row: a text, or a whole `Td`
 
-@lru_cache(maxsize=4096)
-def _row_html(cells: tuple[str, ...]) -> str: return _html(Tr(*map(Safe, cells)))
+@lru_cache(maxsize=4096, typed=True)  # most cells are as they were a second ago; a component is of another type than its text
+def _cell_html(value: Any) -> str: return to_html(value if isinstance(value, FT) else Td(value)).removesuffix("</td>")  # HTML lets it out
 
 def make_table(
     name: str,                    # its class
@@ -181,30 +186,32 @@ def make_table(
     rows: Iterable[Any],
 ) -> Any:
     "A table with a caption and headers"
-    head = Tr(*(Th(text, scope="col", cls=cls) for text, cls, _ in columns))
-    return Table(Caption(title), Thead(head), Tbody(*(Safe(_row_html(tuple(_cell_html(cell(row), cls) for _, cls, cell in columns))) for row in rows)), cls=name)
+    body = "".join("<tr>" + "".join(_cell_html(cell(row)) for _, cell in columns) for row in rows)
+    return Table(Caption(title), Thead(Tr(*(Th(text, scope="col") for text, _ in columns))), Tbody(Safe(body)), cls=name)
 
 # %% ../../nbs/ui/cards.ipynb #1020a8db
 ProcessRow = tuple[int | str, OwnedProcess]   # the device's id, and the process on it
 
 @lru_cache
-def _owner(owner: str) -> Any: return Span(owner, cls=f"o-{owner}")
+def _owner(owner: str) -> Any: return Td(owner, cls=owner)
+
+def _long(text: str) -> Any: return Td(text, title=text) if len(text) > 24 else text   # a narrow column cuts it off
 
 def _size(n: int | None) -> str: return "unknown" if n is None else format_bytes(n)
 
-PROCESS_COLUMNS: dict[str, Column] = {column[0]: column for column in (
-    ("GPU", "g", lambda row: row[0]),
-    ("PID", "i n", lambda row: row[1].pid),
-    ("owner", "o", lambda row: _owner(row[1].owner)),
-    ("memory", "m n", lambda row: _size(row[1].memory_used)),
-    ("process", None, lambda row: printable(row[1].name or "?")),
-    ("user", "u", lambda row: printable(row[1].username or "")),
-    ("worker", "w", lambda row: "" if row[1].parent_pid is None else printable(f"{row[1].parent_worker_type} {row[1].parent_pid}")))}
+PROCESS_COLUMNS: dict[str, Callable[[ProcessRow], Any]] = {
+    "GPU": lambda row: row[0],
+    "PID": lambda row: row[1].pid,
+    "owner": lambda row: _owner(row[1].owner),
+    "process": lambda row: _long(printable(row[1].name or "?")),
+    "user": lambda row: printable(row[1].username or ""),
+    "worker": lambda row: "" if row[1].parent_pid is None else printable(f"{row[1].parent_worker_type} {row[1].parent_pid}"),
+    "memory": lambda row: _size(row[1].memory_used)}   # the last, so that the others have the same places without it
 
 def process_table(
     rows: Iterable[ProcessRow],
     extra: str = "",                                                     # beside the caption
-    columns: Sequence[Column] = tuple(PROCESS_COLUMNS.values()),
+    columns: Sequence[Column] = tuple(PROCESS_COLUMNS.items()),
 ) -> Any:
     "Processes on GPUs, with their owners"
     return make_table("processes", ("Processes on GPUs ", Small(extra)) if extra else "Processes on GPUs", columns, rows)
@@ -231,14 +238,13 @@ def to_row(
     status = f"{worker.status} {worker.job_id}" if worker.job_id else worker.status
     return WorkerRow(worker.pid, printable(worker.worker_type), printable(status), printable(plugin), memory, worker.start_time)
 
-WORKER_COLUMNS: dict[str, Column] = {column[0]: column for column in (
-    ("PID", "i n", lambda row: row.pid), ("type", None, lambda row: row.type), ("status", None, lambda row: row.status),
-    ("plugin", "l", lambda row: row.plugin), ("memory", "m n", lambda row: row.held))}
+WORKER_COLUMNS: dict[str, Callable[[WorkerRow], Any]] = {
+    "PID": lambda row: row.pid, "type": lambda row: row.type, "status": lambda row: row.status, "plugin": lambda row: row.plugin, "memory": lambda row: row.held}
 
 def worker_table(
     rows: Iterable[WorkerRow],
     extra: str = "",                                                     # beside the caption
-    columns: Sequence[Column] = tuple(WORKER_COLUMNS.values()),
+    columns: Sequence[Column] = tuple(WORKER_COLUMNS.items()),
 ) -> Any:
     "The app's workers, with what they do and hold"
     return make_table("workers", ("Workers ", Small(extra)) if extra else "Workers", columns, rows)
@@ -288,12 +294,12 @@ class View:
         left = len(ordered) - self.rows
         return [to_row(w, held_by(w, sample.gpu.devices)) for w in ordered[:self.rows]], f"and {left} more" if left > 0 else ""
 
-# %% ../../nbs/ui/cards.ipynb #0ecf4170
-_TRACE = 40  # points of a sparkline
+# %% ../../nbs/ui/cards.ipynb #89215fdc
+_TRACE = 20  # points of a sparkline
 
 def find_traces(
     history: History,
-) -> dict[str, list[float]]:  # by `device_key`
+) -> dict[str, list[float]]:  # by the device's key
     "The share of each device's memory that was in use, at evenly spaced moments"
     step = -(-len(history.points)//_TRACE) or 1
     chosen = [p for p in history.points if p.number % step == 0 or p is history.points[-1]]  # by number, so that they stay when it goes on
@@ -311,10 +317,10 @@ def _state(sample: Sample) -> Any:
     return P(B(printable("; ".join(parts))), cls="state") if parts else ""
 
 @lru_cache(maxsize=256)
-def _head_html(device: GpuDevice, status: ResourceStatus) -> str: return _html(gpu_head(DeviceStatus(device, status)))
+def _head_html(device: GpuDevice, status: ResourceStatus) -> str: return to_html(gpu_head(DeviceStatus(device, status)))
 
 @lru_cache(maxsize=256)
-def _live_html(status: DeviceStatus, trace: tuple[float, ...]) -> str: return _html((gpu_memory(status), gpu_load(status.device, trace)))
+def _live_html(status: DeviceStatus, trace: tuple[float, ...]) -> str: return to_html((gpu_memory(status), gpu_load(status.device, trace)))
 
 def render(
     sample: Sample,
@@ -322,13 +328,13 @@ def render(
     view: View = View(),
 ) -> dict[str, str]:  # slot → HTML
     "The whole picture but the tables, in the parts that change alone"
-    traces, slots = find_traces(history), dict(state=_html(_state(sample)), banner=_html(conflict_banner(sample.gpu)), notes=_html(notes(sample.gpu)),
-        memory_banner="" if sample.memory.status is ResourceStatus.AVAILABLE else _html(conflict_banner(sample.memory)))
+    traces, slots = find_traces(history), dict(state=to_html(_state(sample)), banner=to_html(conflict_banner(sample.gpu)), notes=to_html(notes(sample.gpu)),
+        memory_banner="" if sample.memory.status is ResourceStatus.AVAILABLE else to_html(conflict_banner(sample.memory)))
     for i, d in enumerate(view.devices(sample)):
         same = GpuDevice(d.device.index, d.device.uuid, d.device.name, mig_parent=d.device.mig_parent)  # what a head shows, and no more
         slots[f"gpu{i}.head"] = _head_html(same, d.status)
         slots[f"gpu{i}.live"] = _live_html(d, tuple(traces.get(device_key(d.device), ())))
-    return slots | {"ram.head": _html(memory_head(sample.memory)), "ram.live": _html(memory_use(sample.memory))}
+    return slots | {"ram.head": to_html(memory_head(sample.memory)), "ram.live": to_html(memory_use(sample.memory))}
 
 def render_tables(
     sample: Sample,
@@ -337,18 +343,18 @@ def render_tables(
 ) -> dict[str, str]:  # slot → HTML, empty without rows
     "The tables of workers and processes"
     (workers, more_workers), (processes, more) = view.workers(sample), view.processes(view.devices(sample))
-    return dict(workers=_html(worker_table(workers, more_workers, (*WORKER_COLUMNS.values(), *actions))) if workers else "",
-                processes=_html(process_table(processes, more)) if processes else "")
+    return dict(workers=to_html(worker_table(workers, more_workers, (*WORKER_COLUMNS.items(), *actions))) if workers else "",
+                processes=to_html(process_table(processes, more)) if processes else "")
 
 # %% ../../nbs/ui/cards.ipynb #d51ff9cb
 def arrange(
-    slots: Mapping[str, str],   # as `render` and `render_tables` give them
+    slots: Mapping[str, str],   # slot → HTML, of cards and tables
 ) -> Any:
     "Each slot in its place, found again by its attribute `data-cjm`"
     def hold(key: str) -> Any: return Div(Safe(slots[key]), data_cjm=key)
     count = sum(key.startswith("gpu") for key in slots)//2
-    cards = [Div(hold(f"gpu{i}.head"), hold(f"gpu{i}.live"), cls="card") for i in range(count)]
-    return Div(*(hold(key) for key in ("state", "banner", "memory_banner", "notes")), Div(*cards, Div(hold("ram.head"), hold("ram.live"), cls="card"), cls="cards"),
+    cards = [Div(hold(f"gpu{i}.head"), hold(f"gpu{i}.live"), cls="cjm-card") for i in range(count)]
+    return Div(*(hold(key) for key in ("state", "banner", "memory_banner", "notes")), Div(*cards, Div(hold("ram.head"), hold("ram.live"), cls="cjm-card"), cls="cjm-cards"),
                hold("workers"), hold("processes"))
 
 def overview(
@@ -359,19 +365,19 @@ def overview(
     "All of a sample, with the stylesheet: what a saved notebook shows, and the page of `ui.web`"
     return Div(Style(Safe(CSS)), arrange(render(sample, history, view) | render_tables(sample, view)), cls="cjm")
 
-# %% ../../nbs/ui/cards.ipynb #063aadfd
-def _framed(*components: Any) -> str: return _html(Div(Style(Safe(CSS)), *components, cls="cjm"))
+# %% ../../nbs/ui/cards.ipynb #817be6d3
+def _framed(*components: Any) -> str: return to_html(Div(Style(Safe(CSS)), *components, cls="cjm"))
 
 def conflict_html(conflict: ResourceConflict) -> str:
     "An answer: its sentence, the devices or RAM, and the processes"
     if conflict.memory: return _framed(conflict_banner(conflict), memory_card(conflict))
     rows, more = View().processes(conflict.devices)
     table = [process_table(rows, more)] if rows else []
-    return _framed(conflict_banner(conflict), notes(conflict), Div(*map(gpu_card, conflict.devices), cls="cards"), *table)
+    return _framed(conflict_banner(conflict), notes(conflict), Div(*map(gpu_card, conflict.devices), cls="cjm-cards"), *table)
 
 def manager_html(manager: ResourceManager) -> str:
     "A manager: what it finds now"
-    return _html(overview(take_sample(manager)))
+    return to_html(overview(take_sample(manager)))
 
 def worker_html(worker: WorkerState) -> str:
     "A worker, as a table of one row"
@@ -382,8 +388,8 @@ def snapshot_html(snapshot: GpuSnapshot) -> str:
     def card(d: GpuDevice) -> Any:
         shares, total = dict(used=d.memory_used or 0), d.memory_total
         memory = (memory_bar(shares, total, f"memory of GPU {d.id}"), memory_key(shares, d.memory_free or 0, total)) if total else (P(printable(d.reason or "its memory cannot be read"), cls="note"),)
-        return Div(Div(*_title(d), cls="head"), *memory, gpu_load(d), cls="card", role="group", aria_label=_label(d))
-    return _framed(*([P(printable(snapshot.reason), cls="banner unavailable")] if snapshot.reason else []), Div(*map(card, snapshot.devices), cls="cards"))
+        return Div(Div(*_title(d), cls="head"), *memory, gpu_load(d), cls="cjm-card", role="group", aria_label=_label(d))
+    return _framed(*([P(printable(snapshot.reason), cls="banner unavailable")] if snapshot.reason else []), Div(*map(card, snapshot.devices), cls="cjm-cards"))
 
 # %% ../../nbs/ui/cards.ipynb #3b55901c
 def to_text(conflict: ResourceConflict) -> str:

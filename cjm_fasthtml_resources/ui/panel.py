@@ -12,12 +12,12 @@ from dataclasses import replace
 from typing import Any
 
 import ipywidgets as widgets
-from fastcore.xml import P, to_xml
+from fastcore.xml import P
 
 from ..core.host import printable
 from ..core.manager import ResourceManager, WorkerState
 from ..core.monitor import ResourceMonitor, Sample
-from .cards import CSS, PROCESS_COLUMNS, SORTS, WORKER_COLUMNS, View, overview, process_table, render, worker_table
+from .cards import CSS, PROCESS_COLUMNS, SORTS, WORKER_COLUMNS, View, make_table, overview, process_table, render, to_html, worker_table
 
 # %% ../../nbs/ui/panel.ipynb #b0f5ae54
 _MEMORY = "memory"  # the column that changes often
@@ -25,9 +25,9 @@ _MEMORY = "memory"  # the column that changes often
 def _halves(name: str, table: Callable[..., Any], columns: dict[str, Any], rows: Sequence[Any], more: str) -> dict[str, str]:
     "A table in two: what stays, and the memory"
     if not rows: return {name: "", f"{name}.memory": ""}
-    still = table(rows, more, [column for title, column in columns.items() if title != _MEMORY])
-    moving = table(rows, "", [columns[_MEMORY]])
-    return {name: str(to_xml(still, indent=False)), f"{name}.memory": str(to_xml(moving, indent=False))}
+    still = table(rows, more, [column for column in columns.items() if column[0] != _MEMORY])
+    moving = make_table("only", "Memory", [(_MEMORY, columns[_MEMORY])], rows)
+    return {name: to_html(still), f"{name}.memory": to_html(moving)}
 
 def panel_slots(
     sample: Sample,
@@ -42,10 +42,11 @@ def panel_slots(
 _CSS = """
 .cjm .jupyter-widgets { margin: 0; } .cjm.widget-vbox { overflow: hidden auto; } .cjm .widget-html { height: auto; min-height: 0; } .cjm .widget-html-content { flex: 1; min-width: 0; height: auto; line-height: inherit; font-size: inherit; }
 .cjm .widget-html:has(> .widget-html-content:empty) { display: none; }
-.cjm .controls { flex-flow: row wrap; gap: 4px 6px; margin-bottom: 8px; align-items: center; overflow: visible; } .cjm .cards { overflow: visible; } .cjm .card { overflow: hidden; }
-.cjm .halves { overflow: hidden; } .cjm .halves > :first-child { flex: 1 1 auto; min-width: 0; } .cjm .halves > :last-child { flex: 0 0 auto; width: 6.5rem; } .cjm .of-workers > :last-child { width: 10rem; }
-.cjm .halves > :last-child caption { color: transparent; white-space: nowrap; overflow: hidden; max-width: 6rem; user-select: none; } .cjm .halves .m { width: auto; }
-@container (max-width: 28rem) { .cjm .halves > :last-child { width: 4.6rem; } .cjm .of-workers > :last-child { width: 7.6rem; } }
+.cjm .controls { flex-flow: row wrap; gap: 4px 6px; align-items: center; overflow: visible; } .cjm > .controls.jupyter-widgets { margin-bottom: 8px; } .cjm > .controls:not(:has(*)) { display: none; }
+.cjm .cjm-cards.jupyter-widgets { margin-bottom: 10px; overflow: visible; } .cjm .cjm-card { overflow: hidden; }
+.cjm .halves { overflow: hidden; } .cjm .halves > :first-child { flex: 1 1 auto; min-width: 0; } .cjm .halves > :last-child { flex: 0 0 auto; width: 104px; } .cjm .of-workers > :last-child { width: 160px; }
+.cjm .halves > :last-child caption { visibility: hidden; }
+@container (max-width: 28rem) { .cjm .halves > :last-child { width: 74px; } .cjm .of-workers > :last-child { width: 122px; } }
 .cjm .jupyter-button { color: var(--fg); background: var(--track); } .cjm .jupyter-button.mod-active { box-shadow: inset 0 0 0 2px var(--used); }
 """
 
@@ -122,7 +123,7 @@ class ResourcePanel(widgets.VBox):  # type: ignore[misc]  # ipywidgets has no ty
 
     def _repr_html_(self) -> str:
         "The last sample as a picture, for where there is no kernel"
-        return str(to_xml(overview(self._sample, self.monitor.history, self._view), indent=False))
+        return to_html(overview(self._sample, self.monitor.history, self._view))
 
     def close(self) -> None:
         "End the panel: its subscription, and with the last subscriber the monitor's thread, and its widgets"
@@ -159,8 +160,8 @@ class ResourcePanel(widgets.VBox):  # type: ignore[misc]  # ipywidgets has no ty
 
     def _lay_out(self) -> None:
         slot, count, old = self._slots, sum(key.startswith("gpu") for key in self._slots)//2, self._boxes
-        cards = [_box(slot[f"{name}.head"], slot[f"{name}.live"], cls="card", kind=widgets.VBox) for name in (*(f"gpu{i}" for i in range(count)), "ram")]
-        grid, steering = _box(*cards, cls="cards", kind=widgets.Box), _box(self._pause, self._every, self._sort, self._gpus, cls="controls")
+        cards = [_box(slot[f"{name}.head"], slot[f"{name}.live"], cls="cjm-card", kind=widgets.VBox) for name in (*(f"gpu{i}" for i in range(count)), "ram")]
+        grid, steering = _box(*cards, cls="cjm-cards", kind=widgets.Box), _box(self._pause, self._every, self._sort, self._gpus, cls="controls")
         workers, processes = _box(slot["workers"], slot["workers.memory"], cls="halves of-workers"), _box(slot["processes"], slot["processes.memory"], cls="halves")
         self._boxes = [*cards, grid, steering, workers, processes]
         self.children = (self._style, steering, *(slot[key] for key in ("state", "banner", "memory_banner", "notes")), grid,
@@ -242,4 +243,4 @@ class ResourcePanel(widgets.VBox):  # type: ignore[misc]  # ipywidgets has no ty
         with self._lock:
             if not self._closed: self._say(text)
 
-    def _say(self, text: str) -> None: self._said.value = str(to_xml(P(printable(text), cls="note", role="status"), indent=False)) if text else ""
+    def _say(self, text: str) -> None: self._said.value = to_html(P(printable(text), cls="note", role="status")) if text else ""

@@ -3,7 +3,7 @@ import json, sys, time, urllib.request
 from pathlib import Path
 
 import pytest
-from conftest import free_port, serving, violations
+from helpers import free_port, serving, violations
 
 SERVER = Path(__file__).with_name("server.py")
 
@@ -20,7 +20,7 @@ def ask(server: str, query: str = "") -> dict:
     with urllib.request.urlopen(f"{server}/test{query}", timeout=10) as answer: return json.load(answer)
 
 
-def second(page): return page.locator(".card", has_text="NVIDIA L40S")
+def second(page): return page.locator(".cjm-card", has_text="NVIDIA L40S")
 
 
 def wait_until(condition, seconds=15.0) -> None:
@@ -35,7 +35,7 @@ def test_two_tabs_show_a_gpu_that_fills_up_and_is_freed_and_share_one_sampler(se
     for page, path in zip(tabs, ("/resources", "/")): page.goto(server + path)
     for used, words in (("30000", "▲ external busy"), ("0", "✓ available")):
         ask(server, f"?used={used}")
-        for page in tabs: second(page).locator(".badge", has_text=words).wait_for()
+        for page in tabs: second(page).locator(".cjm-badge", has_text=words).wait_for()
     before, began = ask(server)["reads"], time.monotonic()
     time.sleep(2)
     assert ask(server)["reads"] - before <= (time.monotonic() - began)/0.25 + 2
@@ -76,7 +76,7 @@ def test_a_stream_that_is_cut_says_so_and_comes_back(chromium, new_page, tmp_pat
     with serving(command, f"{url}/test", tmp_path/"second"):
         page.wait_for_function("document.querySelector('[data-cjm-lost]').textContent === ''")
         ask(url, "?used=30000")
-        second(page).locator(".badge", has_text="▲ external busy").wait_for()
+        second(page).locator(".cjm-badge", has_text="▲ external busy").wait_for()
 
 
 def test_a_worker_is_stopped_after_a_question(server, new_page):
@@ -97,6 +97,6 @@ def test_everybody_can_read_it(server, new_page, scheme, width):
     page = new_page(width=width, color_scheme=scheme)
     page.goto(f"{server}/resources")
     ask(server, "?used=30000")
-    second(page).locator(".badge", has_text="▲ external busy").wait_for()
+    second(page).locator(".cjm-badge", has_text="▲ external busy").wait_for()
     assert violations(page) == []
     assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")   # nothing sticks out

@@ -1,0 +1,253 @@
+"The monitor, the panel and the stream: many who watch, some who are slow or break, and nothing left of them"
+import asyncio, gc, logging, os, threading, time
+
+import pytest
+from hypothesis import given, settings, strategies as st
+
+from cjm_fasthtml_resources.core.manager import ResourceManager, ResourceStatus
+from cjm_fasthtml_resources.core.monitor import ResourceMonitor
+from cjm_fasthtml_resources.core.settings import MONITOR_SCHEMA
+from cjm_fasthtml_resources.simulate import SimulatedDriver, SimulatedGpu, load_scenario
+from cjm_fasthtml_resources.ui.cards import render, render_tables
+
+widgets = pytest.importorskip("ipywidgets")
+pytest.importorskip("fasthtml", reason="the extra web is not installed")
+
+from cjm_fasthtml_resources.ui import web  # noqa: E402
+from cjm_fasthtml_resources.ui.panel import ResourcePanel  # noqa: E402
+
+
+def samplers() -> int: return sum(t.name == "resource-monitor" for t in threading.enumerate())
+
+
+def wait_until(condition, seconds=10.0):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it takes too long"
+        time.sleep(0.01)
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_left():
+    yield
+    wait_until(lambda: samplers() == 0)
+
+
+# The monitor
+
+@given(st.sampled_from(["interval", "history"]), st.one_of(st.floats(-1, 1e5), st.sampled_from([True, None, "1", float("nan"), float("inf")])))
+@settings(deadline=None)
+def test_the_monitor_takes_what_its_schema_allows_and_nothing_else(name, value):
+    import jsonschema
+    good = value == value and not list(jsonschema.Draft202012Validator(MONITOR_SCHEMA).iter_errors({name: value}))
+    if good: assert ResourceMonitor(ResourceManager(), **{name: value}) is not None
+    else:
+        with pytest.raises((TypeError, ValueError), match=name): ResourceMonitor(ResourceManager(), **{name: value})
+
+
+def test_the_defaults_of_the_monitor_are_those_of_its_schema():
+    import inspect
+    found = {name: p.default for name, p in inspect.signature(ResourceMonitor).parameters.items() if name != "manager"}
+    assert found == {name: p["default"] for name, p in MONITOR_SCHEMA["properties"].items()}
+
+
+def test_subscribers_come_and_go_on_many_threads_and_there_is_one_sampler():
+    with SimulatedDriver([SimulatedGpu()]):
+        monitor, most, errors = ResourceMonitor(ResourceManager(), interval=0.1), [], []
+
+        def watch():
+            try:
+                for _ in range(30):
+                    heard = threading.Event()
+                    with monitor.subscribe(lambda sample: heard.set()):
+                        assert heard.wait(10)
+                        most.append(samplers())
+            except BaseException as error: errors.append(error)
+
+        threads = [threading.Thread(target=watch) for _ in range(8)]
+        for t in threads: t.start()
+        for t in threads: t.join()
+        assert not errors and max(most) == 1
+
+
+def test_a_sampler_whose_look_fails_tells_why_and_goes_on(monkeypatch, caplog):
+    from cjm_fasthtml_resources.core import monitor as module
+    take, broken, seen = module.take_sample, threading.Event(), []
+
+    def sometimes(*args):
+        if broken.is_set(): raise RuntimeError("a plugin broke")
+        return take(*args)
+
+    monkeypatch.setattr(module, "take_sample", sometimes)
+    with SimulatedDriver([SimulatedGpu()]), caplog.at_level(logging.CRITICAL):
+        monitor = ResourceMonitor(ResourceManager(), interval=0.1)
+        with monitor.subscribe(seen.append):
+            wait_until(lambda: seen)
+            broken.set()
+            wait_until(lambda: seen[-1].stale == "the last look failed: a plugin broke")
+            broken.clear()
+            wait_until(lambda: not seen[-1].stale)
+
+
+def test_history_is_kept_for_as_long_as_was_said():
+    with SimulatedDriver([SimulatedGpu()]):
+        monitor = ResourceMonitor(ResourceManager(), interval=0.1, history=0.5)
+        with monitor.subscribe(lambda sample: None): wait_until(lambda: monitor.latest and monitor.latest.number > 12)
+    points = monitor.history.points
+    assert 2 <= len(points) <= 8 and points[-1].time - points[0].time <= 0.5
+
+
+# The panel
+
+def test_a_hundred_panels_leave_nothing():
+    with load_scenario("eight-h100") as driver:
+        manager = ResourceManager(track_self=False)
+        for worker in driver.workers: manager.register_worker(**worker)
+        before = len(widgets.widget._instances)
+        for _ in range(100): ResourcePanel(manager, controls=True).close()
+        gc.collect()
+        assert len(widgets.widget._instances) == before
+        wait_until(lambda: samplers() == 0)
+
+
+def test_a_device_that_goes_and_comes_back_changes_the_layout_and_leaks_no_widget():
+    with SimulatedDriver([SimulatedGpu(), SimulatedGpu()]) as driver:
+        panel = ResourcePanel(ResourceManager(), interval=0.1)
+        wait_until(lambda: panel.monitor.latest)
+        whole = len(widgets.widget._instances)
+        for _ in range(3):
+            taken = driver.gpus.pop()
+            wait_until(lambda: "gpu1.head" not in panel._slots)
+            driver.gpus.append(taken)
+            wait_until(lambda: "gpu1.head" in panel._slots)
+        wait_until(lambda: len(widgets.widget._instances) == whole)
+        panel.close()
+
+
+def test_a_pause_is_not_lost_between_samples():
+    "Clicks on one thread while the monitor samples on another: the last one counts"
+    with SimulatedDriver([SimulatedGpu()]):
+        panel = ResourcePanel(ResourceManager(), interval=0.1)
+        for turn in range(60):
+            panel._pause.value = turn % 2 == 0
+            time.sleep(0.013)
+            assert (panel._pause.value, panel.monitor.paused) == (turn % 2 == 0,)*2
+        panel.close()
+
+
+def test_clicks_from_many_threads_stop_a_worker_once(spawn):
+    worker, stopped = spawn("input()"), []
+    with SimulatedDriver([SimulatedGpu()]):
+        manager = ResourceManager()
+        manager.register_worker(worker.pid, "llm")
+        stop = manager.stop_worker
+        manager.stop_worker = lambda pid: (stopped.append(pid), stop(pid))
+        panel = ResourcePanel(manager, interval=0.1, controls=True)
+        wait_until(lambda: panel._stops.children)
+        ask = panel._stops.children[0]
+        for t in (asking := [threading.Thread(target=ask.click) for _ in range(8)]): t.start()
+        for t in asking: t.join()
+        yes = panel._asked.children[0]
+        for t in (saying := [threading.Thread(target=yes.click) for _ in range(8)]): t.start()
+        for t in saying: t.join()
+        worker.wait(10)
+        wait_until(lambda: "Stopped" in panel._said.value)
+        assert stopped == [worker.pid]
+        panel.close()
+
+
+def test_a_sleeping_driver_is_shown_and_nothing_is_called_available():
+    with SimulatedDriver([SimulatedGpu()]) as driver:
+        panel = ResourcePanel(ResourceManager(gpu_timeout=1.0), interval=0.1)
+        driver.hang("nvmlDeviceGetTemperature")
+        wait_until(lambda: "not of this moment: the NVIDIA driver did not answer" in panel._slots["state"].value)
+        wait_until(lambda: panel._sample.gpu.status is ResourceStatus.UNAVAILABLE and "did not answer within 1 s" in panel._slots["banner"].value)
+        driver.recover()
+        wait_until(lambda: "gpu0.live" in panel._slots and not panel._slots["state"].value.count("not of this moment"))
+        panel.close()
+
+
+# The stream
+
+async def gone(): await asyncio.Event().wait()
+
+
+def test_a_slow_client_gets_the_whole_picture_in_place_of_a_backlog():
+    async def main():
+        client = web.Client()
+        for i in range(50): client.put(f"{i}".encode(), b"whole")
+        got = [client.events.get_nowait() for _ in range(client.events.qsize())]
+        assert len(got) <= 8 and b"whole" in got and got[-1] in (b"49", b"whole")
+    asyncio.run(main())
+
+
+def test_a_client_that_takes_nothing_is_let_go(monkeypatch):
+    monkeypatch.setattr(web, "_PATIENCE", 0.3)
+
+    async def main():
+        hub, sent = web.Hub(ResourceMonitor(ResourceManager(), interval=0.1)), []
+
+        async def send(message):
+            sent.append(message)
+            if message["type"] == "http.response.body": await asyncio.Event().wait()
+
+        await asyncio.wait_for(web.EventStream(hub.events())({}, gone, send), 10)
+        assert [m["type"] for m in sent] == ["http.response.start", "http.response.body"] and not hub._clients
+        assert len(asyncio.all_tasks()) == 1
+
+    with SimulatedDriver([SimulatedGpu()]): asyncio.run(main())
+
+
+def test_a_hundred_clients_share_one_sampler_and_leave_nothing():
+    async def main():
+        hub = web.Hub(ResourceMonitor(ResourceManager(), interval=0.1))
+        received, leave = [0]*100, asyncio.Event()
+
+        async def listen(n):
+            async def receive():
+                await leave.wait()
+                return dict(type="http.disconnect")
+
+            async def send(message): received[n] += message["type"] == "http.response.body"
+            await web.EventStream(hub.events())({}, receive, send)
+
+        tasks = [asyncio.create_task(listen(n)) for n in range(100)]
+        degrees = 0
+        while min(received) < 5:
+            driver.gpus[0].temperature = degrees = degrees + 1
+            await asyncio.sleep(0.05)
+            assert degrees < 400, received
+        assert samplers() == 1
+        leave.set()
+        await asyncio.wait_for(asyncio.gather(*tasks), 10)
+        assert not hub._clients and len(asyncio.all_tasks()) == 1
+
+    with SimulatedDriver([SimulatedGpu()]) as driver: asyncio.run(main())
+
+
+def test_a_sampler_that_is_held_up_makes_the_stream_say_so(monkeypatch):
+    "A plugin that hangs holds up the sampler's thread; the clients hear of it all the same"
+    async def main():
+        async for event in hub.events():
+            if b"NVIDIA L4" in event and not held.is_set(): held.set()
+            if b"not of this moment: nothing newer for" in event: return
+
+    held, release = threading.Event(), threading.Event()
+    with SimulatedDriver([SimulatedGpu()]):
+        manager = ResourceManager()
+        hub = web.Hub(ResourceMonitor(manager, interval=0.1))
+        workers = manager.get_all_workers
+        manager.get_all_workers = lambda: (held.is_set() and threading.current_thread().name == "resource-monitor" and release.wait(10), workers())[1]
+        try: asyncio.run(asyncio.wait_for(main(), 10))
+        finally: release.set()
+
+
+def test_the_pieces_are_the_same_for_the_panel_the_page_and_a_picture():
+    from cjm_fasthtml_resources.core.monitor import take_sample
+    from cjm_fasthtml_resources.ui.cards import overview
+    with load_scenario("shared") as driver:
+        manager = ResourceManager(track_self=False)
+        for worker in driver.workers: manager.register_worker(**worker)
+        sample = take_sample(manager)
+    picture = str(overview(sample))
+    for html in (render(sample) | render_tables(sample)).values(): assert html in picture
