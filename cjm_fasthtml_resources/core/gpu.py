@@ -186,18 +186,28 @@ class _Session:
             except self.nvml.NVMLError as error:
                 yield GpuDevice(index, reason=in_words(error))
                 continue
-            mode = _ask(self.nvml.nvmlDeviceGetMigMode, handle)
-            divided = None if mode is None else bool(mode[0])
+            try: divided = self.mig_mode(handle)
+            except self.nvml.NVMLError as error:
+                yield GpuDevice(**fixed, reason=in_words(error))
+                continue
             yield _read_device(self.nvml, handle, **fixed, mig_mode=divided)
             if divided: yield from self.instances(handle, index)
 
+    def mig_mode(self, handle: Any) -> bool | None:
+        "Whether a GPU is divided, `None` for one that cannot be. Another error is raised: one that is divided must not be taken for a whole one"
+        try: return bool(self.nvml.nvmlDeviceGetMigMode(handle)[0])
+        except (self.nvml.NVMLError_NotSupported, self.nvml.NVMLError_FunctionNotFound): return None
+
     def instances(self, parent: Any, parent_index: int) -> Iterator[GpuDevice]:
         "The MIG instances of a GPU. They come and go, so nothing about them is kept"
-        nvml = self.nvml
-        for number in range(_ask(nvml.nvmlDeviceGetMaxMigDeviceCount, parent) or 0):
-            if (handle := _ask(nvml.nvmlDeviceGetMigDeviceHandleByIndex, parent, number)) is not None:
+        nvml, number = self.nvml, 0
+        try:
+            for number in range(nvml.nvmlDeviceGetMaxMigDeviceCount(parent)):
+                try: handle = nvml.nvmlDeviceGetMigDeviceHandleByIndex(parent, number)
+                except (nvml.NVMLError_NotFound, nvml.NVMLError_InvalidArgument): continue  # no instance has this number
                 yield _read_device(nvml, handle, index=number, mig_parent=parent_index,
                                    uuid=_ask(nvml.nvmlDeviceGetUUID, handle), name=_ask(nvml.nvmlDeviceGetName, handle))
+        except nvml.NVMLError as error: yield GpuDevice(number, mig_parent=parent_index, reason=in_words(error))
 
 # %% ../../nbs/core/gpu.ipynb #fa876573
 class _Driver:
