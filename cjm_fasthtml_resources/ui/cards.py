@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['CSS', 'Column', 'ProcessRow', 'PROCESS_COLUMNS', 'WORKER_COLUMNS', 'SORTS', 'badge', 'memory_bar', 'memory_key',
            'sparkline', 'gpu_head', 'gpu_memory', 'gpu_load', 'gpu_card', 'memory_head', 'memory_use', 'memory_card',
-           'to_html', 'make_table', 'process_table', 'WorkerRow', 'to_row', 'worker_table', 'conflict_banner', 'notes',
-           'View', 'find_traces', 'render', 'render_tables', 'arrange', 'overview', 'conflict_html', 'manager_html',
-           'worker_html', 'snapshot_html', 'to_text']
+           'to_html', 'make_table', 'process_table', 'WorkerRow', 'to_row', 'worker_table', 'conflict_banner',
+           'validation_banner', 'notes', 'View', 'find_traces', 'render', 'render_tables', 'arrange', 'overview',
+           'conflict_html', 'validation_html', 'manager_html', 'worker_html', 'snapshot_html', 'to_text']
 
 # %% ../../nbs/ui/cards.ipynb #7ab25631
 import re
@@ -24,6 +24,7 @@ from ..core.manager import (DeviceStatus, OwnedProcess, ResourceConflict, Resour
                                                  held_by)
 from ..core.monitor import History, Sample, take_sample
 from ..core.reservations import device_key
+from ..core.validation import ValidationAction, ValidationResult
 
 # %% ../../nbs/ui/cards.ipynb #3e8ec1ae
 CSS = """
@@ -256,6 +257,14 @@ def conflict_banner(
     "The answer of a check as a sentence"
     return P(badge(conflict.status), " ", printable(conflict.message), cls=f"banner {conflict.status.value}", role="status")
 
+def validation_banner(
+    result: ValidationResult,
+) -> Any:
+    "The answer of a validation as a sentence, and what has to happen"
+    status = ResourceStatus.AVAILABLE if result.can_proceed else ResourceStatus.UNAVAILABLE if result.action is ValidationAction.ABORT else ResourceStatus.EXTERNAL_BUSY
+    sign, _ = _LOOKS[status]
+    return P(Span(f"{sign} {result.action.value.replace('_', ' ')}", cls=f"cjm-badge {status.value}"), " ", printable(result.message), cls=f"banner {status.value}", role="status")
+
 def notes(conflict: ResourceConflict) -> Any:
     "What makes the answer less than exact"
     return tuple(P(printable(note), cls="note") for note in conflict.notes)
@@ -374,6 +383,10 @@ def conflict_html(conflict: ResourceConflict) -> str:
     rows, more = View().processes(conflict.devices)
     table = [process_table(rows, more)] if rows else []
     return _framed(conflict_banner(conflict), notes(conflict), Div(*map(gpu_card, conflict.devices), cls="cjm-cards"), *table)
+
+def validation_html(result: ValidationResult) -> str:
+    "The answer of a validation, with what was found"
+    return _framed(validation_banner(result), *([Safe(conflict_html(result.conflict))] if result.conflict else []))
 
 def manager_html(manager: ResourceManager) -> str:
     "A manager: what it finds now"
