@@ -63,7 +63,7 @@ def bare_calls():
     for index in range(pynvml.nvmlDeviceGetCount()):
         handle = HANDLES.setdefault(index, pynvml.nvmlDeviceGetHandleByIndex(index))
         with contextlib.suppress(pynvml.NVMLError): pynvml.nvmlDeviceGetMigMode(handle)
-        pynvml.nvmlDeviceGetMemoryInfo(handle, version=pynvml.nvmlMemory_v2)
+        for _ in range(2): pynvml.nvmlDeviceGetMemoryInfo(handle, version=pynvml.nvmlMemory_v2)  # on both sides of the lists
         pynvml.nvmlDeviceGetUtilizationRates(handle)
         pynvml.nvmlDeviceGetTemperature(handle, pynvml.NVML_TEMPERATURE_GPU)
         pynvml.nvmlDeviceGetPowerUsage(handle)
