@@ -16,6 +16,7 @@ from .gpu import GpuSnapshot, read_gpus
 from .manager import ResourceConflict, ResourceManager, ResourceStatus, WorkerState, _check_number
 from .reservations import device_key
 from .settings import MONITOR_SCHEMA
+from .store import StoreError
 
 # %% ../../nbs/core/monitor.ipynb #d36e6313
 if TYPE_CHECKING: import pandas
@@ -58,7 +59,9 @@ def take_sample(
     "Look once"
     gpu = manager.check_gpu_availability(snapshot=snapshot)
     simulated = "the NVIDIA driver" if gpu.snapshot and gpu.snapshot.simulated else None
-    return Sample(gpu, manager.check_memory_availability(), tuple(manager.get_all_workers()), simulated)
+    try: workers = tuple(manager.get_all_workers())
+    except StoreError: workers = ()  # the checks say what is wrong with the file
+    return Sample(gpu, manager.check_memory_availability(), workers, simulated)
 
 # %% ../../nbs/core/monitor.ipynb #c90dd904
 @dataclass(frozen=True)
@@ -220,9 +223,9 @@ class ResourceMonitor:
         with self.subscribe(wake):
             if self.latest and not self.latest.stale: fresh.set()
             while True:
-                try: await asyncio.wait_for(fresh.wait(), _STALE_AFTER*self._interval)
-                except TimeoutError: pass
-                except asyncio.TimeoutError: pass  # another class before Python 3.11
+                waiting = asyncio.ensure_future(fresh.wait())
+                try: await asyncio.wait({waiting}, timeout=_STALE_AFTER*self._interval)  # `wait_for` can lose a cancellation
+                finally: waiting.cancel()
                 fresh.clear()
                 sample = self.latest
                 if sample and (shown is None or (sample.number, bool(sample.stale)) != (shown.number, bool(shown.stale))): yield (shown := sample)
@@ -283,8 +286,9 @@ class ResourceMonitor:
                 self._due += self._interval*max(math.ceil(late/self._interval), 1)
             try: self._tell(self._keep_sample(self._number(take_sample(self.manager, self._read()))))
             except Exception as error:  # whatever goes wrong, the thread goes on and the subscribers are told
-                _log.exception("the resource monitor could not look")
-                self._mark(f"the last look failed: {error}")
+                reason = f"the last look failed: {error}"
+                if self._latest is None or self._latest.stale != reason: _log.exception("the resource monitor could not look; the same again is not logged")
+                self._mark(reason)
 
     def _read(self) -> GpuSnapshot:
         "Read the driver; if that takes longer than a sample is good for, say so and go on waiting"

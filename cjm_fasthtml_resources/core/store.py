@@ -88,7 +88,7 @@ def _set_aside(path: Path) -> Path:
     return Path(f"{path}.damaged-{number}")
 
 # %% ../../nbs/core/store.ipynb #c1faee3d
-_BUSY_SECONDS = 5.0  # how long to wait for another process's transaction
+_BUSY_SECONDS = 10.0  # how long to wait for other processes' transactions; hundreds of them on a busy machine take seconds
 
 def _connect(where: str) -> "sqlite3.Connection":
     import sqlite3  # when it is used: most programs never open a store

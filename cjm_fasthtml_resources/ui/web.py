@@ -100,7 +100,7 @@ _QUEUE, _BEAT, _PATIENCE = 8, 15.0, 20.0   # events; seconds between signs of li
 
 class Client:
     "One stream, on the event loop of its request"
-    def __init__(self) -> None: self.loop, self.events = asyncio.get_running_loop(), asyncio.Queue[bytes]()
+    def __init__(self) -> None: self.loop, self.events, self.gone = asyncio.get_running_loop(), asyncio.Queue[bytes](), False
 
     def put(self, event: bytes, whole: bytes) -> None:
         "On the loop: queue an event, or in place of a backlog the whole picture"
@@ -138,6 +138,7 @@ class Hub:
     def join(self, client: Client) -> None:
         "Add a client, with the whole picture as its first event. May have to wait for the driver"
         with self._lock:
+            if client.gone: return  # it left while it waited for this
             if not self._clients: self._slots = self.render()
             client.loop.call_soon_threadsafe(client.events.put_nowait, layout_event(self._slots))
             self._clients.add(client)
@@ -145,6 +146,7 @@ class Hub:
 
     def leave(self, client: Client) -> None:
         with self._lock:
+            client.gone = True
             self._clients.discard(client)
             if self._clients or self._subscription is None: return
             self._subscription.close()
@@ -153,17 +155,24 @@ class Hub:
     async def events(self) -> AsyncGenerator[bytes, None]:
         "What one client is sent"
         client, sent = Client(), time.monotonic()
+        coming = asyncio.ensure_future(client.events.get())
         try:
             await asyncio.to_thread(self.join, client)
             while True:
-                try: event = await asyncio.wait_for(client.events.get(), min(3*self.monitor.interval, _BEAT))
-                except (TimeoutError, asyncio.TimeoutError):  # two classes before Python 3.11
+                if await _done(coming, min(3*self.monitor.interval, _BEAT)): event, coming = coming.result(), asyncio.ensure_future(client.events.get())
+                else:
                     if (latest := self.monitor.latest) and latest.stale: await asyncio.to_thread(self.publish, latest)  # the sampler itself is held up
                     if time.monotonic() - sent < _BEAT: continue
                     event = to_event("beat", "")
                 sent = time.monotonic()
                 yield event
-        finally: self.leave(client)
+        finally:
+            coming.cancel()
+            self.leave(client)
+
+async def _done(task: "asyncio.Future[Any]", seconds: float) -> bool:
+    "Wait for a task for so long. `asyncio.wait_for` loses a cancellation that comes together with the result"
+    return bool((await asyncio.wait({task}, timeout=seconds))[0])
 
 def _put_all(clients: list[Client], event: bytes, whole: bytes) -> None:
     for client in clients: client.put(event, whole)
@@ -187,9 +196,12 @@ class EventStream(Response):
     async def _send_all(self, send: Any) -> None:
         async with contextlib.aclosing(self.events) as events:
             async for event in events:
-                try: await asyncio.wait_for(send(dict(type="http.response.body", body=event, more_body=True)), _PATIENCE)
-                except (TimeoutError, asyncio.TimeoutError): return
+                sending = asyncio.ensure_future(send(dict(type="http.response.body", body=event, more_body=True)))
+                try:
+                    if not await _done(sending, _PATIENCE): return
+                    sending.result()
                 except OSError: return  # the connection broke
+                finally: sending.cancel()
 
 async def _until_gone(receive: Any) -> None:
     while (await receive())["type"] != "http.disconnect": pass
