@@ -1,5 +1,5 @@
 "The monitor, the panel and the stream: many who watch, some who are slow or break, and nothing left of them"
-import asyncio, gc, logging, os, threading, time
+import asyncio, gc, logging, subprocess, sys, threading, time
 
 import pytest
 from hypothesis import given, settings, strategies as st
@@ -251,3 +251,48 @@ def test_the_pieces_are_the_same_for_the_panel_the_page_and_a_picture():
         sample = take_sample(manager)
     picture = str(overview(sample))
     for html in (render(sample) | render_tables(sample)).values(): assert html in picture
+
+
+# The end of the interpreter
+
+EVERYTHING = """
+import asyncio, os, sys, threading, time
+from cjm_fasthtml_resources.core.manager import ResourceManager
+from cjm_fasthtml_resources.core.monitor import ResourceMonitor
+from cjm_fasthtml_resources.simulate import SimulatedDriver, SimulatedGpu
+from cjm_fasthtml_resources.ui.panel import ResourcePanel
+from cjm_fasthtml_resources.ui.web import Hub
+driver = SimulatedDriver([SimulatedGpu()]).__enter__()
+manager = ResourceManager()
+panel, hub = ResourcePanel(manager, interval=0.1), Hub(ResourceMonitor(manager, interval=0.1))
+held = manager.reserve(1_000)
+hub.monitor.subscribe(lambda sample: None)
+time.sleep(0.5)
+"""
+
+
+@pytest.mark.parametrize("ending", ["", "driver.hang('nvmlDeviceGetTemperature'); time.sleep(0.3)", "sys.exit(0)", "os.execv(sys.executable, [sys.executable, '-c', ''])"],
+                         ids=["running", "with a driver that hangs", "exit", "execv"])
+def test_a_program_with_all_of_it_running_ends_quietly_and_at_once(ending):
+    script = EVERYTHING + "print(time.monotonic(), flush=True)\n" + ending
+    out = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
+    assert (out.returncode, out.stderr) == (0, "") and time.monotonic() - float(out.stdout) < 2 + 0.3
+
+
+def test_a_spawned_and_a_forked_process_start_with_nothing_running():
+    script = EVERYTHING.replace("driver = ", "import multiprocessing\nif __name__ != '__main__': raise SystemExit\ndriver = ") + """
+import multiprocessing
+def child(): sys.exit(threading.active_count() - 1)
+if (pid := os.fork()) == 0: os._exit(threading.active_count() - 1)
+assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+process = multiprocessing.get_context("fork").Process(target=child)
+process.start(); process.join()
+assert process.exitcode == 0
+if (pid := os.fork()) == 0:                      # and can begin anew
+    seen = []
+    with ResourceMonitor(ResourceManager(), interval=0.1).subscribe(seen.append): time.sleep(0.5)
+    os._exit(0 if len(seen) >= 2 and seen[-1].gpu.status.value == "available" else 1)
+assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+"""
+    out = subprocess.run([sys.executable, "-W", "ignore::DeprecationWarning", "-c", script], capture_output=True, text=True, timeout=60)
+    assert (out.returncode, out.stderr) == (0, "")

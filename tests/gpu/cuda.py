@@ -1,0 +1,36 @@
+"""Hold GPU memory by the CUDA driver's own library, without PyTorch: cuda.py MIB [DEPTH] [SECONDS]
+
+Prints "ready PID" when it has it, or "out of memory", and holds it until its standard input ends. With DEPTH a descendant
+so many generations down is the one that has it. Needs libcuda.so.1, which comes with the driver.
+"""
+import ctypes, os, subprocess, sys, time
+
+
+def check(code: int) -> None:
+    if code == 2: raise MemoryError  # CUDA_ERROR_OUT_OF_MEMORY
+    if code: raise OSError(f"CUDA error {code}")
+
+
+def allocate(mib: int) -> None:
+    cuda = ctypes.CDLL("libcuda.so.1")
+    device, context, address = ctypes.c_int(), ctypes.c_void_p(), ctypes.c_uint64()
+    check(cuda.cuInit(0))
+    check(cuda.cuDeviceGet(ctypes.byref(device), 0))
+    check(cuda.cuDevicePrimaryCtxRetain(ctypes.byref(context), device))
+    check(cuda.cuCtxSetCurrent(context))
+    check(cuda.cuMemAlloc_v2(ctypes.byref(address), ctypes.c_size_t(mib*2**20)))
+
+
+def main(mib: int, depth: int = 0, seconds: float = 0) -> None:
+    if depth:
+        sys.exit(subprocess.call([sys.executable, __file__, str(mib), str(depth - 1), str(seconds)]))
+    try: allocate(mib)
+    except MemoryError:
+        print("out of memory", flush=True)
+        sys.exit(2)
+    print("ready", os.getpid(), flush=True)
+    if seconds: time.sleep(seconds)
+    else: sys.stdin.read()
+
+
+if __name__ == "__main__": main(int(sys.argv[1]), *map(int, sys.argv[2:3]), *map(float, sys.argv[3:4]))
