@@ -117,8 +117,10 @@ def sparkline(
     moves = [f"{b[0] - a[0]} {b[1] - a[1]}" for a, b in zip(points, rest)]
     return ft("svg", ft("path", d=f"M{x} {y}l{' '.join(moves)}".replace(" -", "-")), viewBox=f"0 0 {_WIDTH} {_HEIGHT}", role="img", aria_label=label)
 
-# %% ../../nbs/ui/cards.ipynb #b528c0f3
-def _title(device: GpuDevice) -> tuple[Any, Any]: return B(f"GPU {device.id}"), Span(printable(device.name or "no name"), title=device.uuid or "")
+# %% ../../nbs/ui/cards.ipynb #7b13fd45
+def _title(device: GpuDevice) -> tuple[Any, Any]:
+    name = printable(device.name or "no name")
+    return B(f"GPU {device.id}"), Span(name, title=f"{name}, {device.uuid}" if device.uuid else name)   # a narrow card cuts it off
 
 def gpu_head(status: DeviceStatus) -> Any:
     "Which device it is, and its status"
