@@ -2,6 +2,7 @@ __version__ = "0.1.0"
 
 from typing import TYPE_CHECKING, Any
 
+from .core.display import show_with
 from .core.gpu import read_gpus
 from .core.host import read_memory
 from .core.manager import (ResourceBusy, ResourceConflict, ResourceManager, ResourceStatus, ResourceType, ResourceUnavailable,
@@ -23,3 +24,11 @@ def __getattr__(name: str) -> Any:
     if name not in _LATER: raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from importlib import import_module
     return getattr(import_module(f"{__name__}.{_LATER[name]}"), name)
+
+
+def _show(value: Any) -> str:
+    from .ui.cards import html_of  # imported when the first value is shown
+    return html_of(value)
+
+
+show_with(_show)

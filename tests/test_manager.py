@@ -216,3 +216,16 @@ def test_no_text_shows_a_secret(caplog):
     texts = [repr(state), str(state), f"{state}", repr(manager), repr(manager.check_gpu_availability()), repr(manager.get_all_workers()), caplog.text]
     assert not any("hush" in text for text in texts) and "get_child_pids" in caplog.text
     assert state.config["api_key"] == "hush"  # it is hidden, not lost
+
+
+def test_a_terminal_shows_an_answer_in_lines():
+    lines = []
+
+    class Printer:
+        text = staticmethod(lines.append)
+
+    with load_scenario("pair"): ResourceManager(track_self=False).check_gpu_availability()._repr_pretty_(Printer, False)
+    first, *devices = lines[0].splitlines()
+    assert first.startswith("gpu_memory: available. A GPU job could start now: GPU 0")
+    assert devices == ["  GPU 0  NVIDIA RTX 6000 Ada Generation  available: external 14.6 GiB, unattributed 510 MiB, free 32.3 GiB",
+                       "  GPU 1  NVIDIA RTX 6000 Ada Generation  external_busy: external 38.6 GiB, unattributed 400 MiB, free 8.4 GiB"]

@@ -12,6 +12,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from .display import repr_html
+
 # %% ../../nbs/core/gpu.ipynb #cf0968c3
 @dataclass(frozen=True)
 class GpuProcess:
@@ -65,9 +67,7 @@ class GpuSnapshot:
         "Every process on any device, as the driver numbers them"
         return {p.pid for d in self.devices for p in d.processes or ()}
 
-    def _repr_html_(self) -> str:
-        from cjm_fasthtml_resources.ui.cards import snapshot_html  # how it looks in a notebook, known when it is shown
-        return snapshot_html(self)
+    def _repr_html_(self) -> str | None: return repr_html(self)
 
 # %% ../../nbs/core/gpu.ipynb #a4b77786
 _WORDS = {

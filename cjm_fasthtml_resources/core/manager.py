@@ -18,6 +18,7 @@ from operator import index
 from typing import Any, TypedDict
 
 from . import host
+from .display import repr_html
 from .gpu import GpuDevice, GpuSnapshot, read_gpus, visible_devices, visible_env
 from .host import HostMemory, ProcessId, ProcessInfo, format_bytes
 from .reservations import Claim, Ledger, PendingReservation, Promise, Request, Reservation, device_key, find_promises, read_use
@@ -153,13 +154,10 @@ class ResourceConflict:
         "The answer as a sentence: could a job start, and if not, who is in the way"
         return _explain_gpu(self) if self.resource_type is ResourceType.GPU_MEMORY else _explain_memory(self)
 
-    def _repr_html_(self) -> str:
-        from cjm_fasthtml_resources.ui.cards import conflict_html  # how it looks in a notebook, known when it is shown
-        return conflict_html(self)
+    def _repr_html_(self) -> str | None: return repr_html(self)
 
     def _repr_pretty_(self, printer: Any, cycle: bool) -> None:
-        from cjm_fasthtml_resources.ui.cards import to_text
-        printer.text(to_text(self))
+        printer.text("\n".join([f"{self.resource_type.value}: {self.status.value}. {self.message}", *map(_device_line, self.devices)]))
 
 # %% ../../nbs/core/manager.ipynb #0b465103
 def _name(process: OwnedProcess, where: str = "") -> str:
@@ -199,6 +197,11 @@ def _explain_gpu(conflict: ResourceConflict) -> str:
     unseen = [f"{format_bytes(d.unattributed_memory)} on GPU {d.device.id} that no visible process accounts for"
               for d in busy if d.unattributed_memory > d.external_memory]
     return f"Not now, others hold the GPU{about}: {_listed([*unseen, *_on_devices(busy, 'external'), *_promised_on(busy, 'external')])}."
+
+def _device_line(status: DeviceStatus) -> str:
+    "A device in a line, for a terminal"
+    shares = [f"{owner} {format_bytes(n)}" for owner, n in status.shares.items() if n]
+    return f"  GPU {status.device.id}  {host.printable(status.device.name or 'no name')}  {status.status.value}: {status.reason or ', '.join([*shares, f'free {format_bytes(status.room)}'])}"
 
 def _explain_memory(conflict: ResourceConflict) -> str:
     "The sentence for system memory"
@@ -247,9 +250,7 @@ class WorkerState:
         shown = {name: redact({name: value})[name] for name, value in vars(self).items() if value not in (None, [], False) and name != "last_used"}
         return f"WorkerState({', '.join(f'{name}={value!r}' for name, value in shown.items())})"
 
-    def _repr_html_(self) -> str:
-        from cjm_fasthtml_resources.ui.cards import worker_html
-        return worker_html(self)
+    def _repr_html_(self) -> str | None: return repr_html(self)
 
 # %% ../../nbs/core/manager.ipynb #07c89d00
 PLUGIN_RESOURCE_CONFIG_KEYS = ["resource_id", "model_id", "model", "model_name", "model_path"]
@@ -686,9 +687,7 @@ class ResourceManager:
     def __repr__(self) -> str:
         return f"ResourceManager({len(self._workers)} workers, gpu_memory_threshold_percent={self.gpu_memory_threshold_percent:g})"
 
-    def _repr_html_(self) -> str:
-        from cjm_fasthtml_resources.ui.cards import manager_html
-        return manager_html(self)
+    def _repr_html_(self) -> str | None: return repr_html(self)
 
     # Workers
 

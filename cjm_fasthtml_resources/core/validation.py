@@ -14,6 +14,7 @@ from enum import Enum
 from typing import Any
 
 from . import host
+from .display import repr_html
 from .gpu import GpuDevice
 from .host import format_bytes
 from .manager import (DeviceStatus, GpuChoice, ResourceBusy, ResourceConflict, ResourceManager, ResourceStatus,
@@ -61,9 +62,7 @@ class ValidationResult:
         "What the environment of a new worker needs to use that device and no other"
         return GpuChoice((self.device,)).env if self.device else {}
 
-    def _repr_html_(self) -> str:
-        from cjm_fasthtml_resources.ui.cards import validation_html  # how it looks in a notebook, known when it is shown
-        return validation_html(self)
+    def _repr_html_(self) -> str | None: return repr_html(self)
 
     def raise_if_blocked(self) -> "ValidationResult":
         "Itself if the job can proceed. `ResourceUnavailable` if it cannot run here at all, else `ResourceBusy`"

@@ -7,7 +7,7 @@ __all__ = ['CSS', 'Column', 'ProcessRow', 'PROCESS_COLUMNS', 'WORKER_COLUMNS', '
            'sparkline', 'gpu_head', 'gpu_memory', 'gpu_load', 'gpu_card', 'memory_head', 'memory_use', 'memory_card',
            'to_html', 'make_table', 'process_table', 'WorkerRow', 'to_row', 'worker_table', 'conflict_banner',
            'validation_banner', 'notes', 'View', 'find_traces', 'render', 'render_tables', 'arrange', 'overview',
-           'conflict_html', 'validation_html', 'manager_html', 'worker_html', 'snapshot_html', 'to_text']
+           'html_of']
 
 # %% ../../nbs/ui/cards.ipynb #7ab25631
 import re
@@ -379,38 +379,32 @@ def overview(
 # %% ../../nbs/ui/cards.ipynb #817be6d3
 def _framed(*components: Any) -> str: return to_html(Div(Style(Safe(CSS)), *components, cls="cjm"))
 
-def conflict_html(conflict: ResourceConflict) -> str:
-    "An answer: its sentence, the devices or RAM, and the processes"
-    if conflict.memory: return _framed(conflict_banner(conflict), memory_card(conflict))
+def _found(conflict: ResourceConflict) -> tuple[Any, ...]:
+    "The devices or RAM, and the processes"
+    if conflict.memory: return (memory_card(conflict),)
     rows, more = View().processes(conflict.devices)
-    table = [process_table(rows, more)] if rows else []
-    return _framed(conflict_banner(conflict), notes(conflict), Div(*map(gpu_card, conflict.devices), cls="cjm-cards"), *table)
+    return (*notes(conflict), Div(*map(gpu_card, conflict.devices), cls="cjm-cards"), *([process_table(rows, more)] if rows else []))
 
-def validation_html(result: ValidationResult) -> str:
-    "The answer of a validation, with what was found"
-    return _framed(validation_banner(result), *([Safe(conflict_html(result.conflict))] if result.conflict else []))
+def _used_card(d: GpuDevice) -> Any:
+    "A device of a reading: what is used, but not by whose doing, for that is not decided yet"
+    shares, total = dict(used=d.memory_used or 0), d.memory_total
+    memory = (memory_bar(shares, total, f"memory of GPU {d.id}"), memory_key(shares, d.memory_free or 0, total)) if total else (P(printable(d.reason or "its memory cannot be read"), cls="note"),)
+    return Div(Div(*_title(d), cls="head"), *memory, gpu_load(d), cls="cjm-card", role="group", aria_label=_label(d))
 
-def manager_html(manager: ResourceManager) -> str:
-    "A manager: what it finds now"
-    return to_html(overview(take_sample(manager)))
+def _reading(snapshot: GpuSnapshot) -> str:
+    said = [P(printable(snapshot.reason), cls="banner unavailable")] if snapshot.reason else []
+    return _framed(*said, Div(*map(_used_card, snapshot.devices), cls="cjm-cards"))
 
-def worker_html(worker: WorkerState) -> str:
-    "A worker, as a table of one row"
-    return _framed(worker_table([to_row(worker)]))
+_VIEWS: dict[str, Callable[[Any], str]] = {  # by the class's name, for the notebook that defines a class has another one of that name
+    "ResourceManager": lambda manager: to_html(overview(take_sample(manager))),
+    "ResourceConflict": lambda conflict: _framed(conflict_banner(conflict), *_found(conflict)),
+    "WorkerState": lambda worker: _framed(worker_table([to_row(worker)])),
+    "ValidationResult": lambda result: _framed(validation_banner(result), *(_found(result.conflict) if result.conflict else ())),
+    "GpuSnapshot": _reading}
 
-def snapshot_html(snapshot: GpuSnapshot) -> str:
-    "A reading: what is used, but not by whose doing, for that is not decided yet"
-    def card(d: GpuDevice) -> Any:
-        shares, total = dict(used=d.memory_used or 0), d.memory_total
-        memory = (memory_bar(shares, total, f"memory of GPU {d.id}"), memory_key(shares, d.memory_free or 0, total)) if total else (P(printable(d.reason or "its memory cannot be read"), cls="note"),)
-        return Div(Div(*_title(d), cls="head"), *memory, gpu_load(d), cls="cjm-card", role="group", aria_label=_label(d))
-    return _framed(*([P(printable(snapshot.reason), cls="banner unavailable")] if snapshot.reason else []), Div(*map(card, snapshot.devices), cls="cjm-cards"))
-
-# %% ../../nbs/ui/cards.ipynb #3b55901c
-def to_text(conflict: ResourceConflict) -> str:
-    "An answer for a terminal: its sentence, and a line for each device"
-    def line(d: DeviceStatus) -> str:
-        sign, words = _LOOKS[d.status]
-        shares = ", ".join(f"{owner} {format_bytes(n)}" for owner, n in d.shares.items() if n)
-        return f"  GPU {d.device.id}  {printable(d.device.name or 'no name')}  {sign} {words}: " + (d.reason or ", ".join(text for text in (shares, f"free {format_bytes(d.room)}") if text))
-    return "\n".join([f"{conflict.resource_type.value}: {conflict.status.value}. {conflict.message}", *map(line, conflict.devices)])
+def html_of(
+    value: Any,   # a manager, an answer, a worker, a validation or a reading
+) -> str:
+    "What a notebook shows for it. `TypeError` for anything else"
+    if (view := _VIEWS.get(type(value).__name__)) is None: raise TypeError(f"value must be one of {', '.join(_VIEWS)}, not {type(value).__name__}")
+    return view(value)
