@@ -7,9 +7,10 @@ __all__ = ['GpuProcess', 'GpuDevice', 'GpuSnapshot', 'in_words', 'merge_processe
            'visible_env']
 
 # %% ../../nbs/core/gpu.ipynb #c8035dfb
-import os, sys, threading, time
+import math, os, sys, threading, time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from queue import SimpleQueue
 from typing import Any
 
 from .display import repr_html
@@ -235,22 +236,27 @@ class GpuReader:
     def __init__(self) -> None: self._reset()
 
     def _reset(self) -> None:
-        self._changed = threading.Condition()
-        self._wanted = self._begun = self._done = 0  # the number of the last reading asked for, begun, finished
-        self._since = 0.0                            # when the reading that is under way began
+        self._asked: SimpleQueue[Any] = SimpleQueue()  # a locked lock of each caller, which its answer opens
+        self._since = math.inf                          # when the reading that is under way began, if one is
         self._latest = GpuSnapshot(reason="not read yet")
+        self._starting = threading.Lock()
         self._thread: threading.Thread | None = None
+
+    def _start(self) -> None:
+        with self._starting:
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._run, name="nvml-reader", daemon=True)
+                self._thread.start()
 
     def _run(self) -> None:
         driver = _Driver()
         while True:
-            with self._changed:
-                self._changed.wait_for(lambda: self._wanted > self._begun)
-                self._begun, self._since = self._wanted, time.monotonic()
-            snapshot = driver.read()
-            with self._changed:
-                self._latest, self._done = snapshot, self._begun
-                self._changed.notify_all()
+            waiting = [self._asked.get()]
+            self._since = time.monotonic()
+            while not self._asked.empty(): waiting.append(self._asked.get())
+            self._latest = driver.read()
+            self._since = math.inf
+            for answer in waiting: answer.release()
 
     def read(
         self,
@@ -259,19 +265,14 @@ class GpuReader:
         "The state of every device, read after this call began; raises `ValueError` for a `timeout` that is no positive number"
         if isinstance(timeout, bool) or not isinstance(timeout, (int, float)) or not 0 < timeout <= threading.TIMEOUT_MAX:
             raise ValueError(f"timeout must be a positive number of seconds, not {timeout!r}")
-        with self._changed:
-            if self._thread is None:
-                self._thread = threading.Thread(target=self._run, name="nvml-reader", daemon=True)
-                self._thread.start()
-            self._wanted = ticket = self._begun + 1
-            self._changed.notify_all()
-            deadline = time.monotonic() + timeout
-            while self._done < ticket:
-                hung = self._since + timeout if self._done < self._begun < ticket else deadline  # an older reading is under way
-                if (left := min(deadline, hung) - time.monotonic()) <= 0:
-                    return GpuSnapshot(reason=f"the NVIDIA driver did not answer within {timeout:g} s", late=True)
-                self._changed.wait(left)
-            return self._latest
+        if self._thread is None: self._start()
+        deadline, answer, asked = time.monotonic() + timeout, threading.Lock(), False
+        answer.acquire()
+        while (left := min(deadline, self._since + timeout) - time.monotonic()) > 0:  # no longer for an older reading than for one's own
+            if not asked: self._asked.put(answer)
+            asked = True
+            if answer.acquire(timeout=left): return self._latest
+        return GpuSnapshot(reason=f"the NVIDIA driver did not answer within {timeout:g} s", late=True)
 
 # %% ../../nbs/core/gpu.ipynb #f8b025e8
 _reader = GpuReader()
