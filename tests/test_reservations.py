@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings, strategies as st
 
-from cjm_fasthtml_resources.core import store as module
+from cjm_fasthtml_resources.core import host, store as module
 from cjm_fasthtml_resources.core.gpu import GpuDevice
 from cjm_fasthtml_resources.core.host import ProcessId
 from cjm_fasthtml_resources.core.manager import ResourceBusy, ResourceManager, ResourceStatus
@@ -142,6 +142,15 @@ def test_in_a_fork_the_child_neither_releases_nor_inherits(folder):
                 if (pid := os.fork()) == 0: os._exit(10*held.release() + len(manager._ledger.claims()))
                 assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == seen
                 assert len(manager._ledger.claims()) == 1
+
+
+def test_in_a_fork_what_the_child_reserves_is_its_own():
+    "A process is read once, and after a fork it is another one"
+    with SimulatedDriver([SimulatedGpu()]):
+        manager = ResourceManager()
+        assert manager.reserve(1_000).holder.pid == os.getpid()
+        if (pid := os.fork()) == 0: os._exit(manager.reserve(1_000).holder == host.read_process(os.getpid()).lineage[0])
+        assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 1
 
 
 # Several processes

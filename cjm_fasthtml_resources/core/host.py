@@ -4,15 +4,15 @@
 
 # %% auto #0
 __all__ = ['simulated', 'format_bytes', 'printable', 'ProcessId', 'Stat', 'parse_stat', 'read_stat', 'read_start', 'ProcessInfo',
-           'find_ancestors', 'read_process', 'has_ended', 'HostMemory', 'SimulatedHost', 'in_pid_namespace',
-           'host_proc', 'to_local_pid', 'driver_pid_reader', 'cgroup_memory', 'read_memory', 'resident_memory',
-           'in_cgroup', 'send_signal', 'find_descendants', 'end_processes']
+           'find_ancestors', 'read_process', 'this_process', 'has_ended', 'HostMemory', 'SimulatedHost',
+           'in_pid_namespace', 'host_proc', 'to_local_pid', 'driver_pid_reader', 'cgroup_memory', 'read_memory',
+           'resident_memory', 'in_cgroup', 'send_signal', 'find_descendants', 'end_processes']
 
 # %% ../../nbs/core/host.ipynb #ea82aaf7
 import os, signal, time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from functools import cached_property, partial
+from functools import cache, cached_property, partial
 from typing import NamedTuple
 
 # %% ../../nbs/core/host.ipynb #98da6173
@@ -148,6 +148,16 @@ def read_process(
     if len(_known) >= _MAX_KNOWN: _known.clear()
     info = _known[pid] = _look_at(pid, stat)
     return info
+
+@cache
+def _born(pid: int) -> ProcessId: return ProcessId(pid, read_start(pid))
+
+def this_process() -> ProcessId:
+    "The process in which this runs. Read once, for it is the same until a fork"
+    pid = os.getpid()
+    return simulated.processes[pid].lineage[0] if simulated and pid in simulated.processes else _born(pid)
+
+if hasattr(os, "register_at_fork"): os.register_at_fork(after_in_child=_born.cache_clear)
 
 # %% ../../nbs/core/host.ipynb #ebc358d0
 def has_ended(

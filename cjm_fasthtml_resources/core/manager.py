@@ -557,7 +557,7 @@ class Roster:
 
     def write(self, db: Any, gone: Iterable[int], changed: Iterable[tuple[ProcessId, str]]) -> int:
         "Delete and store rows; the new version"
-        by = host.read_process(os.getpid()).lineage[0]
+        by = host.this_process()
         for pid in gone: db.execute("DELETE FROM workers WHERE app = ? AND pid = ?", [self.app, pid])
         for worker, text in changed:
             db.execute("INSERT INTO workers (app, pid, start_time, state, by_pid, by_start) VALUES (?, ?, ?, ?, ?, ?) "
@@ -1092,7 +1092,7 @@ class ResourceManager:
         memory = int(_check_number(gpu_memory_mb, "gpu_memory_mb", 1)*2**20)
         if timeout is not None: _check_number(timeout, "timeout", 0, threading.TIMEOUT_MAX)
         if ttl is not None: _check_number(ttl, "ttl", 1e-3)
-        holder = host.read_process(os.getpid() if pid is None else _check_pid(pid)).lineage[0]
+        holder = host.this_process() if pid is None else host.read_process(_check_pid(pid)).lineage[0]
         if pid is not None and (holder.start_time is None or host.has_ended(*holder)): raise ValueError(f"pid must be that of a living process, not {pid!r}")
         until = None if timeout is None else time.monotonic() + timeout
 
@@ -1229,7 +1229,7 @@ class ResourceManager:
 
     def _me(self) -> ProcessId | None:
         "This process, if its descendants are the app's. Asked for each time, for after a fork it is another one"
-        return ProcessId(os.getpid(), host.read_process(os.getpid()).start_time) if self.track_self else None
+        return host.this_process() if self.track_self else None
 
     def _own(self, process: ProcessInfo, me: ProcessId | None, memory_used: int | None, kind: str | None = None) -> OwnedProcess:
         with self._lock: owner, worker = find_owner(process, self._workers, self._children, me)

@@ -136,7 +136,7 @@ def find_promises(
 
 # %% ../../nbs/core/reservations.ipynb #ddf4909f
 def grant(
-    claims: Sequence[Claim],                                   # all of them, waiting or promised
+    claims: Sequence[Claim],                                   # all of them, waiting or promised, in the order of asking
     uses: Sequence[DeviceUse],                                 # every device of the machine
     choose: Callable[[Sequence[str]], str] = random.choice,    # among nearly equal devices
 ) -> list[Claim]:  # the same ones, those with a device that were given one
@@ -147,7 +147,7 @@ def grant(
     room = {u.key: (u.device.memory_free or 0) - sum(p.unused for p in pools[u.key].values()) for u in uses}
     hoped = {u.key: (u.device.memory_free or 0) + sum(p.consumed for p in pools[u.key].values()) for u in uses}  # if all promises were released
     by_key, held = {u.key: u for u in uses}, set[str]()
-    for claim in sorted((c for c in claims if c.device is None), key=lambda c: c.id):
+    for claim in (c for c in claims if c.device is None):
         allowed = [key for key in claim.allowed if key in by_key and key not in held]
         fitting = [key for key in allowed if room[key] >= claim.memory]
         if fitting:
@@ -167,7 +167,7 @@ def _base(holder: ProcessId, use: DeviceUse, claims: Sequence[Claim]) -> int:
 def _lower_bases(claims: Iterable[Claim], uses: Iterable[DeviceUse]) -> list[Claim]:
     "What a holder has given back of its base and takes again later is the promise being used"
     used = {c.id: pool.used for use in uses for pool in find_pools(use, claims).values() for c in pool.claims}
-    return [replace(c, base=min(c.base, used.get(c.id, c.base))) for c in claims]
+    return [replace(c, base=used[c.id]) if used.get(c.id, c.base) < c.base else c for c in claims]
 
 # %% ../../nbs/core/reservations.ipynb #739c6a9c
 _LOOK_EVERY = 0.25   # seconds after which somebody who waits looks again, for what outsiders and dead holders gave back
@@ -177,7 +177,10 @@ def _claim(row: tuple[Any, ...]) -> Claim:
     id, pid, start, memory, allowed, device, base, app, ttl, expires = row
     return Claim(id, ProcessId(pid, start), memory, tuple(json.loads(allowed)), device, base, app, ttl, expires)
 
-def _all(db: Any) -> list[Claim]: return [_claim(row) for row in db.execute(f"SELECT {_FIELDS} FROM claims ORDER BY id")]
+def _all(db: Any) -> tuple[int, list[Claim]]:
+    "How often what there is to hand out became more, and every claim"
+    rows = db.execute(f"SELECT version, {_FIELDS} FROM ledger LEFT JOIN claims ORDER BY id").fetchall()  # one row at least
+    return rows[0][0], [_claim(row[1:]) for row in rows if row[1] is not None]
 
 class Ledger:
     "The requests and promises of all processes that share a store"
@@ -186,7 +189,7 @@ class Ledger:
     def claims(self) -> list[Claim]:
         "Those that hold, in the order of asking. Reads, and changes nothing"
         if self.store.is_unused: return []
-        with self.store.reading() as db: found = _all(db)
+        with self.store.reading() as db: _, found = _all(db)
         now = time.monotonic()
         return [c for c in found if not c.is_over(now)]
 
@@ -220,39 +223,44 @@ class Ledger:
     def settle(
         self,
         look: Callable[[], Sequence[DeviceUse]],   # reads every device of the machine
-        ask: Callable[[], Claim | None] = lambda: None,   # one more claim, without an id; called when the devices were read
+        ask: Callable[[], Claim | None] = lambda: None,   # one more claim, with 0 for its id; called when the devices were read
     ) -> list[Claim]:  # all that hold, in the order of asking, the new one last
         "Drop what is over, enter what is asked for, and hand out what there is"
         for attempt in range(4):
-            with self.store.reading() as db: version, before = self._version(db), _all(db)
-            uses, over = (look() if attempt < 3 else ()), self._over(before)
+            with self.store.reading() as db: version, claims = _all(db)
+            uses, over = (look() if attempt < 3 else ()), self._over(claims)
             with self.store.transaction() as db:
-                if attempt == 3: uses, over = look(), self._over(_all(db))
-                elif self._version(db) != version: continue
-                return self._apply(db, over, ask(), uses)
+                now, claims = _all(db)
+                if attempt == 3: uses, over = look(), self._over(claims)
+                elif now != version: continue
+                return self._apply(db, claims, over, ask(), uses)
         raise AssertionError("the last attempt always ends")
-
-    def _version(self, db: Any) -> int: return int(db.execute("SELECT version FROM ledger").fetchone()[0])
 
     def _over(self, claims: Iterable[Claim]) -> set[int]:
         now = time.monotonic()
         return {c.id for c in claims if c.is_over(now)}
 
-    def _apply(self, db: Any, over: set[int], asked: Claim | None, uses: Sequence[DeviceUse]) -> list[Claim]:
+    def _apply(self, db: Any, claims: Iterable[Claim], over: set[int], asked: Claim | None, uses: Sequence[DeviceUse]) -> list[Claim]:
         "One transaction's work"
         now = time.monotonic()
         for id in over: db.execute("DELETE FROM claims WHERE id = ?", [id])
-        if asked:
-            row = (asked.app, *asked.holder, asked.memory, json.dumps(asked.allowed), asked.ttl)
-            db.execute("INSERT INTO claims (app, pid, start_time, memory, allowed, ttl) VALUES (?, ?, ?, ?, ?, ?)", row)
-        before = {c.id: c for c in _all(db)}
-        after = grant(list(before.values()), uses)
-        given = {c.id for c in after if c.device and before[c.id].device is None}
-        after = [replace(c, expires=now + c.ttl) if c.id in given and c.ttl is not None else c for c in after]
-        for c in after:
-            if c != before[c.id]: db.execute("UPDATE claims SET device = ?, base = ?, expires = ? WHERE id = ?", [c.device, c.base, c.expires, c.id])
+        before = [*(c for c in claims if c.id not in over), *([asked] if asked else [])]
+        after, given = [], False
+        for old, new in zip(before, grant(before, uses)):
+            if new.device != old.device:
+                given = True
+                if new.ttl is not None: new = replace(new, expires=now + new.ttl)
+            if not new.id: new = self._enter(db, new)
+            elif new is not old: db.execute("UPDATE claims SET device = ?, base = ?, expires = ? WHERE id = ?", [new.device, new.base, new.expires, new.id])
+            after.append(new)
         db.execute("UPDATE ledger SET version = version + ?, looked_at = ?", [int(bool(over or given)), now])
         return after
+
+    def _enter(self, db: Any, claim: Claim) -> Claim:
+        "Write a new claim; with its id"
+        row = (*claim.holder, claim.memory, json.dumps(claim.allowed), claim.device, claim.base, claim.app, claim.ttl, claim.expires)
+        id = db.execute(f"INSERT INTO claims ({_FIELDS}) VALUES (NULL, ?, ?, ?, ?, ?, ?, ?, ?, ?)", row).lastrowid
+        return replace(claim, id=id)
 
 # %% ../../nbs/core/reservations.ipynb #8e4f30a5
 async def _surely(call: Callable[[], Any]) -> None:
