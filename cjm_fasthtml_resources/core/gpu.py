@@ -127,10 +127,12 @@ def merge_processes(
     found: dict[int, tuple[int | None, str]] = {}
     for kind, entries in lists.items():
         for entry in entries or ():
-            memory, kinds = found.get(entry.pid, (None, ""))
-            known = [m for m in (memory, entry.usedGpuMemory) if m is not None]
-            if kind not in kinds: kinds = f"{kinds}+{kind}" if kinds else kind
-            found[entry.pid] = (max(known, default=None), kinds)
+            memory, kinds = entry.usedGpuMemory, kind
+            if entry.pid in found:
+                before, kinds = found[entry.pid]
+                if memory is None or before is not None and before > memory: memory = before
+                if kind not in kinds: kinds = f"{kinds}+{kind}"
+            found[entry.pid] = memory, kinds
     return tuple(GpuProcess(pid, *found[pid]) for pid in sorted(found))
 
 # %% ../../nbs/core/gpu.ipynb #c6c21d43

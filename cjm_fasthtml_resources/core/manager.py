@@ -272,6 +272,11 @@ def find_owner(
         if me == (pid, start): return "app", None
     return "external", None
 
+def _owned(process: ProcessInfo, memory: int | None, kind: str | None, owner: str, worker: WorkerState | None) -> OwnedProcess:
+    parent = None if worker is None or worker.pid == process.pid else worker
+    return OwnedProcess(process.pid, owner, memory, process.name, process.username, kind,
+                        parent.pid if parent else None, parent.worker_type if parent else None)
+
 # %% ../../nbs/core/manager.ipynb #41ccb90d
 def _divide(
     left: int,                           # bytes in use that no process's figure explains
@@ -1004,7 +1009,7 @@ class ResourceManager:
         trouble = self._prepare()
         memory, resident = host.read_memory(), host.resident_memory()
         me = self._me()
-        processes = [self._own(host.read_process(pid), me, used) for pid, used in resident.items()]
+        processes = self._own([(host.read_process(pid), used, None) for pid, used in resident.items()], me)
         if memory.cgroup:
             processes = [p for p in processes if p.owner == "app" or host.in_cgroup(p.pid, memory.cgroup)]
         conflict = classify_memory(memory, processes, threshold)
@@ -1231,19 +1236,18 @@ class ResourceManager:
         "This process, if its descendants are the app's. Asked for each time, for after a fork it is another one"
         return host.this_process() if self.track_self else None
 
-    def _own(self, process: ProcessInfo, me: ProcessId | None, memory_used: int | None, kind: str | None = None) -> OwnedProcess:
-        with self._lock: owner, worker = find_owner(process, self._workers, self._children, me)
-        parent = None if worker is None or worker.pid == process.pid else worker
-        return OwnedProcess(process.pid, owner, memory_used, process.name, process.username, kind,
-                            parent.pid if parent else None, parent.worker_type if parent else None)
+    def _own(self, found: Iterable[tuple[ProcessInfo, int | None, str | None]], me: ProcessId | None) -> list[OwnedProcess]:
+        "Processes, each with its bytes and its kind, with their owners"
+        with self._lock: return [_owned(process, memory, kind, *find_owner(process, self._workers, self._children, me)) for process, memory, kind in found]
 
     def _classify(self, devices: Sequence[GpuDevice], claims: Sequence[Claim]) -> tuple[list[DeviceStatus], list[str]]:
         "Each device by the owners of its processes, and what makes that an estimate"
         read, me = host.driver_pid_reader(), self._me()
         reported, result = self._reported() if read is None else None, []
         for device in devices:
-            processes = [OwnedProcess(p.pid, "unknown", p.memory_used, kind=p.kind) if read is None else self._own(read(p.pid), me, p.memory_used, p.kind)
-                         for p in device.processes or ()]
+            listed = device.processes or ()
+            processes = ([OwnedProcess(p.pid, "unknown", p.memory_used, kind=p.kind) for p in listed] if read is None else
+                         self._own([(read(p.pid), p.memory_used, p.kind) for p in listed], me))
             promises = tuple(p for use in read_use([device]) for p in find_promises(use, claims, self.app or "")) if claims else ()
             consumed = sum(p.memory - p.unused for p in promises if p.owner == "app")
             result.append(classify_device(device, processes, self.gpu_memory_threshold_percent, None if reported is None else max(reported, consumed), promises))
