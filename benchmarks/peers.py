@@ -1,21 +1,17 @@
-#!/usr/bin/env python3
-"""What one look costs, beside the peers: bare pynvml calls, nvitop and gpustat, on the same simulated devices and live processes.
-
-    python benchmarks/peers.py                  makes an environment of its own in .venvs/bench, and prints the table
-    python benchmarks/peers.py --save           and keeps it in benchmarks/peers.md
-    python benchmarks/peers.py --here           with what is installed here
+"""What one look costs, beside the peers: bare pynvml calls, nvitop and gpustat, on the same simulated devices and live
+processes. Called by benchmarks/run.py
 
 Each peer runs in a process of its own. Wall time and CPU time are medians; opens are the files that Python code opened for one
 look, as an audit hook counts them (those that psutil opens in C are not among them).
 """
-import argparse, datetime, json, os, platform, statistics, subprocess, sys, time, venv
-from importlib.metadata import version
+import json, statistics, subprocess, sys, time
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
 RESULTS = Path(__file__).with_name("peers.md")
 GPUS, EACH = (1, 2, 4, 8, 16), (0, 1, 20, 100)
 PEERS = ("bare calls", "a check", "nvitop", "gpustat")
+ABOUT = ("Simulated GPUs with live processes; medians. `nvidia-smi` needs a real driver and is left out. gpustat sleeps 0.1 s in each look, to measure CPU shares. "
+         "A check hands the reading to a thread, so that a hung driver holds nobody up; that is most of it where there are few processes.")
 
 
 def looks(peer: str):
@@ -61,53 +57,27 @@ def measure_one(peer: str, gpus: int, pids: list[int], each: int) -> dict[str, f
 
 
 def run_one(peer: str, gpus: int, each: int, pids: list[int]) -> dict[str, float]:
-    out = subprocess.run([sys.executable, __file__, "--one", json.dumps([peer, gpus, pids[:gpus*each], each])], capture_output=True, text=True, timeout=120)
+    out = subprocess.run([sys.executable, __file__, json.dumps([peer, gpus, pids[:gpus*each], each])], capture_output=True, text=True, timeout=120)
     if out.returncode: raise RuntimeError(f"{peer}: {out.stderr[-2000:]}")
     return json.loads(out.stdout.splitlines()[-1])
 
 
-def table(pids: list[int]) -> list[str]:
+def table() -> list[str]:
+    "A row for each number of GPUs and of processes on each"
     lines = ["| GPUs | processes on each | bare pynvml calls + start times | a check | in bare calls | nvitop, in checks | gpustat, in checks | files opened: bare, check, nvitop, gpustat |", "|---:|---:|---:|---:|---:|---:|---:|---|"]
-    for gpus in GPUS:
-        for each in EACH:
-            found = {peer: run_one(peer, gpus, each, pids) for peer in PEERS}
-            ms = {peer: f"{f['wall']*1e3:.2f} ms, {f['cpu']*1e3:.2f} CPU" for peer, f in found.items()}
-            opens = ', '.join(format(found[peer]['opens'], '.0f') for peer in PEERS)
-            ratio = {peer: f["wall"]/found["a check"]["wall"] for peer, f in found.items()}
-            lines.append(f"| {gpus} | {each} | {ms['bare calls']} | {ms['a check']} | {1/ratio['bare calls']:.2f} × | {ratio['nvitop']:.1f} × | {ratio['gpustat']:.1f} × | {opens} |")
-            print(lines[-1], flush=True)
-    return lines
-
-
-def in_environment(arguments: list[str]) -> int:
-    "The same in an environment that has the peers"
-    path = ROOT/".venvs"/"bench"
-    venv.EnvBuilder(with_pip=True, clear=True).create(path)
-    python = path/("Scripts" if os.name == "nt" else "bin")/"python"
-    subprocess.run([python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", f"{ROOT}[bench]"], check=True)
-    return subprocess.call([python, __file__, "--here", *arguments])
-
-
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--save", action="store_true", help="keep the table in benchmarks/peers.md")
-    parser.add_argument("--here", action="store_true", help="make no environment")
-    parser.add_argument("--one", help=argparse.SUPPRESS)
-    args = parser.parse_args()
-    if args.one:
-        print(json.dumps(measure_one(*json.loads(args.one))))
-        return 0
-    if not args.here: return in_environment(["--save"] if args.save else [])
     living = [subprocess.Popen(["sleep", "3600"]) for _ in range(max(GPUS)*max(EACH))]
-    try: lines = table([p.pid for p in living])
+    try: return [*lines, *(line(gpus, each, [p.pid for p in living]) for gpus in GPUS for each in EACH)]
     finally:
         for process in living: process.kill()
         for process in living: process.wait()
-    where = (f"Simulated GPUs with live processes; medians. {datetime.date.today()}, {platform.machine()} with {os.cpu_count()} cores, Python {platform.python_version()}, "
-             + ", ".join(f"{name} {version(name)}" for name in ("nvidia-ml-py", "psutil", "nvitop", "gpustat")) + ". `nvidia-smi` needs a real driver and is left out. gpustat sleeps 0.1 s in each look, to measure CPU shares. A check hands the reading to a thread, so that a hung driver holds nobody up; that is most of it where there are few processes.")
-    if args.save: RESULTS.write_text("\n".join([*lines, "", where]) + "\n", encoding="utf-8")
-    print(f"\n{where}")
-    return 0
 
 
-if __name__ == "__main__": sys.exit(main())
+def line(gpus: int, each: int, pids: list[int]) -> str:
+    found = {peer: run_one(peer, gpus, each, pids) for peer in PEERS}
+    ms = {peer: f"{f['wall']*1e3:.2f} ms, {f['cpu']*1e3:.2f} CPU" for peer, f in found.items()}
+    opens = ", ".join(format(found[peer]["opens"], ".0f") for peer in PEERS)
+    ratio = {peer: f["wall"]/found["a check"]["wall"] for peer, f in found.items()}
+    return f"| {gpus} | {each} | {ms['bare calls']} | {ms['a check']} | {1/ratio['bare calls']:.2f} × | {ratio['nvitop']:.1f} × | {ratio['gpustat']:.1f} × | {opens} |"
+
+
+if __name__ == "__main__": print(json.dumps(measure_one(*json.loads(sys.argv[1]))))

@@ -75,6 +75,7 @@ def development() -> list[tuple[int, int]]:
         run("types", programs, "mypy"), run("notebooks", programs, "python", "tools/notebooks.py"),
         run("nbdev's own tests", programs, "nbdev_test", "--n_workers", "2"), run("tests", programs, "python", "-m", "pytest", "-q", "tests", "--ignore=tests/browser"),
         run("in a browser", programs, "python", "-m", "pytest", "-q", "tests/browser"),
+        run("the saved figures", programs, "python", "benchmarks/run.py", "--short"),
         unchanged(before)]
 
 
