@@ -408,7 +408,8 @@ def _serve(simulate: str | None, host: str, port: int, token: str | None, apps: 
         except OSError as error: _fail(f"cannot listen on {host} port {port}: {error.strerror}", os.EX_UNAVAILABLE)
         shown = f"[{host}]" if ":" in host else host
         click.echo(f"http://{shown}:{listening.getsockname()[1]}/resources{'?token=…' if token else ''}  (Ctrl-C ends)")
-        config = uvicorn.Config(make_app(manager, token or None, interval), log_level="warning", access_log=False, timeout_graceful_shutdown=1, lifespan="off")
+        config = uvicorn.Config(make_app(manager, token or None, interval), http="h11", log_level="warning", access_log=False,
+                                timeout_graceful_shutdown=1, lifespan="off")  # h11 takes no endless headers
         with contextlib.suppress(KeyboardInterrupt): uvicorn.Server(config).run([listening])
 
 def _is_loopback(host: str) -> bool:

@@ -1,6 +1,7 @@
 """Every NVML call that the library makes, with every error that nvml.h defines, once, always and after good answers,
 seen through the check, the monitor, the panel, the stream and the command; and every call that hangs"""
-import json, time
+import json, random, time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import pynvml, pytest
@@ -130,6 +131,24 @@ def test_a_call_that_hangs_costs_one_answer_and_no_more(call):
         began = time.monotonic()
         conflict = manager.check_gpu_availability()
         assert time.monotonic() - began < 1 and conflict.status is UNAVAILABLE and "did not answer within 0.15 s" in conflict.message, conflict.message
+        driver.recover()
+        deadline = time.monotonic() + 5
+        while statuses(manager.check_gpu_availability()) != GOOD: assert time.monotonic() < deadline
+
+
+def test_answers_hold_while_every_call_takes_its_own_time():
+    "Twelve threads ask at once while each call takes up to 10 ms, another time at each turn"
+    chance = random.Random(5)
+    with make_driver(SCENARIO) as driver, ThreadPoolExecutor(12) as pool:
+        manager = ResourceManager(gpu_timeout=30)
+        for _ in range(4):
+            driver.recover()
+            for call in calls_made(): driver.delay(call, chance.uniform(0, 0.01))
+            for conflict in pool.map(lambda _: manager.check_gpu_availability(), range(24)): assert statuses(conflict) == GOOD
+        manager.gpu_timeout = 0.05                       # a reading takes longer than this now: nothing is known, and nothing available
+        driver.delay("*", 0.02)
+        began = time.monotonic()
+        assert manager.check_gpu_availability().status is UNAVAILABLE and time.monotonic() - began < 1
         driver.recover()
         deadline = time.monotonic() + 5
         while statuses(manager.check_gpu_availability()) != GOOD: assert time.monotonic() < deadline

@@ -89,6 +89,34 @@ with SimulatedDriver([SimulatedGpu(processes=[SimulatedProcess(first.pid, 20000)
     assert (mine, now, pruned) == ("app_busy", "external_busy", True)
 
 
+@pytest.mark.skipif(not allowed("--pid", "--fork", "--mount-proc") or not hasattr(os, "pidfd_open"), reason="needs root, unshare and pidfd")
+def test_a_number_that_changes_hands_between_the_question_and_the_signal_is_spared():
+    code = """
+import subprocess
+from cjm_fasthtml_resources.core import host
+meant, other = subprocess.Popen(["sleep", "60"]), []
+process, ask = host.read_process(meant.pid).lineage[0], host.has_ended
+
+def ask_and_change_hands(*who):
+    found = ask(*who)
+    meant.kill(); meant.wait()
+    for _ in range(50):
+        with open("/proc/sys/kernel/ns_last_pid", "w") as file: file.write(str(meant.pid - 1))
+        other.append(subprocess.Popen(["sleep", "60"]))
+        if other[-1].pid == meant.pid: return found
+    raise SystemExit("the kernel gave another number")
+
+host.has_ended = ask_and_change_hands
+print(host.send_signal(process, 9), other[-1].pid == process.pid)
+try: print(other[-1].wait(0.3))
+except subprocess.TimeoutExpired: print("lives")
+for p in other: p.kill()
+"""
+    out = in_namespace(code, "--pid", "--fork", "--mount-proc")
+    if "another number" in out.stderr or "Read-only" in out.stderr or "Permission denied" in out.stderr: pytest.skip(f"no number can be forced here: {out.stderr.strip().splitlines()[-1]}")
+    assert (out.stdout.split(), out.returncode) == (["False", "True", "lives"], 0), out.stderr
+
+
 @pytest.mark.skipif(not allowed("--pid", "--fork", "--mount-proc"), reason="needs root and unshare: a PID namespace of its own")
 def test_in_a_pid_namespace_the_drivers_numbers_are_nobodys():
     code = """

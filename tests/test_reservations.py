@@ -269,3 +269,14 @@ def test_two_that_start_at_once_make_one_file(folder):
     assert len({p.stdout.readline() for p in started}) == 1
     for p in started: p.communicate("\n")
     assert all(p.returncode == 0 for p in started)
+
+
+# Whose the file is
+
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() != 0, reason="needs root: to give a file away")
+@pytest.mark.parametrize("which", ["file", "folder"])
+def test_what_belongs_to_another_user_is_not_used(folder, which):
+    ResourceManager(app="mine").register_worker(2**31 - 2, "llm")
+    given = store_path() if which == "file" else store_path().parent
+    os.chown(given, 12345, -1)
+    with pytest.raises(StoreError, match=rf"{re.escape(str(given))} belongs to another user \(UID 12345\), and is not used"): ResourceManager(app="mine")

@@ -231,8 +231,9 @@ def _page(slots: Slots, prefix: str) -> str:
 def is_same_origin(request: Request) -> bool:
     "Whether a browser says that the request comes from a page of this site; without any such word it does not"
     if site := request.headers.get("sec-fetch-site"): return site == "same-origin"
-    origin = request.headers.get("origin")
-    return origin is not None and urlsplit(origin).netloc == request.headers.get("host")
+    try: origin = urlsplit(request.headers.get("origin", "")).netloc
+    except ValueError: return False  # it is no address
+    return bool(origin) and origin == request.headers.get("host")
 
 async def _ask_guard(guard: Callable[..., Any], request: Request) -> Response | None:
     "What the guard answers; anything but a response that is not false refuses, too"
@@ -241,6 +242,26 @@ async def _ask_guard(guard: Callable[..., Any], request: Request) -> Response | 
     if inspect.isawaitable(answer): answer = await answer
     if not answer: return None
     return answer if isinstance(answer, Response) else PlainTextResponse("not allowed", 403)
+
+_BODY, _SLOW = 4096, 10.0   # bytes and seconds that a request's body may take
+
+class _Bounded:
+    "Lets requests through to an ASGI app that are no larger than a form and come in time. FastHTML itself would read a body of any size, before any handler is asked"
+    def __init__(self, app: Any) -> None: self.app = app
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        body, end = b"", time.monotonic() + _SLOW
+        while True:
+            try: message = await asyncio.wait_for(receive(), max(end - time.monotonic(), 0))
+            except asyncio.TimeoutError: return await PlainTextResponse(f"the request did not come within {_SLOW:g} s", 408)(scope, receive, send)
+            if message["type"] == "http.disconnect": return
+            body += message.get("body", b"")
+            if len(body) > _BODY: return await PlainTextResponse(f"the request may have {_BODY} bytes", 413)(scope, receive, send)
+            if not message.get("more_body"): break
+        whole = [dict(type="http.request", body=body, more_body=False)]
+
+        async def again() -> Any: return whole.pop() if whole else await receive()
+        await self.app(scope, again, send)
 
 def _stop_column(prefix: str) -> Column:
     def ask(row: Any) -> Any:
@@ -295,13 +316,19 @@ def resource_routes(
         answer = await asyncio.to_thread(_stop, manager, str(form.get("worker", "")))
         return RedirectResponse(prefix, 303) if answer.status_code == 204 else answer
 
-    for path, handler in (("", page), ("/fragment", fragment), ("/stream", stream), ("/live", live)):
-        app.route(f"{prefix}{path}", methods=["GET"], name=f"resources_{handler.__name__}")(handler)
-    if controls: app.route(f"{prefix}/stop", methods=["POST"], name="resources_stop")(stop)
+    def add(path: str, handler: Callable[..., Any], method: str = "GET") -> None:
+        name = f"resources_{handler.__name__}"
+        app.route(f"{prefix}{path}", methods=[method], name=name)(handler)
+        route = next(r for r in reversed(app.router.routes) if getattr(r, "name", None) == name)
+        route.app = _Bounded(route.app)
+
+    for path, handler in (("", page), ("/fragment", fragment), ("/stream", stream), ("/live", live)): add(path, handler)
+    if controls: add("/stop", stop, "POST")
     return ResourceRoutes(hub, monitor)
 
 # %% ../../nbs/ui/web.ipynb #d4f291da
-_LOOPBACK = ("localhost", "127.0.0.1", "::1")
+_LOOPBACK = ("localhost", "127.0.0.1", "[::1]")
+_HOST = re.compile(r"([a-z0-9.-]+|\[[0-9a-f:.]+\])(?::[0-9]+)?", re.IGNORECASE)   # a name or an address, and a port
 
 class Gate:
     "Lets requests through to an ASGI app: those to a loopback name, or those with the token"
@@ -320,9 +347,10 @@ class Gate:
 
     def refuse(self, request: Request) -> Response | None:
         "`None` lets it through"
-        if self.token is None: return None if request.url.hostname in _LOOPBACK else PlainTextResponse("this server answers to localhost only", 403)
+        host = _HOST.fullmatch(request.headers.get("host", ""))  # and not request.url, which stands for the server's address where this is none
+        if self.token is None: return None if host and host[1] in _LOOPBACK else PlainTextResponse("this server answers to localhost only", 403)
         if (given := request.query_params.get("token")) is not None and _equal(given, self.token):
-            response = RedirectResponse(request.url.path, 303)
+            response = RedirectResponse("/" + request.url.path.lstrip("/"), 303)  # two slashes would lead to another host
             response.set_cookie("cjm_resources", self.cookie, httponly=True, samesite="lax", secure=request.url.scheme == "https")
             return response
         bearer = request.headers.get("authorization", "").removeprefix("Bearer ")
