@@ -390,25 +390,27 @@ def _wait(simulate: str | None, gpu_memory: float, timeout: float | None, device
 @click.option("--app", "apps", callback=_read_apps, multiple=True, metavar="NAME|PID", help="As for cjm-resources.")
 @click.option("--interval", type=click.FloatRange(0.1, 3600), default=1.0, show_default=True, metavar="SECONDS", help="Time between two looks.")
 @click.option("--threshold", type=click.FloatRange(0, 100), default=45.0, show_default=True, metavar="PERCENT", help="As for cjm-resources.")
+@click.option("--metrics", is_flag=True, help="Serve metrics for Prometheus at /metrics, too. With --token, Prometheus sends it as a bearer token.")
 @click.pass_obj
-def _serve(simulate: str | None, host: str, port: int, token: str | None, apps: list[int | str], interval: float, threshold: float) -> None:
+def _serve(simulate: str | None, host: str, port: int, token: str | None, apps: list[int | str], interval: float, threshold: float, metrics: bool) -> None:
     """Show it live on a web page, until Ctrl-C. It can be looked at, and nothing can be changed.
 
-    Exits with 69 when it cannot listen there, or when the extra `web` is not installed.
+    Exits with 69 when it cannot listen there, or when the extra `web` (or `prometheus`) is not installed.
     """
     if not token and not _is_loopback(host): raise click.BadParameter(f"{host} can be reached by others: it needs --token", param_hint="--host")
     try:
         import fasthtml, uvicorn
         from cjm_fasthtml_resources.ui.web import make_app
-    except ImportError as error: _fail(f"{error.name} is not installed: pip install 'cjm-fasthtml-resources[web]'", os.EX_UNAVAILABLE)
-    manager = _make_manager(apps, threshold, simulate)
+        manager = _make_manager(apps, threshold, simulate)
+        app = make_app(manager, token or None, interval, metrics)
+    except ImportError as error: _fail(f"{error.name} is not installed: pip install 'cjm-fasthtml-resources[{'web,prometheus' if metrics else 'web'}]'", os.EX_UNAVAILABLE)
     with _source(simulate, manager), contextlib.ExitStack() as stack:
         _register_apps(manager, apps)
         try: listening = stack.enter_context(socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET))
         except OSError as error: _fail(f"cannot listen on {host} port {port}: {error.strerror}", os.EX_UNAVAILABLE)
         shown = f"[{host}]" if ":" in host else host
         click.echo(f"http://{shown}:{listening.getsockname()[1]}/resources{'?token=…' if token else ''}  (Ctrl-C ends)")
-        config = uvicorn.Config(make_app(manager, token or None, interval), http="h11", log_level="warning", access_log=False,
+        config = uvicorn.Config(app, http="h11", log_level="warning", access_log=False,
                                 timeout_graceful_shutdown=1, lifespan="off")  # h11 takes no endless headers
         with contextlib.suppress(KeyboardInterrupt): uvicorn.Server(config).run([listening])
 

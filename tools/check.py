@@ -52,19 +52,20 @@ def unchanged(before: dict[str, str]) -> tuple[int, int]:
     return int(not changed), len(changed)
 
 
-def provide_chromium() -> None:
-    "The browser that the tests look through, from the system's packages; where that cannot be, the tests say what is missing"
-    if any(map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))): return
-    if not shutil.which("apt-get") or os.geteuid() != 0: return print("no Chromium, so nothing is tested in a browser: apt-get install chromium (as root)", flush=True)
-    print("\n== installing Chromium", flush=True)
-    for command in (["apt-get", "update", "-qq"], ["apt-get", "install", "-y", "-qq", "chromium"]):
+def provide(package: str, *programs: str) -> None:
+    "What the tests use of the system's packages; where that cannot be, the tests say what is missing"
+    if any(map(shutil.which, programs)): return
+    if not shutil.which("apt-get") or os.geteuid() != 0: return print(f"no {package}, so what needs it is not tested: apt-get install {package} (as root)", flush=True)
+    print(f"\n== installing {package}", flush=True)
+    for command in (["apt-get", "update", "-qq"], ["apt-get", "install", "-y", "-qq", package]):
         subprocess.run(command, env={**os.environ, "DEBIAN_FRONTEND": "noninteractive"}, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
 
 
 def development() -> list[tuple[int, int]]:
     "The notebooks, the modules, the README and the site"
-    provide_chromium()
-    programs = environment("dev", "-e", ".[dev,web,browser]")
+    provide("chromium", "chromium", "chromium-browser", "google-chrome")
+    provide("prometheus", "prometheus")
+    programs = environment("dev", "-e", ".[dev,web,prometheus,cluster,browser]")
     before = contents()
     # what makes the pages needs Python 3.11; with 3.10 all else is tested
     site = [run("site", programs, "python", "tools/docs.py")] if sys.version_info >= (3, 11) else []
@@ -85,11 +86,11 @@ def as_installed() -> list[tuple[int, int]]:
     with tempfile.TemporaryDirectory() as tmp:
         built = run("build", dev, "python", "-m", "build", "--outdir", tmp)
         wheel = next(Path(tmp).glob("*.whl"))
-        programs = environment("clean", f"{wheel}[web]", "fastcore>=2", "pytest>=8", "hypothesis>=6.100", "jsonschema>=4.20", "httpx>=0.27")
+        programs = environment("clean", f"{wheel}[web,prometheus,cluster]", "fastcore>=2", "pytest>=8", "hypothesis>=6.100", "jsonschema>=4.20", "httpx>=0.27")
         where = run("installed, not from this folder", programs, "python", "-I", "-c",
                     "import cjm_fasthtml_resources as c, fastcore, sys; assert c.__file__.startswith(sys.prefix), c.__file__; assert fastcore.__version__ >= '2'; "
                     "import importlib.util as u; assert u.find_spec('nbdev') is None; print(c.__file__, 'with fastcore', fastcore.__version__)", cwd=Path(tmp))
-        for name in ("tests", "nbs", "benchmarks", "examples", "README.md", ".ci"):  # not the package: what is tested is what is installed
+        for name in ("tests", "nbs", "benchmarks", "dashboards", "examples", "README.md", ".ci"):  # not the package: what is tested is what is installed
             (shutil.copytree if (ROOT/name).is_dir() else shutil.copy)(ROOT/name, Path(tmp)/name)
         return [built, where, run("tests against the wheel", programs, "python", "-P" if sys.version_info >= (3, 11) else "-s", "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests", "--ignore=tests/browser", cwd=Path(tmp))]
 

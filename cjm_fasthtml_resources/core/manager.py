@@ -21,7 +21,7 @@ from . import host
 from .display import repr_html
 from .gpu import GpuDevice, GpuSnapshot, read_gpus, visible_devices, visible_env
 from .host import HostMemory, ProcessId, ProcessInfo, format_bytes
-from .reservations import Claim, Ledger, PendingReservation, Promise, Request, Reservation, device_key, find_promises, read_use
+from .reservations import Claim, Ledger, PendingReservation, Promise, Request, Reservation, Waits, device_key, find_promises, read_use
 from .store import Store, StoreError, store_path
 
 # %% ../../nbs/core/manager.ipynb #3fdc668a
@@ -1087,6 +1087,11 @@ class ResourceManager:
     ) -> GpuChoice:
         "The same; the event loop goes on"
         async with self.reserve_async(gpu_memory_mb, device, timeout, progress=progress) as held: return GpuChoice((held.device,))
+
+    @property
+    def waits(self) -> Waits:
+        "How long the reservations of this process waited until they were granted"
+        return self._ledger.waits
 
     def get_claims(self) -> list[Claim]:
         "All requests that wait and all promises that hold, in the order of asking; for a named app those of all apps"

@@ -281,6 +281,15 @@ def _stop(manager: ResourceManager, who: str) -> Response:
     return Response(status_code=204)
 
 # %% ../../nbs/ui/web.ipynb #e12d4aee
+def _metrics_handler(monitor: ResourceMonitor) -> Callable[..., Any]:
+    from cjm_fasthtml_resources.ui.metrics import ResourceCollector, exposition  # the extra prometheus
+    collector = ResourceCollector(monitor)
+
+    async def scrape(req: Request) -> Any:
+        text, content_type = await asyncio.to_thread(exposition, collector, req.headers.get("accept", ""))
+        return Response(text, headers={"content-type": content_type})
+    return scrape
+
 @dataclass(frozen=True)
 class ResourceRoutes:
     "What `resource_routes` put into an app"
@@ -297,10 +306,12 @@ def resource_routes(
     view: View = View(),                      # what is shown, and in which order
     controls: bool = False,                   # whether workers can be stopped
     guard: Callable[..., Any] | None = None,  # who may stop them: `None` lets pass, a response refuses
+    metrics: str | None = None,               # where Prometheus finds its metrics, as "/metrics" (extra `prometheus`); `None`: nowhere
 ) -> ResourceRoutes:
-    "Add the page, its fragment, its stream and its script. `ValueError` for controls that nobody guards"
+    "Add the page, its fragment, its stream and its script. `ValueError` for controls that nobody guards, `ImportError` for metrics without the extra"
     if controls and guard is None: raise ValueError("controls=True needs a guard: a function of the request that gives None to let it pass, or a response to refuse it")
-    if not prefix.startswith("/") or prefix.endswith("/"): raise ValueError(f"prefix must begin with a slash and not end with one, not {prefix!r}")
+    for name, path in (("prefix", prefix), ("metrics", metrics)):
+        if path is not None and (not path.startswith("/") or path.endswith("/")): raise ValueError(f"{name} must begin with a slash and not end with one, not {path!r}")
     monitor = monitor or ResourceMonitor(manager, interval)
     hub = Hub(monitor, view, (_stop_column(prefix),) if controls else ())
 
@@ -318,12 +329,13 @@ def resource_routes(
 
     def add(path: str, handler: Callable[..., Any], method: str = "GET") -> None:
         name = f"resources_{handler.__name__}"
-        app.route(f"{prefix}{path}", methods=[method], name=name)(handler)
+        app.route(path, methods=[method], name=name)(handler)
         route = next(r for r in reversed(app.router.routes) if getattr(r, "name", None) == name)
         route.app = _Bounded(route.app)
 
-    for path, handler in (("", page), ("/fragment", fragment), ("/stream", stream), ("/live", live)): add(path, handler)
-    if controls: add("/stop", stop, "POST")
+    for path, handler in (("", page), ("/fragment", fragment), ("/stream", stream), ("/live", live)): add(f"{prefix}{path}", handler)
+    if controls: add(f"{prefix}/stop", stop, "POST")
+    if metrics: add(metrics, _metrics_handler(monitor))
     return ResourceRoutes(hub, monitor)
 
 # %% ../../nbs/ui/web.ipynb #d4f291da
@@ -363,10 +375,11 @@ def make_app(
     manager: ResourceManager,
     token: str | None = None,   # `None`: for loopback names only
     interval: float = 1.0,      # seconds between two looks
+    metrics: bool = False,      # whether Prometheus finds metrics at /metrics (extra `prometheus`)
 ) -> Gate:
-    "An app with the page at /resources and nothing else"
+    "An app with the page at /resources, and metrics if they are wanted"
     from fasthtml.core import FastHTML
     app = FastHTML(default_hdrs=False, secret_key=secrets.token_hex(16))  # it writes no key into the current folder
-    resource_routes(app, manager, interval=interval)
+    resource_routes(app, manager, interval=interval, metrics="/metrics" if metrics else None)
     app.route("/", methods=["GET"], name="home")(lambda: RedirectResponse("/resources"))
     return Gate(app, token)
