@@ -1,5 +1,5 @@
 "The manager with many threads, with every sequence of calls, and with real processes that end and come back"
-import copy, json, os, pickle, signal, threading, time
+import copy, json, os, pickle, signal, subprocess, threading, time
 from dataclasses import asdict
 
 import pytest
@@ -189,10 +189,20 @@ def test_processes_that_come_and_go_while_being_looked_at():
 
 
 def test_what_is_kept_about_processes_does_not_grow(monkeypatch):
+    "At most twice as many as live, however many came and went"
     host._known.clear()
-    monkeypatch.setattr(host, "_MAX_KNOWN", 5)
-    for process in host.resident_memory(): host.read_process(process)
-    assert len(host._known) <= 5
+    monkeypatch.setattr(host, "_LEAST", 5)
+    monkeypatch.setattr(host, "_most", [5])
+    living = subprocess.Popen(["sleep", "60"])
+    for _ in range(100):
+        child = subprocess.Popen(["sleep", "60"])
+        for pid in (child.pid, living.pid): host.read_process(pid)
+        child.kill()
+        child.wait()
+    kept = set(host._known)
+    living.kill()
+    living.wait()
+    assert living.pid in kept and len(kept) <= 2*(len(kept & set(host.resident_memory())) + 1) + 5 < 100
 
 
 @pytest.mark.parametrize("preset", PRESETS)

@@ -36,7 +36,8 @@ def test_a_zombie_holds_nothing_and_its_worker_is_pruned(spawn):
 
 
 def test_a_storm_of_forks_costs_no_answer_and_what_is_known_stays_bounded(monkeypatch):
-    monkeypatch.setattr(host, "_MAX_KNOWN", 500)
+    monkeypatch.setattr(host, "_LEAST", 500)
+    monkeypatch.setattr(host, "_most", [500])
     stop, pids, lock = threading.Event(), [], threading.Lock()
 
     def storm():

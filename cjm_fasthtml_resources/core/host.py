@@ -118,8 +118,15 @@ def find_ancestors(
     return tuple(found)
 
 # %% ../../nbs/core/host.ipynb #38ae24c5
-_MAX_KNOWN = 20_000  # processes to keep; then begin anew, so that a long-lived server does not grow
 _known: dict[int, ProcessInfo] = {}
+_LEAST = 1000     # processes to keep before any is forgotten
+_most = [_LEAST]  # processes to keep until those that ended are forgotten
+
+def _forget_ended() -> None:
+    "Keep at most twice as many as live, so that a server that runs for months does not grow"
+    for pid, info in list(_known.items()):
+        if read_start(pid) != info.start_time: _known.pop(pid, None)
+    _most[0] = max(_LEAST, 2*len(_known))
 
 def _name_and_user(pid: int, stat: Stat) -> tuple[str, str | None]:
     "The whole name, which the kernel cuts off at 15 bytes, and whose process it is"
@@ -145,7 +152,7 @@ def read_process(
     start, info = read_start(pid), _known.get(pid)
     if info is not None and info.start_time == start: return info
     if start is None or (stat := read_stat(pid)) is None: return ProcessInfo(pid)
-    if len(_known) >= _MAX_KNOWN: _known.clear()
+    if len(_known) >= _most[0]: _forget_ended()
     info = _known[pid] = _look_at(pid, stat)
     return info
 
