@@ -2,7 +2,7 @@
 """What the library costs, as ratios that are each measured in one run.
 
     python benchmarks/run.py           make an environment with the peers in .venvs/bench, and print the tables
-    python benchmarks/run.py --save    and keep them in benchmarks/results.md, which the README quotes, and peers.md
+    python benchmarks/run.py --save    and keep them in benchmarks/results.md, which the README quotes, peers.md and cluster.md
     python benchmarks/run.py --short   look in a minute whether the ratios are still what was saved
 
 Eight simulated GPUs hold twenty live processes each: ten are grandchildren of the app's workers, ten are outsiders.
@@ -218,7 +218,7 @@ def in_environment(arguments):
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--save", action="store_true", help="keep the tables in benchmarks/results.md and peers.md")
+    parser.add_argument("--save", action="store_true", help="keep the tables in benchmarks/results.md, peers.md and cluster.md")
     parser.add_argument("--here", action="store_true", help="with what is installed here, which must have the extra `bench`")
     parser.add_argument("--short", action="store_true", help="a short run here: is no saved ratio missed by more than noise? Exits with 1 if one is")
     parser.add_argument("--memory", action="store_true", help=argparse.SUPPRESS)
@@ -231,18 +231,19 @@ def main() -> int:
     megabytes = float(subprocess.run([sys.executable, __file__, "--memory"], check=True, capture_output=True, text=True).stdout)
     rows = [*beside_nvitop(), *looks(), *registry(), *importing(), *reserving(),
             ("memory of 100,000 workers", f"{megabytes:.0f} MB", "< 150", megabytes < 150, f"{megabytes*10:.0f} bytes each")]
-    import live, peers  # beside this file; the first imports a web framework, which would make the garbage collector's work above larger
+    import cluster, live, peers  # beside this file; the first imports a web framework, which would make the garbage collector's work above larger
     rows += live.measure()
     machine = (f"{datetime.date.today()}, {platform.machine()} with {os.cpu_count()} cores, Python {platform.python_version()}, "
                + ", ".join(f"{name} {version(name)}" for name in ("nvidia-ml-py", "psutil", "nvitop", "gpustat")) + ".")
     lines = ["| what is compared | figure | bound | measured |", "|---|---|---|---|", *(f"| {what} | {figure} | {bound} | {detail} |" for what, figure, bound, _, detail in rows),
              "", f"{GPUS} simulated GPUs with {EACH} live processes each. {machine}"]
     print("\n".join(lines), flush=True)
-    beside = [*peers.table(), "", f"{peers.ABOUT} {machine}"]
-    print("\n".join(beside))
+    tables = {RESULTS: lines}
+    for more in (peers, cluster):
+        tables[more.RESULTS] = [*more.table(), "", f"{more.ABOUT} {machine}"]
+        print("\n".join(["", *tables[more.RESULTS]]), flush=True)
     if args.save:
-        RESULTS.write_text("\n".join(lines) + "\n", encoding="utf-8")
-        peers.RESULTS.write_text("\n".join(beside) + "\n", encoding="utf-8")
+        for path, found in tables.items(): path.write_text("\n".join(found) + "\n", encoding="utf-8")
     missed = [what for what, _, _, good, _ in rows if not good]
     if missed: print("\nshort of its bound: " + "; ".join(missed))
     return bool(missed)

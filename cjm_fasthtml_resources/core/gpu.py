@@ -42,11 +42,13 @@ class GpuDevice:
     mig_mode: bool | None = None                  # True on a GPU that is divided into MIG instances
     mig_parent: int | None = None                 # for a MIG instance, its GPU's index
     reason: str | None = None                     # why the memory could not be read, in words
+    host: str | None = None                       # which machine it is in, where devices of several stand side by side
 
     @property
     def id(self) -> int | str:
-        "The index, or `gpu:instance` for a MIG instance, as `docker run --gpus device=0:1` writes it"
-        return self.index if self.mig_parent is None else f"{self.mig_parent}:{self.index}"
+        "The index, or `gpu:instance` for a MIG instance, as `docker run --gpus device=0:1` writes it; after `host:` where it has one"
+        here = self.index if self.mig_parent is None else f"{self.mig_parent}:{self.index}"
+        return here if self.host is None else f"{self.host}:{here}"
 
 # %% ../../nbs/core/gpu.ipynb #e79f7410
 @dataclass(frozen=True)

@@ -207,6 +207,7 @@ def _explain_memory(conflict: ResourceConflict) -> str:
     "The sentence for system memory"
     state = conflict.memory
     assert state is not None
+    if conflict.status is ResourceStatus.UNAVAILABLE: return f"RAM cannot be told: {conflict.reason}."
     free = f"{format_bytes(state.memory.available)} of {format_bytes(state.memory.total)} free"
     if conflict.status is ResourceStatus.AVAILABLE: return f"RAM is available: {free}."
     mine = conflict.status is ResourceStatus.APP_BUSY

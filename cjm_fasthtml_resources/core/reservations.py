@@ -37,7 +37,8 @@ class Claim:
 
 def device_key(device: GpuDevice) -> str:
     "What a device is called in a claim, the same in every process"
-    return device.uuid or str(device.id)
+    key = device.uuid or str(device.id)
+    return key if device.host is None else f"{device.host} {key}"
 
 # %% ../../nbs/core/reservations.ipynb #88758812
 @dataclass(frozen=True)

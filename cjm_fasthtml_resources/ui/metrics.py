@@ -15,7 +15,7 @@ from prometheus_client import CollectorRegistry
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, InfoMetricFamily, Metric, StateSetMetricFamily
 from prometheus_client.exposition import choose_encoder
 
-from ..core.manager import DeviceStatus, ResourceConflict, ResourceStatus, WorkerState
+from ..core.manager import DeviceStatus, ResourceConflict, ResourceManager, ResourceStatus, WorkerState
 from ..core.monitor import ResourceMonitor, Sample
 from ..core.reservations import Claim, Waits
 
@@ -138,7 +138,7 @@ class ResourceCollector:
             found += [*verdict_metrics(sample), *device_metrics(sample.gpu.devices), *memory_metrics(sample.memory), *worker_metrics(sample.workers)]
             if self.processes: found += process_metrics(sample.gpu.devices)
             found.append(_gauge("sample_age_seconds", "Time since the figures were read", [], [([], time.monotonic() - sample.taken)]))
-            found += reservation_metrics(manager.get_claims(), manager.waits)
+            if isinstance(manager, ResourceManager): found += reservation_metrics(manager.get_claims(), manager.waits)
         except Exception:  # a scrape is answered whatever breaks, and says that something did
             if not self._errors: _log.exception("the metrics could not be collected; the same again is only counted")
             self._errors += 1

@@ -16,7 +16,7 @@ from fastcore.xml import P
 
 from ..core.host import printable
 from ..core.manager import ResourceManager, WorkerState
-from ..core.monitor import ResourceMonitor, Sample
+from ..core.monitor import ResourceMonitor, Sample, TakesSamples
 from .cards import CSS, PROCESS_COLUMNS, SORTS, WORKER_COLUMNS, View, make_table, overview, process_table, render, to_html, worker_table
 
 # %% ../../nbs/ui/panel.ipynb #b0f5ae54
@@ -91,7 +91,7 @@ class ResourcePanel(widgets.VBox):  # type: ignore[misc]  # ipywidgets has no ty
     "GPUs, memory, workers and processes, live. `close()` ends it; so does running its cell again"
     def __init__(
         self,
-        manager: ResourceManager,
+        manager: ResourceManager | TakesSamples,  # or a `ClusterResources`
         interval: float = 1.0,                    # seconds between two looks
         history: float = 600.0,                   # seconds that the small curves go back
         *,
@@ -99,8 +99,11 @@ class ResourcePanel(widgets.VBox):  # type: ignore[misc]  # ipywidgets has no ty
         rows: int = 20,                           # processes and workers to show at most
         monitor: ResourceMonitor | None = None,   # one to share, with its interval; `None`: the panel has its own
     ) -> None:
-        self.manager, self.monitor = manager, monitor or ResourceMonitor(manager, interval, history)
-        self._lock, self._view, self._slots, self._closed = threading.RLock(), View(rows=rows), dict[str, Any](), False
+        self._lock, self._closed = threading.RLock(), True   # until there is something to close
+        if controls and not isinstance(manager, ResourceManager): raise ValueError("controls=True needs a ResourceManager: the workers of other hosts cannot be stopped from here")
+        self.manager: Any = manager
+        self.monitor = monitor or ResourceMonitor(manager, interval, history)
+        self._view, self._slots, self._closed = View(rows=rows), dict[str, Any](), False
         self._question: WorkerState | None = None   # who is to be stopped, until it is answered
         self._controls, self._boxes = controls, list[Any]()
         self._sample = self.monitor.latest or self.monitor.take()

@@ -18,7 +18,7 @@ from starlette.requests import Request
 from starlette.responses import HTMLResponse, PlainTextResponse, RedirectResponse, Response
 
 from ..core.manager import ResourceManager
-from ..core.monitor import ResourceMonitor, Sample, Subscription
+from ..core.monitor import ResourceMonitor, Sample, Subscription, TakesSamples
 from .cards import CSS, Column, View, arrange, render, render_tables, to_html
 
 # %% ../../nbs/ui/web.ipynb #0fdd90b3
@@ -212,7 +212,7 @@ def _component(slots: Slots, prefix: str) -> Any:
     return Div(Style(Safe(CSS)), lost, Div(arrange(slots), data_cjm_place=True), Script(src=f"{prefix}/live", defer=True), cls="cjm", data_cjm_stream=f"{prefix}/stream")
 
 def ResourceCard(
-    manager: ResourceManager,
+    manager: ResourceManager | TakesSamples,
     prefix: str = "/resources",   # where the routes begin
 ) -> Any:
     "All of it as a component. It is live where the app has the routes, and else a picture of this moment"
@@ -270,7 +270,7 @@ def _stop_column(prefix: str) -> Column:
         return Details(Summary("Stop …"), Form(Button(f"Yes, stop {row.pid}"), Input(type="hidden", name="worker", value=who), method="post", action=f"{prefix}/stop"), data_key=who)
     return "action", ask
 
-def _stop(manager: ResourceManager, who: str) -> Response:
+def _stop(manager: Any, who: str) -> Response:
     "Stop the worker that was meant when the question was asked"
     pid, _, start = who.partition(".")
     try: worker = manager.get_worker_by_pid(int(pid))
@@ -298,7 +298,7 @@ class ResourceRoutes:
 
 def resource_routes(
     app: Any,                                 # a FastHTML app; its own beforeware holds for these routes, too
-    manager: ResourceManager,
+    manager: ResourceManager | TakesSamples,  # or a `ClusterResources`
     prefix: str = "/resources",               # where they begin
     *,
     interval: float = 1.0,                    # seconds between two looks
@@ -309,6 +309,7 @@ def resource_routes(
     metrics: str | None = None,               # where Prometheus finds its metrics, as "/metrics" (extra `prometheus`); `None`: nowhere
 ) -> ResourceRoutes:
     "Add the page, its fragment, its stream and its script. `ValueError` for controls that nobody guards, `ImportError` for metrics without the extra"
+    if controls and not isinstance(manager, ResourceManager): raise ValueError("controls=True needs a ResourceManager: the workers of other hosts cannot be stopped from here")
     if controls and guard is None: raise ValueError("controls=True needs a guard: a function of the request that gives None to let it pass, or a response to refuse it")
     for name, path in (("prefix", prefix), ("metrics", metrics)):
         if path is not None and (not path.startswith("/") or path.endswith("/")): raise ValueError(f"{name} must begin with a slash and not end with one, not {path!r}")

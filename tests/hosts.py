@@ -1,0 +1,45 @@
+"Hosts of a dask cluster on this machine, by the commands that one starts them with: for the tests and for benchmarks/cluster.py"
+import contextlib, os, signal, subprocess, sys, time
+from pathlib import Path
+
+# Each worker process of a host sees the same simulated GPUs; `driver.allocate` fails when there is no room
+SIM_HOST = """
+import os, sys
+from cjm_fasthtml_resources.simulate import SimulatedDriver, SimulatedGpu
+gpus = int(os.environ["SIM_GPUS"])
+if gpus:
+    driver = SimulatedDriver([SimulatedGpu("NVIDIA L4", memory_total_mb=24_000) for _ in range(gpus)], shared=os.environ["CJM_RESOURCES_DIR"] + "/gpus")
+    driver.__enter__()
+"""
+
+
+class Cluster:
+    "A scheduler and hosts, by the commands that one starts them with"
+    def __init__(self, folder: Path, stack: contextlib.ExitStack) -> None:
+        self.folder, self.stack, self.hosts = folder, stack, dict[str, list[subprocess.Popen]]()
+        (folder/"sim_host.py").write_text(SIM_HOST)
+        self.scheduler = self.start("scheduler", "scheduler", "--host", "127.0.0.1", "--port", "0", "--no-dashboard", "--scheduler-file", str(folder/"scheduler.json"))
+        end = time.monotonic() + 60
+        while not (folder/"scheduler.json").exists():
+            assert time.monotonic() < end and self.scheduler.poll() is None, "the scheduler does not start"
+            time.sleep(0.05)
+
+    def start(self, name: str, *command: str, **env: str) -> subprocess.Popen:
+        path = os.pathsep.join([str(self.folder), str(Path(__file__).parent), *filter(None, sys.path)])
+        log = self.stack.enter_context(open(self.folder/f"{name}.log", "ab"))
+        process = subprocess.Popen([sys.executable, "-m", "dask", *command], env={**os.environ, "PYTHONPATH": path, **env}, cwd=self.folder, stdout=log, stderr=log, start_new_session=True)
+        self.stack.callback(self.end, process)
+        return process
+
+    def end(self, process: subprocess.Popen) -> None:
+        with contextlib.suppress(ProcessLookupError): os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+    def add(self, host: str, gpus: int = 1, workers: int = 1, threads: int = 4, nanny: bool = False) -> None:
+        for n in range(workers):
+            state = self.folder/host
+            state.mkdir(mode=0o700, exist_ok=True)
+            (state/"gpus").mkdir(mode=0o700, exist_ok=True)
+            process = self.start(f"{host}-{n}", "worker", "--scheduler-file", str(self.folder/"scheduler.json"), "--host", "127.0.0.1", "--nthreads", str(threads), "--no-dashboard",
+                                 "--nanny" if nanny else "--no-nanny", "--preload", "sim_host", CJM_RESOURCES_DIR=str(state), CJM_RESOURCES_HOST=host, SIM_GPUS=str(gpus))
+            self.hosts.setdefault(host, []).append(process)

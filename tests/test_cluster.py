@@ -1,0 +1,155 @@
+"Hosts of a dask cluster, each with simulated GPUs and processes of its own: who answers, where tasks run, and what is left when something dies"
+import contextlib, os, re, signal, time
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("distributed", reason="the extra cluster is not installed")
+from distributed import Client, wait  # noqa: E402
+
+from cjm_fasthtml_resources.cluster import ClusterResources  # noqa: E402
+from cjm_fasthtml_resources.core.manager import ResourceBusy, ResourceStatus  # noqa: E402
+from hosts import Cluster  # noqa: E402
+
+@pytest.fixture
+def cluster(tmp_path):
+    with contextlib.ExitStack() as stack: yield Cluster(tmp_path, stack)
+
+
+@contextlib.contextmanager
+def connected(cluster: Cluster, workers: int, **options):
+    with Client(scheduler_file=str(cluster.folder/"scheduler.json")) as client:
+        client.wait_for_workers(workers, timeout=90)
+        with ClusterResources(client, **options) as resources: yield client, resources
+
+
+def use(seconds: float, fail_once_in: str = "") -> tuple[str, int]:
+    "Allocate 10,000 MiB on the device that was reserved; raises where there is no room after all"
+    import sim_host
+    from cjm_fasthtml_resources.cluster import current_reservation, host_name
+    held = current_reservation()
+    with sim_host.driver.allocate(10_000, held.index):
+        time.sleep(seconds)
+        if fail_once_in:
+            path = Path(fail_once_in)
+            if not path.exists():
+                path.touch()
+                raise RuntimeError("the first time")
+        return host_name(), held.index
+
+
+def left_over(resources: ClusterResources) -> list[str]:
+    "What is still promised or in use anywhere"
+    return [f"{d.device.id} {d.promises} {d.device.memory_used}" for a in resources.check_hosts() if a.sample for d in a.sample.gpu.devices if d.promises or d.app_memory]
+
+
+def nothing_is_left(resources: ClusterResources) -> None:
+    end = time.monotonic() + 20
+    while left_over(resources):
+        assert time.monotonic() < end, left_over(resources)
+        time.sleep(0.1)
+
+
+def test_tasks_go_where_there_is_room_and_none_takes_what_another_was_promised(cluster):
+    cluster.add("ada", gpus=1, workers=2)
+    cluster.add("bob", gpus=2)
+    cluster.add("cpu", gpus=0)
+    with connected(cluster, 4) as (client, resources):
+        conflict = resources.check_gpu_availability()
+        assert {d.device.id: d.status for d in conflict.devices} == {"ada:0": ResourceStatus.AVAILABLE, "bob:0": ResourceStatus.AVAILABLE, "bob:1": ResourceStatus.AVAILABLE, "cpu:0": ResourceStatus.UNAVAILABLE}
+        assert conflict.status is ResourceStatus.AVAILABLE and "libnvidia-ml was not found" in conflict.devices[-1].reason
+        memory = resources.check_memory_availability()
+        assert [note.partition(":")[0] for note in memory.notes] == ["ada", "bob", "cpu"] and memory.memory.memory.total > 0
+        assert resources.pick_gpus(2, 20_000).host == "bob"
+        futures = [resources.submit(use, 0.6, gpu_memory_mb=10_000) for _ in range(12)]   # six fit at once
+        ran = client.gather(futures)
+        assert {"ada", "bob"} == {host for host, _ in ran} and len(set(ran)) == 3
+        nothing_is_left(resources)
+        future = resources.submit(use, 0, gpu_memory_mb=20_000, timeout=0)
+        assert future.result(timeout=30)
+        with pytest.raises(ValueError, match="gpu_memory_mb must be at most 24"): resources.submit(use, 0, gpu_memory_mb=30_000)
+
+
+def test_what_a_task_holds_is_given_back_however_it_ends(cluster):
+    cluster.add("ada", gpus=1, nanny=True)
+    with connected(cluster, 1) as (client, resources):
+        long = resources.submit(use, 60, gpu_memory_mb=20_000)
+        waits, gives_up = resources.submit(use, 0, gpu_memory_mb=20_000), resources.submit(use, 0, gpu_memory_mb=20_000, timeout=0.5)
+        with pytest.raises(ResourceBusy, match="waited for 0.5 s"): gives_up.result(timeout=30)
+        (answer,) = resources.check_hosts()
+        assert answer.waiting == 20_000*2**20 and [p.memory for p in answer.sample.gpu.devices[0].promises] == [20_000*2**20]
+        assert answer.sample.gpu.status is ResourceStatus.APP_BUSY and [w.status for w in answer.sample.workers] == ["running"]
+        waits.cancel()                                                    # it leaves the queue
+        end = time.monotonic() + 10
+        while resources.check_hosts()[0].waiting: assert time.monotonic() < end
+        killed = client.run(os.getpid)                                    # the nanny starts another worker, which has the task again
+        os.kill(next(iter(killed.values())), signal.SIGKILL)
+        end = time.monotonic() + 60
+        while True:
+            (pids,) = (client.run(os.getpid, on_error="ignore") or {"": None}).values() if client.nthreads() else (None,)
+            promises = [p for a in resources.check_hosts() if a.sample for d in a.sample.gpu.devices for p in d.promises]
+            if pids and pids not in killed.values() and [p.pid for p in promises] == [pids]: break
+            assert time.monotonic() < end, (pids, promises, long, (cluster.folder/"ada-0.log").read_text()[-3000:])
+            time.sleep(0.2)
+        long.cancel()
+        client.restart()                                                  # what runs cannot be interrupted; its process can
+        nothing_is_left(resources)
+
+
+def test_a_host_that_does_not_answer_holds_up_nobody(cluster):
+    cluster.add("ada")
+    cluster.add("bob", workers=2)
+    with connected(cluster, 3, timeout=1.0) as (client, resources):
+        assert all(a.sample for a in resources.check_hosts())
+        for process in cluster.hosts["ada"]: process.send_signal(signal.SIGSTOP)
+        began = time.monotonic()
+        conflict = resources.check_gpu_availability()
+        assert time.monotonic() - began < 2.5
+        assert {d.device.id: (d.status, d.reason) for d in conflict.devices} == {"ada:0": (ResourceStatus.UNAVAILABLE, "it did not answer within 1 s"), "bob:0": (ResourceStatus.AVAILABLE, None)}
+        assert resources.submit(use, 0, gpu_memory_mb=10_000).result(timeout=20)[0] == "bob"
+        cluster.hosts["bob"][0].send_signal(signal.SIGSTOP)               # another worker speaks for the host, at the next look at the latest
+        for _ in range(2): conflict = resources.check_gpu_availability()
+        assert conflict.devices[-1].status is ResourceStatus.AVAILABLE
+        for process in cluster.hosts["ada"] + cluster.hosts["bob"]: process.send_signal(signal.SIGCONT)
+        end = time.monotonic() + 30
+        while resources.check_gpu_availability().devices[0].status is not ResourceStatus.AVAILABLE: assert time.monotonic() < end
+        cluster.end(cluster.hosts["ada"][0])
+        end = time.monotonic() + 30
+        while len(resources.check_hosts()) != 1: assert time.monotonic() < end
+
+
+def test_retries_and_stealing_do_not_break_the_accounting(cluster, tmp_path):
+    "All are sent as if one host had all the room; those that are stolen reserve where they run, and none runs out of memory"
+    cluster.add("ada", gpus=1, threads=1)
+    cluster.add("bob", gpus=1, threads=1)
+    cluster.add("cpu", gpus=0, threads=4)
+    with connected(cluster, 3) as (client, resources):
+        answers = resources.check_hosts()
+        futures = []
+        for n in range(16):
+            resources._answers = (time.monotonic() + 60, [a for a in answers if a.host == "ada"])   # only ada is known of
+            futures.append(resources.submit(use, 0.2, str(tmp_path/f"task-{n}") if n % 4 == 0 else "", gpu_memory_mb=10_000, retries=1))
+        ran = client.gather(futures)
+        assert len(ran) == 16 and {host for host, _ in ran} <= {"ada", "bob"}
+        nothing_is_left(resources)
+
+
+def test_the_panel_and_the_page_show_a_cluster(cluster):
+    pytest.importorskip("fasthtml", reason="the extra web is not installed")
+    from fasthtml.core import FastHTML
+    from starlette.testclient import TestClient
+    from cjm_fasthtml_resources.ui.panel import ResourcePanel
+    from cjm_fasthtml_resources.ui.web import resource_routes
+    cluster.add("ada")
+    cluster.add("bob", gpus=2)
+    with connected(cluster, 2) as (client, resources):
+        panel = ResourcePanel(resources)
+        shown = " ".join(str(getattr(w, "value", "")) for w in panel._boxes) + str(panel._slots)
+        panel.close()
+        app = FastHTML(secret_key="of a test", default_hdrs=False)
+        resource_routes(app, resources)
+        page = TestClient(app).get("/resources").text
+        for text in ("GPU ada:0", "GPU bob:0", "GPU bob:1", "dask@ada"): assert text in page, text
+        assert re.search("ada:0", shown)
+        for make in (lambda: ResourcePanel(resources, controls=True), lambda: resource_routes(app, resources, controls=True, guard=lambda req: None)):
+            with pytest.raises(ValueError, match="controls=True needs a ResourceManager"): make()
