@@ -57,7 +57,7 @@ def test_a_hostile_name_is_a_label_and_no_metric():
 
 def test_every_query_of_the_dashboard_and_the_tutorial_is_about_a_metric_that_there_is():
     there = samples(scrape()) | {"cjm_resources_reservation_wait_seconds_bucket"}
-    dashboard = (ROOT/"dashboards"/"grafana.json").read_text(encoding="utf-8")
+    dashboard = (ROOT/"nbs"/"dashboards"/"grafana.json").read_text(encoding="utf-8")
     labels = {"cjm_resources_status", "cjm_resources_gpu_status"}
     for text in (dashboard, text_of_tutorial()):
         named = set(re.findall(r"\bcjm_resources_\w+", text))
@@ -109,7 +109,7 @@ def test_a_real_prometheus_scrapes_it_and_finds_the_busy_gpu(tmp_path):
             with contextlib.suppress(OSError): busy = query(port, 'cjm_resources_gpu_status{cjm_resources_gpu_status="external_busy"} == 1')
         free = query(port, 'cjm_resources_gpu_status{cjm_resources_gpu_status="available"} == 1') + query(port, 'cjm_resources_gpu_status{cjm_resources_gpu_status="app_busy"} == 1')
         assert {r["metric"]["gpu"] for r in busy + free} == {"0", "1"} and len(busy) == 1
-        asked = [t["expr"] for p in json.loads((ROOT/"dashboards"/"grafana.json").read_text())["panels"] for t in p["targets"]]
+        asked = [t["expr"] for p in json.loads((ROOT/"nbs"/"dashboards"/"grafana.json").read_text())["panels"] for t in p["targets"]]
         asked += re.findall(r"\| `(.+?)` \|", text_of_tutorial())
         assert len(asked) > 15
         for expression in asked: query(port, expression.replace("$instance", ".*").replace("$gpu", ".*"))  # each is understood

@@ -32,6 +32,9 @@ def render() -> None:
     subprocess.run([Path(sys.executable).with_name("smalldocs"), "render"], cwd=PROC, check=True, stdout=subprocess.DEVNULL)
     shutil.rmtree(SITE, ignore_errors=True)
     shutil.move(PROC/"_docs", SITE)
+    for name in ("llms.txt", "dashboards/grafana.json"):  # what _quarto.yml calls resources
+        (SITE/name).parent.mkdir(exist_ok=True)
+        shutil.copy(ROOT/"nbs"/name, SITE/name)
 
 
 def make_relative(page: Path, published: str) -> None:

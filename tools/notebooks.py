@@ -33,6 +33,7 @@ def run(path: Path, update: bool) -> tuple[Path, int, list[str]]:
     "Run one notebook in a process of its own: how many cells passed, and a text for each that did not"
     os.chdir(path.parent)
     os.environ["IN_TEST"] = "1"
+    os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"  # for cells that run the command
     kept, nb, shell = outputs(read_nb(path)), read_nb(path), CaptureShell(path)
     passed, failures = 0, []
     for number, cell in enumerate(c for c in nb.cells if c.cell_type == "code"):

@@ -1,12 +1,13 @@
 #!/usr/bin/env python3
-"""Make README.md from nbs/index.ipynb.
+"""Make README.md from nbs/index.ipynb, and nbs/llms.txt (llmstxt.org), the site's contents for language models, from all notebooks.
 
-    python tools/readme.py           write it
-    python tools/readme.py --check   only say whether it is up to date, closing with 'N passed, N failed'
+    python tools/readme.py           write them
+    python tools/readme.py --check   only say whether they are up to date, closing with 'N passed, N failed'
 """
-import argparse, re, sys
+import argparse, configparser, re, sys
 from pathlib import Path
 
+import yaml
 from execnb.nbio import read_nb
 from nbdev.processors import FilterDefaults, add_links, insert_warning
 
@@ -53,17 +54,39 @@ def readme() -> str:
     return HEAD + "\n" + text.replace("\n```\n\n```python\n", "\n\n") + "\n"  # code cells that follow each other are one block
 
 
+def llms() -> str:
+    "Each page of the sidebar with its title, its address and its sentence"
+    settings = configparser.ConfigParser()
+    settings.read(ROOT/"settings.ini", encoding="utf-8")
+    base = settings["DEFAULT"]["doc_host"] + settings["DEFAULT"]["doc_baseurl"]
+
+    def heading(path: str) -> tuple[str, str]:
+        found = re.match(r"# (.+)\n+> (.+)", read_nb(ROOT/"nbs"/path).cells[0].source)
+        return found[1], found[2]
+
+    def line(path: str) -> str:
+        title, sentence = heading(path)
+        return f"- [{title}]({base}/{path.removesuffix('.ipynb')}.html): {sentence}"
+
+    contents = yaml.safe_load((ROOT/"nbs"/"sidebar.yml").read_text(encoding="utf-8"))["website"]["sidebar"]["contents"]
+    pages = [entry for entry in contents if isinstance(entry, str) and entry != "index.ipynb"]
+    title, sentence = heading("index.ipynb")
+    parts = [f"# {title}\n\n> {sentence}", "## First\n\n" + "\n".join(map(line, pages))]
+    parts += [f"## {entry['section']}\n\n" + "\n".join(map(line, entry["contents"])) for entry in contents if isinstance(entry, dict)]
+    return "\n\n".join(parts) + "\n"
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="write nothing")
-    path, text = ROOT/"README.md", readme()
+    made = {ROOT/"README.md": readme(), ROOT/"nbs"/"llms.txt": llms()}
     if not parser.parse_args().check:
-        path.write_text(text, encoding="utf-8")
+        for path, text in made.items(): path.write_text(text, encoding="utf-8")
         return 0
-    stale = path.read_text(encoding="utf-8") != text
-    if stale: print("README.md is not what nbs/index.ipynb makes: run python tools/readme.py")
-    print(f"{int(not stale)} passed, {int(stale)} failed")
-    return int(stale)
+    stale = [path for path, text in made.items() if not path.exists() or path.read_text(encoding="utf-8") != text]
+    for path in stale: print(f"{path.relative_to(ROOT)} is not what the notebooks make: run python tools/readme.py")
+    print(f"{len(made) - len(stale)} passed, {len(stale)} failed")
+    return bool(stale)
 
 
 if __name__ == "__main__": sys.exit(main())

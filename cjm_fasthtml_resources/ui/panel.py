@@ -91,7 +91,7 @@ class ResourcePanel(widgets.VBox):  # type: ignore[misc]  # ipywidgets has no ty
     "GPUs, memory, workers and processes, live. `close()` ends it; so does running its cell again"
     def __init__(
         self,
-        manager: ResourceManager | TakesSamples,  # or a `ClusterResources`
+        manager: ResourceManager | TakesSamples,  # or what watches a cluster, a ClusterResources
         interval: float = 1.0,                    # seconds between two looks
         history: float = 600.0,                   # seconds that the small curves go back
         *,

@@ -298,7 +298,7 @@ class ResourceRoutes:
 
 def resource_routes(
     app: Any,                                 # a FastHTML app; its own beforeware holds for these routes, too
-    manager: ResourceManager | TakesSamples,  # or a `ClusterResources`
+    manager: ResourceManager | TakesSamples,  # or what watches a cluster, a ClusterResources
     prefix: str = "/resources",               # where they begin
     *,
     interval: float = 1.0,                    # seconds between two looks

@@ -1,0 +1,82 @@
+"What the pages tell people to type, besides the cells that nbdev_test runs: each command is one, each extra exists, each block of Python runs"
+import configparser, json, re, shlex
+from pathlib import Path
+
+import click, pytest
+
+from cjm_fasthtml_resources.cli import main
+from cjm_fasthtml_resources.core.manager import ResourceManager
+from cjm_fasthtml_resources.simulate import SimulatedDriver, SimulatedGpu
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGES = sorted([ROOT/"nbs"/"index.ipynb", *(ROOT/"nbs"/"tutorials").glob("*.ipynb")])
+
+
+def text(path: Path) -> str:
+    if path.suffix != ".ipynb": return path.read_text(encoding="utf-8")
+    return "\n\n".join("".join(c["source"]) for c in json.loads(path.read_text(encoding="utf-8"))["cells"] if c["cell_type"] == "markdown")
+
+
+def blocks(path: Path, language: str) -> list[str]: return re.findall(rf"```{language}\n(.*?)```", text(path), re.DOTALL)
+
+
+def commands(path: Path) -> list[list[str]]:
+    "What is typed in a shell, in blocks and within sentences, without comments and without what is set before it"
+    lines = [line for block in blocks(path, "sh") for line in block.splitlines()] + re.findall(r"`((?:\w+=\S+ )?(?:cjm-resources|pip install) [^`]+)`", text(path))
+    found = [shlex.split(part, comments=True) for line in lines for part in re.split(r"(?:&&|;)(?=(?:[^']*'[^']*')*[^']*$)", line)]  # not within quotes
+    return [words[next(i for i, word in enumerate(words) if not re.match(r"\w+=", word)):] for words in found if words]
+
+
+def check_command(words: list[str]) -> None:
+    "Parse it as the command would; raises `click.UsageError`"
+    context = main.make_context("cjm-resources", [w for w in words[1:] if w not in (">", "/dev/null")])
+    if rest := [*getattr(context, "_protected_args", []), *context.args]:
+        name, command, arguments = main.resolve_command(context, rest)
+        if arguments: command.make_context(name, arguments, parent=context)  # else a sentence only names it
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda p: p.stem)
+def test_what_is_typed_in_a_shell_is_a_command(path):
+    settings = configparser.ConfigParser()
+    settings.read(ROOT/"settings.ini", encoding="utf-8")
+    for words in commands(path):
+        first, *rest = words
+        program = Path(first).name
+        if program == "cjm-resources": check_command(words)
+        elif program in ("pip", "python3", "python"):
+            for extras in re.findall(r"\[([\w,]+)\]", " ".join(rest)):
+                assert all(f"{extra}_requirements" in settings["DEFAULT"] for extra in extras.split(",")), (path.name, words)
+            for word in rest: assert not (word.endswith(".py") and "/" in word) or (ROOT/word).is_file(), (path.name, words)
+        else: assert program in ("dask", "docker", "echo"), (path.name, words)  # the first by test_cluster.py; the second needs a container's engine
+
+
+def test_a_command_that_is_none_would_be_found():
+    for wrong in (["cjm-resources", "--no-such"], ["cjm-resources", "wait", "--timeout", "1m"], ["cjm-resources", "wit"], ["cjm-resources", "serve", "--port", "x"]):
+        with pytest.raises(click.UsageError): check_command(wrong)
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda p: p.stem)
+def test_blocks_of_python_that_are_shown_only_run(path, monkeypatch, tmp_path):
+    monkeypatch.setenv("CJM_RESOURCES_DIR", str(tmp_path/"state"))
+    shown = [block for block in blocks(path, "python") if ">>>" not in block]
+    if not shown: return
+    pytest.importorskip("fasthtml", reason="the extra web is not installed")
+    from fasthtml.common import FastHTML
+    from cjm_fasthtml_resources import ResourcePanel
+    from cjm_fasthtml_resources.ui.web import resource_routes
+    with SimulatedDriver([SimulatedGpu()]):
+        for block in shown:
+            names = dict(manager=ResourceManager(), app=FastHTML(secret_key="of a test"), FastHTML=FastHTML, ResourceManager=ResourceManager, ResourcePanel=ResourcePanel, resource_routes=resource_routes)
+            monkeypatch.setattr("fasthtml.common.serve", lambda *args, **kwargs: None)
+            exec(compile(block, path.name, "exec"), names)
+    from cjm_fasthtml_resources.ui import panel
+    for entry in list(panel._open): entry[2].close()
+
+
+def test_each_page_says_what_it_is_and_stands_in_the_sidebar():
+    sidebar = (ROOT/"nbs"/"sidebar.yml").read_text(encoding="utf-8")
+    for path in sorted((ROOT/"nbs").rglob("[!_.]*.ipynb")):
+        if ".ipynb_checkpoints" in path.parts: continue
+        assert str(path.relative_to(ROOT/"nbs")) in sidebar, f"{path.name} is not in the sidebar"
+        first = "".join(json.loads(path.read_text(encoding="utf-8"))["cells"][0]["source"])
+        assert re.fullmatch(r"# .+\n+> .+", first), f"{path.name} does not begin with a cell of a title and a sentence; nbdev drops what else is in it"
