@@ -8,17 +8,16 @@ __all__ = ['host_name', 'HostPlugin', 'Rehoming', 'HostAnswer', 'combine_gpus', 
 
 # %% ../nbs/cluster.ipynb #b6d68b7f
 import asyncio, contextlib, contextvars, logging, os, threading, time, uuid
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from distributed import Client, Future, Reschedule, SchedulerPlugin, WorkerPlugin, get_worker, secede
 
-from .core import host as local
 from .core.gpu import GpuDevice, visible_env
 from .core.host import HostMemory, format_bytes
 from .core.manager import (
-    DeviceStatus, MemoryStatus, OwnedProcess, ResourceBusy, ResourceConflict, ResourceManager, ResourceStatus, ResourceType, ResourceUnavailable,
+    DeviceStatus, MemoryStatus, ResourceBusy, ResourceConflict, ResourceManager, ResourceStatus, ResourceType, ResourceUnavailable,
     WorkerState, _check_number, _check_pid, conclude, redact)
 from .core.monitor import Sample, take_sample
 from .core.reservations import Reservation
@@ -129,23 +128,20 @@ class HostAnswer:
     def devices(self) -> tuple[DeviceStatus, ...]:
         "Its devices, which know their host. A host without an answer, or without a GPU, is one that is unavailable"
         found = self.sample.gpu.devices if self.sample else ()
-        if found: return tuple(replace(d, device=replace(d.device, host=self.host), processes=self._at_home(d.processes)) for d in found)
+        if found: return tuple(replace(d, device=replace(d.device, host=self.host)) for d in found)
         reason = self.reason or (self.sample.gpu.reason if self.sample else None)
         return (DeviceStatus(GpuDevice(0, name="no answer" if self.sample is None else "no GPU", host=self.host, reason=reason), ResourceStatus.UNAVAILABLE, reason=reason),)
 
     @property
     def states(self) -> tuple[WorkerState, ...]:
         "The workers of its app, which know their host"
-        return tuple(replace(w, worker_type=f"{w.worker_type}@{self.host}") for w in self.sample.workers) if self.sample else ()
+        return tuple(replace(w, host=self.host) for w in self.sample.workers) if self.sample else ()
 
     @property
     def memory(self) -> MemoryStatus | None:
-        "Its system memory"
+        "Its system memory, of which each process knows its host by the user's name"
         state = self.sample.memory.memory if self.sample else None
-        return replace(state, processes=self._at_home(state.processes)) if state else None
-
-    def _at_home(self, processes: Iterable[OwnedProcess]) -> tuple[OwnedProcess, ...]:
-        return tuple(replace(p, username=f"{p.username or '?'}@{self.host}") for p in processes)
+        return replace(state, processes=tuple(replace(p, username=f"{p.username or '?'}@{self.host}") for p in state.processes)) if state else None
 
 def combine_gpus(
     answers: Sequence[HostAnswer],
@@ -162,7 +158,7 @@ def combine_memory(
     "System memory of all hosts together: the best host decides, and each has its line in the notes"
     states = [state for a in answers if (state := a.memory)]
     found = {a.sample.memory.status for a in answers if a.sample}
-    total = MemoryStatus(HostMemory(sum(s.memory.total for s in states), sum(s.memory.used for s in states)),
+    total = MemoryStatus(HostMemory(sum(s.memory.total for s in states), sum(s.memory.used for s in states), machines=max(len(states), 1)),
                          tuple(sorted((p for s in states for p in s.processes), key=lambda p: -(p.memory_used or 0))),
                          sum(s.app_memory for s in states), sum(s.external_memory for s in states))
     return ResourceConflict(ResourceType.SYSTEM_MEMORY, next((s for s in ResourceStatus if s in found), ResourceStatus.UNAVAILABLE), memory=total,

@@ -184,6 +184,7 @@ class HostMemory:
     total: int                   # bytes
     used: int                    # bytes that are not available without swapping
     cgroup: str | None = None    # the control group's folder when its limit is the smaller one
+    machines: int = 1            # how many it is the sum of
 
     @property
     def available(self) -> int: return max(self.total - self.used, 0)

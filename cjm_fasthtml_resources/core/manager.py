@@ -246,6 +246,7 @@ class WorkerState:
     start_time: float | None = None               # with the PID, what tells the process; `None`: tracked by number alone
     gpu_memory_mb: float | None = None            # MiB that the worker says it holds, for where the driver cannot tell
     last_used: float | None = field(default=None, compare=False)  # `time.monotonic()` when it was registered, or last given or freed of work
+    host: str | None = None                       # which machine it is on, where workers of several stand side by side
 
     def __repr__(self) -> str:
         shown = {name: redact({name: value})[name] for name, value in vars(self).items() if value not in (None, [], False) and name != "last_used"}
@@ -322,7 +323,7 @@ def held_by(
     held: dict[int | str, int] = {}
     for d in devices:
         for p in d.processes:
-            if p.owner == "app" and worker.pid in (p.pid, p.parent_pid): held[d.device.id] = held.get(d.device.id, 0) + (p.memory_used or 0)
+            if p.owner == "app" and worker.pid in (p.pid, p.parent_pid) and worker.host == d.device.host: held[d.device.id] = held.get(d.device.id, 0) + (p.memory_used or 0)
     return held
 
 # %% ../../nbs/core/manager.ipynb #a2b8002a

@@ -9,7 +9,7 @@ __all__ = ['Sample', 'take_sample', 'DevicePoint', 'Point', 'to_point', 'History
 # %% ../../nbs/core/monitor.ipynb #19d669e1
 import atexit, logging, math, os, threading, time, weakref
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 

@@ -59,12 +59,12 @@ CSS = """
 .cjm th { color: var(--muted); font-weight: 600; } .cjm tbody tr { border-top: 1px solid color-mix(in srgb, var(--edge) 60%, transparent); background: none; } .cjm tbody td { height: 1.45em; }
 .cjm td.app { color: var(--app); } .cjm td.external { color: var(--external); } .cjm td.unknown { color: var(--unattributed); }
 .cjm .processes :is(th, td):is(:nth-child(2), :nth-child(7)), .cjm .workers :is(th, td):is(:nth-child(1), :nth-child(5)), .cjm .only :is(th, td) { text-align: right; padding-right: 12px; }
-.cjm .processes th:nth-child(1) { width: 4em; } .cjm .processes th:is(:nth-child(2), :nth-child(7)), .cjm .workers th:nth-child(1) { width: 6em; } .cjm .processes th:is(:nth-child(3), :nth-child(5)) { width: 6.4em; } .cjm .processes th:nth-child(6) { width: 11em; }
+.cjm .processes th:nth-child(1) { width: 4em; } .cjm .hosts th:nth-child(1) { width: 13em; } .cjm .processes th:is(:nth-child(2), :nth-child(7)), .cjm .workers th:nth-child(1) { width: 6em; } .cjm .processes th:is(:nth-child(3), :nth-child(5)) { width: 6.4em; } .cjm .processes th:nth-child(6) { width: 11em; }
 .cjm .workers th:nth-child(5) { width: 12em; } .cjm .workers th:nth-child(6) { width: 10em; } .cjm .only th:nth-child(1) { width: auto; }
 .cjm button { font: inherit; color: var(--fg); background: var(--bg); border: 1px solid var(--edge); border-radius: 4px; cursor: pointer; } .cjm summary { cursor: pointer; color: var(--external); }
 .cjm details[open] { white-space: normal; }
 @container (max-width: 34rem) { .cjm .processes :is(th, td):is(:nth-child(5), :nth-child(6)), .cjm .workers :is(th, td):nth-child(4) { display: none; } }
-@container (max-width: 28rem) { .cjm :is(th, td) { padding-right: 6px; } .cjm .processes th:nth-child(1) { width: 2.6em; } .cjm .processes th:is(:nth-child(2), :nth-child(3), :nth-child(7)), .cjm .workers th:nth-child(1) { width: 5.3em; } .cjm .workers th:nth-child(5) { width: 9.4em; } }
+@container (max-width: 28rem) { .cjm :is(th, td) { padding-right: 6px; } .cjm .processes th:nth-child(1) { width: 2.6em; } .cjm .hosts th:nth-child(1) { width: 5.5em; } .cjm .hosts :is(th, td):nth-child(2) { display: none; } .cjm .processes th:is(:nth-child(2), :nth-child(3), :nth-child(7)), .cjm .workers th:nth-child(1) { width: 5.3em; } .cjm .workers th:nth-child(5) { width: 9.4em; } }
 """.strip()
 
 # %% ../../nbs/ui/cards.ipynb #66e64041
@@ -155,8 +155,9 @@ def gpu_card(
 # %% ../../nbs/ui/cards.ipynb #0293b5dc
 def memory_head(conflict: ResourceConflict) -> Any:
     "Whose memory it is, and its status"
-    limited = conflict.memory and conflict.memory.memory.cgroup
-    return Div(B("RAM"), Span("control group's limit" if limited else "this machine"), badge(conflict.status), cls="head")
+    memory = conflict.memory.memory if conflict.memory else None
+    whose = f"{memory.machines} machines" if memory and memory.machines > 1 else "control group's limit" if memory and memory.cgroup else "this machine"
+    return Div(B("RAM"), Span(whose), badge(conflict.status), cls="head")
 
 def memory_use(conflict: ResourceConflict) -> Any:
     "Who holds it"
@@ -198,12 +199,12 @@ ProcessRow = tuple[int | str, OwnedProcess]   # the device's id, and the process
 @lru_cache
 def _owner(owner: str) -> Any: return Td(owner, cls=owner)
 
-def _long(text: str) -> Any: return Td(text, title=text) if len(text) > 24 else text   # a narrow column cuts it off
+def _long(text: str, most: int = 24) -> Any: return Td(text, title=text) if len(text) > most else text   # a narrow column cuts it off
 
 def _size(n: int | None) -> str: return "unknown" if n is None else format_bytes(n)
 
 PROCESS_COLUMNS: dict[str, Callable[[ProcessRow], Any]] = {
-    "GPU": lambda row: row[0],
+    "GPU": lambda row: _long(row[0], 8) if isinstance(row[0], str) else row[0],
     "PID": lambda row: row[1].pid,
     "owner": lambda row: _owner(row[1].owner),
     "process": lambda row: _long(printable(row[1].name or "?")),
@@ -217,7 +218,9 @@ def process_table(
     columns: Sequence[Column] = tuple(PROCESS_COLUMNS.items()),
 ) -> Any:
     "Processes on GPUs, with their owners"
-    return make_table("processes", ("Processes on GPUs ", Small(extra)) if extra else "Processes on GPUs", columns, rows)
+    rows = list(rows)
+    name = "processes hosts" if any(isinstance(place, str) and len(place) > 5 for place, _ in rows) else "processes"   # `host:0` needs more than `0:1`
+    return make_table(name, ("Processes on GPUs ", Small(extra)) if extra else "Processes on GPUs", columns, rows)
 
 # %% ../../nbs/ui/cards.ipynb #fcf40dd1
 @dataclass(frozen=True)
@@ -235,11 +238,13 @@ def to_row(
     held: Mapping[int | str, int] = {},   # device's id → bytes
 ) -> WorkerRow:
     "A worker as its row shows it"
-    memory = ", ".join(f"{format_bytes(n)} on GPU {place}" for place, n in held.items())
+    at = "" if worker.host is None else f"{worker.host}:"   # its type says it already
+    memory = ", ".join(f"{format_bytes(n)} on GPU {str(place).removeprefix(at)}" for place, n in held.items())
     if not held and worker.gpu_memory_mb is not None: memory = format_bytes(worker.gpu_memory_mb*2**20)
     plugin = " ".join(text for text in (worker.plugin_name or worker.plugin_id, worker.loaded_plugin_resource) if text)
     status = f"{worker.status} {worker.job_id}" if worker.job_id else worker.status
-    return WorkerRow(worker.pid, printable(worker.worker_type), printable(status), printable(plugin), memory, worker.start_time)
+    kind = worker.worker_type if worker.host is None else f"{worker.worker_type}@{worker.host}"
+    return WorkerRow(worker.pid, printable(kind), printable(status), printable(plugin), memory, worker.start_time)
 
 WORKER_COLUMNS: dict[str, Callable[[WorkerRow], Any]] = {
     "PID": lambda row: row.pid, "type": lambda row: row.type, "status": lambda row: row.status, "plugin": lambda row: row.plugin, "memory": lambda row: row.held}
@@ -342,7 +347,7 @@ def render(
     traces, slots = find_traces(history), dict(state=to_html(_state(sample)), banner=to_html(conflict_banner(sample.gpu)), notes=to_html(notes(sample.gpu)),
         memory_banner="" if sample.memory.status is ResourceStatus.AVAILABLE else to_html(conflict_banner(sample.memory)))
     for i, d in enumerate(view.devices(sample)):
-        same = GpuDevice(d.device.index, d.device.uuid, d.device.name, mig_parent=d.device.mig_parent)  # what a head shows, and no more
+        same = GpuDevice(d.device.index, d.device.uuid, d.device.name, mig_parent=d.device.mig_parent, host=d.device.host)  # what a head shows, and no more
         slots[f"gpu{i}.head"] = _head_html(same, d.status)
         slots[f"gpu{i}.live"] = _live_html(d, tuple(traces.get(device_key(d.device), ())))
     return slots | {"ram.head": to_html(memory_head(sample.memory)), "ram.live": to_html(memory_use(sample.memory))}
