@@ -24,7 +24,8 @@ class Soak:
     "The parts, each on a thread of its own until `stop` is set"
     def __init__(self, driver: SimulatedDriver) -> None:
         self.driver, self.manager, self.stop = driver, ResourceManager(app="soak", gpu_timeout=1.0), threading.Event()
-        self.panel, self.hub = ResourcePanel(self.manager, interval=0.2, controls=True), Hub(ResourceMonitor(self.manager, interval=0.2))
+        self.panel = ResourcePanel(self.manager, interval=0.2, history=60, controls=True)   # a history that is full after the first quarter of a long run
+        self.hub = Hub(ResourceMonitor(self.manager, interval=0.2, history=60))
         self.failed, self.counts = [], dict(workers=0, grants=0, busy=0, faults=0, events=0, checks=0, wrong=0)
 
     def guarded(self, part):
