@@ -210,10 +210,16 @@ def _namespace(proc: str, pid: int | str) -> int | None:
     try: return os.stat(f"{proc}/{pid}/ns/pid").st_ino
     except OSError: return None
 
+@cache
+def _is_in_namespace(pid: int) -> bool:
+    "For this process, which stays in the namespace that it was born in (pid_namespaces(7))"
+    return _namespace("/proc", "self") not in (None, _FIRST_PID_NAMESPACE)
+
+if hasattr(os, "register_at_fork"): os.register_at_fork(after_in_child=_is_in_namespace.cache_clear)
+
 def in_pid_namespace() -> bool:
     "Whether this process sees other PIDs than the driver does"
-    if simulated: return simulated.pid_namespace
-    return _namespace("/proc", "self") not in (None, _FIRST_PID_NAMESPACE)
+    return simulated.pid_namespace if simulated else _is_in_namespace(os.getpid())
 
 # %% ../../nbs/core/host.ipynb #7c1b1d04
 def host_proc() -> str | None:

@@ -102,7 +102,8 @@ def find_pools(
 ) -> dict[ProcessId | None, Pool]:  # by holder; `None` for the device as a whole
     "The promises on a device, with what is used of them"
     here = [c for c in claims if c.device == use.key]
-    if use.processes is None: return {None: Pool(tuple(here), use.device.memory_used or 0)} if here else {}
+    if not here: return {}
+    if use.processes is None: return {None: Pool(tuple(here), use.device.memory_used or 0)}
     holders: dict[ProcessId, list[Claim]] = {}
     for c in here: holders.setdefault(c.holder, []).append(c)
     used = _used_by(use, holders)
@@ -143,17 +144,16 @@ def grant(
 ) -> list[Claim]:  # the same ones, those with a device that were given one
     "Hand out what there is, in the order of asking"
     after = {c.id: c for c in _lower_bases(claims, uses)}
-    total = {u.key: u.device.memory_total or 0 for u in uses}
-    pools = {u.key: find_pools(u, after.values()) for u in uses}
-    room = {u.key: (u.device.memory_free or 0) - sum(p.unused for p in pools[u.key].values()) for u in uses}
-    hoped = {u.key: (u.device.memory_free or 0) + sum(p.consumed for p in pools[u.key].values()) for u in uses}  # if all promises were released
-    by_key, held = {u.key: u for u in uses}, set[str]()
+    by_key, held, room, hoped = {u.key: u for u in uses}, set[str](), dict[str, int](), dict[str, int]()
+    for key, use in by_key.items():
+        pools, free = find_pools(use, after.values()).values(), use.device.memory_free or 0
+        room[key], hoped[key] = free - sum(p.unused for p in pools), free + sum(p.consumed for p in pools)  # hoped: if all promises were released
     for claim in (c for c in claims if c.device is None):
         allowed = [key for key in claim.allowed if key in by_key and key not in held]
         fitting = [key for key in allowed if room[key] >= claim.memory]
         if fitting:
             most = max(room[key] for key in fitting)
-            key = choose([key for key in fitting if room[key] >= most - total[key]/100])
+            key = choose([key for key in fitting if room[key] >= most - (by_key[key].device.memory_total or 0)/100])
             after[claim.id] = replace(claim, device=key, base=_base(claim.holder, by_key[key], list(after.values())))
             room[key] -= claim.memory
         elif hopeful := [key for key in allowed if hoped[key] >= claim.memory]:
@@ -167,6 +167,8 @@ def _base(holder: ProcessId, use: DeviceUse, claims: Sequence[Claim]) -> int:
 
 def _lower_bases(claims: Iterable[Claim], uses: Iterable[DeviceUse]) -> list[Claim]:
     "What a holder has given back of its base and takes again later is the promise being used"
+    claims = list(claims)
+    if not any(c.device for c in claims): return claims
     used = {c.id: pool.used for use in uses for pool in find_pools(use, claims).values() for c in pool.claims}
     return [replace(c, base=used[c.id]) if used.get(c.id, c.base) < c.base else c for c in claims]
 
