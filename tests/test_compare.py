@@ -1,13 +1,22 @@
 "What tutorials/compare.ipynb says of other programs, each row tried on the same simulated devices"
-import subprocess, sys, threading
+import importlib.util, subprocess, sys, threading
 
 import pynvml, pytest
 
 from cjm_fasthtml_resources.core.manager import ResourceManager, ResourceStatus
 from cjm_fasthtml_resources.simulate import SimulatedDriver, SimulatedGpu, SimulatedProcess
 
-nvitop = pytest.importorskip("nvitop", reason="nvitop is not installed")
-gpustat = pytest.importorskip("gpustat", reason="gpustat is not installed")
+pytestmark = pytest.mark.skipif(not all(map(importlib.util.find_spec, ("nvitop", "gpustat"))), reason="nvitop and gpustat are not installed")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def peers():
+    "Both, imported for these tests alone: gpustat changes pynvml's functions for the whole process"
+    global nvitop, gpustat
+    before = dict(vars(pynvml))
+    import gpustat, nvitop
+    yield
+    vars(pynvml).update(before)
 
 
 @pytest.fixture

@@ -90,7 +90,7 @@ def as_installed() -> list[tuple[int, int]]:
         where = run("installed, not from this folder", programs, "python", "-I", "-c",
                     "import cjm_fasthtml_resources as c, fastcore, sys; assert c.__file__.startswith(sys.prefix), c.__file__; assert fastcore.__version__ >= '2'; "
                     "import importlib.util as u; assert u.find_spec('nbdev') is None; print(c.__file__, 'with fastcore', fastcore.__version__)", cwd=Path(tmp))
-        for name in ("tests", "nbs", "benchmarks", "examples", "README.md", ".ci"):  # not the package: what is tested is what is installed
+        for name in ("tests", "nbs", "benchmarks", "examples", "README.md", ".ci", "settings.ini", "tools"):  # not the package: what is tested is what is installed
             (shutil.copytree if (ROOT/name).is_dir() else shutil.copy)(ROOT/name, Path(tmp)/name)
         return [built, where, run("tests against the wheel", programs, "python", "-P" if sys.version_info >= (3, 11) else "-s", "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests", "--ignore=tests/browser", cwd=Path(tmp))]
 
