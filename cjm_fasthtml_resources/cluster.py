@@ -260,7 +260,7 @@ class ClusterResources:
         app: str = "cluster",        # what the hosts' managers are called; clients that name the same one share their queues
         *,
         timeout: float = 5.0,        # seconds for a host to answer
-        **settings: Any,             # further arguments of each host's manager, such as `gpu_memory_threshold_percent`
+        **settings: Any,             # further arguments of each host's manager, such as its threshold; the first client that names the app decides
     ) -> None:
         if not isinstance(client, Client) or client.asynchronous: raise TypeError(f"client must be a distributed.Client that is not asynchronous, not {client!r}")
         self.timeout = _check_number(timeout, "timeout", 1e-2, 1e6)
@@ -272,7 +272,11 @@ class ClusterResources:
         self._sent: dict[str, _Sent] = {}
         self._answers: tuple[float, list[HostAnswer]] | None = None
         client.subscribe_topic(self._topic, self._hear)
-        for plugin in (Rehoming(), self._plugin): client.sync(self._within, client.register_plugin, plugin)
+        for plugin in (Rehoming(), self._plugin):
+            error = client.sync(self._within, client.register_plugin, plugin)
+            if not isinstance(error, Exception): continue
+            if plugin is not self._plugin and not isinstance(error, TimeoutError): raise RuntimeError(f"the scheduler does not take the plugin ({error}); is this package installed there, in this version?") from error
+            _log.warning("a worker did not take the plugin: %s; check_hosts() says which", error)   # it is no reason to do without the others
 
     def __repr__(self) -> str: return f"ClusterResources({self.client.scheduler.address if self.client.scheduler else 'closed'}, app={self._plugin.app!r})"
 

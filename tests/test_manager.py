@@ -8,7 +8,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from cjm_fasthtml_resources.core import host
 from cjm_fasthtml_resources.core.manager import ResourceBusy, ResourceManager, ResourceStatus
-from cjm_fasthtml_resources.simulate import PRESETS, SimulatedDriver, SimulatedGpu, SimulatedProcess, load_scenario
+from cjm_fasthtml_resources.simulate import PRESETS, SimulatedDriver, SimulatedGpu, SimulatedHostProcess, SimulatedMachine, SimulatedProcess, load_scenario
 
 PIDS, JOBS = st.integers(5_000_001, 5_000_005), st.sampled_from(["a", "b", "c"])
 TOTALS = [1_000, 600]  # MiB of the simulated GPUs
@@ -202,6 +202,7 @@ def test_what_is_kept_about_processes_does_not_grow(monkeypatch):
     kept = set(host._known)
     living.kill()
     living.wait()
+    assert host._most[0] <= 2*len(kept) + 5
     assert living.pid in kept and len(kept) <= 2*(len(kept & set(host.resident_memory())) + 1) + 5 < 100
 
 
@@ -239,3 +240,12 @@ def test_a_terminal_shows_an_answer_in_lines():
     assert first.startswith("gpu_memory: available. A GPU job could start now: GPU 0")
     assert devices == ["  GPU 0  NVIDIA RTX 6000 Ada Generation  available: external 14.6 GiB, unattributed 510 MiB, free 32.3 GiB",
                        "  GPU 1  NVIDIA RTX 6000 Ada Generation  external_busy: external 38.6 GiB, unattributed 400 MiB, free 8.4 GiB"]
+
+
+def test_what_is_short_by_default():
+    "45 % of a device and 90 % of the RAM, and exactly that is short already"
+    for percent, gpu, ram in ((44.9, "available", "available"), (45, "external_busy", "available"), (89.9, "external_busy", "available"), (90, "external_busy", "external_busy")):
+        outsider = SimulatedHostProcess(4_200_001, "train.py", "bob", memory_mb=10*percent)
+        with SimulatedDriver([SimulatedGpu(memory_total_mb=1_000, processes=[SimulatedProcess(4_200_001, 10*percent)])], SimulatedMachine(1_000, 10*percent, [outsider])):
+            manager = ResourceManager(track_self=False)
+            assert (manager.check_gpu_availability().status.value, manager.check_memory_availability().status.value) == (gpu, ram), percent

@@ -1,5 +1,5 @@
 "What a user installs: its names, what importing it costs them, and that the texts say what is so"
-import importlib, json, os, pkgutil, re, subprocess, sys
+import dataclasses, importlib, json, os, pkgutil, re, subprocess, sys
 
 import pytest
 from conftest import ROOT
@@ -52,3 +52,12 @@ def test_notebooks_are_nbformat_4_5_with_cell_ids():
     for path in (ROOT/"nbs").rglob("[!_.]*.ipynb"):
         nb = json.loads(path.read_text(encoding="utf-8"))
         assert (nb["nbformat"], nb["nbformat_minor"]) == (4, 5) and all(cell["id"] for cell in nb["cells"]), path
+
+
+@pytest.mark.parametrize("name", ["core.gpu", "core.host", "core.manager", "core.validation", "core.reservations", "core.monitor", "core.plugins", "cluster"])
+def test_what_is_handed_out_cannot_be_changed(name):
+    if name == "cluster": pytest.importorskip("distributed", reason="the extra cluster is not installed")
+    module = importlib.import_module(f"cjm_fasthtml_resources.{name}")
+    found = [x for x in vars(module).values() if isinstance(x, type) and dataclasses.is_dataclass(x) and x.__module__ == module.__name__ and not x.__name__.startswith("_")]
+    assert found or name == "core.plugins"
+    assert [x.__name__ for x in found if not x.__dataclass_params__.frozen] == []

@@ -135,6 +135,15 @@ def test_inside_a_container_what_the_use_grows_by_is_the_promise():
         assert seen() == (6_000, 3_000, 7_000)  # what of the promise is used is the app's
 
 
+def test_what_is_held_is_what_was_asked_for():
+    with SimulatedDriver([SimulatedGpu()]):
+        manager = ResourceManager()
+        with manager.reserve(16.5, ttl=60) as held:
+            assert held.gpu_memory_mb == 16.5 and manager.get_claims()[0].memory == 16.5*2**20
+            assert 59 < manager.get_claims()[0].expires - time.monotonic() <= 60
+            assert held.renew(600) and manager.get_claims()[0].expires - time.monotonic() > 590
+
+
 def test_in_a_fork_the_child_neither_releases_nor_inherits(folder):
     with SimulatedDriver([SimulatedGpu()]):
         for manager, seen in ((ResourceManager(), 0), (ResourceManager(app="fork"), 1)):

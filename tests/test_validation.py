@@ -60,3 +60,19 @@ def test_the_steps_are_logged_and_nothing_is_printed(caplog, capsys):
     with SimulatedDriver([SimulatedGpu()], SimulatedMachine()):
         validate_resources_for_job(ResourceManager(), Registry(), "whisper", {"model": "large", "device": "cuda", "api_token": "hush"})
     assert "whisper: proceed" in caplog.text and "hush" not in caplog.text and capsys.readouterr().out == ""
+
+
+def test_a_worker_that_has_nothing_loaded_depends_on_the_devices():
+    "And one that has something else loaded is reloaded, also where there is room beside it"
+    machine = SimulatedMachine(processes=[SimulatedHostProcess(pid, "worker") for pid in WORKERS])
+    with SimulatedDriver([SimulatedGpu(memory_total_mb=TOTAL, processes=[SimulatedProcess(41, 500)])], machine):
+        manager = ResourceManager(track_self=False)
+
+        def ask(**state):
+            manager.register_worker(41, "transcription", **state)
+            return validate_resources_for_job(manager, Registry(), "whisper", worker_pid=41, gpu_memory_mb=9_000).action
+
+        assert ask() is ValidationAction.PROCEED
+        assert ask(plugin_id="llama", loaded_plugin_resource="tiny") is ValidationAction.RELOAD_PLUGIN
+        assert ask(plugin_name="llama", loaded_plugin_resource="tiny") is ValidationAction.RELOAD_PLUGIN
+        assert ask(plugin_id="whisper", loaded_plugin_resource="large") is ValidationAction.PROCEED
