@@ -142,7 +142,7 @@ def test_a_worker_is_stopped_after_a_question_and_a_selection_stays(jupyter, new
     page.evaluate("""() => getSelection().selectAllChildren([...document.querySelectorAll('.cjm .processes td')].find(td => td.textContent === 'sleep'))""")
     assert notebook.moves() and page.evaluate("getSelection().toString()") == "sleep"
     page.set_viewport_size(dict(width=1400, height=500))
-    pane = page.evaluate_handle("""() => [...document.querySelectorAll('*')].find(e => e.querySelector('.cjm') && e.scrollHeight > e.clientHeight + 20 && ['auto', 'scroll'].includes(getComputedStyle(e).overflowY))""")
+    pane = page.wait_for_function("""() => [...document.querySelectorAll('*')].find(e => e.querySelector('.cjm') && e.scrollHeight > e.clientHeight + 20 && ['auto', 'scroll'].includes(getComputedStyle(e).overflowY))""")
     place = page.evaluate("pane => { pane.scrollTop = 120; return pane.scrollTop; }", pane)
     assert place > 50 and notebook.moves() and page.evaluate("pane => pane.scrollTop", pane) == place
     page.set_viewport_size(dict(width=1400, height=1600))
