@@ -58,6 +58,7 @@ def test_a_command_that_is_none_would_be_found():
 @pytest.mark.parametrize("path", PAGES, ids=lambda p: p.stem)
 def test_blocks_of_python_that_are_shown_only_run(path, monkeypatch, tmp_path):
     monkeypatch.setenv("CJM_RESOURCES_DIR", str(tmp_path/"state"))
+    monkeypatch.chdir(tmp_path)   # FastHTML() writes a key into the current folder
     shown = [block for block in blocks(path, "python") if ">>>" not in block]
     if not shown: return
     pytest.importorskip("fasthtml", reason="the extra web is not installed")
