@@ -74,6 +74,8 @@ def test_what_a_task_holds_is_given_back_however_it_ends(cluster):
     cluster.add("ada", gpus=1, nanny=True)
     with connected(cluster, 1) as (client, resources):
         long = resources.submit(use, 60, gpu_memory_mb=20_000)
+        end = time.monotonic() + 20
+        while not resources.check_hosts()[0].sample.gpu.devices[0].promises: assert time.monotonic() < end   # those that follow find it there
         waits, gives_up = resources.submit(use, 0, gpu_memory_mb=20_000), resources.submit(use, 0, gpu_memory_mb=20_000, timeout=0.5)
         with pytest.raises(ResourceBusy, match="waited for 0.5 s"): gives_up.result(timeout=30)
         end = time.monotonic() + 20
