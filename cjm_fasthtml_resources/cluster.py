@@ -82,11 +82,15 @@ class HostPlugin(WorkerPlugin):
             if cancelled(): raise asyncio.CancelledError(f"the task {key} was cancelled while it waited")
 
         request = self.manager._request(gpu_memory_mb, None, timeout, None, None)
-        held = request.poll()
-        entered()
-        if held is None:
-            secede()
-            held = request.wait(look_up)
+        try:
+            held = request.poll()
+            entered()
+            if held is None:
+                secede()
+                held = request.wait(look_up)
+        except BaseException:
+            request.withdraw()   # whatever ends it, nothing of it stays in the host's queue
+            raise
         with held:
             self._set(key, begins=True)
             try: yield held
@@ -179,7 +183,7 @@ def place(
 ) -> HostAnswer:
     "The host for a task. `ValueError` for more than any device has, `ResourceUnavailable` if there is no device at all"
     usable = {a.host: [d for d in a.devices if d.status is not ResourceStatus.UNAVAILABLE] for a in answers}
-    most = max(((d.device.memory_total or 0) - (d.device.memory_reserved or 0) for devices in usable.values() for d in devices), default=0)
+    most = max((d.device.capacity for devices in usable.values() for d in devices), default=0)
     if not most: raise ResourceUnavailable(f"no host of the cluster has a GPU that can be used: {combine_gpus(answers).message}", combine_gpus(answers))
     if need > most: raise ValueError(f"gpu_memory_mb must be at most {most/2**20:.0f}, which is what the largest device has, not {need/2**20:.0f}")
 
@@ -192,7 +196,7 @@ def place(
 
     def asked(a: HostAnswer) -> int: return a.waiting + sum(sent.get(a.host, ()))
 
-    able = [a for a in answers if any((d.device.memory_total or 0) - (d.device.memory_reserved or 0) >= need for d in usable[a.host])]
+    able = [a for a in answers if any(d.device.capacity >= need for d in usable[a.host])]
     fitting = [a for a in able if room(a) - a.waiting >= need]
     return max(fitting, key=room) if fitting else min(able, key=asked)
 
@@ -225,8 +229,8 @@ def _run(task: _Task, call: Callable[..., Any], *args: Any, **kwargs: Any) -> An
     plugin: Any = worker.plugins[task.plugin]
     with contextlib.ExitStack() as stack:
         try: held = stack.enter_context(plugin.holding(task.key, task.gpu_memory_mb, task.timeout, lambda: worker.log_event(task.topic, task.key), cancelled))
-        except (ValueError, ResourceUnavailable) as error:
-            if plugin.host == task.host or isinstance(error, ResourceBusy): raise
+        except (ValueError, ResourceUnavailable):
+            if plugin.host == task.host: raise
             time.sleep(0.5)     # it was stolen by a host that cannot hold it: back
             raise Reschedule() from None
         token = _current.set(held)
@@ -295,15 +299,17 @@ class ClusterResources:
 
     async def _ask_all(self) -> list[HostAnswer]:
         addresses = list(await self.client.scheduler.ncores())
-        unknown = [a for a in addresses if a not in self._hosts]
+        for gone in self._hosts.keys() - set(addresses): del self._hosts[gone]
+        self._silent.intersection_update(addresses)
+        unknown, strange = [a for a in addresses if a not in self._hosts], dict[str, Any]()   # strange: what kept a worker from telling its host
         for address, name in zip(unknown, await asyncio.gather(*(self._ask(a, "host") for a in unknown))):
-            if isinstance(name, str): self._hosts[address] = name
+            (self._hosts if isinstance(name, str) else strange)[address] = name
         hosts: dict[str, list[str]] = {}
         for a in addresses: hosts.setdefault(self._hosts.get(a, a), []).append(a)
 
         async def answer(name: str, workers: list[str]) -> HostAnswer:
             speaker = next((w for w in workers if w not in self._silent), workers[0])
-            found = await self._ask(speaker, "look") if speaker in self._hosts else TimeoutError(f"it did not answer within {self.timeout:g} s")
+            found = strange[speaker] if speaker in strange else await self._ask(speaker, "look")
             (self._silent.add if isinstance(found, Exception) else self._silent.discard)(speaker)
             if self._silent.issuperset(workers): self._silent.difference_update(workers)   # each was tried: begin anew
             if isinstance(found, Exception): return HostAnswer(name, tuple(workers), reason=str(found) or type(found).__name__)

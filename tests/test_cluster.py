@@ -80,6 +80,8 @@ def test_what_a_task_holds_is_given_back_however_it_ends(cluster):
         with pytest.raises(ResourceBusy, match="waited for 0.5 s"): gives_up.result(timeout=30)
         end = time.monotonic() + 20
         while (answer := resources.check_hosts()[0]).waiting != 20_000*2**20: assert time.monotonic() < end, answer.waiting   # its own turn comes
+        with pytest.raises(ResourceBusy, match="waited for 0 s"): resources.submit(use, 0, gpu_memory_mb=20_000, timeout=0).result(timeout=30)
+        assert resources.check_hosts()[0].waiting == 20_000*2**20                 # who does not wait leaves nothing in the queue
         assert [p.memory for p in answer.sample.gpu.devices[0].promises] == [20_000*2**20]
         assert answer.sample.gpu.status is ResourceStatus.APP_BUSY and [w.status for w in answer.sample.workers] == ["running"]
         waits.cancel()                                                    # it leaves the queue

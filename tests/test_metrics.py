@@ -120,3 +120,13 @@ def test_without_the_extra_the_command_says_so_in_words():
     code = "import sys; sys.modules['prometheus_client'] = None\nfrom cjm_fasthtml_resources.cli import main; main()"
     out = subprocess.run([sys.executable, "-c", code, "serve", "--metrics", "--port", "0"], capture_output=True, text=True, timeout=60)
     assert out.returncode == 69 and "pip install 'cjm-fasthtml-resources[web,prometheus]'" in out.stderr, out.stderr
+
+
+def test_without_the_extra_an_app_gets_no_route_at_all(monkeypatch):
+    from fasthtml.core import FastHTML
+    from cjm_fasthtml_resources.ui.web import resource_routes
+    app = FastHTML(secret_key="of a test", default_hdrs=False)
+    before = len(app.router.routes)
+    monkeypatch.setitem(sys.modules, "cjm_fasthtml_resources.ui.metrics", None)
+    with pytest.raises(ImportError): resource_routes(app, ResourceManager(), metrics="/metrics")
+    assert len(app.router.routes) == before

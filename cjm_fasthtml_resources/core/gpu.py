@@ -50,6 +50,11 @@ class GpuDevice:
         here = self.index if self.mig_parent is None else f"{self.mig_parent}:{self.index}"
         return here if self.host is None else f"{self.host}:{here}"
 
+    @property
+    def capacity(self) -> int:
+        "Bytes that programs can have when nobody has any: without what the driver keeps for itself"
+        return (self.memory_total or 0) - (self.memory_reserved or 0)
+
 # %% ../../nbs/core/gpu.ipynb #e79f7410
 @dataclass(frozen=True)
 class GpuSnapshot:

@@ -1115,7 +1115,7 @@ class ResourceManager:
             allowed = select_devices(visible, device)
             usable = [d for d in allowed if d in readable]
             if not usable: raise ResourceUnavailable(f"The device {device!r} cannot be used: {allowed[0].reason}.", self._judge(snapshot))
-            most = max((d.memory_total or 0) - (d.memory_reserved or 0) for d in usable)
+            most = max(d.capacity for d in usable)
             if memory > most: raise ValueError(f"gpu_memory_mb must be at most {most/2**20:.0f}, which is what the largest device has, not {gpu_memory_mb!r}")
             return usable
 

@@ -201,7 +201,12 @@ class ResourceMonitor:
 
     def take(self) -> Sample:
         "Look now, on this thread. It is kept as the latest, and told to nobody"
-        return self._keep_sample(self._number(take_sample(self.manager) if isinstance(self.manager, ResourceManager) else self.manager.take_sample()))
+        return self._keep_sample(self._number(self._look(read_gpus)))
+
+    def current(self) -> Sample:
+        "The last sample if it is of this moment, else one that is taken now; a pause is kept"
+        latest = self.latest
+        return latest if latest and (not latest.stale or self._paused) else self.take()
 
     def subscribe(
         self,
@@ -292,15 +297,15 @@ class ResourceMonitor:
                     return
                 late = time.monotonic() - self._due  # the next one is due a whole number of intervals later, however long this one takes
                 self._due += self._interval*max(math.ceil(late/self._interval), 1)
-            try: self._tell(self._keep_sample(self._number(self._look())))
+            try: self._tell(self._keep_sample(self._number(self._look(self._read))))
             except Exception as error:  # whatever goes wrong, the thread goes on and the subscribers are told
                 reason = f"the last look failed: {error}"
                 if self._latest is None or self._latest.stale != reason: _log.exception("the resource monitor could not look; the same again is not logged")
                 self._mark(reason)
 
-    def _look(self) -> Sample:
+    def _look(self, read: Callable[[float], GpuSnapshot]) -> Sample:
         if not isinstance(self.manager, ResourceManager): return self.manager.take_sample()
-        return take_sample(self.manager, self._read(self.manager.gpu_timeout))
+        return take_sample(self.manager, read(self.manager.gpu_timeout))
 
     def _read(self, timeout: float) -> GpuSnapshot:
         "Read the driver; if that takes longer than a sample is good for, say so and go on waiting"

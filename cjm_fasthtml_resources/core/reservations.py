@@ -249,9 +249,9 @@ class Ledger:
             with self.store.reading() as db: version, claims = _all(db)
             uses, over = (look() if attempt < 3 else ()), self._over(claims)
             with self.store.transaction() as db:
-                now, claims = _all(db)
+                seen, claims = _all(db)
                 if attempt == 3: uses, over = look(), self._over(claims)
-                elif now != version: continue
+                elif seen != version: continue
                 return self._apply(db, claims, over, ask(), uses)
         raise AssertionError("the last attempt always ends")
 

@@ -201,7 +201,7 @@ def decide_by_device(
         return _proceed(f"GPU {free.device.id} ({free.device.name or 'no name'}) has {format_bytes(free.room)} free.", conflict=conflict, device=free.device)
     short = "" if job.memory is None else f"It needs {format_bytes(job.memory)}. "
     usable = [d.device for d in conflict.devices if d.status is not ResourceStatus.UNAVAILABLE]
-    if job.memory is not None and job.memory > max((d.memory_total or 0) - (d.memory_reserved or 0) for d in usable):
+    if job.memory is not None and job.memory > max(d.capacity for d in usable):
         return _blocked(ValidationAction.ABORT, f"{short}No GPU here has so much, the largest has {format_bytes(max(d.memory_total or 0 for d in usable))}.", conflict=conflict)
     let_go = [own] if own else []
     if there and _could_have_room(conflict.devices, job.memory, [*there, *let_go]): return _decide_by_workers(job, there, conflict, let_go, short)

@@ -125,16 +125,11 @@ class ResourceCollector:
         "Nothing: so registering does not ask the driver"
         return []
 
-    def look(self) -> Sample:
-        "The last sample if it is of this moment, else one that is taken now; a pause is kept"
-        latest = self.monitor.latest
-        return latest if latest and (not latest.stale or self.monitor.paused) else self.monitor.take()
-
     def collect(self) -> list[Metric]:
         "What one scrape gets"
         found: list[Metric] = []
         try:
-            sample, manager = self.look(), self.monitor.manager
+            sample, manager = self.monitor.current(), self.monitor.manager
             found += [*verdict_metrics(sample), *device_metrics(sample.gpu.devices), *memory_metrics(sample.memory), *worker_metrics(sample.workers)]
             if self.processes: found += process_metrics(sample.gpu.devices)
             found.append(_gauge("sample_age_seconds", "Time since the figures were read", [], [([], time.monotonic() - sample.taken)]))

@@ -119,9 +119,7 @@ class Hub:
 
     def render(self, sample: Sample | None = None) -> Slots:
         "A sample's slots; without one, those of the last sample or of one that is taken now"
-        if sample is None:
-            sample = self.monitor.latest
-            if sample is None or sample.stale and not self.monitor.paused: sample = self.monitor.take()
+        if sample is None: sample = self.monitor.current()
         return {**render(sample, self.monitor.history, self.view), **render_tables(sample, self.view, self.actions)}
 
     def publish(self, sample: Sample) -> None:
@@ -252,8 +250,11 @@ class _Bounded:
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         body, end = b"", time.monotonic() + _SLOW
         while True:
-            try: message = await asyncio.wait_for(receive(), max(end - time.monotonic(), 0))
-            except asyncio.TimeoutError: return await PlainTextResponse(f"the request did not come within {_SLOW:g} s", 408)(scope, receive, send)
+            coming = asyncio.ensure_future(receive())
+            try:
+                if not await _done(coming, max(end - time.monotonic(), 0)): return await PlainTextResponse(f"the request did not come within {_SLOW:g} s", 408)(scope, receive, send)
+            finally: coming.cancel()
+            message = coming.result()
             if message["type"] == "http.disconnect": return
             body += message.get("body", b"")
             if len(body) > _BODY: return await PlainTextResponse(f"the request may have {_BODY} bytes", 413)(scope, receive, send)
@@ -314,6 +315,7 @@ def resource_routes(
     for name, path in (("prefix", prefix), ("metrics", metrics)):
         if path is not None and (not path.startswith("/") or path.endswith("/")): raise ValueError(f"{name} must begin with a slash and not end with one, not {path!r}")
     monitor = monitor or ResourceMonitor(manager, interval)
+    scrape = _metrics_handler(monitor) if metrics else None   # before anything is added: it may not be installed
     hub = Hub(monitor, view, (_stop_column(prefix),) if controls else ())
 
     async def page(req: Request) -> Any: return HTMLResponse(_page(await asyncio.to_thread(hub.render), prefix), headers={"Cache-Control": "no-store"})
@@ -336,7 +338,7 @@ def resource_routes(
 
     for path, handler in (("", page), ("/fragment", fragment), ("/stream", stream), ("/live", live)): add(f"{prefix}{path}", handler)
     if controls: add(f"{prefix}/stop", stop, "POST")
-    if metrics: add(metrics, _metrics_handler(monitor))
+    if metrics and scrape: add(metrics, scrape)
     return ResourceRoutes(hub, monitor)
 
 # %% ../../nbs/ui/web.ipynb #d4f291da
