@@ -1,5 +1,5 @@
 "What the pages tell people to type, besides the cells that nbdev_test runs: each command is one, each extra exists, each block of Python runs"
-import configparser, json, re, shlex
+import configparser, json, os, re, shlex, signal, subprocess, sys
 from pathlib import Path
 
 import click, pytest
@@ -53,6 +53,37 @@ def test_what_is_typed_in_a_shell_is_a_command(path):
 def test_a_command_that_is_none_would_be_found():
     for wrong in (["cjm-resources", "--no-such"], ["cjm-resources", "wait", "--timeout", "1m"], ["cjm-resources", "wit"], ["cjm-resources", "serve", "--port", "x"]):
         with pytest.raises(click.UsageError): check_command(wrong)
+
+
+TYPED = sorted({line.partition(" #")[0].strip() for path in PAGES for block in blocks(path, "sh") for line in block.splitlines() if re.match(r"(\w+=\S+ )?cjm-resources", line)})
+
+
+@pytest.mark.parametrize("line", TYPED)
+def test_a_command_in_a_block_runs(line, tmp_path):
+    "On a simulated idle machine where it names none; what goes on until Ctrl-C gets it"
+    (tmp_path/"train.py").write_text("print('trained')")
+    command = line if "--simulate" in line else line.replace("cjm-resources", "cjm-resources --simulate idle", 1)
+    endless = "--watch" in line or " serve" in line
+    if " serve" in line: command += " --port 0"
+    env = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}", "CJM_RESOURCES_DIR": str(tmp_path/"state"), "PYTHONUNBUFFERED": "1"}
+    with subprocess.Popen(["sh", "-c", f"exec {command}" if endless and "=" not in command.split()[0] else command], env=env, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True) as process:
+        if endless:
+            shown = process.stdout.readline()
+            os.killpg(process.pid, signal.SIGINT)
+        out, err = process.communicate(timeout=60)
+    if endless: out = shown + out
+    assert "Traceback" not in err and (out + err or "/dev/null" in line), err
+    if "train.py" in line and "shared" not in line: assert out.strip() == "trained" and process.returncode == 0
+    elif not endless and "exit" not in line and "shared" not in line: assert process.returncode == 0, err
+
+
+def test_blocks_of_yaml_are_yaml():
+    "Prometheus' own are run by test_metrics.py; a Pod mounts the host's /proc where it is looked for"
+    yaml = pytest.importorskip("yaml", reason="PyYAML is not installed")
+    found = [yaml.safe_load(block) for path in PAGES for block in blocks(path, "yaml")]
+    (pod,) = [x["spec"] for x in found if x.get("kind") == "Pod"]
+    (volume,), ((mount,),) = pod["volumes"], [c["volumeMounts"] for c in pod["containers"]]
+    assert (mount["mountPath"], mount["readOnly"], mount["name"], volume["hostPath"]["path"]) == ("/host/proc", True, volume["name"], "/proc")
 
 
 @pytest.mark.parametrize("path", PAGES, ids=lambda p: p.stem)
