@@ -42,11 +42,13 @@ def test_owners(worker):
         assert manager.check_gpu_availability().devices[0].processes[0].owner == "external"
         manager.register_worker(worker.pid, "llm")
         assert manager.check_gpu_availability().devices[0].processes[0].owner == "app"
+        assert not [name for name in (*dir(nvitop.take_snapshots().gpu_processes[0]), *gpustat.new_query().gpus[0].processes[0]) if "owner" in name or "app" in name.split("_")]
 
 
 def test_ram():
     assert ResourceManager().check_memory_availability().memory.memory.total > 0
     assert nvitop.host.virtual_memory().total > 0
+    with SimulatedDriver([SimulatedGpu()]): assert not [key for key in gpustat.new_query().jsonify() if "mem" in key or "ram" in key]
 
 
 def waiting(look, seconds) -> threading.Thread:
