@@ -21,8 +21,8 @@ from rich.text import Text
 
 from . import __version__
 from .core.host import format_bytes, has_ended, printable, read_process
-from .core.manager import (DeviceStatus, MemoryStatus, OwnedProcess, ResourceBusy, ResourceConflict, ResourceManager,
-                                                 ResourceStatus, ResourceUnavailable, WorkerState, _check_app)
+from .core.classify import DeviceStatus, MemoryStatus, OwnedProcess, ResourceConflict, ResourceStatus, WorkerState
+from .core.manager import ResourceBusy, ResourceManager, ResourceUnavailable, _check_app
 from .core.monitor import Sample, take_sample
 from .core.reservations import Ledger
 from .core.store import Store, StoreError, store_path

@@ -16,9 +16,8 @@ from distributed import Client, Future, Reschedule, SchedulerPlugin, WorkerPlugi
 
 from .core.gpu import GpuDevice, visible_env
 from .core.host import HostMemory, format_bytes
-from .core.manager import (
-    DeviceStatus, MemoryStatus, ResourceBusy, ResourceConflict, ResourceManager, ResourceStatus, ResourceType, ResourceUnavailable,
-    WorkerState, _check_number, _check_pid, conclude, redact)
+from .core.classify import DeviceStatus, MemoryStatus, ResourceConflict, ResourceStatus, ResourceType, WorkerState, conclude, redact
+from .core.manager import ResourceBusy, ResourceManager, ResourceUnavailable, _check_number, _check_pid
 from .core.monitor import Sample, take_sample
 from .core.reservations import Reservation
 from .core.store import StoreError

@@ -7,8 +7,9 @@ from hypothesis import given, settings, strategies as st
 from cjm_fasthtml_resources.cli import parse_duration, parse_size
 from cjm_fasthtml_resources.core import host
 from cjm_fasthtml_resources.core.gpu import GpuDevice, visible_devices
-from cjm_fasthtml_resources.core.manager import OwnedProcess, ResourceManager, ResourceStatus, WorkerState, redact
-from cjm_fasthtml_resources.core.manager import to_row as to_stored_row
+from cjm_fasthtml_resources.core.classify import OwnedProcess, ResourceStatus, WorkerState, redact
+from cjm_fasthtml_resources.core.manager import ResourceManager
+from cjm_fasthtml_resources.core.roster import to_row as to_stored_row
 from cjm_fasthtml_resources.simulate import ScenarioError, make_driver
 from cjm_fasthtml_resources.ui.cards import process_table, to_html, to_row, worker_table
 

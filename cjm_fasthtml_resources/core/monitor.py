@@ -14,7 +14,8 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from .gpu import GpuSnapshot, read_gpus
-from .manager import ResourceConflict, ResourceManager, ResourceStatus, WorkerState, _check_number
+from .classify import ResourceConflict, ResourceStatus, WorkerState
+from .manager import ResourceManager, _check_number
 from .reservations import device_key
 from .settings import MONITOR_SCHEMA
 from .store import StoreError

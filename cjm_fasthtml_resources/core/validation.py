@@ -17,9 +17,8 @@ from . import host
 from .display import repr_html
 from .gpu import GpuDevice
 from .host import format_bytes
-from .manager import (DeviceStatus, GpuChoice, ResourceBusy, ResourceConflict, ResourceManager, ResourceStatus,
-                                                 ResourceUnavailable, WorkerState, _check_number, _listed, _promised_on, conclude, device_place,
-                                                 held_by)
+from .classify import DeviceStatus, ResourceConflict, ResourceStatus, WorkerState, conclude, held_by, _listed, _promised_on
+from .manager import GpuChoice, ResourceBusy, ResourceManager, ResourceUnavailable, _check_number, device_place
 from .store import StoreError
 from .plugins import (PluginRegistry, PluginResourceRequirements, compare_plugin_resources, device_kind, find_plugin,
                                                  read_requirements)

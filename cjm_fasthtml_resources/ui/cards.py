@@ -20,8 +20,8 @@ from fastcore.xml import FT, B, Caption, Div, P, Safe, Small, Span, Style, Table
 
 from ..core.gpu import GpuDevice, GpuSnapshot
 from ..core.host import format_bytes, printable
-from ..core.manager import (DeviceStatus, OwnedProcess, ResourceConflict, ResourceManager, ResourceStatus, WorkerState,
-                                                 held_by)
+from ..core.classify import DeviceStatus, OwnedProcess, ResourceConflict, ResourceStatus, WorkerState, held_by
+from ..core.manager import ResourceManager
 from ..core.monitor import History, Sample, take_sample
 from ..core.reservations import device_key
 from ..core.validation import ValidationAction, ValidationResult

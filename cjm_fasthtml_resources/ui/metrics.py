@@ -15,7 +15,8 @@ from prometheus_client import CollectorRegistry
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, InfoMetricFamily, Metric, StateSetMetricFamily
 from prometheus_client.exposition import choose_encoder
 
-from ..core.manager import DeviceStatus, ResourceConflict, ResourceManager, ResourceStatus, WorkerState
+from ..core.classify import DeviceStatus, ResourceConflict, ResourceStatus, WorkerState
+from ..core.manager import ResourceManager
 from ..core.monitor import ResourceMonitor, Sample
 from ..core.reservations import Claim, Waits
 

@@ -15,7 +15,8 @@ import ipywidgets as widgets
 from fastcore.xml import P
 
 from ..core.host import printable
-from ..core.manager import ResourceManager, WorkerState
+from ..core.classify import WorkerState
+from ..core.manager import ResourceManager
 from ..core.monitor import ResourceMonitor, Sample, TakesSamples
 from .cards import CSS, PROCESS_COLUMNS, SORTS, WORKER_COLUMNS, View, make_table, overview, process_table, render, to_html, worker_table
 
