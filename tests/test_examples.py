@@ -1,5 +1,5 @@
 "The examples of the notebooks, against the installed package: no nbdev, no IPython, the module instead of the exported cells"
-import ast, asyncio, importlib, inspect, json, re, subprocess, sys
+import ast, asyncio, contextlib, importlib, inspect, io, json, re, subprocess, sys
 from pathlib import Path
 
 import psutil, pytest
@@ -9,7 +9,13 @@ NOTEBOOKS = sorted(path for path in (ROOT/"nbs").rglob("[!_.]*.ipynb") if path.s
 
 
 def code_cells(path: Path) -> list[str]:
-    return ["".join(cell["source"]) for cell in json.loads(path.read_text(encoding="utf-8"))["cells"] if cell["cell_type"] == "code"]
+    return [source for source, _ in code_and_prints(path)]
+
+
+def code_and_prints(path: Path) -> list[tuple[str, str]]:
+    "Each code cell, and what the notebook keeps of what it printed"
+    cells = [cell for cell in json.loads(path.read_text(encoding="utf-8"))["cells"] if cell["cell_type"] == "code"]
+    return [("".join(cell["source"]), "".join(line for o in cell["outputs"] if o.get("name") == "stdout" for line in o["text"])) for cell in cells]
 
 
 def is_example(source: str) -> bool:
@@ -19,17 +25,19 @@ def is_example(source: str) -> bool:
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: str(path.relative_to(ROOT/"nbs").with_suffix("")))
 def test_examples(path, monkeypatch):
     monkeypatch.chdir(path.parent)
-    cells = code_cells(path)
-    target = next((found[1] for cell in cells if (found := re.search(r"#\|\s*default_exp (\S+)", cell))), None)
+    cells = code_and_prints(path)
+    target = next((found[1] for cell, _ in cells if (found := re.search(r"#\|\s*default_exp (\S+)", cell))), None)
     names = dict(vars(importlib.import_module(f"cjm_fasthtml_resources.{target}"))) if target else {}
     names["__name__"] = "__main__"
-    examples = [re.sub(r"^from nbdev.*\n?", "", cell, flags=re.M) for cell in cells]
-    examples = [cell for cell in examples if is_example(cell) and cell.strip()]
+    examples = [(re.sub(r"^from nbdev.*\n?", "", cell, flags=re.M), kept) for cell, kept in cells]
+    examples = [(cell, kept) for cell, kept in examples if is_example(cell) and cell.strip()]
     assert len(examples) >= 3 or not target
-    for cell in examples:
+    for cell, kept in examples:
         code = compile(cell, f"{path.name}: {cell[:60]!r}", "exec", flags=ast.PyCF_ALLOW_TOP_LEVEL_AWAIT)  # as in a notebook
-        if code.co_flags & inspect.CO_COROUTINE: asyncio.run(eval(code, names))
-        else: exec(code, names)
+        with contextlib.redirect_stdout(io.StringIO()) as printed:
+            if code.co_flags & inspect.CO_COROUTINE: asyncio.run(eval(code, names))
+            else: exec(code, names)
+        assert printed.getvalue().strip() == kept.strip(), cell
 
 
 def test_the_example_program_shows_what_it_says_and_leaves_nothing_running():
