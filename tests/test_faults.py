@@ -1,6 +1,6 @@
 """Every NVML call that the library makes, with every error that nvml.h defines, once, always and after good answers,
 seen through the check, the monitor, the panel, the stream and the command; and every call that hangs"""
-import json, random, time
+import json, random, threading, time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
@@ -131,6 +131,8 @@ def test_a_call_that_hangs_costs_one_answer_and_no_more(call):
         began = time.monotonic()
         conflict = manager.check_gpu_availability()
         assert time.monotonic() - began < 1 and conflict.status is UNAVAILABLE and "did not answer within 0.15 s" in conflict.message, conflict.message
+        for _ in range(20): assert manager.check_gpu_availability().status is UNAVAILABLE   # the time limit has run out for all of them
+        assert time.monotonic() - began < 1 and sum(t.name == "nvml-reader" for t in threading.enumerate()) == 1
         driver.recover()
         deadline = time.monotonic() + 5
         while statuses(manager.check_gpu_availability()) != GOOD: assert time.monotonic() < deadline
