@@ -1,5 +1,5 @@
 "What examples show in passing, held exactly: each argument is passed on, each message says who and what, each boundary is where it is said to be"
-import logging, os, sqlite3
+import logging, os, sqlite3, threading, time
 from dataclasses import replace
 from pathlib import Path
 
@@ -142,6 +142,39 @@ def test_a_refresh_takes_what_is_new_and_warns_of_what_is_not_there(caplog):
     assert manager.refresh_worker(9) is after
     manager._children[os.getpid()][9] = 0.5   # as if the number had changed hands since
     assert manager.refresh_worker(9) == after and manager._children[os.getpid()] == {9: 0.5}   # the child that was declared is not taken for another
+
+
+def test_a_plugin_that_hangs_holds_up_no_check_and_is_heard_when_it_answers(caplog, monkeypatch):
+    answer, calls = threading.Event(), []
+
+    class Hanging(Server):
+        def get_child_pids(self):
+            calls.append(threading.current_thread())
+            if len(calls) > 1: answer.wait(10)
+            return self.children + [os.getpid()][:answer.is_set()]
+
+    other = Server()
+    with SimulatedDriver([SimulatedGpu()]):
+        manager = ResourceManager()
+        for pid, plugin in [(7, Hanging()), (8, other)]: manager.register_worker(pid, "llm", plugin_instance=plugin)
+        monkeypatch.setattr("cjm_fasthtml_resources.core.manager._REFRESH_AFTER", 0.05)
+        monkeypatch.setattr("cjm_fasthtml_resources.core.manager._PLUGIN_WITHIN", 0.3)
+        other.children = [GONE + 1]
+        time.sleep(0.06)
+        began = time.monotonic()
+        assert manager.check_gpu_availability().status is ResourceStatus.AVAILABLE and 0.3 <= time.monotonic() - began < 2
+        assert warned(caplog) == ["the plugin of worker 7 does not answer within 0.3 s; what it said before counts until it does"]
+        assert manager.get_worker_by_pid(7).child_pids == [GONE] and manager.get_worker_by_pid(8).child_pids == [GONE + 1]   # the others are heard
+        time.sleep(0.06)
+        began = time.monotonic()
+        for _ in range(20): manager.check_gpu_availability()
+        assert time.monotonic() - began < 0.3 and len(calls) == 2 and not warned(caplog)   # not waited for again, and no second thread
+        answer.set()
+        calls[1].join(5)
+        assert manager.get_worker_by_pid(7).child_pids == [GONE, os.getpid()]
+        time.sleep(0.06)
+        manager.check_gpu_availability()
+        assert len(calls) == 3
 
 
 def test_a_rented_machine_costs_what_its_plugin_estimates_else_its_price_per_hour(caplog):

@@ -226,7 +226,7 @@ def test_a_hundred_clients_share_one_sampler_and_leave_nothing():
 
 
 def test_a_sampler_that_is_held_up_makes_the_stream_say_so(monkeypatch):
-    "A plugin that hangs holds up the sampler's thread; the clients hear of it all the same"
+    "Whatever it is that holds up the sampler's thread, the clients hear of it"
     async def main():
         async for event in hub.events():
             if b"NVIDIA L4" in event and not held.is_set(): held.set()

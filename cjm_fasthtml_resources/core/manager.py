@@ -8,7 +8,7 @@ __all__ = ['PLUGIN_RESOURCE_CONFIG_KEYS', 'UNCHANGED', 'ResourceBusy', 'Resource
            'WorkerState']
 
 # %% ../../nbs/core/manager.ipynb #988cfa97
-import contextlib, inspect, json, logging, os, re, threading, time
+import contextlib, inspect, json, logging, math, os, re, threading, time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
@@ -71,6 +71,7 @@ def _cloud_fields(plugin: Any, before: WorkerState = _NOBODY) -> dict[str, Any]:
 
 # %% ../../nbs/core/manager.ipynb #5d596948
 _REFRESH_AFTER = 3.0  # seconds after which a check asks a lifecycle-aware plugin again
+_PLUGIN_WITHIN = 1.0  # seconds that a check waits for the answers
 
 def _ask_fields(plugin: Any, before: WorkerState = _NOBODY) -> dict[str, Any]:
     return {**_lifecycle_fields(plugin, before), **_cloud_fields(plugin, before)}
@@ -320,9 +321,24 @@ class ResourceManager:
         return None
 
     def _refresh_stale(self) -> None:
-        "Ask the lifecycle-aware plugins again whose answers are old"
-        with self._lock: stale = [pid for pid, at in self._asked.items() if time.monotonic() - at > _REFRESH_AFTER]
-        for pid in stale: self.refresh_worker(pid)
+        "Ask the lifecycle-aware plugins again whose answers are old. One that hangs costs its thread, and is not asked again until it answers"
+        began, failed = time.monotonic(), list[StoreError]()
+
+        def ask(pid: int) -> None:
+            try: self.refresh_worker(pid)
+            except StoreError as error: failed.append(error)
+            finally:
+                with self._lock:
+                    if pid in self._asked: self._asked[pid] = time.monotonic()
+
+        with self._lock:
+            asking = {pid: threading.Thread(target=ask, args=(pid,), name="plugin-refresh", daemon=True) for pid, at in self._asked.items() if began - at > _REFRESH_AFTER}
+            self._asked.update(dict.fromkeys(asking, math.inf))   # until it answers
+        for thread in asking.values(): thread.start()
+        for pid, thread in asking.items():
+            thread.join(max(began + _PLUGIN_WITHIN - time.monotonic(), 0))
+            if thread.is_alive(): _log.warning("the plugin of worker %d does not answer within %g s; what it said before counts until it does", pid, _PLUGIN_WITHIN)
+        if failed: raise failed[0]
 
     def update_worker_state(
         self,
