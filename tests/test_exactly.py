@@ -1,5 +1,5 @@
 "What examples show in passing, held exactly: each argument is passed on, each message says who and what, each boundary is where it is said to be"
-import logging, os, sqlite3, threading, time
+import asyncio, json, logging, os, sqlite3, threading, time
 from dataclasses import replace
 from pathlib import Path
 
@@ -7,10 +7,11 @@ import pytest
 
 from cjm_fasthtml_resources.core import host, store
 from cjm_fasthtml_resources.core.classify import DeviceStatus, OwnedProcess, ResourceConflict, ResourceStatus, ResourceType, WorkerState
-from cjm_fasthtml_resources.core.gpu import GpuDevice
+from cjm_fasthtml_resources.core.gpu import GpuDevice, visible_env
 from cjm_fasthtml_resources.core.host import ProcessId, ProcessInfo
-from cjm_fasthtml_resources.core.manager import ResourceBusy, ResourceManager, ResourceUnavailable
-from cjm_fasthtml_resources.simulate import SimulatedDriver, SimulatedGpu, SimulatedProcess
+from cjm_fasthtml_resources.core import manager as module
+from cjm_fasthtml_resources.core.manager import ResourceBusy, ResourceManager, ResourceUnavailable, plan_room
+from cjm_fasthtml_resources.simulate import SimulatedDriver, SimulatedGpu, SimulatedMachine, SimulatedProcess
 
 GONE = 2**22 + 1  # Linux gives no number as high as this
 
@@ -144,6 +145,40 @@ def test_a_refresh_takes_what_is_new_and_warns_of_what_is_not_there(caplog):
     assert manager.refresh_worker(9) == after and manager._children[os.getpid()] == {9: 0.5}   # the child that was declared is not taken for another
 
 
+def test_a_plugin_that_fails_is_named_with_what_it_did(caplog):
+    class Odd(Server):
+        def get_execution_mode(self): raise RuntimeError("not ready")
+        def get_child_pids(self): return [GONE, "7", True, -1, 0, 1]
+        def get_managed_resources(self): return {"container_id": "c0ffee", "conda_env": "speech"}
+
+    manager, plugin = ResourceManager(), Odd()
+    state = manager.register_worker(7, "llm", plugin_instance=plugin)
+    assert (state.execution_mode, state.child_pids, state.container_id, state.conda_env) == (None, [GONE, 1], "c0ffee", "speech")
+    assert warned(caplog) == ["Odd.get_execution_mode() raised RuntimeError: not ready", "Odd.get_child_pids() gave ['7', True, -1, 0], which are no PIDs"]
+    plugin.get_execution_mode, plugin.get_child_pids = (lambda: "docker"), (lambda: [])
+    assert manager.refresh_worker(7).execution_mode == "docker" and not warned(caplog)
+
+    def fails(*args): raise RuntimeError("later")
+    for name in ("get_execution_mode", "get_child_pids", "get_managed_resources"): setattr(plugin, name, fails)
+    assert manager.refresh_worker(7).execution_mode == "docker"   # what it said last still holds
+    assert warned(caplog) == [f"Odd.{name}() raised RuntimeError: later" for name in ("get_execution_mode", "get_child_pids", "get_managed_resources")]
+
+
+def test_a_rented_machine_is_known_as_long_as_its_plugin_says_so(caplog):
+    class Rented:
+        info = {"provider": "x", "region": "eu", "secret_field": 1}
+        def get_remote_resource_info(self): return self.info
+
+    manager, plugin = ResourceManager(), Rented()
+    known = ("provider", "region", "instance_id", "status", "ssh_host", "gpu_count", "gpu_type", "estimated_cost_per_hour")
+    first = manager.register_worker(7, "llm", plugin_instance=plugin)
+    assert first.is_remote and first.remote_resource == {name: plugin.info.get(name) for name in known}
+    plugin.get_remote_resource_info = lambda: 1/0
+    assert manager.refresh_worker(7).remote_resource == first.remote_resource and warned(caplog) == ["Rented.get_remote_resource_info() raised ZeroDivisionError: division by zero"]
+    plugin.get_remote_resource_info = lambda: None
+    assert not manager.refresh_worker(7).is_remote and manager.get_worker_by_pid(7).remote_resource is None
+
+
 def test_a_plugin_that_hangs_holds_up_no_check_and_is_heard_when_it_answers(caplog, monkeypatch):
     answer, calls = threading.Event(), []
 
@@ -224,7 +259,113 @@ def test_waiting_passes_its_arguments_on(monkeypatch):
     assert asked == [((1_000, 1, 5), {"progress": False}), ((1_000, 0, None), {"progress": True})]
 
 
+def test_waiting_without_blocking_passes_its_arguments_on_too(monkeypatch, spawn):
+    asked, bars = [], []
+    child = spawn("input()").pid
+    with SimulatedDriver([SimulatedGpu(), SimulatedGpu()]):
+        manager = ResourceManager()
+        reserve_async, progress = manager.reserve_async, manager._progress
+        monkeypatch.setattr(manager, "_progress", lambda request, wanted: (bars.append(wanted), progress(request, wanted))[1])
+
+        async def main():
+            async with manager.reserve_async(1_000, 1, ttl=50, pid=child) as held:
+                claim, = manager.get_claims()
+                assert held.index == 1 and held.holder.pid == child and claim.ttl == 50 and bars == [False]
+            async with manager.reserve_async(1_000, progress=True): assert bars == [False, True]
+            with pytest.raises(ResourceBusy, match="waited for 0 s"):
+                async with manager.reserve_async(20_000, 0), manager.reserve_async(20_000, 0, 0): pass
+            monkeypatch.setattr(manager, "reserve_async", lambda *args, **kw: (asked.append((args, kw)), reserve_async(*args, **kw))[1])
+            assert (await manager.wait_for_gpu_async(1_000, 1, 5)).devices[0].index == 1
+            assert (await manager.wait_for_gpu_async(1_000, 0, progress=True)).devices[0].index == 0
+
+        asyncio.run(main())
+    assert asked == [((1_000, 1, 5), {"progress": False}), ((1_000, 0, None), {"progress": True})]
+
+
+def test_a_child_sees_the_devices_by_uuid_and_where_there_is_none_by_number():
+    assert visible_env([GpuDevice(0, "GPU-a"), GpuDevice(3)]) == {"CUDA_VISIBLE_DEVICES": "GPU-a,3"}
+
+
+def test_room_is_made_with_exactly_what_is_needed():
+    def on(index, *processes): return DeviceStatus(GpuDevice(index, memory_total=1_000, memory_used=900, memory_free=100), ResourceStatus.APP_BUSY, tuple(OwnedProcess(pid, "app", size) for pid, size in processes))
+    first, second = WorkerState(1, "llm"), WorkerState(2, "llm")
+    assert plan_room([on(0, (1, 60), (2, 600))], [first, second], 160) == [first] and plan_room([on(0, (1, 60), (2, 600))], [first, second], 161) == [first, second]
+    assert plan_room([on(0, (2, 600))], [first, second], 700) == [second] and plan_room([on(0, (2, 600))], [first, second], 100) == []
+    idle = WorkerState(1, "llm", start_time=1.0)
+    assert [module._is_idle(w) for w in (idle, replace(idle, status="running"), replace(idle, job_id="a"), replace(idle, start_time=None))] == [True, False, False, False]
+
+
+def test_what_cannot_be_made_free_is_said_with_who_holds_it(monkeypatch):
+    manager = ResourceManager()
+    with SimulatedDriver([SimulatedGpu(memory_total_mb=1_000, memory_reserved_mb=0), SimulatedGpu(memory_total_mb=3_000, memory_reserved_mb=0, processes=[SimulatedProcess(GONE, 500)])]):
+        assert manager.free_gpu(2_500) == [] and manager.free_gpu(0) == []   # exactly as much as there is
+        with pytest.raises(ResourceBusy, match=r"^2.9 GiB cannot be made free by stopping idle workers\. A GPU job could start now") as busy: manager.free_gpu(3_000)
+        assert len(busy.value.conflict.devices) == 2
+        with pytest.raises(ValueError, match="^mb must be at most 3000, which is what the largest device has, not 3001$"): manager.free_gpu(3_001)
+        with pytest.raises(ValueError, match="^mb must be 0 or more, not -1$"): manager.free_gpu(-1)
+    with SimulatedDriver([]), pytest.raises(ResourceUnavailable, match="^No GPU can be used: the NVIDIA driver sees no GPU.$") as none: manager.free_gpu(1)
+    assert none.value.conflict.reason == "the NVIDIA driver sees no GPU"
+
+
+def test_a_worker_that_is_being_stopped_is_nobodys_choice(spawn, monkeypatch):
+    process = spawn("input()")
+    gpu = SimulatedGpu(memory_total_mb=1_000, processes=[SimulatedProcess(process.pid, 800)])
+    manager, seen = ResourceManager(track_self=False), []
+    worker = manager.register_worker(process.pid, "llm")
+
+    def stop(pid, **kw):
+        seen.append((manager.get_worker_by_pid(pid).status, kw))
+        gpu.processes.clear()
+
+    monkeypatch.setattr(manager, "stop_worker", stop)
+    with SimulatedDriver([gpu]): assert manager.free_gpu(900, grace=2.5) == [worker]
+    assert seen == [("stopping", {"grace": 2.5})]
+    manager.unregister_worker(process.pid)
+    assert not manager._mark_stopping(worker)   # forgotten meanwhile
+
+
+def test_what_workers_report_counts_while_they_live(spawn):
+    process = spawn("input()")
+    manager, inside = ResourceManager(track_self=False), SimulatedMachine(pid_namespace=True)
+    manager.register_worker(process.pid, "llm", gpu_memory_mb=300)
+    manager.register_worker(GONE, "llm", gpu_memory_mb=0)
+    with SimulatedDriver([SimulatedGpu(memory_total_mb=1_000, memory_used_mb=600, memory_reserved_mb=0)], inside):
+        assert manager.check_gpu_availability().devices[0].app_memory == 300*2**20
+        process.kill()
+        process.wait()
+        assert manager.check_gpu_availability().devices[0].app_memory == 0
+
+
+def test_the_need_of_a_plugin_without_a_resource_is_its_own():
+    manager = ResourceManager(track_self=False)
+    manager.register_worker(GONE, "llm", plugin_name="piper")
+    with SimulatedDriver([SimulatedGpu(processes=[SimulatedProcess(GONE, 700)])]): manager.check_gpu_availability()
+    assert manager.expected_gpu_memory_mb("piper") == 700 and manager.expected_gpu_memory_mb("piper", "de") is None
+    with pytest.raises(TypeError, match="^plugin_name must be a string or None, not 7$"): manager.expected_gpu_memory_mb(7)
+    with pytest.raises(TypeError, match="^resource must be a string or None, not 7$"): manager.expected_gpu_memory_mb("piper", 7)
+
+
+def test_dead_workers_are_pruned_and_no_others(spawn):
+    alive, dead = spawn("input()"), spawn("input()")
+    manager = ResourceManager()
+    for pid in (alive.pid, dead.pid, GONE): manager.register_worker(pid, "llm")
+    dead.kill()
+    dead.wait()
+    assert [w.pid for w in manager.prune_dead_workers()] == [dead.pid]
+    assert [w.pid for w in manager.get_all_workers()] == [alive.pid, GONE]   # who was never seen alive stays
+
+
 # The file of an app
+
+def test_a_file_keeps_when_declared_children_started(folder):
+    manager, plugin = ResourceManager(app="rows"), Server()
+    plugin.children = [os.getpid(), GONE]
+    manager.register_worker(7, "llm", plugin_instance=plugin)
+    assert json.loads(manager._row(7))[1] == [[os.getpid(), host.read_start(os.getpid())], [GONE, None]]
+    other = ResourceManager(app="rows")
+    other.get_all_workers()
+    assert other._children == manager._children
+
 
 def test_a_damaged_file_is_set_aside_with_what_belongs_to_it(tmp_path):
     path = tmp_path/"apps.sqlite"
