@@ -10,6 +10,9 @@ from cjm_fasthtml_resources.core.classify import DeviceStatus, OwnedProcess, Res
 from cjm_fasthtml_resources.core.gpu import GpuDevice, visible_env
 from cjm_fasthtml_resources.core.host import ProcessId, ProcessInfo
 from cjm_fasthtml_resources.core import manager as module
+from cjm_fasthtml_resources.core.monitor import DevicePoint, History, Point, ResourceMonitor, Subscription, take_sample, to_point
+from cjm_fasthtml_resources.core.reservations import Claim, DeviceUse, Ledger, Promise
+from cjm_fasthtml_resources.core.roster import from_row, to_row
 from cjm_fasthtml_resources.core.manager import ResourceBusy, ResourceManager, ResourceUnavailable, plan_room
 from cjm_fasthtml_resources.simulate import SimulatedDriver, SimulatedGpu, SimulatedMachine, SimulatedProcess
 
@@ -355,7 +358,152 @@ def test_dead_workers_are_pruned_and_no_others(spawn):
     assert [w.pid for w in manager.get_all_workers()] == [alive.pid, GONE]   # who was never seen alive stays
 
 
+# The monitor
+
+def test_a_row_of_the_history_has_every_figure():
+    point = DevicePoint(ResourceStatus.APP_BUSY, 10, 9, 5, 3, 1, 2, 50, 60, 70.5)
+    assert History((Point(3, 1000.0, {"GPU-a": point}, 100, 40, 30),)).rows() == [dict(
+        time=1000.0, device="GPU-a", status="app_busy", total=10, used=9, app=5, external=3, unattributed=1, promised=2,
+        utilization=50, temperature=60, power_usage=70.5, memory_total=100, memory_app=40, memory_external=30)]
+
+
+def test_what_is_kept_of_a_sample_is_what_it_says():
+    gpu = GpuDevice(1, "GPU-a", memory_total=10, memory_used=9, memory_free=1, utilization=50, temperature=60, power_usage=70.5)
+    status = DeviceStatus(gpu, ResourceStatus.EXTERNAL_BUSY, (), 5, 3, 1, (Promise(7, "app", 4, 2),))
+    with SimulatedDriver([]): sample = take_sample(ResourceManager())
+    sample = replace(sample, gpu=replace(sample.gpu, devices=(status,), snapshot=replace(sample.gpu.snapshot, time=1000.0)), number=3)
+    ram = sample.memory.memory
+    assert to_point(sample) == Point(3, 1000.0, {"GPU-a": DevicePoint(ResourceStatus.EXTERNAL_BUSY, 10, 9, 5, 3, 1, 2, 50, 60, 70.5)}, ram.memory.total, ram.app_memory, ram.external_memory)
+
+
+def test_history_goes_back_as_far_as_was_said_and_numbers_go_on():
+    with SimulatedDriver([]): sample = take_sample(ResourceManager())
+    monitor = ResourceMonitor(ResourceManager(), history=10)
+    for at in (100.0, 101.0, 110.0, 111.0): monitor._keep_sample(monitor._number(replace(sample, gpu=replace(sample.gpu, snapshot=replace(sample.gpu.snapshot, time=at)))))
+    assert [(p.number, p.time) for p in monitor.history.points] == [(2, 101.0), (3, 110.0), (4, 111.0)]   # exactly ten seconds is not too long
+
+
+def test_a_sample_is_old_after_three_intervals():
+    with SimulatedDriver([]):
+        monitor = ResourceMonitor(ResourceManager(), interval=10)
+        first = monitor.take()
+        def aged(seconds):
+            monitor._latest = replace(first, taken=time.monotonic() - seconds)
+            return monitor.latest.stale
+        assert [aged(29), aged(30.6)] == [None, "nothing newer for 31 s"]
+        assert monitor.current().number == 2 and monitor.current() is monitor.latest   # one was taken, and it is of this moment
+        aged(31)
+        monitor.pause()
+        assert (monitor.latest.stale, monitor.current().number, repr(monitor)) == ("paused", 1, "ResourceMonitor(interval=10, 0 subscribers, paused)")   # a pause is kept
+        monitor.resume()
+        assert repr(monitor) == "ResourceMonitor(interval=10, 0 subscribers)" and monitor.current().number == 2
+
+
+def test_a_late_sampler_keeps_its_beat(monkeypatch):
+    "A look that was late comes at once, and the next on the beat; who subscribes right after a look waits for the next"
+    with SimulatedDriver([]):
+        monitor, looks = ResourceMonitor(ResourceManager(), interval=0.2), []
+        real = monitor._look
+
+        def slow(read):
+            looks.append(time.monotonic())
+            if len(looks) == 2: time.sleep(0.3)   # until half an interval after the next beat
+            return real(read)
+
+        monkeypatch.setattr(monitor, "_look", slow)
+        with monitor.subscribe(lambda sample: None):
+            while len(looks) < 4: time.sleep(0.01)
+        beats = [round((at - looks[0])/0.2, 1) for at in looks]
+        assert all(abs(beat - due) < 0.4 for beat, due in zip(beats, (0, 1, 2.5, 3))), beats
+        monitor.take()
+        looks.clear()
+        began = time.monotonic()
+        with monitor.subscribe(lambda sample: None):
+            while not looks: time.sleep(0.01)
+        assert looks[0] - began > 0.1
+
+
+def test_what_a_monitor_cannot_watch_is_named(caplog):
+    with pytest.raises(TypeError, match="^manager must be a ResourceManager, or a cluster's, not int$"): ResourceMonitor(7)
+    with SimulatedDriver([]):
+        monitor, seen = ResourceMonitor(ResourceManager(), interval=0.1), []
+        monitor.take()
+        monitor._look = lambda read: 1/0
+        with monitor.subscribe(seen.append):
+            while len(seen) < 3: time.sleep(0.01)
+        assert {s.stale for s in seen} == {"the last look failed: division by zero"}
+        assert [r.getMessage() for r in caplog.records] == ["the resource monitor could not look; the same again is not logged"]
+        caplog.clear()
+        calls = []
+        def bad(sample):
+            calls.append(sample)
+            raise RuntimeError("mine")
+        subscription = Subscription(bad, lambda s: None)
+        for _ in range(2): subscription.tell(seen[0])
+        assert [r.getMessage() for r in caplog.records] == ["a subscriber of the resource monitor raised; further errors of it are not logged"] and calls == [seen[0]]*2
+
+
+def test_an_asynchronous_reader_gets_each_sample_once_and_hears_when_nothing_comes():
+    async def main():
+        with SimulatedDriver([]):
+            monitor, got = ResourceMonitor(ResourceManager(), interval=0.1), []
+            samples = aiter(monitor)
+            for _ in range(3): got.append(await asyncio.wait_for(anext(samples), 5))
+            assert len({s.number for s in got}) == 3 and not any(s.stale for s in got)
+            monitor.pause()
+            paused = await asyncio.wait_for(anext(samples), 5)
+            while not paused.stale: paused = await asyncio.wait_for(anext(samples), 5)
+            assert paused.stale == "paused"
+            with pytest.raises(asyncio.TimeoutError): await asyncio.wait_for(anext(samples), 0.7)   # it was said, and is not said again
+            monitor.close()
+    asyncio.run(main())
+
+
+# The list of promises
+
+def test_who_waits_looks_again_when_the_last_look_is_old(monkeypatch):
+    now = [1000.0]
+    monkeypatch.setattr("cjm_fasthtml_resources.core.reservations.time.monotonic", lambda: now[0])
+    ledger = Ledger(store.Store())
+    ledger.settle(list)
+    assert not ledger.is_due()
+    now[0] += 0.25
+    assert ledger.is_due() and not ledger.is_due()   # for one of those who ask
+    now[0] += 0.24
+    assert not ledger.is_due()
+
+
+def test_a_promise_is_renewed_from_now_on_or_for_good(monkeypatch):
+    now = [1000.0]
+    monkeypatch.setattr("cjm_fasthtml_resources.core.reservations.time.monotonic", lambda: now[0])
+    ledger = Ledger(store.Store())
+    use = DeviceUse(GpuDevice(0, "GPU-a", memory_total=100, memory_used=0, memory_free=100), ())
+    ask = lambda: Claim(0, host.this_process(), 10, ("GPU-a",), ttl=5)   # noqa: E731
+    claim = ledger.settle(lambda: [use], ask)[-1]
+    assert (claim.device, claim.expires, ledger.find(claim.id)) == ("GPU-a", 1005.0, claim)
+    now[0] = 1004.0
+    assert ledger.renew(claim.id, 10) and (ledger.find(claim.id).ttl, ledger.find(claim.id).expires) == (10, 1014.0)
+    now[0] = 1013.9
+    assert [c.id for c in ledger.claims()] == [claim.id]
+    now[0] = 1014.0
+    assert ledger.claims() == [] and not ledger.renew(claim.id, 10) and not ledger.renew(claim.id, None)   # too late
+    second = ledger.settle(lambda: [use], ask)[-1]
+    assert ledger.renew(second.id, None) and (ledger.find(second.id).ttl, ledger.find(second.id).expires) == (None, None)
+    now[0] += 1e6
+    assert [c.id for c in ledger.claims()] == [second.id] and ledger.renew(second.id, 1)
+    assert ledger.withdraw(second.id) and not ledger.withdraw(second.id) and ledger.claims() == []
+
+
 # The file of an app
+
+def test_a_row_has_no_secrets_and_takes_what_is_no_json():
+    remote = {"provider": Path("/x"), "api_key": "sk-2"}
+    state = WorkerState(7, "llm", config={"path": Path("/m"), "api_key": "sk-1"}, is_remote=True, remote_resource=remote)
+    again, starts = from_row(to_row(state, {8: None}))
+    assert (again.config, again.remote_resource, starts) == ({"path": "/m", "api_key": "***"}, {"provider": "/x", "api_key": "***"}, {8: None})
+    assert from_row(to_row(state, {}), state)[0].config == state.config and from_row(to_row(state, {}), replace(state, start_time=1.0))[0].config == again.config
+    assert from_row(to_row(state, {}), replace(state, config={"path": Path("/n"), "api_key": "sk-1"}))[0].config == again.config   # it was changed by another process
+
 
 def test_a_file_keeps_when_declared_children_started(folder):
     manager, plugin = ResourceManager(app="rows"), Server()
