@@ -3,12 +3,12 @@ import asyncio, json, logging, os, sqlite3, threading, time
 from dataclasses import replace
 from pathlib import Path
 
-import pytest
+import pynvml, pytest
 
 from cjm_fasthtml_resources.core import host, store
-from cjm_fasthtml_resources.core.classify import DeviceStatus, OwnedProcess, ResourceConflict, ResourceStatus, ResourceType, WorkerState
-from cjm_fasthtml_resources.core.gpu import GpuDevice, visible_env
-from cjm_fasthtml_resources.core.host import ProcessId, ProcessInfo
+from cjm_fasthtml_resources.core.classify import DeviceStatus, OwnedProcess, ResourceConflict, ResourceStatus, ResourceType, WorkerState, classify_memory, explain_shortage
+from cjm_fasthtml_resources.core.gpu import GpuDevice, GpuProcess, GpuSnapshot, in_words, read_gpus, visible_devices, visible_env
+from cjm_fasthtml_resources.core.host import HostMemory, ProcessInfo
 from cjm_fasthtml_resources.core import manager as module
 from cjm_fasthtml_resources.core.monitor import DevicePoint, History, Point, ResourceMonitor, Subscription, take_sample, to_point
 from cjm_fasthtml_resources.core.reservations import Claim, DeviceUse, Ledger, Promise
@@ -16,6 +16,7 @@ from cjm_fasthtml_resources.core.roster import from_row, to_row
 from cjm_fasthtml_resources.core.manager import ResourceBusy, ResourceManager, ResourceUnavailable, plan_room
 from cjm_fasthtml_resources.simulate import SimulatedDriver, SimulatedGpu, SimulatedMachine, SimulatedProcess
 
+MIB, GIB = 2**20, 2**30
 GONE = 2**22 + 1  # Linux gives no number as high as this
 
 
@@ -97,7 +98,108 @@ def test_which_control_group_a_process_is_in():
     assert not host.in_cgroup(GONE, "/sys/fs/cgroup")
 
 
+# What the driver says
+
+def test_a_device_is_read_whole():
+    gpu = SimulatedGpu("NVIDIA L4", uuid="GPU-a", memory_total_mb=24_000, memory_reserved_mb=300, utilization=37, temperature=61, power_usage=51.25, power_limit=72,
+                       processes=[SimulatedProcess(4_300_002, 700), SimulatedProcess(4_300_001, 100, "graphics"), SimulatedProcess(4_300_003, None, "mps")])
+    with SimulatedDriver([gpu]): snapshot = read_gpus()
+    assert snapshot == GpuSnapshot((GpuDevice(
+        0, "GPU-a", "NVIDIA L4", 24_000*MIB, 800*MIB, 22_900*MIB, 300*MIB, 37, 61, 51.25, 72.0,
+        (GpuProcess(4_300_001, 100*MIB, "graphics"), GpuProcess(4_300_002, 700*MIB, "compute"), GpuProcess(4_300_003, None, "mps"))),), None, "580.105.08 (simulated)", snapshot.time)
+    assert abs(snapshot.time - time.time()) < 5 and snapshot.simulated and not snapshot.late and snapshot.pids == {4_300_001, 4_300_002, 4_300_003}
+    assert GpuDevice(0, memory_total=10, memory_reserved=3).capacity == 7 and GpuDevice(0).capacity == 0
+    assert [GpuDevice(2, host="a").id, GpuDevice(1, mig_parent=2, host="a").id, GpuDevice(1, mig_parent=2).id] == ["a:2", "a:2:1", "2:1"]
+
+
+@pytest.mark.parametrize("code, words", [
+    (1, "the connection to the NVIDIA driver was closed"), (3, "the device does not report its memory"), (4, "no permission to ask the NVIDIA driver (in a container: is the GPU passed in?)"),
+    (9, "the NVIDIA driver is not loaded"), (12, "no NVIDIA driver (its library libnvidia-ml was not found)"), (15, "the GPU is lost (it fell off the bus) and needs a reset or a reboot"),
+    (16, "the GPU needs a reset before it can be used again"), (17, "the operating system blocks the GPU (cgroup device rules?)"),
+    (18, "the NVIDIA library and the loaded driver are of different versions, as after an upgrade; reboot, or reload the driver, and start this program again"),
+    (999, "the NVIDIA driver answered: Unknown Error")])
+def test_an_error_of_the_driver_is_said_in_words(code, words):
+    with SimulatedDriver(): assert in_words(pynvml.NVMLError(code)) == words
+    assert in_words(OSError("no such device")) == "the NVIDIA driver answered: no such device" and in_words(ImportError("x")) == "the Python package nvidia-ml-py is not installed"
+
+
+def test_what_a_driver_does_not_answer_is_none_and_the_rest_is_there():
+    def read(*calls, code=3):
+        with SimulatedDriver([SimulatedGpu(power_usage=50, processes=[SimulatedProcess(4_300_001, 100)])]) as driver:
+            for call in calls: driver.fail(call, code)
+            return read_gpus().devices[0]
+
+    for call, field in [("nvmlDeviceGetUtilizationRates", "utilization"), ("nvmlDeviceGetTemperature", "temperature"), ("nvmlDeviceGetPowerUsage", "power_usage"),
+                        ("nvmlDeviceGetEnforcedPowerLimit", "power_limit"), ("nvmlDeviceGetUUID", "uuid"), ("nvmlDeviceGetName", "name")]:
+        device = read(call)
+        assert getattr(device, field) is None and device.memory_used == 100*MIB and device.reason is None and device.processes
+        assert [name for name in ("utilization", "temperature", "power_usage", "power_limit", "uuid", "name") if getattr(device, name) is None] == [field]
+    none = read(*(f"nvmlDeviceGet{kind}RunningProcesses{version}" for kind in ("Compute", "Graphics", "MPSCompute") for version in ("_v2", "_v3")))
+    assert none.processes is None and none.memory_used == 100*MIB
+    assert read("nvmlDeviceGetHandleByIndex_v2", code=15) == GpuDevice(0, reason="the GPU is lost (it fell off the bus) and needs a reset or a reboot")
+    divided = read("nvmlDeviceGetMigMode", code=15)   # one that is divided must not be taken for a whole one
+    assert divided.uuid and divided.memory_used is None and divided.reason == "the GPU is lost (it fell off the bus) and needs a reset or a reboot"
+
+
+def test_a_driver_that_is_late_is_said_to_be():
+    with SimulatedDriver([SimulatedGpu()]) as driver:
+        driver.hang("nvmlDeviceGetTemperature")
+        late = read_gpus(0.05)
+        assert (late.reason, late.late, late.devices) == ("the NVIDIA driver did not answer within 0.05 s", True, ())
+        driver.recover()
+        assert len(read_gpus(5).devices) == 1
+
+
+def test_what_is_wrong_with_cuda_visible_devices_is_named():
+    two = (GpuDevice(0, "GPU-aa11"), GpuDevice(1))
+    assert visible_devices(two, " ") == ((), "CUDA_VISIBLE_DEVICES is empty, so no device may be used")
+    assert visible_devices(two, "1, 7,0") == ((two[1],), "CUDA_VISIBLE_DEVICES='1, 7,0' names '7', which is not here: as in CUDA, it and what follows are not visible")
+    assert visible_devices(two, "MIG-1")[0] == () and visible_devices(two, "XX")[0] == () and visible_devices(two, "GPU-") == ((two[0],), None)
+
+
 # What is said
+
+def test_the_sentences_for_gpu_memory():
+    def said(status, *devices, **kw): return ResourceConflict(ResourceType.GPU_MEMORY, status, devices=devices, **kw).message
+    def on(index, status, *processes, free=4, **kw):
+        held = {owner: sum(p.memory_used or 0 for p in processes if p.owner == owner) for owner in ("app", "external")}
+        return DeviceStatus(GpuDevice(index, name=kw.pop("name", "L4"), memory_total=24*GIB, memory_used=(24 - free)*GIB, memory_free=free*GIB), status, processes, held["app"], held["external"], **kw)
+    A, B, E = ResourceStatus.AVAILABLE, ResourceStatus.APP_BUSY, ResourceStatus.EXTERNAL_BUSY
+    many = [OwnedProcess(i, "app", i*GIB, f"w{i}") for i in range(1, 6)]
+    bob, nameless = OwnedProcess(9, "external", 2*GIB, "train.py", "bob"), OwnedProcess(8, "external", None)
+
+    assert said(ResourceStatus.UNAVAILABLE, reason="the driver sleeps") == "No GPU can be used: the driver sleeps."
+    assert said(A, on(0, A, free=3), on(1, A, free=5), on(2, B, free=9)) == "A GPU job could start now: GPU 1 (L4) has 5.0 GiB free."
+    assert said(A, on(0, A, estimated=True, name=None)) == "A GPU job could start now (an estimate): GPU 0 (no name) has 4.0 GiB free."
+    assert said(B, on(0, B, *many), on(1, E, bob)) == "Not on a GPU of its own: the app is at work with w5 (PID 5, 5.0 GiB on GPU 0), w4 (PID 4, 4.0 GiB on GPU 0), w3 (PID 3, 3.0 GiB on GPU 0) and 2 more; GPU 0 (L4) has 4.0 GiB free beside it."
+    assert said(B, replace(on(0, B), app_memory=GIB)) == "Not on a GPU of its own: the app is at work with 1.0 GiB on GPU 0; GPU 0 (L4) has 4.0 GiB free beside it."
+    promises = (Promise(7, "app", 2*GIB, GIB), Promise(6, "external", 2*GIB, GIB, "night-run"), Promise(5, "app", GIB, 0))
+    assert said(B, on(0, B, promises=promises)) == "Not on a GPU of its own: the app is at work with 1.0 GiB on GPU 0 promised to PID 7; GPU 0 (L4) has 2.0 GiB free beside it."
+    assert said(E, on(0, E, bob, nameless, many[0]), on(1, B, many[1])) == "Not now, others hold the GPU: train.py of bob (PID 9, 2.0 GiB on GPU 0), a process without a name (PID 8 on GPU 0)."
+    assert said(E, on(0, E, bob, unattributed_memory=2*GIB, promises=promises)) == "Not now, others hold the GPU: train.py of bob (PID 9, 2.0 GiB on GPU 0), 1.0 GiB on GPU 0 promised to PID 6 of the app night-run."
+    assert said(E, on(0, E, bob, unattributed_memory=2*GIB + 1)) == "Not now, others hold the GPU: 2.0 GiB on GPU 0 that no visible process accounts for, train.py of bob (PID 9, 2.0 GiB on GPU 0)."
+    assert explain_shortage([on(0, E, bob, free=1), on(1, B, *many[:2], unattributed_memory=GIB, promises=promises[:1])], 6*GIB) == \
+        "6.0 GiB of GPU memory are wanted, and GPU 1 has 3.0 GiB free, with w2 (PID 2, 2.0 GiB), w1 (PID 1, 1.0 GiB), 1.0 GiB on GPU 1 promised to PID 7 and 1 more on it."
+    assert explain_shortage([on(0, A)], 6*GIB) == "6.0 GiB of GPU memory are wanted, and GPU 0 has 4.0 GiB free." and explain_shortage([], 1) == ""
+
+
+def test_the_sentences_for_ram():
+    worker, bob = OwnedProcess(7, "app", 3*GIB, "worker"), OwnedProcess(9, "external", 2*GIB, "train.py", "bob")
+    def ram(used, *processes, threshold=90.0): return classify_memory(HostMemory(10*GIB, used*GIB), processes, threshold)
+    assert ram(5).message == "RAM is available: 5.0 GiB of 10.0 GiB free."
+    mine, theirs = ram(9, OwnedProcess(8, "app", 2*GIB, "child"), bob, worker), ram(9.5, worker, bob)
+    assert mine.message == "RAM is short, 1.0 GiB of 10.0 GiB free: the app itself holds it, worker (PID 7, 3.0 GiB), child (PID 8, 2.0 GiB)."
+    assert theirs.message == "RAM is short, 512 MiB of 10.0 GiB free: others hold it, train.py of bob (PID 9, 2.0 GiB)."
+    assert (mine.app_pids, mine.external_pids, theirs.app_pids, theirs.external_pids) == ([7, 8], [], [7], [9])
+    assert mine.app_processes[0] == dict(pid=7, name="worker", username=None, memory_mb=3*1024, memory_percent=30.0, parent_pid=None, parent_worker_type=None)
+    assert theirs.external_processes == [dict(pid=9, name="train.py", username="bob", memory_mb=2*1024, memory_percent=20.0)]
+    assert (mine.memory.shares, mine.threshold_percent, mine.resource_type) == ({"app": 5*GIB, "external": 4*GIB}, 90.0, ResourceType.SYSTEM_MEMORY)
+    small = ram(9.5, OwnedProcess(1, "external", GIB//10, "one"), OwnedProcess(2, "external", GIB//10 - 1, "less"))
+    assert small.external_pids == [1] and small.memory.external_memory == 9.5*GIB   # from 1 % of the total on
+    assert ram(9.5, OwnedProcess(2, "external", 1, "tiny")).external_pids == [2]    # the largest always
+    unknown = ResourceConflict(ResourceType.SYSTEM_MEMORY, ResourceStatus.UNAVAILABLE, reason="2 hosts do not answer", memory=theirs.memory)
+    assert unknown.message == "RAM cannot be told: 2 hosts do not answer."
+
 
 def test_a_worker_says_what_it_knows():
     assert repr(WorkerState(7, "llm")) == "WorkerState(pid=7, worker_type='llm', status='idle')"
