@@ -11,7 +11,7 @@ from cjm_fasthtml_resources.core.gpu import GpuDevice, GpuProcess, GpuSnapshot, 
 from cjm_fasthtml_resources.core.host import HostMemory, ProcessInfo
 from cjm_fasthtml_resources.core import manager as module
 from cjm_fasthtml_resources.core.monitor import DevicePoint, History, Point, ResourceMonitor, Subscription, take_sample, to_point
-from cjm_fasthtml_resources.core.reservations import Claim, DeviceUse, Ledger, Promise
+from cjm_fasthtml_resources.core.reservations import WAIT_BUCKETS, Claim, DeviceUse, Ledger, Promise, Waits
 from cjm_fasthtml_resources.core.roster import from_row, to_row
 from cjm_fasthtml_resources.core.manager import ResourceBusy, ResourceManager, ResourceUnavailable, plan_room
 from cjm_fasthtml_resources.simulate import SimulatedDriver, SimulatedGpu, SimulatedMachine, SimulatedProcess
@@ -559,6 +559,102 @@ def test_an_asynchronous_reader_gets_each_sample_once_and_hears_when_nothing_com
             with pytest.raises(asyncio.TimeoutError): await asyncio.wait_for(anext(samples), 0.7)   # it was said, and is not said again
             monitor.close()
     asyncio.run(main())
+
+
+# What may be asked for
+
+@pytest.mark.parametrize("args, error, words", [
+    (dict(gpu_memory_mb=0), ValueError, "gpu_memory_mb must be 1 or more, not 0"), (dict(gpu_memory_mb="8"), TypeError, "gpu_memory_mb must be a number, not '8'"),
+    (dict(gpu_memory_mb=1, timeout=-1), ValueError, f"timeout must be between 0 and {threading.TIMEOUT_MAX:g}, not -1"), (dict(gpu_memory_mb=1, timeout=True), TypeError, "timeout must be a number, not True"),
+    (dict(gpu_memory_mb=1, ttl=0), ValueError, "ttl must be 0.001 or more, not 0"), (dict(gpu_memory_mb=1, pid=GONE), ValueError, f"pid must be that of a living process, not {GONE}"),
+    (dict(gpu_memory_mb=1, pid=True), TypeError, "pid must be a positive int, not True"), (dict(gpu_memory_mb=1, device=2), ValueError, "device must name one of the 2 that are visible, not 2: GPU-a, GPU-b"),
+    (dict(gpu_memory_mb=1, device=True), TypeError, "device must be a number, 'cuda:1', a UUID, a GpuDevice or None, not True"), (dict(gpu_memory_mb=1, device="GPU-c"), ValueError, "device must name one of the 2 that are visible, not 'GPU-c': GPU-a, GPU-b"),
+    (dict(gpu_memory_mb=1_001), ValueError, "gpu_memory_mb must be at most 1000, which is what the largest device has, not 1001"),
+    (dict(gpu_memory_mb=901, device=1), ValueError, "gpu_memory_mb must be at most 900, which is what the largest device has, not 901")])
+def test_a_bad_request_names_its_argument_and_enters_no_queue(args, error, words):
+    with SimulatedDriver([SimulatedGpu(uuid="GPU-a", memory_total_mb=1_000), SimulatedGpu(uuid="GPU-b", memory_total_mb=1_000, memory_reserved_mb=100)]):
+        manager = ResourceManager()
+        with pytest.raises(error) as raised: manager.reserve(**args)
+        assert str(raised.value) == words and manager.get_claims() == []
+
+
+def test_exactly_as_much_as_a_device_has_may_be_asked_for():
+    with SimulatedDriver([SimulatedGpu(uuid="GPU-a", memory_total_mb=1_000), SimulatedGpu(uuid="GPU-b", memory_total_mb=900)]):
+        manager = ResourceManager()
+        with manager.reserve(1_000) as all_of_it, manager.reserve(1, ttl=0.001): assert (all_of_it.uuid, all_of_it.index, all_of_it.gpu_memory_mb) == ("GPU-a", 0, 1_000)
+        for name in (1, "1", "cuda:1", "GPU:1", "GPU-b", read_gpus().devices[1]):
+            with manager.reserve(1, name) as held: assert held.uuid == "GPU-b" and held.env == {"CUDA_VISIBLE_DEVICES": "GPU-b"}
+
+
+def test_a_device_that_cannot_be_used_is_named_with_its_reason():
+    with SimulatedDriver([SimulatedGpu(), SimulatedGpu()]) as driver:
+        manager = ResourceManager()
+        driver.fail("nvmlDeviceGetMemoryInfo_v2", 15, gpu=1)
+        with pytest.raises(ResourceUnavailable) as raised: manager.reserve(1, 1)
+        assert str(raised.value) == "The device 1 cannot be used: the GPU is lost (it fell off the bus) and needs a reset or a reboot." and len(raised.value.conflict.devices) == 2
+        driver.fail("nvmlDeviceGetMemoryInfo_v2", 15)
+        with pytest.raises(ResourceUnavailable) as raised: manager.reserve(1)
+        assert str(raised.value) == raised.value.conflict.message and str(raised.value).startswith("No GPU can be used: ")
+
+
+def test_who_gives_up_says_who_was_in_the_way_where_it_asked(capfd):
+    with SimulatedDriver([SimulatedGpu(memory_total_mb=10*1024, processes=[SimulatedProcess(GONE, 9*1024)]), SimulatedGpu(memory_total_mb=10*1024)]):
+        manager = ResourceManager()
+        with pytest.raises(ResourceBusy) as busy: manager.reserve(2*1024, 0, timeout=0.2)
+        assert str(busy.value) == f"2.0 GiB of GPU memory are wanted, and GPU 0 has 1.0 GiB free, with a process without a name (PID {GONE}, 9.0 GiB) on it. It was waited for 0.2 s."
+        assert len(busy.value.conflict.devices) == 2 and busy.value.retryable and manager.get_claims() == []
+        assert manager.waits.read()[0][-1] == (float("inf"), 0)   # it was not granted, so it is not in the histogram
+        with pytest.raises(ResourceBusy): manager.reserve(2*1024, 0, timeout=0.7, progress=True)
+    bar = capfd.readouterr().err
+    assert "waiting for GPU memory: " in bar and " 1.0 of 2.0 GiB free, 00:00, 2.0 GiB of GPU memory are wanted, and GPU 0 has 1.0 GiB free" in bar, bar
+
+
+def test_waits_are_counted_in_the_bucket_that_holds_them():
+    waits = Waits()
+    for seconds in (0.1, 0.11, 5, 1e6): waits.observe(seconds)
+    buckets, total = waits.read()
+    assert [n for _, n in buckets] == [1, 2, 3, 3, 3, 3, 3, 3, 4] and [le for le, _ in buckets] == list(WAIT_BUCKETS) and total == 1_000_005.21
+
+
+def test_what_a_plugin_was_seen_to_need_is_its_workers_own_tree():
+    manager = ResourceManager(track_self=False)
+    worker = manager.register_worker(os.getpid(), "llm", plugin_name="a", loaded_plugin_resource="m")
+    with SimulatedDriver([SimulatedGpu(processes=[SimulatedProcess(os.getpid(), 700), SimulatedProcess(GONE, 5_000)])]) as driver:
+        manager.check_gpu_availability()
+        assert manager.expected_gpu_memory_mb("a", "m") == 700
+        driver.gpus[0].processes[0] = SimulatedProcess(os.getpid(), 300)
+        manager.check_gpu_availability()
+        assert manager.expected_gpu_memory_mb("a", "m") == 700 and manager.get_worker_by_pid(os.getpid()) == worker   # the most that was seen
+
+
+def test_ram_is_judged_by_its_threshold_and_of_a_control_group_its_own(monkeypatch):
+    manager = ResourceManager()
+    monkeypatch.setattr(host, "read_memory", lambda: HostMemory(100, 60, "/sys/fs/cgroup/x"))
+    monkeypatch.setattr(host, "resident_memory", lambda: {os.getpid(): 40, 1: 20, os.getppid(): 10})
+    monkeypatch.setattr(host, "in_cgroup", lambda pid, cgroup: (pid, cgroup) == (1, "/sys/fs/cgroup/x"))
+    found = manager.check_memory_availability(60)
+    assert found.status is ResourceStatus.APP_BUSY and found.threshold_percent == 60 and [p.pid for p in found.memory.processes] == [os.getpid(), 1]
+    assert manager.check_memory_availability(61).status is ResourceStatus.AVAILABLE and manager.check_memory_availability().threshold_percent == 90
+    with pytest.raises(ValueError, match="^threshold_percent must be between 0 and 100, not 101$"): manager.check_memory_availability(101)
+
+
+@pytest.mark.parametrize("call, error, words", [
+    (lambda m: m.register_worker(0, "llm"), ValueError, "pid must be a positive int, not 0"), (lambda m: m.register_worker("7", "llm"), TypeError, "pid must be a positive int, not '7'"),
+    (lambda m: m.register_worker(7, 5), TypeError, "worker_type must be a string that says something, not 5"), (lambda m: m.register_worker(7, "llm", config=[1]), TypeError, "config must be a dictionary or None, not list"),
+    (lambda m: m.update_worker_state(7, gpu_memory_mb=-1), ValueError, "gpu_memory_mb must be 0 or more, not -1"), (lambda m: m.update_worker_state(7, status=1), TypeError, "status must be a string or None, not 1"),
+    (lambda m: m.pick_gpus(0), ValueError, "n must be a positive int, not 0"), (lambda m: m.pick_gpus(min_free_mb=-1), ValueError, "min_free_mb must be 0 or more, not -1"),
+    (lambda m: m.estimate_total_cloud_cost("1"), TypeError, "duration_hours must be a number, not '1'"), (lambda m: ResourceManager(101), ValueError, "gpu_memory_threshold_percent must be between 0 and 100, not 101"),
+    (lambda m: ResourceManager(gpu_timeout=0), ValueError, None), (lambda m: ResourceManager(app="4711"), ValueError, "app must be a letter and then at most 63 letters, digits or any of '_.-', not '4711'"),
+    (lambda m: ResourceManager(app=7), TypeError, "app must be a name, not 7")])
+def test_what_may_not_be_passed_in_is_named(call, error, words):
+    with pytest.raises(error) as raised: call(ResourceManager())
+    assert words is None or str(raised.value) == words
+
+
+def test_what_is_not_registered_is_warned_of(caplog):
+    manager = ResourceManager()
+    assert manager.update_worker_state(7, status="idle") is None and manager.unregister_worker(8) is None
+    assert warned(caplog) == ["update_worker_state: no worker with PID 7 is registered", "unregister_worker: no worker with PID 8 is registered"]
 
 
 # The list of promises
