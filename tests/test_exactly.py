@@ -8,10 +8,10 @@ import pynvml, pytest
 from cjm_fasthtml_resources.core import host, store
 from cjm_fasthtml_resources.core.classify import DeviceStatus, OwnedProcess, ResourceConflict, ResourceStatus, ResourceType, WorkerState, classify_memory, explain_shortage
 from cjm_fasthtml_resources.core.gpu import GpuDevice, GpuProcess, GpuSnapshot, in_words, read_gpus, visible_devices, visible_env
-from cjm_fasthtml_resources.core.host import HostMemory, ProcessInfo
+from cjm_fasthtml_resources.core.host import HostMemory, ProcessId, ProcessInfo, Stat
 from cjm_fasthtml_resources.core import manager as module
 from cjm_fasthtml_resources.core.monitor import DevicePoint, History, Point, ResourceMonitor, Subscription, take_sample, to_point
-from cjm_fasthtml_resources.core.reservations import WAIT_BUCKETS, Claim, DeviceUse, Ledger, Promise, Waits
+from cjm_fasthtml_resources.core.reservations import WAIT_BUCKETS, Claim, DeviceUse, Ledger, Promise, Waits, find_pools, grant, read_use
 from cjm_fasthtml_resources.core.roster import from_row, to_row
 from cjm_fasthtml_resources.core.manager import ResourceBusy, ResourceManager, ResourceUnavailable, plan_room
 from cjm_fasthtml_resources.simulate import SimulatedDriver, SimulatedGpu, SimulatedMachine, SimulatedProcess
@@ -49,6 +49,68 @@ def test_of_known_processes_those_that_ended_are_forgotten(monkeypatch):
     monkeypatch.setattr(host, "_known", {})
     host._forget_ended()
     assert host._most == [5]
+
+
+def test_where_the_hosts_processes_are(tmp_path, monkeypatch):
+    (tmp_path/"self").mkdir()
+    (tmp_path/"self/status").touch()
+    monkeypatch.setenv("CJM_HOST_PROC", str(tmp_path))
+    assert host.host_proc() == str(tmp_path)
+    exists, asked = os.path.exists, []
+    monkeypatch.setattr(os.path, "exists", lambda path: (asked.append(path), exists(path))[1])
+    monkeypatch.setenv("CJM_HOST_PROC", str(tmp_path/"not-here"))
+    assert host.host_proc() is None
+    monkeypatch.delenv("CJM_HOST_PROC")
+    host.host_proc()
+    assert asked == [f"{tmp_path}/not-here/self/status", "/host/proc/self/status"]
+
+
+def test_ancestors_end_where_a_parent_is_younger_than_its_child(monkeypatch):
+    stats = {9: Stat("i", "S", 8, 50.0), 8: Stat("h", "S", 7, 50.0), 7: Stat("g", "S", 6, 40.0), 6: Stat("f", "S", 5, 41.0)}
+    monkeypatch.setattr(host, "read_stat", stats.get)
+    assert host.find_ancestors(9) == ((8, 50.0), (7, 40.0))    # started at the same moment, which is the clock's tick; 6 is a later process
+    stats[6] = Stat("f", "S", 5, 39.0)
+    assert host.find_ancestors(9) == ((8, 50.0), (7, 40.0), (6, 39.0), (5, None))   # 5 may not be seen
+    ring = {pid: Stat("r", "S", pid % 3 + 1, 1.0) for pid in (1, 2, 3)}
+    monkeypatch.setattr(host, "read_stat", ring.get)
+    assert len(host.find_ancestors(1)) == 1000   # parents that change while we walk
+
+
+def test_who_a_new_process_is(spawn):
+    import psutil
+    process = spawn("input()")
+    name, username = host._name_and_user(process.pid, host.read_stat(process.pid))
+    assert (name, username) == (psutil.Process(process.pid).name(), psutil.Process().username())
+    assert host._name_and_user(GONE, Stat("cut", "S", 1, 1.0)) == ("cut", None)
+    info = host._look_at(process.pid, host.read_stat(process.pid))
+    assert (info.name, info.username, info.start_time, info.ancestors[0].pid) == (name, username, host.read_start(process.pid), os.getpid())
+
+
+def test_a_signal_reaches_the_process_that_was_meant_or_nobody(spawn, monkeypatch):
+    process = spawn("input()")
+    itself = ProcessId(process.pid, host.read_start(process.pid))
+    sent = []
+    assert host.send_signal(itself, 0) and not host.send_signal(itself._replace(start_time=None), 0) and not host.send_signal(ProcessId(GONE, 1.0), 0)
+    before = len(os.listdir("/proc/self/fd"))
+    for _ in range(5): host.send_signal(itself, 0)
+    assert len(os.listdir("/proc/self/fd")) == before
+    monkeypatch.setattr(os, "pidfd_open", lambda pid: (_ for _ in ()).throw(OSError(38, "no pidfd in this kernel")))
+    monkeypatch.setattr(os, "kill", lambda *args: sent.append(args))
+    assert host.send_signal(itself, 15) and sent == [(process.pid, 15)] and not host.send_signal(itself._replace(start_time=1.0), 15) and len(sent) == 1
+    monkeypatch.setattr(os, "kill", lambda *args: (_ for _ in ()).throw(ProcessLookupError()))
+    assert not host.send_signal(itself, 15)   # it ended in that very moment
+
+
+def test_who_may_not_be_signalled_lives_on_and_the_others_end(spawn, monkeypatch):
+    first, second = (spawn("input()") for _ in range(2))
+    ids = [ProcessId(p.pid, host.read_start(p.pid)) for p in (first, second)]
+    send = host.send_signal
+    def refuse(process, number):
+        if process == ids[0]: raise PermissionError
+        return send(process, number)
+    monkeypatch.setattr(host, "send_signal", refuse)
+    began = time.monotonic()
+    assert host._signal_all(ids, 9, 0.3) == [ids[0]] and 0.3 <= time.monotonic() - began < 1 and second.wait() == -9
 
 
 def fake_proc(folder: Path, processes: dict[int | str, tuple[list[int], int]], namespace: int) -> str:
@@ -155,6 +217,19 @@ def test_what_is_wrong_with_cuda_visible_devices_is_named():
     assert visible_devices(two, " ") == ((), "CUDA_VISIBLE_DEVICES is empty, so no device may be used")
     assert visible_devices(two, "1, 7,0") == ((two[1],), "CUDA_VISIBLE_DEVICES='1, 7,0' names '7', which is not here: as in CUDA, it and what follows are not visible")
     assert visible_devices(two, "MIG-1")[0] == () and visible_devices(two, "XX")[0] == () and visible_devices(two, "GPU-") == ((two[0],), None)
+
+
+def test_instances_of_a_divided_gpu_are_read_with_their_names_and_those_that_are_not_there_are_skipped():
+    mig = [SimulatedGpu("1g", memory_total_mb=5_000, uuid="MIG-1"), SimulatedGpu("2g", memory_total_mb=9_000, uuid="MIG-2")]
+    with SimulatedDriver([SimulatedGpu("A100", uuid="GPU-a", mig=mig)]) as driver:
+        whole, one, two = read_gpus().devices
+        assert (whole.id, whole.mig_mode, whole.processes) == (0, True, None)
+        assert [(d.id, d.uuid, d.name, d.memory_total, d.mig_parent, d.processes) for d in (one, two)] == [("0:0", "MIG-1", "1g", 5_000*MIB, 0, ()), ("0:1", "MIG-2", "2g", 9_000*MIB, 0, ())]
+        driver.fail("nvmlDeviceGetMigDeviceHandleByIndex", 6, times=1)   # NVML_ERROR_NOT_FOUND: the first instance was destroyed
+        assert [d.id for d in read_gpus().devices] == [0, "0:1"]
+        driver.recover()
+        driver.fail("nvmlDeviceGetMaxMigDeviceCount", 15)
+        assert read_gpus().devices[1] == GpuDevice(0, mig_parent=0, reason="the GPU is lost (it fell off the bus) and needs a reset or a reboot")
 
 
 # What is said
@@ -460,7 +535,49 @@ def test_dead_workers_are_pruned_and_no_others(spawn):
     assert [w.pid for w in manager.get_all_workers()] == [alive.pid, GONE]   # who was never seen alive stays
 
 
+def test_what_could_not_be_ended_is_named(spawn, monkeypatch):
+    process, asked = spawn("input()"), []
+    manager = ResourceManager(track_self=False)
+    manager.register_worker(process.pid, "llm")
+    monkeypatch.setattr(host, "end_processes", lambda roots, grace: asked.append((roots, grace)) or [ProcessId(7, 1.0), ProcessId(8, 1.0)])
+    with pytest.raises(TimeoutError, match=f"^of the worker with PID {process.pid}, these processes could not be ended: 7, 8$"): manager.stop_worker(process.pid, grace=2)
+    assert asked == [([ProcessId(process.pid, host.read_start(process.pid))], 2)] and manager.get_worker_by_pid(process.pid)   # it is still there
+    with pytest.raises(ValueError, match="^grace must be between 0 and"): manager.stop_worker(process.pid, grace=float("inf"))
+    monkeypatch.setattr(host, "end_processes", lambda roots, grace: (asked.append(grace), manager.register_worker(process.pid, "again"))[:0])
+    manager._workers[process.pid] = replace(manager._workers[process.pid], start_time=1.0)   # that worker ended, and its number was registered anew meanwhile
+    monkeypatch.setattr(host, "has_ended", lambda *process: False)
+    manager.stop_worker(process.pid)
+    assert asked[-1] == 5.0 and manager.get_worker_by_pid(process.pid).worker_type == "again"
+
+
 # The monitor
+
+def test_a_sample_says_what_is_simulated_and_lists_workers_where_they_can_be_read(monkeypatch):
+    manager = ResourceManager()
+    worker = manager.register_worker(GONE, "llm")
+    with SimulatedDriver([]):
+        sample = take_sample(manager)
+        assert sample.simulated == "the NVIDIA driver" and sample.workers == (worker,) and sample.gpu.snapshot.simulated
+        def broken(): raise store.StoreError("/a is damaged")
+        monkeypatch.setattr(manager, "get_all_workers", broken)
+        assert take_sample(manager).workers == ()
+    assert take_sample(ResourceManager(), GpuSnapshot((), "nothing", "580.1")).simulated is None
+    assert (ResourceMonitor(manager)._interval, ResourceMonitor(manager)._keep, ResourceMonitor(manager).paused) == (1.0, 600.0, False)
+
+
+def test_a_driver_that_is_slow_makes_the_last_sample_stale_before_it_fails():
+    with SimulatedDriver([SimulatedGpu()]) as driver:
+        monitor, told = ResourceMonitor(ResourceManager(gpu_timeout=5), interval=0.1), []
+        first = monitor.take()
+        monitor._tell = told.append
+        driver.delay("nvmlDeviceGetTemperature", 0.6)
+        monitor._latest = replace(first, taken=time.monotonic() - 1)
+        assert monitor._read(5.0).devices and [s.stale for s in told] == ["the NVIDIA driver did not answer within 0.3 s"]
+        monitor._latest = replace(first, taken=time.monotonic() + 60)   # somebody else has just taken one
+        told.clear()
+        assert monitor._read(5.0).devices and not told
+        assert monitor._read(0.3).late and not told   # no longer than the manager waits
+
 
 def test_a_row_of_the_history_has_every_figure():
     point = DevicePoint(ResourceStatus.APP_BUSY, 10, 9, 5, 3, 1, 2, 50, 60, 70.5)
@@ -659,6 +776,43 @@ def test_what_is_not_registered_is_warned_of(caplog):
 
 # The list of promises
 
+def on_device(index, free, *rows, claims=(), **fields):
+    device = GpuDevice(index, f"GPU-{index}", memory_total=1_000, memory_used=1_000 - free, memory_free=free)
+    return DeviceUse(replace(device, **fields), rows)
+
+
+def test_what_is_handed_out_and_where():
+    me, other = ProcessId(1, 1.0), ProcessId(2, 2.0)
+    def asked(id, memory, device=None, holder=me, base=0): return Claim(id, holder, memory, ("GPU-0", "GPU-1"), device, base)
+    def given(claims, *uses): return [(c.device, c.base) for c in grant(claims, uses, choose=lambda keys: "+".join(keys) if len(keys) > 1 else keys[0])]
+
+    with pytest.raises(KeyError, match="GPU-0\\+GPU-1"): given([asked(1, 10)], on_device(0, 500), on_device(1, 490))   # nearly equal, within one percent: at random
+    assert given([asked(1, 10)], on_device(0, 500), on_device(1, 489)) == [("GPU-0", 0)]
+    assert given([asked(1, 500)], on_device(0, 500)) == [("GPU-0", 0)] and given([asked(1, 501)], on_device(0, 500)) == [(None, 0)]
+    # who waits keeps the device where it may be served first, which is the one with the most room, and no more than that one
+    waiting = [asked(1, 600, "GPU-0", other), asked(2, 500, "GPU-1", other), asked(3, 900), asked(4, 100)]
+    assert given(waiting, on_device(0, 1_000), on_device(1, 1_000)) == [("GPU-0", 0), ("GPU-1", 0), (None, 0), ("GPU-0", 0)]
+    assert given([asked(1, 900, "GPU-0", other), asked(2, 1_000), asked(3, 50)], on_device(0, 1_000)) == [("GPU-0", 0), (None, 0), (None, 0)]
+    assert given([asked(1, 900, "GPU-0", other), asked(2, 1_001), asked(3, 50)], on_device(0, 1_000)) == [("GPU-0", 0), (None, 0), ("GPU-0", 0)]   # it will not fit, whoever lets go
+    used = on_device(0, 300, ((other,), 700))
+    assert given([asked(1, 700, "GPU-0", other), asked(2, 900), asked(3, 50)], used) == [("GPU-0", 0), (None, 0), (None, 0)]    # what the promise is used for comes back, too
+    # a new promise counts from what its holder has there and no promise accounts for
+    mine = on_device(0, 500, ((me,), 300), ((other, me), 200))
+    assert given([asked(1, 100)], mine) == [("GPU-0", 500)]                                        # a child's is the holder's
+    assert given([asked(1, 50, "GPU-0", other), asked(2, 100)], mine) == [("GPU-0", 0), ("GPU-0", 300)]   # unless it holds a promise itself
+    assert given([asked(1, 200, "GPU-0", me), asked(2, 100)], mine) == [("GPU-0", 0), ("GPU-0", 300)]
+    assert given([asked(1, 50, "GPU-1", other), asked(2, 100)], mine, on_device(1, 100)) == [("GPU-1", 0), ("GPU-0", 500)]   # a promise elsewhere makes no difference
+    assert given([asked(1, 100)], replace(mine, processes=None)) == [("GPU-0", 500)]               # whose it is cannot be told
+    assert given([asked(1, 100, "GPU-0"), asked(2, 100)], replace(mine, processes=None)) == [("GPU-0", 0), ("GPU-0", 400)]
+    assert given([asked(1, 100, "GPU-0", base=400)], mine) == [("GPU-0", 400)] and given([asked(1, 100, "GPU-0", base=600)], mine) == [("GPU-0", 500)]   # given back, and not to be given back again
+
+
+def test_a_device_that_says_nothing_of_its_memory_is_not_counted_on():
+    assert read_use([GpuDevice(0, memory_total=0, memory_used=0), GpuDevice(1, memory_total=10), GpuDevice(2, memory_total=10, memory_used=1, mig_mode=True)]) == []
+    silent = DeviceUse(GpuDevice(0, "GPU-0"), None)
+    assert find_pools(silent, [Claim(1, ProcessId(1, 1.0), 10, ("GPU-0",), "GPU-0")])[None].used == 0 and [c.device for c in grant([Claim(1, ProcessId(1, 1.0), 1, ("GPU-0",))], [silent])] == [None]
+
+
 def test_who_waits_looks_again_when_the_last_look_is_old(monkeypatch):
     now = [1000.0]
     monkeypatch.setattr("cjm_fasthtml_resources.core.reservations.time.monotonic", lambda: now[0])
@@ -711,6 +865,24 @@ def test_a_file_keeps_when_declared_children_started(folder):
     other = ResourceManager(app="rows")
     other.get_all_workers()
     assert other._children == manager._children
+
+
+def test_the_file_is_the_machines_and_in_a_container_the_containers(monkeypatch):
+    monkeypatch.delenv("CJM_RESOURCES_DIR", raising=False)
+    import platform, platformdirs
+    monkeypatch.setattr(platform, "node", lambda: "lab 7/ä.local")
+    monkeypatch.setattr(host, "_namespace", lambda *where: {("/proc", "self"): space}[where])
+    space = host._FIRST_PID_NAMESPACE
+    folder = Path(platformdirs.user_state_dir("cjm-fasthtml-resources", appauthor=False))
+    assert store.store_path() == folder/"lab_7_ä.local.sqlite"
+    space = None
+    assert store.store_path() == folder/"lab_7_ä.local.sqlite"
+    space = 4711
+    assert store.store_path() == folder/"lab_7_ä.local-4711.sqlite"
+    monkeypatch.setattr(platform, "node", lambda: "")
+    assert store.store_path() == folder/"localhost-4711.sqlite"
+    monkeypatch.setenv("CJM_RESOURCES_DIR", "/elsewhere")
+    assert store.store_path() == Path("/elsewhere/localhost-4711.sqlite")
 
 
 def test_a_damaged_file_is_set_aside_with_what_belongs_to_it(tmp_path):
