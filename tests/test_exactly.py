@@ -6,7 +6,7 @@ from pathlib import Path
 import pynvml, pytest
 
 from cjm_fasthtml_resources.core import host, store
-from cjm_fasthtml_resources.core.classify import DeviceStatus, OwnedProcess, ResourceConflict, ResourceStatus, ResourceType, WorkerState, classify_memory, explain_shortage
+from cjm_fasthtml_resources.core.classify import DeviceStatus, OwnedProcess, ResourceConflict, ResourceStatus, ResourceType, WorkerState, classify_memory, conclude, explain_shortage, held_by, measure
 from cjm_fasthtml_resources.core.gpu import GpuDevice, GpuProcess, GpuSnapshot, in_words, read_gpus, visible_devices, visible_env
 from cjm_fasthtml_resources.core.host import HostMemory, ProcessId, ProcessInfo, Stat
 from cjm_fasthtml_resources.core import manager as module
@@ -296,6 +296,96 @@ def test_an_answer_in_a_terminal_has_a_line_for_each_device():
 def test_a_configuration_that_is_none_is_named():
     with pytest.raises(TypeError, match="^config must be a dictionary, not list$"): ResourceManager.from_config([])
     with pytest.raises(ValueError, match="^config has no field 'gpus'; allowed are: gpu_memory_threshold_percent, "): ResourceManager.from_config({"gpus": 1})
+
+
+# The arithmetic of an answer
+
+def test_what_a_worker_holds_and_was_seen_to_hold():
+    worker, silent, nameless = WorkerState(10, "llm", plugin_name="a", loaded_plugin_resource="m"), WorkerState(20, "llm", plugin_name="a", loaded_plugin_resource="m", gpu_memory_mb=3), WorkerState(30, "llm")
+    tree = (OwnedProcess(10, "app", 100), OwnedProcess(11, "app", 50, parent_pid=10), OwnedProcess(12, "app", None, parent_pid=10), OwnedProcess(30, "app", 999), OwnedProcess(9, "external", 500, parent_pid=10))
+    two = [DeviceStatus(GpuDevice(0), ResourceStatus.APP_BUSY, tree), DeviceStatus(GpuDevice(1), ResourceStatus.APP_BUSY, (OwnedProcess(10, "app", None),)),
+           DeviceStatus(GpuDevice(2, host="b"), ResourceStatus.APP_BUSY, (OwnedProcess(10, "app", 7),))]
+    assert held_by(worker, two) == {0: 150, 1: 0}   # a process without a figure is there all the same; the number 10 of another host is somebody else
+    known = {w.pid: w for w in (nameless, worker, silent)}
+    assert measure(known, two[:1]) == {("a", "m"): 3*MIB} and measure({10: worker}, two[:1]) == {("a", "m"): 150}
+    assert measure({10: replace(worker, gpu_memory_mb=50/MIB)}, two[:1]) == {("a", "m"): 150} and measure({10: replace(worker, gpu_memory_mb=1)}, two[:1]) == {("a", "m"): MIB}   # the larger of what is seen and said
+    assert measure({30: nameless, 10: replace(worker, loaded_plugin_resource=None)}, two[:1]) == {("a", ""): 150} and measure({}, two[:1]) == {}
+    assert measure({10: worker}, [DeviceStatus(GpuDevice(0), ResourceStatus.APP_BUSY, (OwnedProcess(10, "app", None),))]) == {}   # nothing was seen
+
+
+def test_the_best_device_decides_and_outsiders_are_named_where_they_are_in_the_way():
+    A, B, E, U = ResourceStatus.AVAILABLE, ResourceStatus.APP_BUSY, ResourceStatus.EXTERNAL_BUSY, ResourceStatus.UNAVAILABLE
+    def on(index, status, *processes, **kw): return DeviceStatus(GpuDevice(index, name="L4", memory_total=100, memory_used=50, memory_free=50), status, processes, **kw)
+    mine, theirs = OwnedProcess(7, "app", 3*MIB//2, "w", "ada", "compute", 6, "llm"), OwnedProcess(9, "external", None, "train.py", "bob", "compute")
+    free, shared, full = on(0, A, replace(theirs, pid=8)), on(1, B, mine, theirs), on(2, E, theirs, mine)
+    snapshot = GpuSnapshot()
+    found = conclude([full, shared, free], 40.0, "why", ["note"], snapshot)
+    assert (found.status, found.app_pids, found.external_pids, found.reason, found.notes, found.threshold_percent, found.snapshot) == (A, [7], [9], None, ("note",), 40.0, snapshot)
+    assert found.app_processes == [dict(pid=7, name="w", username="ada", gpu_memory_mb=1.5, device_id=at, device_name="L4", parent_pid=6, parent_worker_type="llm") for at in (2, 1)]
+    assert found.external_processes == [dict(pid=9, name="train.py", username="bob", gpu_memory_mb=None, device_id=2, device_name="L4")] and found.devices == (full, shared, free)
+    assert [conclude(d).status for d in ([full, shared], [full], [on(0, U, reason="lost"), full])] == [B, E, E] and conclude([full]).threshold_percent == 45.0
+    assert conclude([on(0, U, reason="lost"), on(1, U, reason="asleep")], 45.0, "x").reason == "GPU 0: lost; GPU 1: asleep"
+    assert conclude((), 45.0, "no driver").reason == "no driver" and conclude(()).reason == "there is no device" and conclude(()).status is U
+
+
+def test_ram_is_the_apps_only_where_it_holds_more_than_the_others():
+    def ram(used, *processes, **kw): return classify_memory(HostMemory(1_000, used), [OwnedProcess(i, owner, size) for i, (owner, size) in enumerate(processes)], **kw)
+    A, B, E = ResourceStatus.AVAILABLE, ResourceStatus.APP_BUSY, ResourceStatus.EXTERNAL_BUSY
+    assert [ram(900, ("app", n)).status for n in (450, 451)] == [E, B] and [ram(n).status for n in (899, 900)] == [A, E]
+    less = ram(950, ("app", None), ("app", 3), ("external", None))
+    assert (less.memory.app_memory, less.memory.external_memory, less.external_pids) == (3, 947, [2]) and less.app_processes[1]["memory_mb"] == 0 and ram(10, ("app", 30)).memory.external_memory == 0
+    found = ram(950, ("app", 123), ("external", 400))
+    assert found.app_processes[0]["memory_percent"] == 12.3 and classify_memory(HostMemory(3, 3), [OwnedProcess(1, "app", 2)]).app_processes[0]["memory_percent"] == 66.67
+    assert classify_memory(HostMemory(0, 0), [OwnedProcess(1, "app", 2)]).app_processes[0]["memory_percent"] == 0.0
+    assert [p["memory_mb"] for p in classify_memory(HostMemory(100*MIB, 99*MIB), [OwnedProcess(1, "app", 1_300_000)]).app_processes] == [1.24]
+
+
+def test_every_field_of_a_worker_can_be_changed_left_and_cleared(monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr("cjm_fasthtml_resources.core.manager.time.monotonic", lambda: now[0])
+    manager, config = ResourceManager(), {"model": "m"}
+    first = manager.register_worker(GONE, "llm")
+    fields = dict(job_id="j", plugin_id="p", plugin_name="n", loaded_plugin_resource="r", config=config, status="running", gpu_memory_mb=5)
+    for name, value in fields.items():
+        now[0] += 1
+        state = manager.update_worker_state(GONE, **{name: value})
+        assert getattr(state, name) == value and (state.last_used == now[0]) == (name in ("job_id", "status"))
+    assert state == replace(first, **fields) and state.config is not config   # later changes of the caller's dictionary are his own
+    assert manager.get_worker_by_job("j") == state and manager.get_worker_by_job("k") is None
+    for name in ("plugin_id", "plugin_name", "loaded_plugin_resource", "config", "gpu_memory_mb"): assert getattr(manager.update_worker_state(GONE, **{name: None}), name) is None
+    assert manager.update_worker_state(GONE, status=None).status == "idle" and manager.get_worker_by_job("j") is None and manager.get_worker_by_pid(GONE).job_id is None
+    manager.update_worker_state(GONE, job_id="j", status="running")
+    other = manager.register_worker(GONE + 1, "llm", "j")
+    assert manager.get_worker_by_job("j") == other
+    manager.update_worker_state(GONE, plugin_id="q")
+    assert manager.get_worker_by_job("j") == other   # whose it is now
+
+
+def test_what_a_check_says_where_something_is_missing(monkeypatch):
+    manager = ResourceManager(40.0, track_self=False)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1,7")
+    with SimulatedDriver([SimulatedGpu(), SimulatedGpu()]):
+        found = manager.check_gpu_availability()
+        assert [d.device.index for d in found.devices] == [1] and found.notes == ("CUDA_VISIBLE_DEVICES='1,7' names '7', which is not here: as in CUDA, it and what follows are not visible",)
+        assert manager.reserve(1, 0, timeout=0).index == 1 and found.threshold_percent == 40.0
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "7")
+        found = manager.check_gpu_availability()
+        assert found.reason == "CUDA_VISIBLE_DEVICES='7' names '7', which is not here: as in CUDA, it and what follows are not visible" and found.notes == ()
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    with SimulatedDriver([SimulatedGpu(mig=[])]): assert manager.check_gpu_availability().reason == "MIG is on, but there is no instance"
+    with SimulatedDriver([]): assert manager.check_gpu_availability().reason == "the NVIDIA driver sees no GPU"
+    with SimulatedDriver([SimulatedGpu(processes=[SimulatedProcess(GONE, 900, "graphics")]), SimulatedGpu(memory_used_mb=900)], SimulatedMachine(pid_namespace=True)):
+        manager.register_worker(7, "llm", gpu_memory_mb=1_000)
+        found = manager.check_gpu_availability()
+        assert found.devices[0].processes == (OwnedProcess(GONE, "unknown", 900*MIB, kind="graphics"),)
+        assert [d.app_memory//MIB for d in found.devices] == [900, 100] and len(found.notes) == 1 and found.notes[0].startswith("An estimate: inside a container")
+    with SimulatedDriver([SimulatedGpu(memory_used_mb=900, processes=[SimulatedProcess(GONE, None, "graphics")])]):
+        found = manager.check_gpu_availability()
+        assert found.devices[0].processes[0].kind == "graphics" and found.notes[0].startswith("An estimate: the driver does not say")
+        assert ResourceBusy("x").retryable and ResourceBusy("x").suggested_action is None
+        for name in ("cuda", "gpu", "auto", None): assert module.select_devices(found.snapshot.devices, name) == list(found.snapshot.devices)
+        for name in ("", "tpu", "CUDA-1"):
+            with pytest.raises(ValueError): module.select_devices(found.snapshot.devices, name)
 
 
 # What a plugin is asked
@@ -855,6 +945,60 @@ def test_a_row_has_no_secrets_and_takes_what_is_no_json():
     assert (again.config, again.remote_resource, starts) == ({"path": "/m", "api_key": "***"}, {"provider": "/x", "api_key": "***"}, {8: None})
     assert from_row(to_row(state, {}), state)[0].config == state.config and from_row(to_row(state, {}), replace(state, start_time=1.0))[0].config == again.config
     assert from_row(to_row(state, {}), replace(state, config={"path": Path("/n"), "api_key": "sk-1"}))[0].config == again.config   # it was changed by another process
+
+
+def test_a_file_that_cannot_be_read_is_named_in_every_answer(folder, caplog, monkeypatch):
+    manager, plugin = ResourceManager(app="broken"), Server()
+    manager.register_worker(os.getpid(), "llm", plugin_name="a", plugin_instance=plugin)
+    path = store.store_path()
+    monkeypatch.setattr(manager._roster, "raise_peaks", lambda higher: (_ for _ in ()).throw(store.StoreError("/a is full")))
+    with SimulatedDriver([SimulatedGpu(processes=[SimulatedProcess(os.getpid(), 700)])]):
+        assert manager.check_gpu_availability().status is ResourceStatus.APP_BUSY and warned(caplog) == ["what plugins need was not kept: /a is full"]
+        assert manager.check_memory_availability().notes == ()
+        monkeypatch.setattr(module, "_REFRESH_AFTER", -1)
+        plugin.children = [GONE + 1]
+        monkeypatch.setattr(manager._roster, "write", lambda *rows: (_ for _ in ()).throw(store.StoreError("/a is read-only")))
+        found = manager.check_gpu_availability()   # what its plugin says now cannot be kept
+        assert found.reason == "what is promised cannot be read: /a is read-only" and found.snapshot.devices and found.threshold_percent == 45.0 and found.devices == ()
+        assert manager.check_memory_availability().notes == ("The app's workers are those of an earlier moment: /a is read-only",)
+        path.rename(f"{path}.away")
+        gone = f"{path} was removed or replaced while this program uses it; end the programs that use it, and start them again"
+        assert manager.check_gpu_availability().reason == f"what is promised cannot be read: {gone}"
+        assert ResourceManager().check_gpu_availability().status is ResourceStatus.APP_BUSY   # in memory, it needs no file
+
+
+def test_a_worker_that_another_process_registers_anew_loses_its_plugin(folder):
+    mine, other = ResourceManager(app="rows"), ResourceManager(app="rows")
+    for pid in (GONE, GONE + 1): mine.register_worker(pid, "llm", plugin_instance=Server())
+    other.update_worker_state(GONE, status="running")
+    mine.get_all_workers()
+    assert set(mine._plugins) == set(mine._asked) == {GONE, GONE + 1}   # a change is no registration
+    other.unregister_worker(GONE)
+    mine.get_all_workers()
+    assert set(mine._plugins) == set(mine._asked) == {GONE + 1} and mine._children == {GONE: {GONE + 1: None}}
+    reads = []
+    read = mine._roster.read
+    mine._roster.read = lambda db: (reads.append(1), read(db))[1]
+    for _ in range(3): mine.get_all_workers()
+    assert not reads   # nothing has changed, so nothing is read again
+    mine.unregister_worker(GONE + 1)
+    assert mine._children == {} and other.get_all_workers() == []
+
+
+def test_a_damaged_file_is_made_anew_in_a_folder_of_its_own(tmp_path, caplog):
+    path = tmp_path/"deep"/"er"/"apps.sqlite"
+    first = store.Store(path)
+    with first.transaction() as db: db.execute("INSERT INTO apps VALUES ('a', 1)")
+    assert (path.parent.stat().st_mode & 0o777, path.stat().st_mode & 0o777) == (0o700, 0o600)
+    first.close()
+    data = bytearray(path.read_bytes())
+    data[4096:] = b"\xff"*len(data[4096:])
+    path.write_bytes(data)
+    second = store.Store(path)
+    with second.reading() as db: assert db.execute("SELECT count(*) FROM apps").fetchone() == (0,)
+    message, = warned(caplog)
+    assert message.startswith(f"{path} was damaged (") and message.endswith(f") and set aside as {path}.damaged-1") and "(None)" not in message and Path(f"{path}.damaged-1").exists()
+    second.close()
 
 
 def test_a_file_keeps_when_declared_children_started(folder):
