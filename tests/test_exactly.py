@@ -818,9 +818,28 @@ def test_who_gives_up_says_who_was_in_the_way_where_it_asked(capfd):
 
 def test_waits_are_counted_in_the_bucket_that_holds_them():
     waits = Waits()
-    for seconds in (0.1, 0.11, 5, 1e6): waits.observe(seconds)
+    for seconds in (0.1, 0.11, 0.5, 5, 1e6): waits.observe(seconds)
     buckets, total = waits.read()
-    assert [n for _, n in buckets] == [1, 2, 3, 3, 3, 3, 3, 3, 4] and [le for le, _ in buckets] == list(WAIT_BUCKETS) and total == 1_000_005.21
+    assert [n for _, n in buckets] == [1, 3, 4, 4, 4, 4, 4, 4, 5] and [le for le, _ in buckets] == list(WAIT_BUCKETS) and total == 1_000_005.71
+
+
+def test_a_request_that_was_withdrawn_is_given_nothing_and_one_of_a_dead_process_says_so(spawn):
+    process = spawn("input()")
+    with SimulatedDriver([SimulatedGpu()]):
+        manager = ResourceManager()
+        gone = manager._request(1, None, None, None, None)
+        gone.withdraw()
+        assert gone.poll() is None and manager.get_claims() == []
+        held = manager.reserve(20_000)
+        assert manager.waits.read()[1] < 5
+        waiting = manager._request(20_000, None, None, None, process.pid)
+        assert waiting.poll() is None and len(manager.get_claims()) == 2
+        process.kill()
+        process.wait()
+        manager.reserve(1, timeout=0)   # any look drops what is over
+        with pytest.raises(ProcessLookupError, match=f"^the process with PID {process.pid} ended before it was given any GPU memory$"):
+            for _ in range(100): waiting.poll()
+        held.release()
 
 
 def test_what_a_plugin_was_seen_to_need_is_its_workers_own_tree():
