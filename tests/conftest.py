@@ -1,10 +1,13 @@
 "What several tests need"
-import contextlib, os, subprocess, sys
+import contextlib, os, signal, subprocess, sys
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
+
+# a shell's background job ignores Ctrl-C, and so would what the tests start: --watch would never end
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN: signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture
