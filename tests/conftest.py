@@ -1,13 +1,31 @@
 "What several tests need"
-import contextlib, os, signal, subprocess, sys
+import contextlib, logging, os, signal, subprocess, sys
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
+MIB, GIB = 2**20, 2**30
+GONE = 2**22 + 1  # Linux gives no number as high as this
 
 # a shell's background job ignores Ctrl-C, and so would what the tests start: --watch would never end
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN: signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def warned(caplog) -> list[str]:
+    "The warnings since the last time"
+    found = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
+    caplog.clear()
+    return found
+
+
+class Server:
+    "A plugin with child processes, whose answers the test sets"
+    children = [GONE]
+    def get_execution_mode(self): return "subprocess"
+    def get_child_pids(self): return self.children
+    def get_managed_resources(self): return {}
+    def force_cleanup(self): pass
 
 
 @pytest.fixture

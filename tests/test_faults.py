@@ -53,8 +53,7 @@ def check_one(conflict, faulty: str | None) -> None:
     found = statuses(conflict)
     for device, status in found.items():
         assert status in (GOOD.get(device), UNAVAILABLE), (device, status)  # one that cannot be read may stand for its instances
-    for d in conflict.devices:
-        if d.status is not UNAVAILABLE: assert d.device.memory_used is not None and d.device.memory_total
+    for d in conflict.devices: assert (d.status is UNAVAILABLE) == (d.device.memory_used is None) and (d.status is UNAVAILABLE or d.device.memory_total)
     assert conflict.status in (AVAILABLE, EXTERNAL, UNAVAILABLE)
     assert (conflict.status is AVAILABLE) == (AVAILABLE in found.values()) and bool(conflict.reason) == (conflict.status is UNAVAILABLE)
     if faulty is not None and found: assert others(found, faulty) == others(GOOD, faulty)
@@ -100,6 +99,19 @@ def test_every_error_of_every_call_through_check_monitor_panel_and_stream(watche
                 driver.recover()
                 for look in range(2): conflict = manager.check_gpu_availability()
                 assert statuses(conflict) == GOOD, (call, error, often, gpu)
+
+
+@pytest.mark.parametrize("times", [1, None], ids=["once", "always"])
+@pytest.mark.parametrize("call", calls_made())
+def test_no_failure_of_one_call_frees_memory_where_all_is_taken(call, times):
+    for error in ERRORS:   # also those that say that a divided GPU is whole
+        with SimulatedDriver([SimulatedGpu(processes=[SimulatedProcess(4_400_001, 20_000)]), SimulatedGpu(mig=[SimulatedGpu(memory_total_mb=22_000, memory_used_mb=20_000)])]) as driver:
+            driver.fail(call, error, times=times)
+            conflict = ResourceManager().check_gpu_availability()
+            assert conflict.status in (EXTERNAL, UNAVAILABLE) and (conflict.devices or conflict.reason), (call, error)
+            for d in conflict.devices: assert (d.status is UNAVAILABLE) == (d.device.memory_used is None)
+            driver.recover()
+            assert ResourceManager().check_gpu_availability().status is EXTERNAL, (call, error)
 
 
 @pytest.mark.parametrize("call", calls_made())

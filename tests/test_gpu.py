@@ -2,9 +2,10 @@
 import os, subprocess, sys, threading, time
 
 import pynvml, pytest
+from conftest import MIB
 from hypothesis import given, settings, strategies as st
 
-from cjm_fasthtml_resources.core.gpu import GpuDevice, read_gpus, visible_devices
+from cjm_fasthtml_resources.core.gpu import GpuDevice, GpuProcess, GpuSnapshot, in_words, read_gpus, visible_devices
 from cjm_fasthtml_resources.core.manager import ResourceManager, ResourceStatus
 from cjm_fasthtml_resources.simulate import SimulatedDriver, SimulatedGpu, SimulatedProcess
 
@@ -137,3 +138,75 @@ def test_what_changes_hands_while_a_device_is_read_counts_as_used(monkeypatch, b
 
         monkeypatch.setattr(pynvml, "nvmlDeviceGetComputeRunningProcesses_v3", changes)
         assert read_gpus().devices[0].memory_used == 5000*2**20
+
+
+# What is read, whole, and what is said of what cannot be
+
+def test_a_device_is_read_whole():
+    gpu = SimulatedGpu("NVIDIA L4", uuid="GPU-a", memory_total_mb=24_000, memory_reserved_mb=300, utilization=37, temperature=61, power_usage=51.25, power_limit=72,
+                       processes=[SimulatedProcess(4_300_002, 700), SimulatedProcess(4_300_001, 100, "graphics"), SimulatedProcess(4_300_003, None, "mps")])
+    with SimulatedDriver([gpu]): snapshot = read_gpus()
+    assert snapshot == GpuSnapshot((GpuDevice(
+        0, "GPU-a", "NVIDIA L4", 24_000*MIB, 800*MIB, 22_900*MIB, 300*MIB, 37, 61, 51.25, 72.0,
+        (GpuProcess(4_300_001, 100*MIB, "graphics"), GpuProcess(4_300_002, 700*MIB, "compute"), GpuProcess(4_300_003, None, "mps"))),), None, "580.105.08 (simulated)", snapshot.time)
+    assert abs(snapshot.time - time.time()) < 5 and snapshot.simulated and not snapshot.late and snapshot.pids == {4_300_001, 4_300_002, 4_300_003}
+    assert GpuDevice(0, memory_total=10, memory_reserved=3).capacity == 7 and GpuDevice(0).capacity == 0
+    assert [GpuDevice(2, host="a").id, GpuDevice(1, mig_parent=2, host="a").id, GpuDevice(1, mig_parent=2).id] == ["a:2", "a:2:1", "2:1"]
+
+
+@pytest.mark.parametrize("code, words", [
+    (1, "the connection to the NVIDIA driver was closed"), (3, "the device does not report its memory"), (4, "no permission to ask the NVIDIA driver (in a container: is the GPU passed in?)"),
+    (9, "the NVIDIA driver is not loaded"), (12, "no NVIDIA driver (its library libnvidia-ml was not found)"), (15, "the GPU is lost (it fell off the bus) and needs a reset or a reboot"),
+    (16, "the GPU needs a reset before it can be used again"), (17, "the operating system blocks the GPU (cgroup device rules?)"),
+    (18, "the NVIDIA library and the loaded driver are of different versions, as after an upgrade; reboot, or reload the driver, and start this program again"),
+    (999, "the NVIDIA driver answered: Unknown Error")])
+def test_an_error_of_the_driver_is_said_in_words(code, words):
+    with SimulatedDriver(): assert in_words(pynvml.NVMLError(code)) == words
+    assert in_words(OSError("no such device")) == "the NVIDIA driver answered: no such device" and in_words(ImportError("x")) == "the Python package nvidia-ml-py is not installed"
+
+
+def test_what_a_driver_does_not_answer_is_none_and_the_rest_is_there():
+    def read(*calls, code=3):
+        with SimulatedDriver([SimulatedGpu(power_usage=50, processes=[SimulatedProcess(4_300_001, 100)])]) as driver:
+            for call in calls: driver.fail(call, code)
+            return read_gpus().devices[0]
+
+    for call, field in [("nvmlDeviceGetUtilizationRates", "utilization"), ("nvmlDeviceGetTemperature", "temperature"), ("nvmlDeviceGetPowerUsage", "power_usage"),
+                        ("nvmlDeviceGetEnforcedPowerLimit", "power_limit"), ("nvmlDeviceGetUUID", "uuid"), ("nvmlDeviceGetName", "name")]:
+        device = read(call)
+        assert getattr(device, field) is None and device.memory_used == 100*MIB and device.reason is None and device.processes
+        assert [name for name in ("utilization", "temperature", "power_usage", "power_limit", "uuid", "name") if getattr(device, name) is None] == [field]
+    none = read(*(f"nvmlDeviceGet{kind}RunningProcesses{version}" for kind in ("Compute", "Graphics", "MPSCompute") for version in ("_v2", "_v3")))
+    assert none.processes is None and none.memory_used == 100*MIB
+    assert read("nvmlDeviceGetHandleByIndex_v2", code=15) == GpuDevice(0, reason="the GPU is lost (it fell off the bus) and needs a reset or a reboot")
+    divided = read("nvmlDeviceGetMigMode", code=15)   # one that is divided must not be taken for a whole one
+    assert divided.uuid and divided.memory_used is None and divided.reason == "the GPU is lost (it fell off the bus) and needs a reset or a reboot"
+
+
+def test_a_driver_that_is_late_is_said_to_be():
+    with SimulatedDriver([SimulatedGpu()]) as driver:
+        driver.hang("nvmlDeviceGetTemperature")
+        late = read_gpus(0.05)
+        assert (late.reason, late.late, late.devices) == ("the NVIDIA driver did not answer within 0.05 s", True, ())
+        driver.recover()
+        assert len(read_gpus(5).devices) == 1
+
+
+def test_what_is_wrong_with_cuda_visible_devices_is_named():
+    two = (GpuDevice(0, "GPU-aa11"), GpuDevice(1))
+    assert visible_devices(two, " ") == ((), "CUDA_VISIBLE_DEVICES is empty, so no device may be used")
+    assert visible_devices(two, "1, 7,0") == ((two[1],), "CUDA_VISIBLE_DEVICES='1, 7,0' names '7', which is not here: as in CUDA, it and what follows are not visible")
+    assert visible_devices(two, "MIG-1")[0] == () and visible_devices(two, "XX")[0] == () and visible_devices(two, "GPU-") == ((two[0],), None)
+
+
+def test_instances_of_a_divided_gpu_are_read_with_their_names_and_those_that_are_not_there_are_skipped():
+    mig = [SimulatedGpu("1g", memory_total_mb=5_000, uuid="MIG-1"), SimulatedGpu("2g", memory_total_mb=9_000, uuid="MIG-2")]
+    with SimulatedDriver([SimulatedGpu("A100", uuid="GPU-a", mig=mig)]) as driver:
+        whole, one, two = read_gpus().devices
+        assert (whole.id, whole.mig_mode, whole.processes) == (0, True, None)
+        assert [(d.id, d.uuid, d.name, d.memory_total, d.mig_parent, d.processes) for d in (one, two)] == [("0:0", "MIG-1", "1g", 5_000*MIB, 0, ()), ("0:1", "MIG-2", "2g", 9_000*MIB, 0, ())]
+        driver.fail("nvmlDeviceGetMigDeviceHandleByIndex", 6, times=1)   # NVML_ERROR_NOT_FOUND: the first instance was destroyed
+        assert [d.id for d in read_gpus().devices] == [0, "0:1"]
+        driver.recover()
+        driver.fail("nvmlDeviceGetMaxMigDeviceCount", 15)
+        assert read_gpus().devices[1] == GpuDevice(0, mig_parent=0, reason="the GPU is lost (it fell off the bus) and needs a reset or a reboot")

@@ -6,8 +6,9 @@ from types import SimpleNamespace
 import pytest
 from hypothesis import given, settings, strategies as st
 
-from cjm_fasthtml_resources.core.classify import DeviceStatus, OwnedProcess, ResourceConflict, ResourceStatus, ResourceType, WorkerState, held_by
+from cjm_fasthtml_resources.core.classify import DeviceStatus, MemoryStatus, OwnedProcess, ResourceConflict, ResourceStatus, ResourceType, WorkerState, held_by
 from cjm_fasthtml_resources.core.gpu import GpuDevice, GpuSnapshot
+from cjm_fasthtml_resources.core.host import HostMemory
 from cjm_fasthtml_resources.core import validation
 from cjm_fasthtml_resources.core.manager import ResourceBusy, ResourceManager, ResourceUnavailable
 from cjm_fasthtml_resources.core.plugins import PluginResourceRequirements
@@ -202,8 +203,7 @@ def test_where_nobody_can_be_told_the_workers_reports_say_who_is_in_the_way():
 
 
 def test_ram_that_is_short_names_the_worker_that_could_end():
-    memory = ResourceConflict(ResourceType.SYSTEM_MEMORY, ResourceStatus.UNAVAILABLE, reason="x")
-    memory = replace(memory, memory=validation_memory())
+    memory = ResourceConflict(ResourceType.SYSTEM_MEMORY, ResourceStatus.UNAVAILABLE, memory=MemoryStatus(HostMemory(1_000, 950)))
     for status, action, worker in [(ResourceStatus.AVAILABLE, ValidationAction.PROCEED, None), (EXTERNAL, ValidationAction.USER_INTERVENTION, None), (APP, ValidationAction.WAIT_FOR_OTHER_WORKER, SPEECH)]:
         found = decide_on_cpu(replace(memory, status=status), [SPEECH, LLM])
         assert (found.action, found.conflict.status, found.current_worker) == (action, status, worker)
@@ -211,12 +211,6 @@ def test_ram_that_is_short_names_the_worker_that_could_end():
     found = decide_on_cpu(replace(memory, status=APP), [SPEECH, running])
     assert (found.action, found.current_worker, found.conflict.status) == (ValidationAction.WAIT_FOR_JOB, running, APP) and found.message.endswith("Busy is the llm worker with PID 42 (llama, running).")
     assert decide_on_cpu(replace(memory, status=APP), []).current_worker is None
-
-
-def validation_memory():
-    from cjm_fasthtml_resources.core.classify import MemoryStatus
-    from cjm_fasthtml_resources.core.host import HostMemory
-    return MemoryStatus(HostMemory(1_000, 950))
 
 
 def test_one_device_alone_keeps_what_was_read_and_what_it_was_held_against():

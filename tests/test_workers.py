@@ -1,0 +1,200 @@
+"What is known of a worker, what its plugin is asked, and what may not be passed in"
+import os, threading, time
+from dataclasses import replace
+
+import pytest
+from conftest import GONE, Server, warned
+
+from cjm_fasthtml_resources.core import host
+from cjm_fasthtml_resources.core.classify import ResourceStatus
+from cjm_fasthtml_resources.core.manager import ResourceManager
+from cjm_fasthtml_resources.simulate import SimulatedDriver, SimulatedGpu, SimulatedMachine, SimulatedProcess
+
+
+def test_every_field_of_a_worker_can_be_changed_left_and_cleared(monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr("cjm_fasthtml_resources.core.manager.time.monotonic", lambda: now[0])
+    manager, config = ResourceManager(), {"model": "m"}
+    first = manager.register_worker(GONE, "llm")
+    fields = dict(job_id="j", plugin_id="p", plugin_name="n", loaded_plugin_resource="r", config=config, status="running", gpu_memory_mb=5)
+    for name, value in fields.items():
+        now[0] += 1
+        state = manager.update_worker_state(GONE, **{name: value})
+        assert getattr(state, name) == value and (state.last_used == now[0]) == (name in ("job_id", "status"))
+    assert state == replace(first, **fields) and state.config is not config   # later changes of the caller's dictionary are his own
+    assert manager.get_worker_by_job("j") == state and manager.get_worker_by_job("k") is None
+    for name in ("plugin_id", "plugin_name", "loaded_plugin_resource", "config", "gpu_memory_mb"): assert getattr(manager.update_worker_state(GONE, **{name: None}), name) is None
+    assert manager.update_worker_state(GONE, status=None).status == "idle" and manager.get_worker_by_job("j") is None and manager.get_worker_by_pid(GONE).job_id is None
+    manager.update_worker_state(GONE, job_id="j", status="running")
+    other = manager.register_worker(GONE + 1, "llm", "j")
+    assert manager.get_worker_by_job("j") == other
+    manager.update_worker_state(GONE, plugin_id="q")
+    assert manager.get_worker_by_job("j") == other   # whose it is now
+
+
+def test_what_is_not_registered_is_warned_of(caplog):
+    manager = ResourceManager()
+    assert manager.update_worker_state(7, status="idle") is None and manager.unregister_worker(8) is None
+    assert warned(caplog) == ["update_worker_state: no worker with PID 7 is registered", "unregister_worker: no worker with PID 8 is registered"]
+
+
+def test_dead_workers_are_pruned_and_no_others(spawn):
+    alive, dead = spawn("input()"), spawn("input()")
+    manager = ResourceManager()
+    for pid in (alive.pid, dead.pid, GONE): manager.register_worker(pid, "llm")
+    dead.kill()
+    dead.wait()
+    assert [w.pid for w in manager.prune_dead_workers()] == [dead.pid]
+    assert [w.pid for w in manager.get_all_workers()] == [alive.pid, GONE]   # who was never seen alive stays
+
+
+def test_a_refresh_takes_what_is_new_and_warns_of_what_is_not_there(caplog):
+    manager, plugin = ResourceManager(), Server()
+    assert manager.refresh_worker(7) is None and warned(caplog) == ["refresh_worker: no worker with PID 7 is registered"]
+    silent = manager.register_worker(8, "llm")
+    assert manager.refresh_worker(8) is silent and not warned(caplog)   # nobody to ask, nothing to complain about
+    before = manager.register_worker(9, "llm", plugin_instance=plugin)
+    asked = manager._asked[9]
+    assert manager.refresh_worker(9) is before and manager._asked[9] > asked and 8 not in manager._asked   # nothing new: the same object
+    plugin.children = [GONE, os.getpid()]
+    after = manager.refresh_worker(9)
+    assert after.child_pids == [GONE, os.getpid()] and manager._children[os.getpid()] == {9: host.read_start(os.getpid())}
+    assert manager.refresh_worker(9) is after
+    manager._children[os.getpid()][9] = 0.5   # as if the number had changed hands since
+    assert manager.refresh_worker(9) == after and manager._children[os.getpid()] == {9: 0.5}   # the child that was declared is not taken for another
+
+
+def test_a_plugin_that_fails_is_named_with_what_it_did(caplog):
+    class Odd(Server):
+        def get_execution_mode(self): raise RuntimeError("not ready")
+        def get_child_pids(self): return [GONE, "7", True, -1, 0, 1]
+        def get_managed_resources(self): return {"container_id": "c0ffee", "conda_env": "speech"}
+
+    manager, plugin = ResourceManager(), Odd()
+    state = manager.register_worker(7, "llm", plugin_instance=plugin)
+    assert (state.execution_mode, state.child_pids, state.container_id, state.conda_env) == (None, [GONE, 1], "c0ffee", "speech")
+    assert warned(caplog) == ["Odd.get_execution_mode() raised RuntimeError: not ready", "Odd.get_child_pids() gave ['7', True, -1, 0], which are no PIDs"]
+    plugin.get_execution_mode, plugin.get_child_pids = (lambda: "docker"), (lambda: [])
+    assert manager.refresh_worker(7).execution_mode == "docker" and not warned(caplog)
+
+    def fails(*args): raise RuntimeError("later")
+    for name in ("get_execution_mode", "get_child_pids", "get_managed_resources"): setattr(plugin, name, fails)
+    assert manager.refresh_worker(7).execution_mode == "docker"   # what it said last still holds
+    assert warned(caplog) == [f"Odd.{name}() raised RuntimeError: later" for name in ("get_execution_mode", "get_child_pids", "get_managed_resources")]
+
+
+def test_a_rented_machine_is_known_as_long_as_its_plugin_says_so(caplog):
+    class Rented:
+        info = {"provider": "x", "region": "eu", "secret_field": 1}
+        def get_remote_resource_info(self): return self.info
+
+    manager, plugin = ResourceManager(), Rented()
+    known = ("provider", "region", "instance_id", "status", "ssh_host", "gpu_count", "gpu_type", "estimated_cost_per_hour")
+    first = manager.register_worker(7, "llm", plugin_instance=plugin)
+    assert first.is_remote and first.remote_resource == {name: plugin.info.get(name) for name in known}
+    plugin.get_remote_resource_info = lambda: 1/0
+    assert manager.refresh_worker(7).remote_resource == first.remote_resource and warned(caplog) == ["Rented.get_remote_resource_info() raised ZeroDivisionError: division by zero"]
+    plugin.get_remote_resource_info = lambda: None
+    assert not manager.refresh_worker(7).is_remote and manager.get_worker_by_pid(7).remote_resource is None
+
+
+def test_a_rented_machine_costs_what_its_plugin_estimates_else_its_price_per_hour(caplog):
+    class Rented:
+        def __init__(self, price, estimate): self.price, self.estimate = price, estimate
+        def get_remote_resource_info(self): return {"provider": "x", "estimated_cost_per_hour": self.price}
+        def provision_remote_resource(self, **config): ...
+        def check_remote_resource_status(self): return "running"
+        def terminate_remote_resource(self): return True
+        def estimate_cost(self, hours): return self.estimate and self.estimate(hours)
+
+    def cost(price, estimate, *hours):
+        manager = ResourceManager()
+        manager.register_worker(41, "llm", plugin_instance=Rented(price, estimate))
+        return manager.estimate_total_cloud_cost(*hours)
+
+    assert cost(2, lambda hours: 10 + hours) == 11 and cost(2, lambda hours: 10 + hours, 3) == 13
+    assert cost(2, None) == 2 and cost(2, None, 3) == 6 and cost(2, lambda hours: True, 3) == 6 and not warned(caplog)
+    assert cost(None, None) == 0.0 and warned(caplog) == ["the plugin of worker 41 says nothing about cost; it is left out of the sum"]
+
+
+def test_a_plugin_that_hangs_holds_up_no_check_and_is_heard_when_it_answers(caplog, monkeypatch):
+    answer, calls = threading.Event(), []
+
+    class Hanging(Server):
+        def get_child_pids(self):
+            calls.append(threading.current_thread())
+            if len(calls) > 1: answer.wait(10)
+            return self.children + [os.getpid()][:answer.is_set()]
+
+    other = Server()
+    with SimulatedDriver([SimulatedGpu()]):
+        manager = ResourceManager()
+        for pid, plugin in [(7, Hanging()), (8, other)]: manager.register_worker(pid, "llm", plugin_instance=plugin)
+        monkeypatch.setattr("cjm_fasthtml_resources.core.manager._REFRESH_AFTER", 0.05)
+        monkeypatch.setattr("cjm_fasthtml_resources.core.manager._PLUGIN_WITHIN", 0.5)
+        other.children = [GONE + 1]
+        time.sleep(0.06)
+        began = time.monotonic()
+        assert manager.check_gpu_availability().status is ResourceStatus.AVAILABLE and 0.5 <= time.monotonic() - began < 2
+        assert warned(caplog) == ["the plugin of worker 7 does not answer within 0.5 s; what it said before counts until it does"]
+        assert manager.get_worker_by_pid(7).child_pids == [GONE] and manager.get_worker_by_pid(8).child_pids == [GONE + 1]   # the others are heard
+        time.sleep(0.06)
+        began = time.monotonic()
+        for _ in range(20): manager.check_gpu_availability()
+        assert time.monotonic() - began < 0.5 and len(calls) == 2 and not warned(caplog)   # not waited for again, and no second thread
+        answer.set()
+        calls[1].join(5)
+        assert manager.get_worker_by_pid(7).child_pids == [GONE, os.getpid()]
+        time.sleep(0.06)
+        manager.check_gpu_availability()
+        assert len(calls) == 3
+
+
+def test_what_a_plugin_was_seen_to_need_is_its_workers_own_tree():
+    manager = ResourceManager(track_self=False)
+    worker = manager.register_worker(os.getpid(), "llm", plugin_name="a", loaded_plugin_resource="m")
+    with SimulatedDriver([SimulatedGpu(processes=[SimulatedProcess(os.getpid(), 700), SimulatedProcess(GONE, 5_000)])]) as driver:
+        manager.check_gpu_availability()
+        assert manager.expected_gpu_memory_mb("a", "m") == 700
+        driver.gpus[0].processes[0] = SimulatedProcess(os.getpid(), 300)
+        manager.check_gpu_availability()
+        assert manager.expected_gpu_memory_mb("a", "m") == 700 and manager.get_worker_by_pid(os.getpid()) == worker   # the most that was seen
+
+
+def test_the_need_of_a_plugin_without_a_resource_is_its_own():
+    manager = ResourceManager(track_self=False)
+    manager.register_worker(GONE, "llm", plugin_name="piper")
+    with SimulatedDriver([SimulatedGpu(processes=[SimulatedProcess(GONE, 700)])]): manager.check_gpu_availability()
+    assert manager.expected_gpu_memory_mb("piper") == 700 and manager.expected_gpu_memory_mb("piper", "de") is None
+    with pytest.raises(TypeError, match="^plugin_name must be a string or None, not 7$"): manager.expected_gpu_memory_mb(7)
+    with pytest.raises(TypeError, match="^resource must be a string or None, not 7$"): manager.expected_gpu_memory_mb("piper", 7)
+
+
+def test_what_workers_report_counts_while_they_live(spawn):
+    process = spawn("input()")
+    manager, inside = ResourceManager(track_self=False), SimulatedMachine(pid_namespace=True)
+    manager.register_worker(process.pid, "llm", gpu_memory_mb=300)
+    manager.register_worker(GONE, "llm", gpu_memory_mb=0)
+    with SimulatedDriver([SimulatedGpu(memory_total_mb=1_000, memory_used_mb=600, memory_reserved_mb=0)], inside):
+        assert manager.check_gpu_availability().devices[0].app_memory == 300*2**20
+        process.kill()
+        process.wait()
+        assert manager.check_gpu_availability().devices[0].app_memory == 0
+
+
+def test_a_configuration_that_is_none_is_named():
+    with pytest.raises(TypeError, match="^config must be a dictionary, not list$"): ResourceManager.from_config([])
+    with pytest.raises(ValueError, match="^config has no field 'gpus'; allowed are: gpu_memory_threshold_percent, "): ResourceManager.from_config({"gpus": 1})
+
+
+@pytest.mark.parametrize("call, error, words", [
+    (lambda m: m.register_worker(0, "llm"), ValueError, "pid must be a positive int, not 0"), (lambda m: m.register_worker("7", "llm"), TypeError, "pid must be a positive int, not '7'"),
+    (lambda m: m.register_worker(7, 5), TypeError, "worker_type must be a string that says something, not 5"), (lambda m: m.register_worker(7, "llm", config=[1]), TypeError, "config must be a dictionary or None, not list"),
+    (lambda m: m.update_worker_state(7, gpu_memory_mb=-1), ValueError, "gpu_memory_mb must be 0 or more, not -1"), (lambda m: m.update_worker_state(7, status=1), TypeError, "status must be a string or None, not 1"),
+    (lambda m: m.pick_gpus(0), ValueError, "n must be a positive int, not 0"), (lambda m: m.pick_gpus(min_free_mb=-1), ValueError, "min_free_mb must be 0 or more, not -1"),
+    (lambda m: m.estimate_total_cloud_cost("1"), TypeError, "duration_hours must be a number, not '1'"), (lambda m: ResourceManager(101), ValueError, "gpu_memory_threshold_percent must be between 0 and 100, not 101"),
+    (lambda m: ResourceManager(gpu_timeout=0), ValueError, "gpu_timeout must be between 0.001 and 1e+06, not 0"), (lambda m: ResourceManager(app="4711"), ValueError, "app must be a letter and then at most 63 letters, digits or any of '_.-', not '4711'"),
+    (lambda m: ResourceManager(app=7), TypeError, "app must be a name, not 7")])
+def test_what_may_not_be_passed_in_is_named(call, error, words):
+    with pytest.raises(error) as raised: call(ResourceManager())
+    assert str(raised.value) == words
