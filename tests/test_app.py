@@ -1,9 +1,9 @@
 "Several processes of one app: the same workers in each, and the command that waits"
-import json, os, signal, sqlite3, subprocess, sys, threading, time
+import json, os, signal, sqlite3, subprocess, sys, threading
 
 import pytest
 
-from cjm_fasthtml_resources.core import host, store as module
+from cjm_fasthtml_resources.core import store as module
 from cjm_fasthtml_resources.core.manager import ResourceManager, ResourceStatus
 from cjm_fasthtml_resources.core.store import StoreError, store_path
 from cjm_fasthtml_resources.simulate import SimulatedDriver, SimulatedGpu, SimulatedProcess

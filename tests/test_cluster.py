@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 pytest.importorskip("distributed", reason="the extra cluster is not installed")
-from distributed import Client, wait  # noqa: E402
+from distributed import Client  # noqa: E402
 
 from cjm_fasthtml_resources.cluster import ClusterResources  # noqa: E402
 from cjm_fasthtml_resources.core.manager import ResourceBusy, ResourceStatus  # noqa: E402

@@ -2,7 +2,6 @@
 seen through the check, the monitor, the panel, the stream and the command; and every call that hangs"""
 import json, random, threading, time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 
 import pynvml, pytest
 from click.testing import CliRunner
@@ -11,7 +10,7 @@ from cjm_fasthtml_resources.cli import main
 from cjm_fasthtml_resources.core.gpu import read_gpus
 from cjm_fasthtml_resources.core.manager import ResourceManager, ResourceStatus
 from cjm_fasthtml_resources.core.monitor import ResourceMonitor
-from cjm_fasthtml_resources.simulate import CALLS, SimulatedDriver, SimulatedGpu, SimulatedHostProcess, SimulatedMachine, SimulatedProcess, make_driver
+from cjm_fasthtml_resources.simulate import CALLS, SimulatedDriver, SimulatedGpu, SimulatedProcess, make_driver
 
 pytest.importorskip("fasthtml", reason="the extra web is not installed")
 from cjm_fasthtml_resources.ui.panel import ResourcePanel  # noqa: E402

@@ -166,7 +166,7 @@ def test_a_pid_that_was_given_to_another_process():
 
 
 def test_processes_that_come_and_go_while_being_looked_at():
-    manager, stop, errors = ResourceManager(), threading.Event(), []
+    manager, stop = ResourceManager(), threading.Event()
 
     def storm():
         while not stop.is_set():

@@ -10,7 +10,7 @@ from cjm_fasthtml_resources.core.gpu import GpuDevice
 from cjm_fasthtml_resources.core.host import ProcessId
 from cjm_fasthtml_resources.core.manager import ResourceBusy, ResourceManager, ResourceStatus
 from cjm_fasthtml_resources.core.reservations import Claim, DeviceUse, find_pools, grant
-from cjm_fasthtml_resources.core.store import Store, StoreError, store_path
+from cjm_fasthtml_resources.core.store import StoreError, store_path
 from cjm_fasthtml_resources.simulate import SimulatedDriver, SimulatedGpu, SimulatedProcess
 
 HERE = Path(__file__).parent
