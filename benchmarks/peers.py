@@ -1,4 +1,4 @@
-"""What one look costs, beside the peers: bare pynvml calls, nvitop and gpustat, on the same simulated devices and live
+"""What one look costs, beside the peers: bare pynvml calls, nvitop, gpustat and dask's reader, on the same simulated devices and live
 processes. Called by benchmarks/run.py
 
 Each peer runs in a process of its own. Wall time and CPU time are medians; opens are the files that Python code opened for one
@@ -9,8 +9,10 @@ from pathlib import Path
 
 RESULTS = Path(__file__).with_name("peers.md")
 GPUS, EACH = (1, 2, 4, 8, 16), (0, 1, 20, 100)
-PEERS = ("bare calls", "a check", "nvitop", "gpustat")
-ABOUT = ("Simulated GPUs with live processes; medians. `nvidia-smi` needs a real driver and is left out. gpustat sleeps 0.1 s in each look, to measure CPU shares. "
+PEERS = ("bare calls", "a check", "nvitop", "gpustat", "dask")
+ABOUT = ("Simulated GPUs with live processes; medians, each program in a process of its own and one after the other, so that ratios differ by some tenths from run to run "
+         "(results.md has the check and the bare calls in turns). `nvidia-smi` needs a real driver and is left out. gpustat sleeps 0.1 s in each look, to measure CPU shares. "
+         "dask.distributed's reader (`diagnostics.nvml.real_time`) tells the memory and the load of one device and lists no processes. "
          "A check hands the reading to a thread, so that a hung driver holds nobody up; that is most of it where there are few processes.")
 
 
@@ -28,8 +30,11 @@ def looks(peer: str):
         import atexit, nvitop
         atexit.unregister(nvitop.libnvml.nvmlShutdown)  # it would complain that the simulated driver is gone
         return nvitop.take_snapshots
-    import gpustat
-    return gpustat.new_query
+    if peer == "gpustat":
+        import gpustat
+        return gpustat.new_query
+    from distributed.diagnostics import nvml
+    return nvml.real_time
 
 
 def measure_one(peer: str, gpus: int, pids: list[int], each: int) -> dict[str, float]:
@@ -64,7 +69,7 @@ def run_one(peer: str, gpus: int, each: int, pids: list[int]) -> dict[str, float
 
 def table() -> list[str]:
     "A row for each number of GPUs and of processes on each"
-    lines = ["| GPUs | processes on each | bare pynvml calls + start times | a check | in bare calls | nvitop, in checks | gpustat, in checks | files opened: bare, check, nvitop, gpustat |", "|---:|---:|---:|---:|---:|---:|---:|---|"]
+    lines = ["| GPUs | processes on each | bare pynvml calls + start times | a check | in bare calls | nvitop, in checks | gpustat, in checks | dask's reader, of one device | files opened: bare, check, nvitop, gpustat, dask |", "|---:|---:|---:|---:|---:|---:|---:|---:|---|"]
     living = [subprocess.Popen(["sleep", "3600"]) for _ in range(max(GPUS)*max(EACH))]
     try: return [*lines, *(line(gpus, each, [p.pid for p in living]) for gpus in GPUS for each in EACH)]
     finally:
@@ -77,7 +82,7 @@ def line(gpus: int, each: int, pids: list[int]) -> str:
     ms = {peer: f"{f['wall']*1e3:.2f} ms, {f['cpu']*1e3:.2f} CPU" for peer, f in found.items()}
     opens = ", ".join(format(found[peer]["opens"], ".0f") for peer in PEERS)
     ratio = {peer: f["wall"]/found["a check"]["wall"] for peer, f in found.items()}
-    return f"| {gpus} | {each} | {ms['bare calls']} | {ms['a check']} | {1/ratio['bare calls']:.2f} × | {ratio['nvitop']:.1f} × | {ratio['gpustat']:.1f} × | {opens} |"
+    return f"| {gpus} | {each} | {ms['bare calls']} | {ms['a check']} | {1/ratio['bare calls']:.2f} × | {ratio['nvitop']:.1f} × | {ratio['gpustat']:.1f} × | {found['dask']['wall']*1e3:.3f} ms | {opens} |"
 
 
 if __name__ == "__main__": print(json.dumps(measure_one(*json.loads(sys.argv[1]))))

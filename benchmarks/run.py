@@ -174,14 +174,15 @@ def importing(rounds=15):
 
 
 def reserving():
-    "Rows of a reservation, on one core as pyperf pins a benchmark, since a Python process computes on one; and in memory as the kernel places its two threads"
+    "Rows of a reservation: on one core, as pyperf pins a benchmark, since a Python process computes on one; and as the kernel places its two threads"
     one_core, placed = ([float(n) for n in subprocess.run([sys.executable, __file__, *arguments], check=True, capture_output=True, text=True).stdout.split()]
                         for arguments in (["--grants", "--pin"], ["--grants"]))
     in_memory, in_file, reading, insert, operation = one_core
+    def on(index): return f"on one core; {placed[index]*1e3:.2f} ms where another core has to wake for the reader's thread"
     return [
         ("a reservation granted at once, in memory, in dict operations", f"{in_memory/operation:.0f} ×", "< 0.2 ms", in_memory < 2e-4,
-         f"{in_memory*1e3:.2f} ms, of which {reading*1e3:.2f} ms read the driver : {operation*1e6:.2f} µs, on one core; {placed[0]*1e3:.2f} ms where another core has to wake for the reader's thread"),
-        ("a reservation granted at once, in an app's file, in SQLite inserts", f"{in_file/insert:.0f} ×", "< 2 ms", in_file < 2e-3, f"{in_file*1e3:.2f} ms : {insert*1e6:.0f} µs")]
+         f"{in_memory*1e3:.2f} ms, of which {reading*1e3:.2f} ms read the driver : {operation*1e6:.2f} µs, {on(0)}"),
+        ("a reservation granted at once, in an app's file, in SQLite inserts", f"{in_file/insert:.0f} ×", "< 2 ms", in_file < 2e-3, f"{in_file*1e3:.2f} ms : {insert*1e6:.0f} µs, {on(1)}")]
 
 
 def ratio_of(figure): return float(figure.removesuffix(" ×"))
