@@ -119,6 +119,7 @@ def test_a_rented_machine_costs_what_its_plugin_estimates_else_its_price_per_hou
 
 def test_a_plugin_that_hangs_holds_up_no_check_and_is_heard_when_it_answers(caplog, monkeypatch):
     answer, calls = threading.Event(), []
+    note = "The plugin of the worker with PID 7 does not answer; its child processes are those that it named last"
 
     class Hanging(Server):
         def get_child_pids(self):
@@ -135,19 +136,46 @@ def test_a_plugin_that_hangs_holds_up_no_check_and_is_heard_when_it_answers(capl
         other.children = [GONE + 1]
         time.sleep(0.06)
         began = time.monotonic()
-        assert manager.check_gpu_availability().status is ResourceStatus.AVAILABLE and 0.5 <= time.monotonic() - began < 2
+        conflict = manager.check_gpu_availability()
+        assert (conflict.status, conflict.notes) == (ResourceStatus.AVAILABLE, (note,)) and 0.5 <= time.monotonic() - began < 2
         assert warned(caplog) == ["the plugin of worker 7 does not answer within 0.5 s; what it said before counts until it does"]
         assert manager.get_worker_by_pid(7).child_pids == [GONE] and manager.get_worker_by_pid(8).child_pids == [GONE + 1]   # the others are heard
         time.sleep(0.06)
         began = time.monotonic()
         for _ in range(20): manager.check_gpu_availability()
         assert time.monotonic() - began < 0.5 and len(calls) == 2 and not warned(caplog)   # not waited for again, and no second thread
+        assert manager.check_gpu_availability().notes == manager.check_memory_availability().notes == (note,)   # but said each time
         answer.set()
         calls[1].join(5)
+        assert manager.check_gpu_availability().notes == manager.check_memory_availability().notes == ()
         assert manager.get_worker_by_pid(7).child_pids == [GONE, os.getpid()]
         time.sleep(0.06)
         manager.check_gpu_availability()
-        assert len(calls) == 3
+        assert len(calls) > 2
+
+
+def test_a_child_forked_while_a_plugin_hangs_asks_it_itself(monkeypatch):
+    answer, parent = threading.Event(), os.getpid()
+
+    class Hanging(Server):
+        hangs = False
+        def get_child_pids(self):
+            if self.hangs and os.getpid() == parent: answer.wait(10)
+            return [GONE + (os.getpid() != parent)]
+
+    with SimulatedDriver([SimulatedGpu()]):
+        manager, plugin = ResourceManager(), Hanging()
+        manager.register_worker(7, "llm", plugin_instance=plugin)
+        plugin.hangs = True
+        monkeypatch.setattr("cjm_fasthtml_resources.core.manager._REFRESH_AFTER", 0.01)
+        monkeypatch.setattr("cjm_fasthtml_resources.core.manager._PLUGIN_WITHIN", 0.2)
+        time.sleep(0.02)
+        assert manager.check_gpu_availability().notes
+        if (child := os.fork()) == 0:
+            monkeypatch.setattr("cjm_fasthtml_resources.core.manager._PLUGIN_WITHIN", 5.0)
+            os._exit(0 if manager.check_gpu_availability().notes == () and manager.get_worker_by_pid(7).child_pids == [GONE + 1] else 1)
+        assert os.waitpid(child, 0)[1] == 0
+        answer.set()
 
 
 def test_what_a_plugin_was_seen_to_need_is_its_workers_own_tree():

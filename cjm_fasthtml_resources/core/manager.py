@@ -8,7 +8,7 @@ __all__ = ['PLUGIN_RESOURCE_CONFIG_KEYS', 'UNCHANGED', 'ResourceBusy', 'Resource
            'WorkerState']
 
 # %% ../../nbs/core/manager.ipynb #988cfa97
-import contextlib, inspect, json, logging, math, os, re, threading, time
+import contextlib, inspect, json, logging, os, re, threading, time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
@@ -163,6 +163,7 @@ class GpuChoice:
 _CONTAINER_NOTE = ("An estimate: inside a container (WSL is one, too) the driver's process numbers cannot be matched. For an exact answer mount the host's /proc "
                    "(docker run -v /proc:/host/proc:ro), or set CJM_HOST_PROC to where it is; or let workers report what they hold with "
                    "update_worker_state(pid, gpu_memory_mb=...)")
+_HANGING_NOTE = "The plugin of the worker with PID {} does not answer; its child processes are those that it named last"
 _SILENT_NOTE = ("An estimate: the driver does not say how much memory each process has, as under WSL and Windows, so what is left over was "
                 "counted for the processes without a figure")
 
@@ -235,6 +236,7 @@ class ResourceManager:
         self._plugins: dict[int, Any] = {}                              # PID → plugin instance
         self._reporting: set[int] = set()                               # PIDs of workers that report their GPU memory
         self._asked: dict[int, float] = {}                              # PID → when its lifecycle-aware plugin was last asked
+        self._askers: dict[int, tuple[threading.Thread, float]] = {}    # PID → the thread that asks its plugin or did so last, and since when
         self._peaks: dict[tuple[str, str], int] = {}                    # plugin and resource → bytes
         self._roster = None if app is None else Roster(self._ledger.store, app)
         self._version: int | None = None                                # of the roster, when it was last read
@@ -294,7 +296,7 @@ class ResourceManager:
         self,
         pid: int,
     ) -> WorkerState | None:  # the new state; `None` for a PID that is not registered
-        "Ask a worker's plugin again for its processes and its rented machine. Without a plugin nothing changes"
+        "Ask a worker's plugin again for its processes and its rented machine, and wait for its answer. Without a plugin nothing changes"
         pid = _check_pid(pid)
         with self._reading(): state, plugin = self._workers.get(pid), self._plugins.get(pid)
         if state is None: _log.warning("refresh_worker: no worker with PID %d is registered", pid)
@@ -332,13 +334,19 @@ class ResourceManager:
                     if pid in self._asked: self._asked[pid] = time.monotonic()
 
         with self._lock:
-            asking = {pid: threading.Thread(target=ask, args=(pid,), name="plugin-refresh", daemon=True) for pid, at in self._asked.items() if began - at > _REFRESH_AFTER}
-            self._asked.update(dict.fromkeys(asking, math.inf))   # until it answers
-        for thread in asking.values(): thread.start()
+            stale = [pid for pid, at in self._asked.items() if began - at > _REFRESH_AFTER and not (pid in self._askers and self._askers[pid][0].is_alive())]
+            asking = {pid: threading.Thread(target=ask, args=(pid,), name="plugin-refresh", daemon=True) for pid in stale}
+            for thread in asking.values(): thread.start()
+            self._askers.update((pid, (thread, began)) for pid, thread in asking.items())
         for pid, thread in asking.items():
             thread.join(max(began + _PLUGIN_WITHIN - time.monotonic(), 0))
             if thread.is_alive(): _log.warning("the plugin of worker %d does not answer within %g s; what it said before counts until it does", pid, _PLUGIN_WITHIN)
         if failed: raise failed[0]
+
+    def _silent(self) -> list[str]:
+        "A note for each plugin that has been asked and does not answer"
+        with self._lock: silent = [pid for pid, (thread, began) in self._askers.items() if thread.is_alive() and time.monotonic() - began >= _PLUGIN_WITHIN]
+        return [_HANGING_NOTE.format(pid) for pid in silent]
 
     def update_worker_state(
         self,
@@ -428,8 +436,7 @@ class ResourceManager:
             self._declare(pid, starts)
         for pid, old in before.items():
             if (now := self._workers.get(pid)) is None or now.start_time != old.start_time:
-                self._plugins.pop(pid, None)
-                self._asked.pop(pid, None)
+                for kept in (self._plugins, self._asked, self._askers): kept.pop(pid, None)
         self._version = version
 
     def _keep(self, state: WorkerState) -> WorkerState:
@@ -452,8 +459,7 @@ class ResourceManager:
         if self._changed is not None: self._changed[pid] = True
         if state.job_id is not None and self._jobs.get(state.job_id) == pid: del self._jobs[state.job_id]
         self._undeclare(state)
-        self._plugins.pop(pid, None)
-        self._asked.pop(pid, None)
+        for kept in (self._plugins, self._asked, self._askers): kept.pop(pid, None)
         self._reporting.discard(pid)
         return state
 
@@ -553,7 +559,7 @@ class ResourceManager:
         self._learn(devices)
         none_left = "MIG is on, but there is no instance" if snapshot.devices else None
         return conclude(devices, self.gpu_memory_threshold_percent, snapshot.reason or complaint or none_left,
-                        [*notes, *([complaint] if complaint and visible else [])], snapshot)
+                        [*notes, *([complaint] if complaint and visible else []), *self._silent()], snapshot)
 
     def _learn(self, devices: Sequence[DeviceStatus]) -> None:
         "Remember what plugins hold, where it is more than before"
@@ -592,7 +598,7 @@ class ResourceManager:
         if memory.cgroup:
             processes = [p for p in processes if p.owner == "app" or host.in_cgroup(p.pid, memory.cgroup)]
         conflict = classify_memory(memory, processes, threshold)
-        return replace(conflict, notes=(f"The app's workers are those of an earlier moment: {trouble}",)) if trouble else conflict
+        return replace(conflict, notes=(*([f"The app's workers are those of an earlier moment: {trouble}"] if trouble else []), *self._silent()))
 
     def pick_gpus(
         self,
