@@ -311,14 +311,16 @@ def classify_device(
     total, used = device.memory_total, device.memory_used
     if not total or used is None:
         return DeviceStatus(device, ResourceStatus.UNAVAILABLE, tuple(processes), reason=device.reason or "the driver does not say how much memory it has")
-    app, external = (sum(p.memory_used or 0 for p in processes if p.owner == owner) for owner in ("app", "external"))
+    held: dict[str, int] = {}  # owner → bytes
+    for p in processes: held[p.owner] = held.get(p.owner, 0) + (p.memory_used or 0)
+    app, external = held.get("app", 0), held.get("external", 0)
     left = max(used - app - external, 0)
     more_app, more_external, unattributed = _divide(left, processes, reported)
     app, external = app + more_app, external + more_external
     to_come = {owner: sum(p.unused for p in promises if p.owner == owner) for owner in ("app", "external")} if promises else {}
     taken = external + unattributed + to_come.get("external", 0)
     if taken and 100*taken >= threshold_percent*total: status = ResourceStatus.EXTERNAL_BUSY
-    elif app or to_come.get("app") or any(p.owner == "app" for p in processes): status = ResourceStatus.APP_BUSY
+    elif app or to_come.get("app") or "app" in held: status = ResourceStatus.APP_BUSY
     else: status = ResourceStatus.AVAILABLE
     return DeviceStatus(device, status, tuple(processes), app, external, unattributed, promises,
                         estimated=bool(left) and (reported is not None or unattributed != left))

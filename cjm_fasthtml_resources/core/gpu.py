@@ -118,8 +118,8 @@ _PROCESS_CALLS = {kind: tuple(f"nvmlDeviceGet{nvml}RunningProcesses{version}" fo
 
 def _list_processes(nvml: Any, handle: Any, kind: str) -> list[Any] | None:
     "The processes of one kind; drivers before 510 know only the second version of the call"
-    for call in (getattr(nvml, name, None) for name in _PROCESS_CALLS[kind]):
-        if call is None: continue  # not every version of pynvml has each of them
+    for name in _PROCESS_CALLS[kind]:
+        if (call := getattr(nvml, name, None)) is None: continue  # not every version of pynvml has each of them
         try: return list(call(handle))
         except nvml.NVMLError_FunctionNotFound: continue
         except nvml.NVMLError: return None
@@ -130,10 +130,11 @@ def merge_processes(
     lists: Mapping[str, Sequence[Any] | None],  # kind → NVML's entries, `None` where that call failed
 ) -> tuple[GpuProcess, ...] | None:  # one entry for each process, by PID; `None` if no call answered
     "One entry for each process, from the lists of each kind"
-    if all(entries is None for entries in lists.values()): return None
+    answered = [(kind, entries) for kind, entries in lists.items() if entries is not None]
+    if not answered: return None
     found: dict[int, tuple[int | None, str]] = {}
-    for kind, entries in lists.items():
-        for entry in entries or ():
+    for kind, entries in answered:
+        for entry in entries:
             memory, kinds = entry.usedGpuMemory, kind
             if entry.pid in found:
                 before, kinds = found[entry.pid]
