@@ -51,6 +51,11 @@ def medians(*sides, rounds=40, warmup=5):
     return [statistics.median(found) for found in times]
 
 
+def pin():
+    "Keep this process on one core"
+    if hasattr(os, "sched_setaffinity"): os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
+
+
 def start_time(pid):
     "The cheapest way to read when a process started; psutil's create_time() takes about three times as long"
     file = os.open(f"/proc/{pid}/stat", os.O_RDONLY)
@@ -117,18 +122,40 @@ def simulated(pids):
     return [SimulatedGpu(name="NVIDIA H100 80GB HBM3", memory_total_mb=81559, processes=[SimulatedProcess(pid, 1000) for pid in group]) for group in pids]
 
 
-def looks(rounds=40):
-    "Rows of a check, beside bare calls and with more workers"
-    with live_processes() as (workers, pids), SimulatedDriver(simulated(pids)):
+@contextlib.contextmanager
+def bare_session(pids):
+    "Simulated devices with these processes on them, also for `bare_calls`"
+    with SimulatedDriver(simulated(pids)):
         pynvml.nvmlInit()
         HANDLES.clear()  # of another driver
-        few, many = filled(workers, 10), filled(workers, 100_000)
-        found = few.check_gpu_availability()
-        assert len(found.app_pids) == GPUS*EACH//2 and sum(len(d.processes) for d in found.devices) == GPUS*EACH, found
-        ours, bare = medians(few.check_gpu_availability, bare_calls, rounds=rounds)
-        ten, lots = medians(few.check_gpu_availability, many.check_gpu_availability, rounds=rounds)
+        yield
+
+
+def looks(rounds=40):
+    "Seconds of a check and of bare calls, of the two with one GPU and one process, and of a check with 10 and with 100,000 workers"
+    with live_processes() as (workers, pids):
+        with bare_session(pids):
+            few, many = filled(workers, 10), filled(workers, 100_000)
+            found = few.check_gpu_availability()
+            assert len(found.app_pids) == GPUS*EACH//2 and sum(len(d.processes) for d in found.devices) == GPUS*EACH, found
+            beside_bare = medians(few.check_gpu_availability, bare_calls, rounds=rounds)
+            more_workers = medians(few.check_gpu_availability, many.check_gpu_availability, rounds=rounds)
+        with bare_session([pids[0][:1]]): one_gpu = medians(filled(workers, 10).check_gpu_availability, bare_calls, rounds=10*rounds)
+    return [*beside_bare, *one_gpu, *more_workers]
+
+
+def placed(*arguments):
+    "What a run of this file measures: on one core, as pyperf pins a benchmark, since a Python process computes on one; and as the kernel places its two threads"
+    return ([float(n) for n in subprocess.run([sys.executable, __file__, *arguments, *pin], check=True, capture_output=True, text=True).stdout.split()] for pin in (["--pin"], []))
+
+
+def checking(rounds=40):
+    "Rows of a check, beside bare calls and with more workers"
+    (ours, bare, one, alone, ten, lots), on_two = placed("--looks", str(rounds))
+    def against(check, calls, two): return f"{check*1e3:.2f} ms : {calls*1e3:.2f} ms on one core, {two[0]*1e3:.2f} ms : {two[1]*1e3:.2f} ms on two"
     return [
-        row("a check, in bare pynvml calls + one start time per process", ours/bare, 1.5, f"{ours*1e3:.2f} ms : {bare*1e3:.2f} ms"),
+        row("a check, in bare pynvml calls + one start time per process", ours/bare, 1.5, against(ours, bare, on_two[:2])),
+        row("the same with one GPU and one process on it", one/alone, 1.5, against(one, alone, on_two[2:4])),
         row("a check with 100,000 workers, in checks with 10", lots/ten, 1.2, f"{lots*1e3:.2f} ms : {ten*1e3:.2f} ms")]
 
 
@@ -174,11 +201,9 @@ def importing(rounds=15):
 
 
 def reserving():
-    "Rows of a reservation: on one core, as pyperf pins a benchmark, since a Python process computes on one; and as the kernel places its two threads"
-    one_core, placed = ([float(n) for n in subprocess.run([sys.executable, __file__, *arguments], check=True, capture_output=True, text=True).stdout.split()]
-                        for arguments in (["--grants", "--pin"], ["--grants"]))
-    in_memory, in_file, reading, insert, operation = one_core
-    def on(index): return f"on one core, {placed[index]*1e3:.2f} ms on two"
+    "Rows of a reservation"
+    (in_memory, in_file, reading, insert, operation), on_two = placed("--grants")
+    def on(index): return f"on one core, {on_two[index]*1e3:.2f} ms on two"
     return [
         ("a reservation granted at once, in memory, in dict operations", f"{in_memory/operation:.0f} ×", "< 0.2 ms", in_memory < 2e-4,
          f"{in_memory*1e3:.2f} ms, of which {reading*1e3:.2f} ms read the driver : {operation*1e6:.2f} µs, {on(0)}"),
@@ -193,7 +218,7 @@ def short_run():
     saved = {cells[1].strip(): cells[2].strip() for line in RESULTS.read_text(encoding="utf-8").splitlines() if len(cells := line.split("|")) == 6}
     best: dict[str, float] = {}
     for _ in range(3):
-        for what, figure, *_ in [*looks(15), *registry(), *importing(5), *reserving()]: best[what] = min(ratio_of(figure), best.get(what, float("inf")))
+        for what, figure, *_ in [*checking(15), *registry(), *importing(5), *reserving()]: best[what] = min(ratio_of(figure), best.get(what, float("inf")))
     failed = 0
     for what, ratio in best.items():
         allowed = NOISE*max(ratio_of(saved[what]), 1) if what in saved else 0
@@ -226,11 +251,12 @@ def main() -> int:
     parser.add_argument("--save", action="store_true", help="keep the tables in benchmarks/results.md, peers.md and cluster.md")
     parser.add_argument("--here", action="store_true", help="with what is installed here, which must have the extra `bench`")
     parser.add_argument("--short", action="store_true", help="a short run here: is no saved ratio missed by more than noise? Exits with 1 if one is")
+    parser.add_argument("--looks", type=int, help=argparse.SUPPRESS)
     for step in ("--memory", "--grants", "--pin"): parser.add_argument(step, action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if args.pin and hasattr(os, "sched_setaffinity"): os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
-    if args.grants:
-        print(*grants())
+    if args.pin: pin()
+    if args.grants or args.looks:
+        print(*(looks(args.looks) if args.looks else grants()))
         return 0
     if args.memory:
         print(worker_memory())
@@ -238,14 +264,15 @@ def main() -> int:
     if args.short: return short_run()
     if not args.here: return in_environment(["--save"] if args.save else [])
     megabytes = float(subprocess.run([sys.executable, __file__, "--memory"], check=True, capture_output=True, text=True).stdout)
-    rows = [*beside_nvitop(), *looks(), *registry(), *importing(), *reserving(),
+    rows = [*beside_nvitop(), *checking(), *registry(), *importing(), *reserving(),
             ("memory of 100,000 workers", f"{megabytes:.0f} MB", "< 150", megabytes < 150, f"{megabytes*10:.0f} bytes each")]
     import cluster, live, peers  # beside this file; the first imports a web framework, which would make the garbage collector's work above larger
     rows += live.measure()
     machine = (f"{datetime.date.today()}, {platform.machine()} with {os.cpu_count()} cores, Python {platform.python_version()}, "
                + ", ".join(f"{name} {version(name)}" for name in ("nvidia-ml-py", "psutil", "nvitop", "gpustat")) + ".")
     lines = ["| what is compared | figure | bound | measured |", "|---|---|---|---|", *(f"| {what} | {figure} | {bound} | {detail} |" for what, figure, bound, _, detail in rows),
-             "", f"{GPUS} simulated GPUs with {EACH} live processes each. A reservation on two cores has to wake the other one for the thread that reads the driver. {machine}"]
+             "", f"{GPUS} simulated GPUs with {EACH} live processes each. The caller hands the reading to a thread of its own, so that a driver that hangs holds nobody up; on two cores that wakes the other one. "
+             f"Beside simulated calls of a few microseconds this is much where there are few: peers.md tells it for each size. {machine}"]
     print("\n".join(lines), flush=True)
     tables = {RESULTS: lines}
     for more in (peers, cluster):
