@@ -217,8 +217,8 @@ class _Task:
     timeout: float | None
     topic: str                   # of the events for who sent it
 
-def _run(task: _Task, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    "On a worker: reserve, run, release"
+def _run(task: _Task, call: Callable[..., Any], kwargs: Mapping[str, Any], *args: Any) -> Any:
+    "On a worker: reserve, run, release. What is given by name comes as a dictionary, since dask's own `submit` takes some names for itself"
     worker = get_worker()
 
     def cancelled() -> bool:
@@ -379,7 +379,7 @@ class ClusterResources:
             chosen = place(answers, memory, sent)
             self._sent[key] = _Sent(chosen.host, memory)
         task = _Task(key, self._plugin.name, chosen.host, gpu_memory_mb, timeout, self._topic)
-        try: future: Future = self.client.submit(_run, task, fn, *args, key=key, workers=list(chosen.workers), allow_other_workers=True, pure=False, retries=retries, priority=priority, **kwargs)
+        try: future: Future = self.client.submit(_run, task, fn, kwargs, *args, key=key, workers=list(chosen.workers), allow_other_workers=True, pure=False, retries=retries, priority=priority)
         except BaseException:
             self._forget(key)
             raise

@@ -1,5 +1,5 @@
 "Hosts of a dask cluster, each with simulated GPUs and processes of its own: who answers, where tasks run, and what is left when something dies"
-import contextlib, os, re, signal, time
+import contextlib, os, re, signal, threading, time
 from pathlib import Path
 
 import pytest
@@ -38,6 +38,9 @@ def use(seconds: float, fail_once_in: str = "") -> tuple[str, int]:
         return host_name(), held.index
 
 
+def named(first, workers, resources): return first, workers, resources
+
+
 def left_over(resources: ClusterResources) -> list[str]:
     "What is still promised or in use anywhere"
     return [f"{d.device.id} {d.promises} {d.device.memory_used}" for a in resources.check_hosts() if a.sample for d in a.sample.gpu.devices if d.promises or d.app_memory]
@@ -68,6 +71,12 @@ def test_tasks_go_where_there_is_room_and_none_takes_what_another_was_promised(c
         future = resources.submit(use, 0, gpu_memory_mb=20_000, timeout=0)
         assert future.result(timeout=30)
         with pytest.raises(ValueError, match="gpu_memory_mb must be at most 24"): resources.submit(use, 0, gpu_memory_mb=30_000)
+        choice = resources.pick_gpus(2)
+        assert choice.env == {"CUDA_VISIBLE_DEVICES": ",".join(d.uuid for d in choice.devices)} and len(set(choice.devices)) == 2
+        three = client.submit(lambda: 3)
+        assert resources.submit(named, 1, gpu_memory_mb=100, workers=2, resources={"pure": three}).result(timeout=30) == (1, 2, {"pure": 3})   # dask's own names, too
+        with pytest.raises(TypeError, match="serialize|pickle"): resources.submit(named, 1, threading.Lock(), gpu_memory_mb=100)
+        assert not resources._sent   # it was not counted as on its way
 
 
 def test_what_a_task_holds_is_given_back_however_it_ends(cluster):
@@ -118,7 +127,7 @@ def test_a_host_that_does_not_answer_holds_up_nobody(cluster):
         for process in cluster.hosts["ada"] + cluster.hosts["bob"]: process.send_signal(signal.SIGCONT)
         end = time.monotonic() + 30
         while resources.check_gpu_availability().devices[0].status is not ResourceStatus.AVAILABLE: assert time.monotonic() < end
-        cluster.end(cluster.hosts["ada"][0])
+        cluster.hosts["ada"][0].kill()
         end = time.monotonic() + 30
         while len(resources.check_hosts()) != 1: assert time.monotonic() < end
 
