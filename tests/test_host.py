@@ -16,12 +16,12 @@ def test_without_proc_the_same_is_told_by_psutil():
     assert by_psutil.start_time == psutil.Process().create_time()
 
 
-def test_of_known_processes_those_that_ended_are_forgotten(monkeypatch):
-    me = host.read_process(os.getpid())
+def test_of_known_processes_those_that_ended_are_forgotten(monkeypatch, spawn):
+    me, other = host.read_process(os.getpid()), spawn("input()").pid
     living = {pid: replace(me, pid=pid) for pid in (os.getpid(), os.getppid())}
     living[os.getppid()] = host.read_process(os.getppid())
     monkeypatch.setattr(host, "_LEAST", 3)
-    monkeypatch.setattr(host, "_known", {**living, GONE: ProcessInfo(GONE, 1.0), 1: ProcessInfo(1, -1.0)})
+    monkeypatch.setattr(host, "_known", {**living, GONE: ProcessInfo(GONE, 1.0), other: ProcessInfo(other, -1.0)})
     host._forget_ended()
     assert host._known == living and host._most == [4]
     monkeypatch.setattr(host, "_LEAST", 5)
