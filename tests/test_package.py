@@ -61,3 +61,10 @@ def test_what_is_handed_out_cannot_be_changed(name):
     found = [x for x in vars(module).values() if isinstance(x, type) and dataclasses.is_dataclass(x) and x.__module__ == module.__name__ and not x.__name__.startswith("_")]
     assert found or name == "core.plugins"
     assert [x.__name__ for x in found if not x.__dataclass_params__.frozen] == []
+
+
+def test_no_notebook_keeps_a_warning():
+    "What went to standard error is about the machine on which it ran, with its paths"
+    kept = [(path.name, output["text"]) for path in (ROOT/"nbs").rglob("*.ipynb") if ".ipynb_checkpoints" not in path.parts
+            for cell in json.loads(path.read_text(encoding="utf-8"))["cells"] for output in cell.get("outputs", []) if output.get("name") == "stderr"]
+    assert not kept
