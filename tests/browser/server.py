@@ -17,7 +17,7 @@ machine = SimulatedMachine(processes=[SimulatedHostProcess(4200001, HOSTILE, "ma
 gpus = [SimulatedGpu("NVIDIA L4", memory_used_mb=5000, processes=[SimulatedProcess(4200001, 3000), SimulatedProcess(4200002, 2000)]), SimulatedGpu("NVIDIA L40S", memory_total_mb=46068)]
 driver, manager, app = SimulatedDriver(gpus, machine), ResourceManager(), FastHTML(secret_key="of a test", default_hdrs=False)
 resource_routes(app, manager, interval=0.25, controls=True, guard=lambda req: None)
-worker = subprocess.Popen(["sleep", "600"])
+worker = subprocess.Popen(["cat"], stdin=subprocess.PIPE)   # ends with its parent
 manager.register_worker(worker.pid, "llm", plugin_name="vllm", job_id="job-1")
 
 

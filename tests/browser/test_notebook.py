@@ -12,7 +12,7 @@ def vary():
     while True:
         gpus[0].utilization = (gpus[0].utilization + 1) % 100
         time.sleep(0.1)
-worker = subprocess.Popen(["sleep", "600"])
+worker = subprocess.Popen(["cat"], stdin=subprocess.PIPE)   # ends with its parent
 gpus = [SimulatedGpu("NVIDIA L4", processes=[SimulatedProcess(worker.pid, 5000)]), SimulatedGpu("NVIDIA L40S")]
 SimulatedDriver(gpus).__enter__()
 manager = ResourceManager()
@@ -139,8 +139,8 @@ def test_a_worker_is_stopped_after_a_question_and_a_selection_stays(jupyter, new
     notebook.run(SETUP)
     notebook.run(SHOW)
     page = notebook.page
-    page.evaluate("""() => getSelection().selectAllChildren([...document.querySelectorAll('.cjm .processes td')].find(td => td.textContent === 'sleep'))""")
-    assert notebook.moves() and page.evaluate("getSelection().toString()") == "sleep"
+    page.evaluate("""() => getSelection().selectAllChildren([...document.querySelectorAll('.cjm .processes td')].find(td => td.textContent === 'cat'))""")
+    assert notebook.moves() and page.evaluate("getSelection().toString()") == "cat"
     page.set_viewport_size(dict(width=1400, height=500))
     pane = page.wait_for_function("""() => [...document.querySelectorAll('*')].find(e => e.querySelector('.cjm') && e.scrollHeight > e.clientHeight + 20 && ['auto', 'scroll'].includes(getComputedStyle(e).overflowY))""")
     place = page.evaluate("pane => { pane.scrollTop = 120; return pane.scrollTop; }", pane)
