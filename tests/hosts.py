@@ -35,6 +35,7 @@ class Cluster:
         for number in (signal.SIGTERM, signal.SIGKILL):  # asked first, it keeps what coverage has counted
             with contextlib.suppress(ProcessLookupError): os.killpg(process.pid, number)
             with contextlib.suppress(subprocess.TimeoutExpired): process.wait(3)
+        process.wait()
 
     def add(self, host: str, gpus: int = 1, workers: int = 1, threads: int = 4, nanny: bool = False) -> None:
         for n in range(workers):
