@@ -171,12 +171,12 @@ class _Session:
         import pynvml
         self.nvml: Any = pynvml
         pynvml.nvmlInit()
-        self.library = pynvml.nvmlLib
+        self.lib = pynvml.nvmlLib
         self.driver_version = _ask(pynvml.nvmlSystemGetDriverVersion)
         self.known: dict[int, tuple[Any, dict[str, Any]]] = {}  # index → handle, fixed fields
 
     @property
-    def current(self) -> bool: return self.library is self.nvml.nvmlLib
+    def current(self) -> bool: return self.lib is self.nvml.nvmlLib
 
     def close(self) -> None:
         if self.current: _ask(self.nvml.nvmlShutdown)
