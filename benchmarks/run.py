@@ -146,16 +146,16 @@ def looks(rounds=40):
 
 def placed(*arguments):
     "What a run of this file measures: on one core, as pyperf pins a benchmark, since a Python process computes on one; and as the kernel places its two threads"
-    return ([float(n) for n in subprocess.run([sys.executable, __file__, *arguments, *pin], check=True, capture_output=True, text=True).stdout.split()] for pin in (["--pin"], []))
+    return ([float(n) for n in subprocess.run([sys.executable, __file__, *arguments, *core], check=True, capture_output=True, text=True).stdout.split()] for core in (["--pin"], []))
 
 
 def checking(rounds=40):
     "Rows of a check, beside bare calls and with more workers"
-    (ours, bare, one, alone, ten, lots), on_two = placed("--looks", str(rounds))
-    def against(check, calls, two): return f"{check*1e3:.2f} ms : {calls*1e3:.2f} ms on one core, {two[0]*1e3:.2f} ms : {two[1]*1e3:.2f} ms on two"
+    places = dict(zip(("on one core", "on two cores"), placed("--looks", str(rounds))))
+    sizes = {"a check, in bare pynvml calls + one start time per process": 0, "the same with one GPU and one process on it": 2}  # where the two times stand
+    *_, ten, lots = places["on one core"]
     return [
-        row("a check, in bare pynvml calls + one start time per process", ours/bare, 1.5, against(ours, bare, on_two[:2])),
-        row("the same with one GPU and one process on it", one/alone, 1.5, against(one, alone, on_two[2:4])),
+        *(row(f"{what}, {place}", found[at]/found[at + 1], 1.5, f"{found[at]*1e3:.2f} ms : {found[at + 1]*1e3:.2f} ms") for what, at in sizes.items() for place, found in places.items()),
         row("a check with 100,000 workers, in checks with 10", lots/ten, 1.2, f"{lots*1e3:.2f} ms : {ten*1e3:.2f} ms")]
 
 
