@@ -399,7 +399,7 @@ def _serve(simulate: str | None, host: str, port: int, token: str | None, apps: 
     """
     if not token and not _is_loopback(host): raise click.BadParameter(f"{host} can be reached by others: it needs --token", param_hint="--host")
     try:
-        import fasthtml, uvicorn
+        import asyncio, fasthtml, uvicorn
         from cjm_fasthtml_resources.ui.web import make_app
         manager = _make_manager(apps, threshold, simulate)
         app = make_app(manager, token or None, interval, metrics)
@@ -409,10 +409,14 @@ def _serve(simulate: str | None, host: str, port: int, token: str | None, apps: 
         try: listening = stack.enter_context(socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET))
         except OSError as error: _fail(f"cannot listen on {host} port {port}: {error.strerror}", os.EX_UNAVAILABLE)
         shown = f"[{host}]" if ":" in host else host
-        click.echo(f"http://{shown}:{listening.getsockname()[1]}/resources{'?token=…' if token else ''}  (Ctrl-C ends)")
         config = uvicorn.Config(app, http="h11", log_level="warning", access_log=False,
                                 timeout_graceful_shutdown=1, lifespan="off")  # h11 takes no endless headers
-        with contextlib.suppress(KeyboardInterrupt): uvicorn.Server(config).run([listening])
+
+        async def serve() -> None:
+            click.echo(f"http://{shown}:{listening.getsockname()[1]}/resources{'?token=…' if token else ''}  (Ctrl-C ends)")
+            await uvicorn.Server(config).serve([listening])
+
+        with contextlib.suppress(KeyboardInterrupt): asyncio.run(serve())  # it may come as soon as it is mentioned
 
 def _is_loopback(host: str) -> bool:
     try: return ipaddress.ip_address(host).is_loopback

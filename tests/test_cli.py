@@ -72,6 +72,15 @@ def test_watch_as_json_gives_a_line_each_time():
     assert (process.returncode, errors) == (0, "") and lines[0]["time"] < lines[2]["time"]
 
 
+def test_ctrl_c_ends_the_page_quietly_as_soon_as_its_address_is_shown():
+    pytest.importorskip("fasthtml")
+    for _ in range(4):
+        with subprocess.Popen([PROGRAM, "--simulate", "idle", "serve", "--port", "0"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, "PYTHONUNBUFFERED": "1"}) as process:
+            shown = process.stdout.readline()
+            process.send_signal(signal.SIGINT)
+            assert shown.startswith("http://127.0.0.1:") and (*process.communicate(timeout=20), process.returncode) == ("", "", 0)
+
+
 def test_a_reader_that_goes_away_is_no_traceback():
     process = subprocess.run(f"{PROGRAM} --simulate eight-h100 --top 100 | head -1", shell=True, capture_output=True, text=True, timeout=60)
     assert "Traceback" not in process.stderr
