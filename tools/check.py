@@ -8,10 +8,18 @@ newest fastcore and no nbdev, as a user has it. Closes with 'N passed, N failed'
 """
 import hashlib, os, re, shutil, subprocess, sys, tempfile, venv
 from pathlib import Path
+from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
 VENVS = ROOT/".venvs"
 MADE = ("nbs", "cjm_fasthtml_resources", "README.md")  # what the notebooks make, besides themselves
+
+
+class Step(NamedTuple):
+    title: str
+    passed: int
+    failed: int
+    failures: tuple[str, ...] = ()  # what it says of each
 
 
 def environment(name: str, *requirements: str) -> Path:
@@ -24,8 +32,8 @@ def environment(name: str, *requirements: str) -> Path:
     return programs
 
 
-def run(title: str, programs: Path, *command: str, cwd: Path = ROOT) -> tuple[int, int]:
-    "One step; how many passed and failed in it, one where it does not say"
+def run(title: str, programs: Path, *command: str, cwd: Path = ROOT) -> Step:
+    "One step; it counts as one where it does not say how many passed and failed in it"
     print(f"\n== {title}: {' '.join(command)}", flush=True)
     env = {**os.environ, "PATH": f"{programs}{os.pathsep}{os.environ.get('PATH', '')}"}
     process = subprocess.Popen([programs/command[0], *command[1:]], cwd=cwd, env=env, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace")
@@ -34,8 +42,8 @@ def run(title: str, programs: Path, *command: str, cwd: Path = ROOT) -> tuple[in
         print(line, end="", flush=True)
         output += line
     passed, failed = (sum(map(int, re.findall(rf"(\d+) {word}", output.rstrip().rpartition("\n")[2]))) for word in ("passed", "failed"))
-    if process.wait() and not failed: return passed, 1
-    return (passed, failed) if passed or failed else (1, 0)
+    if process.wait(): return Step(title, passed, failed or 1, tuple(re.findall(r"^(?:FAILED|ERROR) .*|^.* - MORE THAN .*", output, re.MULTILINE)))
+    return Step(title, passed if passed or failed else 1, failed)
 
 
 def contents() -> dict[str, str]:
@@ -44,12 +52,12 @@ def contents() -> dict[str, str]:
     return {str(p.relative_to(ROOT)): hashlib.sha256(p.read_bytes()).hexdigest() for p in files if p.is_file() and "__pycache__" not in p.parts and ".ipynb_checkpoints" not in p.parts}
 
 
-def unchanged(before: dict[str, str]) -> tuple[int, int]:
+def unchanged(before: dict[str, str]) -> Step:
     "Whether cleaning, exporting and building left every file as it was: none is unclean, and none differs from its notebook"
     after = contents()
     changed = sorted(name for name in before.keys() | after.keys() if before.get(name) != after.get(name))
     for name in changed: print(f"{name} was not as its notebook makes it: run nbdev_export, nbdev_clean and tools/readme.py, and commit")
-    return int(not changed), len(changed)
+    return Step("made anew", int(not changed), len(changed), tuple(changed))
 
 
 def provide(package: str, *programs: str) -> None:
@@ -61,7 +69,7 @@ def provide(package: str, *programs: str) -> None:
         subprocess.run(command, env={**os.environ, "DEBIAN_FRONTEND": "noninteractive"}, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
 
 
-def development() -> list[tuple[int, int]]:
+def development() -> list[Step]:
     "The notebooks, the modules, the README and the site"
     provide("chromium", "chromium", "chromium-browser", "google-chrome")
     provide("prometheus", "prometheus")
@@ -80,7 +88,7 @@ def development() -> list[tuple[int, int]]:
         unchanged(before)]
 
 
-def as_installed() -> list[tuple[int, int]]:
+def as_installed() -> list[Step]:
     "The wheel, where there is neither nbdev nor this folder's package"
     dev = VENVS/"dev"/("Scripts" if os.name == "nt" else "bin")
     with tempfile.TemporaryDirectory() as tmp:
@@ -96,8 +104,10 @@ def as_installed() -> list[tuple[int, int]]:
 
 
 def main() -> int:
-    results = [*development(), *as_installed()]
-    passed, failed = (sum(found) for found in zip(*results))
+    steps = [*development(), *as_installed()]
+    for step in steps:
+        if step.failed: print(f"\n== failed: {step.title}", *step.failures, sep="\n")
+    passed, failed = (sum(getattr(step, word) for step in steps) for word in ("passed", "failed"))
     print(f"\n{passed} passed, {failed} failed")
     return bool(failed)
 
