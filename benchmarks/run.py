@@ -280,6 +280,7 @@ def main() -> int:
         print("\n".join(["", *tables[more.RESULTS]]), flush=True)
     if args.save:
         for path, found in tables.items(): path.write_text("\n".join(found) + "\n", encoding="utf-8")
+        print("\nsaved; the pages that show them: python tools/notebooks.py --update index cluster && nbdev_clean && python tools/readme.py")
     missed = [what for what, _, _, good, _ in rows if not good]
     if missed: print("\nshort of its bound: " + "; ".join(missed))
     return bool(missed)
