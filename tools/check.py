@@ -42,7 +42,7 @@ def run(title: str, programs: Path, *command: str, cwd: Path = ROOT) -> Step:
         print(line, end="", flush=True)
         output += line
     passed, failed = (sum(map(int, re.findall(rf"(\d+) {word}", output.rstrip().rpartition("\n")[2]))) for word in ("passed", "failed"))
-    if process.wait(): return Step(title, passed, failed or 1, tuple(re.findall(r"^(?:FAILED|ERROR) .*|^.* - MORE THAN .*", output, re.MULTILINE)))
+    if process.wait(): return Step(title, passed, failed or 1, tuple(re.findall(r"^(?:FAILED|ERROR) .*|^.* - MORE THAN .*|^\S+\.ipynb, code cell .*", output, re.MULTILINE)))
     return Step(title, passed if passed or failed else 1, failed)
 
 

@@ -59,6 +59,7 @@ def main() -> int:
     parser.add_argument("--update", action="store_true", help="keep what the cells print now")
     args = parser.parse_args()
     paths = [NBS/f"{name}.ipynb" for name in args.names] or sorted(NBS.rglob("[!_.]*.ipynb"))
+    if missing := [str(path.relative_to(ROOT)) for path in paths if not path.is_file()]: parser.error(f"there is no {', '.join(missing)}")
     passed, failed = 0, 0
     with get_context("spawn").Pool(maxtasksperchild=1) as pool:
         for path, good, failures in pool.imap(partial(run, update=args.update), paths, chunksize=1):
