@@ -5,7 +5,7 @@ import pynvml, pytest
 from conftest import MIB
 from hypothesis import given, settings, strategies as st
 
-from cjm_fasthtml_resources.core.gpu import GpuDevice, GpuProcess, GpuSnapshot, in_words, read_gpus, visible_devices
+from cjm_fasthtml_resources.core.gpu import GpuDevice, GpuProcess, GpuSnapshot, in_words, merge_processes, read_gpus, visible_devices
 from cjm_fasthtml_resources.core.manager import ResourceManager, ResourceStatus
 from cjm_fasthtml_resources.simulate import SimulatedDriver, SimulatedGpu, SimulatedProcess
 
@@ -130,14 +130,78 @@ def test_any_value_of_cuda_visible_devices_is_understood_or_complained_about(fou
 @pytest.mark.parametrize("before, after", [(0, 5000), (5000, 0)])
 def test_what_changes_hands_while_a_device_is_read_counts_as_used(monkeypatch, before, after):
     with SimulatedDriver([SimulatedGpu(memory_used_mb=before)]) as driver:
-        listing = pynvml.nvmlDeviceGetComputeRunningProcesses_v3
+        listing = driver.nvmlDeviceGetComputeRunningProcesses_v3
 
-        def changes(handle):
+        def changes(*args):
             driver.gpus[0].memory_used_mb = after
-            return listing(handle)
+            return listing(*args)
 
-        monkeypatch.setattr(pynvml, "nvmlDeviceGetComputeRunningProcesses_v3", changes)
+        monkeypatch.setattr(driver, "nvmlDeviceGetComputeRunningProcesses_v3", changes)
         assert read_gpus().devices[0].memory_used == 5000*2**20
+
+
+# The lists of processes
+
+LISTS = [f"nvmlDeviceGet{kind}RunningProcesses_v3" for kind in ("Compute", "Graphics", "MPSCompute")]
+
+
+def on_device(count): return SimulatedGpu(memory_total_mb=2**20, processes=[SimulatedProcess(4_300_000 + i, i) for i in range(count)])
+
+
+@pytest.mark.parametrize("count", [0, 1, 127, 128, 129, 1_000])
+def test_each_list_is_asked_for_once_and_a_longer_one_once_more(count):
+    with SimulatedDriver([on_device(count), on_device(1)]) as driver:
+        for again in (count > 128, 0):  # what was made larger stays
+            driver.calls.clear()
+            many, one = read_gpus().devices
+            assert [(p.pid, p.memory_used) for p in many.processes] == [(4_300_000 + i, i*MIB) for i in range(count)] and len(one.processes) == 1
+            assert [driver.calls[name] for name in LISTS] == [2 + again, 2, 2]
+
+
+@pytest.mark.parametrize("claimed", [0, 128, 129, 2**22, 2**22 + 1, 2**32 - 1])
+def test_a_driver_that_never_has_room_gives_no_list(monkeypatch, claimed):
+    asked = []
+
+    def never(handle, count, array):
+        asked.append(len(array))
+        count._obj.value = claimed
+        return pynvml.NVML_ERROR_INSUFFICIENT_SIZE
+
+    with SimulatedDriver([on_device(3)]) as driver:
+        for name in LISTS[:2]: monkeypatch.setattr(driver, name, never)
+        device = read_gpus().devices[0]
+    assert (device.processes, device.memory_used, device.reason) == ((), 3*MIB, None)  # the third list is there, and empty
+    assert asked[0] == 128 and max(asked) == (2*claimed if 128 < claimed <= 2**22 else 128) and len(asked) == (3 if 128 < claimed <= 2**22 else 2)
+
+
+@pytest.mark.parametrize("lacking, found", [("_v3", {4_300_001}), ("_v2", {4_300_001}), ("", None)])
+def test_a_library_that_lacks_a_version_of_the_lists_is_asked_for_the_other(lacking, found):
+    class Library(SimulatedDriver):
+        def __getattr__(self, name):
+            if "RunningProcesses" in name and name.endswith(lacking): raise AttributeError(name)
+            return super().__getattr__(name)
+
+    with Library([SimulatedGpu(processes=[SimulatedProcess(4_300_001, 5)])]): device = read_gpus().devices[0]
+    assert (device.processes and {p.pid for p in device.processes}, device.memory_used, device.reason) == (found, 5*MIB, None)
+
+
+@pytest.mark.parametrize("one, other, kept", [(3, 5, 5), (5, 3, 5), (None, 5, 5), (3, None, 3), (None, None, None)])
+def test_of_a_process_in_two_lists_the_larger_figure_counts(one, other, kept):
+    assert merge_processes({"compute": [(7, one)], "graphics": [(7, other)], "mps": None}) == (GpuProcess(7, kept, "compute+graphics"),)
+
+
+def test_a_list_that_cannot_have_been_written_is_none(monkeypatch):
+    with SimulatedDriver([on_device(3)]) as driver:
+        listing = driver.nvmlDeviceGetComputeRunningProcesses_v3
+
+        def boasts(handle, count, array):
+            error = listing(handle, count, array)
+            count._obj.value = 2**32 - 1
+            return error
+
+        monkeypatch.setattr(driver, "nvmlDeviceGetComputeRunningProcesses_v3", boasts)
+        device = read_gpus().devices[0]
+        assert (device.processes, device.memory_used, device.reason) == ((), 3*MIB, None)
 
 
 # What is read, whole, and what is said of what cannot be

@@ -113,44 +113,64 @@ def _memory(nvml: Any, handle: Any) -> Any:
         return nvml.nvmlDeviceGetMemoryInfo(handle)
 
 # %% ../../nbs/core/gpu.ipynb #89fa1872
-_PROCESS_CALLS = {kind: tuple(f"nvmlDeviceGet{nvml}RunningProcesses{version}" for version in ("_v3", "_v2"))
+_PROCESS_CALLS = {kind: tuple(f"nvmlDeviceGet{nvml}RunningProcesses{version}" for version in ("_v3", "_v2"))  # drivers before 510 know only the second
                   for kind, nvml in [("compute", "Compute"), ("graphics", "Graphics"), ("mps", "MPSCompute")]}
+_PID_MAX = 2**22  # PID_MAX_LIMIT in the kernel's include/linux/threads.h: there cannot be more processes
 
-def _list_processes(nvml: Any, handle: Any, kind: str) -> list[Any] | None:
-    "The processes of one kind; drivers before 510 know only the second version of the call"
-    for name in _PROCESS_CALLS[kind]:
-        if (call := getattr(nvml, name, None)) is None: continue  # not every version of pynvml has each of them
-        try: return list(call(handle))
-        except nvml.NVMLError_FunctionNotFound: continue
-        except nvml.NVMLError: return None
-    return None
+class _ProcessLists:
+    "Asks for the processes of a device, with an array that is kept for the driver to write into"
+    def __init__(self, nvml: Any) -> None:
+        import ctypes
+        self.nvml = nvml
+        self.array: Any = (nvml.c_nvmlProcessInfo_v2_t*128)()
+        self.count = ctypes.c_uint()
+        self.count_ref = ctypes.byref(self.count)
+
+    def read(self, handle: Any, kind: str) -> list[tuple[int, int | None]] | None:
+        "PID and bytes of each process of one kind; `None` if the driver gives no list"
+        for name in _PROCESS_CALLS[kind]:
+            if (call := getattr(self.nvml.nvmlLib, name, None)) is None: continue
+            error = self.fill(call, handle)
+            if error == self.nvml.NVML_ERROR_FUNCTION_NOT_FOUND: continue
+            if error or self.count.value > len(self.array): return None
+            unknown = self.nvml.NVML_VALUE_NOT_AVAILABLE_ulonglong.value
+            return [(p.pid, None if (memory := p.usedGpuMemory) == unknown else memory) for p in self.array[:self.count.value]]
+        return None
+
+    def fill(self, call: Callable[..., int], handle: Any) -> int:
+        "Let a C function write its list; NVML's error code. An array that is too small is replaced by a larger one, which stays"
+        self.count.value = room = len(self.array)
+        error = call(handle, self.count_ref, self.array)
+        if error != self.nvml.NVML_ERROR_INSUFFICIENT_SIZE or not room < self.count.value <= _PID_MAX: return error
+        self.array = (self.nvml.c_nvmlProcessInfo_v2_t*(2*self.count.value))()
+        return self.fill(call, handle)
 
 # %% ../../nbs/core/gpu.ipynb #a768ae32
 def merge_processes(
-    lists: Mapping[str, Sequence[Any] | None],  # kind → NVML's entries, `None` where that call failed
+    lists: Mapping[str, Sequence[tuple[int, int | None]] | None],  # kind → PID and bytes of each process, `None` where that call failed
 ) -> tuple[GpuProcess, ...] | None:  # one entry for each process, by PID; `None` if no call answered
     "One entry for each process, from the lists of each kind"
     answered = [(kind, entries) for kind, entries in lists.items() if entries is not None]
     if not answered: return None
     found: dict[int, tuple[int | None, str]] = {}
     for kind, entries in answered:
-        for entry in entries:
-            memory, kinds = entry.usedGpuMemory, kind
-            if entry.pid in found:
-                before, kinds = found[entry.pid]
+        for pid, memory in entries:
+            kinds = kind
+            if pid in found:
+                before, kinds = found[pid]
                 if memory is None or before is not None and before > memory: memory = before
                 if kind not in kinds: kinds = f"{kinds}+{kind}"
-            found[entry.pid] = memory, kinds
+            found[pid] = memory, kinds
     return tuple(GpuProcess(pid, *found[pid]) for pid in sorted(found))
 
 # %% ../../nbs/core/gpu.ipynb #c6c21d43
 def _watts(milliwatts: int | None) -> float | None: return None if milliwatts is None else milliwatts/1000
 
-def _read_device(nvml: Any, handle: Any, **fixed: Any) -> GpuDevice:
+def _read_device(nvml: Any, lists: _ProcessLists, handle: Any, **fixed: Any) -> GpuDevice:
     "Everything that changes on one device, added to what is `fixed`"
     try:
         before = _memory(nvml, handle)
-        listed = None if fixed.get("mig_mode") else {kind: _list_processes(nvml, handle, kind) for kind in _PROCESS_CALLS}
+        listed = None if fixed.get("mig_mode") else {kind: lists.read(handle, kind) for kind in _PROCESS_CALLS}
         memory = before if listed is None else max(before, _memory(nvml, handle), key=lambda m: m.used)
     except nvml.NVMLError as error: return GpuDevice(**fixed, reason=in_words(error))
     utilization = _ask(nvml.nvmlDeviceGetUtilizationRates, handle)
@@ -172,6 +192,7 @@ class _Session:
         self.nvml: Any = pynvml
         pynvml.nvmlInit()
         self.lib = pynvml.nvmlLib
+        self.lists = _ProcessLists(pynvml)
         self.driver_version = _ask(pynvml.nvmlSystemGetDriverVersion)
         self.known: dict[int, tuple[Any, dict[str, Any]]] = {}  # index → handle, fixed fields
 
@@ -201,7 +222,7 @@ class _Session:
             except self.nvml.NVMLError as error:
                 yield GpuDevice(**fixed, reason=in_words(error))
                 continue
-            yield _read_device(self.nvml, handle, **fixed, mig_mode=divided)
+            yield _read_device(self.nvml, self.lists, handle, **fixed, mig_mode=divided)
             if divided: yield from self.instances(handle, index)
 
     def mig_mode(self, handle: Any) -> bool | None:
@@ -216,7 +237,7 @@ class _Session:
             for number in range(nvml.nvmlDeviceGetMaxMigDeviceCount(parent)):
                 try: handle = nvml.nvmlDeviceGetMigDeviceHandleByIndex(parent, number)
                 except (nvml.NVMLError_NotFound, nvml.NVMLError_InvalidArgument): continue  # no instance has this number
-                yield _read_device(nvml, handle, index=number, mig_parent=parent_index,
+                yield _read_device(nvml, self.lists, handle, index=number, mig_parent=parent_index,
                                    uuid=_ask(nvml.nvmlDeviceGetUUID, handle), name=_ask(nvml.nvmlDeviceGetName, handle))
         except nvml.NVMLError as error: yield GpuDevice(number, mig_parent=parent_index, reason=in_words(error))
 
