@@ -220,6 +220,26 @@ def test_a_file_that_is_locked_is_said_to_be(folder, monkeypatch):
         assert manager.reserve(1_000).release()
 
 
+def test_who_waits_for_the_file_can_be_interrupted(folder, spawn):
+    ResourceManager(app="mine")  # makes the file
+    other = sqlite3.connect(store_path())
+    other.execute("BEGIN EXCLUSIVE")
+    waiting = spawn("""if True:
+        from cjm_fasthtml_resources.core.manager import ResourceManager
+        from cjm_fasthtml_resources.core.store import Store, store_path
+        store = Store(store_path())
+        store.reading().__enter__()
+        print("opened", flush=True)
+        try:
+            with store.transaction(): print("begun")
+        except KeyboardInterrupt: print("interrupted")""")
+    assert waiting.stdout.readline() == "opened\n"
+    time.sleep(0.5)
+    waiting.send_signal(signal.SIGINT)
+    assert waiting.communicate(timeout=10) == ("interrupted\n", None)
+    other.rollback()
+
+
 def damage(path):
     for part in (path, f"{path}-wal"): Path(part).write_bytes(b"\xff"*5_000)
 

@@ -116,7 +116,7 @@ def test_what_is_wrong_with_a_file_is_said_in_words():
     assert store._is_damaged(sqlite3.DatabaseError("malformed")) and not store._is_damaged(sqlite3.OperationalError("locked")) and not store._is_damaged(sqlite3.InterfaceError("x"))
     said = store._in_words
     assert said(None, sqlite3.OperationalError("interrupted")) == "the store in memory cannot be used: interrupted"
-    assert said(Path("/a"), sqlite3.OperationalError("database is locked")) == "/a is locked by another process for 10 s now; is that one stopped?"
+    assert said(Path("/a"), sqlite3.OperationalError("database is locked")) == "/a is locked by another process for 30 s now; is that one stopped?"
     assert said(Path("/a"), sqlite3.OperationalError("database or disk is full")) == "/a cannot be written, its disk is full"
     assert said(Path("/a"), sqlite3.OperationalError("attempt to write a readonly database")) == "/a cannot be written, it or its disk is read-only"
     assert said(Path("/a"), sqlite3.OperationalError("unable to open database file")) == "/a cannot be opened; may its folder be written?"

@@ -88,7 +88,7 @@ def _set_aside(path: Path) -> Path:
     return Path(f"{path}.damaged-{number}")
 
 # %% ../../nbs/core/store.ipynb #c1faee3d
-_BUSY_SECONDS = 10.0  # how long to wait for other processes' transactions; hundreds of them on a busy machine take seconds
+_BUSY_SECONDS = 30.0  # how long to wait for other processes' transactions; those of hundreds on a machine with other load take 10 and more
 
 def _connect(where: str) -> "sqlite3.Connection":
     import sqlite3  # when it is used: most programs never open a store
@@ -96,6 +96,22 @@ def _connect(where: str) -> "sqlite3.Connection":
     db.execute("PRAGMA journal_mode = WAL")
     db.execute("PRAGMA synchronous = NORMAL")  # safe against kill; after a power cut there is nothing left to promise
     return db
+
+_TURN_SECONDS = 0.2
+
+def _begin(db: "sqlite3.Connection") -> None:
+    "Start a transaction as soon as no other process has one. Python handles no signal while SQLite waits, so it waits in turns, and Ctrl-C ends it"
+    import sqlite3
+    until = time.monotonic() + _BUSY_SECONDS
+    db.execute(f"PRAGMA busy_timeout = {_TURN_SECONDS*1000:.0f}")
+    try:
+        while True:
+            try:
+                db.execute("BEGIN IMMEDIATE")
+                return
+            except sqlite3.OperationalError as error:
+                if "locked" not in str(error) or time.monotonic() > until: raise
+    finally: db.execute(f"PRAGMA busy_timeout = {_BUSY_SECONDS*1000:.0f}")
 
 def _is_damaged(error: "sqlite3.Error") -> bool:
     import sqlite3
@@ -224,7 +240,8 @@ class Store:
         "All or nothing, one process at a time. `StoreError` for whatever is wrong with the file; then nothing was changed"
         import sqlite3
         with self.reading() as db:
-            db.execute("BEGIN IMMEDIATE")
+            if self.path is None: db.execute("BEGIN")
+            else: _begin(db)
             try:
                 yield db
                 db.execute("COMMIT")
