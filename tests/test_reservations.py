@@ -225,12 +225,11 @@ def test_who_waits_for_the_file_can_be_interrupted(folder, spawn):
     other = sqlite3.connect(store_path())
     other.execute("BEGIN EXCLUSIVE")
     waiting = spawn("""if True:
-        from cjm_fasthtml_resources.core.manager import ResourceManager
         from cjm_fasthtml_resources.core.store import Store, store_path
         store = Store(store_path())
-        store.reading().__enter__()
-        print("opened", flush=True)
+        with store.reading(): pass
         try:
+            print("opened", flush=True)
             with store.transaction(): print("begun")
         except KeyboardInterrupt: print("interrupted")""")
     assert waiting.stdout.readline() == "opened\n"
