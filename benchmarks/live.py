@@ -1,11 +1,20 @@
 """What showing it live costs: the panel's updates, and a hundred clients of the stream. Called by benchmarks/run.py"""
-import asyncio, gc, math, socket, statistics, subprocess, sys, threading, time
+import asyncio
+import gc
+import math
+import socket
+import statistics
+import subprocess
+import sys
+import threading
+import time
 from dataclasses import replace
 
 import psutil
 
+from cjm_fasthtml_resources.core.history import History, to_point
 from cjm_fasthtml_resources.core.manager import ResourceManager
-from cjm_fasthtml_resources.core.monitor import History, take_sample, to_point
+from cjm_fasthtml_resources.core.samples import take_sample
 from cjm_fasthtml_resources.simulate import load_scenario
 from cjm_fasthtml_resources.ui.cards import View, render, render_tables
 from cjm_fasthtml_resources.ui.panel import ResourcePanel, panel_slots
@@ -31,31 +40,54 @@ app = make_app(manager)
 app.app.route("/reads", methods=["GET"])(lambda: PlainTextResponse(str(driver.calls["nvmlDeviceGetCount_v2"])))
 with driver:
     threading.Thread(target=vary, daemon=True).start()
-    uvicorn.run(app, host="127.0.0.1", port=int(sys.argv[1]), log_level="warning", timeout_graceful_shutdown=1, lifespan="off")
+    uvicorn.run(app, host="127.0.0.1", port=int(sys.argv[1]), log_level="warning", timeout_graceful_shutdown=1,
+                lifespan="off")
 """
 
 
+def known_workers(driver):
+    "A manager with the workers of a scenario"
+    manager = ResourceManager(track_self=False)
+    for worker in driver.workers: manager.register_worker(**worker)
+    return manager
+
+
+def varied(turn, place, status):
+    "A device's status, some turns later"
+    more = turn % 7*2**28
+    # to one outsider on each GPU, to three on the fifth, whose processes are among those that are shown
+    growing = range(10, 13 if place == 4 else 11)
+    processes = tuple(replace(process, memory_used=process.memory_used + more) if number in growing else process
+                      for number, process in enumerate(status.processes))
+    more *= len(growing)
+    device = replace(status.device, temperature=40 + turn % 40, utilization=turn % 100,
+                     memory_used=status.device.memory_used + more, memory_free=status.device.memory_free - more)
+    return replace(status, device=device, processes=processes, external_memory=status.external_memory + more)
+
+
 def samples():
-    "Eight GPUs with twenty processes each; from one to the next all eight GPUs' figures change, and the memory of ten processes"
-    with load_scenario("eight-h100") as driver:
-        manager = ResourceManager(track_self=False)
-        for worker in driver.workers: manager.register_worker(**worker)
-        first = take_sample(manager)
+    """Eight GPUs with twenty processes each; from one to the next all eight GPUs' figures change, and the memory of ten
+    processes
+    """
+    with load_scenario("eight-h100") as driver: first = take_sample(known_workers(driver))
 
-    def varied(turn, place, status):
-        more = turn % 7*2**28  # to one outsider on each GPU, to three on the fifth, whose processes are among those that are shown
-        processes = tuple(replace(p, memory_used=p.memory_used + more) if 10 <= i < (13 if place == 4 else 11) else p for i, p in enumerate(status.processes))
-        more *= 3 if place == 4 else 1
-        device = replace(status.device, temperature=40 + turn % 40, utilization=turn % 100, memory_used=status.device.memory_used + more, memory_free=status.device.memory_free - more)
-        return replace(status, device=device, processes=processes, external_memory=status.external_memory + more)
+    def later(turn):
+        devices = tuple(varied(turn, place, status) for place, status in enumerate(first.gpu.devices))
+        return replace(first, gpu=replace(first.gpu, devices=devices))
 
-    return [replace(first, gpu=replace(first.gpu, devices=tuple(varied(turn, place, d) for place, d in enumerate(first.gpu.devices)))) for turn in range(300)]
+    return [later(turn) for turn in range(300)]
 
 
 def full_history(sample):
     "Ten minutes at one second"
     point = to_point(sample)
-    return History(tuple(replace(point, number=n, devices={key: replace(d, used=int(d.used*(0.6 + 0.4*math.sin(n/40)))) for key, d in point.devices.items()}) for n in range(1, 601)))
+
+    def at(second):
+        share = 0.6 + 0.4*math.sin(second/40)
+        devices = {key: replace(device, used=int(device.used*share)) for key, device in point.devices.items()}
+        return replace(point, number=second, devices=devices)
+
+    return History(tuple(at(second) for second in range(1, 601)))
 
 
 def update_cost():
@@ -74,11 +106,13 @@ class Wire:
     def __enter__(self):
         import ipywidgets
         from jupyter_client.session import Session
-        session, self.messages, self._widget, self._send = Session(key=b"of a benchmark"), [], ipywidgets.Widget, ipywidgets.Widget._send
+        session, self.messages = Session(key=b"of a benchmark"), []
+        self._widget, self._send = ipywidgets.Widget, ipywidgets.Widget._send
 
         def send(widget, message, buffers=None):
-            content = dict(comm_id=widget.model_id, data=message)
-            self.messages.append(sum(map(len, session.serialize(session.msg("comm_msg", content=content, metadata={"version": "2.1.0"})))))
+            content = {"comm_id": widget.model_id, "data": message}
+            whole = session.msg("comm_msg", content=content, metadata={"version": "2.1.0"})
+            self.messages.append(sum(map(len, session.serialize(whole))))
             return self._send(widget, message, buffers)
 
         ipywidgets.Widget._send = send
@@ -91,9 +125,7 @@ def wire():
     "Bytes of an update to a panel and to a page, and messages of one that changes nothing"
     found, history = samples(), full_history(samples()[0])
     with load_scenario("eight-h100") as driver:
-        manager = ResourceManager(track_self=False)
-        for worker in driver.workers: manager.register_worker(**worker)
-        panel = ResourcePanel(manager, interval=3600)
+        panel = ResourcePanel(known_workers(driver), interval=3600)
         panel.monitor._points.extend(history.points)
         panel._show(found[0])
         sizes = []
@@ -109,8 +141,7 @@ def wire():
 def cycles():
     "Megabytes and threads more after a hundred panels were opened and closed"
     with load_scenario("eight-h100") as driver:
-        manager = ResourceManager(track_self=False)
-        for worker in driver.workers: manager.register_worker(**worker)
+        manager = known_workers(driver)
 
         def turn(count):
             for _ in range(count): ResourcePanel(manager, controls=True).close()
@@ -148,13 +179,15 @@ async def _clients(port, server):
     await asyncio.sleep(SECONDS)
     seconds = time.monotonic() - began
     load, rate = (spent() - cpu)/seconds, (await reads() - before)/seconds
-    least = min(now - then for now, then in zip(counts, heard))
+    least = min(now - then for now, then in zip(counts, heard, strict=True))
     for task in tasks: task.cancel()
     return load, rate, least/seconds
 
 
 def stream():
-    "Share of a core that a hundred clients at 1 Hz cost the server, readings of the driver per second, and lines that each client had per second"
+    """Share of a core that a hundred clients at 1 Hz cost the server, readings of the driver per second, and lines that
+    each client had per second
+    """
     port = 18_765
     server = subprocess.Popen([sys.executable, "-c", SERVER, str(port)])
     try:
@@ -177,8 +210,12 @@ def measure():
     render_time, (panel_bytes, page_bytes, idle), (grown, threads) = update_cost(), wire(), cycles()
     load, rate, lines = stream()
     return [
-        ("rendering an update: 8 GPUs' figures and 10 processes changed", f"{render_time*1e3:.1f} ms", "< 3 ms CPU", render_time < 3e-3, "of 8 GPUs with 20 processes each"),
-        ("that update on the wire, to a panel and to a page", f"{panel_bytes/1e3:.1f} and {page_bytes/1e3:.1f} KB", "< 12 KB", max(panel_bytes, page_bytes) < 12e3, f"{idle} messages when nothing changed"),
-        ("100 panels opened and closed", f"{grown:+.1f} MB", "within 2 MB", abs(grown) < 2 and threads == 0, f"{threads:+d} threads"),
-        ("100 clients of the stream at 1 Hz", f"{100*load:.0f} % of a core", "< 20 %", load < 0.2 and rate < 1.2 and lines > 1.5, f"{rate:.2f} readings of the driver a second"),
+        ("rendering an update: 8 GPUs' figures and 10 processes changed", f"{render_time*1e3:.1f} ms",
+         "< 3 ms CPU", render_time < 3e-3, "of 8 GPUs with 20 processes each"),
+        ("that update on the wire, to a panel and to a page", f"{panel_bytes/1e3:.1f} and {page_bytes/1e3:.1f} KB",
+         "< 12 KB", max(panel_bytes, page_bytes) < 12e3, f"{idle} messages when nothing changed"),
+        ("100 panels opened and closed", f"{grown:+.1f} MB",
+         "within 2 MB", abs(grown) < 2 and threads == 0, f"{threads:+d} threads"),
+        ("100 clients of the stream at 1 Hz", f"{100*load:.0f} % of a core",
+         "< 20 %", load < 0.2 and rate < 1.2 and lines > 1.5, f"{rate:.2f} readings of the driver a second"),
     ]

@@ -2,22 +2,25 @@ __version__ = "0.1.0"
 
 from typing import TYPE_CHECKING, Any
 
+from .core.conflict import ResourceBusy, ResourceConflict, ResourceUnavailable
 from .core.display import show_with
 from .core.gpu import read_gpus
-from .core.host import read_memory
-from .core.manager import (ResourceBusy, ResourceConflict, ResourceManager, ResourceStatus, ResourceType, ResourceUnavailable,
-                           WorkerState)
+from .core.manager import ResourceManager
+from .core.memory import read_memory
+from .core.resources import ResourceStatus, ResourceType, WorkerState
 
 if TYPE_CHECKING:
     from .core.monitor import ResourceMonitor
     from .core.validation import ValidationAction, validate_resources_for_job
     from .ui.panel import ResourcePanel
 
-__all__ = ["ResourceBusy", "ResourceConflict", "ResourceManager", "ResourceMonitor", "ResourcePanel", "ResourceStatus", "ResourceType", "ResourceUnavailable",
-           "ValidationAction", "WorkerState", "read_gpus", "read_memory", "validate_resources_for_job"]
+__all__ = ["ResourceBusy", "ResourceConflict", "ResourceManager", "ResourceMonitor", "ResourcePanel", "ResourceStatus",
+           "ResourceType", "ResourceUnavailable", "ValidationAction", "WorkerState", "read_gpus", "read_memory",
+           "validate_resources_for_job"]
 
-_LATER = {"ResourceMonitor": "core.monitor", "ResourcePanel": "ui.panel",
-          "ValidationAction": "core.validation", "validate_resources_for_job": "core.validation"}  # imported when they are asked for
+_LATER = {   # imported when they are asked for
+    "ResourceMonitor": "core.monitor", "ResourcePanel": "ui.panel",
+    "ValidationAction": "core.validation", "validate_resources_for_job": "core.validation"}
 
 
 def __getattr__(name: str) -> Any:

@@ -1,5 +1,10 @@
 "What several tests need"
-import contextlib, logging, os, signal, subprocess, sys
+import contextlib
+import logging
+import os
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -31,10 +36,11 @@ class Server:
 @pytest.fixture
 def spawn():
     "Start processes that end with the test: spawn(code) gives a Popen, with pipes for stdin and stdout"
+    pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     started = []
 
     def start(code: str) -> subprocess.Popen:
-        started.append(subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True))
+        started.append(subprocess.Popen([sys.executable, "-c", code], **pipes, start_new_session=True))
         return started[-1]
 
     yield start
@@ -46,8 +52,10 @@ def spawn():
 @pytest.fixture
 def command():
     "Run cjm-resources as a user does, in a process of its own"
+    program = Path(sys.executable).with_name("cjm-resources")
+
     def run(*args: str, **env: str) -> subprocess.CompletedProcess:
-        return subprocess.run([Path(sys.executable).with_name("cjm-resources"), *args], env={**os.environ, **env}, capture_output=True, text=True, timeout=60)
+        return subprocess.run([program, *args], env={**os.environ, **env}, capture_output=True, text=True, timeout=60)
     return run
 
 

@@ -1,17 +1,26 @@
-"""Many processes that reserve and use GPU memory at random, as a program of its own: crowd.py FOLDER PROCESSES SECONDS KILLS
+"""Many processes that reserve and use GPU memory at random: a program of its own
+
+    crowd.py FOLDER PROCESSES SECONDS KILLS
 
 They share four simulated GPUs and one file. Each allocates what it was promised, and the simulated driver refuses what
 is not there. KILLS times a second one of them is killed and replaced. Prints what happened as JSON.
 """
-import json, os, random, signal, sys, time, traceback
+import json
+import os
+import random
+import signal
+import sys
+import time
+import traceback
 from pathlib import Path
 
+from cjm_fasthtml_resources.core.ledger import Ledger
 from cjm_fasthtml_resources.core.manager import ResourceManager
-from cjm_fasthtml_resources.core.reservations import Ledger
 from cjm_fasthtml_resources.core.store import Store, store_path
 from cjm_fasthtml_resources.simulate import SimulatedDriver, SimulatedGpu
 
 TOTAL_MB, GPUS = 24_000, 4
+PROMISED = "SELECT device, sum(memory) FROM claims WHERE device IS NOT NULL GROUP BY device"
 
 
 def member(driver: SimulatedDriver, report: int, until: float, seed: int) -> None:
@@ -28,6 +37,7 @@ def member(driver: SimulatedDriver, report: int, until: float, seed: int) -> Non
 
 
 def start(driver: SimulatedDriver, report: int, until: float, seed: int) -> int:
+    "The PID of a new member, a child of this process"
     if (pid := os.fork()) == 0:
         code = 1
         try:
@@ -38,37 +48,67 @@ def start(driver: SimulatedDriver, report: int, until: float, seed: int) -> int:
     return pid
 
 
+class Crowd:
+    "The members that live, and what happened to those that ended"
+    def __init__(self, driver: SimulatedDriver, report: int, until: float) -> None:
+        self.driver, self.report, self.until = driver, report, until
+        self.living, self.doomed = set(), set()
+        self.failed = self.killed = 0
+
+    def add(self, seed: int) -> None: self.living.add(start(self.driver, self.report, self.until, seed))
+
+    def bury(self) -> None:
+        "Forget those that ended; one that ended badly and was not killed has failed"
+        while self.living:
+            pid, status = os.waitpid(-1, os.WNOHANG)
+            if not pid: return
+            self.living.discard(pid)
+            if pid not in self.doomed and status: self.failed += 1
+
+    def kill_one(self, seed: int) -> None:
+        "Kill one of them at random, and start another in its place"
+        self.doomed.add(victim := random.choice(sorted(self.living)))
+        os.kill(victim, signal.SIGKILL)
+        self.add(seed)
+        self.killed += 1
+
+
+def watch(crowd: Crowd, ledger: Ledger, processes: int, kills: float) -> list[int]:
+    "Until all have ended, or a minute longer than they should: the most MiB that was ever promised on each GPU"
+    most = [0]*GPUS
+    next_kill = time.monotonic() + 1
+    while crowd.living and time.monotonic() < crowd.until + 60:
+        crowd.bury()
+        if kills and next_kill < time.monotonic() < crowd.until and crowd.living:
+            crowd.kill_one(processes + crowd.killed)
+            next_kill = time.monotonic() + 1/kills
+        with ledger.store.reading() as db: found = db.execute(PROMISED).fetchall()  # a statement sees one moment
+        for device, promised in found:
+            index = int(device.split("-")[-1][:6], 16)
+            most[index] = max(most[index], promised//2**20)
+        time.sleep(0.01)
+    return most
+
+
 def main(folder: str, processes: int, seconds: float, kills: float) -> None:
     os.environ["CJM_RESOURCES_DIR"] = f"{folder}/state"
     os.environ.pop("CUDA_VISIBLE_DEVICES", None)
-    ledger, most, failed, killed, began = Ledger(Store(store_path())), [0]*GPUS, 0, 0, time.monotonic()
+    ledger, began = Ledger(Store(store_path())), time.monotonic()
     report = os.open(f"{folder}/report", os.O_CREAT | os.O_WRONLY | os.O_APPEND, 0o600)
-    with SimulatedDriver([SimulatedGpu(memory_total_mb=TOTAL_MB) for _ in range(GPUS)], shared=f"{folder}/gpus") as driver:
-        until = began + seconds
-        living = {start(driver, report, until, seed) for seed in range(processes)}
-        doomed, next_kill = set(), began + 1
-        while living and time.monotonic() < until + 60:
-            while (ended := os.waitpid(-1, os.WNOHANG) if living else (0, 0))[0]:
-                living.discard(ended[0])
-                if ended[0] not in doomed and ended[1]: failed += 1
-            if kills and next_kill < time.monotonic() < until and living:
-                doomed.add(victim := random.choice(sorted(living)))
-                os.kill(victim, signal.SIGKILL)
-                living.add(start(driver, report, until, processes + killed))
-                killed, next_kill = killed + 1, time.monotonic() + 1/kills
-            with ledger.store.reading() as db:  # a statement sees one moment
-                for device, promised in db.execute("SELECT device, sum(memory) FROM claims WHERE device IS NOT NULL GROUP BY device").fetchall():
-                    index = int(device.split("-")[-1][:6], 16)
-                    most[index] = max(most[index], promised//2**20)
-            time.sleep(0.01)
-        stuck = len(living)
-        for pid in living: os.kill(pid, signal.SIGKILL)
+    gpus = [SimulatedGpu(memory_total_mb=TOTAL_MB) for _ in range(GPUS)]
+    with SimulatedDriver(gpus, shared=f"{folder}/gpus") as driver:
+        crowd = Crowd(driver, report, began + seconds)
+        for seed in range(processes): crowd.add(seed)
+        most = watch(crowd, ledger, processes, kills)
+        stuck = len(crowd.living)
+        for pid in crowd.living: os.kill(pid, signal.SIGKILL)
         rows = [line.split() for line in Path(f"{folder}/report").read_text().splitlines()]
         waits = {size: [float(wait) for memory, wait in rows if int(memory) == size] for size in (500, 23_000)}
         print(json.dumps(dict(
-            processes=processes, grants=len(rows), failed=failed, stuck=stuck, killed=killed, most_promised_mb=most, total_mb=TOTAL_MB, seconds=round(time.monotonic() - began, 1),
-            longest_wait={size: max(found, default=None) for size, found in waits.items()}, large_grants=len(waits[23_000]),
-            left_over=len(ledger.claims()))))
+            processes=processes, grants=len(rows), large_grants=len(waits[23_000]), killed=crowd.killed,
+            failed=crowd.failed, stuck=stuck, left_over=len(ledger.claims()), most_promised_mb=most, total_mb=TOTAL_MB,
+            longest_wait={size: max(found, default=None) for size, found in waits.items()},
+            seconds=round(time.monotonic() - began, 1))))
 
 
 if __name__ == "__main__": main(sys.argv[1], int(sys.argv[2]), float(sys.argv[3]), float(sys.argv[4]))

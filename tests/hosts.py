@@ -1,5 +1,10 @@
-"Hosts of a dask cluster on this machine, by the commands that one starts them with: for the tests and for benchmarks/cluster.py"
-import contextlib, os, signal, subprocess, sys, time
+"Hosts of a dask cluster on this machine, started by dask's own commands: for the tests and for benchmarks/cluster.py"
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 # Each worker process of a host sees the same simulated GPUs; `driver.allocate` fails when there is no room
@@ -8,26 +13,31 @@ import os, sys
 from cjm_fasthtml_resources.simulate import SimulatedDriver, SimulatedGpu
 gpus = int(os.environ["SIM_GPUS"])
 if gpus:
-    driver = SimulatedDriver([SimulatedGpu("NVIDIA L4", memory_total_mb=24_000) for _ in range(gpus)], shared=os.environ["CJM_RESOURCES_DIR"] + "/gpus")
-    driver.__enter__()
+    cards = [SimulatedGpu("NVIDIA L4", memory_total_mb=24_000) for _ in range(gpus)]
+    driver = SimulatedDriver(cards, shared=os.environ["CJM_RESOURCES_DIR"] + "/gpus")
+    driver.start()
 """
 
 
 class Cluster:
-    "A scheduler and hosts, by the commands that one starts them with"
+    "A scheduler and hosts, started by dask's own commands"
     def __init__(self, folder: Path, stack: contextlib.ExitStack) -> None:
         self.folder, self.stack, self.hosts = folder, stack, dict[str, list[subprocess.Popen]]()
         (folder/"sim_host.py").write_text(SIM_HOST)
-        self.scheduler = self.start("scheduler", "scheduler", "--host", "127.0.0.1", "--port", "0", "--no-dashboard", "--scheduler-file", str(folder/"scheduler.json"))
+        self.file = folder/"scheduler.json"
+        self.scheduler = self.start("scheduler", "scheduler", "--port", "0")
         end = time.monotonic() + 60
-        while not (folder/"scheduler.json").exists():
+        while not self.file.exists():
             assert time.monotonic() < end and self.scheduler.poll() is None, "the scheduler does not start"
             time.sleep(0.05)
 
     def start(self, name: str, *command: str, **env: str) -> subprocess.Popen:
         path = os.pathsep.join([str(self.folder), str(Path(__file__).parent), *filter(None, sys.path)])
-        log = self.stack.enter_context(open(self.folder/f"{name}.log", "ab"))
-        process = subprocess.Popen([sys.executable, "-m", "dask", *command], env={**os.environ, "PYTHONPATH": path, **env}, cwd=self.folder, stdout=log, stderr=log, start_new_session=True)
+        log = self.stack.enter_context((self.folder/f"{name}.log").open("ab"))
+        options = ["--host", "127.0.0.1", "--no-dashboard", "--scheduler-file", str(self.file)]
+        process = subprocess.Popen([sys.executable, "-m", "dask", *command, *options], start_new_session=True,
+                                   env={**os.environ, "PYTHONPATH": path, **env},
+                                   cwd=self.folder, stdout=log, stderr=log)
         self.stack.callback(self.end, process)
         return process
 
@@ -42,6 +52,7 @@ class Cluster:
             state = self.folder/host
             state.mkdir(mode=0o700, exist_ok=True)
             (state/"gpus").mkdir(mode=0o700, exist_ok=True)
-            process = self.start(f"{host}-{n}", "worker", "--scheduler-file", str(self.folder/"scheduler.json"), "--host", "127.0.0.1", "--nthreads", str(threads), "--no-dashboard",
-                                 "--nanny" if nanny else "--no-nanny", "--preload", "sim_host", CJM_RESOURCES_DIR=str(state), CJM_RESOURCES_HOST=host, SIM_GPUS=str(gpus))
+            options = ["--nthreads", str(threads), "--nanny" if nanny else "--no-nanny", "--preload", "sim_host"]
+            process = self.start(f"{host}-{n}", "worker", *options,
+                                 CJM_RESOURCES_DIR=str(state), CJM_RESOURCES_HOST=host, SIM_GPUS=str(gpus))
             self.hosts.setdefault(host, []).append(process)

@@ -1,30 +1,49 @@
 """Everything at once for a while, as a program of its own: soak.py SECONDS [FOLDER]
 
-Worker processes come and go, jobs reserve and use GPU memory, a panel and ten clients of the stream watch, and the simulated
-driver fails at random. After a first quarter, in which caches fill up, memory, threads, file descriptors and the shared file
-may not grow beyond what is alive; at the end every promise is accounted for. Prints what it measured as JSON; exits with 1 if
-something grew or failed.
+Worker processes come and go, jobs reserve and use GPU memory, a panel and ten clients of the stream watch, and the
+simulated driver fails at random. After a first quarter, in which caches fill up, memory, threads, file descriptors and
+the shared file may not grow beyond what is alive; at the end every promise is accounted for. Prints what it measured
+as JSON; exits with 1 if something grew or failed.
 """
-import asyncio, contextlib, gc, json, os, random, subprocess, sys, tempfile, threading, time
+import asyncio
+import contextlib
+import gc
+import json
+import os
+import random
+import subprocess
+import sys
+import tempfile
+import threading
+import time
 from pathlib import Path
 
-import psutil, pynvml
+import psutil
+import pynvml
 
-from cjm_fasthtml_resources.core.manager import ResourceBusy, ResourceManager, ResourceStatus, ResourceUnavailable
+from cjm_fasthtml_resources.core.conflict import ResourceBusy, ResourceUnavailable
+from cjm_fasthtml_resources.core.manager import ResourceManager
 from cjm_fasthtml_resources.core.monitor import ResourceMonitor
+from cjm_fasthtml_resources.core.resources import ResourceStatus
 from cjm_fasthtml_resources.core.store import store_path
 from cjm_fasthtml_resources.simulate import CALLS, SimulatedDriver, SimulatedGpu
 from cjm_fasthtml_resources.ui.panel import ResourcePanel
 from cjm_fasthtml_resources.ui.web import EventStream, Hub
 
-ERRORS = [pynvml.NVML_ERROR_GPU_IS_LOST, pynvml.NVML_ERROR_UNKNOWN, pynvml.NVML_ERROR_TIMEOUT, pynvml.NVML_ERROR_LIB_RM_VERSION_MISMATCH]
+ERRORS = [
+    pynvml.NVML_ERROR_GPU_IS_LOST,
+    pynvml.NVML_ERROR_UNKNOWN,
+    pynvml.NVML_ERROR_TIMEOUT,
+    pynvml.NVML_ERROR_LIB_RM_VERSION_MISMATCH,
+]
 
 
 class Soak:
     "The parts, each on a thread of its own until `stop` is set"
     def __init__(self, driver: SimulatedDriver) -> None:
         self.driver, self.manager, self.stop = driver, ResourceManager(app="soak", gpu_timeout=1.0), threading.Event()
-        self.panel = ResourcePanel(self.manager, interval=0.2, history=60, controls=True)   # a history that is full after the first quarter of a long run
+        # a history that is full after the first quarter of a long run
+        self.panel = ResourcePanel(self.manager, interval=0.2, history=60, controls=True)
         self.hub = Hub(ResourceMonitor(self.manager, interval=0.2, history=60))
         self.failed, self.counts = [], dict(workers=0, grants=0, busy=0, faults=0, events=0, checks=0, wrong=0)
 
@@ -39,26 +58,37 @@ class Soak:
     def workers(self):
         chance, living = random.Random(1), []
         while not self.stop.is_set() or living:
-            if not self.stop.is_set() and len(living) < 6:
-                living.append(subprocess.Popen(["sleep", "600"]))
-                self.manager.register_worker(living[-1].pid, chance.choice(["llm", "speech"]), plugin_name=chance.choice(["vllm", "whisper"]), job_id=f"job-{chance.randrange(4)}")
-                self.counts["workers"] += 1
-            elif living:
-                process = living.pop(chance.randrange(len(living)))
-                self.manager.update_worker_state(process.pid, status="idle", gpu_memory_mb=chance.choice([None, 500]))
-                if chance.random() < 0.5: self.manager.stop_worker(process.pid, grace=1)
-                else:
-                    process.kill()
-                    process.wait()
-                    self.manager.prune_dead_workers()
-                process.wait()
+            if not self.stop.is_set() and len(living) < 6: living.append(self.new_worker(chance))
+            elif living: self.end_worker(living.pop(chance.randrange(len(living))), chance)
             self.stop.wait(0.1)
+
+    def new_worker(self, chance: random.Random) -> subprocess.Popen:
+        process = subprocess.Popen(["sleep", "600"])
+        kind, plugin = chance.choice(["llm", "speech"]), chance.choice(["vllm", "whisper"])
+        job = f"job-{chance.randrange(4)}"
+        self.manager.register_worker(process.pid, kind, plugin_name=plugin, job_id=job)
+        self.counts["workers"] += 1
+        return process
+
+    def end_worker(self, process: subprocess.Popen, chance: random.Random) -> None:
+        "Half of them are stopped by the manager, the others just die"
+        self.manager.update_worker_state(process.pid, status="idle", gpu_memory_mb=chance.choice([None, 500]))
+        if chance.random() < 0.5: self.manager.stop_worker(process.pid, grace=1)
+        else:
+            process.kill()
+            process.wait()
+            self.manager.prune_dead_workers()
+        process.wait()
 
     def jobs(self):
         chance = random.Random(threading.get_ident())
         while not self.stop.is_set():
+            memory = chance.choice([500, 4_000, 12_000])
             try:
-                with self.manager.reserve(chance.choice([500, 4_000, 12_000]), timeout=1) as held, self.driver.allocate(held.gpu_memory_mb, held.index):
+                with (
+                    self.manager.reserve(memory, timeout=1) as held,
+                    self.driver.allocate(held.gpu_memory_mb, held.index),
+                ):
                     self.counts["grants"] += 1
                     self.stop.wait(chance.uniform(0, 0.2))
             except (ResourceBusy, ResourceUnavailable): self.counts["busy"] += 1
@@ -67,13 +97,15 @@ class Soak:
         while not self.stop.is_set():
             conflict = self.manager.check_gpu_availability()
             self.counts["checks"] += 1
-            self.counts["wrong"] += any(d.status is ResourceStatus.AVAILABLE and d.device.memory_used is None for d in conflict.devices)
+            free = [found for found in conflict.devices if found.status is ResourceStatus.AVAILABLE]
+            self.counts["wrong"] += any(found.device.memory_used is None for found in free)
             self.stop.wait(0.1)
 
     def faults(self):
         chance = random.Random(2)
         while not self.stop.is_set():
-            self.driver.fail(chance.choice(sorted(CALLS)), chance.choice(ERRORS), chance.choice([None, 0, 1]), times=chance.randrange(1, 4))
+            call, error, gpu = chance.choice(sorted(CALLS)), chance.choice(ERRORS), chance.choice([None, 0, 1])
+            self.driver.fail(call, error, gpu, times=chance.randrange(1, 4))
             self.counts["faults"] += 1
             self.stop.wait(1)
             self.driver.recover()
@@ -93,10 +125,45 @@ class Soak:
 
 
 def state() -> dict[str, float]:
+    "What may not grow"
     gc.collect()
     process = psutil.Process()
     shared = sum(path.stat().st_size for path in store_path().parent.glob(f"{store_path().name}*"))
-    return dict(memory_mb=process.memory_info().rss/1e6, threads=threading.active_count(), descriptors=process.num_fds(), shared_mb=shared/1e6)
+    return dict(
+        memory_mb=process.memory_info().rss/1e6,
+        threads=threading.active_count(),
+        descriptors=process.num_fds(),
+        shared_mb=shared/1e6,
+    )
+
+
+def growth(early: dict[str, float], samples: list[dict[str, float]]) -> dict[str, float]:
+    "By how much the median of the last quarter is above `early`"
+    late = samples[-max(len(samples)//4, 1):]
+    middle = {name: sorted(sample[name] for sample in late)[len(late)//2] for name in early}
+    return {name: round(middle[name] - early[name], 2) for name in early}
+
+
+def threads_over(before: int) -> int:
+    "How many threads are left: the driver's reader stays, and a loop's workers for a moment"
+    settle = time.monotonic() + 10
+    while threading.active_count() > before + 2 and time.monotonic() < settle: time.sleep(0.05)
+    over = threading.active_count() - before
+    return over if over > 2 else 0
+
+
+def run(soak: Soak, seconds: float) -> tuple[dict[str, float], list[dict[str, float]], list[str]]:
+    "Let all parts run: the state after the first quarter, those after it, and the parts that did not end"
+    parts = [soak.workers, soak.jobs, soak.jobs, soak.jobs, soak.checks, soak.faults, soak.clients]
+    threads = [soak.guarded(part) for part in parts]
+    for thread in threads: thread.start()
+    soak.stop.wait(seconds/4)
+    early, samples = state(), []
+    end = time.monotonic() + seconds*3/4
+    while time.monotonic() < end and not soak.stop.wait(min(1, seconds/20)): samples.append(state())
+    soak.stop.set()
+    for thread in threads: thread.join(30)
+    return early, samples, [thread.name for thread in threads if thread.is_alive()]
 
 
 def main(seconds: float, folder: str) -> int:
@@ -105,27 +172,23 @@ def main(seconds: float, folder: str) -> int:
     with SimulatedDriver([SimulatedGpu(), SimulatedGpu()], shared=f"{folder}/gpus") as driver:
         before = threading.active_count()
         soak = Soak(driver)
-        threads = [soak.guarded(part) for part in (soak.workers, soak.jobs, soak.jobs, soak.jobs, soak.checks, soak.faults, soak.clients)]
-        for thread in threads: thread.start()
-        soak.stop.wait(seconds/4)
-        early, samples = state(), []
-        end = time.monotonic() + seconds*3/4
-        while time.monotonic() < end and not soak.stop.wait(min(1, seconds/20)): samples.append(state())
-        soak.stop.set()
-        for thread in threads: thread.join(30)
-        stuck = [thread.name for thread in threads if thread.is_alive()]
+        early, samples, stuck = run(soak, seconds)
         soak.panel.close()
         driver.recover()
-        left = dict(claims=len(soak.manager.get_claims()), workers=len(soak.manager.get_all_workers()), clients=len(soak.hub._clients))
-        settle = time.monotonic() + 10
-        while threading.active_count() > before + 2 and time.monotonic() < settle: time.sleep(0.05)  # the driver's reader stays, and a loop's workers for a moment
-        after = state()
-        late = samples[-max(len(samples)//4, 1):]
-        grown = {name: round(sorted(s[name] for s in late)[len(late)//2] - early[name], 2) for name in early}
-        bounds = dict(memory_mb=15 if seconds < 120 else 8, threads=12, descriptors=12, shared_mb=5)   # what is alive goes up and down by so much
-        bad = [*soak.failed, *(f"{name} grew by {grown[name]}" for name in grown if grown[name] > bounds[name]), *(f"stuck: {name}" for name in stuck),
-               *(f"{count} {name} left over" for name, count in left.items() if count), *(["a device whose memory could not be read was called available"] if soak.counts["wrong"] else []),
-               *([f"{after['threads'] - before} threads left over"] if after["threads"] > before + 2 else [])]
+        claims, workers = soak.manager.get_claims(), soak.manager.get_all_workers()
+        left = dict(claims=len(claims), workers=len(workers), clients=len(soak.hub._clients))
+        over = threads_over(before)
+        grown = growth(early, samples)
+        # what is alive goes up and down by so much
+        bounds = dict(memory_mb=15 if seconds < 120 else 8, threads=12, descriptors=12, shared_mb=5)
+        bad = [
+            *soak.failed,
+            *(f"{name} grew by {grown[name]}" for name in grown if grown[name] > bounds[name]),
+            *(f"stuck: {name}" for name in stuck),
+            *(f"{count} {name} left over" for name, count in left.items() if count),
+        ]
+        if soak.counts["wrong"]: bad.append("a device whose memory could not be read was called available")
+        if over: bad.append(f"{over} threads left over")
         print(json.dumps(dict(seconds=seconds, **soak.counts, grown=grown, left=left, bad=bad)))
     return bool(bad)
 

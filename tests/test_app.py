@@ -1,10 +1,17 @@
 "Several processes of one app: the same workers in each, and the command that waits"
-import json, os, signal, sqlite3, subprocess, sys, threading
+import json
+import os
+import signal
+import sqlite3
+import subprocess
+import sys
+import threading
 
 import pytest
 
 from cjm_fasthtml_resources.core import store as module
-from cjm_fasthtml_resources.core.manager import ResourceManager, ResourceStatus
+from cjm_fasthtml_resources.core.manager import ResourceManager
+from cjm_fasthtml_resources.core.resources import ResourceStatus
 from cjm_fasthtml_resources.core.store import StoreError, store_path
 from cjm_fasthtml_resources.simulate import SimulatedDriver, SimulatedGpu, SimulatedProcess
 
@@ -34,7 +41,8 @@ def server(folder, spawn): return Server(spawn(SERVER))
 
 def test_what_one_process_does_the_others_see(server, spawn):
     worker, mine = spawn("input()"), ResourceManager(app="app")
-    state = mine.register_worker(worker.pid, "llm", "job-1", "vllm", "vLLM", "llama-3-8b", {"model": "llama-3-8b", "api_key": "sk-1"})
+    config = {"model": "llama-3-8b", "api_key": "sk-1"}
+    state = mine.register_worker(worker.pid, "llm", "job-1", "vllm", "vLLM", "llama-3-8b", config)
     seen = server.get_worker_by_pid(worker.pid)
     assert seen == dict(vars(state), config={"model": "llama-3-8b", "api_key": "***"})
     assert server.get_worker_by_job("job-1")["pid"] == worker.pid
@@ -53,7 +61,7 @@ def test_order_jobs_and_children_are_shared(server, spawn):
         def get_child_pids(self): return [third.pid]
 
     server.register_worker(second.pid, "llm", "job")
-    mine.register_worker(first.pid, "llm", "job", plugin_instance=Plugin())  # takes the job from the other process's worker
+    mine.register_worker(first.pid, "llm", "job", plugin_instance=Plugin())  # takes the job from the other's worker
     assert [(w["pid"], w["job_id"]) for w in server.get_all_workers()] == [(second.pid, None), (first.pid, "job")]
     assert server.get_all_related_pids(first.pid) == [first.pid, third.pid]
     server.register_worker(second.pid, "llm")  # registered anew, it stands last
@@ -64,19 +72,21 @@ def test_order_jobs_and_children_are_shared(server, spawn):
 
 
 def test_many_processes_register_at_once_and_none_is_lost(folder, spawn):
-    servers, workers, mine = [Server(spawn(SERVER)) for _ in range(4)], [spawn("input()") for _ in range(4)], ResourceManager(app="app")
+    servers, workers = [Server(spawn(SERVER)) for _ in range(4)], [spawn("input()") for _ in range(4)]
+    mine = ResourceManager(app="app")
 
     def work(server, worker):
         for n in range(25):
             server.register_worker(worker.pid, f"type-{n}", f"job-{n}")
             server.update_worker_state(worker.pid, status="idle")
 
-    threads = [threading.Thread(target=work, args=pair) for pair in zip(servers, workers)]
+    threads = [threading.Thread(target=work, args=pair) for pair in zip(servers, workers, strict=True)]
     for t in threads: t.start()
     while any(t.is_alive() for t in threads):
         seen = mine.get_all_workers()
         assert len({w.pid for w in seen}) == len(seen) <= 4
-    assert {w.pid: (w.worker_type, w.status, w.job_id) for w in mine.get_all_workers()} == {w.pid: ("type-24", "idle", None) for w in workers}
+    found = {w.pid: (w.worker_type, w.status, w.job_id) for w in mine.get_all_workers()}
+    assert found == {w.pid: ("type-24", "idle", None) for w in workers}
 
 
 def test_a_killed_process_leaves_no_half_registration_and_nothing_behind(folder, spawn):
@@ -84,7 +94,7 @@ def test_a_killed_process_leaves_no_half_registration_and_nothing_behind(folder,
     server.register_worker(worker.pid, "llm")
     server.process.send_signal(signal.SIGKILL)
     server.process.wait()
-    assert [w.pid for w in ResourceManager(app="app").get_all_workers()] == [worker.pid]  # the worker lives on, so it stays
+    assert [w.pid for w in ResourceManager(app="app").get_all_workers()] == [worker.pid]  # it lives on, so it stays
     worker.kill()
     worker.wait()
     assert ResourceManager(app="app").get_all_workers() == [] == mine.get_all_workers()
@@ -99,7 +109,7 @@ def test_another_processes_worker_can_be_stopped(server, spawn):
 
 
 def test_a_change_that_cannot_be_written_has_not_happened(folder, spawn, monkeypatch):
-    monkeypatch.setattr(module, "_BUSY_SECONDS", 0.1)
+    monkeypatch.setattr(module, "BUSY_SECONDS", 0.1)
     mine, worker = ResourceManager(app="app"), spawn("input()")
     other = sqlite3.connect(store_path())
     other.execute("BEGIN EXCLUSIVE")
@@ -125,7 +135,7 @@ def test_what_a_plugin_needs_is_kept_with_the_app(folder, spawn):
         mine = ResourceManager(app="app")
         mine.register_worker(worker.pid, "transcription", plugin_name="whisper", loaded_plugin_resource="large-v3")
         mine.check_gpu_availability()
-    mine._ledger.store.close()
+    mine.ledger.store.close()
     assert ResourceManager(app="app").expected_gpu_memory_mb("whisper", "large-v3") == 9_800
     assert ResourceManager(app="other").expected_gpu_memory_mb("whisper", "large-v3") is None
 
@@ -140,7 +150,8 @@ def simulated(tmp_path, *, gpus=1, total=24_000):
 
 def test_wait_runs_the_command_on_that_gpu_and_passes_its_exit_code_on(command, folder, tmp_path):
     code = "import os, sys; print(os.environ['CUDA_VISIBLE_DEVICES'], sys.argv[1:]); sys.exit(7)"
-    result = command(*simulated(tmp_path), "wait", "--gpu-memory", "8GiB", "--", sys.executable, "-c", code, "--gpu-memory", "-x")
+    job = [sys.executable, "-c", code, "--gpu-memory", "-x"]
+    result = command(*simulated(tmp_path), "wait", "--gpu-memory", "8GiB", "--", *job)
     assert (result.returncode, result.stderr) == (7, ""), result
     assert result.stdout.startswith("GPU-") and result.stdout.endswith("['--gpu-memory', '-x']\n")
     result = command(*simulated(tmp_path), "wait", "--gpu-memory", "8GiB")
@@ -148,8 +159,12 @@ def test_wait_runs_the_command_on_that_gpu_and_passes_its_exit_code_on(command, 
 
 
 @pytest.mark.parametrize("args, code, message", [
-    (["--gpu-memory", "30GiB"], 2, "at most 24000"), (["--gpu-memory", "8GiB", "--device", "3"], 2, "one of the 1 that are visible"), (["--gpu-memory", "1", "--app", "4 2"], 2, "app must be"),
-    (["--gpu-memory", "1", "/no/such"], 127, "No such file"), (["--gpu-memory", "1", "/"], 126, "ermission denied"), (["--gpu-memory", "1", "--timeout", "soon"], 2, "write it like 90s")])
+    (["--gpu-memory", "30GiB"], 2, "at most 24000"),
+    (["--gpu-memory", "8GiB", "--device", "3"], 2, "one of the 1 that are visible"),
+    (["--gpu-memory", "1", "--app", "4 2"], 2, "app must be"),
+    (["--gpu-memory", "1", "/no/such"], 127, "No such file"),
+    (["--gpu-memory", "1", "/"], 126, "ermission denied"),
+    (["--gpu-memory", "1", "--timeout", "soon"], 2, "write it like 90s")])
 def test_what_is_wrong_is_said(command, folder, tmp_path, args, code, message):
     result = command(*simulated(tmp_path), "wait", *args)
     assert result.returncode == code and message in result.stderr and "Traceback" not in result.stderr
@@ -157,8 +172,10 @@ def test_what_is_wrong_is_said(command, folder, tmp_path, args, code, message):
 
 def test_the_promise_is_the_commands_and_ends_with_it(command, folder, tmp_path):
     machine = simulated(tmp_path)
-    program = [os.path.join(os.path.dirname(sys.executable), "cjm-resources"), *machine, "wait", "--app", "night", "--gpu-memory", "20000", "--", sys.executable, "-c", "print('on it', flush=True); input()"]
-    job = subprocess.Popen(program, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    program = os.path.join(os.path.dirname(sys.executable), "cjm-resources")
+    waiting = [program, *machine, "wait", "--app", "night", "--gpu-memory", "20000", "--"]
+    job = [sys.executable, "-c", "print('on it', flush=True); input()"]
+    job = subprocess.Popen([*waiting, *job], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     assert job.stdout.readline() == "on it\n"
     busy = command(*machine, "wait", "--gpu-memory", "8GiB", "--timeout", "0.2s")
     assert busy.returncode == 75 and f"promised to PID {job.pid}" in busy.stderr
@@ -194,7 +211,10 @@ def test_a_bar_on_a_terminal_says_who_is_in_the_way(folder, tmp_path):
 
 def test_workers_are_shown(command, folder, tmp_path, spawn):
     worker = spawn("input()")
-    ResourceManager(app="night").register_worker(worker.pid, "transcription", "job-7", plugin_name="whisper", loaded_plugin_resource="large-v3", config={"api_key": "sk-1"})
-    shown, data = (command(*simulated(tmp_path), "--app", "night", *more, COLUMNS="120").stdout for more in ([], ["--json"]))
-    assert all(text in shown for text in (str(worker.pid), "transcription", "running", "job-7", "whisper large-v3")) and "sk-1" not in shown + data
+    plugin = dict(plugin_name="whisper", loaded_plugin_resource="large-v3", config={"api_key": "sk-1"})
+    ResourceManager(app="night").register_worker(worker.pid, "transcription", "job-7", **plugin)
+    asked = [*simulated(tmp_path), "--app", "night"]
+    shown, data = (command(*asked, *more, COLUMNS="120").stdout for more in ([], ["--json"]))
+    for text in (str(worker.pid), "transcription", "running", "job-7", "whisper large-v3"): assert text in shown
+    assert "sk-1" not in shown + data
     assert json.loads(data)["workers"][0]["job_id"] == "job-7"

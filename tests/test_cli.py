@@ -1,16 +1,33 @@
 "The command as a user starts it: colours, exit codes, pipes, Ctrl-C, and what is really on this machine"
-import json, os, pty, re, signal, subprocess, sys, time
+import json
+import os
+import pty
+import re
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
-import psutil, pytest
+import psutil
+import pytest
 
 PROGRAM = str(Path(sys.executable).with_name("cjm-resources"))
+
+# prints its PID, and once it has its memory its child, which it waits for
+PARENT = """if True:
+    import subprocess, sys
+    child = "x = bytearray(300 << 20); print(1, flush=True); input()"
+    process = subprocess.Popen([sys.executable, "-c", child])
+    print(process.pid, flush=True)
+    process.wait()"""
 
 
 def on_terminal(*args: str, keys: bytes = b"", wait: float = 0, **env: str) -> tuple[int, str]:
     "Run the command on a terminal; after `wait` seconds type `keys`. Its exit code, and all that it wrote"
     pid, fd = pty.fork()
-    if pid == 0: os.execve(PROGRAM, [PROGRAM, *args], {**os.environ, "TERM": "xterm-256color", "COLUMNS": "100", "LINES": "40", **env})
+    settings = {**os.environ, "TERM": "xterm-256color", "COLUMNS": "100", "LINES": "40", **env}
+    if pid == 0: os.execve(PROGRAM, [PROGRAM, *args], settings)
     written = b""
     began = time.monotonic()
     os.set_blocking(fd, False)
@@ -23,7 +40,7 @@ def on_terminal(*args: str, keys: bytes = b"", wait: float = 0, **env: str) -> t
 
 
 def test_this_machine(command, spawn):
-    worker = spawn("import subprocess, sys; p = subprocess.Popen([sys.executable, '-c', 'x = bytearray(300 << 20); print(1, flush=True); input()']); print(p.pid, flush=True); p.wait()")
+    worker = spawn(PARENT)
     child = int(worker.stdout.readline())
     worker.stdout.readline()
     result = command("--json", "--app", str(worker.pid))
@@ -45,9 +62,18 @@ def test_colour_only_on_a_terminal(command):
     assert not re.search(r"\x1b\[[0-9;]*3[0-9]m", on_terminal("--simulate", "shared", NO_COLOR="1")[1])
 
 
-@pytest.mark.parametrize("args, code", [(["--simulate", "idle"], 0), (["--simulate", "shared"], 0), (["--simulate", "idle", "--exit-code"], 0), (["--simulate", "pair", "--exit-code"], 10),
-                                        (["--simulate", "shared", "--exit-code", "--json"], 11), (["--simulate", "nothing"], 2), (["--app", "0"], 2), (["extra"], 2), (["--interval", "0"], 2)])
-def test_exit_codes(command, args, code): assert command(*args).returncode == code
+@pytest.mark.parametrize("args, code", [
+    ("--simulate idle", 0),
+    ("--simulate shared", 0),
+    ("--simulate idle --exit-code", 0),
+    ("--simulate pair --exit-code", 10),
+    ("--simulate shared --exit-code --json", 11),
+    ("--simulate nothing", 2),
+    ("--app 0", 2),
+    ("extra", 2),
+    ("--interval 0", 2),
+])
+def test_exit_codes(command, args, code): assert command(*args.split()).returncode == code
 
 
 def test_unavailable_is_12(command, tmp_path):
@@ -61,11 +87,13 @@ def test_watch_refreshes_in_place_and_ends_cleanly():
     code, written = on_terminal("--simulate", "pair", "--watch", "--interval", "0.2", keys=b"\x03", wait=2.5)
     assert code == 0 and "Traceback" not in written and "Aborted" not in written
     assert written.count("SIMULATED") >= 3 and "\x1b[1A" in written      # it went up and wrote over what was there
-    assert on_terminal("--simulate", "shared", "--watch", "--interval", "0.2", "--exit-code", keys=b"\x03", wait=2)[0] == 11
+    watch = ("--simulate", "shared", "--watch", "--interval", "0.2", "--exit-code")
+    assert on_terminal(*watch, keys=b"\x03", wait=2)[0] == 11
 
 
 def test_watch_as_json_gives_a_line_each_time():
-    process = subprocess.Popen([PROGRAM, "--simulate", "idle", "--watch", "--json", "--interval", "0.1"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    watch = [PROGRAM, "--simulate", "idle", "--watch", "--json", "--interval", "0.1"]
+    process = subprocess.Popen(watch, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     lines = [json.loads(process.stdout.readline()) for _ in range(3)]
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=10)
@@ -74,22 +102,29 @@ def test_watch_as_json_gives_a_line_each_time():
 
 def test_ctrl_c_ends_the_page_quietly_as_soon_as_its_address_is_shown():
     pytest.importorskip("fasthtml")
+    serve = [PROGRAM, "--simulate", "idle", "serve", "--port", "0"]
+    env = {**os.environ, "PYTHONUNBUFFERED": "1"}
     for _ in range(4):
-        with subprocess.Popen([PROGRAM, "--simulate", "idle", "serve", "--port", "0"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, "PYTHONUNBUFFERED": "1"}) as process:
+        with subprocess.Popen(serve, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env) as process:
             shown = process.stdout.readline()
             process.send_signal(signal.SIGINT)
-            assert shown.startswith("http://127.0.0.1:") and (*process.communicate(timeout=20), process.returncode) == ("", "", 0)
+            written, errors = process.communicate(timeout=20)
+            assert shown.startswith("http://127.0.0.1:") and (written, errors, process.returncode) == ("", "", 0)
 
 
 def test_a_reader_that_goes_away_is_no_traceback():
-    process = subprocess.run(f"{PROGRAM} --simulate eight-h100 --top 100 | head -1", shell=True, capture_output=True, text=True, timeout=60)
+    pipe = f"{PROGRAM} --simulate eight-h100 --top 100 | head -1"
+    process = subprocess.run(pipe, shell=True, capture_output=True, text=True, timeout=60)
     assert "Traceback" not in process.stderr
 
 
-@pytest.mark.parametrize("args", [[], ["--json"], ["--watch", "--json"]])
+@pytest.mark.parametrize("args", [[], ["--json"], ["--watch", "--json"]], ids=["text", "json", "watch"])
 def test_a_full_disk_is_said_in_words(args):
-    with open("/dev/full", "w") as full: result = subprocess.run([PROGRAM, "--simulate", "idle", *args], stdout=full, stderr=subprocess.PIPE, text=True, timeout=60)
-    assert (result.returncode, result.stderr) == (1, "Error: the output could not be written: No space left on device\n")
+    show = [PROGRAM, "--simulate", "idle", *args]
+    with open("/dev/full", "w") as full:
+        result = subprocess.run(show, stdout=full, stderr=subprocess.PIPE, text=True, timeout=60)
+    said = "Error: the output could not be written: No space left on device\n"
+    assert (result.returncode, result.stderr) == (1, said)
 
 
 def test_a_terminal_without_unicode(command):
@@ -97,9 +132,17 @@ def test_a_terminal_without_unicode(command):
     assert result.returncode == 0 and "#" in result.stdout and result.stdout.isascii()
 
 
-def test_a_scenario_that_cannot_be_read_says_why(command, tmp_path):
+@pytest.mark.parametrize("text", [
+    "",
+    "[",
+    "[]",
+    '{"gpus": [{"memory_total_mb": "many"}]}',
+    '{"workers": [{"pid": -1, "worker_type": "llm"}]}',
+    '{"workers": [{"pid": 1, "worker_type": "llm", "x": 2}]}',
+    "\x00\xff",
+], ids=["empty", "half", "a list", "a word for a number", "a bad PID", "an unknown field", "no text"])
+def test_a_scenario_that_cannot_be_read_says_why(command, tmp_path, text):
     path = tmp_path/"mine.json"
-    for text in ["", "[", "[]", '{"gpus": [{"memory_total_mb": "many"}]}', '{"workers": [{"pid": -1, "worker_type": "llm"}]}', '{"workers": [{"pid": 1, "worker_type": "llm", "x": 2}]}', "\x00\xff"]:
-        path.write_text(text, encoding="latin-1")
-        result = command("--simulate", str(path))
-        assert result.returncode == 2 and "--simulate" in result.stderr and "Traceback" not in result.stderr, (text, result.stderr)
+    path.write_text(text, encoding="latin-1")
+    result = command("--simulate", str(path))
+    assert result.returncode == 2 and "--simulate" in result.stderr and "Traceback" not in result.stderr

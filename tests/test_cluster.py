@@ -1,15 +1,25 @@
-"Hosts of a dask cluster, each with simulated GPUs and processes of its own: who answers, where tasks run, and what is left when something dies"
-import contextlib, os, re, signal, threading, time
+"""Hosts of a dask cluster, each with simulated GPUs and processes of its own:
+which answer, where tasks run, and what is left when something dies"""
+import contextlib
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
 from pathlib import Path
 
 import pytest
 
 pytest.importorskip("distributed", reason="the extra cluster is not installed")
 from distributed import Client  # noqa: E402
+from hosts import Cluster  # noqa: E402
 
 from cjm_fasthtml_resources.cluster import ClusterResources  # noqa: E402
-from cjm_fasthtml_resources.core.manager import ResourceBusy, ResourceStatus  # noqa: E402
-from hosts import Cluster  # noqa: E402
+from cjm_fasthtml_resources.core.conflict import ResourceBusy
+from cjm_fasthtml_resources.core.manager import ResourceStatus  # noqa: E402
+
 
 @pytest.fixture
 def cluster(tmp_path):
@@ -18,7 +28,7 @@ def cluster(tmp_path):
 
 @contextlib.contextmanager
 def connected(cluster: Cluster, workers: int, **options):
-    with Client(scheduler_file=str(cluster.folder/"scheduler.json")) as client:
+    with Client(scheduler_file=str(cluster.file)) as client:
         client.wait_for_workers(workers, timeout=90)
         with ClusterResources(client, **options) as resources: yield client, resources
 
@@ -26,6 +36,7 @@ def connected(cluster: Cluster, workers: int, **options):
 def use(seconds: float, fail_once_in: str = "") -> tuple[str, int]:
     "Allocate 10,000 MiB on the device that was reserved; raises where there is no room after all"
     import sim_host
+
     from cjm_fasthtml_resources.cluster import current_reservation, host_name
     held = current_reservation()
     with sim_host.driver.allocate(10_000, held.index):
@@ -43,7 +54,8 @@ def named(first, workers, resources): return first, workers, resources
 
 def left_over(resources: ClusterResources) -> list[str]:
     "What is still promised or in use anywhere"
-    return [f"{d.device.id} {d.promises} {d.device.memory_used}" for a in resources.check_hosts() if a.sample for d in a.sample.gpu.devices if d.promises or d.app_memory]
+    devices = [d for a in resources.check_hosts() if a.sample for d in a.sample.gpu.devices]
+    return [f"{d.device.id} {d.promises} {d.device.memory_used}" for d in devices if d.promises or d.app_memory]
 
 
 def nothing_is_left(resources: ClusterResources) -> None:
@@ -53,16 +65,25 @@ def nothing_is_left(resources: ClusterResources) -> None:
         time.sleep(0.1)
 
 
+def test_what_only_calculates_needs_no_dask():
+    code = "import sys, cjm_fasthtml_resources.hosts.placing; print('distributed' in sys.modules)"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
+    assert out.stdout == "False\n"
+
+
 def test_tasks_go_where_there_is_room_and_none_takes_what_another_was_promised(cluster):
     cluster.add("ada", gpus=1, workers=2)
     cluster.add("bob", gpus=2)
     cluster.add("cpu", gpus=0)
     with connected(cluster, 4) as (client, resources):
         conflict = resources.check_gpu_availability()
-        assert {d.device.id: d.status for d in conflict.devices} == {"ada:0": ResourceStatus.AVAILABLE, "bob:0": ResourceStatus.AVAILABLE, "bob:1": ResourceStatus.AVAILABLE, "cpu:0": ResourceStatus.UNAVAILABLE}
-        assert conflict.status is ResourceStatus.AVAILABLE and "libnvidia-ml was not found" in conflict.devices[-1].reason
+        assert {d.device.id: d.status.value for d in conflict.devices} == {
+            "ada:0": "available", "bob:0": "available", "bob:1": "available", "cpu:0": "unavailable"}
+        assert conflict.status is ResourceStatus.AVAILABLE
+        assert "libnvidia-ml was not found" in conflict.devices[-1].reason
         memory = resources.check_memory_availability()
-        assert [note.partition(":")[0] for note in memory.notes] == ["ada", "bob", "cpu"] and memory.memory.memory.total > 0
+        assert [note.partition(":")[0] for note in memory.notes] == ["ada", "bob", "cpu"]
+        assert memory.memory.memory.total > 0
         assert resources.pick_gpus(2, 20_000).host == "bob"
         futures = [resources.submit(use, 0.6, gpu_memory_mb=10_000) for _ in range(12)]   # six fit at once
         ran = client.gather(futures)
@@ -70,13 +91,17 @@ def test_tasks_go_where_there_is_room_and_none_takes_what_another_was_promised(c
         nothing_is_left(resources)
         future = resources.submit(use, 0, gpu_memory_mb=20_000, timeout=0)
         assert future.result(timeout=30)
-        with pytest.raises(ValueError, match="gpu_memory_mb must be at most 24"): resources.submit(use, 0, gpu_memory_mb=30_000)
+        with pytest.raises(ValueError, match="gpu_memory_mb must be at most 24"):
+            resources.submit(use, 0, gpu_memory_mb=30_000)
         choice = resources.pick_gpus(2)
-        assert choice.env == {"CUDA_VISIBLE_DEVICES": ",".join(d.uuid for d in choice.devices)} and len(set(choice.devices)) == 2
+        assert choice.env == {"CUDA_VISIBLE_DEVICES": ",".join(d.uuid for d in choice.devices)}
+        assert len(set(choice.devices)) == 2
         three = client.submit(lambda: 3)
-        assert resources.submit(named, 1, gpu_memory_mb=100, workers=2, resources={"pure": three}).result(timeout=30) == (1, 2, {"pure": 3})   # dask's own names, too
-        with pytest.raises(TypeError, match="serialize|pickle"): resources.submit(named, 1, threading.Lock(), gpu_memory_mb=100)
-        assert not resources._sent   # it was not counted as on its way
+        future = resources.submit(named, 1, gpu_memory_mb=100, workers=2, resources={"pure": three})
+        assert future.result(timeout=30) == (1, 2, {"pure": 3})   # dask's own names, too
+        with pytest.raises(TypeError, match="serialize|pickle"):
+            resources.submit(named, 1, threading.Lock(), gpu_memory_mb=100)
+        assert not resources._sent.by_host()   # it was not counted as on its way
 
 
 def test_what_a_task_holds_is_given_back_however_it_ends(cluster):
@@ -84,29 +109,36 @@ def test_what_a_task_holds_is_given_back_however_it_ends(cluster):
     with connected(cluster, 1) as (client, resources):
         long = resources.submit(use, 60, gpu_memory_mb=20_000)
         end = time.monotonic() + 20
-        while not resources.check_hosts()[0].sample.gpu.devices[0].promises: assert time.monotonic() < end   # those that follow find it there
-        waits, gives_up = resources.submit(use, 0, gpu_memory_mb=20_000), resources.submit(use, 0, gpu_memory_mb=20_000, timeout=0.5)
+        while not resources.check_hosts()[0].sample.gpu.devices[0].promises:   # those that follow find it there
+            assert time.monotonic() < end
+        waits = resources.submit(use, 0, gpu_memory_mb=20_000)
+        gives_up = resources.submit(use, 0, gpu_memory_mb=20_000, timeout=0.5)
         with pytest.raises(ResourceBusy, match="waited for 0.5 s"): gives_up.result(timeout=30)
         end = time.monotonic() + 20
-        while (answer := resources.check_hosts()[0]).waiting != 20_000*2**20: assert time.monotonic() < end, answer.waiting   # its own turn comes
-        with pytest.raises(ResourceBusy, match="waited for 0 s"): resources.submit(use, 0, gpu_memory_mb=20_000, timeout=0).result(timeout=30)
-        assert resources.check_hosts()[0].waiting == 20_000*2**20                 # who does not wait leaves nothing in the queue
+        while (answer := resources.check_hosts()[0]).waiting != 20_000*2**20:   # its own turn comes
+            assert time.monotonic() < end, answer.waiting
+        with pytest.raises(ResourceBusy, match="waited for 0 s"):
+            resources.submit(use, 0, gpu_memory_mb=20_000, timeout=0).result(timeout=30)
+        assert resources.check_hosts()[0].waiting == 20_000*2**20   # this one left nothing in the queue
         assert [p.memory for p in answer.sample.gpu.devices[0].promises] == [20_000*2**20]
-        assert answer.sample.gpu.status is ResourceStatus.APP_BUSY and [w.status for w in answer.sample.workers] == ["running"]
-        waits.cancel()                                                    # it leaves the queue
+        assert answer.sample.gpu.status is ResourceStatus.APP_BUSY
+        assert [w.status for w in answer.sample.workers] == ["running"]
+        waits.cancel()                    # it leaves the queue
         end = time.monotonic() + 10
         while resources.check_hosts()[0].waiting: assert time.monotonic() < end
-        killed = client.run(os.getpid)                                    # the nanny starts another worker, which has the task again
+        killed = client.run(os.getpid)    # the nanny starts another worker, which has the task again
         os.kill(next(iter(killed.values())), signal.SIGKILL)
         end = time.monotonic() + 60
         while True:
-            (pids,) = (client.run(os.getpid, on_error="ignore") or {"": None}).values() if client.nthreads() else (None,)
-            promises = [p for a in resources.check_hosts() if a.sample for d in a.sample.gpu.devices for p in d.promises]
-            if pids and pids not in killed.values() and [p.pid for p in promises] == [pids]: break
-            assert time.monotonic() < end, (pids, promises, long, (cluster.folder/"ada-0.log").read_text()[-3000:])
+            pids = client.run(os.getpid, on_error="ignore") if client.nthreads() else {}
+            pid = next(iter((pids or {}).values()), None)
+            devices = [d for a in resources.check_hosts() if a.sample for d in a.sample.gpu.devices]
+            holders = [p.pid for d in devices for p in d.promises]
+            if pid and pid not in killed.values() and holders == [pid]: break
+            assert time.monotonic() < end, (pid, holders, long, (cluster.folder/"ada-0.log").read_text()[-3000:])
             time.sleep(0.2)
         long.cancel()
-        client.restart()                                                  # what runs cannot be interrupted; its process can
+        client.restart()                  # what runs cannot be interrupted; its process can
         nothing_is_left(resources)
 
 
@@ -119,21 +151,23 @@ def test_a_host_that_does_not_answer_holds_up_nobody(cluster):
         began = time.monotonic()
         conflict = resources.check_gpu_availability()
         assert time.monotonic() - began < 2.5
-        assert {d.device.id: (d.status, d.reason) for d in conflict.devices} == {"ada:0": (ResourceStatus.UNAVAILABLE, "it did not answer within 1 s"), "bob:0": (ResourceStatus.AVAILABLE, None)}
+        assert {d.device.id: (d.status.value, d.reason) for d in conflict.devices} == {
+            "ada:0": ("unavailable", "it did not answer within 1 s"), "bob:0": ("available", None)}
         assert resources.submit(use, 0, gpu_memory_mb=10_000).result(timeout=20)[0] == "bob"
-        cluster.hosts["bob"][0].send_signal(signal.SIGSTOP)               # another worker speaks for the host, at the next look at the latest
+        cluster.hosts["bob"][0].send_signal(signal.SIGSTOP)   # at the second check another worker speaks for it
         for _ in range(2): conflict = resources.check_gpu_availability()
         assert conflict.devices[-1].status is ResourceStatus.AVAILABLE
         for process in cluster.hosts["ada"] + cluster.hosts["bob"]: process.send_signal(signal.SIGCONT)
         end = time.monotonic() + 30
-        while resources.check_gpu_availability().devices[0].status is not ResourceStatus.AVAILABLE: assert time.monotonic() < end
+        while resources.check_gpu_availability().devices[0].status is not ResourceStatus.AVAILABLE:
+            assert time.monotonic() < end
         cluster.hosts["ada"][0].kill()
         end = time.monotonic() + 30
         while len(resources.check_hosts()) != 1: assert time.monotonic() < end
 
 
 def test_retries_and_stealing_do_not_break_the_accounting(cluster, tmp_path):
-    "All are sent as if one host had all the room; those that are stolen reserve where they run, and none runs out of memory"
+    "All are sent as if one host had all the room; stolen ones reserve where they run, and none runs out of memory"
     cluster.add("ada", gpus=1, threads=1)
     cluster.add("bob", gpus=1, threads=1)
     cluster.add("cpu", gpus=0, threads=4)
@@ -141,8 +175,9 @@ def test_retries_and_stealing_do_not_break_the_accounting(cluster, tmp_path):
         answers = resources.check_hosts()
         futures = []
         for n in range(16):
-            resources._answers = (time.monotonic() + 60, [a for a in answers if a.host == "ada"])   # only ada is known of
-            futures.append(resources.submit(use, 0.2, str(tmp_path/f"task-{n}") if n % 4 == 0 else "", gpu_memory_mb=10_000, retries=1))
+            resources._answers = (time.monotonic() + 60, [a for a in answers if a.host == "ada"])   # it knows one host
+            once = str(tmp_path/f"task-{n}") if n % 4 == 0 else ""
+            futures.append(resources.submit(use, 0.2, once, gpu_memory_mb=10_000, retries=1))
         ran = client.gather(futures)
         assert len(ran) == 16 and {host for host, _ in ran} <= {"ada", "bob"}
         nothing_is_left(resources)
@@ -152,6 +187,7 @@ def test_the_panel_and_the_page_show_a_cluster(cluster):
     pytest.importorskip("fasthtml", reason="the extra web is not installed")
     from fasthtml.core import FastHTML
     from starlette.testclient import TestClient
+
     from cjm_fasthtml_resources.ui.panel import ResourcePanel
     from cjm_fasthtml_resources.ui.web import resource_routes
     cluster.add("ada")
@@ -165,5 +201,7 @@ def test_the_panel_and_the_page_show_a_cluster(cluster):
         page = TestClient(app).get("/resources").text
         for text in ("GPU ada:0", "GPU bob:0", "GPU bob:1", "dask@ada"): assert text in page, text
         assert re.search("ada:0", shown)
-        for make in (lambda: ResourcePanel(resources, controls=True), lambda: resource_routes(app, resources, controls=True, guard=lambda req: None)):
-            with pytest.raises(ValueError, match="controls=True needs a ResourceManager"): make()
+        needs_a_manager = "controls=True needs a ResourceManager"
+        with pytest.raises(ValueError, match=needs_a_manager): ResourcePanel(resources, controls=True)
+        with pytest.raises(ValueError, match=needs_a_manager):
+            resource_routes(app, resources, controls=True, guard=lambda req: None)

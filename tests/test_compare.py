@@ -1,12 +1,18 @@
 "What tutorials/compare.ipynb says of other programs, each row tried on the same simulated devices"
-import importlib.util, subprocess, sys, threading
+import importlib.util
+import subprocess
+import sys
+import threading
 
-import pynvml, pytest
+import pynvml
+import pytest
 
-from cjm_fasthtml_resources.core.manager import ResourceManager, ResourceStatus
+from cjm_fasthtml_resources.core.manager import ResourceManager
+from cjm_fasthtml_resources.core.resources import ResourceStatus
 from cjm_fasthtml_resources.simulate import SimulatedDriver, SimulatedGpu, SimulatedProcess
 
-pytestmark = pytest.mark.skipif(not all(map(importlib.util.find_spec, ("nvitop", "gpustat"))), reason="nvitop and gpustat are not installed")
+INSTALLED = all(importlib.util.find_spec(name) for name in ("nvitop", "gpustat"))
+pytestmark = pytest.mark.skipif(not INSTALLED, reason="nvitop and gpustat are not installed")
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -14,7 +20,8 @@ def peers():
     "Both, imported for these tests alone: gpustat changes pynvml's functions for the whole process"
     global nvitop, gpustat
     before = dict(vars(pynvml))
-    import gpustat, nvitop
+    import gpustat
+    import nvitop
     yield
     vars(pynvml).update(before)
 
@@ -42,13 +49,16 @@ def test_owners(worker):
         assert manager.check_gpu_availability().devices[0].processes[0].owner == "external"
         manager.register_worker(worker.pid, "llm")
         assert manager.check_gpu_availability().devices[0].processes[0].owner == "app"
-        assert not [name for name in (*dir(nvitop.take_snapshots().gpu_processes[0]), *gpustat.new_query().gpus[0].processes[0]) if "owner" in name or "app" in name.split("_")]
+        theirs = dir(nvitop.take_snapshots().gpu_processes[0])
+        query = gpustat.new_query().gpus[0].processes[0]
+        assert not [name for name in (*theirs, *query) if "owner" in name or "app" in name.split("_")]
 
 
 def test_ram():
     assert ResourceManager().check_memory_availability().memory.memory.total > 0
     assert nvitop.host.virtual_memory().total > 0
-    with SimulatedDriver([SimulatedGpu()]): assert not [key for key in gpustat.new_query().jsonify() if "mem" in key or "ram" in key]
+    with SimulatedDriver([SimulatedGpu()]): query = gpustat.new_query().jsonify()
+    assert not [key for key in query if "mem" in key or "ram" in key]
 
 
 def waiting(look, seconds) -> threading.Thread:
@@ -74,7 +84,8 @@ def test_hang():
 
 def test_lost():
     with SimulatedDriver([SimulatedGpu("first"), SimulatedGpu("second")]) as driver:
-        for call in ("nvmlDeviceGetMemoryInfo_v2", "nvmlDeviceGetMemoryInfo"): driver.fail(call, pynvml.NVML_ERROR_GPU_IS_LOST, gpu=0)
+        for call in ("nvmlDeviceGetMemoryInfo_v2", "nvmlDeviceGetMemoryInfo"):
+            driver.fail(call, pynvml.NVML_ERROR_GPU_IS_LOST, gpu=0)
         mine = ResourceManager().check_gpu_availability()
         assert [d.status for d in mine.devices] == [ResourceStatus.UNAVAILABLE, ResourceStatus.AVAILABLE]
         theirs = nvitop.take_snapshots().devices

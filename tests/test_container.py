@@ -1,5 +1,9 @@
 "A real PID namespace: the driver's numbers are the host's, and with the host's /proc the answer is exact"
-import os, shutil, subprocess, sys, textwrap
+import os
+import shutil
+import subprocess
+import sys
+import textwrap
 
 import pytest
 
@@ -15,19 +19,21 @@ pytestmark = pytest.mark.skipif(not namespaces_allowed(), reason="making a PID n
 SETUP = "mkdir -p {host} && mount --rbind /proc {host} && mount -t proc proc /proc && exec {python} -c '{code}'"
 CODE = """
 import os, subprocess, sys
-from cjm_fasthtml_resources.core import host
+from cjm_fasthtml_resources.core import process as proc
 from cjm_fasthtml_resources.core.manager import ResourceManager
 from cjm_fasthtml_resources.simulate import SimulatedDriver, SimulatedGpu, SimulatedProcess
 
 worker = subprocess.Popen(["sleep", "60"])
 mount = {host!r}
-outer = int(next(line for line in open(mount + "/" + str(next(p for p in os.listdir(mount) if p.isdigit() and host._numbers(mount, p)[1:] == [worker.pid])) + "/status") if line.startswith("NSpid")).split()[1])
+numbers = [proc._numbers(mount, p) for p in os.listdir(mount) if p.isdigit()]   # of each process, in each namespace
+outer = next(found[0] for found in numbers if found[1:] == [worker.pid])
 manager = ResourceManager(track_self=False)
 manager.register_worker(worker.pid, "llm", gpu_memory_mb=3000)
 held = [SimulatedProcess(outer, 9000), SimulatedProcess({outsider}, 200), SimulatedProcess(worker.pid, 100)]
 with SimulatedDriver([SimulatedGpu(processes=held)]):
     found = manager.check_gpu_availability()
-print(host.in_pid_namespace(), outer != worker.pid, found.status.value, found.app_pids == [worker.pid], found.estimated, found.devices[0].app_memory >> 20)
+print(proc.in_pid_namespace(), outer != worker.pid, found.status.value, found.app_pids == [worker.pid],
+      found.estimated, found.devices[0].app_memory >> 20)
 print(*[p.owner for p in found.devices[0].processes])
 print(*[p.name for p in found.devices[0].processes if p.pid == {outsider}])
 worker.kill()
@@ -37,7 +43,8 @@ worker.kill()
 def inside(tmp_path, outsider: int, **env: str) -> list[str]:
     code = textwrap.dedent(CODE).format(host=str(tmp_path/"hostproc"), outsider=outsider).replace("'", '"')
     command = SETUP.format(host=tmp_path/"hostproc", python=sys.executable, code=code)
-    result = subprocess.run([*NAMESPACE, "sh", "-c", command], env={**os.environ, **env}, capture_output=True, text=True, timeout=60)
+    result = subprocess.run([*NAMESPACE, "sh", "-c", command], env={**os.environ, **env},
+                            capture_output=True, text=True, timeout=60)
     assert result.returncode == 0, result.stderr
     return result.stdout.splitlines()
 
@@ -46,7 +53,7 @@ def test_with_the_hosts_proc_the_answer_is_exact(tmp_path, spawn):
     outsider = spawn("input()").pid
     first, owners, name = inside(tmp_path, outsider, CJM_HOST_PROC=str(tmp_path/"hostproc"))
     assert first == "True True app_busy True False 9000"
-    assert sorted(owners.split()) == ["app", "external", "external"]  # the number that our worker has here is somebody else's on the host
+    assert sorted(owners.split()) == ["app", "external", "external"]  # our worker's number is another process there
     assert "python" in name
 
 

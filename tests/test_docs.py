@@ -1,8 +1,18 @@
-"What the pages tell people to type, besides the cells that nbdev_test runs: each command is one, each extra exists, each block of Python runs"
-import configparser, json, os, re, shlex, signal, subprocess, sys
+"""What the pages tell people to type, besides the cells that nbdev_test runs: each command is one, each extra exists,
+each block of Python runs
+"""
+import configparser
+import json
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
-import click, pytest
+import click
+import pytest
 
 from cjm_fasthtml_resources.cli import main
 from cjm_fasthtml_resources.core.manager import ResourceManager
@@ -14,16 +24,20 @@ PAGES = sorted([ROOT/"nbs"/"index.ipynb", *(ROOT/"nbs"/"tutorials").glob("*.ipyn
 
 def text(path: Path) -> str:
     if path.suffix != ".ipynb": return path.read_text(encoding="utf-8")
-    return "\n\n".join("".join(c["source"]) for c in json.loads(path.read_text(encoding="utf-8"))["cells"] if c["cell_type"] == "markdown")
+    cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+    return "\n\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "markdown")
 
 
-def blocks(path: Path, language: str) -> list[str]: return re.findall(rf"```{language}\n(.*?)```", text(path), re.DOTALL)
+def blocks(path: Path, language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", text(path), re.DOTALL)
 
 
 def commands(path: Path) -> list[list[str]]:
     "What is typed in a shell, in blocks and within sentences, without comments and without what is set before it"
-    lines = [line for block in blocks(path, "sh") for line in block.splitlines()] + re.findall(r"`((?:\w+=\S+ )?(?:cjm-resources|pip install) [^`]+)`", text(path))
-    found = [shlex.split(part, comments=True) for line in lines for part in re.split(r"(?:&&|;)(?=(?:[^']*'[^']*')*[^']*$)", line)]  # not within quotes
+    lines = [line for block in blocks(path, "sh") for line in block.splitlines()]
+    lines += re.findall(r"`((?:\w+=\S+ )?(?:cjm-resources|pip install) [^`]+)`", text(path))
+    separator = r"(?:&&|;)(?=(?:[^']*'[^']*')*[^']*$)"  # not within quotes
+    found = [shlex.split(part, comments=True) for line in lines for part in re.split(separator, line)]
     return [words[next(i for i, word in enumerate(words) if not re.match(r"\w+=", word)):] for words in found if words]
 
 
@@ -45,17 +59,21 @@ def test_what_is_typed_in_a_shell_is_a_command(path):
         if program == "cjm-resources": check_command(words)
         elif program in ("pip", "python3", "python"):
             for extras in re.findall(r"\[([\w,]+)\]", " ".join(rest)):
-                assert all(f"{extra}_requirements" in settings["DEFAULT"] for extra in extras.split(",")), (path.name, words)
-            for word in rest: assert not (word.endswith(".py") and "/" in word) or (ROOT/word).is_file(), (path.name, words)
-        else: assert program in ("dask", "docker", "echo"), (path.name, words)  # the first by test_cluster.py; the second needs a container's engine
+                known = [f"{extra}_requirements" in settings["DEFAULT"] for extra in extras.split(",")]
+                assert all(known), (path.name, words)
+            files = [word for word in rest if word.endswith(".py") and "/" in word]
+            assert all((ROOT/file).is_file() for file in files), (path.name, words)
+        # the first is run by test_cluster.py; the second needs a container's engine
+        else: assert program in ("dask", "docker", "echo"), (path.name, words)
 
 
 def test_a_command_that_is_none_would_be_found():
-    for wrong in (["cjm-resources", "--no-such"], ["cjm-resources", "wait", "--timeout", "1m"], ["cjm-resources", "wit"], ["cjm-resources", "serve", "--port", "x"]):
-        with pytest.raises(click.UsageError): check_command(wrong)
+    for wrong in (["--no-such"], ["wait", "--timeout", "1m"], ["wit"], ["serve", "--port", "x"]):
+        with pytest.raises(click.UsageError): check_command(["cjm-resources", *wrong])
 
 
-TYPED = sorted({line.partition(" #")[0].strip() for path in PAGES for block in blocks(path, "sh") for line in block.splitlines() if re.match(r"(\w+=\S+ )?cjm-resources", line)})
+LINES = [line for path in PAGES for block in blocks(path, "sh") for line in block.splitlines()]
+TYPED = sorted({line.partition(" #")[0].strip() for line in LINES if re.match(r"(\w+=\S+ )?cjm-resources", line)})
 
 
 @pytest.mark.parametrize("line", TYPED)
@@ -65,8 +83,11 @@ def test_a_command_in_a_block_runs(line, tmp_path):
     command = line if "--simulate" in line else line.replace("cjm-resources", "cjm-resources --simulate idle", 1)
     endless = "--watch" in line or " serve" in line
     if " serve" in line: command += " --port 0"
-    env = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}", "CJM_RESOURCES_DIR": str(tmp_path/"state"), "PYTHONUNBUFFERED": "1"}
-    with subprocess.Popen(["sh", "-c", f"exec {command}" if endless and "=" not in command.split()[0] else command], env=env, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True) as process:
+    if endless and "=" not in command.split()[0]: command = f"exec {command}"
+    programs = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    env = {**os.environ, "PATH": programs, "CJM_RESOURCES_DIR": str(tmp_path/"state"), "PYTHONUNBUFFERED": "1"}
+    with subprocess.Popen(["sh", "-c", command], env=env, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                          text=True, start_new_session=True) as process:
         if endless:
             shown = process.stdout.readline()
             os.killpg(process.pid, signal.SIGINT)
@@ -83,7 +104,8 @@ def test_blocks_of_yaml_are_yaml():
     found = [yaml.safe_load(block) for path in PAGES for block in blocks(path, "yaml")]
     (pod,) = [x["spec"] for x in found if x.get("kind") == "Pod"]
     (volume,), ((mount,),) = pod["volumes"], [c["volumeMounts"] for c in pod["containers"]]
-    assert (mount["mountPath"], mount["readOnly"], mount["name"], volume["hostPath"]["path"]) == ("/host/proc", True, volume["name"], "/proc")
+    assert (mount["mountPath"], mount["readOnly"], mount["name"]) == ("/host/proc", True, volume["name"])
+    assert volume["hostPath"]["path"] == "/proc"
 
 
 @pytest.mark.parametrize("path", PAGES, ids=lambda p: p.stem)
@@ -94,15 +116,18 @@ def test_blocks_of_python_that_are_shown_only_run(path, monkeypatch, tmp_path):
     if not shown: return
     pytest.importorskip("fasthtml", reason="the extra web is not installed")
     from fasthtml.common import FastHTML
+
     from cjm_fasthtml_resources import ResourcePanel
     from cjm_fasthtml_resources.ui.web import resource_routes
+    imported = {"FastHTML": FastHTML, "ResourceManager": ResourceManager, "ResourcePanel": ResourcePanel,
+                "resource_routes": resource_routes}
     with SimulatedDriver([SimulatedGpu()]):
         for block in shown:
-            names = dict(manager=ResourceManager(), app=FastHTML(secret_key="of a test"), FastHTML=FastHTML, ResourceManager=ResourceManager, ResourcePanel=ResourcePanel, resource_routes=resource_routes)
+            names = {**imported, "manager": ResourceManager(), "app": FastHTML(secret_key="of a test")}
             monkeypatch.setattr("fasthtml.common.serve", lambda *args, **kwargs: None)
             exec(compile(block, path.name, "exec"), names)
-    from cjm_fasthtml_resources.ui import panel
-    for entry in list(panel._open): entry[2].close()
+    from cjm_fasthtml_resources.ui.panel import open_panels
+    for _, _, panel in list(open_panels): panel.close()
 
 
 def test_each_page_says_what_it_is_and_stands_in_the_sidebar():
@@ -111,4 +136,5 @@ def test_each_page_says_what_it_is_and_stands_in_the_sidebar():
         if ".ipynb_checkpoints" in path.parts: continue
         assert str(path.relative_to(ROOT/"nbs")) in sidebar, f"{path.name} is not in the sidebar"
         first = "".join(json.loads(path.read_text(encoding="utf-8"))["cells"][0]["source"])
-        assert re.fullmatch(r"# .+\n+> .+", first), f"{path.name} does not begin with a cell of a title and a sentence; nbdev drops what else is in it"
+        complaint = f"{path.name} does not begin with a cell of a title and a sentence; nbdev drops what else is in it"
+        assert re.fullmatch(r"# .+\n+> .+", first), complaint

@@ -1,32 +1,43 @@
 """Every NVML call that the library makes, with every error that nvml.h defines, once, always and after good answers,
 seen through the check, the monitor, the panel, the stream and the command; and every call that hangs"""
-import json, random, threading, time
+import json
+import random
+import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 
-import pynvml, pytest
+import pynvml
+import pytest
 from click.testing import CliRunner
 
 from cjm_fasthtml_resources.cli import main
 from cjm_fasthtml_resources.core.gpu import read_gpus
-from cjm_fasthtml_resources.core.manager import ResourceManager, ResourceStatus
+from cjm_fasthtml_resources.core.manager import ResourceManager
 from cjm_fasthtml_resources.core.monitor import ResourceMonitor
+from cjm_fasthtml_resources.core.resources import ResourceStatus
 from cjm_fasthtml_resources.simulate import CALLS, SimulatedDriver, SimulatedGpu, SimulatedProcess, make_driver
 
 pytest.importorskip("fasthtml", reason="the extra web is not installed")
 from cjm_fasthtml_resources.ui.panel import ResourcePanel  # noqa: E402
 from cjm_fasthtml_resources.ui.web import Hub  # noqa: E402
 
-ERRORS = sorted({value for name, value in vars(pynvml).items() if name.startswith("NVML_ERROR_") and isinstance(value, int)})
+ERRORS = sorted({value for name, value in vars(pynvml).items()
+                 if name.startswith("NVML_ERROR_") and isinstance(value, int)})
 TIMES = {"once": dict(times=1), "always": dict(), "after two good answers": dict(after=2, times=4)}
 AVAILABLE, EXTERNAL, UNAVAILABLE = ResourceStatus.AVAILABLE, ResourceStatus.EXTERNAL_BUSY, ResourceStatus.UNAVAILABLE
 
 # The first GPU is an outsider's, the second is divided into two instances of which one is free, the third is free
 SCENARIO = dict(
     gpus=[dict(name="full", memory_total_mb=10_000, processes=[dict(pid=4_400_001, memory_mb=9_000)]),
-          dict(name="divided", memory_total_mb=10_000, mig=[dict(memory_total_mb=5_000, processes=[dict(pid=4_400_001, memory_mb=4_000)]), dict(memory_total_mb=5_000)]),
+          dict(name="divided", memory_total_mb=10_000, mig=[
+              dict(memory_total_mb=5_000, processes=[dict(pid=4_400_001, memory_mb=4_000)]),
+              dict(memory_total_mb=5_000)]),
           dict(name="free", memory_total_mb=10_000)],
     machine=dict(processes=[dict(pid=4_400_001, name="train.py", username="bob")]))
-BELIEVED = {("nvmlDeviceGetMigMode", pynvml.NVML_ERROR_NOT_SUPPORTED), ("nvmlDeviceGetMigMode", pynvml.NVML_ERROR_FUNCTION_NOT_FOUND)}  # so a driver says that a GPU is whole
+BELIEVED = {("nvmlDeviceGetMigMode", pynvml.NVML_ERROR_NOT_SUPPORTED),       # so a driver says that a GPU is whole
+            ("nvmlDeviceGetMigMode", pynvml.NVML_ERROR_FUNCTION_NOT_FOUND)}
+NEWER = ("nvmlDeviceGetMemoryInfo_v2", "nvmlDeviceGetComputeRunningProcesses_v3",
+         "nvmlDeviceGetGraphicsRunningProcesses_v3", "nvmlDeviceGetMPSComputeRunningProcesses_v3")
 GOOD = {"0": EXTERNAL, "1:0": EXTERNAL, "1:1": AVAILABLE, "2": AVAILABLE}
 
 
@@ -36,7 +47,7 @@ def statuses(conflict): return {str(d.device.id): d.status for d in conflict.dev
 def calls_made() -> list[str]:
     "What a check calls: on a driver of today, and where that has only the older forms"
     made = set()
-    for missing in ((), ("nvmlDeviceGetMemoryInfo_v2", *(f"nvmlDeviceGet{kind}RunningProcesses_v3" for kind in ("Compute", "Graphics", "MPSCompute")))):
+    for missing in ((), NEWER):
         with make_driver(SCENARIO) as driver:
             for call in missing: driver.fail(call, pynvml.NVML_ERROR_FUNCTION_NOT_FOUND)
             assert statuses(ResourceManager().check_gpu_availability()) == GOOD
@@ -51,10 +62,14 @@ def check_one(conflict, faulty: str | None) -> None:
     "Whatever fails: what is full is never called available, and the devices without a fault keep their answer"
     found = statuses(conflict)
     for device, status in found.items():
-        assert status in (GOOD.get(device), UNAVAILABLE), (device, status)  # one that cannot be read may stand for its instances
-    for d in conflict.devices: assert (d.status is UNAVAILABLE) == (d.device.memory_used is None) and (d.status is UNAVAILABLE or d.device.memory_total)
+        # a device that cannot be read may stand for its instances
+        assert status in (GOOD.get(device), UNAVAILABLE), (device, status)
+    for d in conflict.devices:
+        assert (d.status is UNAVAILABLE) == (d.device.memory_used is None)
+        assert d.status is UNAVAILABLE or d.device.memory_total
     assert conflict.status in (AVAILABLE, EXTERNAL, UNAVAILABLE)
-    assert (conflict.status is AVAILABLE) == (AVAILABLE in found.values()) and bool(conflict.reason) == (conflict.status is UNAVAILABLE)
+    assert (conflict.status is AVAILABLE) == (AVAILABLE in found.values())
+    assert bool(conflict.reason) == (conflict.status is UNAVAILABLE)
     if faulty is not None and found: assert others(found, faulty) == others(GOOD, faulty)
 
 
@@ -78,7 +93,8 @@ def test_the_list_of_calls_is_that_of_the_library():
 def test_every_error_of_every_call_through_check_monitor_panel_and_stream(watched, call):
     driver, manager, panel, hub = watched
     session = call in ("nvmlInitWithFlags", "nvmlSystemGetDriverVersion", "nvmlDeviceGetCount_v2", "nvmlShutdown")
-    older = call in ("nvmlDeviceGetMemoryInfo",) or call.endswith("_v2") and "Running" in call  # reached only when the newer form is not there
+    # reached only when the newer form is not there
+    older = call in ("nvmlDeviceGetMemoryInfo",) or call.endswith("_v2") and "Running" in call
     driver.recover()
     for error in (e for e in ERRORS if (call, e) not in BELIEVED):
         for often in TIMES.values():
@@ -87,8 +103,9 @@ def test_every_error_of_every_call_through_check_monitor_panel_and_stream(watche
                     newer = call.replace("_v2", "_v3") if "Running" in call else "nvmlDeviceGetMemoryInfo_v2"
                     driver.fail(newer, pynvml.NVML_ERROR_FUNCTION_NOT_FOUND, gpu)
                 driver.fail(call, error, gpu, **often)
-                if session: driver.fail("nvmlDeviceGetTemperature", pynvml.NVML_ERROR_GPU_IS_LOST, times=1)  # makes nothing worse
-                for look in range(3):
+                # makes nothing worse
+                if session: driver.fail("nvmlDeviceGetTemperature", pynvml.NVML_ERROR_GPU_IS_LOST, times=1)
+                for _ in range(3):
                     check_one(manager.check_gpu_availability(), None if gpu is None else "0")
                     sample = hub.monitor.take()
                     check_one(sample.gpu, None if gpu is None else "0")
@@ -96,7 +113,7 @@ def test_every_error_of_every_call_through_check_monitor_panel_and_stream(watche
                     hub.publish(sample)
                     assert ("gpu0.head" in panel._slots) == bool(sample.gpu.devices) and panel._slots["banner"].value
                 driver.recover()
-                for look in range(2): conflict = manager.check_gpu_availability()
+                for _ in range(2): conflict = manager.check_gpu_availability()
                 assert statuses(conflict) == GOOD, (call, error, often, gpu)
 
 
@@ -104,7 +121,9 @@ def test_every_error_of_every_call_through_check_monitor_panel_and_stream(watche
 @pytest.mark.parametrize("call", calls_made())
 def test_no_failure_of_one_call_frees_memory_where_all_is_taken(call, times):
     for error in ERRORS:   # also those that say that a divided GPU is whole
-        with SimulatedDriver([SimulatedGpu(processes=[SimulatedProcess(4_400_001, 20_000)]), SimulatedGpu(mig=[SimulatedGpu(memory_total_mb=22_000, memory_used_mb=20_000)])]) as driver:
+        gpus = [SimulatedGpu(processes=[SimulatedProcess(4_400_001, 20_000)]),
+                SimulatedGpu(mig=[SimulatedGpu(memory_total_mb=22_000, memory_used_mb=20_000)])]
+        with SimulatedDriver(gpus) as driver:
             driver.fail(call, error, times=times)
             conflict = ResourceManager().check_gpu_availability()
             assert conflict.status in (EXTERNAL, UNAVAILABLE) and (conflict.devices or conflict.reason), (call, error)
@@ -122,7 +141,8 @@ def test_every_error_of_every_call_through_the_command(tmp_path, call):
         assert result.exception is None or isinstance(result.exception, SystemExit), (call, error, result.exception)
         answer = json.loads(result.output)
         assert result.exit_code == {"available": 0, "external_busy": 11, "unavailable": 12}[answer["status"]]
-        for d in answer["gpu"]["devices"]: assert d["status"] == "unavailable" or d["status"] == GOOD[str(d["id"])].value
+        for d in answer["gpu"]["devices"]:
+            assert d["status"] == "unavailable" or d["status"] == GOOD[str(d["id"])].value
         shown = CliRunner().invoke(main, ["--simulate", str(path)])
         assert shown.exit_code == 0 and "Traceback" not in shown.output
 
@@ -131,18 +151,21 @@ def test_every_error_of_every_call_through_the_command(tmp_path, call):
 def test_a_call_that_hangs_costs_one_answer_and_no_more(call):
     with make_driver(SCENARIO) as driver:
         manager = ResourceManager(gpu_timeout=0.15)
-        if call in ("nvmlInitWithFlags", "nvmlSystemGetDriverVersion", "nvmlShutdown"): driver.fail("nvmlDeviceGetCount_v2", pynvml.NVML_ERROR_UNKNOWN, times=1)  # so that the session is opened anew
+        if call in ("nvmlInitWithFlags", "nvmlSystemGetDriverVersion", "nvmlShutdown"):   # the session is opened again
+            driver.fail("nvmlDeviceGetCount_v2", pynvml.NVML_ERROR_UNKNOWN, times=1)
         manager.check_gpu_availability()
-        if call == "nvmlDeviceGetMemoryInfo": driver.fail("nvmlDeviceGetMemoryInfo_v2", pynvml.NVML_ERROR_FUNCTION_NOT_FOUND)
-        if "Running" in call and call.endswith("_v2"): driver.fail(call.replace("_v2", "_v3"), pynvml.NVML_ERROR_FUNCTION_NOT_FOUND)
+        missing = pynvml.NVML_ERROR_FUNCTION_NOT_FOUND
+        if call == "nvmlDeviceGetMemoryInfo": driver.fail("nvmlDeviceGetMemoryInfo_v2", missing)
+        if "Running" in call and call.endswith("_v2"): driver.fail(call.replace("_v2", "_v3"), missing)
         if call in ("nvmlDeviceGetUUID", "nvmlDeviceGetName", "nvmlDeviceGetHandleByIndex_v2", "nvmlShutdown"):
             driver.fail("nvmlDeviceGetCount_v2", pynvml.NVML_ERROR_UNKNOWN, times=1)
             if call != "nvmlShutdown": manager.check_gpu_availability()
         driver.hang(call)
         began = time.monotonic()
         conflict = manager.check_gpu_availability()
-        assert time.monotonic() - began < 1 and conflict.status is UNAVAILABLE and "did not answer within 0.15 s" in conflict.message, conflict.message
-        for _ in range(20): assert manager.check_gpu_availability().status is UNAVAILABLE   # the time limit has run out for all of them
+        assert time.monotonic() - began < 1 and conflict.status is UNAVAILABLE
+        assert "did not answer within 0.15 s" in conflict.message, conflict.message
+        for _ in range(20): assert manager.check_gpu_availability().status is UNAVAILABLE   # no time is left for them
         assert time.monotonic() - began < 1 and sum(t.name == "nvml-reader" for t in threading.enumerate()) == 1
         driver.recover()
         deadline = time.monotonic() + 5
@@ -157,8 +180,9 @@ def test_answers_hold_while_every_call_takes_its_own_time():
         for _ in range(4):
             driver.recover()
             for call in calls_made(): driver.delay(call, chance.uniform(0, 0.01))
-            for conflict in pool.map(lambda _: manager.check_gpu_availability(), range(24)): assert statuses(conflict) == GOOD
-        manager.gpu_timeout = 0.05                       # a reading takes longer than this now: nothing is known, and nothing available
+            for conflict in pool.map(lambda _: manager.check_gpu_availability(), range(24)):
+                assert statuses(conflict) == GOOD
+        manager.gpu_timeout = 0.05            # a reading takes longer than this now: nothing is known, none available
         driver.delay("*", 0.02)
         began = time.monotonic()
         assert manager.check_gpu_availability().status is UNAVAILABLE and time.monotonic() - began < 1
@@ -190,7 +214,7 @@ def test_a_pid_or_a_size_that_cannot_be_costs_no_answer(pid, memory):
 
 def test_a_name_that_is_no_utf_8_is_shown_as_unknown():
     with SimulatedDriver([SimulatedGpu(name=b"\xff\xfe".decode("latin-1"))]) as driver:
-        driver._library.nvmlDeviceGetName = lambda handle, buffer, size: setattr(buffer, "value", b"\xff\xfe") or 0
+        driver.library.nvmlDeviceGetName = lambda handle, buffer, size: setattr(buffer, "value", b"\xff\xfe") or 0
         assert ResourceManager().check_gpu_availability().status is AVAILABLE and read_gpus().devices[0].name is None
 
 
@@ -202,8 +226,8 @@ def test_devices_that_come_and_go_and_a_driver_that_is_replaced():
             manager.check_gpu_availability()
             seen.append(len(manager.check_gpu_availability().devices))
         assert seen == [1, 3, 0, 2]
-        driver.fail("*", pynvml.NVML_ERROR_LIB_RM_VERSION_MISMATCH)                # the driver was upgraded under this process
+        driver.fail("*", pynvml.NVML_ERROR_LIB_RM_VERSION_MISMATCH)        # the driver was upgraded under this process
         conflict = manager.check_gpu_availability()
         assert conflict.status is UNAVAILABLE and "different versions" in conflict.message
-        driver.recover()                                                           # … and it is good again, as after a reload
+        driver.recover()                                                   # … and it is good again, as after a reload
         assert manager.check_gpu_availability().status is AVAILABLE

@@ -1,15 +1,29 @@
 "Readings of odd drivers, from many threads, and beside other NVML programs; test_faults.py walks over calls and errors"
-import os, subprocess, sys, threading, time
+import os
+import subprocess
+import sys
+import threading
+import time
 
-import pynvml, pytest
+import pynvml
+import pytest
 from conftest import MIB
-from hypothesis import given, settings, strategies as st
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from cjm_fasthtml_resources.core.gpu import GpuDevice, GpuProcess, GpuSnapshot, in_words, merge_processes, read_gpus, visible_devices
-from cjm_fasthtml_resources.core.manager import ResourceManager, ResourceStatus
+from cjm_fasthtml_resources.core.devices import visible_devices
+from cjm_fasthtml_resources.core.gpu import GpuSnapshot, read_gpus
+from cjm_fasthtml_resources.core.manager import ResourceManager
+from cjm_fasthtml_resources.core.nvml import GpuDevice, GpuProcess, in_words, merge_processes
+from cjm_fasthtml_resources.core.resources import ResourceStatus
 from cjm_fasthtml_resources.simulate import SimulatedDriver, SimulatedGpu, SimulatedProcess
 
-ERRORS = sorted({value for name, value in vars(pynvml).items() if name.startswith("NVML_ERROR_") and isinstance(value, int)})
+ERRORS = sorted({value for name, value in vars(pynvml).items()
+                 if name.startswith("NVML_ERROR_") and isinstance(value, int)})
+KINDS = ("Compute", "Graphics", "MPSCompute")
+LISTS = [f"nvmlDeviceGet{kind}RunningProcesses_v3" for kind in KINDS]
+OLDER_LISTS = [f"nvmlDeviceGet{kind}RunningProcesses_v2" for kind in KINDS]
+LOST = "the GPU is lost (it fell off the bus) and needs a reset or a reboot"
 
 
 @pytest.mark.parametrize("error", ERRORS)
@@ -21,17 +35,18 @@ def test_a_device_that_fails_altogether_leaves_the_others(error):
 
 
 def test_the_process_list_is_whole_although_one_kind_fails():
-    with SimulatedDriver([SimulatedGpu(processes=[SimulatedProcess(4200001, 100), SimulatedProcess(4200002, 50, "graphics")])]) as driver:
-        for version in ("_v2", "_v3"): driver.fail("nvmlDeviceGetGraphicsRunningProcesses" + version, pynvml.NVML_ERROR_NOT_SUPPORTED)
+    gpu = SimulatedGpu(processes=[SimulatedProcess(4200001, 100), SimulatedProcess(4200002, 50, "graphics")])
+    with SimulatedDriver([gpu]) as driver:
+        for name in (LISTS[1], OLDER_LISTS[1]): driver.fail(name, pynvml.NVML_ERROR_NOT_SUPPORTED)
         assert [p.pid for p in read_gpus().devices[0].processes] == [4200001]
 
 
 def test_an_older_driver_without_the_newer_calls():
     with SimulatedDriver([SimulatedGpu(memory_reserved_mb=100, processes=[SimulatedProcess(4200001, 100)])]) as driver:
-        for name in ("nvmlDeviceGetMemoryInfo_v2", *(f"nvmlDeviceGet{kind}RunningProcesses_v3" for kind in ("Compute", "Graphics", "MPSCompute"))):
-            driver.fail(name, pynvml.NVML_ERROR_FUNCTION_NOT_FOUND)
+        for name in ("nvmlDeviceGetMemoryInfo_v2", *LISTS): driver.fail(name, pynvml.NVML_ERROR_FUNCTION_NOT_FOUND)
         device = read_gpus().devices[0]
-        assert (device.memory_used, device.memory_reserved, [p.pid for p in device.processes]) == (200*2**20, None, [4200001])
+        assert (device.memory_used, device.memory_reserved) == (200*2**20, None)
+        assert [p.pid for p in device.processes] == [4200001]
 
 
 def test_what_a_caller_gets_was_read_after_it_asked():
@@ -65,7 +80,8 @@ def test_the_number_of_devices_changes():
 
 
 def test_impossible_values_are_survived():
-    odd = [SimulatedGpu(memory_total_mb=0), SimulatedGpu(memory_total_mb=100, memory_used_mb=5000), SimulatedGpu(name="n"*90),
+    odd = [SimulatedGpu(memory_total_mb=0), SimulatedGpu(memory_total_mb=100, memory_used_mb=5000),
+           SimulatedGpu(name="n"*90),
            SimulatedGpu(processes=[SimulatedProcess(0, 10), SimulatedProcess(2**32 - 1, 10)])]
     with SimulatedDriver(odd) as driver:
         driver.gpus[2].name = b"\xff\xfe"
@@ -89,7 +105,8 @@ def test_after_a_fork_in_the_middle_of_a_reading_the_child_reads():
 
 def test_the_interpreter_ends_although_the_driver_hangs():
     code = ("from cjm_fasthtml_resources.simulate import *; from cjm_fasthtml_resources.core.gpu import read_gpus\n"
-            "d = SimulatedDriver([SimulatedGpu()]); d.__enter__(); d.hang('nvmlDeviceGetName'); print(read_gpus(0.1).reason)")
+            "d = SimulatedDriver([SimulatedGpu()]); d.start(); d.hang('nvmlDeviceGetName')\n"
+            "print(read_gpus(0.1).reason)")
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=10)
     assert (result.returncode, result.stderr) == (0, "") and "did not answer" in result.stdout
 
@@ -109,14 +126,17 @@ with SimulatedDriver([SimulatedGpu(processes=[SimulatedProcess(os.getpid(), 700)
     print(found.devices[0].name, found.gpu_processes[0].gpu_memory >> 20, nvitop.Device.driver_version())"""}
 
 
-@pytest.mark.parametrize("peer, shown", [("gpustat", "300 100 300"), ("nvitop", "NVIDIA L4 700 580.105.08 (simulated)")])
+@pytest.mark.parametrize("peer, shown", [("gpustat", "300 100 300"),
+                                         ("nvitop", "NVIDIA L4 700 580.105.08 (simulated)")])
 def test_another_program_in_the_same_process_sees_the_same(peer, shown):
     pytest.importorskip(peer, reason=f"{peer} is a development dependency")
-    result = subprocess.run([sys.executable, "-c", "from cjm_fasthtml_resources.simulate import *" + PEERS[peer]], capture_output=True, text=True, timeout=60)
+    code = "from cjm_fasthtml_resources.simulate import *" + PEERS[peer]
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert result.stdout.strip() == shown, result.stderr
 
 
-devices = st.lists(st.builds(GpuDevice, st.integers(0, 20), uuid=st.none() | st.text("GPU-MIGabc123", max_size=8), mig_mode=st.none() | st.booleans()), max_size=5)
+uuids = st.none() | st.text("GPU-MIGabc123", max_size=8)
+devices = st.lists(st.builds(GpuDevice, st.integers(0, 20), uuid=uuids, mig_mode=st.none() | st.booleans()), max_size=5)
 
 
 @given(devices, st.none() | st.text("0123456789,-GPUMIG abc", max_size=20) | st.text(max_size=10))
@@ -142,10 +162,8 @@ def test_what_changes_hands_while_a_device_is_read_counts_as_used(monkeypatch, b
 
 # The lists of processes
 
-LISTS = [f"nvmlDeviceGet{kind}RunningProcesses_v3" for kind in ("Compute", "Graphics", "MPSCompute")]
-
-
-def on_device(count): return SimulatedGpu(memory_total_mb=2**20, processes=[SimulatedProcess(4_300_000 + i, i) for i in range(count)])
+def on_device(count):
+    return SimulatedGpu(memory_total_mb=2**20, processes=[SimulatedProcess(4_300_000 + i, i) for i in range(count)])
 
 
 @pytest.mark.parametrize("count", [0, 1, 127, 128, 129, 1_000])
@@ -154,7 +172,8 @@ def test_each_list_is_asked_for_once_and_a_longer_one_once_more(count):
         for again in (count > 128, 0):  # what was made larger stays
             driver.calls.clear()
             many, one = read_gpus().devices
-            assert [(p.pid, p.memory_used) for p in many.processes] == [(4_300_000 + i, i*MIB) for i in range(count)] and len(one.processes) == 1
+            assert [(p.pid, p.memory_used) for p in many.processes] == [(4_300_000 + i, i*MIB) for i in range(count)]
+            assert len(one.processes) == 1
             assert [driver.calls[name] for name in LISTS] == [2 + again, 2, 2]
 
 
@@ -170,8 +189,9 @@ def test_a_driver_that_never_has_room_gives_no_list(monkeypatch, claimed):
     with SimulatedDriver([on_device(3)]) as driver:
         for name in LISTS[:2]: monkeypatch.setattr(driver, name, never)
         device = read_gpus().devices[0]
-    assert (device.processes, device.memory_used, device.reason) == ((), 3*MIB, None)  # the third list is there, and empty
-    assert asked[0] == 128 and max(asked) == (2*claimed if 128 < claimed <= 2**22 else 128) and len(asked) == (3 if 128 < claimed <= 2**22 else 2)
+    assert (device.processes, device.memory_used, device.reason) == ((), 3*MIB, None)  # the third list is empty
+    larger = 128 < claimed <= 2**22
+    assert asked[0] == 128 and max(asked) == (2*claimed if larger else 128) and len(asked) == (3 if larger else 2)
 
 
 @pytest.mark.parametrize("lacking, found", [("_v3", {4_300_001}), ("_v2", {4_300_001}), ("", None)])
@@ -182,12 +202,19 @@ def test_a_library_that_lacks_a_version_of_the_lists_is_asked_for_the_other(lack
             return super().__getattr__(name)
 
     with Library([SimulatedGpu(processes=[SimulatedProcess(4_300_001, 5)])]): device = read_gpus().devices[0]
-    assert (device.processes and {p.pid for p in device.processes}, device.memory_used, device.reason) == (found, 5*MIB, None)
+    assert (device.processes and {p.pid for p in device.processes}) == found
+    assert (device.memory_used, device.reason) == (5*MIB, None)
 
 
 @pytest.mark.parametrize("one, other, kept", [(3, 5, 5), (5, 3, 5), (None, 5, 5), (3, None, 3), (None, None, None)])
 def test_of_a_process_in_two_lists_the_larger_figure_counts(one, other, kept):
-    assert merge_processes({"compute": [(7, one)], "graphics": [(7, other)], "mps": None}) == (GpuProcess(7, kept, "compute+graphics"),)
+    merged = merge_processes({"compute": [(7, one)], "graphics": [(7, other)], "mps": None})
+    assert merged == (GpuProcess(7, kept, "compute+graphics"),)
+
+
+def test_a_kind_whose_name_is_part_of_anothers_is_a_kind_of_its_own():
+    merged = merge_processes({"mps-compute": [(7, 1)], "compute": [(7, 1), (8, 2)]})
+    assert merged == (GpuProcess(7, 1, "mps-compute+compute"), GpuProcess(8, 2, "compute"))
 
 
 def test_a_list_that_cannot_have_been_written_is_none(monkeypatch):
@@ -207,26 +234,45 @@ def test_a_list_that_cannot_have_been_written_is_none(monkeypatch):
 # What is read, whole, and what is said of what cannot be
 
 def test_a_device_is_read_whole():
-    gpu = SimulatedGpu("NVIDIA L4", uuid="GPU-a", memory_total_mb=24_000, memory_reserved_mb=300, utilization=37, temperature=61, power_usage=51.25, power_limit=72,
-                       processes=[SimulatedProcess(4_300_002, 700), SimulatedProcess(4_300_001, 100, "graphics"), SimulatedProcess(4_300_003, None, "mps")])
+    gpu = SimulatedGpu(
+        "NVIDIA L4", uuid="GPU-a", memory_total_mb=24_000, memory_reserved_mb=300,
+        utilization=37, temperature=61, power_usage=51.25, power_limit=72,
+        processes=[SimulatedProcess(4_300_002, 700), SimulatedProcess(4_300_001, 100, "graphics"),
+                   SimulatedProcess(4_300_003, None, "mps")])
     with SimulatedDriver([gpu]): snapshot = read_gpus()
-    assert snapshot == GpuSnapshot((GpuDevice(
-        0, "GPU-a", "NVIDIA L4", 24_000*MIB, 800*MIB, 22_900*MIB, 300*MIB, 37, 61, 51.25, 72.0,
-        (GpuProcess(4_300_001, 100*MIB, "graphics"), GpuProcess(4_300_002, 700*MIB, "compute"), GpuProcess(4_300_003, None, "mps"))),), None, "580.105.08 (simulated)", snapshot.time)
-    assert abs(snapshot.time - time.time()) < 5 and snapshot.simulated and not snapshot.late and snapshot.pids == {4_300_001, 4_300_002, 4_300_003}
+    processes = (GpuProcess(4_300_001, 100*MIB, "graphics"), GpuProcess(4_300_002, 700*MIB, "compute"),
+                 GpuProcess(4_300_003, None, "mps"))
+    device = GpuDevice(0, "GPU-a", "NVIDIA L4", 24_000*MIB, 800*MIB, 22_900*MIB, 300*MIB, 37, 61, 51.25, 72.0,
+                       processes)
+    assert snapshot == GpuSnapshot((device,), None, "580.105.08 (simulated)", snapshot.time)
+    assert abs(snapshot.time - time.time()) < 5 and snapshot.simulated and not snapshot.late
+    assert snapshot.pids == {4_300_001, 4_300_002, 4_300_003}
     assert GpuDevice(0, memory_total=10, memory_reserved=3).capacity == 7 and GpuDevice(0).capacity == 0
-    assert [GpuDevice(2, host="a").id, GpuDevice(1, mig_parent=2, host="a").id, GpuDevice(1, mig_parent=2).id] == ["a:2", "a:2:1", "2:1"]
+    named = [GpuDevice(2, host="a"), GpuDevice(1, mig_parent=2, host="a"), GpuDevice(1, mig_parent=2)]
+    assert [d.id for d in named] == ["a:2", "a:2:1", "2:1"]
 
 
 @pytest.mark.parametrize("code, words", [
-    (1, "the connection to the NVIDIA driver was closed"), (3, "the device does not report its memory"), (4, "no permission to ask the NVIDIA driver (in a container: is the GPU passed in?)"),
-    (9, "the NVIDIA driver is not loaded"), (12, "no NVIDIA driver (its library libnvidia-ml was not found)"), (15, "the GPU is lost (it fell off the bus) and needs a reset or a reboot"),
-    (16, "the GPU needs a reset before it can be used again"), (17, "the operating system blocks the GPU (cgroup device rules?)"),
-    (18, "the NVIDIA library and the loaded driver are of different versions, as after an upgrade; reboot, or reload the driver, and start this program again"),
+    (1, "the connection to the NVIDIA driver was closed"),
+    (3, "the device does not report its memory"),
+    (4, "no permission to ask the NVIDIA driver (in a container: is the GPU passed in?)"),
+    (9, "the NVIDIA driver is not loaded"),
+    (12, "no NVIDIA driver (its library libnvidia-ml was not found)"),
+    (15, LOST),
+    (16, "the GPU needs a reset before it can be used again"),
+    (17, "the operating system blocks the GPU (cgroup device rules?)"),
+    (18, "the NVIDIA library and the loaded driver are of different versions, as after an upgrade; "
+         "reboot, or reload the driver, and start this program again"),
     (999, "the NVIDIA driver answered: Unknown Error")])
 def test_an_error_of_the_driver_is_said_in_words(code, words):
     with SimulatedDriver(): assert in_words(pynvml.NVMLError(code)) == words
-    assert in_words(OSError("no such device")) == "the NVIDIA driver answered: no such device" and in_words(ImportError("x")) == "the Python package nvidia-ml-py is not installed"
+    assert in_words(OSError("no such device")) == "the NVIDIA driver answered: no such device"
+    assert in_words(ImportError("x")) == "the Python package nvidia-ml-py is not installed"
+
+
+OF_CALL = {"nvmlDeviceGetUtilizationRates": "utilization", "nvmlDeviceGetTemperature": "temperature",
+           "nvmlDeviceGetPowerUsage": "power_usage", "nvmlDeviceGetEnforcedPowerLimit": "power_limit",
+           "nvmlDeviceGetUUID": "uuid", "nvmlDeviceGetName": "name"}
 
 
 def test_what_a_driver_does_not_answer_is_none_and_the_rest_is_there():
@@ -235,16 +281,15 @@ def test_what_a_driver_does_not_answer_is_none_and_the_rest_is_there():
             for call in calls: driver.fail(call, code)
             return read_gpus().devices[0]
 
-    for call, field in [("nvmlDeviceGetUtilizationRates", "utilization"), ("nvmlDeviceGetTemperature", "temperature"), ("nvmlDeviceGetPowerUsage", "power_usage"),
-                        ("nvmlDeviceGetEnforcedPowerLimit", "power_limit"), ("nvmlDeviceGetUUID", "uuid"), ("nvmlDeviceGetName", "name")]:
+    for call, field in OF_CALL.items():
         device = read(call)
-        assert getattr(device, field) is None and device.memory_used == 100*MIB and device.reason is None and device.processes
-        assert [name for name in ("utilization", "temperature", "power_usage", "power_limit", "uuid", "name") if getattr(device, name) is None] == [field]
-    none = read(*(f"nvmlDeviceGet{kind}RunningProcesses{version}" for kind in ("Compute", "Graphics", "MPSCompute") for version in ("_v2", "_v3")))
+        assert getattr(device, field) is None and device.memory_used == 100*MIB and device.reason is None
+        assert device.processes and [name for name in OF_CALL.values() if getattr(device, name) is None] == [field]
+    none = read(*LISTS, *OLDER_LISTS)
     assert none.processes is None and none.memory_used == 100*MIB
-    assert read("nvmlDeviceGetHandleByIndex_v2", code=15) == GpuDevice(0, reason="the GPU is lost (it fell off the bus) and needs a reset or a reboot")
+    assert read("nvmlDeviceGetHandleByIndex_v2", code=15) == GpuDevice(0, reason=LOST)
     divided = read("nvmlDeviceGetMigMode", code=15)   # one that is divided must not be taken for a whole one
-    assert divided.uuid and divided.memory_used is None and divided.reason == "the GPU is lost (it fell off the bus) and needs a reset or a reboot"
+    assert divided.uuid and divided.memory_used is None and divided.reason == LOST
 
 
 def test_a_driver_that_is_late_is_said_to_be():
@@ -259,18 +304,23 @@ def test_a_driver_that_is_late_is_said_to_be():
 def test_what_is_wrong_with_cuda_visible_devices_is_named():
     two = (GpuDevice(0, "GPU-aa11"), GpuDevice(1))
     assert visible_devices(two, " ") == ((), "CUDA_VISIBLE_DEVICES is empty, so no device may be used")
-    assert visible_devices(two, "1, 7,0") == ((two[1],), "CUDA_VISIBLE_DEVICES='1, 7,0' names '7', which is not here: as in CUDA, it and what follows are not visible")
-    assert visible_devices(two, "MIG-1")[0] == () and visible_devices(two, "XX")[0] == () and visible_devices(two, "GPU-") == ((two[0],), None)
+    complaint = ("CUDA_VISIBLE_DEVICES='1, 7,0' names '7', which is not here: "
+                 "as in CUDA, it and what follows are not visible")
+    assert visible_devices(two, "1, 7,0") == ((two[1],), complaint)
+    assert visible_devices(two, "MIG-1")[0] == () and visible_devices(two, "XX")[0] == ()
+    assert visible_devices(two, "GPU-") == ((two[0],), None)
 
 
 def test_instances_of_a_divided_gpu_are_read_with_their_names_and_those_that_are_not_there_are_skipped():
-    mig = [SimulatedGpu("1g", memory_total_mb=5_000, uuid="MIG-1"), SimulatedGpu("2g", memory_total_mb=9_000, uuid="MIG-2")]
+    mig = [SimulatedGpu("1g", memory_total_mb=5_000, uuid="MIG-1"),
+           SimulatedGpu("2g", memory_total_mb=9_000, uuid="MIG-2")]
     with SimulatedDriver([SimulatedGpu("A100", uuid="GPU-a", mig=mig)]) as driver:
         whole, one, two = read_gpus().devices
         assert (whole.id, whole.mig_mode, whole.processes) == (0, True, None)
-        assert [(d.id, d.uuid, d.name, d.memory_total, d.mig_parent, d.processes) for d in (one, two)] == [("0:0", "MIG-1", "1g", 5_000*MIB, 0, ()), ("0:1", "MIG-2", "2g", 9_000*MIB, 0, ())]
-        driver.fail("nvmlDeviceGetMigDeviceHandleByIndex", 6, times=1)   # NVML_ERROR_NOT_FOUND: the first instance was destroyed
+        assert [(d.id, d.uuid, d.name, d.memory_total, d.mig_parent, d.processes) for d in (one, two)] == [
+            ("0:0", "MIG-1", "1g", 5_000*MIB, 0, ()), ("0:1", "MIG-2", "2g", 9_000*MIB, 0, ())]
+        driver.fail("nvmlDeviceGetMigDeviceHandleByIndex", 6, times=1)   # NOT_FOUND: the first instance was destroyed
         assert [d.id for d in read_gpus().devices] == [0, "0:1"]
         driver.recover()
         driver.fail("nvmlDeviceGetMaxMigDeviceCount", 15)
-        assert read_gpus().devices[1] == GpuDevice(0, mig_parent=0, reason="the GPU is lost (it fell off the bus) and needs a reset or a reboot")
+        assert read_gpus().devices[1] == GpuDevice(0, mig_parent=0, reason=LOST)

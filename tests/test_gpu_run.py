@@ -1,36 +1,47 @@
-"""The tests of a real GPU, on a simulated card with a simulated libcuda and nvidia-smi: where there is a card, they have to run at once"""
-import json, os, subprocess, sys
+"""The tests of a real GPU, on a simulated card with a simulated libcuda and nvidia-smi.
+
+Where there is a card, they have to run at once.
+"""
+import json
+import os
+import subprocess
+import sys
 
 from conftest import ROOT
 
 CONTEXT_MIB = 300  # what a context takes beside what is allocated
 
 RIG = f'''
-import ctypes, os
+import contextlib, ctypes, os
 from cjm_fasthtml_resources.core.gpu import GpuSnapshot
 from cjm_fasthtml_resources.simulate import SimulatedDriver, SimulatedGpu
 
 GpuSnapshot.simulated = False
 driver = SimulatedDriver([SimulatedGpu("NVIDIA L4", memory_total_mb=20_000)], shared=os.environ["CARD"])
-driver.__enter__()
-held = []
+driver.start()
+held = contextlib.ExitStack()
 
 class Cuda:
     def __getattr__(self, name): return lambda *args: 0
     def cuMemAlloc_v2(self, address, size):
-        held.append(driver.allocate(size.value/2**20 + {CONTEXT_MIB}))
-        try: held[-1].__enter__()
+        try: held.enter_context(driver.allocate(size.value/2**20 + {CONTEXT_MIB}))
         except MemoryError: return 2
         return 0
 
-load, ctypes.CDLL = ctypes.CDLL, lambda name, *args, **kw: Cuda() if name == "libcuda.so.1" else load(name, *args, **kw)
+load = ctypes.CDLL
+
+def load_simulated(name, *args, **kw): return Cuda() if name == "libcuda.so.1" else load(name, *args, **kw)
+
+ctypes.CDLL = load_simulated
 '''
 
 NVIDIA_SMI = """#!/bin/sh
 exec '{python}' -c "
 import pynvml
 pynvml.nvmlInit()
-for process in pynvml.nvmlDeviceGetComputeRunningProcesses(pynvml.nvmlDeviceGetHandleByIndex(0)): print(process.pid, process.usedGpuMemory//2**20, sep=', ')"
+handle = pynvml.nvmlDeviceGetHandleByIndex(0)
+for process in pynvml.nvmlDeviceGetComputeRunningProcesses(handle):
+    print(process.pid, process.usedGpuMemory//2**20, sep=', ')"
 """
 
 
@@ -39,10 +50,15 @@ def test_the_tests_of_a_real_gpu_pass_on_a_simulated_one(tmp_path):
     smi = tmp_path/"nvidia-smi"
     smi.write_text(NVIDIA_SMI.format(python=sys.executable))
     smi.chmod(0o755)
-    env = {**os.environ, "PYTHONPATH": str(tmp_path), "PATH": f"{tmp_path}:{os.environ['PATH']}", "CARD": str(tmp_path/"card"), "GPU_FIGURES": str(tmp_path/"figures.json")}
-    done = subprocess.run([sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", ROOT/"tests"/"gpu"], env=env, capture_output=True, text=True, timeout=120)
+    env = {**os.environ, "PYTHONPATH": str(tmp_path), "PATH": f"{tmp_path}:{os.environ['PATH']}",
+           "CARD": str(tmp_path/"card"), "GPU_FIGURES": str(tmp_path/"figures.json")}
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", ROOT/"tests"/"gpu"]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0 and "4 passed" in done.stdout, done.stdout + done.stderr
     found = json.loads((tmp_path/"figures.json").read_text())
-    assert (found["card"], found["exact"], found["allocated_mib"], found["device_grew_mib"], found["jobs"]) == ("NVIDIA L4", True, 2_200, 2_200 + 3*CONTEXT_MIB, 10)
-    assert found["seen_mib"] == {"child": 1_000 + CONTEXT_MIB, "grandchild": 700 + CONTEXT_MIB, "outsider": 500 + CONTEXT_MIB}
-    assert found["total_mib"] == 20_000 and found["ratio"] > 1 and 15_000 < found["most_used_mib"] <= 20_000   # the card was full, and nobody ran out
+    assert (found["card"], found["exact"], found["jobs"]) == ("NVIDIA L4", True, 10)
+    assert (found["allocated_mib"], found["device_grew_mib"]) == (2_200, 2_200 + 3*CONTEXT_MIB)
+    assert found["seen_mib"] == {"child": 1_000 + CONTEXT_MIB, "grandchild": 700 + CONTEXT_MIB,
+                                 "outsider": 500 + CONTEXT_MIB}
+    assert found["total_mib"] == 20_000 and found["ratio"] > 1
+    assert 15_000 < found["most_used_mib"] <= 20_000   # the card was full, and no job ran out of memory

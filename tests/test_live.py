@@ -1,11 +1,19 @@
 "The monitor, the panel and the stream: many who watch, some who are slow or break, and nothing left of them"
-import asyncio, gc, logging, subprocess, sys, threading, time
+import asyncio
+import gc
+import logging
+import subprocess
+import sys
+import threading
+import time
 
 import pytest
-from hypothesis import given, settings, strategies as st
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from cjm_fasthtml_resources.core.manager import ResourceManager, ResourceStatus
+from cjm_fasthtml_resources.core.manager import ResourceManager
 from cjm_fasthtml_resources.core.monitor import ResourceMonitor
+from cjm_fasthtml_resources.core.resources import ResourceStatus
 from cjm_fasthtml_resources.core.settings import MONITOR_SCHEMA
 from cjm_fasthtml_resources.simulate import SimulatedDriver, SimulatedGpu, load_scenario
 from cjm_fasthtml_resources.ui.cards import render, render_tables
@@ -13,7 +21,7 @@ from cjm_fasthtml_resources.ui.cards import render, render_tables
 widgets = pytest.importorskip("ipywidgets")
 pytest.importorskip("fasthtml", reason="the extra web is not installed")
 
-from cjm_fasthtml_resources.ui import web  # noqa: E402
+from cjm_fasthtml_resources.ui import stream  # noqa: E402
 from cjm_fasthtml_resources.ui.panel import ResourcePanel  # noqa: E402
 
 
@@ -35,7 +43,10 @@ def nothing_is_left():
 
 # The monitor
 
-@given(st.sampled_from(["interval", "history"]), st.one_of(st.floats(-1, 1e5), st.sampled_from([True, None, "1", float("nan"), float("inf")])))
+odd = st.sampled_from([True, None, "1", float("nan"), float("inf")])
+
+
+@given(st.sampled_from(["interval", "history"]), st.one_of(st.floats(-1, 1e5), odd))
 @settings(deadline=None)
 def test_the_monitor_takes_what_its_schema_allows_and_nothing_else(name, value):
     import jsonschema
@@ -55,13 +66,15 @@ def test_subscribers_come_and_go_on_many_threads_and_there_is_one_sampler():
     with SimulatedDriver([SimulatedGpu()]):
         monitor, most, errors = ResourceMonitor(ResourceManager(), interval=0.1), [], []
 
+        def hear():
+            heard = threading.Event()
+            with monitor.subscribe(lambda sample: heard.set()):
+                assert heard.wait(10)
+                most.append(samplers())
+
         def watch():
             try:
-                for _ in range(30):
-                    heard = threading.Event()
-                    with monitor.subscribe(lambda sample: heard.set()):
-                        assert heard.wait(10)
-                        most.append(samplers())
+                for _ in range(30): hear()
             except BaseException as error: errors.append(error)
 
         threads = [threading.Thread(target=watch) for _ in range(8)]
@@ -161,7 +174,8 @@ def test_a_sleeping_driver_is_shown_and_nothing_is_called_available():
         panel = ResourcePanel(ResourceManager(gpu_timeout=1.0), interval=0.1)
         driver.hang("nvmlDeviceGetTemperature")
         wait_until(lambda: "not of this moment: the NVIDIA driver did not answer" in panel._slots["state"].value)
-        wait_until(lambda: panel._sample.gpu.status is ResourceStatus.UNAVAILABLE and "did not answer within 1 s" in panel._slots["banner"].value)
+        wait_until(lambda: panel._sample.gpu.status is ResourceStatus.UNAVAILABLE)
+        wait_until(lambda: "did not answer within 1 s" in panel._slots["banner"].value)
         driver.recover()
         wait_until(lambda: "gpu0.live" in panel._slots and not panel._slots["state"].value.count("not of this moment"))
         panel.close()
@@ -174,7 +188,7 @@ async def gone(): await asyncio.Event().wait()
 
 def test_a_slow_client_gets_the_whole_picture_in_place_of_a_backlog():
     async def main():
-        client = web.Client()
+        client = stream.Client()
         for i in range(50): client.put(f"{i}".encode(), b"whole")
         got = [client.events.get_nowait() for _ in range(client.events.qsize())]
         assert len(got) <= 8 and b"whole" in got and got[-1] in (b"49", b"whole")
@@ -182,16 +196,16 @@ def test_a_slow_client_gets_the_whole_picture_in_place_of_a_backlog():
 
 
 def test_a_client_that_takes_nothing_is_let_go(monkeypatch):
-    monkeypatch.setattr(web, "_PATIENCE", 0.3)
+    monkeypatch.setattr(stream, "PATIENCE", 0.3)
 
     async def main():
-        hub, sent = web.Hub(ResourceMonitor(ResourceManager(), interval=0.1)), []
+        hub, sent = stream.Hub(ResourceMonitor(ResourceManager(), interval=0.1)), []
 
         async def send(message):
             sent.append(message)
             if message["type"] == "http.response.body": await asyncio.Event().wait()
 
-        await asyncio.wait_for(web.EventStream(hub.events())({}, gone, send), 10)
+        await asyncio.wait_for(stream.EventStream(hub.events())({}, gone, send), 10)
         assert [m["type"] for m in sent] == ["http.response.start", "http.response.body"] and not hub._clients
         assert len(asyncio.all_tasks()) == 1
 
@@ -200,7 +214,7 @@ def test_a_client_that_takes_nothing_is_let_go(monkeypatch):
 
 def test_a_hundred_clients_share_one_sampler_and_leave_nothing():
     async def main():
-        hub = web.Hub(ResourceMonitor(ResourceManager(), interval=0.1))
+        hub = stream.Hub(ResourceMonitor(ResourceManager(), interval=0.1))
         received, leave = [0]*100, asyncio.Event()
 
         async def listen(n):
@@ -209,7 +223,7 @@ def test_a_hundred_clients_share_one_sampler_and_leave_nothing():
                 return dict(type="http.disconnect")
 
             async def send(message): received[n] += message["type"] == "http.response.body"
-            await web.EventStream(hub.events())({}, receive, send)
+            await stream.EventStream(hub.events())({}, receive, send)
 
         tasks = [asyncio.create_task(listen(n)) for n in range(100)]
         degrees = 0
@@ -235,15 +249,20 @@ def test_a_sampler_that_is_held_up_makes_the_stream_say_so(monkeypatch):
     held, release = threading.Event(), threading.Event()
     with SimulatedDriver([SimulatedGpu()]):
         manager = ResourceManager()
-        hub = web.Hub(ResourceMonitor(manager, interval=0.1))
+        hub = stream.Hub(ResourceMonitor(manager, interval=0.1))
         workers = manager.get_all_workers
-        manager.get_all_workers = lambda: (held.is_set() and threading.current_thread().name == "resource-monitor" and release.wait(10), workers())[1]
+
+        def slow():
+            if held.is_set() and threading.current_thread().name == "resource-monitor": release.wait(10)
+            return workers()
+
+        manager.get_all_workers = slow
         try: asyncio.run(asyncio.wait_for(main(), 10))
         finally: release.set()
 
 
 def test_the_pieces_are_the_same_for_the_panel_the_page_and_a_picture():
-    from cjm_fasthtml_resources.core.monitor import take_sample
+    from cjm_fasthtml_resources.core.samples import take_sample
     from cjm_fasthtml_resources.ui.cards import overview
     with load_scenario("shared") as driver:
         manager = ResourceManager(track_self=False)
@@ -262,7 +281,7 @@ from cjm_fasthtml_resources.core.monitor import ResourceMonitor
 from cjm_fasthtml_resources.simulate import SimulatedDriver, SimulatedGpu
 from cjm_fasthtml_resources.ui.panel import ResourcePanel
 from cjm_fasthtml_resources.ui.web import Hub
-driver = SimulatedDriver([SimulatedGpu()]).__enter__()
+driver = SimulatedDriver([SimulatedGpu()]).start()
 manager = ResourceManager()
 panel, hub = ResourcePanel(manager, interval=0.1), Hub(ResourceMonitor(manager, interval=0.1))
 held = manager.reserve(1_000)
@@ -271,8 +290,11 @@ time.sleep(0.5)
 """
 
 
-@pytest.mark.parametrize("ending", ["", "driver.hang('nvmlDeviceGetTemperature'); time.sleep(0.3)", "sys.exit(0)", "os.execv(sys.executable, [sys.executable, '-c', ''])"],
-                         ids=["running", "with a driver that hangs", "exit", "execv"])
+ENDINGS = {"running": "", "with a driver that hangs": "driver.hang('nvmlDeviceGetTemperature'); time.sleep(0.3)",
+           "exit": "sys.exit(0)", "execv": "os.execv(sys.executable, [sys.executable, '-c', ''])"}
+
+
+@pytest.mark.parametrize("ending", ENDINGS.values(), ids=ENDINGS)
 def test_a_program_with_all_of_it_running_ends_quietly_and_at_once(ending):
     script = EVERYTHING + "print(time.monotonic(), flush=True)\n" + ending
     out = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
@@ -280,7 +302,8 @@ def test_a_program_with_all_of_it_running_ends_quietly_and_at_once(ending):
 
 
 def test_a_spawned_and_a_forked_process_start_with_nothing_running():
-    script = EVERYTHING.replace("driver = ", "import multiprocessing\nif __name__ != '__main__': raise SystemExit\ndriver = ") + """
+    only_once = "import multiprocessing\nif __name__ != '__main__': raise SystemExit\n"
+    script = EVERYTHING.replace("driver = ", f"{only_once}driver = ") + """
 import multiprocessing
 def child(): sys.exit(threading.active_count() - 1)
 if (pid := os.fork()) == 0: os._exit(threading.active_count() - 1)
@@ -294,5 +317,6 @@ if (pid := os.fork()) == 0:                      # and can begin anew
     os._exit(0 if len(seen) >= 2 and seen[-1].gpu.status.value == "available" else 1)
 assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
 """
-    out = subprocess.run([sys.executable, "-W", "ignore::DeprecationWarning", "-c", script], capture_output=True, text=True, timeout=60)
+    command = [sys.executable, "-W", "ignore::DeprecationWarning", "-c", script]
+    out = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert (out.returncode, out.stderr) == (0, "")

@@ -1,11 +1,13 @@
 "Other event loops in the process: uvloop in place of asyncio's, and gevent, which makes greenlets of threads"
-import subprocess, sys
+import subprocess
+import sys
 
 import pytest
 
 
 def run(code: str) -> list[str]:
-    out = subprocess.run([sys.executable, "-W", "error::RuntimeWarning", "-c", code], capture_output=True, text=True, timeout=60)
+    command = [sys.executable, "-W", "error::RuntimeWarning", "-c", code]
+    out = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert (out.returncode, out.stderr) == (0, ""), out.stderr
     return out.stdout.split()
 
@@ -50,7 +52,8 @@ def test_gevent_with_everything_patched():
     assert run("""
 from gevent import monkey; monkey.patch_all()
 import threading, time, gevent
-from cjm_fasthtml_resources.core.manager import ResourceBusy, ResourceManager
+from cjm_fasthtml_resources.core.conflict import ResourceBusy
+from cjm_fasthtml_resources.core.manager import ResourceManager
 from cjm_fasthtml_resources.core.monitor import ResourceMonitor
 from cjm_fasthtml_resources.simulate import SimulatedDriver, SimulatedGpu
 with SimulatedDriver([SimulatedGpu()]) as driver:

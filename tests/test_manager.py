@@ -1,14 +1,33 @@
 "The manager with many threads, with every sequence of calls, and with real processes that end and come back"
-import copy, json, os, pickle, signal, subprocess, threading, time
+import copy
+import json
+import os
+import pickle
+import signal
+import subprocess
+import threading
+import time
 from dataclasses import asdict
 
 import pytest
-from hypothesis import settings, strategies as st
+from hypothesis import settings
+from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from cjm_fasthtml_resources.core import host
-from cjm_fasthtml_resources.core.manager import ResourceBusy, ResourceManager, ResourceStatus
-from cjm_fasthtml_resources.simulate import PRESETS, SimulatedDriver, SimulatedGpu, SimulatedHostProcess, SimulatedMachine, SimulatedProcess, load_scenario
+from cjm_fasthtml_resources.core import process as proc
+from cjm_fasthtml_resources.core.conflict import ResourceBusy
+from cjm_fasthtml_resources.core.manager import ResourceManager
+from cjm_fasthtml_resources.core.resources import ResourceStatus
+from cjm_fasthtml_resources.simulate import (
+    PRESETS,
+    SimulatedDriver,
+    SimulatedGpu,
+    SimulatedHostProcess,
+    SimulatedMachine,
+    SimulatedProcess,
+    load_scenario,
+)
 
 PIDS, JOBS = st.integers(5_000_001, 5_000_005), st.sampled_from(["a", "b", "c"])
 TOTALS = [1_000, 600]  # MiB of the simulated GPUs
@@ -19,10 +38,10 @@ class Registry(RuleBasedStateMachine):
     def __init__(self):
         super().__init__()
         self.manager, self.jobs, self.types, self.states = ResourceManager(), {}, {}, {}
-        self.driver = SimulatedDriver([SimulatedGpu(memory_total_mb=total) for total in TOTALS]).__enter__()
+        self.driver = SimulatedDriver([SimulatedGpu(memory_total_mb=total) for total in TOTALS]).start()
         self.held = []  # (device, MiB, reservation)
 
-    def teardown(self): self.driver.__exit__()
+    def teardown(self): self.driver.stop()
 
     def promised(self, device): return sum(memory for where, memory, _ in self.held if where == device)
 
@@ -77,14 +96,16 @@ class Registry(RuleBasedStateMachine):
 
     @invariant()
     def promises_agree(self):
-        assert sorted((c.device[-7], c.memory//2**20) for c in self.manager.get_claims()) == sorted((str(d), memory) for d, memory, _ in self.held)
+        promised = sorted((c.device[-7], c.memory//2**20) for c in self.manager.get_claims())
+        assert promised == sorted((str(device), memory) for device, memory, _ in self.held)
         if len(self.held) % 3 == 1:  # a check costs more than all else here
             devices = self.manager.check_gpu_availability().devices
             assert [d.promised("app")//2**20 for d in devices] == [self.promised(d) for d in range(len(TOTALS))]
 
     @invariant()
     def agrees(self):
-        assert {w.pid: (w.worker_type, w.status, w.job_id) for w in self.manager.get_all_workers()} == {pid: (self.types[pid], self.states[pid], self.jobs[pid]) for pid in self.types}
+        found = {w.pid: (w.worker_type, w.status, w.job_id) for w in self.manager.get_all_workers()}
+        assert found == {pid: (self.types[pid], self.states[pid], self.jobs[pid]) for pid in self.types}
         for job in ("a", "b", "c"):
             holders = [pid for pid, held in self.jobs.items() if held == job]
             found = self.manager.get_worker_by_job(job)
@@ -121,7 +142,7 @@ def test_many_threads_at_once():
 def test_a_worker_is_known_by_its_start_also_after_the_clock_was_set(spawn, monkeypatch):
     worker, manager = spawn("input()"), ResourceManager(track_self=False)
     manager.register_worker(worker.pid, "llm")
-    host._known.clear()
+    proc._known.clear()
     monkeypatch.setattr("psutil.boot_time", lambda: 1.0)
     with SimulatedDriver([SimulatedGpu(processes=[SimulatedProcess(worker.pid, 100)])]):
         assert manager.check_gpu_availability().app_pids == [worker.pid]
@@ -135,32 +156,51 @@ def test_a_zombie_has_ended(spawn):
     assert [w.pid for w in manager.prune_dead_workers()] == [worker.pid] and manager.get_all_workers() == []
 
 
-def test_a_pid_that_was_given_to_another_process():
-    try: last = open("/proc/sys/kernel/ns_last_pid", "r+")
+@pytest.fixture
+def next_pid():
+    "next_pid(n): the next process that starts has the PID n, if it is free"
+    try: last = open("/proc/sys/kernel/ns_last_pid", "r+")  # noqa: SIM115
     except OSError: pytest.skip("only root may choose the next PID")
-    manager = ResourceManager(track_self=False)
-    for attempt in range(20):
-        first = os.fork()
-        if first == 0: signal.pause()
-        manager.register_worker(first, "llm")
-        os.kill(first, signal.SIGKILL)
-        os.waitpid(first, 0)
-        time.sleep(0.03)  # start times are counted in hundredths of a second
+
+    def choose(pid: int) -> None:
         last.seek(0)
-        last.write(str(first - 1))
+        last.write(str(pid - 1))
         last.flush()
-        second = os.fork()
-        if second == 0: signal.pause()
+
+    with last: yield choose
+
+
+def start_sleeper() -> int:
+    "The PID of a new child, which does nothing"
+    pid = os.fork()
+    if pid == 0: signal.pause()
+    return pid
+
+
+def end(pid: int) -> None:
+    os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
+
+
+def test_a_pid_that_was_given_to_another_process(next_pid):
+    manager = ResourceManager(track_self=False)
+    for _ in range(20):
+        first = start_sleeper()
+        manager.register_worker(first, "llm")
+        end(first)
+        time.sleep(0.03)  # start times are counted in hundredths of a second
+        next_pid(first)
+        second = start_sleeper()
         try:
             if second != first: continue
             with SimulatedDriver([SimulatedGpu(processes=[SimulatedProcess(second, 20000)])]):
                 found = manager.check_gpu_availability()
-            assert (found.app_pids, found.external_pids, found.status) == ([], [second], ResourceStatus.EXTERNAL_BUSY)
+            assert (found.app_pids, found.external_pids) == ([], [second])
+            assert found.status is ResourceStatus.EXTERNAL_BUSY
             assert [w.pid for w in manager.prune_dead_workers()] == [first]
             return
         finally:
-            os.kill(second, signal.SIGKILL)
-            os.waitpid(second, 0)
+            end(second)
             manager.unregister_worker(first)
     pytest.skip("the number was not given again in 20 attempts")
 
@@ -190,19 +230,19 @@ def test_processes_that_come_and_go_while_being_looked_at():
 
 def test_what_is_kept_about_processes_does_not_grow(monkeypatch):
     "At most twice as many as live, however many came and went"
-    host._known.clear()
-    monkeypatch.setattr(host, "_LEAST", 5)
-    monkeypatch.setattr(host, "_most", [5])
+    proc._known.clear()
+    monkeypatch.setattr(proc, "_LEAST", 5)
+    monkeypatch.setattr(proc, "_most", [5])
     living = subprocess.Popen(["sleep", "60"])
     for _ in range(100):
         child = subprocess.Popen(["sleep", "60"])
         for pid in (child.pid, living.pid): host.read_process(pid)
         child.kill()
         child.wait()
-    kept = set(host._known)
+    kept = set(proc._known)
     living.kill()
     living.wait()
-    assert host._most[0] <= 2*len(kept) + 5
+    assert proc._most[0] <= 2*len(kept) + 5
     assert living.pid in kept and len(kept) <= 2*(len(kept & set(host.resident_memory())) + 1) + 5 < 100
 
 
@@ -223,8 +263,16 @@ def test_no_text_shows_a_secret(caplog):
         def get_child_pids(self): raise RuntimeError("not yet")
 
     manager = ResourceManager()
-    state = manager.register_worker(5_000_001, "llm", config={"api_key": "hush", "deep": {"auth": [{"Access-Token": "hush"}]}, "client_secret": "hush", "dbPassword": "hush", "model": "m"}, plugin_instance=Plugin())
-    texts = [repr(state), str(state), f"{state}", repr(manager), repr(manager.check_gpu_availability()), repr(manager.get_all_workers()), caplog.text]
+    config = {
+        "api_key": "hush",
+        "deep": {"auth": [{"Access-Token": "hush"}]},
+        "client_secret": "hush",
+        "dbPassword": "hush",
+        "model": "m",
+    }
+    state = manager.register_worker(5_000_001, "llm", config=config, plugin_instance=Plugin())
+    shown = [state, manager, manager.check_gpu_availability(), manager.get_all_workers()]
+    texts = [*map(repr, shown), str(state), f"{state}", caplog.text]
     assert not any("hush" in text for text in texts) and "get_child_pids" in caplog.text
     assert state.config["api_key"] == "hush"  # it is hidden, not lost
 
@@ -235,17 +283,29 @@ def test_a_terminal_shows_an_answer_in_lines():
     class Printer:
         text = staticmethod(lines.append)
 
-    with load_scenario("pair"): ResourceManager(track_self=False).check_gpu_availability()._repr_pretty_(Printer, False)
+    with load_scenario("pair"): conflict = ResourceManager(track_self=False).check_gpu_availability()
+    conflict._repr_pretty_(Printer, False)
     first, *devices = lines[0].splitlines()
     assert first.startswith("gpu_memory: available. A GPU job could start now: GPU 0")
-    assert devices == ["  GPU 0  NVIDIA RTX 6000 Ada Generation  available: external 14.6 GiB, unattributed 510 MiB, free 32.3 GiB",
-                       "  GPU 1  NVIDIA RTX 6000 Ada Generation  external_busy: external 38.6 GiB, unattributed 400 MiB, free 8.4 GiB"]
+    card = "NVIDIA RTX 6000 Ada Generation"
+    assert devices == [
+        f"  GPU 0  {card}  available: external 14.6 GiB, unattributed 510 MiB, free 32.3 GiB",
+        f"  GPU 1  {card}  external_busy: external 38.6 GiB, unattributed 400 MiB, free 8.4 GiB",
+    ]
 
 
-def test_what_is_short_by_default():
+@pytest.mark.parametrize("percent, gpu, ram", [
+    (44.9, "available", "available"),
+    (45, "external_busy", "available"),
+    (89.9, "external_busy", "available"),
+    (90, "external_busy", "external_busy"),
+])
+def test_what_is_short_by_default(percent, gpu, ram):
     "45 % of a device and 90 % of the RAM, and exactly that is short already"
-    for percent, gpu, ram in ((44.9, "available", "available"), (45, "external_busy", "available"), (89.9, "external_busy", "available"), (90, "external_busy", "external_busy")):
-        outsider = SimulatedHostProcess(4_200_001, "train.py", "bob", memory_mb=10*percent)
-        with SimulatedDriver([SimulatedGpu(memory_total_mb=1_000, processes=[SimulatedProcess(4_200_001, 10*percent)])], SimulatedMachine(1_000, 10*percent, [outsider])):
-            manager = ResourceManager(track_self=False)
-            assert (manager.check_gpu_availability().status.value, manager.check_memory_availability().status.value) == (gpu, ram), percent
+    used = SimulatedProcess(4_200_001, 10*percent)
+    outsider = SimulatedHostProcess(4_200_001, "train.py", "bob", memory_mb=10*percent)
+    machine = SimulatedMachine(1_000, 10*percent, [outsider])
+    with SimulatedDriver([SimulatedGpu(memory_total_mb=1_000, processes=[used])], machine):
+        manager = ResourceManager(track_self=False)
+        assert manager.check_gpu_availability().status.value == gpu
+        assert manager.check_memory_availability().status.value == ram

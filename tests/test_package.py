@@ -1,16 +1,33 @@
 "What a user installs: its names, what importing it costs them, and that the texts say what is so"
-import dataclasses, importlib, json, os, pkgutil, re, subprocess, sys
+import dataclasses
+import importlib
+import json
+import os
+import pkgutil
+import re
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 from conftest import ROOT
 
 import cjm_fasthtml_resources
 
-MODULES = [m.name for m in pkgutil.walk_packages(cjm_fasthtml_resources.__path__, "cjm_fasthtml_resources.") if m.name.split(".")[-1] not in ("showdoc", "_modidx")]
+sys.path.insert(0, str(ROOT/"tools"))
+import measures  # noqa: E402  (next to the tests, not among them)
+
+FOUND = pkgutil.walk_packages(cjm_fasthtml_resources.__path__, "cjm_fasthtml_resources.")
+MODULES = [module.name for module in FOUND if module.name.split(".")[-1] not in ("showdoc", "_modidx")]
 
 
 def python(code: str, **env: str) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, "-c", code], env={**os.environ, **env}, capture_output=True, text=True, timeout=60)
+    return subprocess.run([sys.executable, "-c", code], env={**os.environ, **env},
+                          capture_output=True, text=True, timeout=60)
+
+
+def code_cells(path: Path) -> list[dict]:
+    return [cell for cell in json.loads(path.read_text(encoding="utf-8"))["cells"] if cell["cell_type"] == "code"]
 
 
 @pytest.mark.parametrize("name", MODULES)
@@ -25,7 +42,7 @@ def test_importing_the_manager_brings_no_user_interface_and_touches_no_driver():
     code = "import sys, cjm_fasthtml_resources.core.manager; print(*sorted(sys.modules))"
     loaded = set(python(code).stdout.split())
     assert not loaded & {"ipywidgets", "IPython", "fasthtml", "fastcore", "pynvml", "rich", "click"}
-    assert "cjm_fasthtml_resources.core.host" in loaded
+    assert "cjm_fasthtml_resources.core.process" in loaded
 
 
 def test_type_hints_are_shipped():
@@ -40,12 +57,13 @@ def test_readme_example_prints_what_the_readme_says():
 
 
 def test_readme_quotes_the_benchmark_as_it_was_saved():
-    assert (ROOT/"benchmarks"/"results.md").read_text(encoding="utf-8").strip() in (ROOT/"README.md").read_text(encoding="utf-8")
+    saved = (ROOT/"benchmarks"/"results.md").read_text(encoding="utf-8").strip()
+    assert saved in (ROOT/"README.md").read_text(encoding="utf-8")
 
 
 def test_readme_commands_are_those_that_run():
-    text = (ROOT/"README.md").read_text(encoding="utf-8")
-    assert "python3 tools/check.py" in text and "python3 tools/check.py" in (ROOT/".ci"/"run").read_text(encoding="utf-8")
+    texts = [path.read_text(encoding="utf-8") for path in (ROOT/"README.md", ROOT/".ci"/"run")]
+    assert all("python3 tools/check.py" in text for text in texts)
 
 
 def test_notebooks_are_nbformat_4_5_with_cell_ids():
@@ -54,17 +72,94 @@ def test_notebooks_are_nbformat_4_5_with_cell_ids():
         assert (nb["nbformat"], nb["nbformat_minor"]) == (4, 5) and all(cell["id"] for cell in nb["cells"]), path
 
 
-@pytest.mark.parametrize("name", ["core.gpu", "core.host", "core.manager", "core.validation", "core.reservations", "core.monitor", "core.plugins", "cluster"])
-def test_what_is_handed_out_cannot_be_changed(name):
-    if name == "cluster": pytest.importorskip("distributed", reason="the extra cluster is not installed")
-    module = importlib.import_module(f"cjm_fasthtml_resources.{name}")
-    found = [x for x in vars(module).values() if isinstance(x, type) and dataclasses.is_dataclass(x) and x.__module__ == module.__name__ and not x.__name__.startswith("_")]
-    assert found or name == "core.plugins"
-    assert [x.__name__ for x in found if not x.__dataclass_params__.frozen] == []
+def test_what_is_handed_out_cannot_be_changed():
+    found = [value for name in MODULES for value in vars(importlib.import_module(name)).values()
+             if dataclasses.is_dataclass(value) and isinstance(value, type) and value.__module__ == name]
+    assert {"GpuDevice", "WorkerState", "ResourceConflict", "Claim", "Sample"} <= {value.__name__ for value in found}
+    public = [value for value in found if not value.__name__.startswith("_")]
+    changeable = {value.__name__ for value in public if not value.__dataclass_params__.frozen}
+    # what a test sets on a simulated machine, and what a process remembers of a plugin
+    assert changeable == {"SimulatedProcess", "SimulatedGpu", "SimulatedHostProcess", "SimulatedMachine", "Fault",
+                          "AskedPlugin"}
 
 
 def test_no_notebook_keeps_a_warning():
     "What went to standard error is about the machine on which it ran, with its paths"
-    kept = [(path.name, output["text"]) for path in (ROOT/"nbs").rglob("*.ipynb") if ".ipynb_checkpoints" not in path.parts
-            for cell in json.loads(path.read_text(encoding="utf-8"))["cells"] for output in cell.get("outputs", []) if output.get("name") == "stderr"]
-    assert not kept
+    outputs = [(path.name, output) for path in measures.find_notebooks(ROOT) for cell in code_cells(path)
+               for output in cell["outputs"]]
+    assert not [(name, output["text"]) for name, output in outputs if output.get("name") == "stderr"]
+
+
+CHECKS = measures.measure(ROOT, Path(cjm_fasthtml_resources.__file__).parent)
+
+
+@pytest.mark.parametrize("name", CHECKS)
+def test_it_can_be_read(name):
+    "Cells, lines and modules keep to the limits of tools/measures.py, which prints all of this at once"
+    assert not CHECKS[name], "\n".join(CHECKS[name])
+
+
+def exported(source: str) -> measures.Cell: return measures.Cell("nb#1", source, ("export",))
+
+
+def test_a_long_cell_is_found():
+    assert list(measures.check_length(exported("a = 1\n"*60))) == []
+    assert list(measures.check_length(exported("a = 1\n"*61))) == ["nb#1: 61 lines, at most 60"]
+    assert list(measures.check_length(measures.Cell("nb#1", "a = 1\n"*61))) == []  # of an example the site shows all
+
+
+def class_of(methods: int, lines: int, name: str = "Front") -> str:
+    "A class with so many methods of so many lines each, besides signature and docstring"
+    method = "    def do(self):\n        'Do it'\n" + "        a = 1\n"*lines
+    return f"class {name}:\n{method*methods}"
+
+
+def test_a_class_may_be_longer_if_it_is_a_list_of_short_methods():
+    assert list(measures.check_length(exported(class_of(20, 2)))) == []
+    assert list(measures.check_length(exported(class_of(6, 11)))) == [
+        "nb#1: Front.do has a body of 11 lines, at most 10"]*6
+    assert list(measures.check_length(exported(class_of(13, 10)))) == []
+    assert list(measures.check_length(exported(class_of(20, 7)))) == ["nb#1: 181 lines, at most 170"]
+    assert list(measures.check_length(exported(class_of(20, 2, "_Front")))) == ["nb#1: 81 lines, at most 60"]
+    assert list(measures.check_length(exported(class_of(1, 4, "ResourceManager")))) == [
+        "nb#1: ResourceManager.do has 4 statements, at most 3"]
+
+
+def test_long_cells_on_the_whole_are_found():
+    cells = [exported("a = 1\n"*length) for length in (2, 13, 40)]
+    assert list(measures.check_median("nb", cells, 12)) == [
+        "nb: the median of its exported cells is 13 lines, at most 12"]
+    assert list(measures.check_median("nb", cells[:2], 12)) == []
+
+
+@pytest.mark.parametrize(("directives", "shown"), [
+    ((), True), (("eval: false",), True), (("exports",), True), (("export",), False), (("hide",), False),
+    (("echo: false",), False), (("include: false",), False)])
+def test_a_line_that_would_wrap_on_the_site_is_found(directives, shown):
+    wide, fits = (measures.Cell("nb#1", "a = 1\n" + "x"*length, directives) for length in (89, 88))
+    assert list(measures.check_shown(fits)) == []
+    assert list(measures.check_shown(wide)) == ["nb#1: 1 lines over 88 characters, the longest 89"]*shown
+
+
+def test_a_private_name_of_another_module_is_found():
+    own = "class A:\n    def __init__(self): self._x = 1\n    def see(self, other): return other._x"
+    other = "from .a import _helper\ndef _other(thing): return thing._x, thing._asdict(), thing.__dict__"
+    assert list(measures.check_privacy({"a": own, "b": "def _helper(): pass"})) == []
+    assert list(measures.check_privacy({"a": own, "b": "def _helper(): pass", "c": other})) == [
+        "c:1: _helper is private to b", "c:2: _x is private to a"]
+
+
+def test_a_long_line_of_a_file_is_found(tmp_path):
+    (tmp_path/"a.py").write_text("#" + "é"*119 + "\n" + "#"*121 + "\n", encoding="utf-8")
+    assert list(measures.check_lines(tmp_path/"a.py", tmp_path)) == ["a.py:2: 121 characters, at most 120"]
+
+
+def test_cells_are_read_as_nbdev_does(tmp_path):
+    cells = [{"cell_type": "code", "id": "1", "source": ["#| export\n", "a = 1\n", "\n", "b = 2"], "outputs": []},
+             {"cell_type": "markdown", "id": "2", "source": ["# b"]},
+             {"cell_type": "code", "id": "3", "source": ["#| hide\n", "a"], "outputs": []}]
+    path = tmp_path/"nb.ipynb"
+    path.write_text(json.dumps({"cells": cells}), encoding="utf-8")
+    first, second = measures.read_cells(path, tmp_path)
+    assert (first.place, first.length, first.exported, first.shown) == ("nb.ipynb#1", 3, True, False)
+    assert (second.source, second.exported, second.shown) == ("a", False, False)

@@ -1,68 +1,97 @@
 "What is checked and asked for: which device, with what arguments, and what is said where it cannot be given"
-import asyncio, os, threading
+import asyncio
+import os
+import threading
 
 import pytest
 from conftest import GONE, MIB
 
-from cjm_fasthtml_resources.core import host, manager as module
-from cjm_fasthtml_resources.core.classify import OwnedProcess, ResourceStatus
-from cjm_fasthtml_resources.core.gpu import GpuDevice, read_gpus, visible_env
-from cjm_fasthtml_resources.core.host import HostMemory
-from cjm_fasthtml_resources.core.manager import ResourceBusy, ResourceManager, ResourceUnavailable
+from cjm_fasthtml_resources.core import checks, devices, requests
+from cjm_fasthtml_resources.core.conflict import ResourceBusy, ResourceUnavailable
+from cjm_fasthtml_resources.core.devices import visible_env
+from cjm_fasthtml_resources.core.gpu import GpuDevice, read_gpus
+from cjm_fasthtml_resources.core.manager import ResourceManager
+from cjm_fasthtml_resources.core.memory import HostMemory
+from cjm_fasthtml_resources.core.resources import OwnedProcess, ResourceStatus
 from cjm_fasthtml_resources.simulate import SimulatedDriver, SimulatedGpu, SimulatedMachine, SimulatedProcess
 
 
 def test_what_a_check_says_where_something_is_missing(monkeypatch):
     manager = ResourceManager(40.0, track_self=False)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1,7")
+    unknown = "names '7', which is not here: as in CUDA, it and what follows are not visible"
     with SimulatedDriver([SimulatedGpu(), SimulatedGpu()]):
         found = manager.check_gpu_availability()
-        assert [d.device.index for d in found.devices] == [1] and found.notes == ("CUDA_VISIBLE_DEVICES='1,7' names '7', which is not here: as in CUDA, it and what follows are not visible",)
+        assert [d.device.index for d in found.devices] == [1]
+        assert found.notes == (f"CUDA_VISIBLE_DEVICES='1,7' {unknown}",)
         assert manager.reserve(1, 0, timeout=0).index == 1 and found.threshold_percent == 40.0
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "7")
         found = manager.check_gpu_availability()
-        assert found.reason == "CUDA_VISIBLE_DEVICES='7' names '7', which is not here: as in CUDA, it and what follows are not visible" and found.notes == ()
+        assert found.reason == f"CUDA_VISIBLE_DEVICES='7' {unknown}" and found.notes == ()
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
-    with SimulatedDriver([SimulatedGpu(mig=[])]): assert manager.check_gpu_availability().reason == "MIG is on, but there is no instance"
-    with SimulatedDriver([]): assert manager.check_gpu_availability().reason == "the NVIDIA driver sees no GPU"
-    with SimulatedDriver([SimulatedGpu(processes=[SimulatedProcess(GONE, 900, "graphics")]), SimulatedGpu(memory_used_mb=900)], SimulatedMachine(pid_namespace=True)):
+    with SimulatedDriver([SimulatedGpu(mig=[])]):
+        assert manager.check_gpu_availability().reason == "MIG is on, but there is no instance"
+    with SimulatedDriver([]):
+        assert manager.check_gpu_availability().reason == "the NVIDIA driver sees no GPU"
+
+
+def test_a_check_says_what_it_estimates():
+    manager = ResourceManager(40.0, track_self=False)
+    drawing = SimulatedGpu(processes=[SimulatedProcess(GONE, 900, "graphics")])
+    with SimulatedDriver([drawing, SimulatedGpu(memory_used_mb=900)], SimulatedMachine(pid_namespace=True)):
         manager.register_worker(7, "llm", gpu_memory_mb=1_000)
         found = manager.check_gpu_availability()
         assert found.devices[0].processes == (OwnedProcess(GONE, "unknown", 900*MIB, kind="graphics"),)
-        assert [d.app_memory//MIB for d in found.devices] == [900, 100] and len(found.notes) == 1 and found.notes[0].startswith("An estimate: inside a container")
-    with SimulatedDriver([SimulatedGpu(memory_used_mb=900, processes=[SimulatedProcess(GONE, None, "graphics")])]):
+        assert [d.app_memory//MIB for d in found.devices] == [900, 100]
+        assert len(found.notes) == 1 and found.notes[0].startswith("An estimate: inside a container")
+    without_figure = SimulatedProcess(GONE, None, "graphics")
+    with SimulatedDriver([SimulatedGpu(memory_used_mb=900, processes=[without_figure])]):
         found = manager.check_gpu_availability()
-        assert found.devices[0].processes[0].kind == "graphics" and found.notes[0].startswith("An estimate: the driver does not say")
-        assert ResourceBusy("x").retryable and ResourceBusy("x").suggested_action is None
-        for name in ("cuda", "gpu", "auto", None): assert module.select_devices(found.snapshot.devices, name) == list(found.snapshot.devices)
+        assert found.devices[0].processes[0].kind == "graphics"
+        assert found.notes[0].startswith("An estimate: the driver does not say")
+
+
+def test_any_device_is_meant_by_no_number_and_an_unknown_word_is_refused():
+    assert ResourceBusy("x").retryable and ResourceBusy("x").suggested_action is None
+    with SimulatedDriver([SimulatedGpu()]):
+        found = read_gpus().devices
+        for name in ("cuda", "gpu", "auto", None): assert devices.select_devices(found, name) == list(found)
         for name in ("", "tpu", "CUDA-1"):
-            with pytest.raises(ValueError): module.select_devices(found.snapshot.devices, name)
+            with pytest.raises(ValueError): devices.select_devices(found, name)
 
 
 def test_ram_is_judged_by_its_threshold_and_of_a_control_group_its_own(monkeypatch):
     manager = ResourceManager()
-    monkeypatch.setattr(host, "read_memory", lambda: HostMemory(100, 60, "/sys/fs/cgroup/x"))
-    monkeypatch.setattr(host, "resident_memory", lambda: {os.getpid(): 40, 1: 20, os.getppid(): 10})
-    monkeypatch.setattr(host, "in_cgroup", lambda pid, cgroup: (pid, cgroup) == (1, "/sys/fs/cgroup/x"))
+    group = "/sys/fs/cgroup/x"
+    monkeypatch.setattr(checks, "read_memory", lambda: HostMemory(100, 60, group))
+    monkeypatch.setattr(checks, "resident_memory", lambda: {os.getpid(): 40, 1: 20, os.getppid(): 10})
+    monkeypatch.setattr(checks, "in_cgroup", lambda pid, cgroup: (pid, cgroup) == (1, group))
     found = manager.check_memory_availability(60)
-    assert found.status is ResourceStatus.APP_BUSY and found.threshold_percent == 60 and [p.pid for p in found.memory.processes] == [os.getpid(), 1]
-    assert manager.check_memory_availability(61).status is ResourceStatus.AVAILABLE and manager.check_memory_availability().threshold_percent == 90
-    with pytest.raises(ValueError, match="^threshold_percent must be between 0 and 100, not 101$"): manager.check_memory_availability(101)
+    assert found.status is ResourceStatus.APP_BUSY and found.threshold_percent == 60
+    assert [p.pid for p in found.memory.processes] == [os.getpid(), 1]
+    assert manager.check_memory_availability(61).status is ResourceStatus.AVAILABLE
+    assert manager.check_memory_availability().threshold_percent == 90
+    with pytest.raises(ValueError, match="^threshold_percent must be between 0 and 100, not 101$"):
+        manager.check_memory_availability(101)
 
 
 def test_the_devices_with_the_most_room_come_first():
-    with SimulatedDriver([SimulatedGpu(memory_total_mb=total, memory_reserved_mb=0) for total in (1_000, 3_000, 2_000)]):
+    sizes = (1_000, 3_000, 2_000)
+    with SimulatedDriver([SimulatedGpu(memory_total_mb=total, memory_reserved_mb=0) for total in sizes]):
         manager = ResourceManager()
         assert [d.index for d in manager.pick_gpus(3).devices] == [1, 2, 0]
         free = [d.room/2**20 for d in manager.check_gpu_availability().devices]
-        assert [d.index for d in manager.pick_gpus(2, min_free_mb=free[2]).devices] == [1, 2]   # exactly as much as it has
-        with pytest.raises(ResourceBusy, match=r"^2 GPUs with .* free were asked for, 1 of 3 have it$") as busy: manager.pick_gpus(2, min_free_mb=free[2] + 1)
+        assert [d.index for d in manager.pick_gpus(2, min_free_mb=free[2]).devices] == [1, 2]   # exactly what it has
+        too_few = r"^2 GPUs with .* free were asked for, 1 of 3 have it$"
+        with pytest.raises(ResourceBusy, match=too_few) as busy: manager.pick_gpus(2, min_free_mb=free[2] + 1)
         assert len(busy.value.conflict.devices) == 3
-        with pytest.raises(ResourceUnavailable, match=r"^4 GPUs were asked for, 3 can be used$") as too_many: manager.pick_gpus(4)
+        with pytest.raises(ResourceUnavailable, match=r"^4 GPUs were asked for, 3 can be used$") as too_many:
+            manager.pick_gpus(4)
         assert len(too_many.value.conflict.devices) == 3
     with SimulatedDriver([SimulatedGpu(memory_total_mb=1_000, processes=[SimulatedProcess(GONE, 1_000)])]):
         assert ResourceManager().pick_gpus().devices[0].index == 0   # without a figure a full one is one
-    with SimulatedDriver([]), pytest.raises(ResourceUnavailable, match="^1 GPUs were asked for, 0 can be used: the NVIDIA driver sees no GPU$"): ResourceManager().pick_gpus()
+    none = "^1 GPUs were asked for, 0 can be used: the NVIDIA driver sees no GPU$"
+    with SimulatedDriver([]), pytest.raises(ResourceUnavailable, match=none): ResourceManager().pick_gpus()
 
 
 def test_a_child_sees_the_devices_by_uuid_and_where_there_is_none_by_number():
@@ -70,26 +99,41 @@ def test_a_child_sees_the_devices_by_uuid_and_where_there_is_none_by_number():
 
 
 @pytest.mark.parametrize("args, error, words", [
-    (dict(gpu_memory_mb=0), ValueError, "gpu_memory_mb must be 1 or more, not 0"), (dict(gpu_memory_mb="8"), TypeError, "gpu_memory_mb must be a number, not '8'"),
-    (dict(gpu_memory_mb=1, timeout=-1), ValueError, f"timeout must be between 0 and {threading.TIMEOUT_MAX:g}, not -1"), (dict(gpu_memory_mb=1, timeout=True), TypeError, "timeout must be a number, not True"),
-    (dict(gpu_memory_mb=1, ttl=0), ValueError, "ttl must be 0.001 or more, not 0"), (dict(gpu_memory_mb=1, pid=GONE), ValueError, f"pid must be that of a living process, not {GONE}"),
-    (dict(gpu_memory_mb=1, pid=True), TypeError, "pid must be a positive int, not True"), (dict(gpu_memory_mb=1, device=2), ValueError, "device must name one of the 2 that are visible, not 2: GPU-a, GPU-b"),
-    (dict(gpu_memory_mb=1, device=True), TypeError, "device must be a number, 'cuda:1', a UUID, a GpuDevice or None, not True"), (dict(gpu_memory_mb=1, device="GPU-c"), ValueError, "device must name one of the 2 that are visible, not 'GPU-c': GPU-a, GPU-b"),
-    (dict(gpu_memory_mb=1_001), ValueError, "gpu_memory_mb must be at most 1000, which is what the largest device has, not 1001"),
-    (dict(gpu_memory_mb=901, device=1), ValueError, "gpu_memory_mb must be at most 900, which is what the largest device has, not 901")])
+    (dict(gpu_memory_mb=0), ValueError, "gpu_memory_mb must be 1 or more, not 0"),
+    (dict(gpu_memory_mb="8"), TypeError, "gpu_memory_mb must be a number, not '8'"),
+    (dict(timeout=-1), ValueError, f"timeout must be between 0 and {threading.TIMEOUT_MAX:g}, not -1"),
+    (dict(timeout=True), TypeError, "timeout must be a number, not True"),
+    (dict(ttl=0), ValueError, "ttl must be 0.001 or more, not 0"),
+    (dict(pid=GONE), ValueError, f"pid must be that of a living process, not {GONE}"),
+    (dict(pid=True), TypeError, "pid must be a positive int, not True"),
+    (dict(device=2), ValueError, "device must name one of the 2 that are visible, not 2: GPU-a, GPU-b"),
+    (dict(device=True), TypeError, "device must be a number, 'cuda:1', a UUID, a GpuDevice or None, not True"),
+    (dict(device="GPU-c"), ValueError, "device must name one of the 2 that are visible, not 'GPU-c': GPU-a, GPU-b"),
+    (dict(gpu_memory_mb=1_001), ValueError,
+     "gpu_memory_mb must be at most 1000, which is what the largest device has, not 1001"),
+    (dict(gpu_memory_mb=901, device=1), ValueError,
+     "gpu_memory_mb must be at most 900, which is what the largest device has, not 901"),
+])
 def test_a_bad_request_names_its_argument_and_enters_no_queue(args, error, words):
-    with SimulatedDriver([SimulatedGpu(uuid="GPU-a", memory_total_mb=1_000), SimulatedGpu(uuid="GPU-b", memory_total_mb=1_000, memory_reserved_mb=100)]):
+    gpus = [
+        SimulatedGpu(uuid="GPU-a", memory_total_mb=1_000),
+        SimulatedGpu(uuid="GPU-b", memory_total_mb=1_000, memory_reserved_mb=100),
+    ]
+    with SimulatedDriver(gpus):
         manager = ResourceManager()
-        with pytest.raises(error) as raised: manager.reserve(**args)
+        with pytest.raises(error) as raised: manager.reserve(**{"gpu_memory_mb": 1, **args})
         assert str(raised.value) == words and manager.get_claims() == []
 
 
 def test_exactly_as_much_as_a_device_has_may_be_asked_for():
-    with SimulatedDriver([SimulatedGpu(uuid="GPU-a", memory_total_mb=1_000), SimulatedGpu(uuid="GPU-b", memory_total_mb=900)]):
+    gpus = [SimulatedGpu(uuid="GPU-a", memory_total_mb=1_000), SimulatedGpu(uuid="GPU-b", memory_total_mb=900)]
+    with SimulatedDriver(gpus):
         manager = ResourceManager()
-        with manager.reserve(1_000) as all_of_it, manager.reserve(1, ttl=0.001): assert (all_of_it.uuid, all_of_it.index, all_of_it.gpu_memory_mb) == ("GPU-a", 0, 1_000)
+        with manager.reserve(1_000) as whole, manager.reserve(1, ttl=0.001):
+            assert (whole.uuid, whole.index, whole.gpu_memory_mb) == ("GPU-a", 0, 1_000)
         for name in (1, "1", "cuda:1", "GPU:1", "GPU-b", read_gpus().devices[1]):
-            with manager.reserve(1, name) as held: assert held.uuid == "GPU-b" and held.env == {"CUDA_VISIBLE_DEVICES": "GPU-b"}
+            with manager.reserve(1, name) as held:
+                assert held.uuid == "GPU-b" and held.env == {"CUDA_VISIBLE_DEVICES": "GPU-b"}
 
 
 def test_a_device_that_cannot_be_used_is_named_with_its_reason():
@@ -97,51 +141,76 @@ def test_a_device_that_cannot_be_used_is_named_with_its_reason():
         manager = ResourceManager()
         driver.fail("nvmlDeviceGetMemoryInfo_v2", 15, gpu=1)
         with pytest.raises(ResourceUnavailable) as raised: manager.reserve(1, 1)
-        assert str(raised.value) == "The device 1 cannot be used: the GPU is lost (it fell off the bus) and needs a reset or a reboot." and len(raised.value.conflict.devices) == 2
+        lost = "the GPU is lost (it fell off the bus) and needs a reset or a reboot"
+        assert str(raised.value) == f"The device 1 cannot be used: {lost}."
+        assert len(raised.value.conflict.devices) == 2
         driver.fail("nvmlDeviceGetMemoryInfo_v2", 15)
         with pytest.raises(ResourceUnavailable) as raised: manager.reserve(1)
-        assert str(raised.value) == raised.value.conflict.message and str(raised.value).startswith("No GPU can be used: ")
+        assert str(raised.value) == raised.value.conflict.message
+        assert str(raised.value).startswith("No GPU can be used: ")
 
 
 def test_who_gives_up_says_who_was_in_the_way_where_it_asked(capfd):
-    with SimulatedDriver([SimulatedGpu(memory_total_mb=10*1024, processes=[SimulatedProcess(GONE, 9*1024)]), SimulatedGpu(memory_total_mb=10*1024)]):
+    outsider = SimulatedProcess(GONE, 9*1024)
+    gpus = [SimulatedGpu(memory_total_mb=10*1024, processes=[outsider]), SimulatedGpu(memory_total_mb=10*1024)]
+    short = "2.0 GiB of GPU memory are wanted, and GPU 0 has 1.0 GiB free"
+    with SimulatedDriver(gpus):
         manager = ResourceManager()
         with pytest.raises(ResourceBusy) as busy: manager.reserve(2*1024, 0, timeout=0.2)
-        assert str(busy.value) == f"2.0 GiB of GPU memory are wanted, and GPU 0 has 1.0 GiB free, with a process without a name (PID {GONE}, 9.0 GiB) on it. It was waited for 0.2 s."
+        assert str(busy.value) == \
+            f"{short}, with a process without a name (PID {GONE}, 9.0 GiB) on it. It was waited for 0.2 s."
         assert len(busy.value.conflict.devices) == 2 and busy.value.retryable and manager.get_claims() == []
         assert manager.waits.read()[0][-1] == (float("inf"), 0)   # it was not granted, so it is not in the histogram
         with pytest.raises(ResourceBusy): manager.reserve(2*1024, 0, timeout=0.7, progress=True)
     bar = capfd.readouterr().err
-    assert "waiting for GPU memory: " in bar and " 1.0 of 2.0 GiB free, 00:00, 2.0 GiB of GPU memory are wanted, and GPU 0 has 1.0 GiB free" in bar, bar
+    assert "waiting for GPU memory: " in bar and f" 1.0 of 2.0 GiB free, 00:00, {short}" in bar, bar
+
+
+def spy(monkeypatch, there, name) -> list:
+    "The arguments of each call of a method or a module's function from now on: (args, kwargs)"
+    real, calls = getattr(there, name), []
+
+    def spied(*args, **kw):
+        calls.append((args, kw))
+        return real(*args, **kw)
+
+    monkeypatch.setattr(there, name, spied)
+    return calls
 
 
 def test_waiting_passes_its_arguments_on(monkeypatch):
-    asked = []
     with SimulatedDriver([SimulatedGpu(), SimulatedGpu()]):
         manager = ResourceManager()
-        reserve = manager.reserve
-        monkeypatch.setattr(manager, "reserve", lambda *args, **kw: (asked.append((args, kw)), reserve(*args, **kw))[1])
+        asked = spy(monkeypatch, manager, "reserve")
         assert manager.wait_for_gpu(1_000, 1, 5).devices[0].index == 1
         assert manager.wait_for_gpu(1_000, 0, progress=True).devices[0].index == 0
     assert asked == [((1_000, 1, 5), {"progress": False}), ((1_000, 0, None), {"progress": True})]
 
 
-def test_waiting_without_blocking_passes_its_arguments_on_too(monkeypatch, spawn):
-    asked, bars = [], []
+def test_reserving_without_blocking_passes_its_arguments_on_too(monkeypatch, spawn):
     child = spawn("input()").pid
     with SimulatedDriver([SimulatedGpu(), SimulatedGpu()]):
         manager = ResourceManager()
-        reserve_async, progress = manager.reserve_async, manager._progress
-        monkeypatch.setattr(manager, "_progress", lambda request, wanted: (bars.append(wanted), progress(request, wanted))[1])
+        progress = spy(monkeypatch, requests, "show_progress")
+        def bars(): return [wanted for (_, _, wanted), _ in progress]
 
         async def main():
             async with manager.reserve_async(1_000, 1, ttl=50, pid=child) as held:
                 claim, = manager.get_claims()
-                assert held.index == 1 and held.holder.pid == child and claim.ttl == 50 and bars == [False]
-            async with manager.reserve_async(1_000, progress=True): assert bars == [False, True]
+                assert held.index == 1 and held.holder.pid == child and claim.ttl == 50 and bars() == [False]
+            async with manager.reserve_async(1_000, progress=True): assert bars() == [False, True]
             with pytest.raises(ResourceBusy, match="waited for 0 s"):
                 async with manager.reserve_async(20_000, 0), manager.reserve_async(20_000, 0, 0): pass
-            monkeypatch.setattr(manager, "reserve_async", lambda *args, **kw: (asked.append((args, kw)), reserve_async(*args, **kw))[1])
+
+        asyncio.run(main())
+
+
+def test_waiting_without_blocking_passes_its_arguments_on_too(monkeypatch):
+    with SimulatedDriver([SimulatedGpu(), SimulatedGpu()]):
+        manager = ResourceManager()
+        asked = spy(monkeypatch, manager, "reserve_async")
+
+        async def main():
             assert (await manager.wait_for_gpu_async(1_000, 1, 5)).devices[0].index == 1
             assert (await manager.wait_for_gpu_async(1_000, 0, progress=True)).devices[0].index == 0
 
@@ -153,16 +222,17 @@ def test_a_request_that_was_withdrawn_is_given_nothing_and_one_of_a_dead_process
     process = spawn("input()")
     with SimulatedDriver([SimulatedGpu()]):
         manager = ResourceManager()
-        gone = manager._request(1, None, None, None, None)
+        gone = manager.request(1)
         gone.withdraw()
         assert gone.poll() is None and manager.get_claims() == []
         held = manager.reserve(20_000)
         assert manager.waits.read()[1] < 5
-        waiting = manager._request(20_000, None, None, None, process.pid)
+        waiting = manager.request(20_000, pid=process.pid)
         assert waiting.poll() is None and len(manager.get_claims()) == 2
         process.kill()
         process.wait()
         manager.reserve(1, timeout=0)   # any look drops what is over
-        with pytest.raises(ProcessLookupError, match=f"^the process with PID {process.pid} ended before it was given any GPU memory$"):
+        ended = f"^the process with PID {process.pid} ended before it was given any GPU memory$"
+        with pytest.raises(ProcessLookupError, match=ended):
             for _ in range(100): waiting.poll()
         held.release()

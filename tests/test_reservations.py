@@ -1,17 +1,31 @@
 "Promises of GPU memory: between threads, tasks and processes, with everything that can end a holder or break the file"
-import asyncio, json, os, re, signal, sqlite3, subprocess, sys, threading, time
+import asyncio
+import json
+import os
+import re
+import signal
+import sqlite3
+import subprocess
+import sys
+import threading
+import time
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings, strategies as st
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from cjm_fasthtml_resources.core import host, store as module
+from cjm_fasthtml_resources.core import host
+from cjm_fasthtml_resources.core import store as module
+from cjm_fasthtml_resources.core.claims import Claim, DeviceUse, find_pools, grant
+from cjm_fasthtml_resources.core.conflict import ResourceBusy
 from cjm_fasthtml_resources.core.gpu import GpuDevice
-from cjm_fasthtml_resources.core.host import ProcessId
-from cjm_fasthtml_resources.core.manager import ResourceBusy, ResourceManager, ResourceStatus
-from cjm_fasthtml_resources.core.reservations import Claim, DeviceUse, find_pools, grant
+from cjm_fasthtml_resources.core.manager import ResourceManager
+from cjm_fasthtml_resources.core.process import ProcessId
+from cjm_fasthtml_resources.core.resources import ResourceStatus
 from cjm_fasthtml_resources.core.store import StoreError, store_path
-from cjm_fasthtml_resources.simulate import SimulatedDriver, SimulatedGpu, SimulatedProcess
+from cjm_fasthtml_resources.simulate import SimulatedDriver, SimulatedGpu, SimulatedMachine, SimulatedProcess
 
 HERE = Path(__file__).parent
 
@@ -23,15 +37,22 @@ keys = ["GPU-0", "GPU-1", "GPU-2"]
 
 
 @st.composite
+def devices_in_use(draw, key):
+    "A device with processes on it, and some of the use is nobody's"
+    processes = draw(st.lists(st.tuples(holders.map(lambda h: (h,)), st.integers(0, 30)), max_size=3))
+    used = min(sum(m for _, m in processes) + draw(st.integers(0, 30)), 200)
+    device = GpuDevice(int(key[-1]), key, memory_total=200, memory_used=used, memory_free=200 - used)
+    return DeviceUse(device, tuple(processes) if draw(st.booleans()) else None)
+
+
+@st.composite
 def situations(draw):
-    "Devices with processes on them, and claims of which some are promised, as they can come about: no more is promised than there is"
-    uses, claims = [], []
-    for key in keys[:draw(st.integers(1, 3))]:
-        processes = draw(st.lists(st.tuples(holders.map(lambda h: (h,)), st.integers(0, 30)), max_size=3))
-        used = min(sum(m for _, m in processes) + draw(st.integers(0, 30)), 200)
-        uses.append(DeviceUse(GpuDevice(int(key[-1]), key, memory_total=200, memory_used=used, memory_free=200 - used), tuple(processes) if draw(st.booleans()) else None))
+    "Devices in use, and claims of which some are promised, as they can come about: no more is promised than there is"
+    uses = [draw(devices_in_use(key)) for key in keys[:draw(st.integers(1, 3))]]
+    claims = []
     for id in range(1, draw(st.integers(1, 9))):
-        claim = Claim(id, draw(holders), draw(st.integers(1, 120)), tuple(draw(st.sets(st.sampled_from(keys), min_size=1))))
+        allowed = st.sets(st.sampled_from(keys), min_size=1)
+        claim = Claim(id, draw(holders), draw(st.integers(1, 120)), tuple(draw(allowed)))
         if draw(st.booleans()):
             granted = [c for c in grant([*claims, claim], uses, choose=min) if c.id == id]
             if granted[0].device: claim = granted[0]
@@ -50,7 +71,10 @@ def test_what_is_granted_is_there_and_nobody_who_fits_is_passed_over(situation):
         assert c.device in c.allowed and room[c.device] >= 0
     waiting = [c for c in after.values() if c.device is None]
     if waiting:  # the first who waits would not fit anywhere it may go, even with what those before it were given
-        assert all(room[key] + sum(c.memory for c in given_now if c.device == key and c.id > waiting[0].id) < waiting[0].memory for key in waiting[0].allowed if key in room)
+        first = waiting[0]
+        for key in room.keys() & set(first.allowed):
+            later = sum(c.memory for c in given_now if c.device == key and c.id > first.id)
+            assert room[key] + later < first.memory
     assert [(c.id, c.holder, c.memory) for c in after.values()] == [(c.id, c.holder, c.memory) for c in claims]
     assert all(after[c.id].device == c.device for c in claims if c.device)  # what is promised stays promised
 
@@ -58,13 +82,12 @@ def test_what_is_granted_is_there_and_nobody_who_fits_is_passed_over(situation):
 @given(st.lists(st.integers(1, 40), min_size=5, max_size=60), st.integers(50, 100))
 @settings(max_examples=100, deadline=None)
 def test_a_large_request_is_not_starved_by_small_ones(small, large):
-    "Small ones come without end and hold for two rounds; the large one is served as soon as those that were before it are gone"
-    me, claims, number = ProcessId(1, 1.0), [], 0
+    "Small ones come without end and hold for two rounds; the large one is served when those before it are gone"
+    me, claims = ProcessId(1, 1.0), []
     free = DeviceUse(GpuDevice(0, "GPU-0", memory_total=100, memory_used=0, memory_free=100), ())
     born = {}
     for turn, size in enumerate(small):
-        number += 1
-        claims.append(Claim(number, me, large if turn == 2 else size, ("GPU-0",)))
+        claims.append(Claim(turn + 1, me, large if turn == 2 else size, ("GPU-0",)))
         claims = grant([c for c in claims if turn - born.get(c.id, turn) < 2], [free])
         for c in claims:
             if c.device: born.setdefault(c.id, turn)
@@ -73,21 +96,22 @@ def test_a_large_request_is_not_starved_by_small_ones(small, large):
 
 # One process
 
-def test_threads_never_hold_more_than_there_is(folder):
-    for manager in (ResourceManager(), ResourceManager(app="threads")):
-        driver, errors = SimulatedDriver([SimulatedGpu(memory_total_mb=10_000) for _ in range(2)]), []
+@pytest.mark.parametrize("app", [None, "threads"])
+def test_threads_never_hold_more_than_there_is(folder, app):
+    manager, errors = ResourceManager(app=app), []
+    driver = SimulatedDriver([SimulatedGpu(memory_total_mb=10_000) for _ in range(2)])
 
-        def work():
-            try:
-                for _ in range(4):
-                    with manager.reserve(4_000, timeout=30) as held, driver.allocate(4_000, held.index): time.sleep(0.002)
-            except BaseException as error: errors.append(error)
+    def work():
+        try:
+            for _ in range(4):
+                with manager.reserve(4_000, timeout=30) as held, driver.allocate(4_000, held.index): time.sleep(0.002)
+        except BaseException as error: errors.append(error)
 
-        with driver:
-            threads = [threading.Thread(target=work) for _ in range(12)]
-            for t in threads: t.start()
-            for t in threads: t.join()
-        assert not errors and manager._ledger.claims() == []
+    with driver:
+        threads = [threading.Thread(target=work) for _ in range(12)]
+        for t in threads: t.start()
+        for t in threads: t.join()
+    assert not errors and manager.ledger.claims() == []
 
 
 def test_the_event_loop_goes_on_while_a_task_waits():
@@ -113,7 +137,7 @@ def test_the_event_loop_goes_on_while_a_task_waits():
         clock.cancel()
 
     with SimulatedDriver([SimulatedGpu()]) as driver: asyncio.run(main())
-    assert max(b - a for a, b in zip(ticks, ticks[1:])) < 0.2 and manager._ledger.claims() == []
+    assert max(b - a for a, b in pairwise(ticks)) < 0.2 and manager.ledger.claims() == []
 
 
 def test_a_bar_says_who_is_in_the_way(capfd):
@@ -125,7 +149,6 @@ def test_a_bar_says_who_is_in_the_way(capfd):
 
 def test_inside_a_container_what_the_use_grows_by_is_the_promise():
     manager, gpu = ResourceManager(), SimulatedGpu(memory_total_mb=20_000, memory_used_mb=4_000)
-    from cjm_fasthtml_resources.simulate import SimulatedMachine
     with SimulatedDriver([gpu], SimulatedMachine(pid_namespace=True)), manager.reserve(10_000, pid=None):
         def seen():
             d, = manager.check_gpu_availability().devices
@@ -148,9 +171,9 @@ def test_in_a_fork_the_child_neither_releases_nor_inherits(folder):
     with SimulatedDriver([SimulatedGpu()]):
         for manager, seen in ((ResourceManager(), 0), (ResourceManager(app="fork"), 1)):
             with manager.reserve(1_000) as held:
-                if (pid := os.fork()) == 0: os._exit(10*held.release() + len(manager._ledger.claims()))
+                if (pid := os.fork()) == 0: os._exit(10*held.release() + len(manager.ledger.claims()))
                 assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == seen
-                assert len(manager._ledger.claims()) == 1
+                assert len(manager.ledger.claims()) == 1
 
 
 def test_in_a_fork_what_the_child_reserves_is_its_own():
@@ -158,7 +181,9 @@ def test_in_a_fork_what_the_child_reserves_is_its_own():
     with SimulatedDriver([SimulatedGpu()]):
         manager = ResourceManager()
         assert manager.reserve(1_000).holder.pid == os.getpid()
-        if (pid := os.fork()) == 0: os._exit(manager.reserve(1_000).holder == host.read_process(os.getpid()).lineage[0])
+        if (pid := os.fork()) == 0:
+            mine = host.read_process(os.getpid()).lineage[0]
+            os._exit(manager.reserve(1_000).holder == mine)
         assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 1
 
 
@@ -167,7 +192,7 @@ def test_in_a_fork_what_the_child_reserves_is_its_own():
 HOLDER = """import sys
 from cjm_fasthtml_resources.core.manager import ResourceManager
 from cjm_fasthtml_resources.simulate import SimulatedDriver, SimulatedGpu
-driver = SimulatedDriver([SimulatedGpu()]).__enter__()
+driver = SimulatedDriver([SimulatedGpu()]).start()
 held = ResourceManager(app="theirs").reserve(20_000)
 print("held", flush=True)
 sys.stdin.readline()"""
@@ -179,10 +204,12 @@ def test_another_apps_promise_counts_until_it_is_killed(folder, spawn):
     manager = ResourceManager(app="mine")
     with SimulatedDriver([SimulatedGpu()]):
         conflict = manager.check_gpu_availability()
-        assert conflict.status is ResourceStatus.EXTERNAL_BUSY and f"promised to PID {other.pid} of the app theirs" in conflict.message
+        assert conflict.status is ResourceStatus.EXTERNAL_BUSY
+        assert f"promised to PID {other.pid} of the app theirs" in conflict.message
         with pytest.raises(ResourceBusy, match=f"PID {other.pid}"): manager.reserve(10_000, timeout=0)
         assert ResourceManager(app="theirs").check_gpu_availability().status is ResourceStatus.APP_BUSY
-        assert ResourceManager().check_gpu_availability().status is ResourceStatus.AVAILABLE  # it names no app, so it shares nothing
+        # it names no app, so it shares nothing
+        assert ResourceManager().check_gpu_availability().status is ResourceStatus.AVAILABLE
         other.send_signal(signal.SIGKILL)
         other.wait()
         assert manager.check_gpu_availability().status is ResourceStatus.AVAILABLE
@@ -191,10 +218,12 @@ def test_another_apps_promise_counts_until_it_is_killed(folder, spawn):
 
 @pytest.mark.parametrize("kills", [0, 5])
 def test_a_crowd_never_holds_more_than_there_is_and_nobody_waits_for_ever(tmp_path, kills):
-    out = subprocess.run([sys.executable, HERE/"crowd.py", tmp_path, "200", "20", str(kills)], capture_output=True, text=True, timeout=150)
+    crowd = [sys.executable, HERE/"crowd.py", tmp_path, "200", "20", str(kills)]
+    out = subprocess.run(crowd, capture_output=True, text=True, timeout=150)
     found = json.loads(out.stdout)
     print(found, out.stderr)
-    assert (found["failed"], found["stuck"], found["left_over"]) == (0, 0, 0), out.stderr  # no MemoryError, no timeout, no error
+    # no MemoryError, no timeout, no error
+    assert (found["failed"], found["stuck"], found["left_over"]) == (0, 0, 0), out.stderr
     assert max(found["most_promised_mb"]) <= found["total_mb"]
     assert found["large_grants"] and found["grants"] > 200 and bool(found["killed"]) == bool(kills)
 
@@ -210,7 +239,7 @@ def answers(manager):
 
 
 def test_a_file_that_is_locked_is_said_to_be(folder, monkeypatch):
-    monkeypatch.setattr(module, "_BUSY_SECONDS", 0.1)
+    monkeypatch.setattr(module, "BUSY_SECONDS", 0.1)
     manager = ResourceManager(app="mine")
     other = sqlite3.connect(store_path())
     other.execute("BEGIN EXCLUSIVE")
@@ -253,7 +282,8 @@ def test_a_file_that_is_gone_under_a_running_process_is_never_an_available(folde
     manager = ResourceManager(app="mine")
     harm(store_path())
     conflict, raised = answers(manager)
-    assert conflict.status is ResourceStatus.UNAVAILABLE and str(store_path()) in conflict.reason and "removed or replaced" in conflict.reason
+    assert conflict.status is ResourceStatus.UNAVAILABLE
+    assert str(store_path()) in conflict.reason and "removed or replaced" in conflict.reason
     assert str(store_path()) in str(raised.value)
 
 
@@ -261,39 +291,46 @@ def test_a_file_that_is_damaged_under_running_processes_is_made_anew_when_they_h
     first = ResourceManager(app="mine")
     damage(store_path())
     with pytest.raises(StoreError, match="damaged.*other programs use it"): ResourceManager(app="late")
-    first._ledger.store.close()
+    first.ledger.store.close()
     with SimulatedDriver([SimulatedGpu()]): assert ResourceManager(app="late").reserve(1_000).release()
     assert "set aside" in caplog.text and len(list(folder.glob("*.damaged-1"))) == 1
 
 
 def test_a_full_disk_and_a_read_only_file_lose_nothing(folder):
     manager = ResourceManager(app="mine")
-    with SimulatedDriver([SimulatedGpu()]):
-        with manager.reserve(1_000) as held:
-            with manager._ledger.store.reading() as db: pages = db.execute("PRAGMA page_count").fetchone()[0]
-            with manager._ledger.store.reading() as db: db.execute(f"PRAGMA max_page_count = {pages}")
-            with pytest.raises(StoreError, match="disk is full"):
-                for _ in range(200): manager._ledger.settle(list, lambda: Claim(0, held.holder, 2**20, ("GPU-x"*4_000,)))
-            with manager._ledger.store.reading() as db: db.execute("PRAGMA max_page_count = 100000")
-            with manager._ledger.store.reading() as db: db.execute("PRAGMA query_only = 1")
-            with pytest.raises(StoreError, match="read-only"): manager.reserve(1_000)
-            assert any(c.id == held.id and c.device for c in manager._ledger.claims())
-            with manager._ledger.store.reading() as db: db.execute("PRAGMA query_only = 0")
+    def pragma(setting):
+        with manager.ledger.store.reading() as db: return db.execute(f"PRAGMA {setting}").fetchone()
+    with SimulatedDriver([SimulatedGpu()]), manager.reserve(1_000) as held:
+        pages, = pragma("page_count")
+        pragma(f"max_page_count = {pages}")
+        def large(): return Claim(0, held.holder, 2**20, ("GPU-x"*4_000,))
+        with pytest.raises(StoreError, match="disk is full"):
+            for _ in range(200): manager.ledger.settle(list, large)
+        pragma("max_page_count = 100000")
+        pragma("query_only = 1")
+        with pytest.raises(StoreError, match="read-only"): manager.reserve(1_000)
+        assert any(c.id == held.id and c.device for c in manager.ledger.claims())
+        pragma("query_only = 0")
 
 
 def test_after_a_restart_of_the_machine_nothing_is_promised(folder, monkeypatch):
     manager = ResourceManager(app="mine")
     with SimulatedDriver([SimulatedGpu()]): manager.reserve(1_000)
-    manager._ledger.store.close()
-    assert len(ResourceManager(app="mine")._ledger.claims()) == 1
-    monkeypatch.setattr(module, "_boot", lambda: "another")
-    assert ResourceManager(app="mine")._ledger.claims() == []
+    manager.ledger.store.close()
+    assert len(ResourceManager(app="mine").ledger.claims()) == 1
+    monkeypatch.setattr(module, "boot_id", lambda: "another")
+    assert ResourceManager(app="mine").ledger.claims() == []
 
 
 def test_two_that_start_at_once_make_one_file(folder):
     "Many processes open the file that is not there yet"
-    code = "from cjm_fasthtml_resources.core.manager import ResourceManager; m = ResourceManager(app='many'); print(m._ledger.store.path.stat().st_ino); input()"
-    started = [subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) for _ in range(8)]
+    code = """if True:
+        from cjm_fasthtml_resources.core.manager import ResourceManager
+        manager = ResourceManager(app="many")
+        print(manager.ledger.store.path.stat().st_ino)
+        input()"""
+    pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    started = [subprocess.Popen([sys.executable, "-c", code], **pipes) for _ in range(8)]
     assert len({p.stdout.readline() for p in started}) == 1
     for p in started: p.communicate("\n")
     assert all(p.returncode == 0 for p in started)
@@ -307,4 +344,5 @@ def test_what_belongs_to_another_user_is_not_used(folder, which):
     ResourceManager(app="mine").register_worker(2**31 - 2, "llm")
     given = store_path() if which == "file" else store_path().parent
     os.chown(given, 12345, -1)
-    with pytest.raises(StoreError, match=rf"{re.escape(str(given))} belongs to another user \(UID 12345\), and is not used"): ResourceManager(app="mine")
+    refused = rf"{re.escape(str(given))} belongs to another user \(UID 12345\), and is not used"
+    with pytest.raises(StoreError, match=refused): ResourceManager(app="mine")

@@ -1,15 +1,18 @@
 "Ending workers: all of theirs, nothing else, whatever they do about it"
-import os, time
+import os
+import time
 from dataclasses import replace
 
 import pytest
 from conftest import GONE
 
-from cjm_fasthtml_resources.core import host, manager as module
-from cjm_fasthtml_resources.core.classify import DeviceStatus, OwnedProcess, ResourceStatus, WorkerState
+from cjm_fasthtml_resources.core import host, stopping
+from cjm_fasthtml_resources.core.conflict import ResourceBusy, ResourceUnavailable
 from cjm_fasthtml_resources.core.gpu import GpuDevice
-from cjm_fasthtml_resources.core.host import ProcessId
-from cjm_fasthtml_resources.core.manager import ResourceBusy, ResourceManager, ResourceUnavailable, plan_room
+from cjm_fasthtml_resources.core.manager import ResourceManager
+from cjm_fasthtml_resources.core.process import ProcessId
+from cjm_fasthtml_resources.core.resources import DeviceStatus, OwnedProcess, ResourceStatus, WorkerState
+from cjm_fasthtml_resources.core.room import plan_room
 from cjm_fasthtml_resources.simulate import SimulatedDriver, SimulatedGpu, SimulatedProcess
 
 SLEEPER = "import subprocess, sys, time\n"
@@ -69,10 +72,12 @@ def test_a_number_that_changed_hands_is_not_stopped(spawn):
     other, manager = spawn(CHILD), ResourceManager(track_self=False)
     other.stdout.readline()
     state = manager.register_worker(other.pid, "llm")
-    manager._workers[other.pid] = replace(state, start_time=state.start_time - 5)  # registered was an earlier process with this number
+    # the registered one was an earlier process with this number
+    manager.workers.table.workers[other.pid] = replace(state, start_time=state.start_time - 5)
     manager.stop_worker(other.pid)
     assert other.poll() is None and manager.get_all_workers() == []
-    manager._workers[other.pid] = replace(state, start_time=None)  # registered before there was a process with this number
+    # registered before there was a process with this number
+    manager.workers.table.workers[other.pid] = replace(state, start_time=None)
     with pytest.raises(PermissionError, match="registered before"): manager.stop_worker(other.pid)
     assert other.poll() is None
 
@@ -129,20 +134,21 @@ def test_a_worker_that_is_just_given_a_job_is_spared(spawn, monkeypatch):
     room = Room(spawn, 2)
 
     def plan(devices, idle, need):
-        monkeypatch.setattr(module, "plan_room", plan_room)
+        monkeypatch.setattr(stopping, "plan_room", plan_room)
         room.manager.update_worker_state(idle[0].pid, job_id="now", status="running")  # by another thread, just now
         return plan_room(devices, idle, need)
 
-    monkeypatch.setattr(module, "plan_room", plan)
+    monkeypatch.setattr(stopping, "plan_room", plan)
     with SimulatedDriver([room.gpu]): room.manager.free_gpu(18000)
     assert room.living == [0] and room.manager.get_worker_by_job("now").status == "running"
 
 
 def test_memory_that_does_not_come_back_stops_no_more_workers(spawn, monkeypatch):
     room = Room(spawn, 3)
-    room.manager._plugins.clear()  # so nobody tells the simulated driver that the process has ended
-    monkeypatch.setattr(module, "_RELEASE_WITHIN", 0.2)
-    with SimulatedDriver([room.gpu]), pytest.raises(ResourceBusy, match="not free after 0.2 s"): room.manager.free_gpu(15000)
+    room.manager.workers.plugins.clear()  # so nobody tells the simulated driver that the process has ended
+    monkeypatch.setattr(stopping, "RELEASE_WITHIN", 0.2)
+    with SimulatedDriver([room.gpu]), pytest.raises(ResourceBusy, match="not free after 0.2 s"):
+        room.manager.free_gpu(15000)
     assert room.living == [1, 2]
 
 
@@ -150,28 +156,40 @@ def test_a_server_that_is_registered_itself_is_not_stopped(spawn):
     room = Room(spawn, 1)
     room.manager.register_worker(os.getpid(), "server")
     room.gpu.processes.append(SimulatedProcess(os.getpid(), 9000))
-    with SimulatedDriver([room.gpu]), pytest.raises(ResourceBusy, match="cannot be made free"): room.manager.free_gpu(20000)
+    with SimulatedDriver([room.gpu]), pytest.raises(ResourceBusy, match="cannot be made free"):
+        room.manager.free_gpu(20000)
     assert room.living == [0]
 
 
 def test_room_is_made_with_exactly_what_is_needed():
-    def on(index, *processes): return DeviceStatus(GpuDevice(index, memory_total=1_000, memory_used=900, memory_free=100), ResourceStatus.APP_BUSY, tuple(OwnedProcess(pid, "app", size) for pid, size in processes))
+    def on(index, *processes):
+        device = GpuDevice(index, memory_total=1_000, memory_used=900, memory_free=100)
+        held = tuple(OwnedProcess(pid, "app", size) for pid, size in processes)
+        return DeviceStatus(device, ResourceStatus.APP_BUSY, held)
     first, second = WorkerState(1, "llm"), WorkerState(2, "llm")
-    assert plan_room([on(0, (1, 60), (2, 600))], [first, second], 160) == [first] and plan_room([on(0, (1, 60), (2, 600))], [first, second], 161) == [first, second]
-    assert plan_room([on(0, (2, 600))], [first, second], 700) == [second] and plan_room([on(0, (2, 600))], [first, second], 100) == []
+    both, one = [on(0, (1, 60), (2, 600))], [on(0, (2, 600))]
+    assert plan_room(both, [first, second], 160) == [first]
+    assert plan_room(both, [first, second], 161) == [first, second]
+    assert plan_room(one, [first, second], 700) == [second] and plan_room(one, [first, second], 100) == []
     idle = WorkerState(1, "llm", start_time=1.0)
-    assert [module._is_idle(w) for w in (idle, replace(idle, status="running"), replace(idle, job_id="a"), replace(idle, start_time=None))] == [True, False, False, False]
+    busy = replace(idle, status="running"), replace(idle, job_id="a"), replace(idle, start_time=None)
+    assert [stopping.is_idle(w) for w in (idle, *busy)] == [True, False, False, False]
 
 
 def test_what_cannot_be_made_free_is_said_with_who_holds_it(monkeypatch):
     manager = ResourceManager()
-    with SimulatedDriver([SimulatedGpu(memory_total_mb=1_000, memory_reserved_mb=0), SimulatedGpu(memory_total_mb=3_000, memory_reserved_mb=0, processes=[SimulatedProcess(GONE, 500)])]):
+    gpus = [SimulatedGpu(memory_total_mb=1_000, memory_reserved_mb=0),
+            SimulatedGpu(memory_total_mb=3_000, memory_reserved_mb=0, processes=[SimulatedProcess(GONE, 500)])]
+    with SimulatedDriver(gpus):
         assert manager.free_gpu(2_500) == [] and manager.free_gpu(0) == []   # exactly as much as there is
-        with pytest.raises(ResourceBusy, match=r"^2.9 GiB cannot be made free by stopping idle workers\. A GPU job could start now") as busy: manager.free_gpu(3_000)
+        message = r"^2.9 GiB cannot be made free by stopping idle workers\. A GPU job could start now"
+        with pytest.raises(ResourceBusy, match=message) as busy: manager.free_gpu(3_000)
         assert len(busy.value.conflict.devices) == 2
-        with pytest.raises(ValueError, match="^mb must be at most 3000, which is what the largest device has, not 3001$"): manager.free_gpu(3_001)
+        message = "^mb must be at most 3000, which is what the largest device has, not 3001$"
+        with pytest.raises(ValueError, match=message): manager.free_gpu(3_001)
         with pytest.raises(ValueError, match="^mb must be 0 or more, not -1$"): manager.free_gpu(-1)
-    with SimulatedDriver([]), pytest.raises(ResourceUnavailable, match="^No GPU can be used: the NVIDIA driver sees no GPU.$") as none: manager.free_gpu(1)
+    message = "^No GPU can be used: the NVIDIA driver sees no GPU.$"
+    with SimulatedDriver([]), pytest.raises(ResourceUnavailable, match=message) as none: manager.free_gpu(1)
     assert none.value.conflict.reason == "the NVIDIA driver sees no GPU"
 
 
@@ -181,27 +199,37 @@ def test_a_worker_that_is_being_stopped_is_nobodys_choice(spawn, monkeypatch):
     manager, seen = ResourceManager(track_self=False), []
     worker = manager.register_worker(process.pid, "llm")
 
-    def stop(pid, **kw):
-        seen.append((manager.get_worker_by_pid(pid).status, kw))
+    def stop(workers, pid, grace, me):
+        seen.append((workers.get(pid).status, grace, me))
         gpu.processes.clear()
 
-    monkeypatch.setattr(manager, "stop_worker", stop)
+    monkeypatch.setattr(stopping, "stop_worker", stop)
     with SimulatedDriver([gpu]): assert manager.free_gpu(900, grace=2.5) == [worker]
-    assert seen == [("stopping", {"grace": 2.5})]
+    assert seen == [("stopping", 2.5, None)]
     manager.unregister_worker(process.pid)
-    assert not manager._mark_stopping(worker)   # forgotten meanwhile
+    assert not stopping.mark_stopping(manager.workers, worker)   # forgotten meanwhile
 
 
 def test_what_could_not_be_ended_is_named(spawn, monkeypatch):
     process, asked = spawn("input()"), []
     manager = ResourceManager(track_self=False)
     manager.register_worker(process.pid, "llm")
-    monkeypatch.setattr(host, "end_processes", lambda roots, grace: asked.append((roots, grace)) or [ProcessId(7, 1.0), ProcessId(8, 1.0)])
-    with pytest.raises(TimeoutError, match=f"^of the worker with PID {process.pid}, these processes could not be ended: 7, 8$"): manager.stop_worker(process.pid, grace=2)
-    assert asked == [([ProcessId(process.pid, host.read_start(process.pid))], 2)] and manager.get_worker_by_pid(process.pid)   # it is still there
-    with pytest.raises(ValueError, match="^grace must be between 0 and"): manager.stop_worker(process.pid, grace=float("inf"))
-    monkeypatch.setattr(host, "end_processes", lambda roots, grace: (asked.append(grace), manager.register_worker(process.pid, "again"))[:0])
-    manager._workers[process.pid] = replace(manager._workers[process.pid], start_time=1.0)   # that worker ended, and its number was registered anew meanwhile
-    monkeypatch.setattr(host, "has_ended", lambda *process: False)
+    left = [ProcessId(7, 1.0), ProcessId(8, 1.0)]
+    monkeypatch.setattr(stopping, "end_processes", lambda roots, grace: asked.append((roots, grace)) or left)
+    message = f"^of the worker with PID {process.pid}, these processes could not be ended: 7, 8$"
+    with pytest.raises(TimeoutError, match=message): manager.stop_worker(process.pid, grace=2)
+    assert asked == [([ProcessId(process.pid, host.read_start(process.pid))], 2)]
+    assert manager.get_worker_by_pid(process.pid)   # it is still there
+    with pytest.raises(ValueError, match="^grace must be between 0 and"):
+        manager.stop_worker(process.pid, grace=float("inf"))
+
+    def register_again(roots, grace):
+        asked.append(grace)
+        manager.register_worker(process.pid, "again")
+        return []
+
+    monkeypatch.setattr(stopping, "end_processes", register_again)
+    # that worker ended, and meanwhile its number was registered again
+    manager.workers.table.workers[process.pid] = replace(manager.workers.table.workers[process.pid], start_time=1.0)
     manager.stop_worker(process.pid)
     assert asked[-1] == 5.0 and manager.get_worker_by_pid(process.pid).worker_type == "again"

@@ -1,30 +1,42 @@
 "What is known of a worker, what its plugin is asked, and what may not be passed in"
-import os, threading, time
+import os
+import threading
+import time
 from dataclasses import replace
 
 import pytest
 from conftest import GONE, Server, warned
 
 from cjm_fasthtml_resources.core import host
-from cjm_fasthtml_resources.core.classify import ResourceStatus
 from cjm_fasthtml_resources.core.manager import ResourceManager
+from cjm_fasthtml_resources.core.resources import ResourceStatus
 from cjm_fasthtml_resources.simulate import SimulatedDriver, SimulatedGpu, SimulatedMachine, SimulatedProcess
 
 
 def test_every_field_of_a_worker_can_be_changed_left_and_cleared(monkeypatch):
     now = [100.0]
-    monkeypatch.setattr("cjm_fasthtml_resources.core.manager.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("time.monotonic", lambda: now[0])
     manager, config = ResourceManager(), {"model": "m"}
     first = manager.register_worker(GONE, "llm")
-    fields = dict(job_id="j", plugin_id="p", plugin_name="n", loaded_plugin_resource="r", config=config, status="running", gpu_memory_mb=5)
+    fields = dict(
+        job_id="j", plugin_id="p", plugin_name="n", loaded_plugin_resource="r",
+        config=config, status="running", gpu_memory_mb=5)
     for name, value in fields.items():
         now[0] += 1
         state = manager.update_worker_state(GONE, **{name: value})
         assert getattr(state, name) == value and (state.last_used == now[0]) == (name in ("job_id", "status"))
-    assert state == replace(first, **fields) and state.config is not config   # later changes of the caller's dictionary are his own
+    # later changes of the caller's dictionary are his own
+    assert state == replace(first, **fields) and state.config is not config
     assert manager.get_worker_by_job("j") == state and manager.get_worker_by_job("k") is None
-    for name in ("plugin_id", "plugin_name", "loaded_plugin_resource", "config", "gpu_memory_mb"): assert getattr(manager.update_worker_state(GONE, **{name: None}), name) is None
-    assert manager.update_worker_state(GONE, status=None).status == "idle" and manager.get_worker_by_job("j") is None and manager.get_worker_by_pid(GONE).job_id is None
+    for name in ("plugin_id", "plugin_name", "loaded_plugin_resource", "config", "gpu_memory_mb"):
+        assert getattr(manager.update_worker_state(GONE, **{name: None}), name) is None
+    assert manager.update_worker_state(GONE, status=None).status == "idle"
+    assert manager.get_worker_by_job("j") is None and manager.get_worker_by_pid(GONE).job_id is None
+
+
+def test_a_job_is_its_new_workers():
+    manager = ResourceManager()
+    manager.register_worker(GONE, "llm")
     manager.update_worker_state(GONE, job_id="j", status="running")
     other = manager.register_worker(GONE + 1, "llm", "j")
     assert manager.get_worker_by_job("j") == other
@@ -35,7 +47,10 @@ def test_every_field_of_a_worker_can_be_changed_left_and_cleared(monkeypatch):
 def test_what_is_not_registered_is_warned_of(caplog):
     manager = ResourceManager()
     assert manager.update_worker_state(7, status="idle") is None and manager.unregister_worker(8) is None
-    assert warned(caplog) == ["update_worker_state: no worker with PID 7 is registered", "unregister_worker: no worker with PID 8 is registered"]
+    assert warned(caplog) == [
+        "update_worker_state: no worker with PID 7 is registered",
+        "unregister_worker: no worker with PID 8 is registered",
+    ]
 
 
 def test_dead_workers_are_pruned_and_no_others(spawn):
@@ -50,18 +65,23 @@ def test_dead_workers_are_pruned_and_no_others(spawn):
 
 def test_a_refresh_takes_what_is_new_and_warns_of_what_is_not_there(caplog):
     manager, plugin = ResourceManager(), Server()
-    assert manager.refresh_worker(7) is None and warned(caplog) == ["refresh_worker: no worker with PID 7 is registered"]
+    assert manager.refresh_worker(7) is None
+    assert warned(caplog) == ["refresh_worker: no worker with PID 7 is registered"]
     silent = manager.register_worker(8, "llm")
     assert manager.refresh_worker(8) is silent and not warned(caplog)   # nobody to ask, nothing to complain about
     before = manager.register_worker(9, "llm", plugin_instance=plugin)
-    asked = manager._asked[9]
-    assert manager.refresh_worker(9) is before and manager._asked[9] > asked and 8 not in manager._asked   # nothing new: the same object
+    asked = manager.workers.plugins[9].asked
+    # nothing new: the same object
+    assert manager.refresh_worker(9) is before
+    assert manager.workers.plugins[9].asked > asked and 8 not in manager.workers.plugins
     plugin.children = [GONE, os.getpid()]
     after = manager.refresh_worker(9)
-    assert after.child_pids == [GONE, os.getpid()] and manager._children[os.getpid()] == {9: host.read_start(os.getpid())}
+    own = host.read_start(os.getpid())
+    assert after.child_pids == [GONE, os.getpid()] and manager.workers.table.children[os.getpid()] == {9: own}
     assert manager.refresh_worker(9) is after
-    manager._children[os.getpid()][9] = 0.5   # as if the number had changed hands since
-    assert manager.refresh_worker(9) == after and manager._children[os.getpid()] == {9: 0.5}   # the child that was declared is not taken for another
+    manager.workers.table.children[os.getpid()][9] = 0.5   # as if the number had changed hands since
+    # the child that was declared is not taken for another
+    assert manager.refresh_worker(9) == after and manager.workers.table.children[os.getpid()] == {9: 0.5}
 
 
 def test_a_plugin_that_fails_is_named_with_what_it_did(caplog):
@@ -72,15 +92,20 @@ def test_a_plugin_that_fails_is_named_with_what_it_did(caplog):
 
     manager, plugin = ResourceManager(), Odd()
     state = manager.register_worker(7, "llm", plugin_instance=plugin)
-    assert (state.execution_mode, state.child_pids, state.container_id, state.conda_env) == (None, [GONE, 1], "c0ffee", "speech")
-    assert warned(caplog) == ["Odd.get_execution_mode() raised RuntimeError: not ready", "Odd.get_child_pids() gave ['7', True, -1, 0], which are no PIDs"]
+    assert (state.execution_mode, state.child_pids) == (None, [GONE, 1])
+    assert (state.container_id, state.conda_env) == ("c0ffee", "speech")
+    assert warned(caplog) == [
+        "Odd.get_execution_mode() raised RuntimeError: not ready",
+        "Odd.get_child_pids() gave ['7', True, -1, 0], which are no PIDs",
+    ]
     plugin.get_execution_mode, plugin.get_child_pids = (lambda: "docker"), (lambda: [])
     assert manager.refresh_worker(7).execution_mode == "docker" and not warned(caplog)
 
     def fails(*args): raise RuntimeError("later")
-    for name in ("get_execution_mode", "get_child_pids", "get_managed_resources"): setattr(plugin, name, fails)
+    methods = ("get_execution_mode", "get_child_pids", "get_managed_resources")
+    for name in methods: setattr(plugin, name, fails)
     assert manager.refresh_worker(7).execution_mode == "docker"   # what it said last still holds
-    assert warned(caplog) == [f"Odd.{name}() raised RuntimeError: later" for name in ("get_execution_mode", "get_child_pids", "get_managed_resources")]
+    assert warned(caplog) == [f"Odd.{name}() raised RuntimeError: later" for name in methods]
 
 
 def test_a_rented_machine_is_known_as_long_as_its_plugin_says_so(caplog):
@@ -89,11 +114,13 @@ def test_a_rented_machine_is_known_as_long_as_its_plugin_says_so(caplog):
         def get_remote_resource_info(self): return self.info
 
     manager, plugin = ResourceManager(), Rented()
-    known = ("provider", "region", "instance_id", "status", "ssh_host", "gpu_count", "gpu_type", "estimated_cost_per_hour")
+    known = (
+        "provider", "region", "instance_id", "status", "ssh_host", "gpu_count", "gpu_type", "estimated_cost_per_hour")
     first = manager.register_worker(7, "llm", plugin_instance=plugin)
     assert first.is_remote and first.remote_resource == {name: plugin.info.get(name) for name in known}
     plugin.get_remote_resource_info = lambda: 1/0
-    assert manager.refresh_worker(7).remote_resource == first.remote_resource and warned(caplog) == ["Rented.get_remote_resource_info() raised ZeroDivisionError: division by zero"]
+    assert manager.refresh_worker(7).remote_resource == first.remote_resource
+    assert warned(caplog) == ["Rented.get_remote_resource_info() raised ZeroDivisionError: division by zero"]
     plugin.get_remote_resource_info = lambda: None
     assert not manager.refresh_worker(7).is_remote and manager.get_worker_by_pid(7).remote_resource is None
 
@@ -113,8 +140,10 @@ def test_a_rented_machine_costs_what_its_plugin_estimates_else_its_price_per_hou
         return manager.estimate_total_cloud_cost(*hours)
 
     assert cost(2, lambda hours: 10 + hours) == 11 and cost(2, lambda hours: 10 + hours, 3) == 13
-    assert cost(2, None) == 2 and cost(2, None, 3) == 6 and cost(2, lambda hours: True, 3) == 6 and not warned(caplog)
-    assert cost(None, None) == 0.0 and warned(caplog) == ["the plugin of worker 41 says nothing about cost; it is left out of the sum"]
+    assert cost(2, None) == 2 and cost(2, None, 3) == 6
+    assert cost(2, lambda hours: True, 3) == 6 and not warned(caplog)
+    assert cost(None, None) == 0.0
+    assert warned(caplog) == ["the plugin of worker 41 says nothing about cost; it is left out of the sum"]
 
 
 def test_a_plugin_that_hangs_holds_up_no_check_and_is_heard_when_it_answers(caplog, monkeypatch):
@@ -131,20 +160,25 @@ def test_a_plugin_that_hangs_holds_up_no_check_and_is_heard_when_it_answers(capl
     with SimulatedDriver([SimulatedGpu()]):
         manager = ResourceManager()
         for pid, plugin in [(7, Hanging()), (8, other)]: manager.register_worker(pid, "llm", plugin_instance=plugin)
-        monkeypatch.setattr("cjm_fasthtml_resources.core.manager._REFRESH_AFTER", 0.05)
-        monkeypatch.setattr("cjm_fasthtml_resources.core.manager._PLUGIN_WITHIN", 0.5)
+        monkeypatch.setattr("cjm_fasthtml_resources.core.asking.REFRESH_AFTER", 0.05)
+        monkeypatch.setattr("cjm_fasthtml_resources.core.asking.ANSWER_WITHIN", 0.5)
         other.children = [GONE + 1]
         time.sleep(0.06)
         began = time.monotonic()
         conflict = manager.check_gpu_availability()
-        assert (conflict.status, conflict.notes) == (ResourceStatus.AVAILABLE, (note,)) and 0.5 <= time.monotonic() - began < 2
-        assert warned(caplog) == ["the plugin of worker 7 does not answer within 0.5 s; what it said before counts until it does"]
-        assert manager.get_worker_by_pid(7).child_pids == [GONE] and manager.get_worker_by_pid(8).child_pids == [GONE + 1]   # the others are heard
+        assert (conflict.status, conflict.notes) == (ResourceStatus.AVAILABLE, (note,))
+        assert 0.5 <= time.monotonic() - began < 2
+        assert warned(caplog) == [
+            "the plugin of worker 7 does not answer within 0.5 s; what it said before counts until it does"]
+        assert manager.get_worker_by_pid(7).child_pids == [GONE]
+        assert manager.get_worker_by_pid(8).child_pids == [GONE + 1]   # the others are heard
         time.sleep(0.06)
         began = time.monotonic()
         for _ in range(20): manager.check_gpu_availability()
-        assert time.monotonic() - began < 0.5 and len(calls) == 2 and not warned(caplog)   # not waited for again, and no second thread
-        assert manager.check_gpu_availability().notes == manager.check_memory_availability().notes == (note,)   # but said each time
+        # not waited for again, and no second thread
+        assert time.monotonic() - began < 0.5 and len(calls) == 2 and not warned(caplog)
+        # but said each time
+        assert manager.check_gpu_availability().notes == manager.check_memory_availability().notes == (note,)
         answer.set()
         calls[1].join(5)
         assert manager.get_worker_by_pid(7).child_pids == [GONE, os.getpid()]
@@ -166,13 +200,14 @@ def test_a_child_forked_while_a_plugin_hangs_asks_it_itself(monkeypatch):
         manager, plugin = ResourceManager(), Hanging()
         manager.register_worker(7, "llm", plugin_instance=plugin)
         plugin.hangs = True
-        monkeypatch.setattr("cjm_fasthtml_resources.core.manager._REFRESH_AFTER", 0.01)
-        monkeypatch.setattr("cjm_fasthtml_resources.core.manager._PLUGIN_WITHIN", 0.2)
+        monkeypatch.setattr("cjm_fasthtml_resources.core.asking.REFRESH_AFTER", 0.01)
+        monkeypatch.setattr("cjm_fasthtml_resources.core.asking.ANSWER_WITHIN", 0.2)
         time.sleep(0.02)
         assert manager.check_gpu_availability().notes
         if (child := os.fork()) == 0:
-            monkeypatch.setattr("cjm_fasthtml_resources.core.manager._PLUGIN_WITHIN", 5.0)
-            os._exit(0 if manager.check_gpu_availability().notes == () and manager.get_worker_by_pid(7).child_pids == [GONE + 1] else 1)
+            monkeypatch.setattr("cjm_fasthtml_resources.core.asking.ANSWER_WITHIN", 5.0)
+            notes, children = manager.check_gpu_availability().notes, manager.get_worker_by_pid(7).child_pids
+            os._exit(0 if notes == () and children == [GONE + 1] else 1)
         assert os.waitpid(child, 0)[1] == 0
         answer.set()
 
@@ -180,21 +215,26 @@ def test_a_child_forked_while_a_plugin_hangs_asks_it_itself(monkeypatch):
 def test_what_a_plugin_was_seen_to_need_is_its_workers_own_tree():
     manager = ResourceManager(track_self=False)
     worker = manager.register_worker(os.getpid(), "llm", plugin_name="a", loaded_plugin_resource="m")
-    with SimulatedDriver([SimulatedGpu(processes=[SimulatedProcess(os.getpid(), 700), SimulatedProcess(GONE, 5_000)])]) as driver:
+    gpu = SimulatedGpu(processes=[SimulatedProcess(os.getpid(), 700), SimulatedProcess(GONE, 5_000)])
+    with SimulatedDriver([gpu]):
         manager.check_gpu_availability()
         assert manager.expected_gpu_memory_mb("a", "m") == 700
-        driver.gpus[0].processes[0] = SimulatedProcess(os.getpid(), 300)
+        gpu.processes[0] = SimulatedProcess(os.getpid(), 300)
         manager.check_gpu_availability()
-        assert manager.expected_gpu_memory_mb("a", "m") == 700 and manager.get_worker_by_pid(os.getpid()) == worker   # the most that was seen
+        assert manager.expected_gpu_memory_mb("a", "m") == 700   # the most that was seen
+        assert manager.get_worker_by_pid(os.getpid()) == worker
 
 
 def test_the_need_of_a_plugin_without_a_resource_is_its_own():
     manager = ResourceManager(track_self=False)
     manager.register_worker(GONE, "llm", plugin_name="piper")
-    with SimulatedDriver([SimulatedGpu(processes=[SimulatedProcess(GONE, 700)])]): manager.check_gpu_availability()
+    gpu = SimulatedGpu(processes=[SimulatedProcess(GONE, 700)])
+    with SimulatedDriver([gpu]): manager.check_gpu_availability()
     assert manager.expected_gpu_memory_mb("piper") == 700 and manager.expected_gpu_memory_mb("piper", "de") is None
-    with pytest.raises(TypeError, match="^plugin_name must be a string or None, not 7$"): manager.expected_gpu_memory_mb(7)
-    with pytest.raises(TypeError, match="^resource must be a string or None, not 7$"): manager.expected_gpu_memory_mb("piper", 7)
+    with pytest.raises(TypeError, match="^plugin_name must be a string or None, not 7$"):
+        manager.expected_gpu_memory_mb(7)
+    with pytest.raises(TypeError, match="^resource must be a string or None, not 7$"):
+        manager.expected_gpu_memory_mb("piper", 7)
 
 
 def test_what_workers_report_counts_while_they_live(spawn):
@@ -210,18 +250,29 @@ def test_what_workers_report_counts_while_they_live(spawn):
 
 
 def test_a_configuration_that_is_none_is_named():
-    with pytest.raises(TypeError, match="^config must be a dictionary, not list$"): ResourceManager.from_config([])
-    with pytest.raises(ValueError, match="^config has no field 'gpus'; allowed are: gpu_memory_threshold_percent, "): ResourceManager.from_config({"gpus": 1})
+    with pytest.raises(TypeError, match="^config must be a dictionary, not list$"):
+        ResourceManager.from_config([])
+    unknown = "^config has no field 'gpus'; allowed are: gpu_memory_threshold_percent, "
+    with pytest.raises(ValueError, match=unknown): ResourceManager.from_config({"gpus": 1})
 
 
 @pytest.mark.parametrize("call, error, words", [
-    (lambda m: m.register_worker(0, "llm"), ValueError, "pid must be a positive int, not 0"), (lambda m: m.register_worker("7", "llm"), TypeError, "pid must be a positive int, not '7'"),
-    (lambda m: m.register_worker(7, 5), TypeError, "worker_type must be a string that says something, not 5"), (lambda m: m.register_worker(7, "llm", config=[1]), TypeError, "config must be a dictionary or None, not list"),
-    (lambda m: m.update_worker_state(7, gpu_memory_mb=-1), ValueError, "gpu_memory_mb must be 0 or more, not -1"), (lambda m: m.update_worker_state(7, status=1), TypeError, "status must be a string or None, not 1"),
-    (lambda m: m.pick_gpus(0), ValueError, "n must be a positive int, not 0"), (lambda m: m.pick_gpus(min_free_mb=-1), ValueError, "min_free_mb must be 0 or more, not -1"),
-    (lambda m: m.estimate_total_cloud_cost("1"), TypeError, "duration_hours must be a number, not '1'"), (lambda m: ResourceManager(101), ValueError, "gpu_memory_threshold_percent must be between 0 and 100, not 101"),
-    (lambda m: ResourceManager(gpu_timeout=0), ValueError, "gpu_timeout must be between 0.001 and 1e+06, not 0"), (lambda m: ResourceManager(app="4711"), ValueError, "app must be a letter and then at most 63 letters, digits or any of '_.-', not '4711'"),
-    (lambda m: ResourceManager(app=7), TypeError, "app must be a name, not 7")])
+    (lambda m: m.register_worker(0, "llm"), ValueError, "pid must be a positive int, not 0"),
+    (lambda m: m.register_worker("7", "llm"), TypeError, "pid must be a positive int, not '7'"),
+    (lambda m: m.register_worker(7, 5), TypeError, "worker_type must be a string that says something, not 5"),
+    (lambda m: m.register_worker(7, "llm", config=[1]), TypeError, "config must be a dictionary or None, not list"),
+    (lambda m: m.update_worker_state(7, gpu_memory_mb=-1), ValueError, "gpu_memory_mb must be 0 or more, not -1"),
+    (lambda m: m.update_worker_state(7, status=1), TypeError, "status must be a string or None, not 1"),
+    (lambda m: m.pick_gpus(0), ValueError, "n must be a positive int, not 0"),
+    (lambda m: m.pick_gpus(min_free_mb=-1), ValueError, "min_free_mb must be 0 or more, not -1"),
+    (lambda m: m.estimate_total_cloud_cost("1"), TypeError, "duration_hours must be a number, not '1'"),
+    (lambda m: ResourceManager(101), ValueError,
+     "gpu_memory_threshold_percent must be between 0 and 100, not 101"),
+    (lambda m: ResourceManager(gpu_timeout=0), ValueError, "gpu_timeout must be between 0.001 and 1e+06, not 0"),
+    (lambda m: ResourceManager(app="4711"), ValueError,
+     "app must be a letter and then at most 63 letters, digits or any of '_.-', not '4711'"),
+    (lambda m: ResourceManager(app=7), TypeError, "app must be a name, not 7"),
+])
 def test_what_may_not_be_passed_in_is_named(call, error, words):
     with pytest.raises(error) as raised: call(ResourceManager())
     assert str(raised.value) == words

@@ -1,18 +1,30 @@
 #!/usr/bin/env python3
-"""Run every test, in environments that it makes for itself; needs Python 3.10 or later and nothing else (3.11 for the site).
+"""Run every test, in environments that it makes for itself; needs Python 3.10 or later and nothing else (3.11 for the
+site).
 
     python3 tools/check.py
 
 In .venvs/dev are nbdev 2 and fastcore 1, which the notebooks are made with; in .venvs/clean is the built wheel with the
 newest fastcore and no nbdev, as a user has it. Closes with 'N passed, N failed' over all steps.
 """
-import hashlib, os, re, shutil, subprocess, sys, tempfile, venv
+import hashlib
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import venv
 from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
 VENVS = ROOT/".venvs"
+BIN = "Scripts" if os.name == "nt" else "bin"
 MADE = ("nbs", "cjm_fasthtml_resources", "README.md")  # what the notebooks make, besides themselves
+
+# lines of a step's output that say what failed: of pytest, of benchmarks/run.py, of tools/notebooks.py, of ruff
+COMPLAINT = re.compile(r"^(?:FAILED|ERROR) .*|^.* - MORE THAN .*|^\S+\.ipynb, code cell .*|^\S+:\d+:\d+: .*", re.M)
 
 
 class Step(NamedTuple):
@@ -24,11 +36,11 @@ class Step(NamedTuple):
 
 def environment(name: str, *requirements: str) -> Path:
     "A new virtual environment with the requirements; the folder of its programs"
-    path = VENVS/name
     print(f"\n== making the environment {name}", flush=True)
-    venv.EnvBuilder(with_pip=True, clear=True).create(path)
-    programs = path/("Scripts" if os.name == "nt" else "bin")
-    subprocess.run([programs/"python", "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *requirements], cwd=ROOT, check=True)
+    venv.EnvBuilder(with_pip=True, clear=True).create(VENVS/name)
+    programs = VENVS/name/BIN
+    install = [programs/"python", "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+    subprocess.run([*install, *requirements], cwd=ROOT, check=True)
     return programs
 
 
@@ -36,37 +48,60 @@ def run(title: str, programs: Path, *command: str, cwd: Path = ROOT) -> Step:
     "One step; it counts as one where it does not say how many passed and failed in it"
     print(f"\n== {title}: {' '.join(command)}", flush=True)
     env = {**os.environ, "PATH": f"{programs}{os.pathsep}{os.environ.get('PATH', '')}"}
-    process = subprocess.Popen([programs/command[0], *command[1:]], cwd=cwd, env=env, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace")
+    process = subprocess.Popen([programs/command[0], *command[1:]], cwd=cwd, env=env, stdin=subprocess.DEVNULL,
+                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace")
     output = ""
     for line in process.stdout:
         print(line, end="", flush=True)
         output += line
-    passed, failed = (sum(map(int, re.findall(rf"(\d+) {word}", output.rstrip().rpartition("\n")[2]))) for word in ("passed", "failed"))
-    if process.wait(): return Step(title, passed, failed or 1, tuple(re.findall(r"^(?:FAILED|ERROR) .*|^.* - MORE THAN .*|^\S+\.ipynb, code cell .*", output, re.MULTILINE)))
+    passed, failed = counted(output, "passed"), counted(output, "failed")
+    if process.wait(): return Step(title, passed, failed or 1, tuple(COMPLAINT.findall(output)))
     return Step(title, passed if passed or failed else 1, failed)
+
+
+def counted(output: str, word: str) -> int:
+    "The number before a word in the last line of a step's output"
+    return sum(map(int, re.findall(rf"(\d+) {word}", output.rstrip().rpartition("\n")[2])))
 
 
 def contents() -> dict[str, str]:
     "A fingerprint of every file that is made from the notebooks"
-    files = [path for name in MADE for path in ([ROOT/name] if (ROOT/name).is_file() else (ROOT/name).rglob("*"))]
-    return {str(p.relative_to(ROOT)): hashlib.sha256(p.read_bytes()).hexdigest() for p in files if p.is_file() and "__pycache__" not in p.parts and ".ipynb_checkpoints" not in p.parts}
+    places = [ROOT/name for name in MADE]
+    files = [path for place in places for path in ([place] if place.is_file() else place.rglob("*"))]
+    ignored = {"__pycache__", ".ipynb_checkpoints"}
+    return {str(path.relative_to(ROOT)): hashlib.sha256(path.read_bytes()).hexdigest()
+            for path in files if path.is_file() and not ignored & set(path.parts)}
 
 
 def unchanged(before: dict[str, str]) -> Step:
-    "Whether cleaning, exporting and building left every file as it was: none is unclean, and none differs from its notebook"
+    "Whether cleaning, exporting and building left every file as it was: clean, and as its notebook makes it"
     after = contents()
     changed = sorted(name for name in before.keys() | after.keys() if before.get(name) != after.get(name))
-    for name in changed: print(f"{name} was not as its notebook makes it: run nbdev_export, nbdev_clean and tools/readme.py, and commit")
+    for name in changed:
+        print(f"{name} is not as its notebook makes it: run nbdev_export, nbdev_clean, tools/readme.py, and commit")
     return Step("made anew", int(not changed), len(changed), tuple(changed))
 
 
 def provide(package: str, *programs: str) -> None:
     "What the tests use of the system's packages; where that cannot be, the tests say what is missing"
     if any(map(shutil.which, programs)): return
-    if not shutil.which("apt-get") or os.geteuid() != 0: return print(f"no {package}, so what needs it is not tested: apt-get install {package} (as root)", flush=True)
+    if not shutil.which("apt-get") or os.geteuid() != 0:
+        print(f"no {package}, so what needs it is not tested: apt-get install {package} (as root)", flush=True)
+        return
     print(f"\n== installing {package}", flush=True)
+    env = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
     for command in (["apt-get", "update", "-qq"], ["apt-get", "install", "-y", "-qq", package]):
-        subprocess.run(command, env={**os.environ, "DEBIAN_FRONTEND": "noninteractive"}, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+        subprocess.run(command, env=env, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+
+
+def static_checks(programs: Path) -> list[Step]:
+    "The checks that read files and run none: Python first, then style sheets and scripts"
+    biome = ["biome", "ci", "--colors=off"] if (programs/"biome").exists() else []   # a wheel for Linux on x86_64 alone
+    return [
+        run("lint", programs, "ruff", "check", "--output-format", "concise"),
+        *([run("style sheets and script", programs, *biome)] if biome else []),
+        run("types", programs, "mypy"),
+    ]
 
 
 def development() -> list[Step]:
@@ -79,28 +114,42 @@ def development() -> list[Step]:
     site = [run("site", programs, "python", "tools/docs.py")] if sys.version_info >= (3, 11) else []
     return [
         *site,
-        run("export the modules", programs, "nbdev_export"), run("clean the notebooks", programs, "nbdev_clean"),
-        run("README", programs, "python", "tools/readme.py", "--check"), run("pictures", programs, "python", "tools/pictures.py", "--check"),
-        run("types", programs, "mypy"), run("notebooks", programs, "python", "tools/notebooks.py"),
-        run("nbdev's own tests", programs, "nbdev_test", "--n_workers", "2"), run("tests", programs, "python", "-m", "pytest", "-q", "tests", "--ignore=tests/browser"),
+        run("export the modules", programs, "nbdev_export"),
+        run("clean the notebooks", programs, "nbdev_clean"),
+        run("README", programs, "python", "tools/readme.py", "--check"),
+        run("pictures", programs, "python", "tools/pictures.py", "--check"),
+        *static_checks(programs),
+        run("notebooks", programs, "python", "tools/notebooks.py"),
+        run("nbdev's own tests", programs, "nbdev_test", "--n_workers", "2"),
+        run("tests", programs, "python", "-m", "pytest", "-q", "tests", "--ignore=tests/browser"),
         run("in a browser", programs, "python", "-m", "pytest", "-q", "tests/browser"),
         run("the saved figures", programs, "python", "benchmarks/run.py", "--short"),
         unchanged(before)]
 
 
+INSTALLED = """import importlib.util, sys
+import fastcore, cjm_fasthtml_resources as installed
+assert installed.__file__.startswith(sys.prefix), installed.__file__
+assert fastcore.__version__ >= '2' and importlib.util.find_spec('nbdev') is None
+print(installed.__file__, 'with fastcore', fastcore.__version__)"""
+
+
 def as_installed() -> list[Step]:
     "The wheel, where there is neither nbdev nor this folder's package"
-    dev = VENVS/"dev"/("Scripts" if os.name == "nt" else "bin")
-    with tempfile.TemporaryDirectory() as tmp:
-        built = run("build", dev, "python", "-m", "build", "--outdir", tmp)
-        wheel = next(Path(tmp).glob("*.whl"))
-        programs = environment("clean", f"{wheel}[web,prometheus,cluster]", "fastcore>=2", "pytest>=8", "hypothesis>=6.100", "jsonschema>=4.20", "httpx>=0.27")
-        where = run("installed, not from this folder", programs, "python", "-I", "-c",
-                    "import cjm_fasthtml_resources as c, fastcore, sys; assert c.__file__.startswith(sys.prefix), c.__file__; assert fastcore.__version__ >= '2'; "
-                    "import importlib.util as u; assert u.find_spec('nbdev') is None; print(c.__file__, 'with fastcore', fastcore.__version__)", cwd=Path(tmp))
-        for name in ("tests", "nbs", "benchmarks", "examples", "README.md", ".ci", "settings.ini", "tools"):  # not the package: what is tested is what is installed
-            (shutil.copytree if (ROOT/name).is_dir() else shutil.copy)(ROOT/name, Path(tmp)/name)
-        return [built, where, run("tests against the wheel", programs, "python", "-P" if sys.version_info >= (3, 11) else "-s", "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests", "--ignore=tests/browser", cwd=Path(tmp))]
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        built = run("build", VENVS/"dev"/BIN, "python", "-m", "build", "--outdir", name)
+        wheel = next(folder.glob("*.whl"))
+        programs = environment("clean", f"{wheel}[web,prometheus,cluster]", "fastcore>=2", "pytest>=8",
+                               "hypothesis>=6.100", "jsonschema>=4.20", "httpx>=0.27")
+        where = run("installed, not from this folder", programs, "python", "-I", "-c", INSTALLED, cwd=folder)
+        # not the package: what is tested is what is installed
+        for copied in ("tests", "nbs", "benchmarks", "examples", "README.md", ".ci", "settings.ini", "tools"):
+            (shutil.copytree if (ROOT/copied).is_dir() else shutil.copy)(ROOT/copied, folder/copied)
+        isolated = "-P" if sys.version_info >= (3, 11) else "-s"
+        tests = run("tests against the wheel", programs, "python", isolated, "-m", "pytest", "-q",
+                    "-p", "no:cacheprovider", "tests", "--ignore=tests/browser", cwd=folder)
+        return [built, where, tests]
 
 
 def main() -> int:

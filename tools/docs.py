@@ -5,7 +5,11 @@
 
 nbdev processes the notebooks, smalldocs makes pages of them. Who has Quarto may run nbdev_docs on the same files.
 """
-import os, re, shutil, subprocess, sys
+import os
+import re
+import shutil
+import subprocess
+import sys
 from html.parser import HTMLParser
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
@@ -24,12 +28,13 @@ def process() -> str:
     nbdev_sidebar.__wrapped__()
     proc_nbs(force=True, n_workers=0)
     cfg = get_config()
-    return cfg.doc_host.rstrip("/") + "/" + cfg.doc_baseurl.strip("/") + "/"
+    return f"{cfg.doc_host.rstrip('/')}/{cfg.doc_baseurl.strip('/')}/"
 
 
 def render() -> None:
     "The pages, in _docs"
-    subprocess.run([Path(sys.executable).with_name("smalldocs"), "render"], cwd=PROC, check=True, stdout=subprocess.DEVNULL)
+    smalldocs = Path(sys.executable).with_name("smalldocs")
+    subprocess.run([smalldocs, "render"], cwd=PROC, check=True, stdout=subprocess.DEVNULL)
     shutil.rmtree(SITE, ignore_errors=True)
     shutil.move(PROC/"_docs", SITE)
     for name in ("llms.txt", "dashboards/grafana.json"):  # what _quarto.yml calls resources
@@ -69,7 +74,8 @@ def dead_links(path: Path, pages: dict[Path, Page]) -> list[str]:
         parts = urlsplit(link)
         if parts.scheme or parts.netloc: continue
         target = (path.parent/unquote(parts.path)).resolve() if parts.path else path
-        if not target.is_file() or (target in pages and parts.fragment and unquote(parts.fragment) not in pages[target].anchors): dead.append(link)
+        anchored = target not in pages or unquote(parts.fragment) in pages[target].anchors
+        if not target.is_file() or not anchored: dead.append(link)
     return dead
 
 

@@ -4,7 +4,10 @@
     python tools/notebooks.py [NAME ...]            one line for each notebook, then 'N passed, N failed' over the cells
     python tools/notebooks.py --update [NAME ...]   the same, and keep what the cells print now
 """
-import argparse, copy, os, sys
+import argparse
+import copy
+import os
+import sys
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
@@ -33,7 +36,8 @@ def run(path: Path, update: bool) -> tuple[Path, int, list[str]]:
     "Run one notebook in a process of its own: how many cells passed, and a text for each that did not"
     os.chdir(path.parent)
     os.environ["IN_TEST"] = "1"
-    os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"  # for cells that run the command
+    programs = Path(sys.executable).parent  # for cells that run the command
+    os.environ["PATH"] = f"{programs}{os.pathsep}{os.environ.get('PATH', '')}"
     kept, nb, shell = outputs(read_nb(path)), read_nb(path), CaptureShell(path)
     passed, failures = 0, []
     for number, cell in enumerate(c for c in nb.cells if c.cell_type == "code"):
@@ -41,7 +45,8 @@ def run(path: Path, update: bool) -> tuple[Path, int, list[str]]:
         cell.outputs = []
         shell.cell(cell)
         if shell.exc:
-            failures.append(f"{path.relative_to(ROOT)}, code cell {number + 1}:\n{cell.source}\n{shell.prettytb(fname=path)}")
+            trace = shell.prettytb(fname=path)
+            failures.append(f"{path.relative_to(ROOT)}, code cell {number + 1}:\n{cell.source}\n{trace}")
             return path, passed, failures  # the cells after it build on it
         if not update and outputs(nb)[number] != kept[number]:
             failures.append(f"{path.relative_to(ROOT)}, code cell {number + 1} prints something else than is kept:\n"
@@ -59,7 +64,8 @@ def main() -> int:
     parser.add_argument("--update", action="store_true", help="keep what the cells print now")
     args = parser.parse_args()
     paths = [NBS/f"{name}.ipynb" for name in args.names] or sorted(NBS.rglob("[!_.]*.ipynb"))
-    if missing := [str(path.relative_to(ROOT)) for path in paths if not path.is_file()]: parser.error(f"there is no {', '.join(missing)}")
+    missing = [str(path.relative_to(ROOT)) for path in paths if not path.is_file()]
+    if missing: parser.error(f"there is no {', '.join(missing)}")
     passed, failed = 0, 0
     with get_context("spawn").Pool(maxtasksperchild=1) as pool:
         for path, good, failures in pool.imap(partial(run, update=args.update), paths, chunksize=1):

@@ -1,10 +1,14 @@
 #!/usr/bin/env python3
-"""Make README.md from nbs/index.ipynb, and nbs/llms.txt (llmstxt.org), the site's contents for language models, from all notebooks.
+"""Make README.md from nbs/index.ipynb, and nbs/llms.txt (llmstxt.org), the site's contents for language models, from
+all notebooks.
 
     python tools/readme.py           write them
     python tools/readme.py --check   only say whether they are up to date, closing with 'N passed, N failed'
 """
-import argparse, configparser, re, sys
+import argparse
+import configparser
+import re
+import sys
 from pathlib import Path
 
 import yaml
@@ -49,9 +53,10 @@ def readme() -> str:
     ReadmeFilter()(nb)
     title = nb.frontmatter_ if hasattr(nb, "frontmatter_") else {}
     head = [f"# {title['title']}", f"> {title['description']}"] if title else []
-    cells = [cell_text(c) for c in nb.cells if not (c.cell_type == "raw")]
+    cells = [cell_text(c) for c in nb.cells if c.cell_type != "raw"]
     text = "\n\n".join(filter(None, [*head, *cells]))
-    return HEAD + "\n" + text.replace("\n```\n\n```python\n", "\n\n") + "\n"  # code cells that follow each other are one block
+    text = text.replace("\n```\n\n```python\n", "\n\n")  # code cells that follow each other are one block
+    return f"{HEAD}\n{text}\n"
 
 
 def llms() -> str:
@@ -72,7 +77,8 @@ def llms() -> str:
     pages = [entry for entry in contents if isinstance(entry, str) and entry != "index.ipynb"]
     title, sentence = heading("index.ipynb")
     parts = [f"# {title}\n\n> {sentence}", "## First\n\n" + "\n".join(map(line, pages))]
-    parts += [f"## {entry['section']}\n\n" + "\n".join(map(line, entry["contents"])) for entry in contents if isinstance(entry, dict)]
+    sections = [entry for entry in contents if isinstance(entry, dict)]
+    parts += [f"## {entry['section']}\n\n" + "\n".join(map(line, entry["contents"])) for entry in sections]
     return "\n\n".join(parts) + "\n"
 
 

@@ -1,25 +1,30 @@
 #!/usr/bin/env python3
 """Take the pictures of the documentation that are of a real browser: the panel in JupyterLab, and the page.
 
-    python tools/screenshots.py     writes nbs/images/panel-*.png and page-*.png; needs Chromium and the extras web and browser
+    python tools/screenshots.py     writes nbs/images/panel-*.png and page-*.png
+
+It needs Chromium, and the extras web and browser.
 
 What is shown is simulated. Fonts differ from machine to machine, so these pictures are not compared with the kept ones.
 """
-import json, os, sys, tempfile, time
+import json
+import sys
+import tempfile
+import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 IMAGES = ROOT/"nbs"/"images"
 sys.path.insert(0, str(ROOT/"tests"/"browser"))
 
-from helpers import CHROMIUM, FLAGS, free_port, serving  # noqa: E402
+from helpers import CHROMIUM, FLAGS, free_port, jupyter, notebook, serving  # noqa: E402
 from playwright.sync_api import sync_playwright  # noqa: E402
 
 # An hour of a worker that loads its model and of an outsider that comes, in half a minute
 SETUP = """import math, threading, time
 from cjm_fasthtml_resources import ResourceManager
 from cjm_fasthtml_resources.simulate import load_scenario
-driver = load_scenario("pair").__enter__()
+driver = load_scenario("pair").start()
 manager = ResourceManager(track_self=False)
 for worker in driver.workers: _ = manager.register_worker(**worker)
 def vary():
@@ -27,35 +32,38 @@ def vary():
     while True:
         t = time.monotonic() - began
         for gpu, used, phase in zip(driver.gpus, (15420, 39900), (0, 2)):
-            gpu.memory_used_mb, gpu.utilization = used + 2500*math.sin(t/2 + phase) + 2500, int(60 + 39*math.sin(t + phase))
+            gpu.memory_used_mb = used + 2500*math.sin(t/2 + phase) + 2500
+            gpu.utilization = int(60 + 39*math.sin(t + phase))
         time.sleep(0.1)
 threading.Thread(target=vary, daemon=True).start()"""
+TO_TOP = """element => {
+    const pane = [...element.querySelectorAll('*'), element].find(e =>
+        e.scrollHeight > e.clientHeight + 5 && getComputedStyle(e).overflowY !== 'visible');
+    if (pane) pane.scrollTop = 0;
+}"""
 CELLS = ["from demo import manager, time   # an app's ResourceManager, on a simulated machine",
          "from cjm_fasthtml_resources import ResourcePanel\n\nResourcePanel(manager, interval=0.5, controls=True)",
          "time.sleep(60)   # the panel goes on while this runs"]
 SERVE = SETUP + """
 import sys, uvicorn
 from cjm_fasthtml_resources.ui.web import make_app
-uvicorn.run(make_app(manager, interval=0.5), host="127.0.0.1", port=int(sys.argv[1]), log_level="warning", timeout_graceful_shutdown=1)"""
+app = make_app(manager, interval=0.5)
+uvicorn.run(app, host="127.0.0.1", port=int(sys.argv[1]), log_level="warning", timeout_graceful_shutdown=1)"""
 
 
 def panel(browser, folder: Path) -> None:
     "The panel in JupyterLab, light and dark, while a cell runs"
-    cells = [dict(cell_type="code", id=f"cell-{i}", execution_count=None, metadata={}, outputs=[], source=source) for i, source in enumerate(CELLS)]
     (folder/"demo.py").write_text(SETUP)
-    notebook = dict(cells=cells, metadata=dict(kernelspec=dict(name="python3", display_name="Python 3", language="python")), nbformat=4, nbformat_minor=5)
-    own = {name: str(folder/name.lower()) for name in ("JUPYTER_CONFIG_DIR", "JUPYTER_DATA_DIR", "JUPYTER_RUNTIME_DIR", "IPYTHONDIR", "JUPYTERLAB_SETTINGS_DIR", "JUPYTERLAB_WORKSPACES_DIR")}
+    settings = folder/"jupyterlab_settings_dir"/"@jupyterlab"/"apputils-extension"
+    settings.mkdir(parents=True)
+    quiet = dict(fetchNews="false", checkForUpdates=False)
+    (settings/"notification.jupyterlab-settings").write_text(json.dumps(quiet))
     for theme in ("Light", "Dark"):
-        (folder/"Train.ipynb").write_text(json.dumps(notebook))
-        settings = folder/"jupyterlab_settings_dir"/"@jupyterlab"/"apputils-extension"
-        settings.mkdir(parents=True, exist_ok=True)
+        (folder/"Train.ipynb").write_text(json.dumps(notebook(CELLS)))
         (settings/"themes.jupyterlab-settings").write_text(json.dumps(dict(theme=f"JupyterLab {theme}")))
-        (settings/"notification.jupyterlab-settings").write_text(json.dumps(dict(fetchNews="false", checkForUpdates=False)))
-        port = free_port()
-        command = [sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root", "--ip=127.0.0.1", f"--port={port}", "--IdentityProvider.token=t", f"--ServerApp.root_dir={folder}"]
-        with serving(command, f"http://127.0.0.1:{port}/api", folder/"log", env={**os.environ, **own}):
+        with jupyter("jupyterlab", folder) as server:
             page = browser.new_page(viewport=dict(width=1100, height=900))
-            page.goto(f"http://127.0.0.1:{port}/lab/workspaces/{theme}/tree/Train.ipynb?token=t")
+            page.goto(f"{server}/lab/workspaces/{theme}/tree/Train.ipynb?token=t")
             page.locator(".jp-Notebook-ExecutionIndicator[data-status=idle]").first.wait_for()
             page.keyboard.press("Control+b")  # without the side bar
             while not page.locator(".cjm .bar").count():  # what is run before the kernel is connected gets lost
@@ -63,7 +71,7 @@ def panel(browser, folder: Path) -> None:
                 page.get_by_text("Run All Cells", exact=True).click()
                 time.sleep(4)
             time.sleep(20)
-            page.locator(".jp-Notebook").evaluate("element => { const pane = [...element.querySelectorAll('*'), element].find(e => e.scrollHeight > e.clientHeight + 5 && getComputedStyle(e).overflowY !== 'visible'); if (pane) pane.scrollTop = 0; }")
+            page.locator(".jp-Notebook").evaluate(TO_TOP)
             time.sleep(1)
             page.screenshot(path=IMAGES/f"panel-{theme.lower()}.png")
             page.close()
@@ -73,12 +81,14 @@ def page(browser, folder: Path) -> None:
     "The page, at desktop and phone width, light and dark"
     (folder/"serve.py").write_text(SERVE)
     port = free_port()
-    with serving([sys.executable, str(folder/"serve.py"), str(port)], f"http://127.0.0.1:{port}/resources", folder/"page-log"):
+    url = f"http://127.0.0.1:{port}/resources"
+    with serving([sys.executable, str(folder/"serve.py"), str(port)], url, folder/"page-log"):
         tabs = {}
         for width, name in ((1100, "desktop"), (390, "phone")):
             for scheme in ("light", "dark"):
-                tabs[f"page-{name}-{scheme}.png"] = tab = browser.new_page(viewport=dict(width=width, height=560), color_scheme=scheme)
-                tab.goto(f"http://127.0.0.1:{port}/resources")
+                tab = browser.new_page(viewport=dict(width=width, height=560), color_scheme=scheme)
+                tab.goto(url)
+                tabs[f"page-{name}-{scheme}.png"] = tab
         time.sleep(20)
         for name, tab in tabs.items(): tab.screenshot(path=IMAGES/name, full_page=True)
 

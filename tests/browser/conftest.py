@@ -31,7 +31,8 @@ def new_page(chromium):
     contexts = []
 
     def new(width=1280, height=900, color_scheme="light", **kw):
-        contexts.append(chromium.new_context(viewport=dict(width=width, height=height), color_scheme=color_scheme, **kw))
+        size = dict(width=width, height=height)
+        contexts.append(chromium.new_context(viewport=size, color_scheme=color_scheme, **kw))
         page = contexts[-1].new_page()
         page.set_default_timeout(30_000)
         return page

@@ -2,20 +2,31 @@
 
 PUT /test?used=MIB fills the second GPU, /test says what the driver was asked and which threads there are.
 """
-import subprocess, sys, threading
+import subprocess
+import sys
+import threading
 
 import uvicorn
 from fasthtml.common import FastHTML, Titled
 from starlette.responses import JSONResponse
 
 from cjm_fasthtml_resources.core.manager import ResourceManager
-from cjm_fasthtml_resources.simulate import SimulatedDriver, SimulatedGpu, SimulatedHostProcess, SimulatedMachine, SimulatedProcess
+from cjm_fasthtml_resources.simulate import (
+    SimulatedDriver,
+    SimulatedGpu,
+    SimulatedHostProcess,
+    SimulatedMachine,
+    SimulatedProcess,
+)
 from cjm_fasthtml_resources.ui.web import ResourceCard, resource_routes
 
 HOSTILE = "<script>alert(1)</script><img src=x onerror=alert(2)>"
-machine = SimulatedMachine(processes=[SimulatedHostProcess(4200001, HOSTILE, "mallory"), SimulatedHostProcess(4200002, "train.py", "bob")])
-gpus = [SimulatedGpu("NVIDIA L4", memory_used_mb=5000, processes=[SimulatedProcess(4200001, 3000), SimulatedProcess(4200002, 2000)]), SimulatedGpu("NVIDIA L40S", memory_total_mb=46068)]
-driver, manager, app = SimulatedDriver(gpus, machine), ResourceManager(), FastHTML(secret_key="of a test", default_hdrs=False)
+hosted = [SimulatedHostProcess(4200001, HOSTILE, "mallory"), SimulatedHostProcess(4200002, "train.py", "bob")]
+on_gpu = [SimulatedProcess(4200001, 3000), SimulatedProcess(4200002, 2000)]
+gpus = [SimulatedGpu("NVIDIA L4", memory_used_mb=5000, processes=on_gpu),
+        SimulatedGpu("NVIDIA L40S", memory_total_mb=46068)]
+driver, manager = SimulatedDriver(gpus, SimulatedMachine(processes=hosted)), ResourceManager()
+app = FastHTML(secret_key="of a test", default_hdrs=False)
 resource_routes(app, manager, interval=0.25, controls=True, guard=lambda req: None)
 worker = subprocess.Popen(["cat"], stdin=subprocess.PIPE)   # ends with its parent
 manager.register_worker(worker.pid, "llm", plugin_name="vllm", job_id="job-1")
@@ -29,7 +40,9 @@ def home(): return Titled("An app of one's own", ResourceCard(manager))
 def state(req):
     if "used" in req.query_params: gpus[1].memory_used_mb = float(req.query_params["used"])
     if "temperature" in req.query_params: gpus[0].temperature = int(req.query_params["temperature"])
-    return JSONResponse(dict(reads=driver.calls["nvmlDeviceGetCount_v2"], threads=[t.name for t in threading.enumerate()], worker=worker.pid, ended=worker.poll()))
+    threads = [t.name for t in threading.enumerate()]
+    reads = driver.calls["nvmlDeviceGetCount_v2"]
+    return JSONResponse(dict(reads=reads, threads=threads, worker=worker.pid, ended=worker.poll()))
 
 
 if __name__ == "__main__":

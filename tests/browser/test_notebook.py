@@ -1,8 +1,10 @@
 "The panel in JupyterLab and Notebook 7: live while a cell runs, steered by clicks, and gone when it is closed"
-import json, os, re, sys, time
+import json
+import re
+import time
 
 import pytest
-from helpers import free_port, serving, violations
+from helpers import jupyter, notebook, violations
 
 SETUP = """import subprocess, sys, threading, time
 from cjm_fasthtml_resources.core.manager import ResourceManager
@@ -14,32 +16,30 @@ def vary():
         time.sleep(0.1)
 worker = subprocess.Popen(["cat"], stdin=subprocess.PIPE)   # ends with its parent
 gpus = [SimulatedGpu("NVIDIA L4", processes=[SimulatedProcess(worker.pid, 5000)]), SimulatedGpu("NVIDIA L40S")]
-SimulatedDriver(gpus).__enter__()
+SimulatedDriver(gpus).start()
 manager = ResourceManager()
 _ = manager.register_worker(worker.pid, "llm", job_id="job-1")
 threading.Thread(target=vary, daemon=True).start()"""
 SHOW = "panel = ResourcePanel(manager, interval=0.2, controls=True)\npanel"
 BUSY = "time.sleep(10)\nprint('awake')"
-TELL = "print(dict(threads=sum(t.name == 'resource-monitor' for t in threading.enumerate()), paused=panel.monitor.paused, interval=panel.monitor.interval, ended=worker.poll()), time.time())"
+TELL = """threads = sum(t.name == 'resource-monitor' for t in threading.enumerate())
+told = dict(threads=threads, paused=panel.monitor.paused, interval=panel.monitor.interval, ended=worker.poll())
+print(told, time.time())"""
 CLOSE = "panel.close(); time.sleep(0.5)"
 CELLS = [SETUP, SHOW, BUSY, TELL, CLOSE]
 
 
-@pytest.fixture(scope="module", params=["lab", "notebook"])
-def jupyter(request, chromium, tmp_path_factory):
-    "The address of a notebook in JupyterLab or Notebook 7, and how that is opened"
+@pytest.fixture(scope="module", params=["jupyterlab", "notebook"])
+def open_notebook(request, chromium, tmp_path_factory):
+    "Write a notebook, and give its address in JupyterLab or Notebook 7"
     folder = tmp_path_factory.mktemp("notebooks")
-    cells = [dict(cell_type="code", id=f"cell-{i}", execution_count=None, metadata={}, outputs=[], source=source) for i, source in enumerate(CELLS)]
-    kernel = dict(name="python3", display_name="Python 3", language="python")
-    port, app = free_port(), "jupyterlab" if request.param == "lab" else "notebook"
-    own = {name: str(folder/name.lower()) for name in ("JUPYTER_CONFIG_DIR", "JUPYTER_DATA_DIR", "JUPYTER_RUNTIME_DIR", "IPYTHONDIR", "JUPYTERLAB_SETTINGS_DIR", "JUPYTERLAB_WORKSPACES_DIR")}
-    command = [sys.executable, "-m", app, "--no-browser", "--allow-root", "--ip=127.0.0.1", f"--port={port}", "--IdentityProvider.token=t", f"--ServerApp.root_dir={folder}"]
+    with jupyter(request.param, folder) as server:
+        def write(name):
+            (folder/f"{name}.ipynb").write_text(json.dumps(notebook(CELLS)))
+            place = f"lab/workspaces/{name}/tree" if request.param == "jupyterlab" else "notebooks"
+            return f"{server}/{place}/{name}.ipynb?token=t"
 
-    def write(name):
-        (folder/f"{name}.ipynb").write_text(json.dumps(dict(cells=cells, metadata=dict(kernelspec=kernel), nbformat=4, nbformat_minor=5)))
-        return f"http://127.0.0.1:{port}/{f'lab/workspaces/{name}/tree' if app == 'jupyterlab' else 'notebooks'}/{name}.ipynb?token=t"
-
-    with serving(command, f"http://127.0.0.1:{port}/api", folder/"log", env={**os.environ, **own}): yield write
+        yield write
 
 
 class Notebook:
@@ -65,7 +65,8 @@ class Notebook:
         while (now := prompt.inner_text()) == before or not re.search(r"\d", now):
             assert time.monotonic() < began + 30, f"{source!r} does not end"
             time.sleep(0.05)
-            if now == before and not re.search(r"\d", before) and time.monotonic() > began + 4:  # sent before the kernel was connected, and lost
+            # what is sent before the kernel is connected gets lost
+            if now == before and not re.search(r"\d", before) and time.monotonic() > began + 4:
                 began = time.monotonic()
                 self.start(source)
 
@@ -83,7 +84,7 @@ class Notebook:
         found = self.cell(source).locator(".jp-OutputArea-output")
         return found.first.inner_text().strip() if found.count() else ""
 
-    def load(self) -> str: return self.page.locator(".cjm .load span").first.inner_text()
+    def load(self) -> str: return self.page.locator(".cjm .load").first.inner_text()
 
     def moves(self, seconds=2.0) -> bool:
         "Whether the figures change"
@@ -101,56 +102,59 @@ def wait_until(condition, seconds=15.0):
         time.sleep(0.05)
 
 
-def test_it_moves_while_a_cell_runs_and_a_click_is_honoured_once(jupyter, new_page):
-    notebook = Notebook(new_page(width=1400, height=1600), jupyter("busy"))
-    notebook.run(SETUP)
-    notebook.run(SHOW)
-    assert notebook.moves()
-    notebook.start(BUSY)
-    assert notebook.moves(3) and notebook.output(BUSY) == ""                # still at work
-    pause = notebook.page.get_by_role("button", name="Pause")
+def test_it_moves_while_a_cell_runs_and_a_click_is_honoured_once(open_notebook, new_page):
+    book = Notebook(new_page(width=1400, height=1600), open_notebook("busy"))
+    book.run(SETUP)
+    book.run(SHOW)
+    assert book.moves()
+    book.start(BUSY)
+    assert book.moves(3) and book.output(BUSY) == ""                # still at work
+    pause = book.page.get_by_role("button", name="Pause")
     pause.click()
-    wait_until(lambda: notebook.output(BUSY) == "awake", 20)
-    wait_until(lambda: not notebook.moves(1.5))
-    assert notebook.tell()["paused"] is True
-    assert notebook.page.locator(".cjm .state").inner_text().endswith("not of this moment: paused")
-    notebook.page.get_by_role("button", name="Resume").click()
-    wait_until(lambda: notebook.moves(1))
-    assert notebook.tell()["paused"] is False and notebook.output(SHOW).count("Error") == 0
+    wait_until(lambda: book.output(BUSY) == "awake", 20)
+    wait_until(lambda: not book.moves(1.5))
+    assert book.tell()["paused"] is True
+    assert book.page.locator(".cjm .state").inner_text().endswith("not of this moment: paused")
+    book.page.get_by_role("button", name="Resume").click()
+    wait_until(lambda: book.moves(1))
+    assert book.tell()["paused"] is False and book.output(SHOW).count("Error") == 0
 
 
-def test_interval_run_again_and_close(jupyter, new_page):
-    notebook = Notebook(new_page(width=1400, height=1600), jupyter("again"))
-    notebook.run(SETUP)
-    notebook.run(SHOW)
-    assert notebook.moves()
-    notebook.page.get_by_label("every").select_option("5 s")
-    wait_until(lambda: notebook.tell()["interval"] == 5.0)
-    for _ in range(3): notebook.run(SHOW)
-    wait_until(lambda: notebook.tell() == dict(threads=1, paused=False, interval=0.2, ended=None))
-    assert notebook.moves()
-    assert violations(notebook.page) == []
-    notebook.run(CLOSE)
-    assert notebook.tell()["threads"] == 0
+def test_interval_run_again_and_close(open_notebook, new_page):
+    book = Notebook(new_page(width=1400, height=1600), open_notebook("again"))
+    book.run(SETUP)
+    book.run(SHOW)
+    assert book.moves()
+    book.page.get_by_label("every").select_option("5 s")
+    wait_until(lambda: book.tell()["interval"] == 5.0)
+    for _ in range(3): book.run(SHOW)
+    wait_until(lambda: book.tell() == dict(threads=1, paused=False, interval=0.2, ended=None))
+    assert book.moves()
+    assert violations(book.page) == []
+    book.run(CLOSE)
+    assert book.tell()["threads"] == 0
 
 
-def test_a_worker_is_stopped_after_a_question_and_a_selection_stays(jupyter, new_page):
-    notebook = Notebook(new_page(width=1400, height=1600), jupyter("stop"))
-    notebook.run(SETUP)
-    notebook.run(SHOW)
-    page = notebook.page
-    page.evaluate("""() => getSelection().selectAllChildren([...document.querySelectorAll('.cjm .processes td')].find(td => td.textContent === 'cat'))""")
-    assert notebook.moves() and page.evaluate("getSelection().toString()") == "cat"
+def test_a_worker_is_stopped_after_a_question_and_a_selection_stays(open_notebook, new_page):
+    book = Notebook(new_page(width=1400, height=1600), open_notebook("stop"))
+    book.run(SETUP)
+    book.run(SHOW)
+    page = book.page
+    page.evaluate("""() => getSelection().selectAllChildren(
+        [...document.querySelectorAll('.cjm .processes td')].find(td => td.textContent === 'cat'))""")
+    assert book.moves() and page.evaluate("getSelection().toString()") == "cat"
     page.set_viewport_size(dict(width=1400, height=500))
-    pane = page.wait_for_function("""() => [...document.querySelectorAll('*')].find(e => e.querySelector('.cjm') && e.scrollHeight > e.clientHeight + 20 && ['auto', 'scroll'].includes(getComputedStyle(e).overflowY))""")
+    pane = page.wait_for_function("""() => [...document.querySelectorAll('*')].find(e =>
+        e.querySelector('.cjm') && e.scrollHeight > e.clientHeight + 20
+        && ['auto', 'scroll'].includes(getComputedStyle(e).overflowY))""")
     place = page.evaluate("pane => { pane.scrollTop = 120; return pane.scrollTop; }", pane)
-    assert place > 50 and notebook.moves() and page.evaluate("pane => pane.scrollTop", pane) == place
+    assert place > 50 and book.moves() and page.evaluate("pane => pane.scrollTop", pane) == place
     page.set_viewport_size(dict(width=1400, height=1600))
     page.get_by_role("button", name=re.compile("Stop llm")).click()
     page.get_by_text("which is running job-1").wait_for()
     page.get_by_role("button", name="Keep it").click()
-    assert notebook.tell()["ended"] is None
+    assert book.tell()["ended"] is None
     page.get_by_role("button", name=re.compile("Stop llm")).click()
     page.get_by_role("button", name="Stop it").dblclick()
     page.get_by_text("Stopped the llm worker").wait_for()
-    assert notebook.tell()["ended"] == -15
+    assert book.tell()["ended"] == -15

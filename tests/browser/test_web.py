@@ -1,5 +1,8 @@
 "The web page in a real browser: two tabs, a GPU that fills up, a hostile name, a stream that is cut"
-import json, sys, time, urllib.request
+import json
+import sys
+import time
+import urllib.request
 from pathlib import Path
 
 import pytest
@@ -32,7 +35,7 @@ def wait_until(condition, seconds=15.0) -> None:
 
 def test_two_tabs_show_a_gpu_that_fills_up_and_is_freed_and_share_one_sampler(server, new_page):
     tabs = [new_page() for _ in range(2)]
-    for page, path in zip(tabs, ("/resources", "/")): page.goto(server + path)
+    for page, path in zip(tabs, ("/resources", "/"), strict=True): page.goto(server + path)
     for used, words in (("30000", "▲ external busy"), ("0", "✓ available")):
         ask(server, f"?used={used}")
         for page in tabs: second(page).locator(".cjm-badge", has_text=words).wait_for()
@@ -57,7 +60,8 @@ def test_a_hostile_name_is_text(server, new_page):
 def test_what_is_selected_and_where_it_was_scrolled_to_stays(server, new_page):
     page = new_page(height=300)
     page.goto(f"{server}/resources")
-    page.evaluate("""() => { const cell = [...document.querySelectorAll('.processes td')].find(td => td.textContent === 'train.py');
+    page.evaluate("""() => {
+        const cell = [...document.querySelectorAll('.processes td')].find(td => td.textContent === 'train.py');
         cell.scrollIntoView(); getSelection().selectAllChildren(cell); window.scrolled = scrollY; }""")
     for degrees in (50, 51, 52):
         ask(server, f"?temperature={degrees}&used={degrees*300}")

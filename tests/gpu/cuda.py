@@ -1,9 +1,13 @@
 """Hold GPU memory by the CUDA driver's own library, without PyTorch: cuda.py MIB [DEPTH] [SECONDS]
 
-Prints "ready PID" when it has it, or "out of memory", and holds it until its standard input ends. With DEPTH a descendant
-so many generations down is the one that has it. Needs libcuda.so.1, which comes with the driver.
+Prints "ready PID" when it has it, or "out of memory", and holds it until its standard input ends. With DEPTH a
+descendant so many generations down is the one that has it. Needs libcuda.so.1, which comes with the driver.
 """
-import ctypes, os, subprocess, sys, time
+import ctypes
+import os
+import subprocess
+import sys
+import time
 
 
 def check(code: int) -> None:

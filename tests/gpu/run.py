@@ -3,7 +3,12 @@
 
     python tests/gpu/run.py      needs the extras dev and bench, and an NVIDIA driver
 """
-import os, re, subprocess, sys, tempfile
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -12,9 +17,9 @@ HERE = Path(__file__).resolve().parent
 def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         kept = Path(folder)/"figures.json"
-        code = subprocess.call([sys.executable, "-m", "pytest", "-q", "-rs", str(HERE)], env={**os.environ, "GPU_FIGURES": str(kept)})
+        pytest = [sys.executable, "-m", "pytest", "-q", "-rs", str(HERE)]
+        code = subprocess.call(pytest, env={**os.environ, "GPU_FIGURES": str(kept)})
         if code or not kept.exists(): return code
-        import json
         found = json.loads(kept.read_text(encoding="utf-8"))
         if len(found) <= 4: return print("nothing was measured") or 0
         name = re.sub(r"[^A-Za-z0-9.]+", "-", f"{found['card']}-{found['driver']}-{found['date']}")
