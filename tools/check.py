@@ -68,7 +68,7 @@ def contents() -> dict[str, str]:
     "A fingerprint of every file that is made from the notebooks"
     places = [ROOT/name for name in MADE]
     files = [path for place in places for path in ([place] if place.is_file() else place.rglob("*"))]
-    ignored = {"__pycache__", ".ipynb_checkpoints"}
+    ignored = {"__pycache__", ".ipynb_checkpoints", ".ruff_cache"}   # of tools, not of the notebooks
     return {str(path.relative_to(ROOT)): hashlib.sha256(path.read_bytes()).hexdigest()
             for path in files if path.is_file() and not ignored & set(path.parts)}
 
