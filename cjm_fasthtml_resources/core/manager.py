@@ -41,10 +41,9 @@ from .display import repr_html
 from .gpu import GpuDevice, GpuSnapshot, read_gpus
 from .ledger import Ledger, Waits
 from .needs import Needs
-from .plugins import PLUGIN_RESOURCE_CONFIG_KEYS
 from .registry import WorkerRegistry
 from .reservations import PendingReservation, Request, Reservation
-from .resources import ResourceStatus, ResourceType, WorkerState
+from .resources import PLUGIN_RESOURCE_CONFIG_KEYS, ResourceStatus, ResourceType, WorkerState
 from .room import plan_room
 from .roster import Roster
 from .store import Store, store_path

@@ -26,8 +26,7 @@ class HostMemory:
     def used_percent(self) -> float: return 100*self.used/self.total if self.total else 100.0
 
 # %% ../../nbs/core/memory.ipynb #23c54c9c
-@dataclass(frozen=True)
-class SimulatedMemory:
+class SimulatedMemory(NamedTuple):
     "The RAM that stands in for the real one while a driver is simulated"
     memory: HostMemory
     resident: Mapping[int, int]  # PID → bytes in RAM

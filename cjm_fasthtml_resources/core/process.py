@@ -110,8 +110,7 @@ def find_ancestors(
     return tuple(found)
 
 # %% ../../nbs/core/process.ipynb #b6d9f618
-@dataclass(frozen=True)
-class SimulatedProcesses:
+class SimulatedProcesses(NamedTuple):
     "The processes that stand in for real ones while a driver is simulated"
     processes: Mapping[int, ProcessInfo]  # by PID
     pid_namespace: bool = False           # whether this process is shown as inside a container

@@ -49,7 +49,7 @@ class WorkerRegistry:
         "Register a process as this app's worker. `TypeError` or `ValueError` names a malformed argument"
         state = make_state(pid, worker_type, config, gpu_memory_mb, job_id=job_id, plugin_id=plugin_id,
                            plugin_name=plugin_name, loaded_plugin_resource=loaded_plugin_resource)
-        state = replace(state, **ask_fields(plugin_instance))
+        if asked := ask_fields(plugin_instance): state = replace(state, **asked)
         return self.workers.register(state, keep_plugin(plugin_instance))
 
     def update_worker_state(
