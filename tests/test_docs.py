@@ -9,6 +9,7 @@ import shlex
 import signal
 import subprocess
 import sys
+from fnmatch import fnmatch
 from pathlib import Path
 
 import click
@@ -138,3 +139,43 @@ def test_each_page_says_what_it_is_and_stands_in_the_sidebar():
         first = "".join(json.loads(path.read_text(encoding="utf-8"))["cells"][0]["source"])
         complaint = f"{path.name} does not begin with a cell of a title and a sentence; nbdev drops what else is in it"
         assert re.fullmatch(r"# .+\n+> .+", first), complaint
+
+
+def the_map() -> str:
+    "What CONTRIBUTING.md says of the rooms: a diagram, and a table"
+    whole = (ROOT/"CONTRIBUTING.md").read_text(encoding="utf-8")
+    return re.search(r"^## The map\n(.*?)^## ", whole, re.DOTALL | re.MULTILINE)[1]
+
+
+def exported() -> dict[str, str]:
+    "What each notebook that makes a module exports"
+    notebooks = {path.relative_to(ROOT/"nbs").with_suffix("").as_posix(): json.loads(path.read_text(encoding="utf-8"))
+                 for path in (ROOT/"nbs").rglob("[!_.]*.ipynb") if ".ipynb_checkpoints" not in path.parts}
+    cells = {name: ["".join(cell["source"]) for cell in found["cells"]] for name, found in notebooks.items()}
+    return {name: "\n".join(cell for cell in found if cell.startswith("#| export")) for name, found in cells.items()
+            if any(cell.startswith("#| default_exp") for cell in found)}
+
+
+def test_the_map_names_every_room_and_no_other():
+    first_cells = [line.split("|")[1] for line in the_map().splitlines() if line.startswith("| `")]
+    named = re.findall(r"`([\w/*]+)`", " ".join(first_cells))
+    rooms = list(exported())
+    assert [room for room in rooms if not any(fnmatch(room, name) for name in named)] == []
+    assert [name for name in named if not any(fnmatch(room, name) for room in rooms)] == []
+
+
+def test_the_arrows_of_the_map_are_imports():
+    names = dict(re.findall(r"(\w+)\[([\w/*]+)\]", the_map()))
+    steps = [[re.findall(r"(\w+)(?:\[[^\]]*\])?", part) for part in line.split("-->")]
+             for line in the_map().splitlines() if "-->" in line and not line.startswith("    read")]
+    arrows = [(names[a], names[b]) for line in steps for sources, targets in zip(line, line[1:], strict=False)
+              for a in sources for b in targets]
+    assert len(arrows) > 40
+
+    def imports(importer: str, imported: str) -> bool:
+        package, _, module = f"cjm_fasthtml_resources.{imported}".replace("/", ".").rpartition(".")
+        leaf = r"\w+" if module == "*" else module
+        pattern = rf"from {re.escape(package)}(?:\.{leaf} import|\b import .*\b{leaf}\b)"
+        return re.search(pattern, exported()[importer]) is not None
+
+    assert [arrow for arrow in arrows if not imports(arrow[1], arrow[0])] == []

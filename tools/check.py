@@ -144,7 +144,8 @@ def as_installed() -> list[Step]:
                                "hypothesis>=6.100", "jsonschema>=4.20", "httpx>=0.27")
         where = run("installed, not from this folder", programs, "python", "-I", "-c", INSTALLED, cwd=folder)
         # not the package: what is tested is what is installed
-        for copied in ("tests", "nbs", "benchmarks", "examples", "README.md", ".ci", "settings.ini", "tools"):
+        for copied in ("tests", "nbs", "benchmarks", "examples", "README.md", "CONTRIBUTING.md", ".ci", "settings.ini",
+                       "tools"):
             (shutil.copytree if (ROOT/copied).is_dir() else shutil.copy)(ROOT/copied, folder/copied)
         isolated = "-P" if sys.version_info >= (3, 11) else "-s"
         tests = run("tests against the wheel", programs, "python", isolated, "-m", "pytest", "-q",
