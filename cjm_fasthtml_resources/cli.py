@@ -33,11 +33,11 @@ from cjm_fasthtml_resources.ui.terminal import (
     worker_table,
 )
 from . import __version__
-from .core.arguments import check_app
+from .core.arguments import LARGEST_PID, check_app, shorten
 from .core.conflict import ResourceBusy, ResourceUnavailable
 from .core.ledger import Ledger
 from .core.manager import ResourceManager
-from .core.process import has_ended, read_process
+from .core.process import has_ended, is_free, read_process
 from .core.resources import ResourceStatus
 from .core.samples import Sample, take_sample
 from .core.store import Store, StoreError, store_path
@@ -51,17 +51,24 @@ _all_ = ["SCHEMA_VERSION", "parse_duration", "parse_size", "process_table", "pro
 EXIT_CODES = {status: status.look.exit_code for status in ResourceStatus}
 
 # %% ../nbs/cli.ipynb #3c5721f6
+def _check_nan(context: click.Context, option: click.Parameter, value: float) -> float:
+    "Refuse what click's ranges let through"
+    if value == value: return value
+    raise click.BadParameter("nan is not a number")
+
+def _is_pid(text: str) -> bool: return text.isdecimal() and len(text) <= 10 and 0 < int(text) <= LARGEST_PID
+
 def _read_apps(context: click.Context, option: click.Parameter, given: Sequence[str]) -> list[int | str]:
     "Return the PIDs as numbers, and the app's name"
     for text in given:
-        if text.isdecimal() and int(text) > 0: continue
+        if _is_pid(text): continue
         try: check_app(text)
         except ValueError:
-            raise click.BadParameter(f"{text!r} is neither a PID nor an app's name "
+            raise click.BadParameter(f"{shorten(text)} is neither a PID nor an app's name "
                                      "(a letter, then letters, digits or any of '_.-')") from None
-    names = {text for text in given if not text.isdecimal()}
+    names = {text for text in given if not _is_pid(text)}
     if len(names) > 1: raise click.BadParameter(f"one name only, not {', '.join(sorted(names))}")
-    return [int(text) if text.isdecimal() else text for text in given]
+    return [int(text) if _is_pid(text) else text for text in given]
 
 # %% ../nbs/cli.ipynb #d42dc4c7
 @click.group(invoke_without_command=True,
@@ -71,12 +78,12 @@ def _read_apps(context: click.Context, option: click.Parameter, given: Sequence[
                    "whose descendants are the app's, too. PIDs may be repeated.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object; with --watch, one on each line.")
 @click.option("--watch", is_flag=True, help="Refresh in place until Ctrl-C.")
-@click.option("--interval", type=click.FloatRange(0.1, 3600), default=2.0, show_default=True, metavar="SECONDS",
-              help="Time between refreshes of --watch.")
+@click.option("--interval", type=click.FloatRange(0.1, 3600), default=2.0, show_default=True, callback=_check_nan,
+              metavar="SECONDS", help="Time between refreshes of --watch.")
 @click.option("--top", type=click.IntRange(1), default=10, show_default=True, metavar="N",
               help="Processes to show on GPUs, and in RAM.")
-@click.option("--threshold", type=click.FloatRange(0, 100), default=45.0, show_default=True, metavar="PERCENT",
-              help="Share of a GPU's memory from which on outsiders are in the way.")
+@click.option("--threshold", type=click.FloatRange(0, 100), default=45.0, show_default=True, callback=_check_nan,
+              metavar="PERCENT", help="Share of a GPU's memory from which on outsiders are in the way.")
 @click.option("--exit-code", "as_exit_code", is_flag=True,
               help="Exit with the status: 0 available, 10 app busy, 11 external busy, 12 unavailable.")
 @click.option("--simulate", metavar="PRESET",
@@ -112,7 +119,10 @@ def _fail(message: str, code: int) -> NoReturn:
 # %% ../nbs/cli.ipynb #2ffe68bb
 def _watch_reservations(manager: ResourceManager) -> None:
     "Count the reservations of this machine from now on, although the manager names no app"
-    if store_path().exists(): manager.ledger = manager.checks.ledger = Ledger(Store(store_path()))
+    try:
+        if not store_path().exists(): return
+    except (StoreError, OSError) as error: click.echo(f"Reservations cannot be read: {error}", err=True)
+    else: manager.ledger = manager.checks.ledger = Ledger(Store(store_path()))
 
 def _make_manager(apps: Iterable[int | str], threshold: float, simulate: str | None) -> ResourceManager:
     "Return a manager of the app that is named, if one is"
@@ -125,8 +135,7 @@ def _make_manager(apps: Iterable[int | str], threshold: float, simulate: str | N
 # %% ../nbs/cli.ipynb #0be2f6f4
 def _register_apps(manager: ResourceManager, apps: Iterable[int | str]) -> None:
     for pid in (app for app in apps if isinstance(app, int)):
-        start = read_process(pid).start_time
-        if start is None or has_ended(pid, start):
+        if is_free(pid) or has_ended(pid, read_process(pid).start_time):
             raise click.BadParameter(f"there is no process with the PID {pid}", param_hint="--app")
         manager.register_worker(pid, "app")
 
@@ -260,7 +269,8 @@ def _serve_app(app: Any, host: str, port: int, query: str) -> None:
 
     family, shown = (socket.AF_INET6, f"[{host}]") if ":" in host else (socket.AF_INET, host)
     try: listening = socket.create_server((host, port), family=family)
-    except OSError as error: _fail(f"cannot listen on {host} port {port}: {error.strerror}", os.EX_UNAVAILABLE)
+    except (OSError, UnicodeError) as error:   # a name that no address can have
+        _fail(f"cannot listen on {host} port {port}: {getattr(error, 'strerror', error)}", os.EX_UNAVAILABLE)
     config = uvicorn.Config(app, http="h11", log_level="warning", access_log=False,
                             timeout_graceful_shutdown=1, lifespan="off")  # h11 takes no endless headers
 
@@ -280,10 +290,10 @@ def _serve_app(app: Any, host: str, port: int, query: str) -> None:
               help="What a visitor has to know; open the page with ?token=TEXT. Better set as CJM_RESOURCES_TOKEN, "
                    "for other users can see a command's arguments.")
 @click.option("--app", "apps", callback=_read_apps, multiple=True, metavar="NAME|PID", help="As for cjm-resources.")
-@click.option("--interval", type=click.FloatRange(0.1, 3600), default=1.0, show_default=True, metavar="SECONDS",
-              help="Time between two looks.")
-@click.option("--threshold", type=click.FloatRange(0, 100), default=45.0, show_default=True, metavar="PERCENT",
-              help="As for cjm-resources.")
+@click.option("--interval", type=click.FloatRange(0.1, 3600), default=1.0, show_default=True, callback=_check_nan,
+              metavar="SECONDS", help="Time between two looks.")
+@click.option("--threshold", type=click.FloatRange(0, 100), default=45.0, show_default=True, callback=_check_nan,
+              metavar="PERCENT", help="As for cjm-resources.")
 @click.option("--metrics", is_flag=True, help="Serve metrics for Prometheus at /metrics, too. With --token, "
                                               "Prometheus sends it as a bearer token.")
 @click.pass_obj
@@ -300,6 +310,7 @@ def _serve(simulate: str | None, host: str, port: int, token: str | None, apps: 
         from cjm_fasthtml_resources.ui.web import make_app
         manager = _make_manager(apps, threshold, simulate)
         app = make_app(manager, token or None, interval, metrics)
+    except ValueError as error: raise click.BadParameter(str(error), param_hint="--token") from None
     except ImportError as error:
         extras = "web,prometheus" if metrics else "web"
         _fail(f"{error.name} is not installed: pip install 'cjm-fasthtml-resources[{extras}]'", os.EX_UNAVAILABLE)

@@ -15,8 +15,9 @@ from typing import Any
 
 from distributed import Client, Future
 
-from .core.arguments import check_number, check_pid
+from .core.arguments import check_app, check_number, check_pid, check_text
 from .core.conflict import ResourceConflict
+from .core.copies import StaysHere
 from .core.manager import ResourceManager
 from .core.samples import Sample
 from .hosts.asking import HostAsker, within
@@ -48,9 +49,19 @@ def install_plugins(
                                "is this package installed there, in this version?") from error
         _log.warning("a worker did not take the plugin: %s; check_hosts() says which", error)
 
+# %% ../nbs/cluster.ipynb #6f643797
+def _task_key(
+    key: str | None,
+    fn: Callable[..., Any],
+) -> str:
+    if key is not None: check_text(key, "key")
+    return key or f"{getattr(fn, '__name__', 'task')}-{uuid.uuid4().hex}"
+
 # %% ../nbs/cluster.ipynb #f16f7fe7
-class ClusterResources:
+class ClusterResources(StaysHere):
     "Check GPU memory and RAM on each host of a cluster, and send tasks where there is room"
+    instead = "Make one there: ClusterResources(client)."
+
     def __init__(
         self,
         client: Client,
@@ -61,7 +72,7 @@ class ClusterResources:
     ) -> None:
         if not isinstance(client, Client) or client.asynchronous:
             raise TypeError(f"client must be a distributed.Client that is not asynchronous, not {client!r}")
-        self.timeout = check_number(timeout, "timeout", 1e-2, 1e6)
+        self.timeout, app = check_number(timeout, "timeout", 1e-2, 1e6), check_app(app)
         ResourceManager(**settings)   # an argument that is wrong is an error here, and not on each worker
         self.client, self._plugin, self._sent = client, HostPlugin(app, settings), OnTheWay()
         self._asker, self._topic = HostAsker(client, self._plugin.name), f"{self._plugin.name}-{uuid.uuid4().hex}"
@@ -131,7 +142,7 @@ class ClusterResources:
         The task fails with `ResourceBusy` after `timeout`.
         `ValueError` for more memory than any device has, `ResourceUnavailable` without a device"""
         memory = check_need(gpu_memory_mb, timeout)
-        key = key or f"{getattr(fn, '__name__', 'task')}-{uuid.uuid4().hex}"
+        key = _task_key(key, fn)
         chosen = self._sent.place(key, self._last_answers(), memory)
         task = Task(key, self._plugin.name, chosen.host, gpu_memory_mb, timeout, self._topic)
         try: future = send_task(self.client, task, chosen.workers, fn, args, kwargs, retries=retries, priority=priority)

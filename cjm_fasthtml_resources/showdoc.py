@@ -96,8 +96,12 @@ def read_parameters(
 
 # %% ../nbs/showdoc.ipynb #14afcaff
 def _field_default(value: ast.expr | None) -> str:
-    "Return what a field is when it is left out; `field(default_factory=list)` is `list()`"
-    if not (isinstance(value, ast.Call) and ast.unparse(value.func) == "field"): return _text(value)
+    "Return the value of a field that is left out; `field(default_factory=list)` is `list()`"
+    maker = ast.unparse(value.func) if isinstance(value, ast.Call) else ""
+    if not isinstance(value, ast.Call) or maker not in ("field", "handed_out"): return _text(value)
+    if maker == "handed_out":   # of core.copies: whoever reads an empty one gets a list
+        default = _text(value.args[0]) if value.args else ""
+        return "list()" if default == "()" else default
     given = {keyword.arg: _text(keyword.value) for keyword in value.keywords}
     return given.get("default") or (f"{given['default_factory']}()" if "default_factory" in given else "")
 

@@ -25,6 +25,8 @@ from cjm_fasthtml_resources.simulated.machine import (
     replace_host,
     to_bytes,
 )
+from .core.arguments import shorten
+from .core.forks import reset_in_child
 from .simulated.calls import GPU_IS_LOST, gpu_index, replace_library
 from .simulated.faults import Fault, meet_faults
 from .simulated.library import CALLS, Library
@@ -55,6 +57,11 @@ class SimulatedDriver:
         self.library = Library(self.gpus, Allocations(None if shared is None else Path(shared)))  # its C functions
         self._awake = threading.Event()                  # set when calls that hang go on
         self._undo: list[Callable[[], None]] = []        # what `stop` puts back; empty while it does not run
+        reset_in_child(self)
+
+    def after_fork(self) -> None:
+        "Let new calls hang as in the parent, in a fork's child; the ones that hang are the parent's"
+        self._awake = threading.Event()
 
     def start(self) -> "SimulatedDriver":
         "Put the driver beneath `pynvml` and return it; raises `RuntimeError` if it runs already"
@@ -94,7 +101,8 @@ class SimulatedDriver:
     ) -> Iterator[None]:
         "Use GPU memory while the block lasts, or until the process ends; raises `MemoryError` if less is free"
         if not 0 <= gpu < len(self.gpus):
-            raise ScenarioError(f"gpu must be the index of one of the {len(self.gpus)} GPUs, not {gpu!r}")
+            raise ScenarioError(f"gpu must be the index of one of the {len(self.gpus)} GPUs, not {shorten(gpu)}")
+        memory_mb = SimulatedProcess(1, memory_mb).memory_mb or 0   # checked
         name = self.library.allocations.add(gpu, to_bytes(memory_mb))
         try:
             if (free := self.library.free(self.gpus[gpu])) < 0:

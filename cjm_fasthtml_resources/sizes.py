@@ -8,16 +8,23 @@ __all__ = ['parse_size', 'parse_duration']
 # %% ../nbs/sizes.ipynb #ddbf92b6
 import re
 from collections.abc import Mapping
+from threading import TIMEOUT_MAX
+
+from .core.arguments import shorten
 
 # %% ../nbs/sizes.ipynb #094b381d
 def _parse(
     text: str,
     units: Mapping[str, int],  # what each unit stands for; "" for a number without one
     problem: str,              # why another text is refused
+    most: float,               # the largest number that is meant
 ) -> float:
     found = re.fullmatch(r"\s*(\d+(?:\.\d*)?)\s*([A-Za-z]*)\s*", text, re.ASCII)
-    if not found or found[2].lower() not in units: raise ValueError(f"{text!r} is no {problem}")
-    return float(found[1])*units[found[2].lower()]
+    shown = repr(text) if len(text) <= 60 else shorten(text)
+    if not found or found[2].lower() not in units: raise ValueError(f"{shown} is no {problem}")
+    value = float(found[1])*units[found[2].lower()]
+    if value > most: raise ValueError(f"{shown} is too much for a {problem}")
+    return value
 
 # %% ../nbs/sizes.ipynb #86f43043
 _BYTES = {"": 2**20, "m": 2**20, "mib": 2**20, "g": 2**30, "gib": 2**30, "t": 2**40, "tib": 2**40,
@@ -27,7 +34,7 @@ def parse_size(
     text: str,  # "8GiB", "8.5G", "8192" (MiB)
 ) -> float:
     "Return a size in bytes; `ValueError` for other texts"
-    return _parse(text, _BYTES, "size; write it like 8GiB, 8192MiB or 8.5G")
+    return _parse(text, _BYTES, "size; write it like 8GiB, 8192MiB or 8.5G", 2**60)
 
 # %% ../nbs/sizes.ipynb #ab4f1c44
 _SECONDS = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}
@@ -36,4 +43,4 @@ def parse_duration(
     text: str,  # "90", "90s", "10m", "1.5h"
 ) -> float:
     "Return a duration in seconds; `ValueError` for other texts"
-    return _parse(text, _SECONDS, "duration; write it like 90s, 10m or 1.5h")
+    return _parse(text, _SECONDS, "duration; write it like 90s, 10m or 1.5h", TIMEOUT_MAX)

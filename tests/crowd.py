@@ -1,17 +1,21 @@
 """Many processes that reserve and use GPU memory at random: a program of its own
 
-    crowd.py FOLDER PROCESSES SECONDS KILLS
+    crowd.py FOLDER PROCESSES SECONDS KILLS [--stops N] [--interrupts N] [--busy N]
 
 They share four simulated GPUs and one file. Each allocates what it was promised, and the simulated driver refuses what
-is not there. KILLS times a second one of them is killed and replaced. Prints what happened as JSON.
+is not there. So many times a second one of them is killed and replaced, stopped for a moment (SIGSTOP), or interrupted
+wherever it is (SIGINT), after which half of them go on and half of them end and are replaced. With --busy, so many
+processes beside them do nothing but run. Prints what happened as JSON.
 """
+import argparse
+import contextlib
 import json
 import os
 import random
 import signal
-import sys
 import time
 import traceback
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from cjm_fasthtml_resources.core.ledger import Ledger
@@ -20,95 +24,171 @@ from cjm_fasthtml_resources.core.store import Store, store_path
 from cjm_fasthtml_resources.simulate import SimulatedDriver, SimulatedGpu
 
 TOTAL_MB, GPUS = 24_000, 4
-PROMISED = "SELECT device, sum(memory) FROM claims WHERE device IS NOT NULL GROUP BY device"
+STOPPED_FOR = 0.7   # seconds
+INTERRUPTED = 7     # the exit code of a member that was interrupted, and ended
 
 
-def member(driver: SimulatedDriver, report: int, until: float, seed: int) -> None:
-    "Reserve, use, release, again and again"
-    chance = random.Random(seed)
+class Interrupts:
+    "SIGINT raises KeyboardInterrupt once in a round, but not while the simulated driver allocates"
+    def __init__(self) -> None:
+        self.armed = False
+        signal.signal(signal.SIGINT, self.strike)
+
+    def strike(self, *_: object) -> None:
+        if not self.armed: return
+        self.armed = False
+        raise KeyboardInterrupt
+
+    @contextlib.contextmanager
+    def held_off(self, driver: SimulatedDriver, memory: int, gpu: int) -> Iterator[None]:
+        "Allocate; an interruption ends what is done in the block, and nothing of the driver"
+        was_armed, self.armed = self.armed, False
+        with driver.allocate(memory, gpu):
+            try:
+                self.armed = was_armed
+                yield
+            finally: self.armed = False
+
+
+def member(driver: SimulatedDriver, report: int, until: float, patience: float, seed: int) -> int:
+    "Reserve, use, release, again and again; the exit code"
+    chance, interrupts = random.Random(seed), Interrupts()
     random.seed(seed)
     manager = ResourceManager(app=f"app-{seed % 3}")
     while time.monotonic() < until:
         memory = chance.choice([500, 2_000, 4_000, 8_000, 23_000])
         asked = time.monotonic()
-        with manager.reserve(memory, timeout=60) as held:
-            os.write(report, f"{memory} {time.monotonic() - asked:.3f}\n".encode())
-            with driver.allocate(memory, held.index): time.sleep(chance.uniform(0, 0.02))
+        try:
+            interrupts.armed = True
+            with manager.reserve(memory, timeout=patience) as held:
+                os.write(report, f"{memory} {time.monotonic() - asked:.3f}\n".encode())
+                with interrupts.held_off(driver, memory, held.index): time.sleep(chance.uniform(0, 0.02))
+            interrupts.armed = False
+        except KeyboardInterrupt:
+            if chance.random() < 0.5: return INTERRUPTED
+    return 0
 
 
-def start(driver: SimulatedDriver, report: int, until: float, seed: int) -> int:
-    "The PID of a new member, a child of this process"
+def start(act: Callable[[], int]) -> int:
+    "The PID of a child of this process"
     if (pid := os.fork()) == 0:
         code = 1
-        try:
-            member(driver, report, until, seed)
-            code = 0
+        try: code = act()
         except BaseException: traceback.print_exc()
         finally: os._exit(code)
     return pid
 
 
+def run_for_nothing() -> int:
+    while True: pass
+
+
 class Crowd:
     "The members that live, and what happened to those that ended"
-    def __init__(self, driver: SimulatedDriver, report: int, until: float) -> None:
-        self.driver, self.report, self.until = driver, report, until
-        self.living, self.doomed = set(), set()
-        self.failed = self.killed = 0
+    def __init__(self, driver: SimulatedDriver, report: int, until: float, patience: float) -> None:
+        self.driver, self.report, self.until, self.patience = driver, report, until, patience
+        self.living, self.doomed, self.stopped = set(), set(), dict[int, float]()
+        self.failed = self.killed = self.stops = self.interrupted = self.seed = 0
 
-    def add(self, seed: int) -> None: self.living.add(start(self.driver, self.report, self.until, seed))
+    def add(self) -> None:
+        self.seed += 1
+        seed = self.seed - 1
+        self.living.add(start(lambda: member(self.driver, self.report, self.until, self.patience, seed)))
 
     def bury(self) -> None:
-        "Forget those that ended; one that ended badly and was not killed has failed"
-        while self.living:
-            pid, status = os.waitpid(-1, os.WNOHANG)
-            if not pid: return
+        "Forget those that ended, and replace those that were interrupted; one that ended badly by itself has failed"
+        for pid in list(self.living):
+            found, status = os.waitpid(pid, os.WNOHANG)
+            if not found: continue
             self.living.discard(pid)
-            if pid not in self.doomed and status: self.failed += 1
+            self.stopped.pop(pid, None)
+            if os.WIFEXITED(status) and os.WEXITSTATUS(status) == INTERRUPTED:
+                if time.monotonic() < self.until: self.add()
+            elif pid not in self.doomed and status: self.failed += 1
 
-    def kill_one(self, seed: int) -> None:
-        "Kill one of them at random, and start another in its place"
-        self.doomed.add(victim := random.choice(sorted(self.living)))
+    def any_of_them(self) -> int | None: return random.choice(sorted(self.living)) if self.living else None
+
+    def kill_one(self) -> None:
+        "Kill one of them, and start another in its place"
+        if (victim := self.any_of_them()) is None: return
+        self.doomed.add(victim)
         os.kill(victim, signal.SIGKILL)
-        self.add(seed)
+        self.add()
         self.killed += 1
 
+    def stop_one(self) -> None:
+        "Stop one of them for a moment, wherever it is"
+        if (victim := self.any_of_them()) is None: return
+        os.kill(victim, signal.SIGSTOP)
+        self.stopped[victim] = time.monotonic() + STOPPED_FOR
+        self.stops += 1
 
-def watch(crowd: Crowd, ledger: Ledger, processes: int, kills: float) -> list[int]:
+    def interrupt_one(self) -> None:
+        if (victim := self.any_of_them()) is None: return
+        os.kill(victim, signal.SIGINT)
+        self.interrupted += 1
+
+    def continue_some(self) -> None:
+        "Let those go on that were stopped for long enough"
+        now = time.monotonic()
+        for pid in [pid for pid, until in self.stopped.items() if until < now]:
+            del self.stopped[pid]
+            with contextlib.suppress(ProcessLookupError): os.kill(pid, signal.SIGCONT)
+
+
+def watch(crowd: Crowd, ledger: Ledger, rates: dict[Callable[[], None], float]) -> list[int]:
     "Until all have ended, or a minute longer than they should: the most MiB that was ever promised on each GPU"
-    most = [0]*GPUS
-    next_kill = time.monotonic() + 1
-    while crowd.living and time.monotonic() < crowd.until + 60:
+    most, began = [0]*GPUS, time.monotonic()
+    due = {act: began + 1 for act, rate in rates.items() if rate}
+    while crowd.living and time.monotonic() < crowd.until + crowd.patience:
         crowd.bury()
-        if kills and next_kill < time.monotonic() < crowd.until and crowd.living:
-            crowd.kill_one(processes + crowd.killed)
-            next_kill = time.monotonic() + 1/kills
-        with ledger.store.reading() as db: found = db.execute(PROMISED).fetchall()  # a statement sees one moment
-        for device, promised in found:
-            index = int(device.split("-")[-1][:6], 16)
-            most[index] = max(most[index], promised//2**20)
+        crowd.continue_some()
+        now = time.monotonic()
+        for act in due:
+            while due[act] < min(now, crowd.until):
+                act()
+                due[act] += 1/rates[act]
+        promised = [0]*GPUS
+        for claim in ledger.claims():  # they are read at one moment, and those that are over are left out
+            if claim.device: promised[int(claim.device.split("-")[-1][:6], 16)] += claim.memory
+        most = [max(before, found//2**20) for before, found in zip(most, promised, strict=True)]
         time.sleep(0.01)
     return most
 
 
-def main(folder: str, processes: int, seconds: float, kills: float) -> None:
+def main(asked: argparse.Namespace) -> None:
+    folder, began, patience = asked.folder, time.monotonic(), 60 + 5*asked.busy
     os.environ["CJM_RESOURCES_DIR"] = f"{folder}/state"
     os.environ.pop("CUDA_VISIBLE_DEVICES", None)
-    ledger, began = Ledger(Store(store_path())), time.monotonic()
+    ledger = Ledger(Store(store_path()))
     report = os.open(f"{folder}/report", os.O_CREAT | os.O_WRONLY | os.O_APPEND, 0o600)
     gpus = [SimulatedGpu(memory_total_mb=TOTAL_MB) for _ in range(GPUS)]
     with SimulatedDriver(gpus, shared=f"{folder}/gpus") as driver:
-        crowd = Crowd(driver, report, began + seconds)
-        for seed in range(processes): crowd.add(seed)
-        most = watch(crowd, ledger, processes, kills)
-        stuck = len(crowd.living)
-        for pid in crowd.living: os.kill(pid, signal.SIGKILL)
+        crowd = Crowd(driver, report, began + asked.seconds, patience)
+        busy = [start(run_for_nothing) for _ in range(asked.busy)]
+        try:
+            for _ in range(asked.processes): crowd.add()
+            rates = {crowd.kill_one: asked.kills, crowd.stop_one: asked.stops, crowd.interrupt_one: asked.interrupts}
+            most = watch(crowd, ledger, rates)
+            stuck = len(crowd.living)
+        finally:
+            for pid in (*busy, *crowd.living): os.kill(pid, signal.SIGKILL)
         rows = [line.split() for line in Path(f"{folder}/report").read_text().splitlines()]
         waits = {size: [float(wait) for memory, wait in rows if int(memory) == size] for size in (500, 23_000)}
         print(json.dumps(dict(
-            processes=processes, grants=len(rows), large_grants=len(waits[23_000]), killed=crowd.killed,
-            failed=crowd.failed, stuck=stuck, left_over=len(ledger.claims()), most_promised_mb=most, total_mb=TOTAL_MB,
+            processes=asked.processes, grants=len(rows), large_grants=len(waits[23_000]), killed=crowd.killed,
+            stopped=crowd.stops, interrupted=crowd.interrupted, failed=crowd.failed, stuck=stuck,
+            left_over=len(ledger.claims()), most_promised_mb=most, total_mb=TOTAL_MB,
             longest_wait={size: max(found, default=None) for size, found in waits.items()},
             seconds=round(time.monotonic() - began, 1))))
 
 
-if __name__ == "__main__": main(sys.argv[1], int(sys.argv[2]), float(sys.argv[3]), float(sys.argv[4]))
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("folder")
+    parser.add_argument("processes", type=int)
+    parser.add_argument("seconds", type=float)
+    parser.add_argument("kills", type=float)
+    for option in ("--stops", "--interrupts"): parser.add_argument(option, type=float, default=0)
+    parser.add_argument("--busy", type=int, default=0)
+    main(parser.parse_args())

@@ -6,10 +6,12 @@ import sqlite3
 import subprocess
 import sys
 import threading
+import time
+from types import SimpleNamespace
 
 import pytest
 
-from cjm_fasthtml_resources.core import store as module
+from cjm_fasthtml_resources.core import database, lockfile
 from cjm_fasthtml_resources.core.manager import ResourceManager
 from cjm_fasthtml_resources.core.resources import ResourceStatus
 from cjm_fasthtml_resources.core.store import StoreError, store_path
@@ -39,19 +41,27 @@ class Server:
 def server(folder, spawn): return Server(spawn(SERVER))
 
 
+def on_disk():
+    "What every file of the folder has"
+    return b"".join(path.read_bytes() for path in sorted(store_path().parent.iterdir()))
+
+
 def test_what_one_process_does_the_others_see(server, spawn):
     worker, mine = spawn("input()"), ResourceManager(app="app")
     config = {"model": "llama-3-8b", "api_key": "sk-1"}
     state = mine.register_worker(worker.pid, "llm", "job-1", "vllm", "vLLM", "llama-3-8b", config)
     seen = server.get_worker_by_pid(worker.pid)
-    assert seen == dict(vars(state), config={"model": "llama-3-8b", "api_key": "***"})
+    shown = dict(model="llama-3-8b", api_key="<str, 4 characters>")
+    assert seen == dict(vars(state), config=shown, child_pids=[], waiting_jobs=[])
     assert server.get_worker_by_job("job-1")["pid"] == worker.pid
+    written = on_disk()
+    assert b"llama-3-8b" in written and b"sk-1" not in written
     server.update_worker_state(worker.pid, status="idle")
     assert (mine.get_worker_by_pid(worker.pid).status, mine.get_worker_by_job("job-1")) == ("idle", None)
     assert mine.get_worker_by_pid(worker.pid).config["api_key"] == "sk-1"  # who registered it keeps its secrets
     assert server.unregister_worker(worker.pid)["pid"] == worker.pid
     assert mine.get_all_workers() == [] == ResourceManager(app="other").get_all_workers()
-    assert b"sk-1" not in store_path().read_bytes() + store_path().with_name(store_path().name + "-wal").read_bytes()
+    assert b"sk-1" not in on_disk()
 
 
 def test_order_jobs_and_children_are_shared(server, spawn):
@@ -109,7 +119,7 @@ def test_another_processes_worker_can_be_stopped(server, spawn):
 
 
 def test_a_change_that_cannot_be_written_has_not_happened(folder, spawn, monkeypatch):
-    monkeypatch.setattr(module, "BUSY_SECONDS", 0.1)
+    monkeypatch.setattr(database, "BUSY_SECONDS", 0.1)
     mine, worker = ResourceManager(app="app"), spawn("input()")
     other = sqlite3.connect(store_path())
     other.execute("BEGIN EXCLUSIVE")
@@ -119,14 +129,19 @@ def test_a_change_that_cannot_be_written_has_not_happened(folder, spawn, monkeyp
     assert mine.register_worker(worker.pid, "llm", "job-1") == mine.get_worker_by_job("job-1")
 
 
-def test_ram_is_answered_without_the_file_and_a_gpu_is_never_available(folder):
+@pytest.mark.parametrize("suffix, said", [
+    (".sqlite", "was removed while other programs use it"),
+    (".lock", "was removed or replaced while this program uses it")])
+def test_ram_is_answered_without_the_file_and_a_gpu_is_never_available(folder, suffix, said):
     mine = ResourceManager(app="app")
-    os.remove(store_path())
+    os.remove(store_path().with_suffix(suffix))
     with SimulatedDriver([SimulatedGpu()]):
-        assert mine.check_gpu_availability().status is ResourceStatus.UNAVAILABLE
+        conflict = mine.check_gpu_availability()
+        assert conflict.status is ResourceStatus.UNAVAILABLE and said in conflict.reason
         memory = mine.check_memory_availability(100)
-        assert memory.memory.memory.total and "removed or replaced" in memory.notes[0]
-    with pytest.raises(StoreError): mine.get_all_workers()
+        assert memory.memory.memory.total and said in memory.notes[0]
+    with pytest.raises(StoreError, match=said): mine.get_all_workers()
+    with pytest.raises(StoreError, match="while other programs use it"): ResourceManager(app="late").get_all_workers()
 
 
 def test_what_a_plugin_needs_is_kept_with_the_app(folder, spawn):
@@ -135,9 +150,34 @@ def test_what_a_plugin_needs_is_kept_with_the_app(folder, spawn):
         mine = ResourceManager(app="app")
         mine.register_worker(worker.pid, "transcription", plugin_name="whisper", loaded_plugin_resource="large-v3")
         mine.check_gpu_availability()
+    mine.needs.write()   # as its thread does
     mine.ledger.store.close()
     assert ResourceManager(app="app").expected_gpu_memory_mb("whisper", "large-v3") == 9_800
     assert ResourceManager(app="other").expected_gpu_memory_mb("whisper", "large-v3") is None
+
+
+def test_what_no_thread_wrote_is_written_when_the_program_ends_and_not_by_a_child(folder):
+    script = """
+import os, sys
+from unittest.mock import patch
+from cjm_fasthtml_resources import ResourceManager
+from cjm_fasthtml_resources.core.threads import NoThreadError
+from cjm_fasthtml_resources.simulate import SimulatedDriver, SimulatedGpu, SimulatedProcess
+manager = ResourceManager(app="app")
+manager.register_worker(os.getpid(), "llm", plugin_name="llama")
+with (SimulatedDriver([SimulatedGpu(processes=[SimulatedProcess(os.getpid(), 700)])]),
+      patch("cjm_fasthtml_resources.core.needs.start_thread", side_effect=NoThreadError)):
+    manager.check_gpu_availability()
+assert manager.expected_gpu_memory_mb("llama") == 700
+child = os.fork()
+if child: os.waitpid(child, 0)
+elif manager.needs.roster.higher_peaks: print("the child has it to write")
+else: sys.exit()
+print(ResourceManager(app="app").expected_gpu_memory_mb("llama"))
+"""
+    ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
+    assert (ended.stdout, ended.stderr) == ("None\n", "")
+    assert ResourceManager(app="app").expected_gpu_memory_mb("llama") == 700
 
 
 # The command
@@ -218,3 +258,24 @@ def test_workers_are_shown(command, folder, tmp_path, spawn):
     for text in (str(worker.pid), "transcription", "running", "job-7", "whisper large-v3"): assert text in shown
     assert "sk-1" not in shown + data
     assert json.loads(data)["workers"][0]["job_id"] == "job-7"
+
+
+def test_a_check_and_a_look_up_wait_for_no_writer_and_write_nothing(folder, monkeypatch, spawn):
+    "Also when a plugin has to be asked again, and when a plugin used more than ever before"
+    monkeypatch.setattr(lockfile, "BUSY_SECONDS", 2)
+    worker, mine = spawn("input()"), ResourceManager(app="app")
+    plugin = SimpleNamespace(get_child_pids=lambda: [], get_execution_mode=lambda: str(time.monotonic()),
+                             get_managed_resources=dict, force_cleanup=print)   # it always says something else
+    mine.register_worker(worker.pid, "llm", "job-1", plugin_name="vllm", plugin_instance=plugin)
+    mine.workers.plugins[worker.pid].asked -= 60
+    before = (folder/"resources.sqlite").read_bytes()
+    with SimulatedDriver([SimulatedGpu(processes=[SimulatedProcess(worker.pid, 900)])]), \
+            lockfile.in_gate(store_path().with_suffix(".lock")):
+        began = time.monotonic()
+        assert mine.check_gpu_availability().status is ResourceStatus.APP_BUSY
+        assert mine.check_memory_availability().status and mine.get_claims() == []
+        assert mine.get_worker_by_job("job-1") and mine.get_all_workers()
+        assert ResourceManager(app="app").get_all_workers()
+        assert mine.expected_gpu_memory_mb("vllm") == 900
+        assert time.monotonic() - began < 1
+        assert (folder/"resources.sqlite").read_bytes() == before

@@ -179,7 +179,7 @@ def test_the_sentences_for_ram():
 def test_a_worker_says_what_it_knows():
     assert repr(WorkerState(7, "llm")) == "WorkerState(pid=7, worker_type='llm', status='idle')"
     worker = WorkerState(7, "llm", "job", config={"key": 1}, is_remote=True, last_used=5.0, child_pids=[8])
-    assert repr(worker) == ("WorkerState(pid=7, worker_type='llm', job_id='job', config={'key': '***'}, "
+    assert repr(worker) == ("WorkerState(pid=7, worker_type='llm', job_id='job', config={'key': '<int, hidden>'}, "
                             "status='idle', child_pids=[8], is_remote=True)")
 
 

@@ -34,11 +34,21 @@ def test_a_device_that_fails_altogether_leaves_the_others(error):
         assert good.reason is None and bad.reason and bad.memory_total is None
 
 
-def test_the_process_list_is_whole_although_one_kind_fails():
+@pytest.mark.parametrize("kind", range(3), ids=KINDS)
+def test_the_process_list_is_whole_although_one_kind_is_not_supported(kind):
     gpu = SimulatedGpu(processes=[SimulatedProcess(4200001, 100), SimulatedProcess(4200002, 50, "graphics")])
+    def read(error):
+        for name in (LISTS[kind], OLDER_LISTS[kind]): driver.fail(name, error)
+        device = read_gpus().devices[0]
+        driver.recover()
+        return [p.pid for p in device.processes], device.processes_whole
+
+    left = [[4200002], [4200001], [4200001, 4200002]][kind]
+    for error in (3, 13, 2, 7, 999):
+        with SimulatedDriver([gpu]) as driver: assert read(error) == (left, error in (3, 13) and kind != 0)
     with SimulatedDriver([gpu]) as driver:
-        for name in (LISTS[1], OLDER_LISTS[1]): driver.fail(name, pynvml.NVML_ERROR_NOT_SUPPORTED)
-        assert [p.pid for p in read_gpus().devices[0].processes] == [4200001]
+        assert read_gpus().devices[0].processes_whole
+        assert read(3) == (left, False)                       # it was there before
 
 
 def test_an_older_driver_without_the_newer_calls():
@@ -47,6 +57,59 @@ def test_an_older_driver_without_the_newer_calls():
         device = read_gpus().devices[0]
         assert (device.memory_used, device.memory_reserved) == (200*2**20, None)
         assert [p.pid for p in device.processes] == [4200001]
+
+
+@pytest.mark.parametrize("error", sorted(set(ERRORS) - {0}))
+def test_the_older_memory_call_is_asked_where_the_newer_one_fails_by_itself(error):
+    "An error that only concerns a call costs nothing; one of the GPU or the driver is believed"
+    of_the_driver = {1, 9, 10, 12, 15, 16, 17, 18}
+    with SimulatedDriver([SimulatedGpu(memory_total_mb=1_000, memory_reserved_mb=100, memory_used_mb=200)]) as driver:
+        driver.fail("nvmlDeviceGetMemoryInfo_v2", error)
+        device = read_gpus().devices[0]
+        assert (device.memory_used is None) == (error in of_the_driver) == bool(device.reason)
+        if device.memory_used is None: return
+        assert (device.memory_used, device.memory_free, device.memory_reserved) == (300*MIB, 700*MIB, None)
+        driver.recover()
+        driver.fail("nvmlDeviceGetMemoryInfo_v2", error, times=1)   # of the two readings, one by each call
+        assert read_gpus().devices[0].memory_free == 700*MIB
+
+
+@pytest.mark.parametrize("error", sorted(set(ERRORS) - {0, 3, 13}))
+@pytest.mark.parametrize("gpu", [SimulatedGpu(uuid="GPU-a"), SimulatedGpu(mig=[SimulatedGpu(uuid="MIG-a")])])
+def test_a_device_without_its_uuid_is_unavailable_and_never_called_otherwise(gpu, error):
+    with SimulatedDriver([gpu, SimulatedGpu(uuid="GPU-b")]) as driver:
+        whole = read_gpus().devices
+        for times in (1, 2):
+            driver.fail("nvmlDeviceGetUUID", error, times=times)
+            found = read_gpus().devices
+            missing = [d for d in found if d.memory_used is None]
+            assert 1 <= len(missing) <= times and all(d.uuid is None and d.reason for d in missing)
+            assert {d.uuid for d in found} - {None} <= {d.uuid for d in whole}
+            assert read_gpus().devices == whole or times == 2
+            driver.recover()
+
+
+def test_nothing_is_carried_over_to_another_card():
+    gpus = {name: SimulatedGpu(name, uuid=f"GPU-{name}", memory_used_mb=used)
+            for used, name in enumerate("abcd", 1)}
+    with SimulatedDriver([gpus["a"], gpus["b"]]) as driver:
+        def seen(): return [(d.index, d.name, d.uuid, d.memory_used >> 20) for d in read_gpus().devices]
+        for order in ("ab", "ba", "bca", "c", "ac", "", "dcba"):
+            driver.gpus[:] = [gpus[name] for name in order]
+            assert seen() == [(i, name, f"GPU-{name}", ord(name) - 96) for i, name in enumerate(order)]
+
+
+def test_a_divided_gpu_is_never_taken_for_a_whole_one():
+    "Not even if the driver says that it cannot be divided"
+    with SimulatedDriver([SimulatedGpu(mig=[SimulatedGpu()])]) as driver:
+        for error in (e for e in ERRORS if e):
+            driver.fail("nvmlDeviceGetMigMode", error)
+            device, = read_gpus().devices
+            assert device.memory_used is None and device.reason
+            driver.recover()
+        for call in ("nvmlDeviceGetMigMode", "nvmlDeviceGetMaxMigDeviceCount"):   # a driver from before MIG
+            driver.fail(call, pynvml.NVML_ERROR_FUNCTION_NOT_FOUND)
+        assert read_gpus().devices[0].mig_mode is None
 
 
 def test_what_a_caller_gets_was_read_after_it_asked():
@@ -84,7 +147,7 @@ def test_impossible_values_are_survived():
            SimulatedGpu(name="n"*90),
            SimulatedGpu(processes=[SimulatedProcess(0, 10), SimulatedProcess(2**32 - 1, 10)])]
     with SimulatedDriver(odd) as driver:
-        driver.gpus[2].name = b"\xff\xfe"
+        vars(driver.gpus[2])["name"] = b"\xff\xfe"   # no scenario may say so, a driver can
         found = ResourceManager().check_gpu_availability()
         assert found.devices[0].status is ResourceStatus.UNAVAILABLE
         assert found.devices[1].status is ResourceStatus.EXTERNAL_BUSY

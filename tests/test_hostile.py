@@ -119,3 +119,27 @@ def test_a_form_is_read_only_as_far_as_a_form_goes(monkeypatch):
         slow = [socket.create_connection(("127.0.0.1", port)) for _ in range(50)]  # they say nothing
         assert status(ask(port, request())) == 200
         for connection in slow: connection.close()
+
+
+def test_a_server_without_a_thread_to_spare_says_so_and_goes_on(monkeypatch):
+    "A real refusal by the system, which gives no thread such a stack"
+    pytest.importorskip("prometheus_client", reason="the extra prometheus is not installed")
+    from fasthtml.core import FastHTML
+    app = FastHTML(default_hdrs=False, secret_key="of a test")
+    web.resource_routes(app, ResourceManager(), metrics="/metrics")
+
+    @app.get("/mine")
+    async def mine(): return web.ResourceCard(ResourceManager())
+
+    paths = (b"/resources", b"/resources/fragment", b"/metrics")
+    with SimulatedDriver([SimulatedGpu()]), served(app) as port:
+        usual = threading.stack_size(2**46)
+        try:
+            for path in paths:
+                answer = ask(port, request(path))
+                assert status(answer) == 503 and b"no thread can be started (can't start new thread)" in answer
+            assert b"The driver has not answered yet." in ask(port, request(b"/mine"))
+            assert status(ask(port, request(b"/resources/stream"))) == 200   # it ends, and the browser tries again
+        finally: threading.stack_size(usual)
+        assert [status(ask(port, request(path))) for path in paths] == [200]*3
+        assert b"NVIDIA L4" in ask(port, request(b"/mine"))

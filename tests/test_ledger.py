@@ -6,6 +6,7 @@ import pytest
 from cjm_fasthtml_resources.core import host, store
 from cjm_fasthtml_resources.core.claims import Claim, DeviceUse, find_pools, grant, read_use
 from cjm_fasthtml_resources.core.gpu import GpuDevice
+from cjm_fasthtml_resources.core.leases import new_lease
 from cjm_fasthtml_resources.core.ledger import WAIT_BUCKETS, Ledger, Waits
 from cjm_fasthtml_resources.core.process import ProcessId
 
@@ -77,44 +78,87 @@ def test_a_device_that_says_nothing_of_its_memory_is_not_counted_on():
         GpuDevice(2, memory_total=10, memory_used=1, mig_mode=True),
     ]) == []
     silent = DeviceUse(GpuDevice(0, "GPU-0"), None)
-    assert find_pools(silent, [Claim(1, ME, 10, ("GPU-0",), "GPU-0")])[None].used == 0
+    assert find_pools(silent, [Claim(1, ME, 10, ("GPU-0",), "GPU-0")])[ME].used == 0
     assert [claim.device for claim in grant([Claim(1, ME, 1, ("GPU-0",))], [silent])] == [None]
 
 
-def test_who_waits_looks_again_when_the_last_look_is_old(monkeypatch):
+@pytest.fixture(params=["memory", "file"])
+def ledgers(request, tmp_path, monkeypatch):
+    "Two ledgers of one store, whose leases are one process's in memory and two processes' in a file; and the clock"
     now = [1000.0]
     monkeypatch.setattr("time.monotonic", lambda: now[0])
-    ledger = Ledger(store.Store())
-    ledger.settle(list)
-    assert not ledger.take_turn()
-    now[0] += 0.25
-    assert ledger.take_turn() and not ledger.take_turn()   # for one of those who ask
+    shared = store.Store()
+    paths = [tmp_path/"state"/"resources.sqlite"]*2
+    stores = [shared]*2 if request.param == "memory" else [store.Store(path) for path in paths]
+    for one in stores: one.prepare()
+    return *map(Ledger, stores), now
+
+
+def test_who_waits_looks_again_when_the_last_look_is_old(ledgers):
+    ledger, other, now = ledgers
+    ledger.settle(list, lambda: Claim(0, host.this_process(), 10, (), lease=new_lease()))
+    assert ledger.take_turn() and not ledger.take_turn() and not other.take_turn()   # for one of those who ask
     now[0] += 0.24
-    assert not ledger.take_turn()
+    assert not ledger.take_turn() and not other.take_turn()
+    now[0] += 0.01
+    assert other.take_turn() and not ledger.take_turn() and not other.take_turn()
+    now[0] += 0.24
+    assert not ledger.take_turn() and not other.take_turn()
+    now[0] = 1.0   # as after a restart of the machine: the last look is not of this clock
+    assert ledger.take_turn() and not other.take_turn()
 
 
-def test_a_promise_is_renewed_from_now_on_or_for_good(monkeypatch):
-    now = [1000.0]
-    monkeypatch.setattr("time.monotonic", lambda: now[0])
-    ledger = Ledger(store.Store())
+def test_who_gives_back_lets_one_who_waits_look_at_once(ledgers):
+    ledger, other, _ = ledgers
+    lease = new_lease()
+    ledger.settle(list, lambda: Claim(0, host.this_process(), 10, (), lease=lease))
+    assert other.take_turn() and not other.take_turn()
+    assert ledger.withdraw(lease)
+    assert other.take_turn() and not other.take_turn() and not ledger.take_turn()
+
+
+def test_a_promise_is_renewed_from_now_on_or_for_good(ledgers):
+    ledger, other, now = ledgers
     use = DeviceUse(GpuDevice(0, "GPU-a", memory_total=100, memory_used=0, memory_free=100), ())
-    def ask(): return Claim(0, host.this_process(), 10, ("GPU-a",), ttl=5)
-    claim = ledger.settle(lambda: [use], ask)[-1]
-    assert (claim.device, claim.expires, ledger.find(claim.id)) == ("GPU-a", 1005.0, claim)
+    def ask(lease): return lambda: Claim(0, host.this_process(), 10, ("GPU-a",), ttl=5, lease=lease)
+    def given(lease):
+        claim = ledger.settle(lambda: [use], ask(lease))[-1]
+        ledger.note_deadline(lease, claim.expires)
+        return claim
+    def seen(): return [[c.lease for c in one.claims()] for one in (ledger, other)]
+    first, second = new_lease(), new_lease()
+    claim = given(first)
+    assert (claim.device, claim.expires) == ("GPU-a", 1005.0) and ledger.find(first) == other.find(first)
+    assert vars(ledger.find(first)) | {"space": None} == vars(claim) | {"space": None}
     now[0] = 1004.0
-    assert ledger.renew(claim.id, 10)
-    assert (ledger.find(claim.id).ttl, ledger.find(claim.id).expires) == (10, 1014.0)
+    assert ledger.renew(first, 10)
+    assert (other.find(first).ttl, other.find(first).expires) == (10, 1014.0)
     now[0] = 1013.9
-    assert [c.id for c in ledger.claims()] == [claim.id]
+    assert seen() == [[first], [first]]
     now[0] = 1014.0
-    assert ledger.claims() == []
-    assert not ledger.renew(claim.id, 10) and not ledger.renew(claim.id, None)   # too late
-    second = ledger.settle(lambda: [use], ask)[-1]
-    assert ledger.renew(second.id, None)
-    assert (ledger.find(second.id).ttl, ledger.find(second.id).expires) == (None, None)
+    assert seen() == [[], []] and other.find(first).expires == 1014.0   # what is written stays until the next look
+    assert not ledger.renew(first, 10) and not ledger.renew(first, None)   # too late
+    assert not ledger.withdraw(first) and other.find(first).expires == 1014.0
+    given(second)
+    assert other.find(first) is None and [c.lease for c in other.rows().claims] == [second]
+    assert ledger.renew(second, None)
+    assert (other.find(second).ttl, other.find(second).expires) == (None, None)
     now[0] += 1e6
-    assert [c.id for c in ledger.claims()] == [second.id] and ledger.renew(second.id, 1)
-    assert ledger.withdraw(second.id) and not ledger.withdraw(second.id) and ledger.claims() == []
+    assert seen() == [[second], [second]] and ledger.renew(second, 1)
+    before = other.rows()
+    assert ledger.withdraw(second) and not ledger.withdraw(second) and seen() == [[], []]
+    assert not ledger.renew(second, 1) and other.rows() == before   # a release needs no writing
+
+
+def test_a_promise_is_renewed_and_taken_back_by_the_process_that_has_it_alone(tmp_path):
+    ledger, other = (Ledger(store.Store(tmp_path/"state"/"resources.sqlite")) for _ in range(2))
+    ledger.store.prepare()
+    lease = new_lease()
+    ledger.settle(list, lambda: Claim(0, host.this_process(), 10, (), ttl=5, lease=lease))
+    before = ledger.rows()
+    assert not other.renew(lease, 10) and not other.withdraw(lease)
+    assert other.rows() == before and [c.lease for c in other.claims()] == [lease]
+    assert ledger.withdraw(lease) and other.claims() == []
 
 
 def test_waits_are_counted_in_the_bucket_that_holds_them():

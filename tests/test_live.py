@@ -301,6 +301,69 @@ def test_a_program_with_all_of_it_running_ends_quietly_and_at_once(ending):
     assert (out.returncode, out.stderr) == (0, "") and time.monotonic() - float(out.stdout) < 2 + 0.3
 
 
+LATE = """
+import atexit, sys, threading, time
+
+def late():
+    "It was registered first, so it runs last: after this library's own"
+    world.update(now="late")
+    snapshot, heard = read_gpus(), []
+    assert snapshot.devices or "since the program ends" in snapshot.reason, snapshot.reason
+    assert manager.check_gpu_availability().message and manager.check_memory_availability().message
+    manager.register_worker(4200101, "llm", plugin_instance=Plugin())
+    manager.workers.plugins[4200101].asked -= 60
+    assert manager.check_gpu_availability().message
+    assert manager.unregister_worker(4200101)
+    assert monitor.take() and monitor.current()
+    with monitor.subscribe(heard.append): pass
+    hub.publish(monitor.take())
+    panel.close()
+    print("it ends well", flush=True)
+
+atexit.register(late)
+world = {}
+from cjm_fasthtml_resources.core.gpu import read_gpus
+from cjm_fasthtml_resources.core.manager import ResourceManager
+from cjm_fasthtml_resources.core.monitor import ResourceMonitor
+from cjm_fasthtml_resources.simulate import SimulatedDriver, SimulatedGpu
+from cjm_fasthtml_resources.ui.panel import ResourcePanel
+from cjm_fasthtml_resources.ui.web import Hub
+
+class Plugin:
+    def get_child_pids(self): return [4200102]
+
+class LooksWhenItGoes:
+    def __del__(self, look=read_gpus): look(1)
+
+driver, manager = SimulatedDriver([SimulatedGpu()]).start(), ResourceManager()
+monitor = ResourceMonitor(manager, interval=0.1)
+hub = Hub(monitor)
+panel = ResourcePanel(manager, interval=0.1)
+if "never read" in sys.argv:
+    from cjm_fasthtml_resources.core import gpu
+    gpu._reader.after_fork()               # its thread has not been started
+if "no thread" in sys.argv:                # as from Python 3.12 on
+    def refuse(self): raise RuntimeError("can't create new thread at interpreter shutdown")
+    atexit.register(lambda: setattr(threading.Thread, "start", refuse))
+if "busy" in sys.argv:
+    def work():
+        while True:
+            read_gpus()
+            manager.check_gpu_availability()
+            with monitor.subscribe(lambda sample: None): hub.publish(monitor.take())
+    for _ in range(4): threading.Thread(target=work, daemon=True).start()
+    goes = LooksWhenItGoes()
+    time.sleep(0.3)
+"""
+
+
+@pytest.mark.parametrize("how", ["", "never read", "no thread", "no thread,never read", "busy", "busy,no thread"])
+def test_an_exit_handler_and_a_late_thread_use_everything_without_a_traceback(how):
+    command = [sys.executable, "-c", LATE, *how.split(",")]
+    out = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert (out.returncode, out.stderr, out.stdout) == (0, "", "it ends well\n")
+
+
 def test_a_spawned_and_a_forked_process_start_with_nothing_running():
     only_once = "import multiprocessing\nif __name__ != '__main__': raise SystemExit\n"
     script = EVERYTHING.replace("driver = ", f"{only_once}driver = ") + """

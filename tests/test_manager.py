@@ -47,28 +47,38 @@ class Registry(RuleBasedStateMachine):
 
     def take(self, pid, job):
         for other, held in self.jobs.items():
-            if held == job and other != pid: self.jobs[other] = None
-        self.jobs[pid] = job
+            if other != pid and job in held: held.remove(job)
+        if job not in self.jobs[pid]: self.jobs[pid].append(job)
 
     @rule(pid=PIDS, kind=st.sampled_from(["llm", "speech"]), job=st.none() | JOBS)
     def register(self, pid, kind, job):
         self.types[pid], self.states[pid] = kind, "running" if job else "idle"
-        self.jobs.pop(pid, None)
-        self.take(pid, job)
+        self.jobs[pid] = []
+        if job: self.take(pid, job)
         assert self.manager.register_worker(pid, kind, job).pid == pid
 
     @rule(pid=PIDS, job=st.none() | JOBS)
     def give(self, pid, job):
         state = self.manager.update_worker_state(pid, job_id=job)
         if pid not in self.types: assert state is None
-        else: self.take(pid, job)
+        elif job: self.take(pid, job)
+        else: self.jobs[pid] = []
 
     @rule(pid=PIDS, status=st.sampled_from(["idle", "running", None]))
     def set_status(self, pid, status):
         self.manager.update_worker_state(pid, status=status)
         if pid not in self.types: return
-        self.states[pid] = status or "idle"
-        if self.states[pid] == "idle": self.jobs[pid] = None
+        if status != "running": self.jobs[pid][:1] = []   # the one that it works on is done
+        self.states[pid] = "running" if status == "running" or self.jobs[pid] else "idle"
+
+    @rule(pid=PIDS, job=JOBS)
+    def finish(self, pid, job):
+        self.manager.update_worker_state(pid, job_id=job, status="idle")
+        if pid not in self.types: return
+        running = self.jobs[pid][:1]
+        if job in self.jobs[pid]: self.jobs[pid].remove(job)
+        if not self.jobs[pid]: self.states[pid] = "idle"
+        elif self.jobs[pid][:1] != running: self.states[pid] = "running"
 
     @rule(pid=PIDS)
     def unregister(self, pid):
@@ -104,10 +114,10 @@ class Registry(RuleBasedStateMachine):
 
     @invariant()
     def agrees(self):
-        found = {w.pid: (w.worker_type, w.status, w.job_id) for w in self.manager.get_all_workers()}
+        found = {w.pid: (w.worker_type, w.status, list(w.jobs)) for w in self.manager.get_all_workers()}
         assert found == {pid: (self.types[pid], self.states[pid], self.jobs[pid]) for pid in self.types}
         for job in ("a", "b", "c"):
-            holders = [pid for pid, held in self.jobs.items() if held == job]
+            holders = [pid for pid, held in self.jobs.items() if job in held]
             found = self.manager.get_worker_by_job(job)
             assert ([found.pid] if found else []) == holders
         assert self.manager.get_active_worker_types() == set(self.types.values())
@@ -136,7 +146,7 @@ def test_many_threads_at_once():
         for t in threads: t.start()
         for t in threads: t.join()
     assert not errors
-    for job in range(5): assert sum(w.job_id == f"job-{job}" for w in manager.get_all_workers()) <= 1
+    for job in range(5): assert sum(f"job-{job}" in w.jobs for w in manager.get_all_workers()) <= 1
 
 
 def test_a_worker_is_known_by_its_start_also_after_the_clock_was_set(spawn, monkeypatch):

@@ -55,7 +55,7 @@ def scrape(processes: bool = False) -> str:
     gpus = [SimulatedGpu(HOSTILE, processes=[SimulatedProcess(4_200_001, 3_000)]), SimulatedGpu()]
     with SimulatedDriver(gpus, machine):
         manager = ResourceManager()
-        manager.register_worker(4_000_000, HOSTILE, plugin_name=HOSTILE, job_id="job-1")
+        manager.register_worker(5_000_000, HOSTILE, plugin_name=HOSTILE, job_id="job-1")
         manager.reserve(1_000)
         return exposition(ResourceCollector(ResourceMonitor(manager), processes))[0].decode()
 

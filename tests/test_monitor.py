@@ -1,12 +1,15 @@
 "The monitor's figures, its beat, and when a sample is old"
 import asyncio
+import subprocess
+import sys
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from conftest import GONE
 
-from cjm_fasthtml_resources.core import store
+from cjm_fasthtml_resources.core import gpu, store
 from cjm_fasthtml_resources.core.gpu import GpuDevice, GpuSnapshot
 from cjm_fasthtml_resources.core.history import DevicePoint, History, Point, to_point
 from cjm_fasthtml_resources.core.manager import ResourceManager
@@ -82,20 +85,18 @@ def test_what_is_kept_of_a_sample_is_what_it_says():
     status = DeviceStatus(gpu, ResourceStatus.EXTERNAL_BUSY, (), 5, 3, 1, (Promise(7, "app", 4, 2),))
     with SimulatedDriver([]): sample = take_sample(ResourceManager())
     snapshot = replace(sample.gpu.snapshot, time=1000.0)
-    sample = replace(sample, gpu=replace(sample.gpu, devices=(status,), snapshot=snapshot), number=3)
+    sample = replace(sample, gpu=replace(sample.gpu, devices=(status,), snapshot=snapshot), number=3, taken=7.5)
     ram = sample.memory.memory
     device = DevicePoint(ResourceStatus.EXTERNAL_BUSY, 10, 9, 5, 3, 1, 2, 50, 60, 70.5)
     of_ram = (ram.memory.total, ram.app_memory, ram.external_memory)
-    assert to_point(sample) == Point(3, 1000.0, {"GPU-a": device}, *of_ram)
+    assert to_point(sample) == Point(3, 1000.0, {"GPU-a": device}, *of_ram, 7.5)
 
 
 def test_history_goes_back_as_far_as_was_said_and_numbers_go_on():
     with SimulatedDriver([]): sample = take_sample(ResourceManager())
     monitor = ResourceMonitor(ResourceManager(), history=10)
-    for at in (100.0, 101.0, 110.0, 111.0):
-        snapshot = replace(sample.gpu.snapshot, time=at)
-        monitor.keep(replace(sample, gpu=replace(sample.gpu, snapshot=snapshot)))
-    kept = [(p.number, p.time) for p in monitor.history.points]
+    for at in (100.0, 101.0, 110.0, 111.0): monitor.keep(replace(sample, taken=at))
+    kept = [(p.number, p.taken) for p in monitor.history.points]
     assert kept == [(2, 101.0), (3, 110.0), (4, 111.0)]   # exactly ten seconds is not too long
 
 
@@ -103,10 +104,9 @@ def test_history_goes_back_ten_minutes_if_nothing_else_is_said():
     with SimulatedDriver([]): sample = take_sample(ResourceManager())
     monitor = ResourceMonitor(ResourceManager())
     for at in (100.0, 700.0, 700.5):
-        snapshot = replace(sample.gpu.snapshot, time=at)
-        monitor.keep(replace(sample, gpu=replace(sample.gpu, snapshot=snapshot)))
-        if at == 700.0: assert [p.time for p in monitor.history.points] == [100.0, 700.0]
-    assert [p.time for p in monitor.history.points] == [700.0, 700.5]
+        monitor.keep(replace(sample, taken=at))
+        if at == 700.0: assert [p.taken for p in monitor.history.points] == [100.0, 700.0]
+    assert [p.taken for p in monitor.history.points] == [700.0, 700.5]
 
 
 def test_a_sample_is_old_after_three_intervals():
@@ -196,3 +196,106 @@ def test_an_asynchronous_reader_gets_each_sample_once_and_hears_when_nothing_com
                 await asyncio.wait_for(anext(samples), 2)
             monitor.close()
     asyncio.run(main())
+
+
+class Wild:
+    "A wall clock that is set back or ahead by a day at every look"
+    def __init__(self): self.looks = 0
+    def __call__(self):
+        self.looks += 1
+        return 1.8e9 + (-1)**self.looks*86_400*self.looks
+
+
+def test_a_clock_that_is_set_back_and_ahead_changes_no_age_wait_or_history(monkeypatch):
+    from cjm_fasthtml_resources.core.conflict import ResourceBusy
+    monkeypatch.setattr(time, "time", wild := Wild())
+    with SimulatedDriver([SimulatedGpu()]):
+        monitor = ResourceMonitor(ResourceManager(), interval=0.1, history=0.5)
+        seen = []
+        with monitor.subscribe(seen.append): wait_until(lambda: len(seen) >= 12)
+        fresh = [s for s in seen if not s.stale]    # on a busy machine one may be late
+        assert len(fresh) >= 8 and [s.number for s in fresh] == list(range(1, len(fresh) + 1))
+        assert all(-60 < s.age < 60 for s in seen)
+        points = monitor.history.points
+        assert 1 <= len(points) <= 8 and max(abs(p.time - 1.8e9) for p in points) >= 86_400
+        assert 0 <= points[-1].taken - points[0].taken <= 0.5
+        assert [p.taken for p in points] == sorted(p.taken for p in points)
+        wait_until(lambda: (monitor.latest.stale or "").startswith("nothing newer for"))   # after three intervals
+
+        manager, began = ResourceManager(), time.monotonic()
+        with manager.reserve(20_000), pytest.raises(ResourceBusy): manager.reserve(20_000, timeout=0.3)
+        assert 0.25 < time.monotonic() - began < 20
+        held = manager.reserve(20_000, ttl=0.3)
+        assert manager.get_claims()
+        manager.reserve(20_000, timeout=20).release()      # as soon as the other has run out, and not before
+        assert time.monotonic() - began > 0.5 and not held.release()
+    assert wild.looks > 10
+
+
+def test_a_subscriber_that_raises_what_ends_programs_does_not_end_the_sampler(caplog):
+    seen = []
+
+    def raises(error):
+        def tell(sample): raise error
+        return tell
+
+    class Cancelled(Sampled):
+        def take_sample(self):
+            if len(seen) == 3: raise asyncio.CancelledError
+            return super().take_sample()
+
+    with SimulatedDriver([SimulatedGpu()]):
+        monitor = ResourceMonitor(Cancelled(lambda: None), interval=0.1)
+        bad = [monitor.subscribe(raises(e)) for e in (SystemExit(3), KeyboardInterrupt(), asyncio.CancelledError(),
+                                                      GeneratorExit())]
+        with monitor.subscribe(seen.append): wait_until(lambda: len(seen) >= 6)
+        assert [s.stale for s in seen].count("the last look failed: CancelledError") == 1 and not seen[-1].stale
+        for subscription in bad: subscription.close()
+        wait_until(lambda: not monitor.running)
+    logged = [r.getMessage() for r in caplog.records]
+    assert logged.count("a subscriber of the resource monitor raised; further errors of it are not logged") == 4
+    assert logged.count("the resource monitor could not look; the same again is not logged") == 1
+
+
+def test_ctrl_c_in_a_subscriber_that_the_main_thread_tells_is_ctrl_c():
+    def interrupted(sample): raise KeyboardInterrupt
+    with SimulatedDriver([SimulatedGpu()]):
+        monitor = ResourceMonitor(ResourceManager())
+        monitor.take()
+        subscription = Subscription(interrupted, lambda s: None)
+        monitor._subscriptions = (subscription,)
+        with pytest.raises(KeyboardInterrupt): monitor.pause()
+
+
+NO_THREAD = """
+import threading
+from cjm_fasthtml_resources.core.gpu import read_gpus
+from cjm_fasthtml_resources.core.manager import ResourceManager
+from cjm_fasthtml_resources.core.monitor import ResourceMonitor
+from cjm_fasthtml_resources.simulate import SimulatedDriver, SimulatedGpu
+driver, manager, seen = SimulatedDriver([SimulatedGpu()]).start(), ResourceManager(), []
+monitor, usual = ResourceMonitor(manager, interval=0.1), threading.stack_size()
+threading.stack_size(2**46)     # no thread has such a stack: the system refuses it
+words = "no thread can be started (can't start new thread); end some, or raise the limit"
+assert read_gpus().reason.startswith("the NVIDIA driver cannot be asked: " + words), read_gpus().reason
+assert words in manager.check_gpu_availability().message
+assert words in monitor.take().gpu.message
+try: monitor.subscribe(seen.append)
+except RuntimeError as error: assert str(error).startswith(words), error
+else: raise AssertionError("it cannot sample")
+threading.stack_size(usual)
+assert read_gpus().devices and manager.check_gpu_availability().status.value == "available"
+heard = threading.Event()
+with monitor.subscribe(lambda sample: heard.set()): assert heard.wait(20)
+"""
+
+
+def test_where_no_thread_can_be_started_it_is_said_and_works_again_afterwards():
+    "A real refusal, by the system"
+    out = subprocess.run([sys.executable, "-c", NO_THREAD], capture_output=True, text=True, timeout=60)
+    assert (out.returncode, out.stderr) == (0, "")
+
+
+def test_the_time_of_day_is_read_only_for_people():
+    found = [path.name for path in Path(gpu.__file__).parents[1].rglob("*.py") if "time.time(" in path.read_text()]
+    assert sorted(found) == ["gpu.py", "history.py"]   # a snapshot's time, and a point's where there is no snapshot

@@ -1,6 +1,8 @@
 "Processes as /proc shows them: hidden, dead and not waited for, in a storm of forks, and with a number that was reused"
+import contextlib
 import json
 import os
+import resource
 import shutil
 import subprocess
 import sys
@@ -9,6 +11,7 @@ import time
 
 import pytest
 
+from cjm_fasthtml_resources.core import ending
 from cjm_fasthtml_resources.core import process as proc
 from cjm_fasthtml_resources.core.manager import ResourceManager
 from cjm_fasthtml_resources.core.resources import ResourceStatus
@@ -47,6 +50,76 @@ def test_a_zombie_holds_nothing_and_its_worker_is_pruned(spawn):
         assert [w.pid for w in manager.prune_dead_workers()] == [worker.pid]
         assert manager.check_gpu_availability().status is ResourceStatus.AVAILABLE
     worker.wait()
+
+
+HEADLESS = """
+import ctypes, threading, time
+threading.Thread(target=time.sleep, args=[60]).start()
+print("ready", flush=True)
+ctypes.CDLL(None).pthread_exit(None)
+"""
+
+
+def test_a_process_whose_main_thread_ended_has_not_ended_while_others_run(spawn):
+    worker = spawn(HEADLESS)
+    assert worker.stdout.readline() == "ready\n"
+    manager = ResourceManager(track_self=False)
+    state = manager.register_worker(worker.pid, "llm")
+    while proc.read_stat(worker.pid).state != "Z": time.sleep(0.01)
+    assert not proc.has_ended(worker.pid, state.start_time) and manager.prune_dead_workers() == []
+    with SimulatedDriver([SimulatedGpu(processes=[SimulatedProcess(worker.pid, 5_000)])]):
+        assert manager.check_gpu_availability().app_pids == [worker.pid]
+    assert manager.stop_worker(worker.pid).pid == worker.pid and worker.wait()
+    assert proc.has_ended(worker.pid, state.start_time)
+
+
+@contextlib.contextmanager
+def without_descriptors():
+    "Nothing can be opened meanwhile"
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (0, before[1]))
+    try: yield
+    finally: resource.setrlimit(resource.RLIMIT_NOFILE, before)
+
+
+def test_without_descriptors_nobody_has_ended_and_nothing_is_forgotten(spawn, monkeypatch):
+    worker, unknown, dead = spawn("input()"), spawn("input()"), spawn("pass")
+    manager = ResourceManager(track_self=False)
+    state, other = manager.register_worker(worker.pid, "llm"), manager.register_worker(dead.pid, "llm")
+    before, start = proc.read_process(worker.pid), proc.read_start(unknown.pid)
+    dead.wait()
+    with without_descriptors():
+        assert proc.read_stat(worker.pid) is None
+        assert not proc.has_ended(worker.pid, state.start_time) and not proc.has_ended(unknown.pid, start)
+        proc._forget_ended()
+        assert proc.read_process(worker.pid) is before
+        assert proc.read_process(unknown.pid).start_time is None
+        # what is known to have ended has: its number is free
+        assert manager.prune_dead_workers() == [other]
+        # it is not sent to what may be another process by now
+        assert not ending.send_signal(before.lineage[0], 9)
+        with pytest.raises(OSError): manager.stop_worker(worker.pid)
+    assert manager.get_worker_by_pid(worker.pid) is state and worker.poll() is None and unknown.poll() is None
+    assert proc.read_process(unknown.pid).lineage[0] == (unknown.pid, start)
+
+
+def test_what_was_read_in_part_is_read_again(spawn, monkeypatch):
+    child, real, left = spawn("input()"), os.open, [3]
+    proc.read_process(os.getpid())
+
+    def opens(path, *args, **kw):
+        left[0] -= 1
+        if left[0] < 0: raise OSError(24, "Too many open files")
+        return real(path, *args, **kw)
+
+    for count in range(1, 8):
+        proc._known.pop(child.pid, None)
+        left[0] = count
+        monkeypatch.setattr(os, "open", opens)
+        proc.read_process(child.pid)
+        monkeypatch.setattr(os, "open", real)
+        assert proc.read_process(child.pid).ancestors == proc.find_ancestors(child.pid)
+        assert proc.find_ancestors(child.pid)[0].pid == os.getpid()
 
 
 def test_a_storm_of_forks_costs_no_answer_and_what_is_known_stays_bounded(monkeypatch):
@@ -173,3 +246,71 @@ with SimulatedDriver([SimulatedGpu(processes=[SimulatedProcess({hidden.pid}, 200
         pytest.skip(f"this kernel does not hide processes here: {out.stderr.strip().splitlines()[-1]}")
     assert out.returncode == 0, out.stderr
     assert out.stdout.startswith(f"external_busy [{hidden.pid}]")
+
+
+HIDING = "mount -t proc -o hidepid=2 proc /proc"
+WITHOUT_PTRACE = "setpriv --regid=65534 --clear-groups --bounding-set=-sys_ptrace,-kill --inh-caps=-sys_ptrace,-kill"
+
+
+@pytest.mark.skipif(not allowed("--mount") or not shutil.which("setpriv"),
+                    reason="needs root, unshare and setpriv: a /proc mounted with hidepid")
+def test_what_is_hidden_lives_until_its_number_is_free():
+    hidden = subprocess.Popen(["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", "sleep", "60"])
+    deadline = time.monotonic() + 10
+    while proc.read_stat(hidden.pid).name != "sleep" and time.monotonic() < deadline: time.sleep(0.01)
+    code = f"""
+import sys
+from cjm_fasthtml_resources.core import process as proc
+from cjm_fasthtml_resources.core.manager import ResourceManager
+assert proc.read_stat({hidden.pid}) is None, 'it can be seen'
+manager = ResourceManager(track_self=False)
+state = manager.register_worker({hidden.pid}, 'llm')
+start = {proc.read_start(hidden.pid)}
+print(state.start_time, proc.is_free({hidden.pid}), proc.has_ended({hidden.pid}, start), flush=True)
+input()
+print(proc.is_free({hidden.pid}), proc.has_ended({hidden.pid}, start))
+"""
+    environment = {**os.environ, "CODE": code, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
+    looker = subprocess.Popen(
+        ["unshare", "--mount", "sh", "-c", f"{HIDING} && exec {WITHOUT_PTRACE} {sys.executable} -c \"$CODE\""],
+        env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    first = looker.stdout.readline()
+    hidden.kill()
+    hidden.wait()
+    then, errors = looker.communicate("\n", timeout=30)
+    if "it can be seen" in errors or "mount:" in errors: pytest.skip(f"not here: {errors.strip().splitlines()[-1]}")
+    assert (first, then) == ("None False False\n", "True True\n"), errors
+
+
+@pytest.mark.skipif(not allowed("--time", "--fork"), reason="needs root and time namespaces")
+@pytest.mark.parametrize("seconds", [100_000, -100])
+def test_in_a_time_namespace_a_process_has_the_same_start(seconds, tmp_path, monkeypatch):
+    monkeypatch.setenv("CJM_RESOURCES_DIR", str(tmp_path))
+    mine = ResourceManager(app="times")
+    mine.register_worker(os.getpid(), "llm")
+    code = f"""
+import os
+from cjm_fasthtml_resources.core import process as proc
+from cjm_fasthtml_resources.core.manager import ResourceManager
+me = {tuple(proc.this_process())}
+manager = ResourceManager(app="times")
+print(proc.read_process(me[0]).lineage[0] == me, proc.has_ended(*me), manager.prune_dead_workers())
+manager.register_worker(os.getpid(), "inside")
+print(proc.read_start(os.getpid()) > me[1], [w.worker_type for w in manager.get_all_workers()])
+"""
+    out = in_namespace(code, "--time", f"--boottime={seconds}", "--fork")
+    if "timens_offsets" in out.stderr: pytest.skip(out.stderr)
+    assert out.stdout == "True False []\nTrue ['llm', 'inside']\n", out.stderr
+
+
+@needs_namespace
+def test_the_processes_of_another_namespace_are_not_taken_for_those_of_here():
+    "With the old /proc in a new PID namespace: its number 1 is the machine's first process, and not this one"
+    code = """
+import os
+from cjm_fasthtml_resources.core import process as proc
+print(proc.this_process().start_time, proc.read_stat(1), proc.has_ended(1, 0.5))
+print(proc.is_free(1), proc.is_free(4_000_000))
+"""
+    out = in_namespace(code, "--pid", "--fork")
+    assert out.stdout == "None None False\nFalse True\n", (out.stdout, out.stderr)

@@ -39,7 +39,7 @@ def test_a_check_says_what_it_estimates():
     manager = ResourceManager(40.0, track_self=False)
     drawing = SimulatedGpu(processes=[SimulatedProcess(GONE, 900, "graphics")])
     with SimulatedDriver([drawing, SimulatedGpu(memory_used_mb=900)], SimulatedMachine(pid_namespace=True)):
-        manager.register_worker(7, "llm", gpu_memory_mb=1_000)
+        manager.register_worker(5_000_007, "llm", gpu_memory_mb=1_000)
         found = manager.check_gpu_availability()
         assert found.devices[0].processes == (OwnedProcess(GONE, "unknown", 900*MIB, kind="graphics"),)
         assert [d.app_memory//MIB for d in found.devices] == [900, 100]

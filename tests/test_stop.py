@@ -1,14 +1,18 @@
 "Ending workers: all of theirs, nothing else, whatever they do about it"
 import os
+import random
+import sys
+import threading
 import time
 from dataclasses import replace
 
 import pytest
-from conftest import GONE
+from conftest import GONE, warned
 
 from cjm_fasthtml_resources.core import host, stopping
 from cjm_fasthtml_resources.core.conflict import ResourceBusy, ResourceUnavailable
 from cjm_fasthtml_resources.core.gpu import GpuDevice
+from cjm_fasthtml_resources.core.leases import new_lease
 from cjm_fasthtml_resources.core.manager import ResourceManager
 from cjm_fasthtml_resources.core.process import ProcessId
 from cjm_fasthtml_resources.core.resources import DeviceStatus, OwnedProcess, ResourceStatus, WorkerState
@@ -123,7 +127,8 @@ def test_idle_workers_go_in_the_order_of_their_last_use_and_no_more_than_needed(
     room = Room(spawn, 3)
     for i, jobs in enumerate(["abc", "a", "ab"]):
         for job in jobs: room.manager.update_worker_state(room.processes[i].pid, job_id=f"{i}{job}", status="running")
-    for i in (2, 0, 1): room.manager.update_worker_state(room.processes[i].pid, status="idle")
+    for i, count in ((2, 2), (0, 3), (1, 1)):   # as many times as it has jobs
+        for _ in range(count): room.manager.update_worker_state(room.processes[i].pid, status="idle")
     with SimulatedDriver([room.gpu]):
         assert room.manager.free_gpu(6000) == [] and room.living == [0, 1, 2]
         assert [w.pid for w in room.manager.free_gpu(8000)] == [room.processes[2].pid] and room.living == [0, 1]
@@ -141,6 +146,197 @@ def test_a_worker_that_is_just_given_a_job_is_spared(spawn, monkeypatch):
     monkeypatch.setattr(stopping, "plan_room", plan)
     with SimulatedDriver([room.gpu]): room.manager.free_gpu(18000)
     assert room.living == [0] and room.manager.get_worker_by_job("now").status == "running"
+
+
+class Slow:
+    "A plugin that gives its memory back after a while, during which the test does something"
+    def __init__(self, gpu, meanwhile): self.gpu, self.meanwhile = gpu, meanwhile
+    def force_cleanup(self):
+        self.meanwhile()
+        self.gpu.processes.clear()
+
+
+def one_worker(spawn, meanwhile, code="input()", **kw):
+    "A manager with one worker that fills a GPU of 1000 MiB"
+    process, manager = spawn(code), ResourceManager(track_self=False, **kw)
+    gpu = SimulatedGpu(memory_total_mb=1_000, processes=[SimulatedProcess(process.pid, 800)])
+    manager.register_worker(process.pid, "llm", plugin_instance=Slow(gpu, lambda: meanwhile(manager, process)))
+    return manager, process, gpu
+
+
+def test_what_is_given_to_a_worker_that_is_being_stopped_is_refused(spawn, caplog):
+    answers = []
+
+    def give(manager, process):
+        answers.append(manager.get_worker_by_pid(process.pid).status)
+        changes = dict(job_id="a", status="running"), dict(job_id="b"), dict(status="loading"), dict(plugin_id="x")
+        for given in changes:
+            answers.append(manager.update_worker_state(process.pid, **given))
+        answers.append(manager.unregister_worker(process.pid))
+        with pytest.raises(ValueError, match=f"^pid {process.pid} is being stopped, so it cannot be registered$"):
+            manager.register_worker(process.pid, "llm", "c")
+
+    manager, process, gpu = one_worker(spawn, give)
+    with SimulatedDriver([gpu]): assert [w.pid for w in manager.free_gpu(900)] == [process.pid]
+    assert answers == ["stopping", *[None]*5] and gone(process.pid) and manager.get_all_workers() == []
+    told = warned(caplog)
+    assert told[0] == f"update_worker_state: the worker with PID {process.pid} is being stopped"
+    assert told[-1] == f"unregister_worker: the worker with PID {process.pid} is being stopped"
+
+
+def test_a_child_of_a_worker_that_is_being_stopped_is_no_new_worker(spawn):
+    def register_child(manager, process):
+        child = int(process.stdout.readline())
+        with pytest.raises(ValueError, match="is being stopped"): manager.register_worker(child, "llm", "job")
+
+    manager, process, gpu = one_worker(spawn, register_child, CHILD)
+    with SimulatedDriver([gpu]): manager.free_gpu(900)
+    assert gone(process.pid) and manager.get_all_workers() == []
+
+
+def test_an_idle_worker_with_a_busy_one_below_it_is_not_stopped(spawn):
+    manager, process, gpu = one_worker(spawn, lambda *_: None, CHILD)
+    child = int(process.stdout.readline())
+    manager.register_worker(child, "llm", "job")
+    with SimulatedDriver([gpu]), pytest.raises(ResourceBusy, match="cannot be made free"): manager.free_gpu(900)
+    assert not gone(process.pid) and not gone(child)
+    manager.update_worker_state(child, status="idle")      # both are idle, and both go
+    with SimulatedDriver([gpu]): assert [w.pid for w in manager.free_gpu(900)] == [process.pid]
+    assert gone(process.pid) and gone(child)
+
+
+def test_a_worker_with_a_job_keeps_its_declared_server_alive(spawn):
+    "Its server runs below another worker, which is idle"
+    manager, process, gpu = one_worker(spawn, lambda *_: None, CHILD)
+    server, busy = int(process.stdout.readline()), spawn("input()")
+    plugin = type("Plugin", (), dict(get_child_pids=lambda self: [server]))()
+    manager.register_worker(busy.pid, "llm", "job", plugin_instance=plugin)
+    with SimulatedDriver([gpu]), pytest.raises(ResourceBusy): manager.free_gpu(900)
+    assert not gone(server) and not gone(process.pid)
+
+
+def test_a_dead_worker_with_a_job_is_not_tidied_away(spawn):
+    manager, process, _ = one_worker(spawn, lambda *_: None)
+    state = manager.update_worker_state(process.pid, job_id="job")
+    process.kill()
+    process.wait()
+    assert stopping.find_idle(manager.workers) == [] == stopping.mark_idle(manager.workers, state, 1)
+
+
+def test_a_job_that_is_accepted_at_whatever_moment_is_not_killed(spawn):
+    chance, accepted, refused = random.Random(7), 0, 0
+    for _ in range(12):
+        manager, process, gpu = one_worker(spawn, lambda *_: time.sleep(0.02))
+        given, wait = [], chance.uniform(0, 0.06)
+
+        def give(manager=manager, process=process, given=given, wait=wait):
+            time.sleep(wait)
+            given.append(manager.update_worker_state(process.pid, job_id="job", status="running"))
+
+        thread = threading.Thread(target=give)
+        thread.start()
+        with SimulatedDriver([gpu]):
+            if wait < 0.01: thread.join()
+            try: stopped = manager.free_gpu(900, grace=1.0)
+            except ResourceBusy: stopped = []
+        thread.join()
+        assert (given[0] is None) == bool(stopped) == gone(process.pid)
+        accepted, refused = accepted + (given[0] is not None), refused + bool(stopped)
+    assert accepted and refused
+
+
+def test_free_gpu_that_is_interrupted_at_any_line_leaves_nobody_stopping(spawn, monkeypatch):
+    process, at, seen = spawn("input()"), 0, set()
+    gpu = SimulatedGpu(memory_total_mb=1_000)
+    monkeypatch.setattr(stopping, "end_processes", lambda ends, grace: gpu.processes.clear() or [])
+    with SimulatedDriver([gpu]):
+        while True:
+            gpu.processes[:] = [SimulatedProcess(process.pid, 800)]
+            manager, left = ResourceManager(track_self=False), at
+            manager.register_worker(process.pid, "llm")
+
+            def trace(frame, event, arg):
+                nonlocal left
+                if not frame.f_code.co_filename.endswith(("core/stopping.py", "core/workers.py")): return None
+                if event == "line":
+                    left -= 1
+                    if left == -1: raise KeyboardInterrupt
+                return trace
+
+            sys.settrace(trace)
+            try: manager.free_gpu(900)
+            except KeyboardInterrupt: pass
+            finally: sys.settrace(None)
+            left_over = [w.status for w in manager.get_all_workers()]
+            assert left_over in (["idle"], []), at
+            if left_over: assert manager.update_worker_state(process.pid, job_id="job").job_id == "job", at
+            seen.add(tuple(left_over))
+            if left >= 0: break
+            at += 1
+    assert at > 100 and seen == {("idle",), ()}
+
+
+@pytest.mark.parametrize("fails", [KeyboardInterrupt, SystemExit, OSError, TimeoutError])
+def test_free_gpu_that_fails_leaves_nobody_stopping(spawn, monkeypatch, fails):
+    manager, process, gpu = one_worker(spawn, lambda *_: None)
+
+    def end(ends, grace): raise fails("half-way")
+
+    monkeypatch.setattr(stopping, "end_processes", end)
+    with SimulatedDriver([gpu]), pytest.raises(fails, match="half-way"): manager.free_gpu(900)
+    assert manager.get_worker_by_pid(process.pid).status == "idle"
+    assert manager.update_worker_state(process.pid, job_id="job", status="running").job_id == "job"
+    with pytest.raises(fails, match="half-way"): manager.stop_worker(process.pid)
+    assert manager.get_worker_by_pid(process.pid).status == "running"     # as it was
+
+
+def test_the_mark_of_a_process_that_stops_a_worker_counts_for_all_and_for_no_longer_than_it_holds(folder, spawn):
+    process, (mine, other) = spawn("input()"), (ResourceManager(app="stop", track_self=False) for _ in range(2))
+    leases = mine.workers.leases
+    worker, lease = mine.register_worker(process.pid, "llm"), new_lease()
+    leases.take(lease)
+    assert stopping.mark_idle(mine.workers, worker, lease)
+    assert other.get_worker_by_pid(process.pid).status == "stopping"
+    assert other.update_worker_state(process.pid, job_id="job") is None
+    assert not stopping.mark_idle(other.workers, worker, new_lease()) and stopping.find_idle(other.workers) == []
+    leases.drop(lease)      # as the kernel does with those of a process that is killed
+    assert other.get_worker_by_pid(process.pid).status == "idle"
+    assert other.update_worker_state(process.pid, job_id="job").job_id == "job"
+    assert mine.get_worker_by_pid(process.pid).job_id == "job" and not stopping.mark_idle(mine.workers, worker, lease)
+
+
+def test_in_a_forks_child_nobody_is_being_stopped_by_its_parents_threads(spawn):
+    children = []
+
+    def fork(manager, process):
+        if (child := os.fork()) == 0:
+            state = manager.update_worker_state(process.pid, job_id="job")
+            os._exit(0 if state and state.job_id == "job" else 1)
+        children.append(os.waitpid(child, 0)[1])
+
+    manager, _, gpu = one_worker(spawn, fork)
+    with SimulatedDriver([gpu]): manager.free_gpu(900)
+    assert children == [0]
+
+
+def test_a_worker_that_took_over_a_number_while_it_was_freed_is_not_stopped(spawn, monkeypatch):
+    manager, process, gpu = one_worker(spawn, lambda *_: None)
+    start, ended = manager.get_worker_by_pid(process.pid).start_time, []
+    asked = stopping.mark_idle
+
+    def mark(workers, worker, lease):
+        found = asked(workers, worker, lease)
+        # it ended just now, and another worker has its number
+        state = replace(worker, start_time=start + 5, status="running", job_id="job")
+        workers.table.workers[process.pid] = state
+        gpu.processes.clear()
+        return found
+
+    monkeypatch.setattr(stopping, "mark_idle", mark)
+    monkeypatch.setattr(stopping, "end_processes", lambda ends, grace: ended.append(list(ends)) or [])
+    with SimulatedDriver([gpu]): manager.free_gpu(900)
+    assert ended == [[ProcessId(process.pid, start)]]
+    assert manager.workers.table.workers[process.pid].job_id == "job"
 
 
 def test_memory_that_does_not_come_back_stops_no_more_workers(spawn, monkeypatch):
@@ -199,15 +395,16 @@ def test_a_worker_that_is_being_stopped_is_nobodys_choice(spawn, monkeypatch):
     manager, seen = ResourceManager(track_self=False), []
     worker = manager.register_worker(process.pid, "llm")
 
-    def stop(workers, pid, grace, me):
-        seen.append((workers.get(pid).status, grace, me))
+    def stop(workers, state, pid, ends, grace):
+        seen.append((workers.get(pid).status, ends, grace))
         gpu.processes.clear()
 
-    monkeypatch.setattr(stopping, "stop_worker", stop)
+    monkeypatch.setattr(stopping, "end_worker", stop)
     with SimulatedDriver([gpu]): assert manager.free_gpu(900, grace=2.5) == [worker]
-    assert seen == [("stopping", 2.5, None)]
+    assert seen == [("stopping", [ProcessId(process.pid, host.read_start(process.pid))], 2.5)]
+    assert manager.get_worker_by_pid(process.pid) is worker      # it was not stopped after all
     manager.unregister_worker(process.pid)
-    assert not stopping.mark_stopping(manager.workers, worker)   # forgotten meanwhile
+    assert not stopping.mark_idle(manager.workers, worker, 1)    # forgotten meanwhile
 
 
 def test_what_could_not_be_ended_is_named(spawn, monkeypatch):

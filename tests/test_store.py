@@ -1,20 +1,20 @@
 "The file that processes share: its place, its rows, and what is said when it cannot be used"
+import errno
 import json
 import os
-import platform
+import pwd
 import sqlite3
 from dataclasses import replace
 from pathlib import Path
 
-import platformdirs
 import pytest
 from conftest import GONE, Server, warned
 
-from cjm_fasthtml_resources.core import asking, store
+from cjm_fasthtml_resources.core import asking, database, lockfile, store
 from cjm_fasthtml_resources.core import process as proc
 from cjm_fasthtml_resources.core.manager import ResourceManager
 from cjm_fasthtml_resources.core.resources import ResourceStatus, WorkerState
-from cjm_fasthtml_resources.core.roster import from_row, to_row
+from cjm_fasthtml_resources.core.roster import WorkerRow, from_row, to_row
 from cjm_fasthtml_resources.simulate import SimulatedDriver, SimulatedGpu, SimulatedProcess
 
 
@@ -24,44 +24,120 @@ def raises(error):
     return fails
 
 
-def test_the_file_is_the_machines_and_in_a_container_the_containers(monkeypatch):
+def test_the_files_are_the_users_for_one_run_of_the_machine_whatever_the_environment_says(monkeypatch, tmp_path):
     monkeypatch.delenv("CJM_RESOURCES_DIR", raising=False)
-    monkeypatch.setattr(platform, "node", lambda: "lab 7/ä.local")
-    monkeypatch.setattr(proc, "_namespace", lambda *where: {("/proc", "self"): space}[where])
-    space = proc._FIRST_PID_NAMESPACE
-    folder = Path(platformdirs.user_state_dir("cjm-fasthtml-resources", appauthor=False))
-    assert store.store_path() == folder/"lab_7_ä.local.sqlite"
-    space = None
-    assert store.store_path() == folder/"lab_7_ä.local.sqlite"
-    space = 4711
-    assert store.store_path() == folder/"lab_7_ä.local-4711.sqlite"
-    monkeypatch.setattr(platform, "node", lambda: "")
-    assert store.store_path() == folder/"localhost-4711.sqlite"
+    home = pwd.getpwuid(os.geteuid()).pw_dir
+    boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    expected = Path(home)/".local/state/cjm-fasthtml-resources"/boot/"resources.sqlite"
+    assert store.store_path() == expected
+    assert store.Store(expected).lock_path == expected.with_name("resources.lock")
+    # a service, `sudo -E` and a container have another environment, and share the same machine
+    for name in ("HOME", "XDG_STATE_HOME", "USER", "HOSTNAME"): monkeypatch.setenv(name, str(tmp_path))
+    assert store.store_path() == expected
+    monkeypatch.delenv("HOME")
+    assert store.store_path() == expected
+    monkeypatch.setattr(proc, "_namespace", lambda *where: 4711)
+    assert store.store_path() == expected
+    monkeypatch.setattr(lockfile, "boot_id", lambda: "another")
+    assert store.store_path() == expected.parent.parent/"another"/"resources.sqlite"
+
+
+def test_a_user_without_a_home_has_to_name_a_folder(monkeypatch, tmp_path):
+    monkeypatch.delenv("CJM_RESOURCES_DIR", raising=False)
+    monkeypatch.setattr(pwd, "getpwuid", raises(KeyError("no such user")))
+    with pytest.raises(store.StoreError, match=rf"UID {os.geteuid()} .* set CJM_RESOURCES_DIR"): store.store_path()
     monkeypatch.setenv("CJM_RESOURCES_DIR", "/elsewhere")
-    assert store.store_path() == Path("/elsewhere/localhost-4711.sqlite")
+    assert store.store_path() == Path("/elsewhere/resources.sqlite")
+    monkeypatch.setenv("CJM_RESOURCES_DIR", "nearby")
+    monkeypatch.chdir(tmp_path)
+    assert store.store_path() == tmp_path/"nearby"/"resources.sqlite"
+    monkeypatch.chdir("/")   # the same one, wherever the program goes
+    assert store.store_path() == tmp_path/"nearby"/"resources.sqlite"
 
 
 def test_a_row_has_no_secrets_and_takes_what_is_no_json():
     remote = {"provider": Path("/x"), "api_key": "sk-2"}
     config = {"path": Path("/m"), "api_key": "sk-1"}
     state = WorkerState(7, "llm", config=config, is_remote=True, remote_resource=remote)
-    again, starts = from_row(to_row(state, {8: None}))
+    again, starts, *_ = from_row(to_row(WorkerRow(state, {8: None})))
     assert (again.config, again.remote_resource) == (
-        {"path": "/m", "api_key": "***"}, {"provider": "/x", "api_key": "***"})
+        {"path": "<PosixPath, hidden>", "api_key": "<str, 4 characters>"},
+        {"provider": "<PosixPath, hidden>", "api_key": "<str, 4 characters>"})
     assert starts == {8: None}
 
-    def config_of(known): return from_row(to_row(state, {}), {known.pid: known})[0].config
+    def config_of(known): return from_row(to_row(WorkerRow(state)), {known.pid: known}).state.config
     assert config_of(state) == state.config
     assert config_of(replace(state, start_time=1.0)) == again.config
     # it was changed by another process
     assert config_of(replace(state, config={"path": Path("/n"), "api_key": "sk-1"})) == again.config
 
 
+def rows(manager):
+    with manager.ledger.store.reading() as db: return db.execute("SELECT seq, pid, boot FROM workers").fetchall()
+
+
+def test_nothing_is_written_when_a_manager_is_made_or_workers_are_looked_up(folder, spawn):
+    registrar = spawn("from cjm_fasthtml_resources.core.manager import ResourceManager\n"
+                      "ResourceManager(app='rows').register_worker(int(input()), 'llm')\n"
+                      "print('done', flush=True); input()")
+    worker, lives, mine = spawn("input()"), spawn("input()"), ResourceManager(app="rows")
+    registrar.stdin.write(f"{worker.pid}\n")
+    registrar.stdin.flush()
+    assert registrar.stdout.readline() == "done\n"
+    mine.register_worker(lives.pid, "llm")
+    before = rows(mine)
+    for process in (registrar, worker):
+        process.kill()
+        process.wait()
+        other = ResourceManager(app="rows")
+        found = [w.pid for w in other.get_all_workers()]
+        assert found == ([lives.pid] if process is worker else [worker.pid, lives.pid])
+        assert rows(mine) == before
+    other.update_worker_state(lives.pid, job_id="j")
+    assert [pid for _, pid, _ in rows(mine)] == [lives.pid]   # the next change deletes what is over
+    assert [w.pid for w in mine.get_all_workers()] == [lives.pid]
+
+
+def test_of_another_run_of_the_machine_nothing_lives_and_of_another_container_everything(folder, spawn):
+    mine, lives = ResourceManager(app="rows"), spawn("input()").pid
+    for pid in (os.getpid(), lives, GONE): mine.register_worker(pid, "llm", f"job-{pid}", gpu_memory_mb=5)
+    with mine.ledger.store.transaction() as db:
+        db.execute("UPDATE workers SET boot = 'before' WHERE pid = ?", [os.getpid()])
+        db.execute("UPDATE workers SET space = 4711, by_pid = ? WHERE pid IN (?, ?)", [GONE, lives, GONE])
+    other = ResourceManager(app="rows")
+    assert [w.pid for w in other.get_all_workers()] == [lives, GONE]
+    assert other.get_worker_by_job(f"job-{GONE}").pid == GONE and other.get_app_pids() == {lives, GONE}
+    assert other.prune_dead_workers() == []
+    # their numbers mean nothing here
+    with SimulatedDriver([SimulatedGpu(processes=[SimulatedProcess(GONE, 700)])]):
+        assert ResourceManager(app="rows", track_self=False).check_gpu_availability().app_pids == []
+    stranger = ResourceManager(app="rows", track_self=False)
+    with pytest.raises(PermissionError, match="not a process of this app"): stranger.stop_worker(lives)
+    mine = other.register_worker(GONE, "speech")   # this container's own with that number
+    assert other.get_worker_by_pid(GONE) is mine
+    assert [pid for _, pid, _ in rows(other)] == [lives, GONE, GONE]
+    other.unregister_worker(GONE)
+    assert ResourceManager(app="rows").get_worker_by_pid(GONE).worker_type == "llm"
+
+
+def test_a_secret_that_another_process_changed_is_seen_as_changed_and_never_written(folder):
+    mine, other = ResourceManager(app="rows"), ResourceManager(app="rows")
+    mine.register_worker(GONE, "llm", config={"model": "m", "api_key": "sk-mine"})
+    other.update_worker_state(GONE, status="running")    # it does not know the key, and does not lose it
+    assert mine.get_worker_by_pid(GONE).config["api_key"] == "sk-mine"
+    other.update_worker_state(GONE, config={"model": "m", "api_key": "sk-theirs"})
+    assert mine.get_worker_by_pid(GONE).config == {"model": "m", "api_key": "<str, 9 characters>"}
+    mine.update_worker_state(GONE, status="idle")
+    assert other.get_worker_by_pid(GONE).config["api_key"] == "sk-theirs"
+    written = b"".join(path.read_bytes() for path in folder.rglob("*") if path.is_file())
+    assert b"sk-" not in written
+
+
 def test_a_file_keeps_when_declared_children_started(folder):
     manager, plugin = ResourceManager(app="rows"), Server()
     plugin.children = [os.getpid(), GONE]
-    manager.register_worker(7, "llm", plugin_instance=plugin)
-    with manager.ledger.store.reading() as db: row, = manager.workers.roster.read(db)
+    manager.register_worker(5_000_007, "llm", plugin_instance=plugin)
+    with manager.ledger.store.reading() as db: (row,), _, _ = manager.workers.roster.read(db)
     assert json.loads(row)[1] == [[os.getpid(), proc.read_start(os.getpid())], [GONE, None]]
     other = ResourceManager(app="rows")
     other.get_all_workers()
@@ -93,6 +169,7 @@ def test_a_file_that_cannot_be_read_is_named_in_every_answer(folder, caplog, mon
     monkeypatch.setattr(manager.workers.roster, "raise_peaks", raises(store.StoreError("/a is full")))
     with SimulatedDriver([SimulatedGpu(processes=[SimulatedProcess(os.getpid(), 700)])]):
         assert manager.check_gpu_availability().status is ResourceStatus.APP_BUSY
+        manager.needs._writer.join()
         assert warned(caplog) == ["what plugins need was not kept: /a is full"]
         assert manager.check_memory_availability().notes == ()
         monkeypatch.setattr(asking, "REFRESH_AFTER", -1)
@@ -104,6 +181,11 @@ def test_a_file_that_cannot_be_read_is_named_in_every_answer(folder, caplog, mon
         assert manager.check_memory_availability().notes == (
             "The app's workers are those of an earlier moment: /a is read-only",)
         path.rename(f"{path}.away")
+        gone = f"{path} was removed while other programs use it; end them, and it is made anew"
+        assert manager.check_gpu_availability().reason == f"what is promised cannot be read: {gone}"
+        Path(f"{path}.away").rename(path)
+        assert manager.check_gpu_availability().reason == "what is promised cannot be read: /a is read-only"
+        path.with_suffix(".lock").rename(f"{path}.lock-away")
         gone = (f"{path} was removed or replaced while this program uses it; "
                 "end the programs that use it, and start them again")
         assert manager.check_gpu_availability().reason == f"what is promised cannot be read: {gone}"
@@ -115,33 +197,39 @@ def test_a_damaged_file_is_made_anew_in_a_folder_of_its_own(tmp_path, caplog):
     path = tmp_path/"deep"/"er"/"apps.sqlite"
     first = store.Store(path)
     with first.transaction() as db: db.execute("INSERT INTO apps VALUES ('a', 1)")
-    assert (path.parent.stat().st_mode & 0o777, path.stat().st_mode & 0o777) == (0o700, 0o600)
+    assert [p.stat().st_mode & 0o777 for p in (path.parent, path, first.lock_path)] == [0o700, 0o600, 0o600]
     first.close()
     data = bytearray(path.read_bytes())
     data[4096:] = b"\xff"*len(data[4096:])
     path.write_bytes(data)
     second = store.Store(path)
     with second.reading() as db: assert db.execute("SELECT count(*) FROM apps").fetchone() == (0,)
+    assert path.read_bytes() == data and warned(caplog) == []   # a reading writes nothing
+    with second.transaction() as db: assert db.execute("SELECT count(*) FROM apps").fetchone() == (0,)
     message, = warned(caplog)
     assert message.startswith(f"{path} was damaged (") and "(None)" not in message
-    assert message.endswith(f") and set aside as {path}.damaged-1") and Path(f"{path}.damaged-1").exists()
+    assert message.endswith(f") and set aside as {path}.damaged-1")
+    assert Path(f"{path}.damaged-1").read_bytes() == data and path.stat().st_mode & 0o777 == 0o600
+    with second.reading() as db: assert db.execute("SELECT count(*) FROM apps").fetchone() == (0,)
     second.close()
 
 
 def test_a_damaged_file_is_set_aside_with_what_belongs_to_it(tmp_path):
-    path, suffixes = tmp_path/"apps.sqlite", ("", "-wal", "-shm")
+    path, suffixes = tmp_path/"apps.sqlite", ("", "-journal")
     for number in (1, 2):
         for suffix in suffixes: Path(f"{path}{suffix}").write_text(f"{number}{suffix}")
         aside = f"{path}.damaged-{number}"
-        assert store._set_aside(path) == Path(aside)
+        assert database._set_aside(path) == Path(aside)
         for suffix in suffixes: assert Path(f"{aside}{suffix}").read_text() == f"{number}{suffix}"
-    assert not path.exists()
+    assert list(tmp_path.glob("apps.sqlite*")) == list(tmp_path.glob("apps.sqlite.damaged-*"))
 
 
 def test_what_is_damage():
-    assert store._is_damaged(sqlite3.DatabaseError("malformed"))
-    assert not store._is_damaged(sqlite3.OperationalError("locked"))
-    assert not store._is_damaged(sqlite3.InterfaceError("x"))
+    assert database.is_damage(sqlite3.DatabaseError("malformed"))
+    assert database.is_damage(sqlite3.OperationalError("no such table: world"))   # a file that another program made
+    assert not database.is_damage(sqlite3.OperationalError("locked"))
+    assert not database.is_damage(sqlite3.InterfaceError("x"))
+    assert not database.is_damage(OSError("no such table"))
 
 
 @pytest.mark.parametrize("path, error, said", [
@@ -153,3 +241,14 @@ def test_what_is_damage():
 ], ids=["interrupted", "locked", "full", "read-only", "not opened"])
 def test_what_is_wrong_with_a_file_is_said_in_words(path, error, said):
     assert store.explain_error(path, sqlite3.OperationalError(error)) == said
+
+
+@pytest.mark.parametrize("number, said", [
+    (errno.ENOSPC, "cannot be written, its disk is full"),
+    (errno.EROFS, "cannot be written, it or its disk is read-only"),
+    (errno.EACCES, "cannot be opened; may its folder be written?"),
+    (errno.EMFILE, "cannot be opened, this process has no free file descriptor (ulimit -n)"),
+], ids=["full", "read-only", "not allowed", "no descriptor"])
+@pytest.mark.parametrize("path", [Path("/a"), Path("/busy/fully locked readonly/a")], ids=["a", "a telling name"])
+def test_what_the_system_says_of_a_file_is_said_in_words_whatever_its_name(path, number, said):
+    assert store.explain_error(path, OSError(number, os.strerror(number), str(path))) == f"{path} {said}"

@@ -1,5 +1,9 @@
 "What is known of a worker, what its plugin is asked, and what may not be passed in"
+import itertools
 import os
+import signal
+import subprocess
+import sys
 import threading
 import time
 from dataclasses import replace
@@ -44,6 +48,193 @@ def test_a_job_is_its_new_workers():
     assert manager.get_worker_by_job("j") == other   # whose it is now
 
 
+def jobs(manager, pid):
+    state = manager.get_worker_by_pid(pid)
+    return state.status, state.job_id, state.waiting_jobs
+
+
+def test_a_worker_may_be_given_its_next_jobs_before_the_last_is_done():
+    manager = ResourceManager()
+    manager.register_worker(GONE, "llm", "a")
+    for job in "bcb": manager.update_worker_state(GONE, job_id=job, status="running")
+    assert jobs(manager, GONE) == ("running", "a", ("b", "c"))
+    for job in "abc": assert manager.get_worker_by_job(job).pid == GONE
+    manager.update_worker_state(GONE, status="idle")
+    assert jobs(manager, GONE) == ("running", "b", ("c",)) and manager.get_worker_by_job("a") is None
+    manager.register_worker(GONE + 1, "llm", "c")               # one that waits is given to another
+    assert jobs(manager, GONE) == ("running", "b", ()) and manager.get_worker_by_job("c").pid == GONE + 1
+    manager.update_worker_state(GONE, job_id="c")
+    manager.update_worker_state(GONE + 1, job_id="b")           # the one that runs
+    assert jobs(manager, GONE) == ("running", "c", ()) and jobs(manager, GONE + 1) == ("running", "b", ())
+    assert manager.update_worker_state(GONE, status=None).status == "idle"
+    for job in "de": manager.update_worker_state(GONE, job_id=job)
+    assert manager.update_worker_state(GONE, job_id=None).jobs == ()
+    assert [manager.get_worker_by_job(job) for job in "acde"] == [None]*4
+
+
+def test_an_end_that_is_told_late_ends_no_other_job():
+    manager = ResourceManager()
+    manager.register_worker(GONE, "llm", "a")
+    manager.update_worker_state(GONE, job_id="b")
+    manager.update_worker_state(GONE, job_id="a", status="idle")
+    assert jobs(manager, GONE) == ("running", "b", ())
+    manager.update_worker_state(GONE, job_id="a", status="idle")
+    assert jobs(manager, GONE) == ("running", "b", ())
+    manager.update_worker_state(GONE, job_id="b", status="idle")
+    assert jobs(manager, GONE) == ("idle", None, ())
+
+
+def test_jobs_wait_also_where_processes_share_them(folder):
+    mine, other = ResourceManager(app="jobs"), ResourceManager(app="jobs")
+    mine.register_worker(GONE, "llm", "a")
+    other.update_worker_state(GONE, job_id="b")
+    assert jobs(mine, GONE) == ("running", "a", ("b",))
+    mine.update_worker_state(GONE, status="idle")
+    assert jobs(other, GONE) == ("running", "b", ()) and other.get_worker_by_job("a") is None
+
+
+def test_a_child_that_was_dead_when_it_was_declared_is_nobodys(spawn):
+    other, worker = spawn("input()"), spawn("input()")
+    manager, plugin = ResourceManager(track_self=False), Server()
+    plugin.children = [other.pid]
+    told = manager.register_worker(worker.pid, "llm", plugin_instance=plugin)
+
+    def number_changes_hands(): manager.workers.table.children[other.pid][worker.pid] = None  # as if it was dead then
+    number_changes_hands()
+    with SimulatedDriver([SimulatedGpu(processes=[SimulatedProcess(other.pid, 900)])]):
+        manager.refresh_worker(worker.pid)
+        assert manager.check_gpu_availability().app_pids == []
+        manager.register_worker(worker.pid, "llm", plugin_instance=plugin)        # again, and it is still declared
+        assert manager.check_gpu_availability().app_pids == []
+        assert manager.get_all_related_pids(worker.pid) == [worker.pid, other.pid]
+        plugin.children = []
+        manager.refresh_worker(worker.pid)
+        plugin.children = [other.pid]
+        manager.refresh_worker(worker.pid)                                        # now it is another one
+        assert manager.check_gpu_availability().app_pids == [other.pid]
+    number_changes_hands()
+    assert manager.stop_worker(worker.pid).pid == told.pid
+    assert worker.wait() and other.poll() is None
+
+
+LINES = """
+import sys
+from dataclasses import replace
+from cjm_fasthtml_resources.core.registry import find_changes
+from cjm_fasthtml_resources.core.workers import Workers, make_state
+
+def fresh():
+    workers = Workers()
+    for pid, job in ((5_000_001, "a"), (5_000_002, "b")): workers.register(make_state(pid, "llm", job_id=job))
+    workers.register(replace(make_state(5_000_003, "llm", gpu_memory_mb=5), child_pids=[5_000_009]), "plugin")
+    return workers
+
+def state(workers):
+    table = workers.table
+    for job, pid in table.jobs.items(): assert job in table.workers[pid].jobs, (job, pid)
+    assert sorted(table.jobs) == sorted(job for w in table.workers.values() for job in w.jobs)
+    assert set(table.children) == {c for w in table.workers.values() for c in w.child_pids}
+    assert set(table.reporting) == {w.pid for w in table.workers.values() if w.gpu_memory_mb is not None}
+    states = {pid: replace(w, last_used=None) for pid, w in table.workers.items()}
+    indexes = table.jobs, table.children, table.reporting, table.plugins
+    return states, list(table.workers), [dict(index) for index in indexes]
+
+calls = dict(
+    register=lambda w: w.register(make_state(5_000_001, "speech", job_id="b", gpu_memory_mb=7), "new"),
+    update=lambda w: w.update(5_000_001, find_changes(job_id="b", gpu_memory_mb=7)),
+    forget=lambda w: w.forget(5_000_003),
+    prune=lambda w: w.forget_if_same(*w.all()))
+
+for name, call in calls.items():
+    workers = fresh()
+    before, _ = state(workers), call(workers)
+    after, at, told = state(workers), 0, set()
+    while True:
+        workers, left = fresh(), at
+
+        def trace(frame, event, arg):
+            global left
+            if "/core/workers.py" not in frame.f_code.co_filename: return None
+            if event == "line":
+                if left == 0: left -= 1; raise KeyboardInterrupt
+                left -= 1
+            return trace
+
+        sys.settrace(trace)
+        try: call(workers)
+        except KeyboardInterrupt: pass
+        finally: sys.settrace(None)
+        workers.all()
+        found = state(workers)
+        assert found in (before, after), (name, at, found)
+        told.add(found == after)
+        if left >= 0: break
+        at += 1
+    assert told == {False, True} and at > 20, (name, told, at)
+print("consistent")
+"""
+
+
+def test_a_change_that_is_interrupted_at_any_line_happened_as_a_whole_or_not_at_all():
+    done = subprocess.run([sys.executable, "-c", LINES], capture_output=True, text=True, timeout=120)
+    assert done.stdout == "consistent\n", done.stderr[-2000:]
+
+
+def is_usable(manager):
+    "Change each of four workers, and return whether the jobs that they hold are those that are found"
+    table = manager.workers.table
+    for w in manager.get_all_workers(): manager.update_worker_state(w.pid, job_id=f"mine-{w.pid}")
+    held = {job: w.pid for w in manager.get_all_workers() for job in w.jobs}
+    return held == table.jobs and len(manager.get_all_workers()) == 4
+
+
+def test_a_fork_while_other_threads_change_workers_leaves_the_child_a_usable_registry():
+    manager, stop = ResourceManager(), threading.Event()
+    for pid in range(GONE, GONE + 4): manager.register_worker(pid, "llm")
+
+    def change():
+        for n in itertools.count():
+            if stop.is_set(): return
+            manager.update_worker_state(GONE + n % 4, job_id=f"job-{n % 3}")
+            if n % 5 == 0: manager.register_worker(GONE + n % 4, "llm", f"job-{n % 3}", gpu_memory_mb=n)
+
+    threads = [threading.Thread(target=change) for _ in range(3)]
+    for t in threads: t.start()
+    try:
+        for _ in range(40):
+            if (child := os.fork()) == 0:
+                signal.alarm(10)
+                code = 1
+                try:
+                    code = 0 if is_usable(manager) else 2
+                finally: os._exit(code)
+            assert os.waitpid(child, 0)[1] == 0
+    finally:
+        stop.set()
+        for t in threads: t.join()
+
+
+def test_a_look_up_does_not_wait_for_a_change_that_waits():
+    manager = ResourceManager()
+    manager.register_worker(GONE, "llm", "a")
+    within, done = threading.Event(), threading.Event()
+
+    def change():
+        with manager.workers.changing() as table:
+            table.put(replace(table.workers.get(GONE), plugin_id="x"))
+            within.set()
+            done.wait(10)
+
+    thread = threading.Thread(target=change)
+    thread.start()
+    assert within.wait(5)
+    began = time.monotonic()
+    assert manager.get_worker_by_job("a").plugin_id is None and time.monotonic() - began < 1   # not yet
+    done.set()
+    thread.join()
+    assert manager.get_worker_by_job("a").plugin_id == "x"
+
+
 def test_what_is_not_registered_is_warned_of(caplog):
     manager = ResourceManager()
     assert manager.update_worker_state(7, status="idle") is None and manager.unregister_worker(8) is None
@@ -65,23 +256,24 @@ def test_dead_workers_are_pruned_and_no_others(spawn):
 
 def test_a_refresh_takes_what_is_new_and_warns_of_what_is_not_there(caplog):
     manager, plugin = ResourceManager(), Server()
-    assert manager.refresh_worker(7) is None
-    assert warned(caplog) == ["refresh_worker: no worker with PID 7 is registered"]
-    silent = manager.register_worker(8, "llm")
-    assert manager.refresh_worker(8) is silent and not warned(caplog)   # nobody to ask, nothing to complain about
-    before = manager.register_worker(9, "llm", plugin_instance=plugin)
-    asked = manager.workers.plugins[9].asked
+    assert manager.refresh_worker(5_000_007) is None
+    assert warned(caplog) == ["refresh_worker: no worker with PID 5000007 is registered"]
+    silent = manager.register_worker(5_000_008, "llm")
+    assert manager.refresh_worker(5_000_008) is silent and not warned(caplog)   # there is no plugin to ask
+    before = manager.register_worker(5_000_009, "llm", plugin_instance=plugin)
+    asked = manager.workers.plugins[5_000_009].asked
     # nothing new: the same object
-    assert manager.refresh_worker(9) is before
-    assert manager.workers.plugins[9].asked > asked and 8 not in manager.workers.plugins
+    assert manager.refresh_worker(5_000_009) is before
+    assert manager.workers.plugins[5_000_009].asked > asked and 5_000_008 not in manager.workers.plugins
     plugin.children = [GONE, os.getpid()]
-    after = manager.refresh_worker(9)
+    after = manager.refresh_worker(5_000_009)
     own = host.read_start(os.getpid())
-    assert after.child_pids == [GONE, os.getpid()] and manager.workers.table.children[os.getpid()] == {9: own}
-    assert manager.refresh_worker(9) is after
-    manager.workers.table.children[os.getpid()][9] = 0.5   # as if the number had changed hands since
+    assert after.child_pids == [GONE, os.getpid()] and manager.workers.table.children[os.getpid()] == {5_000_009: own}
+    assert manager.refresh_worker(5_000_009) is after
+    manager.workers.table.children[os.getpid()][5_000_009] = 0.5   # as if the number had changed hands since
     # the child that was declared is not taken for another
-    assert manager.refresh_worker(9) == after and manager.workers.table.children[os.getpid()] == {9: 0.5}
+    assert manager.refresh_worker(5_000_009) == after
+    assert manager.workers.table.children[os.getpid()] == {5_000_009: 0.5}
 
 
 def test_a_plugin_that_fails_is_named_with_what_it_did(caplog):
@@ -91,7 +283,7 @@ def test_a_plugin_that_fails_is_named_with_what_it_did(caplog):
         def get_managed_resources(self): return {"container_id": "c0ffee", "conda_env": "speech"}
 
     manager, plugin = ResourceManager(), Odd()
-    state = manager.register_worker(7, "llm", plugin_instance=plugin)
+    state = manager.register_worker(5_000_007, "llm", plugin_instance=plugin)
     assert (state.execution_mode, state.child_pids) == (None, [GONE, 1])
     assert (state.container_id, state.conda_env) == ("c0ffee", "speech")
     assert warned(caplog) == [
@@ -99,12 +291,12 @@ def test_a_plugin_that_fails_is_named_with_what_it_did(caplog):
         "Odd.get_child_pids() gave ['7', True, -1, 0], which are no PIDs",
     ]
     plugin.get_execution_mode, plugin.get_child_pids = (lambda: "docker"), (lambda: [])
-    assert manager.refresh_worker(7).execution_mode == "docker" and not warned(caplog)
+    assert manager.refresh_worker(5_000_007).execution_mode == "docker" and not warned(caplog)
 
     def fails(*args): raise RuntimeError("later")
     methods = ("get_execution_mode", "get_child_pids", "get_managed_resources")
     for name in methods: setattr(plugin, name, fails)
-    assert manager.refresh_worker(7).execution_mode == "docker"   # what it said last still holds
+    assert manager.refresh_worker(5_000_007).execution_mode == "docker"   # what it said last still holds
     assert warned(caplog) == [f"Odd.{name}() raised RuntimeError: later" for name in methods]
 
 
@@ -116,13 +308,14 @@ def test_a_rented_machine_is_known_as_long_as_its_plugin_says_so(caplog):
     manager, plugin = ResourceManager(), Rented()
     known = (
         "provider", "region", "instance_id", "status", "ssh_host", "gpu_count", "gpu_type", "estimated_cost_per_hour")
-    first = manager.register_worker(7, "llm", plugin_instance=plugin)
+    first = manager.register_worker(5_000_007, "llm", plugin_instance=plugin)
     assert first.is_remote and first.remote_resource == {name: plugin.info.get(name) for name in known}
     plugin.get_remote_resource_info = lambda: 1/0
-    assert manager.refresh_worker(7).remote_resource == first.remote_resource
+    assert manager.refresh_worker(5_000_007).remote_resource == first.remote_resource
     assert warned(caplog) == ["Rented.get_remote_resource_info() raised ZeroDivisionError: division by zero"]
     plugin.get_remote_resource_info = lambda: None
-    assert not manager.refresh_worker(7).is_remote and manager.get_worker_by_pid(7).remote_resource is None
+    assert not manager.refresh_worker(5_000_007).is_remote
+    assert manager.get_worker_by_pid(5_000_007).remote_resource is None
 
 
 def test_a_rented_machine_costs_what_its_plugin_estimates_else_its_price_per_hour(caplog):
@@ -136,19 +329,20 @@ def test_a_rented_machine_costs_what_its_plugin_estimates_else_its_price_per_hou
 
     def cost(price, estimate, *hours):
         manager = ResourceManager()
-        manager.register_worker(41, "llm", plugin_instance=Rented(price, estimate))
+        manager.register_worker(5_000_041, "llm", plugin_instance=Rented(price, estimate))
         return manager.estimate_total_cloud_cost(*hours)
 
     assert cost(2, lambda hours: 10 + hours) == 11 and cost(2, lambda hours: 10 + hours, 3) == 13
     assert cost(2, None) == 2 and cost(2, None, 3) == 6
     assert cost(2, lambda hours: True, 3) == 6 and not warned(caplog)
     assert cost(None, None) == 0.0
-    assert warned(caplog) == ["the plugin of worker 41 says nothing about cost; it is left out of the sum"]
+    assert warned(caplog) == ["the plugin of worker 5000041 says nothing about cost; it is left out of the sum"]
 
 
 def test_a_plugin_that_hangs_holds_up_no_check_and_is_heard_when_it_answers(caplog, monkeypatch):
     answer, calls = threading.Event(), []
-    note = "The plugin of the worker with PID 7 does not answer; its child processes are those that it named last"
+    note = "The plugin of the worker with PID 5000007 does not answer; " \
+           "its child processes are those that it named last"
 
     class Hanging(Server):
         def get_child_pids(self):
@@ -159,7 +353,8 @@ def test_a_plugin_that_hangs_holds_up_no_check_and_is_heard_when_it_answers(capl
     other = Server()
     with SimulatedDriver([SimulatedGpu()]):
         manager = ResourceManager()
-        for pid, plugin in [(7, Hanging()), (8, other)]: manager.register_worker(pid, "llm", plugin_instance=plugin)
+        manager.register_worker(5_000_007, "llm", plugin_instance=Hanging())
+        manager.register_worker(5_000_008, "llm", plugin_instance=other)
         monkeypatch.setattr("cjm_fasthtml_resources.core.asking.REFRESH_AFTER", 0.05)
         monkeypatch.setattr("cjm_fasthtml_resources.core.asking.ANSWER_WITHIN", 0.5)
         other.children = [GONE + 1]
@@ -169,9 +364,9 @@ def test_a_plugin_that_hangs_holds_up_no_check_and_is_heard_when_it_answers(capl
         assert (conflict.status, conflict.notes) == (ResourceStatus.AVAILABLE, (note,))
         assert 0.5 <= time.monotonic() - began < 2
         assert warned(caplog) == [
-            "the plugin of worker 7 does not answer within 0.5 s; what it said before counts until it does"]
-        assert manager.get_worker_by_pid(7).child_pids == [GONE]
-        assert manager.get_worker_by_pid(8).child_pids == [GONE + 1]   # the others are heard
+            "the plugin of worker 5000007 does not answer within 0.5 s; what it said before counts until it does"]
+        assert manager.get_worker_by_pid(5_000_007).child_pids == [GONE]
+        assert manager.get_worker_by_pid(5_000_008).child_pids == [GONE + 1]   # the others are heard
         time.sleep(0.06)
         began = time.monotonic()
         for _ in range(20): manager.check_gpu_availability()
@@ -181,7 +376,7 @@ def test_a_plugin_that_hangs_holds_up_no_check_and_is_heard_when_it_answers(capl
         assert manager.check_gpu_availability().notes == manager.check_memory_availability().notes == (note,)
         answer.set()
         calls[1].join(5)
-        assert manager.get_worker_by_pid(7).child_pids == [GONE, os.getpid()]
+        assert manager.get_worker_by_pid(5_000_007).child_pids == [GONE, os.getpid()]
         time.sleep(0.06)
         assert manager.check_gpu_availability().notes == () and len(calls) == 3
         assert manager.check_memory_availability().notes == ()
@@ -198,7 +393,7 @@ def test_a_child_forked_while_a_plugin_hangs_asks_it_itself(monkeypatch):
 
     with SimulatedDriver([SimulatedGpu()]):
         manager, plugin = ResourceManager(), Hanging()
-        manager.register_worker(7, "llm", plugin_instance=plugin)
+        manager.register_worker(5_000_007, "llm", plugin_instance=plugin)
         plugin.hangs = True
         monkeypatch.setattr("cjm_fasthtml_resources.core.asking.REFRESH_AFTER", 0.01)
         monkeypatch.setattr("cjm_fasthtml_resources.core.asking.ANSWER_WITHIN", 0.2)
@@ -206,7 +401,7 @@ def test_a_child_forked_while_a_plugin_hangs_asks_it_itself(monkeypatch):
         assert manager.check_gpu_availability().notes
         if (child := os.fork()) == 0:
             monkeypatch.setattr("cjm_fasthtml_resources.core.asking.ANSWER_WITHIN", 5.0)
-            notes, children = manager.check_gpu_availability().notes, manager.get_worker_by_pid(7).child_pids
+            notes, children = manager.check_gpu_availability().notes, manager.get_worker_by_pid(5_000_007).child_pids
             os._exit(0 if notes == () and children == [GONE + 1] else 1)
         assert os.waitpid(child, 0)[1] == 0
         answer.set()

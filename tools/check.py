@@ -108,6 +108,9 @@ def development() -> list[Step]:
     "The notebooks, the modules, the README and the site"
     provide("chromium", "chromium", "chromium-browser", "google-chrome")
     provide("prometheus", "prometheus")
+    provide("strace", "strace")
+    provide("spin", "spin")
+    provide("gcc", "cc", "gcc")   # spin writes a program in C
     programs = environment("dev", "-e", ".[dev,web,prometheus,cluster,browser]")
     before = contents()
     # what makes the pages needs Python 3.11; with 3.10 all else is tested

@@ -31,7 +31,7 @@ from .memory import HostMemory
 from .needs import measure
 from .process import ProcessId, ProcessInfo
 from .room import held_by
-from .secrets import redact
+from .secrets import redact, shown_text
 
 _all_ = ["ResourceType", "ResourceStatus", "OwnedProcess", "DeviceStatus", "MemoryStatus", "GpuProcessDict",
          "MemoryProcessDict", "ResourceConflict", "WorkerState", "Promise", "explain_shortage", "redact", "held_by",
@@ -50,7 +50,7 @@ def find_owner(
         if worker and worker.start_time in (None, start): return "app", worker
         if declared := children.get(pid):
             for worker_pid, child_start in declared.items():
-                if child_start in (None, start): return "app", workers.get(worker_pid)
+                if child_start is not None and child_start == start: return "app", workers.get(worker_pid)
         if me == (pid, start): return "app", None
     return "external", None
 
@@ -64,8 +64,9 @@ def owned_process(
 ) -> OwnedProcess:
     "Return a process with its owner, as `find_owner` tells it"
     parent = None if worker is None or worker.pid == process.pid else worker
+    named = None if parent is None else shown_text(parent.worker_type)
     return OwnedProcess(process.pid, owner, memory, process.name, process.username, kind,
-                        parent.pid if parent else None, parent.worker_type if parent else None)
+                        parent.pid if parent else None, named)
 
 # %% ../../nbs/core/classify.ipynb #41ccb90d
 def divide_rest(
@@ -97,15 +98,17 @@ def classify_device(
     held = {"app": 0, "external": 0, "unknown": 0}  # owner → bytes
     for p in processes: held[p.owner] += p.memory_used or 0
     left = max(used - held["app"] - held["external"], 0)
-    more_app, more_external, unattributed = divide_rest(left, processes, reported)
+    silent = processes if device.processes_whole else ()   # with one missing, what is left may be the missing one's
+    more_app, more_external, unattributed = divide_rest(left, silent, reported)
     app, external = held["app"] + more_app, held["external"] + more_external
     to_come = {owner: sum(p.unused for p in promises if p.owner == owner) for owner in ("app", "external")}
     taken = external + unattributed + to_come["external"]
     if taken and 100*taken >= threshold_percent*total: status = ResourceStatus.EXTERNAL_BUSY
     elif app or to_come["app"] or any(p.owner == "app" for p in processes): status = ResourceStatus.APP_BUSY
     else: status = ResourceStatus.AVAILABLE
+    divided = reported is not None or unattributed != left or not device.processes_whole
     return DeviceStatus(device, status, tuple(processes), app, external, unattributed, promises,
-                        estimated=bool(left) and (reported is not None or unattributed != left))
+                        estimated=bool(left) and divided)
 
 # %% ../../nbs/core/classify.ipynb #e29a3b2b
 def _add_parent(row: Any, process: OwnedProcess) -> None:

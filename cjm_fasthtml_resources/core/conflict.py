@@ -6,24 +6,28 @@
 __all__ = ['ResourceConflict', 'ResourceBusy', 'ResourceUnavailable']
 
 # %% ../../nbs/core/conflict.ipynb #25d55d97
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
+from .copies import handed_out
 from .display import repr_html
 from .explain import device_line, explain_gpus, explain_memory
 from .gpu import GpuSnapshot
 from .resources import DeviceStatus, MemoryStatus, ResourceStatus, ResourceType
 
 # %% ../../nbs/core/conflict.ipynb #037eef8e
+def _copy_rows(rows: Iterable[Any]) -> list[Any]: return [dict(row) for row in rows]
+
 @dataclass(frozen=True)
 class ResourceConflict:
     "The result of a check: a status, the processes behind it, and a sentence"
     resource_type: ResourceType
     status: ResourceStatus
-    app_pids: list[int] = field(default_factory=list)        # all of the app's processes there
-    external_pids: list[int] = field(default_factory=list)   # processes of others that use too much
-    app_processes: list[Any] = field(default_factory=list)       # GpuProcessDict or MemoryProcessDict
-    external_processes: list[Any] = field(default_factory=list)
+    app_pids: list[int] = handed_out((), made=list)        # all of the app's processes there
+    external_pids: list[int] = handed_out((), made=list)   # processes of others that use too much
+    app_processes: list[Any] = handed_out((), made=_copy_rows)       # GpuProcessDict or MemoryProcessDict
+    external_processes: list[Any] = handed_out((), made=_copy_rows)
     reason: str | None = None                     # why there is nothing to use, in words
     devices: tuple[DeviceStatus, ...] = ()        # each device's own status, for GPU memory
     memory: MemoryStatus | None = None            # for system memory

@@ -11,12 +11,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from .arguments import shorten
 from .nvml import GpuDevice
 
 # %% ../../nbs/core/devices.ipynb #da6fc5ee
 def _named(devices: Sequence[GpuDevice], entry: str) -> tuple[GpuDevice, ...]:
     "Return the devices of one entry: none, one, or the instances of a divided GPU"
-    if entry.isdecimal(): found = [d for d in devices if d.id == int(entry)]
+    if entry.isdecimal(): found = [d for d in devices if str(d.id) == (entry.lstrip("0") or "0")]
     elif entry.startswith(("GPU-", "MIG-")): found = [d for d in devices if (d.uuid or "").startswith(entry)]
     else: found = []
     if len(found) != 1: return ()
@@ -51,7 +52,7 @@ def device_place(
 ) -> int | None:  # `None`: it leaves the choice
     "Return the position among the visible devices, as CUDA counts them"
     if isinstance(device, int): return device
-    found = re.fullmatch(r"\s*(?:(?:cuda|gpu):)?(\d+)\s*", str(device), re.IGNORECASE)
+    found = re.fullmatch(r"\s*(?:(?:cuda|gpu):)?(\d{1,9})\s*", str(device), re.IGNORECASE)   # more digits name none
     return int(found[1]) if found else None
 
 # %% ../../nbs/core/devices.ipynb #32f9bd49
@@ -64,12 +65,12 @@ def select_devices(
     if wanted is None: return list(devices)
     if isinstance(wanted, GpuDevice): wanted = device_key(wanted)
     if isinstance(wanted, bool) or not isinstance(wanted, (int, str)):
-        raise TypeError(f"device must be a number, 'cuda:1', a UUID, a GpuDevice or None, not {wanted!r}")
+        raise TypeError(f"device must be a number, 'cuda:1', a UUID, a GpuDevice or None, not {shorten(wanted)}")
     if (place := device_place(wanted)) is not None: found = list(devices[place:place + 1])
     else: found = [d for d in devices if wanted in (d.uuid, str(d.id), "cuda", "gpu", "auto")]
     if found: return found
     visible = ", ".join(device_key(d) for d in devices)
-    raise ValueError(f"device must name one of the {len(devices)} that are visible, not {wanted!r}: {visible}")
+    raise ValueError(f"device must name one of the {len(devices)} that are visible, not {shorten(wanted)}: {visible}")
 
 # %% ../../nbs/core/devices.ipynb #e18dd71f
 def visible_env(

@@ -6,25 +6,33 @@
 __all__ = ['send_signal', 'find_descendants', 'end_processes']
 
 # %% ../../nbs/core/ending.ipynb #f665bdd5
+import errno
 import os
 import signal
 import time
 from collections.abc import Iterable
 
-from .process import ProcessId, has_ended, read_process, simulated_process
+from cjm_fasthtml_resources.core.process import (
+    ProcessId,
+    could_be_read,
+    has_ended,
+    read_process,
+    read_start,
+    simulated_process,
+)
 
 # %% ../../nbs/core/ending.ipynb #5222c26c
 def send_signal(
     process: ProcessId,
     number: int,         # such as `signal.SIGTERM`
-) -> bool:  # False if it has ended or was never seen
+) -> bool:  # False if it has ended, was never seen, or its start cannot be read now
     "Send a signal to that very process; `PermissionError` if that is not allowed"
     if process.start_time is None: return False
     try: fd = os.pidfd_open(process.pid)
     except ProcessLookupError: return False
     except (AttributeError, OSError): fd = None
     try:
-        if has_ended(*process): return False
+        if has_ended(*process) or read_start(process.pid) != process.start_time: return False
         if fd is None: os.kill(process.pid, number)
         else: signal.pidfd_send_signal(fd, number)
         return True
@@ -36,10 +44,13 @@ def send_signal(
 def find_descendants(
     roots: Iterable[ProcessId],
 ) -> list[ProcessId]:  # the roots among them; living ones only, and no simulated ones
-    "Return these processes and every process that descends from them"
+    "Return these processes and every process that descends from them; `OSError` if some cannot be read now"
     import psutil
     wanted = {root for root in roots if root.start_time is not None}
-    found = (read_process(pid).lineage for pid in psutil.pids() if simulated_process(pid) is None)
+    if not wanted: return []
+    found = [read_process(pid).lineage for pid in psutil.pids() if simulated_process(pid) is None]
+    unread = [lineage[-1].pid for lineage in found if lineage[-1].start_time is None and could_be_read(lineage[-1].pid)]
+    if unread: raise OSError(errno.EAGAIN, f"it cannot be read just now what {len(unread)} processes descend from")
     return [lineage[0] for lineage in found if wanted.intersection(lineage) and not has_ended(*lineage[0])]
 
 # %% ../../nbs/core/ending.ipynb #07726a6b

@@ -8,17 +8,17 @@ __all__ = ['GpuSnapshot', 'GpuReader', 'read_gpus', 'GpuDevice', 'GpuProcess', '
 
 # %% ../../nbs/core/gpu.ipynb #c8035dfb
 import math
-import os
-import sys
 import threading
 import time
 from dataclasses import dataclass, field
 from queue import SimpleQueue
-from typing import Any
 
+from .arguments import shorten
 from .devices import visible_devices, visible_env
 from .display import repr_html
+from .forks import reset_in_child
 from .nvml import NO_MEMORY, GpuDevice, GpuProcess, NvmlSession, in_words, merge_processes
+from .threads import NoThreadError, start_thread
 
 _all_ = ["GpuDevice", "GpuProcess", "in_words", "merge_processes", "visible_devices", "visible_env"]
 
@@ -29,7 +29,7 @@ class GpuSnapshot:
     devices: tuple[GpuDevice, ...] = ()  # MIG instances stand after the GPU that they are part of
     reason: str | None = None            # why there is nothing to see, in words
     driver_version: str | None = None    # such as "580.105.08"
-    time: float = field(default_factory=time.time)  # seconds since the epoch, when it was read
+    time: float = field(default_factory=lambda: time.time())  # when it was read, in seconds since the epoch: for people
     late: bool = False                   # the driver took longer than it was given
 
     @property
@@ -76,25 +76,28 @@ def _taken_lock() -> threading.Lock:
 def _check_timeout(timeout: float) -> None:
     "Raise `ValueError` for what is not a positive number that a lock can wait for"
     if isinstance(timeout, bool) or not isinstance(timeout, (int, float)) or not 0 < timeout <= threading.TIMEOUT_MAX:
-        raise ValueError(f"timeout must be a positive number of seconds, not {timeout!r}")
+        raise ValueError(f"timeout must be a positive number of seconds, not {shorten(timeout)}")
 
 # %% ../../nbs/core/gpu.ipynb #5ec4eb75
 class GpuReader:
     "Reads the driver on one thread of its own, for any number of callers"
-    def __init__(self) -> None: self._reset()
+    def __init__(self) -> None:
+        self.after_fork()
+        reset_in_child(self)
 
-    def _reset(self) -> None:
+    def after_fork(self) -> None:
+        "Begin without a thread and without a reading, in a fork's child"
         self._queue: SimpleQueue[threading.Lock] = SimpleQueue()  # of each caller a taken lock, released by its answer
         self._since = math.inf                                    # when the reading that is under way began, if one is
         self._latest = GpuSnapshot(reason="not read yet")
-        self._starting = threading.Lock()
+        self._starting = threading.RLock()
         self._thread: threading.Thread | None = None
+
+    def _is_running(self) -> bool: return self._thread is not None and self._thread.is_alive()
 
     def _start(self) -> None:
         with self._starting:
-            if self._thread is None:
-                self._thread = threading.Thread(target=self._run, name="nvml-reader", daemon=True)
-                self._thread.start()
+            if not self._is_running(): self._thread = start_thread("nvml-reader", self._run)
 
     def _run(self) -> None:
         "Answer all callers in the queue with one reading, until the program ends"
@@ -115,29 +118,22 @@ class GpuReader:
     def read(
         self,
         timeout: float = 5.0,  # seconds to wait for the driver
-    ) -> GpuSnapshot:  # with a `reason` and no devices when the driver took longer
+    ) -> GpuSnapshot:  # with a `reason` and no devices when the driver took longer, or no thread can be started
         """Return the state of every device, read after this call began.
         `ValueError` if `timeout` is not a positive number"""
         _check_timeout(timeout)
-        if self._thread is None: self._start()
+        try:
+            if not self._is_running(): self._start()
+        except NoThreadError as error: return GpuSnapshot(reason=f"the NVIDIA driver cannot be asked: {error}")
         deadline, answered = time.monotonic() + timeout, None
         while (left := self._seconds_left(deadline, timeout)) > 0:
             if answered is None: self._queue.put(answered := _taken_lock())
             if answered.acquire(timeout=left): return self._latest
         return GpuSnapshot(reason=f"the NVIDIA driver did not answer within {timeout:g} s", late=True)
 
-# %% ../../nbs/core/gpu.ipynb #f8b025e8
+# %% ../../nbs/core/gpu.ipynb #1b3ba41a
 _reader = GpuReader()
 
-def _after_fork() -> None:
-    "Runs in the child of a fork"
-    _reader._reset()
-    nvml: Any = sys.modules.get("pynvml")
-    if nvml is not None and nvml.libLoadLock.locked(): nvml.libLoadLock = threading.Lock()
-
-if hasattr(os, "register_at_fork"): os.register_at_fork(after_in_child=_after_fork)
-
-# %% ../../nbs/core/gpu.ipynb #1b3ba41a
 def read_gpus(
     timeout: float = 5.0,  # seconds to wait for the driver
 ) -> GpuSnapshot:  # with a `reason` and no devices when there is nothing to read

@@ -10,6 +10,7 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from .copies import handed_out
 from .devices import device_key
 from .resources import DeviceStatus, ResourceStatus
 from .samples import Sample
@@ -48,10 +49,11 @@ class Point:
     "The figures of one sample; memory in bytes"
     number: int
     time: float                        # seconds since the epoch
-    devices: dict[str, DevicePoint]    # by the device's key
-    memory_total: int                  # of RAM, as are the next two
-    memory_app: int
-    memory_external: int
+    devices: dict[str, DevicePoint] = handed_out(made=dict)   # by the device's key
+    memory_total: int = 0              # of RAM, as are the next two
+    memory_app: int = 0
+    memory_external: int = 0
+    taken: float = 0.0                 # by `time.monotonic()`, which no correction of the clock moves
 
 def to_point(sample: Sample) -> Point:
     "Return the figures of a sample"
@@ -59,7 +61,7 @@ def to_point(sample: Sample) -> Point:
     ram = sample.memory.memory
     assert ram is not None  # a check of system memory always has it
     return Point(sample.number, sample.time or time.time(), devices,
-                 ram.memory.total, ram.app_memory, ram.external_memory)
+                 ram.memory.total, ram.app_memory, ram.external_memory, sample.taken)
 
 # %% ../../nbs/core/history.ipynb #678541e6
 @dataclass(frozen=True)
@@ -69,7 +71,7 @@ class History:
 
     def rows(self) -> list[dict[str, Any]]:
         "Return a row for each device at each moment"
-        return [_row(point, key) for point in self.points for key in point.devices]
+        return [_row(point, key, device) for point in self.points for key, device in point.devices.items()]
 
     def to_dict(self) -> dict[str, list[Any]]:
         "Return the rows by column, as plain numbers and strings"
@@ -83,9 +85,8 @@ class History:
         if not len(frame): return frame
         return frame.assign(time=pandas.to_datetime(frame["time"], unit="s", utc=True))
 
-def _row(point: Point, key: str) -> dict[str, Any]:
+def _row(point: Point, key: str, device: DevicePoint) -> dict[str, Any]:
     "Return what a point says about a device and about RAM"
-    device = point.devices[key]
     figures = {**vars(device), "status": device.status.value}
     return dict(time=point.time, device=key, **figures, memory_total=point.memory_total,
                 memory_app=point.memory_app, memory_external=point.memory_external)

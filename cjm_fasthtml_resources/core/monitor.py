@@ -8,9 +8,9 @@ __all__ = ['STALE_AFTER', 'Subscription', 'mark_stale', 'next_due', 'read_patien
 
 # %% ../../nbs/core/monitor.ipynb #19d669e1
 import atexit
+import contextlib
 import logging
 import math
-import os
 import threading
 import time
 import weakref
@@ -19,12 +19,15 @@ from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
-from .arguments import check_number
+from .copies import StaysHere
+from .forks import reset_in_child
 from .gpu import GpuSnapshot, read_gpus
 from .history import DevicePoint, History, Point, to_point
 from .manager import ResourceManager
 from .samples import Sample, take_sample
-from .settings import MONITOR_SCHEMA
+from .secrets import shown_error
+from .settings import MONITOR_SCHEMA, check_bounds
+from .threads import NoThreadError, start_thread
 
 _all_ = ["DevicePoint", "History", "Point", "Sample", "take_sample", "to_point"]
 
@@ -34,22 +37,29 @@ if TYPE_CHECKING:
 
 # %% ../../nbs/core/monitor.ipynb #129b5337
 _log = logging.getLogger(__name__)
-_monitors: weakref.WeakSet["ResourceMonitor"] = weakref.WeakSet()   # all of this process, for a fork and for its end
+_monitors: dict[int, "weakref.ref[ResourceMonitor]"] = {}   # all of this process by identity, for its end
+
+def _end_with_program(monitor: "ResourceMonitor") -> None:
+    key = id(monitor)
+    _monitors[key] = weakref.ref(monitor, lambda _: _monitors.pop(key, None))
 
 # %% ../../nbs/core/monitor.ipynb #ae3cc3e1
-class Subscription:
+class Subscription(StaysHere):
     "What `subscribe` returns: `close()` it, or use it in a `with` block"
     def __init__(
         self,
         callback: Callable[[Sample], Any],
         leave: Callable[[Any], None],      # called with this subscription when it is closed
     ) -> None:
+        if not callable(callback):
+            raise TypeError(f"callback must be a function of a sample, not {type(callback).__name__}")
         self._callback, self._leave, self._failed = callback, leave, False
 
     def tell(self, sample: Sample) -> None:
         "Call back; the first time that it raises is logged"
         try: self._callback(sample)
-        except Exception:
+        except BaseException as error:  # a SystemExit, too, would end nothing but the sampler's thread
+            if not isinstance(error, Exception) and threading.current_thread() is threading.main_thread(): raise
             if not self._failed:
                 _log.exception("a subscriber of the resource monitor raised; "
                                "further errors of it are not logged")
@@ -114,7 +124,7 @@ async def newest_samples(monitor: "ResourceMonitor") -> AsyncIterator[Sample]:
     shown: tuple[int, bool] | None = None
 
     def wake(sample: Sample) -> None:
-        if not loop.is_closed(): loop.call_soon_threadsafe(fresh.set)
+        with contextlib.suppress(RuntimeError): loop.call_soon_threadsafe(fresh.set)   # else that loop is closed
 
     with monitor.subscribe(wake):
         if monitor.latest and not monitor.latest.stale: fresh.set()
@@ -138,33 +148,36 @@ def check_setting(
     value: float,
 ) -> float:
     "Return a value that `MONITOR_SCHEMA` allows; `TypeError` or `ValueError` for any other"
-    bounds = MONITOR_SCHEMA["properties"][name]
-    return check_number(value, name, bounds["minimum"], bounds["maximum"])
+    return check_bounds(MONITOR_SCHEMA, name, value)
+
+def _check_manager(manager: Any) -> ResourceManager | TakesSamples:
+    if isinstance(manager, (ResourceManager, TakesSamples)): return manager
+    raise TypeError(f"manager must be a ResourceManager, or a cluster's, not {type(manager).__name__}")
 
 # %% ../../nbs/core/monitor.ipynb #760ebf3d
-class ResourceMonitor:
+class ResourceMonitor(StaysHere):
     "Takes a sample in each interval while it has subscribers, and keeps the last samples' figures"
+    instead = "Make one there, or send what it has: `monitor.latest` and `monitor.history`."
+
     def __init__(
         self,
         manager: ResourceManager | TakesSamples,
         interval: float = 1.0,    # seconds between two samples
         history: float = 600.0,   # seconds for which figures are kept
     ) -> None:
-        if not isinstance(manager, (ResourceManager, TakesSamples)):
-            raise TypeError(f"manager must be a ResourceManager, or a cluster's, not {type(manager).__name__}")
-        self.manager, self._interval = manager, check_setting("interval", interval)
+        self.manager, self._interval = _check_manager(manager), check_setting("interval", interval)
         self._kept_seconds = check_setting("history", history)
-        self._reset()
-        _monitors.add(self)
+        self.after_fork()
+        _end_with_program(reset_in_child(self))
 
-    def _reset(self) -> None:
+    def after_fork(self) -> None:
+        "Begin as new, in a fork's child"
         self._changed = threading.Condition()  # guards what follows
         self._subscriptions: tuple[Subscription, ...] = ()
         self._thread: threading.Thread | None = None
         self._latest: Sample | None = None
         self._points: deque[Point] = deque()
-        self._paused = False
-        self._due = 0.0                        # when the next sample is, by `time.monotonic()`
+        self._paused, self._due = False, 0.0   # when the next sample is due, by `time.monotonic()`
 
     def __repr__(self) -> str:
         paused = ", paused" if self._paused else ""
@@ -199,7 +212,7 @@ class ResourceMonitor:
             point = to_point(sample)
             self._latest = sample
             self._points.append(point)
-            while self._points[0].time < point.time - self._kept_seconds: self._points.popleft()
+            while self._points[0].taken < point.taken - self._kept_seconds: self._points.popleft()
         return sample
 
     # Subscribe
@@ -208,11 +221,16 @@ class ResourceMonitor:
         self,
         callback: Callable[[Sample], Any],   # called on the monitor's thread, also when the last sample is stale
     ) -> Subscription:
-        "Call back with each sample from now on"
+        "Call back with each sample from now on. `NoThreadError` where the sampler cannot be started"
         subscription = Subscription(callback, self._leave)
         with self._changed:
             self._subscriptions += (subscription,)
-            if self._thread is None: self._start()
+            try:
+                if self._thread is None: self._start()
+            except BaseException as error:
+                if isinstance(error, NoThreadError) and error.ending: return subscription  # nothing comes any more
+                self._leave(subscription)
+                raise
         return subscription
 
     def __aiter__(self) -> AsyncIterator[Sample]: return newest_samples(self)
@@ -224,9 +242,7 @@ class ResourceMonitor:
 
     def close(self) -> None:
         "End all subscriptions, and with them the thread"
-        with self._changed:
-            self._subscriptions = ()
-            self._changed.notify_all()
+        for subscription in self._subscriptions: self._leave(subscription)
 
     # Steer
 
@@ -268,13 +284,13 @@ class ResourceMonitor:
 
     def _start(self) -> None:  # the first sample is due at once, unless one has just been taken
         self._due = max(time.monotonic(), self._latest.taken + self._interval if self._latest else 0.0)
-        self._thread = threading.Thread(target=self._run, name="resource-monitor", daemon=True)
-        self._thread.start()
+        self._thread = start_thread("resource-monitor", self._run)
 
     def _run(self) -> None:
         while self._wait_until_due():
             try: self._tell(self.keep(self._sample(self._read)))
-            except Exception as error: self._fail(error)  # the thread goes on
+            except BaseException as error:  # whatever it is, the thread goes on
+                self._fail(f"the last look failed: {shown_error(error)}")
 
     def _wait_until_due(self) -> bool:  # False: the last subscriber has left, so the thread ends
         with self._changed:
@@ -294,8 +310,7 @@ class ResourceMonitor:
     def _mark_old(self, reason: str) -> None:
         if (last := self._latest) and last.age > STALE_AFTER*self._interval: self._mark(reason)
 
-    def _fail(self, error: Exception) -> None:
-        reason = f"the last look failed: {error}"
+    def _fail(self, reason: str) -> None:
         if self._latest is None or self._latest.stale != reason:
             _log.exception("the resource monitor could not look; the same again is not logged")
         self._mark(reason)
@@ -311,11 +326,8 @@ class ResourceMonitor:
         for subscription in self._subscriptions: subscription.tell(sample)
 
 # %% ../../nbs/core/monitor.ipynb #aea72c28
-def _after_fork() -> None:
-    for monitor in list(_monitors): monitor._reset()
-
 def _at_exit() -> None:
-    for monitor in list(_monitors): monitor.close()
+    for found in list(_monitors.values()):
+        if monitor := found(): monitor.close()
 
 atexit.register(_at_exit)
-if hasattr(os, "register_at_fork"): os.register_at_fork(after_in_child=_after_fork)

@@ -13,7 +13,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
-from .resources import PLUGIN_RESOURCE_CONFIG_KEYS
+from .copies import copy_in_depth
+from .secrets import PLUGIN_RESOURCE_CONFIG_KEYS, shown_repr, shown_text
 
 # %% ../../nbs/core/plugins.ipynb #d4961551
 _all_ = ["PLUGIN_RESOURCE_CONFIG_KEYS"]
@@ -113,19 +114,21 @@ def find_plugin(
     "Ask the registry once for a plugin; `LookupError` if it is unknown"
     try: plugin = plugin_registry.get_plugin(plugin_id)
     except KeyError: plugin = None  # a registry that is a dictionary underneath
-    if plugin is None: raise LookupError(f"there is no plugin {plugin_id!r}")
+    if plugin is None: raise LookupError(f"there is no plugin {shown_text(plugin_id)!r}")
     name = _get(plugin, "name")
     config = plugin_registry.load_plugin_config(plugin_id) if plugin_config is None else plugin_config
-    return plugin, name if isinstance(name, str) and name else plugin_id, dict(config or {})
+    return plugin, name if isinstance(name, str) and name else plugin_id, copy_in_depth(dict(config or {}))
 
 # %% ../../nbs/core/plugins.ipynb #d1687911
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class PluginResourceRequirements:
     "What a job of a plugin needs of this machine"
     is_local: bool                       # whether it runs here
     uses_gpu: bool                       # whether it runs here on a GPU
     plugin_resource: str | None = None   # the model or other resource that it loads
     device: str | int | None = None      # as the configuration names it
+
+    def __repr__(self) -> str: return shown_repr("PluginResourceRequirements", vars(self))
 
 def read_requirements(
     plugin: Any,

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from .arguments import UNCHANGED, check_fields, check_number, check_pid
+from .arguments import UNCHANGED, check_fields, check_number, check_pid, check_text
 from .asking import ask_fields, estimate_costs, keep_plugin, refresh_worker
 from .resources import WorkerState
 from .workers import Workers, make_state
@@ -20,11 +20,9 @@ from .workers import Workers, make_state
 def find_changes(
     **given: Any,   # fields by name, `UNCHANGED` for those that stay
 ) -> dict[str, Any]:
-    "Return the fields that an update changes; `TypeError` or `ValueError` names a malformed one"
-    check_fields(**given)
-    changes = {name: value for name, value in given.items() if value is not UNCHANGED}
-    if changes.get("config") is not None: changes["config"] = dict(changes["config"])
-    if changes.get("status", UNCHANGED) in (None, "idle"): changes.update(status="idle", job_id=None)
+    "Return the fields that an update names; `TypeError` or `ValueError` names a malformed one"
+    changes = {name: value for name, value in check_fields(**given).items() if value is not UNCHANGED}
+    if "status" in changes: changes["status"] = changes["status"] or "idle"
     if changes.keys() & {"status", "job_id"}: changes["last_used"] = time.monotonic()
     return changes
 
@@ -46,7 +44,8 @@ class WorkerRegistry:
         *,
         gpu_memory_mb: float | None = None,           # MiB that it reports, where the driver cannot
     ) -> WorkerState:
-        "Register a process as this app's worker. `TypeError` or `ValueError` names a malformed argument"
+        """Register a process as this app's worker.
+        `TypeError` or `ValueError` names a malformed argument; `ValueError` for a process that is being stopped"""
         state = make_state(pid, worker_type, config, gpu_memory_mb, job_id=job_id, plugin_id=plugin_id,
                            plugin_name=plugin_name, loaded_plugin_resource=loaded_plugin_resource)
         if asked := ask_fields(plugin_instance): state = replace(state, **asked)
@@ -55,15 +54,15 @@ class WorkerRegistry:
     def update_worker_state(
         self,
         pid: int,
-        job_id: str | None = UNCHANGED,
+        job_id: str | None = UNCHANGED,               # its next one; it waits until those before it are done
         plugin_id: str | None = UNCHANGED,
         plugin_name: str | None = UNCHANGED,
         loaded_plugin_resource: str | None = UNCHANGED,
         config: Mapping[str, Any] | None = UNCHANGED,
-        status: str | None = UNCHANGED,               # "idle" releases the job; `None` is "idle"
+        status: str | None = UNCHANGED,               # "idle": its job is done, the next follows; `None` is "idle"
         *,
         gpu_memory_mb: float | None = UNCHANGED,      # MiB that it reports
-    ) -> WorkerState | None:  # the new state; `None` for a PID that is not registered
+    ) -> WorkerState | None:  # the new state; `None` for a PID that is not registered, or is being stopped
         "Change fields of a worker. An argument that is left out leaves its field; `None` clears it"
         pid = check_pid(pid)
         changes = find_changes(job_id=job_id, plugin_id=plugin_id, plugin_name=plugin_name, config=config,
@@ -81,7 +80,7 @@ class WorkerRegistry:
     def unregister_worker(
         self,
         pid: int,
-    ) -> WorkerState | None:  # what was known about it; `None` for a PID that is not registered
+    ) -> WorkerState | None:  # what was known about it; `None` for a PID that is not registered, or is being stopped
         "Forget a worker. Its process goes on, and counts as another program unless it descends from this one"
         return self.workers.forget(pid)
 
@@ -94,8 +93,8 @@ class WorkerRegistry:
         return self.workers.get(pid)
 
     def get_worker_by_job(self, job_id: str) -> WorkerState | None:
-        "Return the worker that has this job, `None` if none has"
-        return self.workers.by_job(job_id)
+        "Return the worker that has this job, running or waiting; `None` if none has"
+        return self.workers.by_job(check_text(job_id, "job_id"))
 
     def get_all_workers(self) -> list[WorkerState]:
         "Return every registered worker, in the order of registration"
@@ -103,6 +102,7 @@ class WorkerRegistry:
 
     def get_workers_by_type(self, worker_type: str) -> list[WorkerState]:
         "Return every registered worker of one type"
+        worker_type = check_text(worker_type, "worker_type")
         return [w for w in self.workers.all() if w.worker_type == worker_type]
 
     def get_active_worker_types(self) -> set[str]:
@@ -111,7 +111,7 @@ class WorkerRegistry:
 
     def has_worker_type(self, worker_type: str) -> bool:
         "Return whether a worker of this type is registered"
-        return worker_type in self.get_active_worker_types()
+        return check_text(worker_type, "worker_type") in self.get_active_worker_types()
 
     def get_app_pids(self) -> set[int]:
         "Return the PIDs of the registered workers"

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SHOW_EVERY', 'check_memory', 'check_ttl', 'find_holder', 'choose_devices', 'find_shortage', 'make_give_up',
-           'show_progress', 'acquire']
+           'show_progress', 'complete', 'giving_back', 'acquire']
 
 # %% ../../nbs/core/requests.ipynb #d9afc2dc
 import contextlib
@@ -14,14 +14,15 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from .arguments import check_number, check_pid
+from .arguments import check_number, check_pid, shorten
 from .conflict import ResourceBusy, ResourceConflict, ResourceUnavailable
 from .devices import device_key, select_devices, visible_devices
 from .explain import explain_shortage
 from .gpu import GpuDevice, GpuSnapshot
-from .process import ProcessId, has_ended, read_process, this_process
+from .process import ProcessId, has_ended, is_free, read_process, this_process
 from .reservations import Request, Reservation
 from .room import check_capacity
+from .threads import in_thread
 
 # %% ../../nbs/core/requests.ipynb #462bd457
 def check_memory(
@@ -38,11 +39,13 @@ def check_ttl(ttl: float | None) -> float | None:
 def find_holder(
     pid: int | None,   # `None`: this process
 ) -> ProcessId:
-    "Return the process that a reservation is for; `ValueError` if it does not live"
+    "Return the process that a reservation is for; `ValueError` if it does not live, or cannot be seen from here"
     if pid is None: return this_process()
     holder = read_process(check_pid(pid)).lineage[0]
-    if holder.start_time is None or has_ended(*holder):
-        raise ValueError(f"pid must be that of a living process, not {pid!r}")
+    if is_free(pid) or has_ended(*holder): raise ValueError(f"pid must be that of a living process, not {pid}")
+    if holder.start_time is None:
+        raise ValueError(f"pid {pid} is a process that cannot be seen from here, so nothing can be reserved for it; "
+                         "it can reserve memory itself")
     return holder
 
 # %% ../../nbs/core/requests.ipynb #fd556944
@@ -61,7 +64,8 @@ def choose_devices(
     allowed = select_devices(visible, wanted)
     found = [d for d in allowed if d in readable]
     if not found:
-        raise ResourceUnavailable(f"The device {wanted!r} cannot be used: {allowed[0].reason}.", judge(snapshot))
+        problem = f"The device {shorten(wanted)} cannot be used: {allowed[0].reason}."
+        raise ResourceUnavailable(problem, judge(snapshot))
     check_capacity(memory, max(d.capacity for d in found), "gpu_memory_mb", f"{memory/2**20:g}")
     return found
 
@@ -123,6 +127,34 @@ def show_progress(
     finally:
         for bar in bars: bar.close()
 
+# %% ../../nbs/core/requests.ipynb #3650f1f5
+def complete(
+    request: Request,
+    check: Callable[[], ResourceConflict],
+    progress: bool,
+) -> Reservation:
+    "Wait for a request's reservation; whatever ends the waiting, nothing stays reserved"
+    try:
+        with show_progress(request, check, progress) as show: return request.wait(show)
+    except BaseException:
+        request.withdraw()
+        raise
+
+@contextlib.contextmanager
+def giving_back(
+    reserve: Callable[[], Reservation],
+) -> Iterator[Reservation]:
+    "Reserve for a block; released twice, since an interruption can come just before the first release"
+    held: Reservation | None = None
+    try:
+        try:
+            held = reserve()
+            yield held
+        finally:
+            if held is not None: held.release()
+    finally:
+        if held is not None: held.release()
+
 # %% ../../nbs/core/requests.ipynb #2b1eef43
 async def acquire(
     make: Callable[[], Request],
@@ -132,5 +164,10 @@ async def acquire(
     "Make a request and wait for its reservation; the event loop goes on"
     import asyncio  # when it is used
 
-    request = await asyncio.to_thread(make)
-    with show_progress(request, check, progress) as show: return await request.wait_async(show if progress else None)
+    request = await in_thread(make)
+    try:
+        with show_progress(request, check, progress) as show:
+            return await request.wait_async(show if progress else None)
+    except BaseException:
+        await asyncio.shield(in_thread(request.withdraw))
+        raise

@@ -10,7 +10,7 @@ __all__ = ['ValidationAction', 'ValidationResult', 'owners_unknown', 'workers_on
 # %% ../../nbs/core/validation.ipynb #000e449a
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from enum import Enum
 from typing import Any
 
@@ -22,9 +22,10 @@ from cjm_fasthtml_resources.core.plugins import (
     find_plugin,
     read_requirements,
 )
-from .arguments import check_number
+from .arguments import check_number, check_text, shorten
 from .classify import conclude
 from .conflict import ResourceBusy, ResourceConflict, ResourceUnavailable
+from .copies import copy_config, handed_out
 from .devices import GpuChoice, device_place
 from .display import repr_html
 from .explain import name_reservations
@@ -33,6 +34,7 @@ from .manager import ResourceManager
 from .process import has_ended
 from .resources import DeviceStatus, ResourceStatus, WorkerState
 from .room import held_by, largest_capacity, roomiest, usable
+from .secrets import shown_error, shown_repr, shown_text
 from .store import StoreError
 from .text import format_bytes, list_names
 
@@ -64,22 +66,27 @@ def _suggest(
     return False, f"stop_worker({worker.pid}) ends the idle worker, or free_gpu as many as it takes"
 
 # %% ../../nbs/core/validation.ipynb #599ef1c4
-@dataclass(frozen=True)
+_SHOWN_FIELDS = ("action", "can_proceed", "message", "current_worker", "plugin_name_to_reload")
+
+@dataclass(frozen=True, repr=False)
 class ValidationResult:
     "Whether a job may start, and what has to happen first"
     action: ValidationAction
     can_proceed: bool                             # also True where the plugin only has to be loaded first
     message: str                                  # a sentence for people: which processes, how much, which PID
-    conflict: ResourceConflict | None = field(default=None, repr=False)  # what the check found, if one was needed
+    conflict: ResourceConflict | None = None      # what the check found, if one was needed
     current_worker: WorkerState | None = None     # the worker that would do it, or that uses the memory
     plugin_name_to_reload: str | None = None      # what to load on `current_worker`
-    new_config: dict[str, Any] | None = field(default=None, repr=False)  # to load it with; can hold keys
-    device: GpuDevice | None = field(default=None, repr=False)           # the GPU to use; `None`: none
+    new_config: dict[str, Any] | None = handed_out(None)  # to load it with; can hold keys
+    device: GpuDevice | None = None               # the GPU to use; `None`: none
 
     @property
     def env(self) -> dict[str, str]:
         "Environment variables for a new worker, so that it uses that device and no other"
         return GpuChoice((self.device,)).env if self.device else {}
+
+    def __repr__(self) -> str:
+        return shown_repr("ValidationResult", {name: getattr(self, name) for name in _SHOWN_FIELDS})
 
     def _repr_html_(self) -> str | None: return repr_html(self)
 
@@ -108,7 +115,7 @@ def workers_on(
 
 # %% ../../nbs/core/validation.ipynb #9ecae95c
 def _with_resource(plugin: str | None, resource: str | None) -> str:
-    return " with ".join(text for text in (plugin, resource) if text)
+    return " with ".join(shown_text(text) for text in (plugin, resource) if text)
 
 def describe_worker(
     worker: WorkerState,
@@ -116,6 +123,7 @@ def describe_worker(
 ) -> str:
     "Describe a worker in words: its type, PID, plugin, job and memory"
     loaded = _with_resource(worker.plugin_name or worker.plugin_id, worker.loaded_plugin_resource)
+    worker = worker.shown()
     state = f"running {worker.job_id}" if worker.job_id else worker.status
     used = [f"{format_bytes(size)} on GPU {place}" for place, size in held_by(worker, devices).items()]
     details = ", ".join([*([loaded] if loaded else []), state, *used])
@@ -167,7 +175,7 @@ def only_device(
     place = device_place(device)
     if place is None or conflict.status is ResourceStatus.UNAVAILABLE: return conflict
     count = len(conflict.devices)
-    complaint = f"device {device!r} was asked for, and there {'is' if count == 1 else 'are'} {count}"
+    complaint = f"device {shorten(device)} was asked for, and there {'is' if count == 1 else 'are'} {count}"
     named = conflict.devices[place:place + 1]
     return conclude(named, conflict.threshold_percent or 0.0, complaint, conflict.notes, conflict.snapshot)
 
@@ -199,7 +207,7 @@ def decide_on_cpu(
     return _result(ValidationAction.WAIT_FOR_OTHER_WORKER, message, memory, next(iter(workers), None))
 
 # %% ../../nbs/core/validation.ipynb #ccae244a
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Job:
     "A job of a plugin, and what it needs"
     plugin_id: str
@@ -208,6 +216,8 @@ class Job:
     needs: PluginResourceRequirements
     worker_type: str
     memory: float | None  # bytes of GPU memory; `None`: unknown
+
+    def __repr__(self) -> str: return shown_repr("Job", vars(self))
 
     def loaded_on(self, worker: WorkerState) -> bool:
         "Tell whether a worker has loaded just this, on the device that is named if both name one"
@@ -328,7 +338,7 @@ def _expected_need(
     "Return the GPU memory that the job's plugin and resource were seen to use"
     try: expected = manager.expected_gpu_memory_mb(job.plugin_name, job.needs.plugin_resource)
     except StoreError as error:
-        _log.warning("what %s needs is not known: %s", job.plugin_name, error)
+        _log.warning("what %s needs is not known: %s", shown_text(job.plugin_name), error)
         return None
     return None if expected is None else expected*2**20
 
@@ -355,7 +365,8 @@ def _decide(
     "Decide whether a job may start, with what the manager finds now"
     needs, why = job.needs, "It runs on the CPU"
     if not needs.is_local:
-        return _result(ValidationAction.PROCEED, f"{job.plugin_id} calls a service and needs nothing of this machine.")
+        said = f"{shown_text(job.plugin_id)} calls a service and needs nothing of this machine."
+        return _result(ValidationAction.PROCEED, said)
     workers = [w for w in manager.get_all_workers() if not has_ended(w.pid, w.start_time)]
     if needs.uses_gpu and device_kind(needs.device) != "mps":  # Apple's GPUs use the machine's memory
         conflict = only_device(manager.check_gpu_availability(), needs.device)
@@ -382,12 +393,15 @@ def validate_resources_for_job(
 
     Reads the state of this moment, and changes nothing. `TypeError` or `ValueError` for a malformed argument."""
     need = None if gpu_memory_mb is None else check_number(gpu_memory_mb, "gpu_memory_mb")*2**20
+    plugin_id, worker_type = check_text(plugin_id, "plugin_id"), check_text(worker_type, "worker_type")
+    check_number(memory_threshold_percent, "memory_threshold_percent", 0, 100)
+    if plugin_config is not None: plugin_config = copy_config(plugin_config, "plugin_config")
     own = None if worker_pid is None else resource_manager.get_worker_by_pid(worker_pid)  # checks the PID, too
     try: plugin, name, config = find_plugin(plugin_registry, plugin_id, plugin_config)
-    except LookupError as error: result = _result(ValidationAction.ABORT, f"It cannot run: {error}.")
+    except LookupError as error: result = _result(ValidationAction.ABORT, f"It cannot run: {shown_error(error)}.")
     else:
         job = Job(plugin_id, name, config, read_requirements(plugin, config), worker_type, need)
-        _log.debug("%s needs %r", plugin_id, job.needs)
+        _log.debug("%s needs %r", shown_text(plugin_id), job.needs)
         result = _decide(resource_manager, job, own, memory_threshold_percent)
-    _log.debug("%s: %s. %s", plugin_id, result.action.value, result.message)
+    _log.debug("%s: %s. %s", shown_text(plugin_id), result.action.value, result.message)
     return result

@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from ..core.arguments import check_number
 from ..core.conflict import ResourceBusy, ResourceUnavailable
 from ..core.devices import visible_env
+from ..core.forks import reset_in_child
 from ..core.gpu import GpuDevice
 from ..core.requests import check_memory
 from ..core.resources import DeviceStatus
@@ -73,7 +74,13 @@ class _Sent:
 class OnTheWay:
     """Count the tasks that were sent and that no answer of their host includes yet.
     Safe from any thread"""
-    def __init__(self) -> None: self._lock, self._sent = threading.RLock(), dict[str, _Sent]()
+    def __init__(self) -> None:
+        self._lock, self._sent = threading.RLock(), dict[str, _Sent]()
+        reset_in_child(self)
+
+    def after_fork(self) -> None:
+        "Make a new lock, in a fork's child; the tasks that were sent are still on their way"
+        self._lock = threading.RLock()
 
     def place(
         self,

@@ -6,7 +6,6 @@
 __all__ = ['host_name', 'HostPlugin', 'tell_name', 'tell_report']
 
 # %% ../../nbs/hosts/worker.ipynb #29c450e9
-import asyncio
 import contextlib
 import os
 import platform
@@ -17,10 +16,12 @@ from typing import Any
 
 from distributed import WorkerPlugin
 
+from ..core.arguments import check_app
+from ..core.forks import reset_in_child
 from ..core.manager import ResourceManager
 from ..core.samples import Sample, take_sample
-from ..core.secrets import redact
 from ..core.store import StoreError
+from ..core.threads import SharedCalls
 
 # %% ../../nbs/hosts/worker.ipynb #31a7d890
 def host_name() -> str:
@@ -37,14 +38,20 @@ class HostPlugin(WorkerPlugin):
         app: str,                       # the name of the manager's app
         settings: Mapping[str, Any],    # further arguments of the manager
     ) -> None:
-        self.app, self.settings, self.name = app, dict(settings), f"cjm-resources-{app}"
+        self.app, self.settings, self.name = check_app(app), dict(settings), f"cjm-resources-{app}"
 
     def setup(self, worker: Any) -> None:
         """Register this process as a worker of the app.
         If the host's file cannot be used, the worker starts all the same"""
-        self.host, self.running, self._lock = host_name(), list[str](), threading.Lock()
+        self.host, self._lock = host_name(), threading.RLock()
         self._manager: ResourceManager | None = None
+        self.calls = SharedCalls()
+        reset_in_child(self)
         with contextlib.suppress(StoreError): self.manager.register_worker(os.getpid(), "dask", plugin_name="dask")
+
+    def after_fork(self) -> None:
+        "Make a new lock, in a fork's child"
+        self._lock = threading.RLock()
 
     def teardown(self, worker: Any) -> None:
         "Unregister this process, unless another dask worker in it has done so"
@@ -64,7 +71,7 @@ class HostPlugin(WorkerPlugin):
         self.manager.prune_dead_workers()
         sample = take_sample(self.manager)
         waiting = sum(c.memory for c in self.manager.get_claims() if c.device is None)
-        workers = tuple(replace(w, config=redact(w.config)) for w in sample.workers)
+        workers = tuple(w.shown() for w in sample.workers)
         return replace(sample, workers=workers), waiting
 
     @contextlib.contextmanager
@@ -73,16 +80,12 @@ class HostPlugin(WorkerPlugin):
         key: str,     # the task's
     ) -> Iterator[None]:
         "Show the task as this worker's job for as long as it runs"
-        self._show(key, begins=True)
+        self._show(key, "running")
         try: yield
-        finally: self._show(key, begins=False)
+        finally: self._show(key, "idle")
 
-    def _show(self, key: str, begins: bool) -> None:
-        with self._lock:
-            (self.running.append if begins else self.running.remove)(key)
-            job = self.running[-1] if self.running else None
-        status = "running" if job else "idle"
-        with contextlib.suppress(StoreError): self.manager.update_worker_state(os.getpid(), job_id=job, status=status)
+    def _show(self, key: str, status: str) -> None:
+        with contextlib.suppress(StoreError): self.manager.update_worker_state(os.getpid(), job_id=key, status=status)
 
 # %% ../../nbs/hosts/worker.ipynb #a9712b6c
 def _plugin(dask_worker: Any, name: str) -> HostPlugin:
@@ -104,4 +107,6 @@ async def tell_report(
 ) -> tuple[Sample, int]:
     """Return the report of a worker's host; called on the worker.
     `LookupError` before its plugin is set up"""
-    return await asyncio.to_thread(_plugin(dask_worker, name).report)
+    plugin = _plugin(dask_worker, name)
+    found: tuple[Sample, int] = await plugin.calls.run("report", plugin.report)   # one for all clients that ask
+    return found

@@ -10,12 +10,13 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from math import inf
 
+from ..core.arguments import shorten
 from .library import CALLS
-from .machine import ScenarioError, check_values
+from .machine import Checked, ScenarioError
 
 # %% ../../nbs/simulated/faults.ipynb #1fc030e8
 @dataclass
-class Fault:
+class Fault(Checked):
     "What goes wrong, where and for how long"
     call: str                  # the C function's name, or "*" for every one
     error: int | None = None   # an NVML error code, such as `pynvml.NVML_ERROR_GPU_IS_LOST`
@@ -25,10 +26,9 @@ class Fault:
     times: int | None = None   # faults before it is good again; `None`: until `recover()`
 
     def __post_init__(self) -> None:
-        check_values(self)
         if self.call != "*" and self.call not in CALLS:
             raise ScenarioError("call must be the name of a simulated C function or '*', "
-                                f"not {self.call!r}; there are: {', '.join(sorted(CALLS))}")
+                                f"not {shorten(self.call)}; there are: {', '.join(sorted(CALLS))}")
 
     def strikes(self) -> bool:
         "Count a call that the fault concerns; return whether it goes wrong"

@@ -19,6 +19,8 @@ from cjm_fasthtml_resources.simulated.machine import (
     SimulatedMachine,
     SimulatedProcess,
 )
+from ..core.arguments import shorten
+from ..core.copies import copy_config
 from .faults import Fault
 from .presets import PRESETS
 
@@ -26,7 +28,7 @@ from .presets import PRESETS
 def _check_keys(data: Mapping[str, Any], where: str, allowed: Iterable[str]) -> None:
     "Raise `ScenarioError` for the first key that is not allowed"
     unknown = [key for key in data if key not in allowed]
-    if unknown: raise ScenarioError(f"{where} has no field {unknown[0]!r}; allowed are: {', '.join(allowed)}")
+    if unknown: raise ScenarioError(f"{where} has no field {shorten(unknown[0])}; allowed are: {', '.join(allowed)}")
 
 _LISTS: dict[type, dict[str, type]] = {  # fields that are lists of other parts
     SimulatedGpu: dict(processes=SimulatedProcess, mig=SimulatedGpu),
@@ -39,7 +41,7 @@ def build(
     where: str,  # its place there, for errors
 ) -> Any:
     "Return a part of a scenario as a dataclass; raises `ScenarioError` with the place"
-    if not isinstance(data, Mapping): raise ScenarioError(f"{where} must be an object, not {data!r}")
+    if not isinstance(data, Mapping): raise ScenarioError(f"{where} must be an object, not {shorten(data)}")
     _check_keys(data, where, [f.name for f in fields(kind)])
     values = dict(data)
     for name, item in _LISTS.get(kind, {}).items():
@@ -50,7 +52,7 @@ def build(
 def build_list(kind: type, data: Any, where: str) -> list[Any]:
     "Return a list in a scenario as dataclasses; raises `ScenarioError` with the place"
     if not isinstance(data, Sequence) or isinstance(data, str):
-        raise ScenarioError(f"{where} must be a list, not {data!r}")
+        raise ScenarioError(f"{where} must be a list, not {shorten(data)}")
     return [build(kind, item, f"{where}[{i}]") for i, item in enumerate(data)]
 
 # %% ../../nbs/simulated/scenarios.ipynb #c04922a0
@@ -64,7 +66,10 @@ def parse_scenario(
     scenario: Mapping[str, Any],  # gpus, machine, workers, faults, description
 ) -> dict[str, Any]:  # the arguments of a simulated driver
     "Return the parts of a scenario; raises `ScenarioError` if something in it is not understood"
-    if not isinstance(scenario, Mapping): raise ScenarioError(f"a scenario must be an object, not {scenario!r}")
+    if not isinstance(scenario, Mapping): raise ScenarioError(f"a scenario must be an object, not {shorten(scenario)}")
+    try: scenario = copy_config(scenario, "a scenario")
+    except (TypeError, ValueError) as error: raise ScenarioError(str(error)) from None
+    description = scenario.get("description", "")
     _check_keys(scenario, "a scenario", ["description", "gpus", "machine", "workers", "faults"])
     machine, workers = scenario.get("machine"), scenario.get("workers", [])
     _check_workers(workers)
@@ -72,7 +77,7 @@ def parse_scenario(
         gpus=build_list(SimulatedGpu, scenario.get("gpus", []), "gpus"),
         machine=None if machine is None else build(SimulatedMachine, machine, "machine"),
         workers=workers, faults=build_list(Fault, scenario.get("faults", []), "faults"),
-        description=str(scenario.get("description", "")))
+        description=description if isinstance(description, str) else shorten(description))
 
 # %% ../../nbs/simulated/scenarios.ipynb #fd7ec829
 def find_scenario(
@@ -85,5 +90,5 @@ def find_scenario(
         raise ScenarioError(f"there is no preset {str(name)!r}; there are {', '.join(PRESETS)}, "
                             "or give the path of a .json file")
     try: return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ScenarioError(f"cannot read the scenario {str(path)!r}: {error}") from None

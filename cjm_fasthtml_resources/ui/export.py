@@ -39,7 +39,9 @@ def _memory(m: MemoryStatus) -> dict[str, Any]:
 _WORKER_FIELDS = ("pid", "worker_type", "status", "job_id", "plugin_id", "plugin_name",
                   "loaded_plugin_resource", "child_pids", "gpu_memory_mb", "is_remote")
 
-def _worker(worker: WorkerState) -> dict[str, Any]: return {name: getattr(worker, name) for name in _WORKER_FIELDS}
+def _worker(worker: WorkerState) -> dict[str, Any]:
+    shown = worker.shown()
+    return {name: getattr(shown, name) for name in _WORKER_FIELDS}
 
 # %% ../../nbs/ui/export.ipynb #2fcafdbe
 SCHEMA_VERSION = 1

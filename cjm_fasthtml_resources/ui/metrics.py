@@ -31,6 +31,7 @@ from ..core.manager import ResourceManager
 from ..core.monitor import ResourceMonitor
 from ..core.resources import DeviceStatus, ResourceStatus, WorkerState
 from ..core.samples import Sample
+from ..core.secrets import shown_text
 
 # %% ../../nbs/ui/metrics.ipynb #0f19545a
 _log = logging.getLogger(__name__)
@@ -100,7 +101,7 @@ def worker_metrics(
     workers: Iterable[WorkerState],
 ) -> Iterator[Metric]:
     "Yield how many workers there are, by type and status"
-    counts = Counter((w.worker_type, w.status) for w in workers)
+    counts = Counter((shown_text(w.worker_type), shown_text(w.status)) for w in workers)
     shown = Counter(dict(counts.most_common(_MOST)))
     if rest := counts.total() - shown.total(): shown["other", "other"] += rest
     rows = [(list(key), n) for key, n in sorted(shown.items())]

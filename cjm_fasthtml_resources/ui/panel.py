@@ -24,12 +24,15 @@ from cjm_fasthtml_resources.ui.tables import (
     process_table,
     worker_table,
 )
+from ..core.copies import StaysHere
+from ..core.forks import reset_in_child
 from ..core.history import History
 from ..core.manager import ResourceManager
 from ..core.monitor import ResourceMonitor, TakesSamples
 from ..core.resources import WorkerState
 from ..core.samples import Sample
 from ..core.text import printable
+from ..core.threads import NoThreadError, start_thread
 from .assets import read_asset
 from .cards import CSS, overview
 from .controls import check_controls, find_asked
@@ -138,8 +141,13 @@ def _replace_earlier(panel: "ResourcePanel", cell: Any, run: Any) -> None:
 # %% ../../nbs/ui/panel.ipynb #52b30dd4
 def _ask_about(worker: WorkerState, now: WorkerState | None) -> str:
     "Return what is asked before a worker is stopped"
-    job = f", which is running {now.job_id}" if now and now.job_id else ""
-    return f"Stop the {worker.worker_type} worker with PID {worker.pid}{job}, with all that descends from it?"
+    job = f", which is running {now.shown().job_id}" if now and now.job_id else ""
+    return f"Stop the {worker.shown().worker_type} worker with PID {worker.pid}{job}, with all that descends from it?"
+
+def _on_thread(stop: Callable[[], None]) -> None:
+    "Stop a worker without keeping the kernel from its other work, where a thread can be started"
+    try: start_thread("stop-worker", stop)
+    except NoThreadError: stop()
 
 def _stop_asked(manager: ResourceManager, worker: WorkerState) -> str:
     "Stop a worker, and return what came of it"
@@ -148,14 +156,17 @@ def _stop_asked(manager: ResourceManager, worker: WorkerState) -> str:
         if found is None: raise ProcessLookupError("it has ended meanwhile")
         manager.stop_worker(worker.pid)
     except (OSError, RuntimeError) as error: return f"The worker with PID {worker.pid} was not stopped: {error}"
-    return f"Stopped the {worker.worker_type} worker with PID {worker.pid}."
+    return f"Stopped the {worker.shown().worker_type} worker with PID {worker.pid}."
 
 # %% ../../nbs/ui/panel.ipynb #15c70f1f
 _STYLE = f"<style>{CSS}{read_asset('panel.css')}</style>"
+_PAUSE_HELP = "Look no more until it is pressed again"
 
 # %% ../../nbs/ui/panel.ipynb #a8721c04
-class ResourcePanel(widgets.VBox):  # type: ignore[misc]  # ipywidgets has no types
+class ResourcePanel(StaysHere, widgets.VBox):  # type: ignore[misc]  # ipywidgets has no types
     "GPUs, memory, workers and processes, live. `close()` ends it; so does running its cell again"
+    instead = "Make one there, of a manager there."
+
     def __init__(
         self,
         manager: ResourceManager | TakesSamples,  # or what watches a cluster, a ClusterResources
@@ -177,9 +188,13 @@ class ResourcePanel(widgets.VBox):  # type: ignore[misc]  # ipywidgets has no ty
         super().__init__(layout=widgets.Layout(width="100%"))
         self._start()
 
+    def after_fork(self) -> None:
+        "Close the panel in a fork's child, without a message to the front end, which is the parent's"
+        self._lock, self._closed = threading.RLock(), True
+        open_panels[:] = [entry for entry in open_panels if entry[2] is not self]
+
     def _make_widgets(self) -> None:
-        text = "Resume" if self._paused else "Pause"
-        self._pause = _toggle(text, self._paused, "Look no more until it is pressed again")
+        self._pause = _toggle("Resume" if self._paused else "Pause", self._paused, _PAUSE_HELP)
         self._every = _interval_menu(self.monitor.interval)
         self._sort = _menu("sort by", list(SORTS), self._view.sort, "11rem")
         self._gpus, self._stops, self._asked = (_box(cls="controls") for _ in range(3))
@@ -189,12 +204,14 @@ class ResourcePanel(widgets.VBox):  # type: ignore[misc]  # ipywidgets has no ty
     def _start(self) -> None:
         self._closed = False
         self.add_class("cjm")
-        self._pause.observe(self._on_pause, "value")
-        self._every.observe(self._on_interval, "value")
-        self._sort.observe(self._on_view, "value")
-        _replace_earlier(self, *_running_cell())
+        acts = ((self._pause, self._on_pause), (self._every, self._on_interval), (self._sort, self._on_view))
+        for control, act in acts: control.observe(act, "value")
+        _replace_earlier(reset_in_child(self), *_running_cell())
         self._show(self._sample)
-        self._subscription = self.monitor.subscribe(self._show)
+        try: self._subscription = self.monitor.subscribe(self._show)
+        except BaseException:
+            self.close()
+            raise
 
     def __repr__(self) -> str:
         closed = ", closed" if self._closed else ""
@@ -287,7 +304,7 @@ class ResourcePanel(widgets.VBox):  # type: ignore[misc]  # ipywidgets has no ty
         _renew(self._stops, {(w.pid, w.start_time): partial(self._stop_button, w) for w in workers})
 
     def _stop_button(self, worker: WorkerState) -> widgets.Button:
-        return _button(f"Stop {printable(worker.worker_type)} {worker.pid} …", lambda: self._ask(worker))
+        return _button(f"Stop {printable(worker.shown().worker_type)} {worker.pid} …", lambda: self._ask(worker))
 
     def _ask(self, worker: WorkerState) -> None:
         "Ask before it is stopped"
@@ -306,7 +323,7 @@ class ResourcePanel(widgets.VBox):  # type: ignore[misc]  # ipywidgets has no ty
             old, self._asked.children = self._asked.children, ()
             for button in old: _close(button)
             self._say(f"Stopping the worker with PID {worker.pid} …" if stop else "")
-        if stop: threading.Thread(target=self._stop, args=(worker,), name="stop-worker", daemon=True).start()
+        if stop: _on_thread(partial(self._stop, worker))
 
     def _stop(self, worker: WorkerState) -> None:
         "On a thread of its own, for a worker may take its time"

@@ -12,13 +12,16 @@ import contextlib
 import re
 import threading
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
+from functools import partial
 from typing import Any
 
 from starlette.responses import Response
 
+from ..core.forks import reset_in_child
 from ..core.monitor import ResourceMonitor, Subscription
 from ..core.samples import Sample
+from ..core.threads import NoThreadError, SharedCalls
 from .cards import arrange
 from .parts import to_html
 from .tables import Column
@@ -81,15 +84,45 @@ class Client:
 # %% ../../nbs/ui/stream.ipynb #e0669146
 BEAT = 15.0   # seconds between signs of life
 
-def _put_all(clients: list[Client], event: bytes, whole: bytes) -> None:
+def _put_all(clients: Sequence[Client], event: bytes, whole: bytes) -> None:
     for client in clients: client.put(event, whole)
+
+def _send(clients: Sequence[Client], event: bytes, whole: bytes) -> None:
+    "From any thread: queue an event for clients, whose loops need not be the same"
+    for loop in {c.loop for c in clients}:
+        with contextlib.suppress(RuntimeError):  # that loop was closed, and its clients with it
+            loop.call_soon_threadsafe(_put_all, [c for c in clients if c.loop is loop], event, whole)
+
+# %% ../../nbs/ui/stream.ipynb #8f1e61a5
+async def _events(hub: "Hub") -> AsyncGenerator[bytes, None]:
+    "Yield what one client is sent; `NoThreadError` where no thread can be started"
+    client, sent = Client(), time.monotonic()
+    try:
+        await hub.calls.run("draw", hub.draw)
+        hub.enter(client)
+        while True:
+            event = await client.next(min(3*hub.monitor.interval, BEAT))
+            if event is None: await hub.tell_if_stale()
+            if event is None and time.monotonic() - sent < BEAT: continue
+            sent = time.monotonic()
+            yield event or to_event("beat", "")
+    finally:
+        client.close()
+        hub.leave(client)
 
 # %% ../../nbs/ui/stream.ipynb #55fe5485
 class Hub:
     "Renders each sample once, for every client"
     def __init__(self, monitor: ResourceMonitor, view: View = View(), actions: tuple[Column, ...] = ()) -> None:
-        self.monitor, self.view, self.actions = monitor, view, actions
-        self._lock, self._clients, self._slots = threading.RLock(), set[Client](), Slots()
+        self.monitor, self.view, self.actions, self.calls = monitor, view, actions, SharedCalls()
+        self.after_fork()
+        reset_in_child(self)
+
+    def after_fork(self) -> None:
+        "Begin without clients, in a fork's child"
+        self._drawing = threading.RLock()   # taken by threads alone: held while a sample is drawn
+        self._lock = threading.RLock()      # of what follows: held for a moment, so an event loop may take it, too
+        self._clients, self._shown = set[Client](), (Slots(), b"")   # what they are shown, and the same as an event
         self._subscription: Subscription | None = None
 
     def render(self, sample: Sample | None = None) -> Slots:
@@ -97,25 +130,46 @@ class Hub:
         if sample is None: sample = self.monitor.current()
         return {**render(sample, self.monitor.history, self.view), **render_tables(sample, self.view, self.actions)}
 
+    async def current(self) -> Slots:
+        "Return the slots of this moment. `NoThreadError` where no thread can be started to wait for the driver"
+        slots: Slots = await self.calls.run("render", self.render)
+        return slots
+
+    # On a thread
+
     def publish(self, sample: Sample) -> None:
-        "On the monitor's thread: send what changed"
-        with self._lock:
-            before, self._slots = self._slots, self.render(sample)
-            event, clients = change_event(before, self._slots), list(self._clients)
-            if event is None or not clients: return
-            whole = layout_event(self._slots)
-        for loop in {c.loop for c in clients}:
-            with contextlib.suppress(RuntimeError):  # that loop was closed, and its clients with it
-                loop.call_soon_threadsafe(_put_all, [c for c in clients if c.loop is loop], event, whole)
+        "Draw a sample, and send what changed"
+        with self._drawing:
+            slots = self.render(sample)
+            if (event := change_event(self._shown[0], slots)) is None: return
+            whole = layout_event(slots)
+            with self._lock: self._shown, clients = (slots, whole), list(self._clients)
+            _send(clients, event, whole)
+
+    def draw(self) -> None:
+        "Draw what the first client is shown; those that are there are kept up to date. May wait for the driver"
+        if self._clients: return
+        sample = self.monitor.current()
+        with self._drawing:
+            slots = self.render(sample)
+            shown = slots, layout_event(slots)
+            with self._lock:
+                if not self._clients: self._shown = shown
 
     def join(self, client: Client) -> None:
-        "Add a client, with the whole picture as its first event. May have to wait for the driver"
+        "Draw, and let a client enter"
+        self.draw()
+        self.enter(client)
+
+    # On an event loop, or on a thread
+
+    def enter(self, client: Client) -> None:
+        "Add a client, with what is shown as its first event"
         with self._lock:
             if client.gone: return  # it left while it waited for this
-            if not self._clients: self._slots = self.render()
-            client.loop.call_soon_threadsafe(client.events.put_nowait, layout_event(self._slots))
-            self._clients.add(client)
+            client.loop.call_soon_threadsafe(client.events.put_nowait, self._shown[1])
             if self._subscription is None: self._subscription = self.monitor.subscribe(self.publish)
+            self._clients.add(client)
 
     def leave(self, client: Client) -> None:
         "Send a client nothing more"
@@ -126,25 +180,15 @@ class Hub:
             self._subscription.close()
             self._subscription = None
 
-    async def events(self) -> AsyncGenerator[bytes, None]:
+    def events(self) -> AsyncGenerator[bytes, None]:
         "Yield what one client is sent"
-        client, sent = Client(), time.monotonic()
-        try:
-            await asyncio.to_thread(self.join, client)
-            while True:
-                event = await client.next(min(3*self.monitor.interval, BEAT))
-                if event is None: await self._tell_if_stale()
-                if event is None and time.monotonic() - sent < BEAT: continue
-                sent = time.monotonic()
-                yield event or to_event("beat", "")
-        finally:
-            client.close()
-            self.leave(client)
+        return _events(self)
 
-    async def _tell_if_stale(self) -> None:
+    async def tell_if_stale(self) -> None:
         "Send the last sample where the sampler itself is held up"
         latest = self.monitor.latest
-        if latest and latest.stale: await asyncio.to_thread(self.publish, latest)
+        if not latest or not latest.stale: return
+        with contextlib.suppress(NoThreadError): await self.calls.run("tell", partial(self.publish, latest))
 
 # %% ../../nbs/ui/stream.ipynb #06fc2a48
 PATIENCE = 20.0   # seconds that a connection may take nothing

@@ -117,6 +117,7 @@ def to_row(
     held: Mapping[int | str, int] = {},   # device's id → bytes
 ) -> WorkerRow:
     "Return what the row of a worker shows"
+    worker = worker.shown()
     plugin = " ".join(text for text in (worker.plugin_name or worker.plugin_id, worker.loaded_plugin_resource) if text)
     status = f"{worker.status} {worker.job_id}" if worker.job_id else worker.status
     kind = worker.worker_type if worker.host is None else f"{worker.worker_type}@{worker.host}"

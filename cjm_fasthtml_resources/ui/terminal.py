@@ -233,7 +233,7 @@ def worker_table(
     width: int,  # of the terminal
 ) -> Table:
     "Return a table of an app's workers"
-    return make_table(_WORKER_COLUMNS, [workers], width)
+    return make_table(_WORKER_COLUMNS, [[worker.shown() for worker in workers]], width)
 
 # %% ../../nbs/ui/terminal.ipynb #3589ba0e
 class _PlacedPromise(NamedTuple):

@@ -10,7 +10,10 @@ __all__ = ['SCRIPT', 'ResourceCard', 'ResourceRoutes', 'resource_routes', 'make_
 import asyncio
 import secrets
 from collections.abc import Callable
+from concurrent.futures import Future
+from concurrent.futures import TimeoutError as NotYet
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from fastcore.xml import (
@@ -26,6 +29,7 @@ from fastcore.xml import (
                           Link,
                           Main,
                           Meta,
+                          P,
                           Safe,
                           Script,
                           Style,
@@ -35,8 +39,10 @@ from fastcore.xml import (
 from starlette.requests import Request
 from starlette.responses import HTMLResponse, PlainTextResponse, RedirectResponse, Response
 
+from ..core.arguments import check_text
 from ..core.manager import ResourceManager
 from ..core.monitor import ResourceMonitor, TakesSamples
+from ..core.threads import NoThreadError, SharedCalls
 from .assets import read_asset
 from .cards import CSS, arrange
 from .controls import check_controls, find_asked
@@ -52,18 +58,42 @@ _all_ = ["Client", "EventStream", "Gate", "Hub", "Slots", "change_event", "is_sa
 # %% ../../nbs/ui/web.ipynb #795432cc
 SCRIPT = read_asset("live.js")
 
-def _component(slots: Slots, prefix: str) -> Any:
+_NOT_YET = "The driver has not answered yet."
+
+def _component(
+    slots: Slots | None,   # `None`: nothing was read yet; the stream brings it
+    prefix: str,
+) -> Any:
     lost = Div(cls="state", data_cjm_lost=True, role="status")
-    place = Div(arrange(slots), data_cjm_place=True)
+    place = Div(P(_NOT_YET, cls="note") if slots is None else arrange(slots), data_cjm_place=True)
     script = Script(src=f"{prefix}/live", defer=True)
     return Div(Style(Safe(CSS)), lost, place, script, cls="cjm", data_cjm_stream=f"{prefix}/stream")
+
+# %% ../../nbs/ui/web.ipynb #c3000543
+_LOOP_WAITS = 0.1   # seconds that a component may keep an event loop from its other work
+_looks = SharedCalls()
+
+def _is_on_loop() -> bool:
+    "Return whether an event loop runs on this thread"
+    try: asyncio.get_running_loop()
+    except RuntimeError: return False
+    return True
+
+def _look(manager: ResourceManager | TakesSamples) -> Slots | None:
+    "Return the slots of this moment; `None` on an event loop that would have to wait for them"
+    render, on_loop, is_known = Hub(ResourceMonitor(manager)).render, _is_on_loop(), _looks.is_running(id(manager))
+    try: coming: Future[Slots] = _looks.start(id(manager), render)   # which keeps the manager, so its id is its own
+    except NoThreadError: return None if on_loop else render()
+    try: return coming.result(timeout=None if not on_loop else 0 if is_known else _LOOP_WAITS)
+    except NotYet: return None
 
 def ResourceCard(
     manager: ResourceManager | TakesSamples,
     prefix: str = "/resources",   # where the routes begin
 ) -> Any:
-    "Return all of it as a component. It is live where the app has the routes, and else a picture of this moment"
-    return _component(Hub(ResourceMonitor(manager)).render(), prefix)
+    """Return all of it as a component. It is live where the app has the routes, and else a picture of this moment.
+    In an `async` handler it does not wait for a slow driver: the stream brings the picture"""
+    return _component(_look(manager), prefix)
 
 # %% ../../nbs/ui/web.ipynb #e3728359
 def _page(slots: Slots, prefix: str) -> str:
@@ -96,32 +126,46 @@ def _stop(manager: Any, who: str) -> Response:
 # %% ../../nbs/ui/web.ipynb #8738a2b2
 _NEW = {"Cache-Control": "no-store"}
 
+def _no_thread(error: NoThreadError) -> Response: return PlainTextResponse(str(error), 503)
+
+async def _answer(hub: Hub, write: Callable[[Slots], str]) -> Response:
+    "Return what is written about this moment; the event loop goes on until the driver has answered"
+    try: return HTMLResponse(write(await hub.current()), headers=_NEW)
+    except NoThreadError as error: return _no_thread(error)
+
 def _reading_handlers(hub: Hub, prefix: str) -> dict[str, Callable[..., Any]]:  # path after the prefix → handler
     "Return what only reads: the page, its fragment, its stream and its script"
-    async def page(req: Request) -> Any:
-        return HTMLResponse(_page(await asyncio.to_thread(hub.render), prefix), headers=_NEW)
-    async def fragment(req: Request) -> Any:
-        return HTMLResponse(to_html(_component(await asyncio.to_thread(hub.render), prefix)), headers=_NEW)
+    async def page(req: Request) -> Any: return await _answer(hub, lambda slots: _page(slots, prefix))
+    async def fragment(req: Request) -> Any: return await _answer(hub, lambda slots: to_html(_component(slots, prefix)))
     async def stream(req: Request) -> Any: return EventStream(hub.events())
     async def live(req: Request) -> Any:
         return Response(SCRIPT, media_type="text/javascript", headers={"Cache-Control": "no-cache"})
     return {"": page, "/fragment": fragment, "/stream": stream, "/live": live}
 
 def _stop_handler(manager: Any, prefix: str, guard: Callable[..., Any]) -> Callable[..., Any]:
+    calls = SharedCalls()
+
     async def stop(req: Request) -> Any:
         if not is_same_origin(req): return PlainTextResponse("this must come from a page of the same origin", 403)
         if (refused := await ask_guard(guard, req)) is not None: return refused
         form = await req.form()
-        answer = await asyncio.to_thread(_stop, manager, str(form.get("worker", "")))
+        who = str(form.get("worker", ""))
+        try: answer = await calls.run(who, partial(_stop, manager, who))
+        except NoThreadError as error: return _no_thread(error)
         return RedirectResponse(prefix, 303) if answer.status_code == 204 else answer
     return stop
 
 def _metrics_handler(monitor: ResourceMonitor) -> Callable[..., Any]:
-    from cjm_fasthtml_resources.ui.metrics import ResourceCollector, exposition  # the extra prometheus
-    collector = ResourceCollector(monitor)
+    from prometheus_client.exposition import choose_encoder  # the extra prometheus
+
+    from cjm_fasthtml_resources.ui.metrics import ResourceCollector, exposition
+    collector, calls = ResourceCollector(monitor), SharedCalls()
 
     async def scrape(req: Request) -> Any:
-        text, content_type = await asyncio.to_thread(exposition, collector, req.headers.get("accept", ""))
+        accept = req.headers.get("accept", "")
+        format = choose_encoder(accept)[1]   # of which there are a few
+        try: text, content_type = await calls.run(format, partial(exposition, collector, accept))
+        except NoThreadError as error: return _no_thread(error)
         return Response(text, headers={"content-type": content_type})
     return scrape
 
@@ -139,7 +183,7 @@ def _check_guard(guard: Any, controls: bool) -> None:
                          "or a response to refuse it")
 
 def _check_path(name: str, path: str | None) -> None:
-    if path is not None and (not path.startswith("/") or path.endswith("/")):
+    if path is not None and (not check_text(path, name).startswith("/") or path.endswith("/")):
         raise ValueError(f"{name} must begin with a slash and not end with one, not {path!r}")
 
 # %% ../../nbs/ui/web.ipynb #e12d4aee

@@ -1,0 +1,25 @@
+"The model of the promises, looked through by spin"
+import os
+import shutil
+
+import pytest
+from model.check import ALL, BROKEN, PART, check
+
+pytestmark = pytest.mark.skipif(
+    not os.environ.get("CI") and not (shutil.which("spin") and shutil.which("cc")),
+    reason="needs spin and a C compiler (Debian's packages spin and gcc)")
+
+
+def test_two_processes_are_never_promised_more_than_a_device_has(tmp_path):
+    found = check(tmp_path, 2, 1, ALL, None, "-m1000000")
+    assert found.violated is None and found.complete and found.states > 100_000
+
+
+def test_nor_are_three_on_two_devices_as_far_as_a_short_look_goes(tmp_path):
+    found = check(tmp_path, 3, 2, PART, None, "-w23", "-m20000")
+    assert found.violated is None and found.states > 1_000_000
+
+
+@pytest.mark.parametrize("broken", BROKEN)
+def test_a_model_that_is_broken_is_found_wrong(tmp_path, broken):
+    assert check(tmp_path, 2, 1, ALL, broken, "-m1000000").violated

@@ -1,0 +1,270 @@
+"""Fork while another thread is anywhere in the library: the child can use all of it
+
+    python tests/walk_forks.py [--sample N] [--seed N] [NAME…]     all operations at all their lines, if none is named
+
+For each operation, at each line that it runs (of the package, and of pynvml and psutil beneath it): a thread is held
+there, the process forks, and the child does every operation. Prints what is wrong, and where; closes with 'N points, N
+wrong'. A new operation is a function of the world below with `@operation`.
+"""
+import argparse
+import asyncio
+import contextlib
+import faulthandler
+import os
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import traceback
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pynvml
+from lines import PACKAGE, Turn, describe, held_at, lines_of
+
+from cjm_fasthtml_resources.core.gpu import GpuReader
+from cjm_fasthtml_resources.core.manager import ResourceManager
+from cjm_fasthtml_resources.core.monitor import ResourceMonitor
+from cjm_fasthtml_resources.simulate import SimulatedDriver, SimulatedGpu, SimulatedProcess
+from cjm_fasthtml_resources.ui.metrics import ResourceCollector, exposition
+from cjm_fasthtml_resources.ui.panel import ResourcePanel
+from cjm_fasthtml_resources.ui.stream import Client, Hub
+
+SECONDS = 20.0  # in which a child has done everything; more than any wait of the library but that of a lock for ever
+BENEATH = (PACKAGE, pynvml.__file__, str(Path(psutil.__file__).parent))
+
+
+class Plugin:
+    "Declares a child process that is not there"
+    def get_child_pids(self): return [4200102]
+    def force_cleanup(self): pass
+
+
+class World:
+    "What the operations are about, made anew for each of them"
+    def __init__(self, driver: SimulatedDriver, app: str | None = None) -> None:
+        self.driver, self.manager, self.shared = driver, ResourceManager(gpu_timeout=60, app=app), app is not None
+        self.worker = self.manager.register_worker(4200101, "llm", plugin_name="llama", plugin_instance=Plugin())
+        self.monitor = ResourceMonitor(self.manager, interval=0.1)
+        self.hub = Hub(self.monitor)
+
+
+Operation = Callable[[World], Any]
+OPERATIONS: dict[str, Operation] = {}
+
+
+def operation(call: Operation) -> Operation:
+    "Walk this one, too, and let each child do it"
+    OPERATIONS[call.__name__.removeprefix("do_")] = call
+    return call
+
+
+@operation
+def do_check(world: World) -> None:
+    conflict = world.manager.check_gpu_availability()
+    assert conflict.status.value == "app_busy" and 4200101 in conflict.app_pids, conflict
+
+
+@operation
+def do_memory(world: World) -> None: assert world.manager.check_memory_availability().memory.memory.total
+
+
+@operation
+def do_register(world: World) -> None:
+    manager = world.manager
+    manager.register_worker(4200103, "llm", "a job", config={"model_id": "a"}, plugin_instance=Plugin())
+    assert manager.update_worker_state(4200103, job_id="b").jobs == ("a job", "b")
+    assert manager.update_worker_state(4200103, status="idle").job_id == "b"
+    assert manager.get_worker_by_job("b").pid == 4200103 and manager.get_worker_by_job("a job") is None
+    assert manager.get_all_app_pids_including_children() >= {4200102, 4200103}
+    assert manager.unregister_worker(4200103).job_id == "b"
+
+
+@operation
+def do_reserve(world: World) -> None:
+    "Asked, granted, renewed and released; and waited for"
+    with world.manager.reserve(500, timeout=60) as held: assert held.renew(60) and world.manager.get_claims()
+    assert not held.release() and world.manager.wait_for_gpu(500, timeout=60).devices
+
+
+@operation
+def do_stop(world: World) -> None:
+    with subprocess.Popen(["sleep", "600"]) as process:
+        try:
+            world.manager.register_worker(process.pid, "llm")
+            assert world.manager.free_gpu(1) is not None
+            if process.poll() is None: assert world.manager.stop_worker(process.pid, grace=1)
+        finally: process.kill()
+
+
+@operation
+def do_refresh(world: World) -> None:
+    "A check that asks the plugin again, on a thread"
+    kept = world.manager.workers.plugins.get(4200101)
+    if kept is not None: kept.asked = time.monotonic() - 60
+    do_check(world)
+
+
+@operation
+def do_read(world: World) -> None:
+    "The first reading of all, which starts the reader's thread"
+    assert len(GpuReader().read(60).devices) == 1
+
+
+@operation
+def do_sample(world: World) -> None:
+    before = len(world.monitor.history.points)
+    assert world.monitor.take().gpu.devices and len(world.monitor.history.points) == before + 1
+
+
+@operation
+def do_subscribe(world: World) -> None:
+    heard = threading.Event()
+    with world.monitor.subscribe(lambda sample: heard.set()): assert heard.wait(60)
+
+
+@operation
+def do_stream(world: World) -> None:
+    async def first() -> bytes:
+        async with contextlib.aclosing(world.hub.events()) as events: return await asyncio.wait_for(anext(events), 60)
+    assert asyncio.run(first()).startswith(b"event: layout")
+
+
+@operation
+def do_publish(world: World) -> None:
+    async def join() -> bytes | None:
+        client = Client()
+        world.hub.join(client)
+        world.driver.gpus[0].temperature += 1
+        world.hub.publish(world.monitor.take())
+        try: return await client.next(60)
+        finally:
+            client.close()
+            world.hub.leave(client)
+    assert (asyncio.run(join()) or b"").startswith(b"event: layout")
+
+
+@operation
+def do_page(world: World) -> None: assert asyncio.run(world.hub.current())["gpu0.head"]
+
+
+@operation
+def do_metrics(world: World) -> None:
+    assert b"cjm_resources_scrape_errors_total 0.0" in exposition(ResourceCollector(world.monitor))[0]
+
+
+@operation
+def do_panel(world: World) -> None:
+    panel = ResourcePanel(world.manager, interval=0.1)
+    assert "gpu0.head" in panel._slots
+    panel.close()
+
+
+@operation
+def do_allocate(world: World) -> None:
+    with world.driver.allocate(100): do_check(world)
+
+
+def use_everything(world: World) -> None:
+    "What a child does: it uses what there was, and what it makes anew"
+    if world.shared:   # its parent is using the same workers
+        do_reserve(world)
+        assert world.manager.get_all_workers() and world.monitor.take().gpu.devices
+        new = World(world.driver, f"child-{os.getpid()}")
+        for call in (do_check, do_register, do_reserve, do_sample): call(new)
+        return
+    if not world.manager.get_all_workers():  # it was just being registered, and is thrown away
+        world.manager.register_worker(4200101, "llm", plugin_instance=Plugin())
+    for each in (world, World(world.driver)):
+        for call in OPERATIONS.values(): call(each)
+
+
+@contextlib.contextmanager
+def simulated() -> Iterator[SimulatedDriver]:
+    gpu = SimulatedGpu(processes=[SimulatedProcess(4200101, 1000)])
+    with SimulatedDriver([gpu]) as driver, warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # of a fork beside threads, which is what this is about
+        yield driver
+
+
+class Child:
+    "A fork that uses everything"
+    def __init__(self, world: World) -> None:
+        self.said = tempfile.TemporaryFile("w+")  # noqa: SIM115 - `wait` closes it
+        if (pid := os.fork()) == 0:
+            status = 1
+            try:
+                faulthandler.dump_traceback_later(SECONDS, file=self.said)
+                use_everything(world)
+                status = 0
+            except BaseException: traceback.print_exc(file=self.said)
+            finally:
+                self.said.flush()
+                os._exit(status)
+        self.pid, self.end = pid, time.monotonic() + SECONDS + 2
+
+    def wait(self) -> str:
+        "What is wrong in it, nothing if it is well"
+        with self.said:
+            while (found := os.waitpid(self.pid, os.WNOHANG))[0] == 0 and time.monotonic() < self.end: time.sleep(0.005)
+            if found[0] == 0:
+                os.kill(self.pid, signal.SIGKILL)
+                os.waitpid(self.pid, 0)
+            elif found[1] == 0: return ""
+            self.said.seek(0)
+            return f"the child {'fails' if found[0] else 'hangs'}:\n{self.said.read()}"
+
+
+def walk(
+    names: Sequence[str],
+    sample: int | None = None,   # so many points of each operation
+    seed: int = 0,
+    app: str | None = None,      # with the file of that app; then the thread goes on once the process has forked
+) -> tuple[int, list[str]]:
+    "How many points were tried, and what is wrong"
+    chance, tried, wrong = random.Random(seed), 0, list[str]()
+    options: dict[str, Any] = dict(within=BENEATH, threads=True)
+    with simulated() as driver:
+        use_everything(World(driver, app))  # what is loaded at the first use
+        for name in names or list(OPERATIONS):
+            call = OPERATIONS[name]
+            points: list[Turn] = lines_of(lambda call=call: call(World(driver, app)), **options)
+            if sample is not None and sample < len(points): points = chance.sample(points, sample)
+            for at in points:
+                world, what = World(driver, app), ""
+                with held_at(lambda call=call, world=world: call(world), at, **options) as held:
+                    if held:
+                        child, tried = Child(world), tried + 1
+                        if not app: what = child.wait()
+                if held and app: what = child.wait()
+                if what: wrong.append(f"{name}, {describe(at[0])}: {what}")
+                world.monitor.close()
+    return tried, wrong
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(OPERATIONS)}")
+    parser.add_argument("--sample", type=int, help="so many lines of each operation")
+    parser.add_argument("--seed", type=int, default=0)
+    given, all_tried, all_wrong = parser.parse_args(), 0, 0
+    folder = tempfile.TemporaryDirectory()
+    os.environ["CJM_RESOURCES_DIR"] = folder.name
+    for app, name in ((app, name) for app in (None, "walk") for name in given.names or list(OPERATIONS)):
+        began = time.monotonic()
+        tried, wrong = walk([name], given.sample, given.seed, app)
+        took, where = time.monotonic() - began, "with a file" if app else "in memory"
+        print(f"{name} {where}: {tried} points in {took:.0f} s, {len(wrong)} wrong", flush=True)
+        for what in wrong: print(what, flush=True)
+        all_tried, all_wrong = all_tried + tried, all_wrong + len(wrong)
+    print(f"{all_tried} points, {all_wrong} wrong")
+    sys.exit(bool(all_wrong))
+
+
+if __name__ == "__main__": main()

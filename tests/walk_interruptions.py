@@ -1,0 +1,470 @@
+"""Every line x an interruption: a program of its own
+
+    walk_interruptions.py [--sample N] [--seed S] [--jobs N] [--error NAME] [CALL[/memory|/file] …]
+
+For each call (all of them, if none is named), in memory and with a file: which lines of the package does it run? Then
+it is called once for each of them, and KeyboardInterrupt is raised just before that line runs. Afterwards the error
+that comes out is that one; this process and another one are promised the whole device at once; nothing is promised, no
+worker is half registered, no descriptor and no thread is left. A line is told apart by who called it, and in a loop the
+first two rounds are tried. With --sample, so many lines of each call. --error raises another error, such as SystemExit.
+Prints what is wrong, and where; closes with 'N points, N wrong'.
+"""
+import argparse
+import asyncio
+import contextlib
+import faulthandler
+import gc
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from lines import Lines, Point, describe
+
+from cjm_fasthtml_resources.core.conflict import ResourceBusy
+from cjm_fasthtml_resources.core.manager import ResourceManager
+from cjm_fasthtml_resources.core.process import read_start
+from cjm_fasthtml_resources.simulate import SimulatedDriver, SimulatedGpu
+
+WHOLE = 20_000     # MiB of the one device; half as much is not there a second time
+APP = "walk"
+AT_ONCE = 1.0      # seconds: what does not wait takes no longer, on a busy machine
+STUCK_AFTER = 8   # seconds after which a call that does not return is ended
+
+
+class Stuck(BaseException):
+    "A call did not return"
+
+
+class Plugin:
+    "A plugin that can tell everything"
+    def get_execution_mode(self): return "subprocess"
+    def get_child_pids(self): return [os.getpid()]
+    def get_managed_resources(self): return {}
+    def force_cleanup(self): pass
+
+
+# The other process
+
+def serve() -> None:
+    "Obey the lines of stdin: FOLDER COMMAND; as a new program, it knows the folder by its environment alone"
+    held: list[Any] = []
+    for line in sys.stdin:
+        folder, command = line.split()
+        os.environ["CJM_RESOURCES_DIR"] = folder
+        try: answer = dict(reserve=try_whole, hold=hold, release=release, workers=list_workers)[command](held)
+        except Exception as error: answer = f"{type(error).__name__}: {error}"
+        print(json.dumps(answer), flush=True)
+
+
+def try_whole(held: list[Any]) -> Any:
+    "Reserve the whole device at once, and give it back; the claims that are left"
+    manager, began = ResourceManager(app=APP), time.monotonic()
+    with manager.reserve(WHOLE, timeout=0): took = time.monotonic() - began
+    return [took, len(manager.get_claims())]
+
+
+def hold(held: list[Any]) -> Any: return held.append(ResourceManager(app=APP).reserve(WHOLE, timeout=1))
+def release(held: list[Any]) -> Any: return [one.release() for one in held] and held.clear()
+def list_workers(held: list[Any]) -> Any:
+    return sorted(f"{w.pid} {w.worker_type} {w.status} {w.job_id}" for w in ResourceManager(app=APP).get_all_workers())
+
+
+class Other:
+    "Another process, which does what it is told"
+    def __init__(self, gpus: Path) -> None:
+        self.process = subprocess.Popen([sys.executable, __file__, "--serve", str(gpus)], stdin=subprocess.PIPE,
+                                        stdout=subprocess.PIPE, text=True)
+
+    def tell(self, command: str) -> None:
+        self.process.stdin.write(f"{os.environ['CJM_RESOURCES_DIR']} {command}\n")
+        self.process.stdin.flush()
+
+    def stop(self) -> None:
+        self.process.kill()
+        self.process.communicate()
+
+    def answer(self) -> Any: return json.loads(self.process.stdout.readline())
+
+    def ask(self, command: str) -> Any:
+        self.tell(command)
+        return self.answer()
+
+
+# What is walked: each is prepared, yields the call, and then does what its caller would
+
+class World:
+    "What a call has at hand, and what went wrong"
+    def __init__(self, gpus: Path, other: Other | None) -> None:
+        self.gpus, self.other, self.wrong = gpus, other, list[str]()
+        self.manager = ResourceManager(app=APP if other else None)
+        self.interrupted, self.processes = False, list[subprocess.Popen]()
+
+    def check(self, ok: bool, complaint: str) -> None:
+        if not ok: self.wrong.append(complaint)
+
+    def start_worker(self, memory: int) -> subprocess.Popen:
+        "A worker process that has so many MiB of the device, as it was before any job"
+        process = subprocess.Popen(["sleep", "600"])
+        (self.gpus/f"0_{process.pid}_{read_start(process.pid)}_{memory*2**20}_{process.pid:x}").touch()
+        self.processes.append(process)
+        self.manager.register_worker(process.pid, "llm", plugin_name="vllm")
+        return process
+
+    def close(self) -> None:
+        "End the workers that are left"
+        for process in self.processes:
+            process.kill()
+            process.wait()
+
+    def agree(self) -> None:
+        "This process and the other one know the same workers"
+        if not self.other: return
+        mine = sorted(f"{w.pid} {w.worker_type} {w.status} {w.job_id}" for w in self.manager.get_all_workers())
+        theirs = self.other.ask("workers")
+        self.check(mine == theirs, f"this process knows the workers {mine}, the other one {theirs}")
+
+
+Scene = Iterator[Callable[[], Any]]
+
+
+def open_file(world: World) -> Scene:
+    os.environ["CJM_RESOURCES_DIR"] += "-new"
+    yield lambda: ResourceManager(app=APP)
+
+
+def reserve(world: World) -> Scene:
+    held = []
+    yield lambda: held.append(world.manager.reserve(WHOLE, timeout=0))
+    for one in held: one.release()
+
+
+def release_it(world: World) -> Scene:
+    held = world.manager.reserve(WHOLE, timeout=0)
+    yield held.release
+    if world.interrupted: held.release()
+    world.check(held.release() is False, "a release of what was released is not False")
+
+
+def with_block(world: World) -> Scene:
+    def call() -> None:
+        with world.manager.reserve(WHOLE, timeout=0): pass
+    yield call
+
+
+def with_ttl(world: World) -> Scene:
+    def call() -> None:
+        with world.manager.reserve(WHOLE, "cuda:0", timeout=0, ttl=60, progress=True): pass
+    yield call
+
+
+def renew(world: World) -> Scene:
+    held = world.manager.reserve(WHOLE, timeout=0, ttl=60)
+    yield lambda: held.renew(600)
+    world.check(bool(world.manager.get_claims()), "a promise was lost while it was renewed")
+    held.release()
+
+
+def refused(world: World) -> Scene:
+    "It waits for a moment, and is told who has the memory"
+    held = None if world.other else world.manager.reserve(WHOLE, timeout=0)
+    if world.other: world.other.ask("hold")
+    def call() -> None:
+        with contextlib.suppress(ResourceBusy): world.manager.reserve(WHOLE, timeout=0.05)
+    yield call
+    if world.other: world.other.ask("release")
+    if held: held.release()
+
+
+def handed_over(world: World) -> Scene:
+    "It waits until the other one releases"
+    held = None if world.other else world.manager.reserve(WHOLE, timeout=0)
+    if world.other: world.other.ask("hold")
+
+    def give() -> None:
+        time.sleep(0.03)
+        if world.other: world.other.tell("release")
+        if held: held.release()
+
+    giver = threading.Thread(target=give)
+
+    def call() -> None:
+        giver.start()
+        with world.manager.reserve(WHOLE, timeout=10): pass
+
+    yield call
+    if giver.ident is None: giver.start()
+    giver.join()
+    if world.other: world.other.answer()
+
+
+def reserve_async(world: World) -> Scene:
+    async def main() -> None:
+        async with world.manager.reserve_async(WHOLE, timeout=0): pass
+    yield lambda: asyncio.run(main())
+
+
+def wait_for_gpu(world: World) -> Scene: yield lambda: world.manager.wait_for_gpu(WHOLE, timeout=0)
+
+
+def check(world: World) -> Scene:
+    worker = world.start_worker(1_000)
+    yield world.manager.check_gpu_availability
+    world.manager.stop_worker(worker.pid, grace=1)
+
+
+def check_memory(world: World) -> Scene: yield world.manager.check_memory_availability
+
+
+def register(world: World) -> Scene:
+    pid = os.getppid()
+    def call() -> Any:
+        return world.manager.register_worker(pid, "llm", "job", plugin_name="vllm", config=dict(model="a"),
+                                             plugin_instance=Plugin())
+    yield call
+    found = world.manager.get_worker_by_pid(pid)
+    world.check(found in (None, world.manager.get_worker_by_job("job")), "a worker without its job")
+    world.check(found is None or (found.job_id, found.config, found.child_pids) ==
+                ("job", dict(model="a"), [os.getpid()]), f"a worker that is half registered: {found}")
+    world.agree()
+    world.check(call().pid == pid, "it cannot be registered again")
+    world.manager.unregister_worker(pid)
+
+
+def update(world: World) -> Scene:
+    pid, manager = os.getppid(), world.manager
+    manager.register_worker(pid, "llm", "first", plugin_name="vllm", plugin_instance=Plugin())
+    yield lambda: manager.update_worker_state(pid, "second", status="running")
+    world.check(manager.get_worker_by_pid(pid).job_id in ("first", "second"), "a job that nobody gave it")
+    for job in ("first", "second"):
+        found = manager.get_worker_by_job(job)
+        world.check(found is None or found.pid == pid, f"{job} belongs to {found}")
+    world.agree()
+    for _ in range(2): manager.update_worker_state(pid, status="idle")   # each ends one job
+    world.check(manager.get_worker_by_pid(pid).job_id is None, "a job that cannot be ended")
+    world.agree()
+    manager.unregister_worker(pid)
+
+
+def unregister(world: World) -> Scene:
+    pid, manager = os.getppid(), world.manager
+    manager.register_worker(pid, "llm", "job", plugin_instance=Plugin())
+    yield lambda: manager.unregister_worker(pid)
+    world.check(manager.get_worker_by_pid(pid) == manager.get_worker_by_job("job"), "a worker and its job differ")
+    world.agree()
+    if manager.get_worker_by_pid(pid): manager.unregister_worker(pid)
+    world.check(manager.get_all_app_pids_including_children() == set(), "a child of a worker that is forgotten")
+
+
+def stop_worker(world: World) -> Scene:
+    worker = world.start_worker(1_000)
+    yield lambda: world.manager.stop_worker(worker.pid, grace=1)
+    stop_again(world, worker)
+
+
+def free_gpu(world: World) -> Scene:
+    worker = world.start_worker(WHOLE)
+    yield lambda: world.manager.free_gpu(WHOLE, grace=1)
+    found = world.manager.get_worker_by_pid(worker.pid)
+    world.check(found is None or found.status == "idle", f"a worker that stays {found and found.status!r}")
+    world.agree()
+    world.manager.free_gpu(WHOLE, grace=1)
+    stop_again(world, worker)
+
+
+def stop_again(world: World, worker: subprocess.Popen) -> None:
+    "What an interrupted call began can be ended by calling again"
+    if world.manager.get_worker_by_pid(worker.pid): world.manager.stop_worker(worker.pid, grace=1)
+    world.check(worker.poll() is not None, "a worker that was stopped goes on")
+    world.check(world.manager.get_all_workers() == [], "a worker that was stopped stays registered")
+
+
+CALLS: dict[str, Callable[[World], Scene]] = dict(
+    open=open_file, reserve=reserve, release=release_it, with_block=with_block, with_ttl=with_ttl, renew=renew,
+    refused=refused, handed_over=handed_over, reserve_async=reserve_async, wait_for_gpu=wait_for_gpu, check=check,
+    check_memory=check_memory, register=register, update=update, unregister=unregister, stop_worker=stop_worker,
+    free_gpu=free_gpu)
+
+
+# The walk
+
+def descriptors() -> dict[str, str]:
+    found = {}
+    for name in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(FileNotFoundError): found[name] = os.readlink(f"/proc/self/fd/{name}")
+    return found
+
+
+def stuck(*_: object) -> None: raise Stuck
+
+
+@contextlib.contextmanager
+def limited() -> Iterator[None]:
+    "Raise `Stuck` in what does not return; end the program where even that does not help"
+    faulthandler.dump_traceback_later(3*STUCK_AFTER, exit=True)
+    signal.signal(signal.SIGALRM, stuck)
+    signal.setitimer(signal.ITIMER_REAL, STUCK_AFTER)
+    try: yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        faulthandler.cancel_dump_traceback_later()
+
+
+class Walker:
+    "Calls in memory, or with a file"
+    def __init__(self, folder: Path, shared: bool, error: type[BaseException]) -> None:
+        self.folder, self.shared, self.error, self.number = folder, shared, error, 0
+        self.other: Other | None = None
+        self.unraisable: list[Any] = []
+        sys.unraisablehook = lambda what: self.unraisable.append(type(what.exc_value))
+        self.start_anew()
+
+    def start_anew(self) -> None:
+        "Another folder and another process, so that what is wrong in one round is not carried into the next"
+        self.stop()
+        self.new_folder()
+        if self.shared: self.other = Other(self.folder/"gpus")
+
+    def new_folder(self) -> None:
+        self.number += 1
+        os.environ["CJM_RESOURCES_DIR"] = str(self.folder/f"state-{'file' if self.shared else 'memory'}-{self.number}")
+
+    def stop(self) -> None:
+        if self.other: self.other.stop()
+
+    def round(self, name: str, lines: Lines, at: Point | None) -> list[str]:
+        "One call with what comes before and after; what is wrong"
+        gc.collect()
+        before, threads = descriptors(), threading.active_count()
+        world = World(self.folder/"gpus", self.other)
+        scene = CALLS[name](world)
+        with limited():
+            try:
+                world.wrong += self.call(next(scene), lines, world, at)
+                for _ in scene: pass
+                world.wrong += self.look(world)
+            except Stuck: world.wrong.append("it hangs")
+            except Exception as error: world.wrong.append(f"afterwards: {type(error).__name__}: {error}")
+        wrong = world.wrong
+        world.close()
+        del world, scene
+        gc.collect()
+        left = {fd: path for fd, path in descriptors().items() if before.get(fd) != path}
+        if left: wrong.append(f"left open: {sorted(left.values())}")
+        if threading.active_count() > threads: wrong.append(f"{threading.active_count() - threads} threads are left")
+        if wrong: self.start_anew()
+        elif name == "open": self.new_folder()
+        return wrong
+
+    def call(self, call: Callable[[], Any], lines: Lines, world: World, at: Point | None) -> list[str]:
+        "Whether the error that comes out is the one that was raised"
+        self.unraisable.clear()
+        out = None
+        try:
+            with lines: call()
+        except self.error as error: out = str(error)
+        except Stuck: raise
+        except BaseException as error: out = f"{type(error).__name__}: {error}"
+        world.interrupted = lines.reached
+        if out is None: return ["it goes on as if nothing were"] if lines.reached and not self.unraisable else []
+        return [] if out == "walk" else [f"what comes out is {out}"]
+
+    def look(self, world: World) -> list[str]:
+        "What is promised and by whom, and whether everybody is served at once"
+        wrong, began = [], time.monotonic()
+        if claims := world.manager.get_claims(): wrong.append(f"still promised: {len(claims)}")
+        try:
+            with world.manager.reserve(WHOLE, timeout=0): pass
+        except Exception as error: wrong.append(f"this process: {type(error).__name__}: {error}")
+        if time.monotonic() - began > AT_ONCE: wrong.append(f"this process took {time.monotonic() - began:.1f} s")
+        if not self.other: return wrong
+        found = self.other.ask("reserve")
+        if isinstance(found, str): wrong.append(f"another process: {found}")
+        elif found[0] > AT_ONCE or found[1]: wrong.append(f"another process: {found[0]:.1f} s, {found[1]} claims")
+        return wrong
+
+    def interrupt(self) -> None: raise self.error("walk")
+
+    def walk(self, name: str, sample: int | None, chance: random.Random) -> tuple[int, list[str]]:
+        "How many points were tried, and what is wrong"
+        for _ in range(2): self.round(name, Lines(at=((), 0)), None)  # what is loaded at the first use
+        counts = Lines()
+        wrong = [f"{name}, not interrupted: {what}" for what in self.round(name, counts, None)]
+        points = [(point, turn) for point, count in counts.counts.items() for turn in (1, 2)[:count]]
+        if sample is not None and sample < len(points): points = chance.sample(points, sample)
+        for point, turn in points:
+            lines = Lines((point, turn), self.interrupt)
+            wrong += [f"{name}, {describe(point)}: {what}" for what in self.round(name, lines, point)]
+        return len(points), wrong
+
+
+def walk(units: list[str], sample: int | None, seed: int, error: type[BaseException]) -> None:
+    "Walk calls, one after the other; print what was found as JSON, a line for each"
+    os.environ.pop("CUDA_VISIBLE_DEVICES", None)
+    with tempfile.TemporaryDirectory(prefix="walk-") as name, \
+            SimulatedDriver([SimulatedGpu(memory_total_mb=24_000)], shared=f"{name}/gpus"):
+        walkers = {}
+        gc.freeze()
+        for unit in units:
+            call, where = unit.split("/")
+            if where not in walkers: walkers[where] = Walker(Path(name), where == "file", error)
+            walker = walkers[where]
+            walker.new_folder()
+            began = time.monotonic()
+            count, wrong = walker.walk(call, sample, random.Random(f"{seed} {unit}"))
+            print(json.dumps([unit, count, wrong, round(time.monotonic() - began, 1)]), flush=True)
+        for walker in walkers.values(): walker.stop()
+
+
+def find_units(names: list[str]) -> list[str]:
+    "Each call with where it is made: `reserve/file`"
+    every = [f"{call}/{where}" for call in CALLS for where in ("file", "memory") if (call, where) != ("open", "memory")]
+    return [unit for unit in every if not names or unit in names or unit.split("/")[0] in names]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("calls", nargs="*")
+    parser.add_argument("--sample", type=int)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--jobs", type=int, default=2)
+    parser.add_argument("--error", default="KeyboardInterrupt")
+    parser.add_argument("--serve", help=argparse.SUPPRESS)
+    asked = parser.parse_args()
+    if asked.serve:
+        with SimulatedDriver([SimulatedGpu(memory_total_mb=24_000)], shared=asked.serve): serve()
+        return 0
+    units = find_units(asked.calls)
+    if asked.jobs == 1:
+        walk(units, asked.sample, asked.seed, __builtins__.__dict__[asked.error])
+        return 0
+    options = ["--jobs", "1", "--seed", str(asked.seed), "--error", asked.error]
+    if asked.sample is not None: options += ["--sample", str(asked.sample)]
+    parts = [units[n::asked.jobs] for n in range(asked.jobs) if units[n::asked.jobs]]
+    running = [subprocess.Popen([sys.executable, __file__, *options, *part], stdout=subprocess.PIPE, text=True)
+               for part in parts]
+    points = failed = 0
+    for process, part in zip(running, parts, strict=True):
+        seen = []
+        for line in process.stdout:
+            unit, count, wrong, seconds = json.loads(line)
+            print(f"{unit}: {count} points in {seconds:g} s, {len(wrong)} wrong", flush=True)
+            seen.append(unit)
+            points, failed = points + count, failed + len(wrong)
+            for what in wrong: print(f"{unit.split('/')[1]}: {what}", flush=True)
+        if process.wait() or seen != part:
+            failed += 1
+            print(f"the walk of {part[len(seen):][:1]} ended with {process.returncode}", flush=True)
+    print(f"{points} points, {failed} wrong")
+    return int(bool(failed))
+
+
+if __name__ == "__main__": sys.exit(main())
