@@ -371,7 +371,7 @@ def test_what_is_wrong_with_cuda_visible_devices_is_named():
                  "as in CUDA, it and what follows are not visible")
     assert visible_devices(two, "1, 7,0") == ((two[1],), complaint)
     assert visible_devices(two, "MIG-1")[0] == () and visible_devices(two, "XX")[0] == ()
-    assert visible_devices(two, "GPU-") == ((two[0],), None)
+    assert visible_devices(two, "GPU-")[0] == () and visible_devices(two, "GPU-a") == ((two[0],), None)
 
 
 def test_instances_of_a_divided_gpu_are_read_with_their_names_and_those_that_are_not_there_are_skipped():
