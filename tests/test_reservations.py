@@ -321,6 +321,15 @@ def test_a_lock_file_that_is_harmed_while_leases_are_held_is_made_anew_when_they
     with SimulatedDriver([SimulatedGpu()]): assert ResourceManager(app="late").reserve(20_000, timeout=0).release()
 
 
+def test_a_lock_file_of_another_version_is_made_anew_when_nobody_uses_it(folder, spawn):
+    "Its first bytes are others, and the database fits it"
+    manager, path = ResourceManager(app="mine"), store_path().with_suffix(".lock")
+    with path.open("r+b") as file: file.write(b"CJMRES0")
+    with pytest.raises(StoreError, match="was removed while other programs use it"): manager.register_worker(1, "llm")
+    manager.ledger.store.close()
+    with SimulatedDriver([SimulatedGpu()]): assert ResourceManager(app="late").reserve(20_000, timeout=0).release()
+
+
 def test_a_lock_file_that_is_replaced_by_its_copy_hides_no_promise(folder, spawn):
     "As by an editor, or from a backup: the rows are there, and the leases are on the file that is gone"
     other, path = spawn(HOLDER), store_path().with_suffix(".lock")

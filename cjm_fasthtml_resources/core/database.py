@@ -251,7 +251,7 @@ def _open_to_read(
             if not is_damage(error): raise
             return None, f"is damaged ({error})"
         return None, "was removed" if header.counter or not header.is_good else ""
-    return (db, "") if world == header.world.hex() else (None, "was replaced")
+    return (db, "") if header.is_good and world == header.world.hex() else (None, "was replaced")
 
 def _open_world(path: Path, opened: contextlib.ExitStack) -> "tuple[sqlite3.Connection, str]":
     "Return a connection on which all SELECTs see the same, and the world"
