@@ -107,7 +107,7 @@ def test_history_is_kept_for_as_long_as_was_said():
         monitor = ResourceMonitor(ResourceManager(), interval=0.1, history=0.5)
         with monitor.subscribe(lambda sample: None): wait_until(lambda: monitor.latest and monitor.latest.number > 12)
     points = monitor.history.points
-    assert 2 <= len(points) <= 8 and points[-1].time - points[0].time <= 0.5
+    assert 2 <= len(points) <= 8 and points[-1].taken - points[0].taken <= 0.5
 
 
 # The panel
