@@ -11,6 +11,7 @@ import os
 import signal
 import time
 from collections.abc import Iterable
+from io import FileIO
 
 from cjm_fasthtml_resources.core.process import (
     ProcessId,
@@ -28,17 +29,17 @@ def send_signal(
 ) -> bool:  # False if it has ended, was never seen, or its start cannot be read now
     "Send a signal to that very process; `PermissionError` if that is not allowed"
     if process.start_time is None: return False
-    try: fd = os.pidfd_open(process.pid)
+    try: pidfd = FileIO(os.pidfd_open(process.pid))   # an object closes it, wherever an interruption comes
     except ProcessLookupError: return False
-    except (AttributeError, OSError): fd = None
+    except (AttributeError, OSError): pidfd = None
     try:
         if has_ended(*process) or read_start(process.pid) != process.start_time: return False
-        if fd is None: os.kill(process.pid, number)
-        else: signal.pidfd_send_signal(fd, number)
+        if pidfd is None: os.kill(process.pid, number)
+        else: signal.pidfd_send_signal(pidfd.fileno(), number)
         return True
     except ProcessLookupError: return False
     finally:
-        if fd is not None: os.close(fd)
+        if pidfd is not None: pidfd.close()
 
 # %% ../../nbs/core/ending.ipynb #f086216e
 def find_descendants(
