@@ -231,7 +231,8 @@ def read_database(path: Path) -> Iterator["sqlite3.Connection"]:
         if db is None:
             db = opened.enter_context(contextlib.closing(sqlite3.connect(":memory:", isolation_level=None)))
             create_tables(db, NO_WORLD)
-        yield db
+        try: yield db
+        finally: db.close()   # an interruption can come just before the stack's end, and would leave it locked
 
 # %% ../../nbs/core/database.ipynb #85e626dd
 def _open_to_read(
