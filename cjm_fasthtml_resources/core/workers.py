@@ -44,13 +44,13 @@ def make_state(
 
 # %% ../../nbs/core/workers.ipynb #1694158e
 def give_job(state: WorkerState, job: str) -> WorkerState:
-    "Return a worker that has this job, too; one that it has already keeps its place"
+    "Return the worker with this job added; a job that it already has keeps its place"
     if job in state.jobs: return state
     if state.job_id is None: return replace(state, job_id=job)
     return replace(state, waiting_jobs=(*state.waiting_jobs, job))
 
 def end_job(state: WorkerState, job: str | None) -> WorkerState:
-    "Return a worker without this job; the next one follows"
+    "Return the worker without this job; the next one follows"
     left = [held for held in state.jobs if held != job]
     return replace(state, job_id=left[0] if left else None, waiting_jobs=tuple(left[1:]))
 
@@ -85,7 +85,7 @@ class WorkerTable:
         self.over: list[int] = []                                 # rows of the file that are to be deleted
 
     def apply(self, change: "TableChange") -> None:
-        "Take a change over; doing it again changes nothing more"
+        "Take a change over; a second time changes nothing"
         for pid, taken in change.changed.items():
             if taken: self.workers.pop(pid, None)   # so that it stands last if it was registered again
         for name in LAYERS:
@@ -100,11 +100,11 @@ def _merge(below: dict[Any, Any], layer: dict[Any, Any]) -> None:
 
 # %% ../../nbs/core/workers.ipynb #b9d16725
 class Layer(dict[Any, Any]):
-    "What is different from a dictionary; `None` for what is removed"
+    "The differences from a dictionary; `None` for a removed key"
     def __init__(self, below: Mapping[Any, Any]) -> None: self.below = below
 
     def get(self, key: Any, default: Any = None) -> Any:
-        "Return a value as it will be"
+        "Return a value as it will be after the change"
         return self[key] if key in self else self.below.get(key, default)
 
 # %% ../../nbs/core/workers.ipynb #dedd1b6f
@@ -246,7 +246,7 @@ class Workers:
 
     @contextlib.contextmanager
     def changing(self) -> Iterator[TableChange]:
-        "Yield the same for a change: what the block did happens as a whole, or if it raises not at all"
+        "Yield the table for a change: all of it happens, or nothing if the block raises"
         with self.turn:
             with self.roster.store.transaction() if self.roster else contextlib.nullcontext() as db:
                 if self.roster: self._catch_up(self.roster, db)
@@ -318,7 +318,7 @@ class Workers:
         return found
 
     def forget_if_same(self, *workers: WorkerState) -> list[WorkerState]:
-        "Remove workers, except whose PID was registered for another process; return those that were removed"
+        "Remove workers, except those whose PID was registered for another process; return the removed ones"
         with self.changing() as table:
             same = [w for w in workers if (now := table.workers.get(w.pid)) and now.start_time == w.start_time]
             for worker in same: table.take(worker.pid)
@@ -331,12 +331,12 @@ class Workers:
         return self.forget_if_same(*ended) if ended else []
 
     def is_stopping(self, table: WorkerTable | TableChange, pid: int) -> bool:
-        "Return whether a worker is just being stopped"
+        "Return whether a worker is being stopped"
         lease = table.stoppers.get(pid)
         return lease is not None and self.leases.is_held(lease)
 
     def seen(self, table: WorkerTable | TableChange, worker: WorkerState) -> WorkerState:
-        "Return a worker as others see it: one that is being stopped says so"
+        "Return a worker as callers see it: with the status 'stopping' while it is being stopped"
         return replace(worker, status="stopping") if self.is_stopping(table, worker.pid) else worker
 
     def get(self, pid: int) -> WorkerState | None:
