@@ -12,6 +12,7 @@ import logging
 import threading
 import time
 from collections.abc import Iterable, Mapping
+from weakref import WeakSet
 
 from .forks import reset_in_child
 from .locking import holding
@@ -112,7 +113,7 @@ class Needs:
         return max(self._peaks.get(key, 0), shared)
 
 # %% ../../nbs/core/needs.ipynb #a55995a6
-_unwritten: set[Needs] = set()   # these have something that is not in their file
+_unwritten = WeakSet[Needs]()   # these have something that is not in their file; a thread that writes keeps its own
 
 @atexit.register
 def _write_at_exit() -> None:
