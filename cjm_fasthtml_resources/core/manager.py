@@ -210,7 +210,8 @@ class ResourceManager(StaysHere, WorkerRegistry):
         grace: float = 5.0,   # seconds between asking (SIGTERM) and killing (SIGKILL)
     ) -> WorkerState | None:  # what was known about the worker; `None` if it was not registered itself
         """Stop a process of this app with its child processes: its plugin's `force_cleanup`, SIGTERM, SIGKILL.
-        `PermissionError` for other programs, this process and its parents; `TimeoutError` if one does not end"""
+        `PermissionError` for other programs, this process and its parents; `TimeoutError` if one does not end,
+        `OSError` if it cannot be read just now what descends from it"""
         pid, grace = check_pid(pid), check_number(grace, "grace", 0, threading.TIMEOUT_MAX)
         return stopping.stop_worker(self.workers, pid, grace, self.checks.me())
 
@@ -221,7 +222,7 @@ class ResourceManager(StaysHere, WorkerRegistry):
         grace: float = 5.0,   # seconds between asking (SIGTERM) and killing (SIGKILL)
     ) -> list[WorkerState]:  # those that were stopped, in that order; none if there was room
         """Stop idle workers, the least recently used first, until a GPU has room; none if that would not be enough.
-        `ResourceBusy` if there is no room in the end, `ResourceUnavailable`, `ValueError`, `TimeoutError`"""
+        `ResourceBusy` if there is no room in the end, `ResourceUnavailable`, `ValueError`, `TimeoutError`, `OSError`"""
         need, grace = check_number(mb, "mb")*2**20, check_number(grace, "grace", 0, threading.TIMEOUT_MAX)
         return stopping.free_gpu(self.workers, need, grace, self.check_gpu_availability)
 
