@@ -34,7 +34,8 @@ _all_ = ["Claim", "DeviceUse", "Pool", "Promise", "find_pools", "find_promises",
 # %% ../../nbs/core/reservations.ipynb #8e4f30a5
 async def _surely(call: Callable[[], Any]) -> None:
     "Call in a thread, to its end even if the task is cancelled before that"
-    import asyncio
+    import asyncio  # it takes longer to import than this library
+
     await asyncio.shield(in_thread(call))
 
 # %% ../../nbs/core/reservations.ipynb #41b9ace7
