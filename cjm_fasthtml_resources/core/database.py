@@ -242,6 +242,8 @@ def _open_to_read(
 ) -> "tuple[sqlite3.Connection | None, str]":
     "Return a connection to a good database, else what is wrong; an empty text if this world never had one"
     import sqlite3
+    lost = "was removed" if header.counter or not header.is_good else ""
+    if not path.exists(): return None, lost   # asked before it is opened: another process can make it at any moment
     try:
         try: db, world = _open_world(_copied(path, opened) if _is_poisoned(path) else path, opened)
         except sqlite3.OperationalError as error:
@@ -251,7 +253,7 @@ def _open_to_read(
         if path.exists():
             if not is_damage(error): raise
             return None, f"is damaged ({error})"
-        return None, "was removed" if header.counter or not header.is_good else ""
+        return None, lost
     return (db, "") if header.is_good and world == header.world.hex() else (None, "was replaced")
 
 def _open_world(path: Path, opened: contextlib.ExitStack) -> "tuple[sqlite3.Connection, str]":
