@@ -39,6 +39,14 @@ class GpuDevice:
     mig_parent: int | None = None                 # for a MIG instance, its GPU's index
     reason: str | None = None                     # why the memory could not be read, in words
     host: str | None = None                       # which machine it is in, where devices of several stand side by side
+    unified: bool = False                         # it has no memory of its own: its total is the machine's RAM
+    asleep: bool = False                          # runtime power management has suspended it, and it was not woken
+    gpu_instance: int | None = None               # for a MIG instance: its memory, which others of this number share
+    compute_instance: int | None = None           # for a MIG instance: its part of the processors
+    compute_capability: tuple[int, int] | None = None
+    cuda_cores: int | None = None
+    max_clock: int | None = None                  # of the processors, in MHz
+    notes: tuple[str, ...] = ()                   # what was left out because it cannot be, in words
 
     @property
     def id(self) -> int | str:
