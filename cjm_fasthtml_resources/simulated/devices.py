@@ -17,7 +17,7 @@ from cjm_fasthtml_resources.simulated.calls import (
     write_number,
     write_text,
 )
-from .machine import SimulatedGpu
+from .machine import ADDRESSING_MODES, SimulatedGpu, instance_ids
 
 # %% ../../nbs/simulated/devices.ipynb #54975e58
 def make_uuid(
@@ -37,7 +37,9 @@ class DeviceCalls(Handles):
     def nvmlDeviceGetCount_v2(self, ref: Any) -> int: return write_number(ref, len(self.gpus))
 
     def nvmlDeviceGetHandleByIndex_v2(self, index: Any, ref: Any) -> int:
-        return self.give(ref, self.gpus[index.value]) if 0 <= index.value < len(self.gpus) else INVALID_ARGUMENT
+        if not 0 <= index.value < len(self.gpus): return INVALID_ARGUMENT
+        self.gpus[index.value].asleep = False   # asking wakes it
+        return self.give(ref, self.gpus[index.value])
 
     def nvmlDeviceGetHandleByUUID(self, uuid: Any, ref: Any) -> int:
         every = [g for top in self.gpus for g in (top, *(top.mig or ()))]
@@ -58,6 +60,21 @@ class DeviceCalls(Handles):
         info, bus = ref._obj, self.place(self.gpu(handle))[0] + 1
         info.bus, info.busId, info.busIdLegacy = bus, b"00000000:%02X:00.0" % bus, b"0000:%02X:00.0" % bus
         return SUCCESS
+
+    def nvmlDeviceGetCudaComputeCapability(self, handle: Any, major: Any, minor: Any) -> int:
+        first, second = self.gpu(handle).compute_capability.split(".")
+        return write_number(major, int(first)) or write_number(minor, int(second))
+
+    def nvmlDeviceGetNumGpuCores(self, handle: Any, ref: Any) -> int:
+        return write_number(ref, self.gpu(handle).cuda_cores)
+
+    def nvmlDeviceGetMaxClockInfo(self, handle: Any, kind: Any, ref: Any) -> int:
+        return write_number(ref, self.gpu(handle).max_clock)
+
+    def nvmlDeviceGetAddressingMode(self, handle: Any, ref: Any) -> int:
+        gpu = self.gpu(handle)
+        mode = gpu.addressing_mode or ("ATS" if gpu.unified else "NONE")
+        return NOT_SUPPORTED if mode == "N/A" else write_number(ref, ADDRESSING_MODES.index(mode))
 
 # %% ../../nbs/simulated/devices.ipynb #9bcbbc41
 class LoadCalls(Handles):
@@ -99,7 +116,15 @@ class MigCalls(Handles):
     def nvmlDeviceGetDeviceHandleFromMigDeviceHandle(self, handle: Any, ref: Any) -> int:
         return self.give(ref, self.gpus[self.place(self.gpu(handle))[0]])
 
-    def nvmlDeviceGetGpuInstanceId(self, handle: Any, ref: Any) -> int:
-        return write_number(ref, (self.place(self.gpu(handle))[1] or 0) + 1)
+    def instance(self, handle: Any) -> tuple[int, int] | None:
+        "Return the numbers of a MIG device's GPU instance and compute instance; `None` for a whole GPU"
+        index, number = self.place(self.gpu(handle))
+        return None if number is None else instance_ids(self.gpus[index])[number]
 
-    def nvmlDeviceGetComputeInstanceId(self, handle: Any, ref: Any) -> int: return write_number(ref, 0)
+    def nvmlDeviceGetGpuInstanceId(self, handle: Any, ref: Any) -> int:
+        found = self.instance(handle)
+        return write_number(ref, found[0]) if found else INVALID_ARGUMENT
+
+    def nvmlDeviceGetComputeInstanceId(self, handle: Any, ref: Any) -> int:
+        found = self.instance(handle)
+        return write_number(ref, found[1]) if found else INVALID_ARGUMENT

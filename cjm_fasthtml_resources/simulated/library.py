@@ -9,9 +9,12 @@ __all__ = ['ANSWERS', 'CALLS', 'SystemCalls', 'always', 'Library']
 from collections.abc import Callable
 from typing import Any
 
+from ..core.sysfs import ListedGpu
 from .calls import NOT_FOUND, NOT_SUPPORTED, SUCCESS, write_number, write_text
 from .devices import DeviceCalls, LoadCalls, MigCalls
-from .memory import ProcessCalls
+from .habits import Habits
+from .machine import SimulatedGpu
+from .memory import Allocations, ProcessCalls
 
 # %% ../../nbs/simulated/library.ipynb #dc670a85
 _TEXTS = {
@@ -25,9 +28,13 @@ _TEXTS = {
 class SystemCalls:
     "The start and the end of a session, versions, and the texts of errors"
     version, cuda_version = "580.105.08 (simulated)", 13000
+    gpus: list[SimulatedGpu] = []
 
-    def nvmlInitWithFlags(self, flags: Any) -> int: return SUCCESS
-    def nvmlInit_v2(self) -> int: return SUCCESS
+    def nvmlInit_v2(self) -> int:
+        for gpu in self.gpus: gpu.asleep = False   # it initialises every GPU
+        return SUCCESS
+
+    def nvmlInitWithFlags(self, flags: Any) -> int: return self.nvmlInit_v2()
     def nvmlShutdown(self) -> int: return SUCCESS
     def nvmlErrorString(self, code: int) -> bytes: return _TEXTS.get(code, f"NVML error {code}").encode()
 
@@ -46,11 +53,9 @@ ANSWERS: dict[str, int | tuple[int, ...]] = {
     "nvmlDeviceGetPersistenceMode": (1,),
     "nvmlDeviceGetPerformanceState": (0,),
     "nvmlDeviceGetComputeMode": (0,),
-    "nvmlDeviceGetCudaComputeCapability": (8, 9),
     "nvmlDeviceGetEncoderUtilization": (0, 0),
     "nvmlDeviceGetDecoderUtilization": (0, 0),
     "nvmlDeviceGetClockInfo": (1500,),
-    "nvmlDeviceGetMaxClockInfo": (2000,),
     "nvmlDeviceGetPcieThroughput": (0,),
     "nvmlDeviceGetTotalEccErrors": (0,),
 }
@@ -68,6 +73,14 @@ def always(
 # %% ../../nbs/simulated/library.ipynb #146ddb07
 class Library(SystemCalls, DeviceCalls, LoadCalls, MigCalls, ProcessCalls):
     "The functions of libnvidia-ml, over a list of simulated GPUs"
+    def __init__(self, gpus: list[SimulatedGpu], allocations: Allocations, habits: Habits | None = None) -> None:
+        super().__init__(gpus, allocations, habits)
+        self.version = f"{self.habits.version} (simulated)"
+
+    def listed(self) -> list[ListedGpu]:
+        "Return the GPUs as Linux lists them"
+        return [ListedGpu(f"0000:{index + 1:02x}:00.0", gpu.name, self.uuid(gpu), gpu.asleep)
+                for index, gpu in enumerate(self.gpus)]
 
 for _name, _answer in ANSWERS.items(): setattr(Library, _name, always(_answer))
 

@@ -6,14 +6,18 @@
 __all__ = ['Allocations', 'MemoryCalls', 'write_processes', 'ProcessCalls']
 
 # %% ../../nbs/simulated/memory.ipynb #136fec14
+import ctypes
 import os
+import struct
 import uuid
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from ..core import process as host_process
-from .calls import INSUFFICIENT_SIZE, SUCCESS, Handles
-from .machine import SimulatedGpu, SimulatedProcess, to_bytes
+from .calls import INSUFFICIENT_SIZE, NOT_SUPPORTED, SUCCESS, Handles
+from .habits import Habits
+from .machine import SimulatedGpu, SimulatedProcess, instance_ids, to_bytes
 
 # %% ../../nbs/simulated/memory.ipynb #89e08388
 class Allocations:
@@ -50,9 +54,9 @@ class Allocations:
 # %% ../../nbs/simulated/memory.ipynb #5664e374
 class MemoryCalls(Handles):
     "The memory of a GPU, in both versions of the call"
-    def __init__(self, gpus: list[SimulatedGpu], allocations: Allocations) -> None:
+    def __init__(self, gpus: list[SimulatedGpu], allocations: Allocations, habits: Habits | None = None) -> None:
         super().__init__(gpus)
-        self.allocations = allocations
+        self.allocations, self.habits = allocations, habits or Habits()
 
     def allocated(self, gpu: SimulatedGpu) -> dict[int, int]:
         "Return the bytes that each process has allocated on a GPU, by PID"
@@ -66,6 +70,7 @@ class MemoryCalls(Handles):
 
     def nvmlDeviceGetMemoryInfo(self, handle: Any, ref: Any) -> int:
         gpu, info = self.gpu(handle), ref._obj
+        if gpu.unified: return NOT_SUPPORTED
         info.total = to_bytes(gpu.memory_total_mb)
         info.used = to_bytes(gpu.used_mb + gpu.memory_reserved_mb) + sum(self.allocated(gpu).values())
         info.free = max(info.total - info.used, 0)
@@ -73,6 +78,8 @@ class MemoryCalls(Handles):
 
     def nvmlDeviceGetMemoryInfo_v2(self, handle: Any, ref: Any) -> int:
         gpu, info = self.gpu(handle), ref._obj
+        if gpu.unified: return NOT_SUPPORTED
+        if self.habits.memory_v2_error: return self.habits.memory_v2_error
         info.total, info.reserved = to_bytes(gpu.memory_total_mb), to_bytes(gpu.memory_reserved_mb)
         info.used = to_bytes(gpu.used_mb) + sum(self.allocated(gpu).values())
         info.free = max(info.total - info.used - info.reserved, 0)
@@ -80,34 +87,43 @@ class MemoryCalls(Handles):
 
 # %% ../../nbs/simulated/memory.ipynb #876e9e5b
 _NOT_AVAILABLE = 2**64 - 1  # NVML_VALUE_NOT_AVAILABLE, for a process whose memory the driver does not report
+_NO_INSTANCE = 0xFFFFFFFF, 0xFFFFFFFF
 
 def write_processes(
     found: list[SimulatedProcess],
     count: Any,     # the caller's `byref` to the array's length
     array: Any,     # `None`: the caller asks for the number only
+    size: int = 24,   # bytes of an entry
+    instance: tuple[int, int] = _NO_INSTANCE,   # the numbers of GPU instance and compute instance
 ) -> int:
     "Write a list of processes and their number; return success or `INSUFFICIENT_SIZE`"
     length, count._obj.value = count._obj.value, len(found)
     if found and (array is None or length < len(found)): return INSUFFICIENT_SIZE
-    for slot, process in zip(array or (), found, strict=False):
-        slot.pid, memory = process.pid, process.memory_mb
-        slot.usedGpuMemory = _NOT_AVAILABLE if memory is None else to_bytes(memory)
-        slot.gpuInstanceId = slot.computeInstanceId = 0xFFFFFFFF
+    if not found: return SUCCESS
+    used = [_NOT_AVAILABLE if p.memory_mb is None else to_bytes(p.memory_mb) for p in found]
+    rows = (struct.pack("<I4xQIIQ", p.pid, memory, *instance, 0) for p, memory in zip(found, used, strict=True))
+    written = b"".join(row[:size] for row in rows)
+    ctypes.memmove(array, written, min(len(written), ctypes.sizeof(array)))   # a real driver writes over its end
     return SUCCESS
 
 # %% ../../nbs/simulated/memory.ipynb #25ea3ceb
 class ProcessCalls(MemoryCalls):
     "The lists of processes on a GPU"
-    def write_list(self, kind: str, handle: Any, count: Any, array: Any) -> int:
-        "Write the processes of one kind"
+    def write_list(self, kind: str, size: int, handle: Any, count: Any, array: Any) -> int:
+        "Write the processes of one kind, in entries of a size"
         gpu = self.gpu(handle)
+        index, number = self.place(gpu)
+        instance = _NO_INSTANCE if number is None else instance_ids(self.gpus[index])[number]
         found = [p for p in gpu.processes if kind in p.kind.split("+")]
         if kind == "compute": found += [SimulatedProcess(pid, n/2**20) for pid, n in self.allocated(gpu).items()]
-        return write_processes(found, count, array)
+        return write_processes(found, count, array, size, instance)
 
-    def nvmlDeviceGetComputeRunningProcesses_v3(self, *args: Any) -> int: return self.write_list("compute", *args)
-    def nvmlDeviceGetGraphicsRunningProcesses_v3(self, *args: Any) -> int: return self.write_list("graphics", *args)
-    def nvmlDeviceGetMPSComputeRunningProcesses_v3(self, *args: Any) -> int: return self.write_list("mps", *args)
-    nvmlDeviceGetComputeRunningProcesses_v2 = nvmlDeviceGetComputeRunningProcesses_v3
-    nvmlDeviceGetGraphicsRunningProcesses_v2 = nvmlDeviceGetGraphicsRunningProcesses_v3
-    nvmlDeviceGetMPSComputeRunningProcesses_v2 = nvmlDeviceGetMPSComputeRunningProcesses_v3
+def _list_call(kind: str, size: int | None) -> Callable[..., int]:
+    "Return the C function that lists a kind in entries of a size; `None`: of the size that is the driver's habit"
+    def function(self: ProcessCalls, *args: Any) -> int:
+        return self.write_list(kind, size or self.habits.process_size, *args)
+    return function
+
+for _kind, _name in (("compute", "Compute"), ("graphics", "Graphics"), ("mps", "MPSCompute")):
+    for _form, _size in (("_v3", None), ("_v2", 24), ("", 16)):
+        setattr(ProcessCalls, f"nvmlDeviceGet{_name}RunningProcesses{_form}", _list_call(_kind, _size))

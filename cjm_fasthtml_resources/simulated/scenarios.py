@@ -22,6 +22,7 @@ from cjm_fasthtml_resources.simulated.machine import (
 from ..core.arguments import shorten
 from ..core.copies import copy_config
 from .faults import Fault
+from .habits import Habits
 from .presets import PRESETS
 
 # %% ../../nbs/simulated/scenarios.ipynb #22ced0f2
@@ -63,20 +64,21 @@ def _check_workers(workers: Any) -> None:
     if not listed: raise ScenarioError("workers must be a list of objects, each with a pid and a worker_type")
 
 def parse_scenario(
-    scenario: Mapping[str, Any],  # gpus, machine, workers, faults, description
+    scenario: Mapping[str, Any],  # gpus, machine, workers, faults, habits, description
 ) -> dict[str, Any]:  # the arguments of a simulated driver
     "Return the parts of a scenario; raises `ScenarioError` if something in it is not understood"
     if not isinstance(scenario, Mapping): raise ScenarioError(f"a scenario must be an object, not {shorten(scenario)}")
     try: scenario = copy_config(scenario, "a scenario")
     except (TypeError, ValueError) as error: raise ScenarioError(str(error)) from None
     description = scenario.get("description", "")
-    _check_keys(scenario, "a scenario", ["description", "gpus", "machine", "workers", "faults"])
+    _check_keys(scenario, "a scenario", ["description", "gpus", "machine", "workers", "faults", "habits"])
     machine, workers = scenario.get("machine"), scenario.get("workers", [])
     _check_workers(workers)
     return dict(
         gpus=build_list(SimulatedGpu, scenario.get("gpus", []), "gpus"),
         machine=None if machine is None else build(SimulatedMachine, machine, "machine"),
         workers=workers, faults=build_list(Fault, scenario.get("faults", []), "faults"),
+        habits=build(Habits, scenario.get("habits") or {}, "habits"),
         description=description if isinstance(description, str) else shorten(description))
 
 # %% ../../nbs/simulated/scenarios.ipynb #fd7ec829
