@@ -13,12 +13,13 @@ import json
 import os
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from importlib import import_module
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import click
 from rich.console import Console, Group
@@ -58,6 +59,18 @@ def _check_nan(context: click.Context, option: click.Parameter, value: float) ->
 
 def _is_pid(text: str) -> bool: return text.isdecimal() and len(text) <= 10 and 0 < int(text) <= LARGEST_PID
 
+class _Machine(NamedTuple):
+    "What is looked at, for the commands"
+    simulate: str | None = None    # a preset or a file; `None`: this machine
+    driver_timeout: float = 5.0    # seconds
+
+def _positive(context: click.Context, option: click.Parameter, text: str) -> float:
+    "Return a duration of more than 0 seconds"
+    try: seconds = parse_duration(text)
+    except ValueError as error: raise click.BadParameter(str(error)) from None
+    if not 0 < seconds <= threading.TIMEOUT_MAX: raise click.BadParameter(f"it must be more than 0, not {text}")
+    return seconds
+
 def _read_apps(context: click.Context, option: click.Parameter, given: Sequence[str]) -> list[int | str]:
     "Return the PIDs as numbers, and the app's name"
     for text in given:
@@ -86,24 +99,27 @@ def _read_apps(context: click.Context, option: click.Parameter, given: Sequence[
               metavar="PERCENT", help="Share of a GPU's memory from which on outsiders are in the way.")
 @click.option("--exit-code", "as_exit_code", is_flag=True,
               help="Exit with the status: 0 available, 10 app busy, 11 external busy, 12 unavailable.")
+@click.option("--driver-timeout", default="5s", show_default=True, callback=_positive, metavar="TIME",
+              help="How long the driver may take for an answer; the first one can take 30s.")
+@click.option("--wake", is_flag=True, help="Look at GPUs that power management has suspended, too. That wakes them.")
 @click.option("--simulate", metavar="PRESET",
-              help="Look at a simulated machine: idle, shared, pair, eight-h100, mig, container, wsl, lost, "
-                   "or a .json file.")
+              help="Look at a simulated machine: idle, shared, pair, eight-h100, mig, mig-shared, two-cards, spark, "
+                   "jetson, laptop, slow-start, container, wsl, lost, or a .json file.")
 @click.version_option(__version__, prog_name="cjm-resources")
 @click.pass_context
 def main(context: click.Context, apps: list[int | str], as_json: bool, watch: bool, interval: float, top: int,
-         threshold: float, as_exit_code: bool, simulate: str | None) -> None:
+         threshold: float, as_exit_code: bool, driver_timeout: float, wake: bool, simulate: str | None) -> None:
     """Who holds this machine's GPU memory and RAM, and could a job start now?
 
     Exits with 0 when it could look, with 2 when an argument is wrong.
     """
     if isinstance(sys.stdout, io.TextIOWrapper): sys.stdout.reconfigure(errors="replace")  # a terminal without Unicode
-    context.obj = simulate
+    context.obj = machine = _Machine(simulate, driver_timeout)
     if context.invoked_subcommand: return
-    console, manager = Console(), _make_manager(apps, threshold, simulate)
-    with _source(simulate, manager) as simulated:
+    console, manager = Console(), _make_manager(apps, threshold, machine)
+    with _source(machine.simulate, manager) as simulated:
         _register_apps(manager, apps)
-        look = partial(_look, manager, simulated)
+        look = partial(_look, manager, simulated, wake)
         if watch: answer = _watch(look, console, as_json, top, interval)
         else:
             answer = look()
@@ -124,12 +140,12 @@ def _watch_reservations(manager: ResourceManager) -> None:
     except (StoreError, OSError) as error: click.echo(f"Reservations cannot be read: {error}", err=True)
     else: manager.ledger = manager.checks.ledger = Ledger(Store(store_path()))
 
-def _make_manager(apps: Iterable[int | str], threshold: float, simulate: str | None) -> ResourceManager:
+def _make_manager(apps: Iterable[int | str], threshold: float, machine: _Machine) -> ResourceManager:
     "Return a manager of the app that is named, if one is"
     name = next((app for app in apps if isinstance(app, str)), None)
-    try: manager = ResourceManager(threshold, track_self=False, app=name)
+    try: manager = ResourceManager(threshold, track_self=False, app=name, gpu_timeout=machine.driver_timeout)
     except (StoreError, OSError) as error: _fail(str(error), os.EX_IOERR)
-    if not name and not simulate: _watch_reservations(manager)
+    if not name and not machine.simulate: _watch_reservations(manager)
     return manager
 
 # %% ../nbs/cli.ipynb #0be2f6f4
@@ -157,8 +173,8 @@ def _source(simulate: str | None, manager: ResourceManager) -> Iterator[str | No
         yield driver.description or simulate
 
 # %% ../nbs/cli.ipynb #04d7cd97
-def _look(manager: ResourceManager, simulated: str | None) -> Sample:
-    sample = take_sample(manager)
+def _look(manager: ResourceManager, simulated: str | None, wake: bool) -> Sample:
+    sample = take_sample(manager, manager.read(wake))
     return replace(sample, simulated=simulated, workers=sample.workers if manager.app else ())
 
 # %% ../nbs/cli.ipynb #516eaeed
@@ -230,7 +246,7 @@ def _converted(
               help="The app for which it is reserved.")
 @click.argument("command", nargs=-1, type=click.UNPROCESSED)
 @click.pass_obj
-def _wait(simulate: str | None, gpu_memory: float, timeout: float | None, device: str | None, app: str,
+def _wait(machine: _Machine, gpu_memory: float, timeout: float | None, device: str | None, app: str,
           command: tuple[str, ...]) -> None:
     """Wait until a GPU has room, reserve it, and run COMMAND on it.
 
@@ -241,8 +257,8 @@ def _wait(simulate: str | None, gpu_memory: float, timeout: float | None, device
     be used, 126 or 127 when COMMAND cannot be run, 2 when an argument is wrong.
     """
     try:
-        manager = ResourceManager(track_self=False, app=app)
-        with (_source(simulate, manager),
+        manager = ResourceManager(track_self=False, app=app, gpu_timeout=machine.driver_timeout)
+        with (_source(machine.simulate, manager),
               manager.reserve(gpu_memory/2**20, device, timeout, progress=sys.stderr.isatty()) as held):
             if not command: click.echo(f"CUDA_VISIBLE_DEVICES={held.env['CUDA_VISIBLE_DEVICES']}")
             else:
@@ -297,7 +313,7 @@ def _serve_app(app: Any, host: str, port: int, query: str) -> None:
 @click.option("--metrics", is_flag=True, help="Serve metrics for Prometheus at /metrics, too. With --token, "
                                               "Prometheus sends it as a bearer token.")
 @click.pass_obj
-def _serve(simulate: str | None, host: str, port: int, token: str | None, apps: list[int | str], interval: float,
+def _serve(machine: _Machine, host: str, port: int, token: str | None, apps: list[int | str], interval: float,
            threshold: float, metrics: bool) -> None:
     """Show it live on a web page, until Ctrl-C. It can be looked at, and nothing can be changed.
 
@@ -308,12 +324,12 @@ def _serve(simulate: str | None, host: str, port: int, token: str | None, apps: 
     try:
         for needed in ("fasthtml", "uvicorn"): import_module(needed)
         from cjm_fasthtml_resources.ui.web import make_app
-        manager = _make_manager(apps, threshold, simulate)
+        manager = _make_manager(apps, threshold, machine)
         app = make_app(manager, token or None, interval, metrics)
     except ValueError as error: raise click.BadParameter(str(error), param_hint="--token") from None
     except ImportError as error:
         extras = "web,prometheus" if metrics else "web"
         _fail(f"{error.name} is not installed: pip install 'cjm-fasthtml-resources[{extras}]'", os.EX_UNAVAILABLE)
-    with _source(simulate, manager):
+    with _source(machine.simulate, manager):
         _register_apps(manager, apps)
         _serve_app(app, host, port, "?token=…" if token else "")

@@ -54,10 +54,11 @@ def estimate_notes(
     matched: bool,   # whether the driver's PIDs can be matched
 ) -> list[str]:
     "Return notes that say why the memory of some devices is divided by estimate"
-    estimated = [d.device for d in devices if d.estimated]
-    if not matched: return [CONTAINER_NOTE] if estimated else []
+    told = [f"GPU {d.device.id}: {note}" for d in devices for note in d.device.notes]
+    estimated = [d.device for d in devices if d.estimated and not d.device.notes]
+    if not matched: return [*told, *([CONTAINER_NOTE] if estimated else [])]
     whole = {d.processes_whole for d in estimated}
-    return [note for note, concerned in ((SILENT_NOTE, True), (LISTS_NOTE, False)) if concerned in whole]
+    return [*told, *(note for note, concerned in ((SILENT_NOTE, True), (LISTS_NOTE, False)) if concerned in whole)]
 
 # %% ../../nbs/core/checks.ipynb #0b3c5380
 class Prepared(NamedTuple):

@@ -8,9 +8,10 @@ __all__ = ['Claim', 'is_alive', 'DeviceUse', 'no_less', 'read_use', 'Pool', 'use
 
 # %% ../../nbs/core/claims.ipynb #effac725
 import random
-from collections.abc import Callable, Container, Iterable, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from typing import Any
 
 from cjm_fasthtml_resources.core.process import (
     ProcessId,
@@ -71,6 +72,7 @@ class DeviceUse:
     processes: tuple[tuple[tuple[ProcessId, ...], int], ...] | None  # lineage and bytes of each; `None`: not known
     whole: bool = True                       # `processes` has every process on the device
     others: frozenset[str] = frozenset()     # keys of the machine's other devices
+    sharing: frozenset[str] = frozenset()    # keys of those among them that share this one's memory
     # a process and its ancestors, itself first; `None` if it is not seen from here
     lineage_of: Callable[[ProcessId], tuple[ProcessId, ...] | None] = field(
         default=lambda p: (p,), compare=False, repr=False)
@@ -89,8 +91,9 @@ class DeviceUse:
         return device_key(replace(self.device, uuid=None))
 
     def is_called(self, key: str | None) -> bool:
-        "Return whether a claim's `device` can be this one: by UUID or number; without UUID, also by any lost name"
-        if key is None or key in (self.key, self.number): return key is not None
+        """Return whether a claim's `device` can be this one, or shares its memory:
+        by UUID or number; without UUID, also by any lost name"""
+        if key is None or key in (self.key, self.number) or key in self.sharing: return key is not None
         return self.device.uuid is None and key not in self.others
 
 # %% ../../nbs/core/claims.ipynb #caf98103
@@ -120,14 +123,15 @@ def read_use(
 
     def on(device: GpuDevice, key: str) -> DeviceUse:
         others = frozenset(names) - {key}
+        sharing = frozenset(name for d, name in zip(devices, names, strict=True) if d.pool == device.pool) - {key}
         if read is None or device.processes is None:
-            return DeviceUse(no_less(device), None, False, others, _lineage_here)
+            return DeviceUse(no_less(device), None, False, others, sharing, _lineage_here)
         found = [(read(p.pid), p.memory_used) for p in device.processes]
         known = [(info, used) for info, used in found
                  if used is not None and (info.foreign or info.start_time is not None)]
         processes = tuple((() if info.foreign else info.lineage, used) for info, used in known)
         whole = device.processes_whole and len(known) == len(found)
-        return DeviceUse(no_less(device), processes, whole, others, _lineage_here)
+        return DeviceUse(no_less(device), processes, whole, others, sharing, _lineage_here)
 
     there = [(d, key) for d, key in zip(devices, names, strict=True) if d.memory_total and d.memory_used is not None]
     return [on(d, key) for d, key in there if not d.mig_mode]
@@ -276,10 +280,10 @@ def _measure_room(use: DeviceUse, claims: Iterable[Claim]) -> _Room:
     return _Room(use, free - sum(p.unused for p in pools), free + min(used, use.device.memory_used or 0))
 
 # %% ../../nbs/core/claims.ipynb #4d6ded8e
-def _most_nearly(rooms: Sequence[_Room]) -> list[str]:
+def _most_nearly(rooms: Mapping[str, _Room]) -> list[str]:
     "Return the keys of the devices with the most room, or less by at most 1 % of their total"
-    most = max(r.free for r in rooms)
-    return [r.use.key for r in rooms if r.free >= most - (r.use.device.memory_total or 0)/100]
+    most = max(room.free for room in rooms.values())
+    return [key for key, room in rooms.items() if room.free >= most - (room.use.device.memory_total or 0)/100]
 
 # %% ../../nbs/core/claims.ipynb #bf124ff2
 def grant(
@@ -289,12 +293,13 @@ def grant(
 ) -> list[Claim]:  # the same ones; those that were given a device have it
     "Give devices to the requests that fit, in the order of asking"
     after = {c.id: c for c in lower_bases(claims, uses)}
-    rooms = {use.key: _measure_room(use, after.values()) for use in uses}
+    pools: dict[Any, _Room] = {}   # devices that share their memory have one room
+    rooms = {use.key: pools.setdefault(use.device.pool, _measure_room(use, after.values())) for use in uses}
     for claim in claims:
         if claim.device is not None: continue
-        allowed = [rooms[key] for key in claim.allowed if key in rooms and not rooms[key].blocked]
-        fitting = [room for room in allowed if room.free >= claim.memory]
-        hopeful = [room for room in allowed if room.hoped >= claim.memory]
+        allowed = {key: rooms[key] for key in claim.allowed if key in rooms and not rooms[key].blocked}
+        fitting = {key: room for key, room in allowed.items() if room.free >= claim.memory}
+        hopeful = [room for room in allowed.values() if room.hoped >= claim.memory]
         if fitting:
             key = choose(_most_nearly(fitting))
             base = find_base(claim.holder, rooms[key].use, list(after.values()))

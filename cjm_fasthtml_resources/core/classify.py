@@ -98,17 +98,19 @@ def classify_device(
     held = {"app": 0, "external": 0, "unknown": 0}  # owner → bytes
     for p in processes: held[p.owner] += p.memory_used or 0
     left = max(used - held["app"] - held["external"], 0)
-    silent = processes if device.processes_whole else ()   # with one missing, what is left may be the missing one's
-    more_app, more_external, unattributed = divide_rest(left, silent, reported)
+    # with one missing, what is left may be the missing one's; of unified memory, it is the programs' RAM
+    silent = processes if device.processes_whole and not device.unified else ()
+    more_app, more_external, rest = divide_rest(left, silent, reported)
+    unattributed, ram = (0, rest) if device.unified else (rest, 0)
     app, external = held["app"] + more_app, held["external"] + more_external
     to_come = {owner: sum(p.unused for p in promises if p.owner == owner) for owner in ("app", "external")}
-    taken = external + unattributed + to_come["external"]
+    taken = external + rest + to_come["external"]
     if taken and 100*taken >= threshold_percent*total: status = ResourceStatus.EXTERNAL_BUSY
     elif app or to_come["app"] or any(p.owner == "app" for p in processes): status = ResourceStatus.APP_BUSY
     else: status = ResourceStatus.AVAILABLE
-    divided = reported is not None or unattributed != left or not device.processes_whole
+    divided = reported is not None or rest != left or not device.processes_whole
     return DeviceStatus(device, status, tuple(processes), app, external, unattributed, promises,
-                        estimated=bool(left) and divided)
+                        estimated=bool(left) and divided or bool(device.notes), ram_memory=ram)
 
 # %% ../../nbs/core/classify.ipynb #e29a3b2b
 def _add_parent(row: Any, process: OwnedProcess) -> None:

@@ -41,6 +41,11 @@ class ResourceConflict:
         return any(d.estimated for d in self.devices)
 
     @property
+    def is_late(self) -> bool:
+        "Whether the driver has not answered yet, so that somebody who has time can wait for it"
+        return self.snapshot is not None and self.snapshot.late
+
+    @property
     def message(self) -> str:
         "The result as a sentence: whether a job could start, and if not, who uses the memory"
         if self.memory is not None: return explain_memory(self.status, self.memory, self.reason)

@@ -90,18 +90,22 @@ class ResourceManager(StaysHere, WorkerRegistry):
 
     def _repr_html_(self) -> str | None: return repr_html(self)
 
-    def read(self) -> GpuSnapshot:
+    def read(
+        self,
+        wake: bool = False,   # ask GPUs that power management has suspended, too
+    ) -> GpuSnapshot:
         "Read the driver now, for at most `gpu_timeout` seconds"
-        return read_gpus(self.gpu_timeout)
+        return read_gpus(self.gpu_timeout, wake)
 
     def check_gpu_availability(
         self,
         *,
         snapshot: GpuSnapshot | None = None,   # read already; `None`: read the driver now
+        wake: bool = False,                    # ask GPUs that power management has suspended, too
     ) -> ResourceConflict:
         "Return who uses the memory of the GPUs that this app may use, and whether a job could start"
         prepared = self.checks.prepare()
-        return self.judge(self.read() if snapshot is None else snapshot, prepared)
+        return self.judge(self.read(wake) if snapshot is None else snapshot, prepared)
 
     def judge(
         self,
@@ -125,7 +129,7 @@ class ResourceManager(StaysHere, WorkerRegistry):
     ) -> GpuChoice:
         "Return the GPUs with the most free memory. `ResourceBusy` if too few have room, `ResourceUnavailable`"
         count, least = check_pid(n, "n"), check_number(min_free_mb, "min_free_mb")*2**20
-        return pick_devices(self.check_gpu_availability(), count, least)
+        return pick_devices(self.check_gpu_availability(wake=True), count, least)
 
     def expected_gpu_memory_mb(
         self,
@@ -167,7 +171,8 @@ class ResourceManager(StaysHere, WorkerRegistry):
         "Return a request that enters the queue at its first `poll`, for programs that wait by themselves"
         memory, give_up = check_memory(gpu_memory_mb), make_give_up(timeout, self.check_gpu_availability)
         choose = partial(choose_devices, wanted=device, memory=memory, judge=self.judge)
-        return Request(self.ledger, self.read, choose, find_holder(pid), memory, self.app or "", check_ttl(ttl),
+        look = partial(self.read, wake=True)
+        return Request(self.ledger, look, choose, find_holder(pid), memory, self.app or "", check_ttl(ttl),
                        give_up)
 
     def wait_for_gpu(
@@ -224,7 +229,7 @@ class ResourceManager(StaysHere, WorkerRegistry):
         """Stop idle workers, the least recently used first, until a GPU has room; none if that would not be enough.
         `ResourceBusy` if there is no room in the end, `ResourceUnavailable`, `ValueError`, `TimeoutError`, `OSError`"""
         need, grace = check_number(mb, "mb")*2**20, check_number(grace, "grace", 0, threading.TIMEOUT_MAX)
-        return stopping.free_gpu(self.workers, need, grace, self.check_gpu_availability)
+        return stopping.free_gpu(self.workers, need, grace, partial(self.check_gpu_availability, wake=True))
 
 # %% ../../nbs/core/manager.ipynb #ce945afa
 def check_settings(

@@ -178,7 +178,7 @@ def _fixed_facts(nvml: Any, handle: Any, is_instance: bool) -> dict[str, Any]:
                 cuda_cores=ask(nvml, "nvmlDeviceGetNumGpuCores", handle),
                 max_clock=ask(nvml, "nvmlDeviceGetMaxClockInfo", handle, 1))   # NVML_CLOCK_SM
 
-# %% ../../nbs/core/nvml.ipynb #5d27295a
+# %% ../../nbs/core/nvml.ipynb #d3a41cee
 def _share(members: Sequence[GpuDevice]) -> list[GpuDevice]:
     "Return the compute instances of one GPU instance, each with the memory and the processes of all"
     if unread := next((d for d in members if d.memory_free is None), None):
@@ -276,7 +276,7 @@ class NvmlSession:
         if uuid and facts["name"]: self.facts[uuid] = facts   # else it is asked again next time
         return dict(place, uuid=uuid, **facts)
 
-# %% ../../nbs/core/nvml.ipynb #8876f4c2
+# %% ../../nbs/core/nvml.ipynb #8639a9b6
 def find_sleeping(
     listed: Iterable[ListedGpu],
 ) -> list[GpuDevice | None]:  # by index; `None` for one that is awake

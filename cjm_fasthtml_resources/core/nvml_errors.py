@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['NO_MEMORY', 'ASLEEP', 'OF_THE_DRIVER', 'lacks_descriptors', 'in_words', 'ask']
 
-# %% ../../nbs/core/nvml_errors.ipynb #ea5800ef
+# %% ../../nbs/core/nvml_errors.ipynb #8273f560
 import os
 from typing import Any
 
-# %% ../../nbs/core/nvml_errors.ipynb #e709a4b0
+# %% ../../nbs/core/nvml_errors.ipynb #040694a0
 NO_MEMORY = "the device does not report its memory"  # asking again does not cure it
 ASLEEP = "it is asleep: power management has suspended it, and looking would wake it (reserve() and --wake do)"
 
@@ -27,7 +27,7 @@ _WORDS = {
 }
 OF_THE_DRIVER = {1, 9, 10, 12, 15, 16, 17, 18}   # errors that concern a GPU or the driver, and so every call
 
-# %% ../../nbs/core/nvml_errors.ipynb #3a603bdc
+# %% ../../nbs/core/nvml_errors.ipynb #1684100b
 _NEEDED = 16   # descriptors; NVML opens fewer for one GPU
 
 def lacks_descriptors() -> bool:
@@ -40,7 +40,7 @@ def lacks_descriptors() -> bool:
         for descriptor in opened: os.close(descriptor)
     return False
 
-# %% ../../nbs/core/nvml_errors.ipynb #dd71d67a
+# %% ../../nbs/core/nvml_errors.ipynb #237fec9a
 def in_words(
     error: Exception,  # what a call to NVML raised
 ) -> str:
@@ -54,7 +54,7 @@ def in_words(
         return "this process has no file descriptor left with which to ask the NVIDIA driver (ulimit -n)"
     return _WORDS.get(code) or f"the NVIDIA driver answered: {error}"
 
-# %% ../../nbs/core/nvml_errors.ipynb #d321988b
+# %% ../../nbs/core/nvml_errors.ipynb #d41efe0d
 def ask(
     nvml: Any,    # the module `pynvml`
     name: str,    # of its function

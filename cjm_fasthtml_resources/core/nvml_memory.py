@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Figures', 'read_figures', 'is_unified', 'machine_figures', 'shares_memory', 'possible_figures', 'possible_processes']
 
-# %% ../../nbs/core/nvml_memory.ipynb #4f046b58
+# %% ../../nbs/core/nvml_memory.ipynb #19ba9b1e
 import re
 from collections.abc import Sequence
 from dataclasses import replace
@@ -15,7 +15,7 @@ from .memory import read_machine, read_memory
 from .nvml_errors import OF_THE_DRIVER, ask
 from .nvml_processes import GpuProcess
 
-# %% ../../nbs/core/nvml_memory.ipynb #69445f4b
+# %% ../../nbs/core/nvml_memory.ipynb #7d80663f
 class Figures(NamedTuple):
     "The memory of a device, in bytes"
     total: int
@@ -42,7 +42,7 @@ def read_figures(
     if not found.total: raise nvml.NVMLError(nvml.NVML_ERROR_NOT_SUPPORTED)
     return Figures(found.total, found.used, found.free)
 
-# %% ../../nbs/core/nvml_memory.ipynb #cdaf33a2
+# %% ../../nbs/core/nvml_memory.ipynb #eb23e3f0
 _UNIFIED = re.compile(r"\b(GB10|Thor|Orin|Xavier|Tegra|N1X)\b|\(nvgpu\)")
 _ATS = 2   # NVML_DEVICE_ADDRESSING_MODE_ATS
 
@@ -66,7 +66,7 @@ def shares_memory(
     unsupported = getattr(error, "value", None) == nvml.NVML_ERROR_NOT_SUPPORTED
     return unsupported and ask(nvml, "nvmlDeviceGetAddressingMode", handle) == _ATS
 
-# %% ../../nbs/core/nvml_memory.ipynb #ed73329d
+# %% ../../nbs/core/nvml_memory.ipynb #70bf38f1
 def possible_figures(
     figures: Figures,
 ) -> Figures:

@@ -90,7 +90,8 @@ def make_give_up(
     def give_up(request: Request) -> None:
         if until is None or time.monotonic() < until: return
         shortage, conflict = find_shortage(request, check)
-        raise ResourceBusy(f"{shortage} It was waited for {timeout:g} s.", conflict)
+        error = ResourceUnavailable if conflict.is_late else ResourceBusy
+        raise error(f"{shortage} It was waited for {timeout:g} s.", conflict)
 
     return give_up
 

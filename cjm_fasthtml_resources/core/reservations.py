@@ -184,7 +184,11 @@ class Request(StaysHere):
 
     def _enter(self) -> Claim | None:
         "Enter the queue, and be given a device at once if there is room"
-        claim = self.ledger.settle(self._look, self._claim, self._allowed)[-1]
+        try: claim = self.ledger.settle(self._look, self._claim, self._allowed)[-1]
+        except ResourceUnavailable as error:
+            if error.conflict is None or not error.conflict.is_late: raise
+            self.give_up(self)   # else the driver can answer until the time is over
+            return None
         self._has_entered, self._seen = True, self.ledger.devices()
         return claim
 

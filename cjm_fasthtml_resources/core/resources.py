@@ -91,11 +91,12 @@ class DeviceStatus:
     promises: tuple[Promise, ...] = ()         # memory that was reserved on it
     estimated: bool = False                    # the division by owner is not exact; the conflict's notes say why
     reason: str | None = None                  # why it is unavailable, in words
+    ram_memory: int = 0                        # bytes in use as RAM, where the GPU uses the machine's memory
 
     @property
     def external_percent(self) -> float:
         "The memory that this app cannot use, in percent of the device's total"
-        taken = self.external_memory + self.unattributed_memory + self.promised("external")
+        taken = self.external_memory + self.unattributed_memory + self.ram_memory + self.promised("external")
         return 100*taken/self.device.memory_total if self.device.memory_total else 0.0
 
     def promised(
@@ -108,8 +109,9 @@ class DeviceStatus:
     @property
     def shares(self) -> dict[str, int]:
         "Bytes by owner, and those that are reserved; the rest of the total is free, or the driver's own"
-        return dict(app=self.app_memory, external=self.external_memory,
-                    unattributed=self.unattributed_memory, promised=self.promised())
+        shares = dict(app=self.app_memory, external=self.external_memory,
+                      unattributed=self.unattributed_memory, promised=self.promised())
+        return shares | dict(ram=self.ram_memory) if self.device.unified else shares
 
     @property
     def room(self) -> int:

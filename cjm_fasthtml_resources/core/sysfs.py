@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['simulated', 'ListedGpu', 'SimulatedList', 'listed_gpus', 'module_version', 'jetson_load', 'jetson_temperature']
 
-# %% ../../nbs/core/sysfs.ipynb #3fc44454
+# %% ../../nbs/core/sysfs.ipynb #faacf868
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ from io import FileIO
 from pathlib import Path
 from typing import NamedTuple
 
-# %% ../../nbs/core/sysfs.ipynb #5af50ed6
+# %% ../../nbs/core/sysfs.ipynb #59bcddb0
 @dataclass(frozen=True)
 class ListedGpu:
     "An NVIDIA GPU as its kernel module lists it"
@@ -29,7 +29,7 @@ class SimulatedList(NamedTuple):
 
 simulated: SimulatedList | None = None
 
-# %% ../../nbs/core/sysfs.ipynb #5e72f510
+# %% ../../nbs/core/sysfs.ipynb #4f3130fb
 def _read(path: str) -> str:
     "Return a small file's text, empty if it cannot be read"
     try:
@@ -63,7 +63,7 @@ def _listed(address: str, proc: str, bus: str) -> ListedGpu:
     uuid = told.get("GPU UUID", "?")
     return ListedGpu(address, told.get("Model"), None if "?" in uuid else uuid, True)
 
-# %% ../../nbs/core/sysfs.ipynb #9bd361ef
+# %% ../../nbs/core/sysfs.ipynb #a419b2a0
 _LOADS = ("gpu.0/load", "platform/gpu.0/load", "platform/bus@0/17000000.gpu/load", "platform/17000000.gpu/load")
 
 def jetson_load(

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ENTRY_SIZES', 'NEWER_NAMES', 'Habits', 'make_older']
 
-# %% ../../nbs/simulated/habits.ipynb #7f4ec72d
+# %% ../../nbs/simulated/habits.ipynb #67201c2c
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -13,7 +13,7 @@ import pynvml
 
 from .machine import Checked, ScenarioError
 
-# %% ../../nbs/simulated/habits.ipynb #0a251d7a
+# %% ../../nbs/simulated/habits.ipynb #b09a8d90
 ENTRY_SIZES = (24, 32)
 
 @dataclass
@@ -32,7 +32,7 @@ class Habits(Checked):
         if not all(isinstance(name, str) for name in self.missing):
             raise ScenarioError("Habits.missing must be a list of C functions' names")
 
-# %% ../../nbs/simulated/habits.ipynb #fb4552ca
+# %% ../../nbs/simulated/habits.ipynb #03cda044
 NEWER_NAMES = ("nvmlMemory_v2", "c_nvmlMemory_v2_t", "c_nvmlProcessInfo_v2_t", "c_nvmlProcessInfo_v3_t",
                "NVML_VALUE_NOT_AVAILABLE_ulonglong", "nvmlDeviceGetNumGpuCores", "nvmlDeviceGetAddressingMode")
 

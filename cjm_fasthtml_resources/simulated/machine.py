@@ -110,7 +110,7 @@ class SimulatedGpu(Checked):
         if self.memory_used_mb is not None: return self.memory_used_mb
         return sum(p.memory_mb or 0 for p in self.processes) + sum(gpu.used_mb for gpu in self.mig or ())
 
-# %% ../../nbs/simulated/machine.ipynb #e5d82b31
+# %% ../../nbs/simulated/machine.ipynb #03dd1f78
 def instance_ids(
     gpu: SimulatedGpu,   # a divided one
 ) -> list[tuple[int, int]]:  # the numbers of GPU instance and compute instance of each
@@ -181,7 +181,7 @@ def replace_host(
 
     return undo
 
-# %% ../../nbs/simulated/machine.ipynb #1ec6482a
+# %% ../../nbs/simulated/machine.ipynb #29c04931
 def use_ram(
     size: int,   # bytes
 ) -> Callable[[], None]:  # gives it back
@@ -193,7 +193,7 @@ def use_ram(
     change(size)
     return partial(change, -size)
 
-# %% ../../nbs/simulated/machine.ipynb #841b6c61
+# %% ../../nbs/simulated/machine.ipynb #d06893df
 def replace_listed(
     list_gpus: Callable[[], list[sysfs.ListedGpu]],
     version: str,   # the driver's

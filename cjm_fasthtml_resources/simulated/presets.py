@@ -130,7 +130,7 @@ PRESETS["lost"] = lambda: dict(
     faults=[dict(call=call, error=pynvml.NVML_ERROR_GPU_IS_LOST, gpu=1)
             for call in ("nvmlDeviceGetMemoryInfo", "nvmlDeviceGetMemoryInfo_v2")])
 
-# %% ../../nbs/simulated/presets.ipynb #30115af6
+# %% ../../nbs/simulated/presets.ipynb #396217a1
 PRESETS["spark"] = lambda: dict(
     description="A DGX Spark: the GPU has no memory of its own, and uses the machine's",
     gpus=[dict(name="NVIDIA GB10", unified=True, compute_capability="12.1", cuda_cores=6144, utilization=96,
@@ -138,7 +138,7 @@ PRESETS["spark"] = lambda: dict(
                    *_processes((4200103, 61200), (4200301, 9800)), dict(pid=4200302, memory_mb=38, kind="graphics")])],
     machine=dict(memory_total_mb=124610, memory_used_mb=84300, processes=[*_SERVER, *_OTHERS]), workers=_WORKERS)
 
-# %% ../../nbs/simulated/presets.ipynb #7ebacf38
+# %% ../../nbs/simulated/presets.ipynb #3aab003e
 PRESETS["jetson"] = lambda: dict(
     description="A Jetson Orin: unified memory, and a driver whose list of processes has impossible entries",
     gpus=[dict(name="Orin (nvgpu)", unified=True, addressing_mode="N/A", compute_capability="8.7", cuda_cores=2048,
@@ -147,14 +147,14 @@ PRESETS["jetson"] = lambda: dict(
     faults=[dict(call=f"nvmlDeviceGet{call}", error=pynvml.NVML_ERROR_NOT_SUPPORTED)
             for call in ("UtilizationRates", "Temperature", "PowerUsage", "EnforcedPowerLimit")])
 
-# %% ../../nbs/simulated/presets.ipynb #f653658a
+# %% ../../nbs/simulated/presets.ipynb #c1daf192
 PRESETS["laptop"] = lambda: dict(
     description="A laptop whose GPU is suspended by power management, and must not be woken by looking",
     gpus=[dict(name="NVIDIA GeForce RTX 4060 Laptop GPU", memory_total_mb=8188, memory_reserved_mb=225, asleep=True,
                power_limit=115, compute_capability="8.9", cuda_cores=3072)],
     machine=dict(memory_total_mb=31800, memory_used_mb=6400, processes=_SERVER[:1]))
 
-# %% ../../nbs/simulated/presets.ipynb #f08f4c96
+# %% ../../nbs/simulated/presets.ipynb #9ce886c7
 PRESETS["two-cards"] = lambda: dict(
     description="Two different cards: the slow one is full, and CUDA's device 0 is the other",
     gpus=[dict(name="NVIDIA GeForce GTX 1660 SUPER", memory_total_mb=6144, memory_reserved_mb=210, memory_used_mb=5600,
@@ -164,7 +164,7 @@ PRESETS["two-cards"] = lambda: dict(
                power_limit=350, compute_capability="8.6", cuda_cores=10496, max_clock=2100)],
     machine=_machine(*_SERVER[:1], *_OTHERS))
 
-# %% ../../nbs/simulated/presets.ipynb #92e94518
+# %% ../../nbs/simulated/presets.ipynb #43d031c8
 def _h200_part(gpu_instance: int, total: int, used: int, **more: Any) -> Scenario:
     return dict(name=f"NVIDIA H200 MIG {total//1024}gb", memory_total_mb=total, memory_used_mb=used,
                 gpu_instance=gpu_instance, **more)
@@ -178,7 +178,7 @@ PRESETS["mig-shared"] = lambda: dict(
                    _h200_part(3, 33280, 17), _h200_part(9, 16384, 9), _h200_part(10, 16384, 9)])],
     machine=_machine(*_SERVER, *_OTHERS), workers=_WORKERS)
 
-# %% ../../nbs/simulated/presets.ipynb #aece6f80
+# %% ../../nbs/simulated/presets.ipynb #9cde69ed
 PRESETS["slow-start"] = lambda: dict(
     description="A server without persistence mode: the driver's first answer takes 8 seconds",
     gpus=[dict(name="NVIDIA A100-SXM4-80GB", memory_total_mb=81920, memory_reserved_mb=869, memory_used_mb=50,
