@@ -25,7 +25,6 @@ from cjm_fasthtml_resources.simulated.machine import (
     replace_host,
     replace_listed,
     to_bytes,
-    use_ram,
 )
 from .core.arguments import shorten
 from .core.forks import reset_in_child
@@ -38,8 +37,8 @@ from .simulated.presets import PRESETS
 from .simulated.scenarios import build, find_scenario, parse_scenario
 
 # %% ../nbs/simulate.ipynb #1de95689
-_all_ = ["CALLS", "PRESETS", "Fault", "Habits", "ScenarioError", "SimulatedGpu", "SimulatedHostProcess", "SimulatedMachine",
-         "SimulatedProcess"]
+_all_ = ["CALLS", "PRESETS", "Fault", "Habits", "ScenarioError", "SimulatedGpu", "SimulatedHostProcess",
+         "SimulatedMachine", "SimulatedProcess"]
 
 # %% ../nbs/simulate.ipynb #da37cb81
 class SimulatedDriver:
@@ -52,14 +51,15 @@ class SimulatedDriver:
         faults: Iterable[Fault] = (),                    # what goes wrong from the start
         description: str = "",                           # one sentence for people
         *,
-        habits: Habits | Mapping[str, Any] | None = None,   # what this driver does that others do not
+        habits: Habits | Mapping[str, Any] | None = None,   # what it does that other drivers do not
         shared: str | Path | None = None,                # a folder: processes that name it see each other's `allocate`
     ) -> None:
         self.gpus, self.machine, self.workers = list(gpus), machine, [dict(w) for w in workers]
         self.faults, self.description = list(faults), description
         self.calls: Counter[str] = Counter()             # how often each C function was called
         self.habits = habits if isinstance(habits, Habits) else build(Habits, dict(habits or {}), "habits")
-        self.library = Library(self.gpus, Allocations(None if shared is None else Path(shared)), self.habits)
+        allocations = Allocations(None if shared is None else Path(shared))
+        self.library = Library(self.gpus, allocations, self.habits)   # its C functions
         self._awake = threading.Event()                  # set when calls that hang go on
         self._starts = 0.0                               # seconds that the next call takes, if it is the first
         self._undo: list[Callable[[], None]] = []        # what `stop` puts back; empty while it does not run
@@ -72,7 +72,8 @@ class SimulatedDriver:
     def start(self) -> "SimulatedDriver":
         "Put the driver beneath `pynvml` and return it; raises `RuntimeError` if it runs already"
         if self._undo: raise RuntimeError("this simulated driver runs already")
-        self._undo = [replace_host(self.machine), replace_listed(self.library.listed, self.library.version), replace_library(self)]
+        self._undo = [replace_host(self.machine), replace_listed(self.library.listed, self.library.version),
+                      replace_library(self)]
         if self.habits.old_pynvml: self._undo.append(make_older())
         self._starts = self.habits.start_delay
         return self
@@ -112,17 +113,12 @@ class SimulatedDriver:
         "Use GPU memory while the block lasts, or until the process ends; raises `MemoryError` if less is free"
         if not 0 <= gpu < len(self.gpus):
             raise ScenarioError(f"gpu must be the index of one of the {len(self.gpus)} GPUs, not {shorten(gpu)}")
-        memory_mb = SimulatedProcess(1, memory_mb).memory_mb or 0   # checked
-        name = self.library.allocations.add(gpu, to_bytes(memory_mb))
-        undo = use_ram(to_bytes(memory_mb)) if self.gpus[gpu].unified else None
-        try:
-            if (free := self.library.free(self.gpus[gpu])) < 0:
+        size = to_bytes(SimulatedProcess(1, memory_mb).memory_mb or 0)   # checked
+        with self.library.use(gpu, size) as free:
+            if free < 0:
                 raise MemoryError(f"{memory_mb:g} MiB were asked of simulated GPU {gpu}, "
                                   f"which has {free/2**20 + memory_mb:g} MiB free")
             yield
-        finally:
-            self.library.allocations.remove(name)
-            if undo: undo()
 
     def fail(
         self,

@@ -36,7 +36,17 @@ SCENARIO = dict(
     machine=dict(processes=[dict(pid=4_400_001, name="train.py", username="bob")]))
 NEWER = ("nvmlDeviceGetMemoryInfo_v2", "nvmlDeviceGetComputeRunningProcesses_v3",
          "nvmlDeviceGetGraphicsRunningProcesses_v3", "nvmlDeviceGetMPSComputeRunningProcesses_v3")
+ASKED_ONCE = ("nvmlDeviceGetName", "nvmlDeviceGetCudaComputeCapability", "nvmlDeviceGetNumGpuCores",
+              "nvmlDeviceGetMaxClockInfo", "nvmlDeviceGetGpuInstanceId", "nvmlDeviceGetComputeInstanceId")
 GOOD = {"0": EXTERNAL, "1:0": EXTERNAL, "1:1": AVAILABLE, "2": AVAILABLE}
+
+
+def newer_forms(call):
+    "The calls without which the driver is asked by this one"
+    if call == "nvmlDeviceGetMemoryInfo": return [f"{call}_v2"]
+    if "Running" not in call or call.endswith("_v3"): return []
+    name = call.removesuffix("_v2")
+    return [f"{name}_v3"] if call.endswith("_v2") else [f"{name}_v3", f"{name}_v2"]
 
 
 def statuses(conflict): return {str(d.device.id): d.status for d in conflict.devices}
@@ -91,15 +101,11 @@ def test_the_list_of_calls_is_that_of_the_library():
 def test_every_error_of_every_call_through_check_monitor_panel_and_stream(watched, call):
     driver, manager, panel, hub = watched
     session = call in ("nvmlInitWithFlags", "nvmlSystemGetDriverVersion", "nvmlDeviceGetCount_v2", "nvmlShutdown")
-    # reached only when the newer form is not there
-    older = call in ("nvmlDeviceGetMemoryInfo",) or call.endswith("_v2") and "Running" in call
     driver.recover()
     for error in ERRORS:
         for often in TIMES.values():
             for gpu in (None,) if session else (None, 0):
-                if older:
-                    newer = call.replace("_v2", "_v3") if "Running" in call else "nvmlDeviceGetMemoryInfo_v2"
-                    driver.fail(newer, pynvml.NVML_ERROR_FUNCTION_NOT_FOUND, gpu)
+                for newer in newer_forms(call): driver.fail(newer, pynvml.NVML_ERROR_FUNCTION_NOT_FOUND, gpu)
                 driver.fail(call, error, gpu, **often)
                 # makes nothing worse
                 if session: driver.fail("nvmlDeviceGetTemperature", pynvml.NVML_ERROR_GPU_IS_LOST, times=1)
@@ -152,10 +158,8 @@ def test_a_call_that_hangs_costs_one_answer_and_no_more(call):
         if call in ("nvmlInitWithFlags", "nvmlSystemGetDriverVersion", "nvmlShutdown"):   # the session is opened again
             driver.fail("nvmlDeviceGetCount_v2", pynvml.NVML_ERROR_UNKNOWN, times=1)
         manager.check_gpu_availability()
-        missing = pynvml.NVML_ERROR_FUNCTION_NOT_FOUND
-        if call == "nvmlDeviceGetMemoryInfo": driver.fail("nvmlDeviceGetMemoryInfo_v2", missing)
-        if "Running" in call and call.endswith("_v2"): driver.fail(call.replace("_v2", "_v3"), missing)
-        if call in ("nvmlDeviceGetUUID", "nvmlDeviceGetName", "nvmlDeviceGetHandleByIndex_v2", "nvmlShutdown"):
+        for newer in newer_forms(call): driver.fail(newer, pynvml.NVML_ERROR_FUNCTION_NOT_FOUND)
+        if call in ("nvmlDeviceGetUUID", "nvmlDeviceGetHandleByIndex_v2", "nvmlShutdown", *ASKED_ONCE):
             driver.fail("nvmlDeviceGetCount_v2", pynvml.NVML_ERROR_UNKNOWN, times=1)
             if call != "nvmlShutdown": manager.check_gpu_availability()
         before = {t for t in threading.enumerate() if t.name == "nvml-reader"}   # examples may have left some

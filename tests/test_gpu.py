@@ -22,7 +22,7 @@ ERRORS = sorted({value for name, value in vars(pynvml).items()
                  if name.startswith("NVML_ERROR_") and isinstance(value, int)})
 KINDS = ("Compute", "Graphics", "MPSCompute")
 LISTS = [f"nvmlDeviceGet{kind}RunningProcesses_v3" for kind in KINDS]
-OLDER_LISTS = [f"nvmlDeviceGet{kind}RunningProcesses_v2" for kind in KINDS]
+OLDER_LISTS = [[f"nvmlDeviceGet{kind}RunningProcesses{form}" for form in ("_v2", "")] for kind in KINDS]
 LOST = "the GPU is lost (it fell off the bus) and needs a reset or a reboot"
 
 
@@ -38,7 +38,7 @@ def test_a_device_that_fails_altogether_leaves_the_others(error):
 def test_the_process_list_is_whole_although_one_kind_is_not_supported(kind):
     gpu = SimulatedGpu(processes=[SimulatedProcess(4200001, 100), SimulatedProcess(4200002, 50, "graphics")])
     def read(error):
-        for name in (LISTS[kind], OLDER_LISTS[kind]): driver.fail(name, error)
+        for name in (LISTS[kind], *OLDER_LISTS[kind]): driver.fail(name, error)
         device = read_gpus().devices[0]
         driver.recover()
         return [p.pid for p in device.processes], device.processes_whole
@@ -306,7 +306,7 @@ def test_a_device_is_read_whole():
     processes = (GpuProcess(4_300_001, 100*MIB, "graphics"), GpuProcess(4_300_002, 700*MIB, "compute"),
                  GpuProcess(4_300_003, None, "mps"))
     device = GpuDevice(0, "GPU-a", "NVIDIA L4", 24_000*MIB, 800*MIB, 22_900*MIB, 300*MIB, 37, 61, 51.25, 72.0,
-                       processes)
+                       processes, compute_capability=(8, 9), cuda_cores=7424, max_clock=2040)
     assert snapshot == GpuSnapshot((device,), None, "580.105.08 (simulated)", snapshot.time)
     assert abs(snapshot.time - time.time()) < 5 and snapshot.simulated and not snapshot.late
     assert snapshot.pids == {4_300_001, 4_300_002, 4_300_003}
@@ -348,7 +348,7 @@ def test_what_a_driver_does_not_answer_is_none_and_the_rest_is_there():
         device = read(call)
         assert getattr(device, field) is None and device.memory_used == 100*MIB and device.reason is None
         assert device.processes and [name for name in OF_CALL.values() if getattr(device, name) is None] == [field]
-    none = read(*LISTS, *OLDER_LISTS)
+    none = read(*LISTS, *sum(OLDER_LISTS, []))
     assert none.processes is None and none.memory_used == 100*MIB
     assert read("nvmlDeviceGetHandleByIndex_v2", code=15) == GpuDevice(0, reason=LOST)
     divided = read("nvmlDeviceGetMigMode", code=15)   # one that is divided must not be taken for a whole one

@@ -80,7 +80,7 @@ def test_what_is_handed_out_cannot_be_changed():
     changeable = {value.__name__ for value in public if not value.__dataclass_params__.frozen}
     # what a test sets on a simulated machine, what a process remembers of a plugin, and what a change writes
     assert changeable == {"SimulatedProcess", "SimulatedGpu", "SimulatedHostProcess", "SimulatedMachine", "Fault",
-                          "AskedPlugin", "Draft"}
+                          "Habits", "AskedPlugin", "Draft"}
 
 
 def test_no_notebook_keeps_a_warning():

@@ -10,8 +10,8 @@ __all__ = ['IDLE', 'GpuSnapshot', 'GpuReader', 'read_gpus', 'release_driver', 'G
 import math
 import threading
 import time
-from dataclasses import dataclass, field
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from queue import Empty, SimpleQueue
 from typing import NamedTuple
 
@@ -93,14 +93,25 @@ def _check_timeout(timeout: float) -> None:
         raise ValueError(f"timeout must be a positive number of seconds, not {shorten(timeout)}")
 
 # %% ../../nbs/core/gpu.ipynb #5ec4eb75
-IDLE = 60.0   # seconds without a caller, after which NVML is let go
-
 class _Call(NamedTuple):
     "One caller in the queue"
     answered: threading.Lock   # taken; released by the answer
     wake: bool = False         # sleeping GPUs are to be asked, too
     reads: bool = True         # False: NVML is to be let go
 
+# %% ../../nbs/core/gpu.ipynb #9972c88d
+IDLE = 60.0   # seconds without a caller, after which NVML is let go
+
+def _next_calls(queue: SimpleQueue[_Call], driver: _Driver) -> list[_Call]:
+    "Wait for a caller, and return all that have come"
+    try: calls = [queue.get(timeout=IDLE if driver.session else None)]
+    except Empty:
+        driver.close()
+        calls = [queue.get()]
+    while not queue.empty(): calls.append(queue.get())
+    return calls
+
+# %% ../../nbs/core/gpu.ipynb #ce75701f
 class GpuReader:
     "Reads the driver on one thread of its own, for any number of callers"
     def __init__(self) -> None:
@@ -125,12 +136,8 @@ class GpuReader:
         "Answer all callers in the queue with one reading, until the program ends; let go of NVML when nobody asks"
         driver = _Driver()
         while True:
-            try: callers = [self._queue.get(timeout=IDLE if driver.session else None)]
-            except Empty:
-                driver.close()
-                continue
+            callers = _next_calls(self._queue, driver)
             self._since = time.monotonic()
-            while not self._queue.empty(): callers.append(self._queue.get())
             if any(call.reads for call in callers): self._latest = driver.read(any(call.wake for call in callers))
             else: driver.close()
             self._since = math.inf

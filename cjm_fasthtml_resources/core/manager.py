@@ -90,11 +90,8 @@ class ResourceManager(StaysHere, WorkerRegistry):
 
     def _repr_html_(self) -> str | None: return repr_html(self)
 
-    def read(
-        self,
-        wake: bool = False,   # ask GPUs that power management has suspended, too
-    ) -> GpuSnapshot:
-        "Read the driver now, for at most `gpu_timeout` seconds"
+    def read(self, wake: bool = False) -> GpuSnapshot:
+        "Read the driver now, for at most `gpu_timeout` seconds; `wake` GPUs that power management has suspended"
         return read_gpus(self.gpu_timeout, wake)
 
     def check_gpu_availability(
@@ -171,9 +168,8 @@ class ResourceManager(StaysHere, WorkerRegistry):
         "Return a request that enters the queue at its first `poll`, for programs that wait by themselves"
         memory, give_up = check_memory(gpu_memory_mb), make_give_up(timeout, self.check_gpu_availability)
         choose = partial(choose_devices, wanted=device, memory=memory, judge=self.judge)
-        look = partial(self.read, wake=True)
-        return Request(self.ledger, look, choose, find_holder(pid), memory, self.app or "", check_ttl(ttl),
-                       give_up)
+        return Request(self.ledger, partial(self.read, wake=True), choose, find_holder(pid), memory, self.app or "",
+                       check_ttl(ttl), give_up)
 
     def wait_for_gpu(
         self,

@@ -238,12 +238,11 @@ class NvmlSession:
 
     def read_gpu(self, index: int) -> Iterator[GpuDevice]:
         "Return one GPU and its MIG instances, with a `reason` if it cannot be read"
-        try: handle = self.nvml.nvmlDeviceGetHandleByIndex(index)
-        except self.nvml.NVMLError as error:
-            yield GpuDevice(index, reason=in_words(error))
-            return
-        fixed = self.find(handle, index=index)
-        try: divided = None if "reason" in fixed else _mig_mode(self.nvml, handle)
+        handle, fixed, divided = None, dict[str, Any](index=index), None
+        try:
+            handle = self.nvml.nvmlDeviceGetHandleByIndex(index)
+            fixed = self.find(handle, index=index)
+            if "reason" not in fixed: divided = _mig_mode(self.nvml, handle)
         except self.nvml.NVMLError as error: fixed["reason"] = in_words(error)
         if "reason" in fixed: yield GpuDevice(**fixed)
         else:

@@ -15,7 +15,7 @@ from .memory import read_machine, read_memory
 from .nvml_errors import OF_THE_DRIVER, ask
 from .nvml_processes import GpuProcess
 
-# %% ../../nbs/core/nvml_memory.ipynb #7d80663f
+# %% ../../nbs/core/nvml_memory.ipynb #c65e7359
 class Figures(NamedTuple):
     "The memory of a device, in bytes"
     total: int
@@ -23,24 +23,28 @@ class Figures(NamedTuple):
     free: int
     reserved: int | None = None   # by the driver and the firmware; `None`: they count as used
 
+def _figures(found: Any) -> Figures:
+    "Return what is in a struct of either form"
+    return Figures(found.total, found.used, found.free, getattr(found, "reserved", None))
+
+# %% ../../nbs/core/nvml_memory.ipynb #c5637cd1
 def _second_form(nvml: Any, handle: Any) -> Figures | None:
     "Return the figures of the newer call; `None` if it fails for a reason of its own"
-    try: found = nvml.nvmlDeviceGetMemoryInfo(handle, version=nvml.nvmlMemory_v2)
+    try: found = _figures(nvml.nvmlDeviceGetMemoryInfo(handle, version=nvml.nvmlMemory_v2))
     except nvml.NVMLError as error:
         if error.value in OF_THE_DRIVER: raise
         return None
     except (AttributeError, TypeError): return None
-    return Figures(found.total, found.used, found.free, getattr(found, "reserved", None)) if found.total else None
+    return found if found.total else None
 
 def read_figures(
     nvml: Any,     # the module `pynvml`
     handle: Any,
 ) -> Figures:
     "Return the memory of a device; raises `NVMLError` if neither form of the call tells it"
-    if figures := _second_form(nvml, handle): return figures
-    found = nvml.nvmlDeviceGetMemoryInfo(handle)
+    found = _second_form(nvml, handle) or _figures(nvml.nvmlDeviceGetMemoryInfo(handle))
     if not found.total: raise nvml.NVMLError(nvml.NVML_ERROR_NOT_SUPPORTED)
-    return Figures(found.total, found.used, found.free)
+    return found
 
 # %% ../../nbs/core/nvml_memory.ipynb #eb23e3f0
 _UNIFIED = re.compile(r"\b(GB10|Thor|Orin|Xavier|Tegra|N1X)\b|\(nvgpu\)")

@@ -21,8 +21,8 @@ class GpuProcess:
     memory_used: int | None  # bytes; `None` where the driver does not report it, as under WSL and Windows' WDDM
     kind: str                # "compute", "graphics" or "mps"; "compute+graphics" for one that is both
 
-# %% ../../nbs/core/nvml_processes.ipynb #cc9d2257
-_UNTOUCHED = 0xA5          # ends no entry: its last byte is the highest of a number of bytes, or of an instance's number
+# %% ../../nbs/core/nvml_processes.ipynb #c7c2a46b
+_UNTOUCHED = 0xA5          # ends no entry, which is the highest byte of a size or of an instance's number
 _LARGEST = 64              # bytes for which an entry has room
 _FORMATS = {16: struct.Struct("<I4xQ"), 24: struct.Struct("<I4xQ8x"), 32: struct.Struct("<I4xQ16x")}
 

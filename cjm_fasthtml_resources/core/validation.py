@@ -371,7 +371,8 @@ def _decide(
     if needs.uses_gpu and device_kind(needs.device) != "mps":  # Apple's GPUs use the machine's memory
         conflict = only_device(manager.check_gpu_availability(wake=True), needs.device)
         _log.debug("GPU memory: %s", conflict.message)
-        if conflict.is_late: return _result(ValidationAction.USER_INTERVENTION, f"{conflict.message} Try again.", conflict)
+        if conflict.is_late:
+            return _result(ValidationAction.USER_INTERVENTION, f"{conflict.message} Try again.", conflict)
         if conflict.status is not ResourceStatus.UNAVAILABLE:
             return _decide_on_gpu(manager, job, workers, conflict, own)
         if device_kind(needs.device) != "auto": return _result(ValidationAction.ABORT, conflict.message, conflict)

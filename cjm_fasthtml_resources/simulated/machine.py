@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['ADDRESSING_MODES', 'ScenarioError', 'Checked', 'to_bytes', 'SimulatedProcess', 'SimulatedGpu', 'instance_ids',
-           'SimulatedHostProcess', 'SimulatedMachine', 'to_processes', 'to_memory', 'replace_host', 'use_ram',
-           'replace_listed']
+           'SimulatedHostProcess', 'SimulatedMachine', 'to_processes', 'to_memory', 'replace_host', 'available_ram',
+           'use_ram', 'replace_listed']
 
 # %% ../../nbs/simulated/machine.ipynb #7fb0d34b
 import re
@@ -181,7 +181,12 @@ def replace_host(
 
     return undo
 
-# %% ../../nbs/simulated/machine.ipynb #29c04931
+# %% ../../nbs/simulated/machine.ipynb #e99155ae
+def available_ram() -> int:
+    "Return the bytes of RAM that are available; less than 0 where more is in use than there is"
+    now = memory.read_machine()
+    return now.total - now.used
+
 def use_ram(
     size: int,   # bytes
 ) -> Callable[[], None]:  # gives it back

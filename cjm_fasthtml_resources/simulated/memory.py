@@ -6,18 +6,26 @@
 __all__ = ['Allocations', 'MemoryCalls', 'write_processes', 'ProcessCalls']
 
 # %% ../../nbs/simulated/memory.ipynb #136fec14
+import contextlib
 import ctypes
 import os
 import struct
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from ..core import process as host_process
 from .calls import INSUFFICIENT_SIZE, NOT_SUPPORTED, SUCCESS, Handles
 from .habits import Habits
-from .machine import SimulatedGpu, SimulatedProcess, instance_ids, to_bytes
+from cjm_fasthtml_resources.simulated.machine import (
+    SimulatedGpu,
+    SimulatedProcess,
+    available_ram,
+    instance_ids,
+    to_bytes,
+    use_ram,
+)
 
 # %% ../../nbs/simulated/memory.ipynb #89e08388
 class Allocations:
@@ -67,6 +75,16 @@ class MemoryCalls(Handles):
         "Return the bytes that are free; less than 0 where more is in use than there is"
         free_mb = gpu.memory_total_mb - gpu.memory_reserved_mb - gpu.used_mb
         return to_bytes(free_mb) - sum(self.allocated(gpu).values())
+
+    @contextlib.contextmanager
+    def use(self, index: int, size: int) -> Iterator[int]:
+        "Use so many bytes of a GPU for a block; yield what is free then, less than 0 where there is not so much"
+        name, gpu = self.allocations.add(index, size), self.gpus[index]
+        undo = use_ram(size) if gpu.unified else None
+        try: yield available_ram() if gpu.unified else self.free(gpu)
+        finally:
+            self.allocations.remove(name)
+            if undo: undo()
 
     def nvmlDeviceGetMemoryInfo(self, handle: Any, ref: Any) -> int:
         gpu, info = self.gpu(handle), ref._obj

@@ -22,7 +22,6 @@ from cjm_fasthtml_resources.simulated.machine import (
 from ..core.arguments import shorten
 from ..core.copies import copy_config
 from .faults import Fault
-from .habits import Habits
 from .presets import PRESETS
 
 # %% ../../nbs/simulated/scenarios.ipynb #22ced0f2
@@ -78,7 +77,7 @@ def parse_scenario(
         gpus=build_list(SimulatedGpu, scenario.get("gpus", []), "gpus"),
         machine=None if machine is None else build(SimulatedMachine, machine, "machine"),
         workers=workers, faults=build_list(Fault, scenario.get("faults", []), "faults"),
-        habits=build(Habits, scenario.get("habits") or {}, "habits"),
+        habits=scenario.get("habits"),
         description=description if isinstance(description, str) else shorten(description))
 
 # %% ../../nbs/simulated/scenarios.ipynb #fd7ec829
