@@ -39,7 +39,8 @@ from .workers import Workers
 CONTAINER_NOTE = (
     "An estimate: inside a container (WSL is one, too) the driver's process numbers cannot be matched. "
     "For an exact answer mount the host's /proc (docker run -v /proc:/host/proc:ro), "
-    "or set CJM_HOST_PROC to where it is; or let workers report what they hold with "
+    "or set CJM_HOST_PROC to where it is (an open kernel module of release 545 to 560 must be updated); "
+    "or let workers report what they hold with "
     "update_worker_state(pid, gpu_memory_mb=...)")
 SILENT_NOTE = (
     "An estimate: the driver does not say how much memory each process has, as under WSL and Windows, "
@@ -115,7 +116,7 @@ class Checks:
         threshold_percent: float,
     ) -> tuple[list[DeviceStatus], list[str]]:  # with a note where the division is an estimate
         "Return each device by the owners of its processes"
-        read, me = driver_pid_reader(), self.me()
+        read, me = driver_pid_reader(p.pid for d in devices for p in d.processes or ()), self.me()
         reported, found = count_reported(self.workers) if read is None else None, list[DeviceStatus]()
         uses = read_use(devices) if known.claims else []
         claims = drop(known.claims, known.over, uses)

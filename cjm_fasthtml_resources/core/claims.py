@@ -118,7 +118,8 @@ def read_use(
     devices: Iterable[GpuDevice],
 ) -> list[DeviceUse]:  # without devices whose memory cannot be read
     "Return the processes on each device, as far as the driver shows them"
-    read, devices = driver_pid_reader(), list(devices)
+    devices = list(devices)
+    read = driver_pid_reader(p.pid for d in devices for p in d.processes or ())
     names = [device_key(d) for d in devices]
 
     def on(device: GpuDevice, key: str) -> DeviceUse:

@@ -66,7 +66,7 @@ def owned_process(
     parent = None if worker is None or worker.pid == process.pid else worker
     named = None if parent is None else shown_text(parent.worker_type)
     return OwnedProcess(process.pid, owner, memory, process.name, process.username, kind,
-                        parent.pid if parent else None, named)
+                        parent.pid if parent else None, named, process.container)
 
 # %% ../../nbs/core/classify.ipynb #41ccb90d
 def divide_rest(
@@ -114,7 +114,8 @@ def classify_device(
 
 # %% ../../nbs/core/classify.ipynb #e29a3b2b
 def _add_parent(row: Any, process: OwnedProcess) -> None:
-    "Add the worker that a process of the app descends from"
+    "Add the worker that a process of the app descends from, and the container that a process is in"
+    if process.container is not None: row["container"] = process.container
     if process.owner == "app":
         row["parent_pid"], row["parent_worker_type"] = process.parent_pid, process.parent_worker_type
 

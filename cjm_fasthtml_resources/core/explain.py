@@ -14,12 +14,18 @@ from .room import roomiest
 from .text import format_bytes, list_names, printable
 
 # %% ../../nbs/core/explain.ipynb #0673444e
+def _inside(container: str | None) -> str:
+    "Return where a process runs: a container, or a pod or job, which say so themselves"
+    if container is None: return ""
+    return f" in {container}" if container.startswith(("pod ", "job ")) else f" in container {container}"
+
 def name_process(
     process: OwnedProcess,
     where: str = "",     # such as " on GPU 0"
 ) -> str:
-    "Return a process by name, with its user, PID and memory"
-    who = (process.name or "a process without a name") + (f" of {process.username}" if process.username else "")
+    "Return a process by name, with its user, container, PID and memory"
+    user = f" of {process.username}" if process.username else ""
+    who = f"{process.name or 'a process without a name'}{user}{_inside(process.container)}"
     held = "" if process.memory_used is None else f", {format_bytes(process.memory_used)}"
     return f"{who} (PID {process.pid}{held}{where})"
 

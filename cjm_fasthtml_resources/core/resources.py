@@ -67,6 +67,7 @@ class OwnedProcess:
     kind: str | None = None               # on a GPU: "compute", "graphics", "mps"
     parent_pid: int | None = None         # the worker that it descends from
     parent_worker_type: str | None = None
+    container: str | None = None          # or pod or job that it is in, if it is another than this process's
 
 # %% ../../nbs/core/resources.ipynb #d7cd7bf4
 @dataclass(frozen=True)
@@ -141,6 +142,7 @@ class _Process(TypedDict):
 class _Child(TypedDict, total=False):
     parent_pid: int | None           # this app's only: the worker that it descends from, if it is not one itself
     parent_worker_type: str | None
+    container: str                   # or pod or job that it is in, if it is another than this process's
 
 class GpuProcessDict(_Process, _Child):
     "A process on a device"

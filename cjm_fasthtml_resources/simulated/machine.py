@@ -135,6 +135,7 @@ class SimulatedHostProcess(Checked):
     username: str | None = None
     parent: int | None = None  # the parent's PID
     memory_mb: float = 0       # MiB of RAM
+    container: str | None = None  # or "pod NAMESPACE/NAME" or "job NUMBER" that it is in
 
 @dataclass
 class SimulatedMachine(Checked):
@@ -158,7 +159,8 @@ def to_processes(machine: SimulatedMachine) -> process.SimulatedProcesses:
     parents = {p.pid: p.parent for p in machine.processes}
 
     def info(p: SimulatedHostProcess) -> process.ProcessInfo:
-        return process.ProcessInfo(p.pid, 1.0, printable(p.name), p.username, tuple(_above(p.pid, parents)))
+        return process.ProcessInfo(p.pid, 1.0, printable(p.name), p.username, tuple(_above(p.pid, parents)),
+                                   container=None if p.container is None else printable(p.container))
 
     found = {p.pid: info(p) for p in machine.processes}
     return process.SimulatedProcesses(found, machine.pid_namespace, machine.local_pids)

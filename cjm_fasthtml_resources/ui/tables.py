@@ -57,7 +57,8 @@ ProcessRow = tuple[int | str, OwnedProcess]   # the device's id, and the process
 @lru_cache
 def _owner(owner: str) -> Any: return Td(owner, cls=owner)
 
-def _long(text: str, most: int = 24) -> Any: return Td(text, title=text) if len(text) > most else text   # cut off
+def _long(text: str, most: int = 24, look: str | None = None) -> Any:
+    return Td(text, title=text, cls=look) if len(text) > most else text   # cut off
 
 def _place(device: int | str) -> Any: return _long(device, 8) if isinstance(device, str) else device
 
@@ -77,6 +78,14 @@ PROCESS_COLUMNS = (
     Column("worker", lambda row: _worker(row[1]), "x", "w11"),
     Column("memory", lambda row: _size(row[1].memory_used), "n"))
 
+# %% ../../nbs/ui/tables.ipynb #29ba1986
+_CONTAINER = Column("container", lambda row: _long(printable(row[1].container or ""), 20, "xl"), "xl", "w13")
+
+def _with_container(columns: Sequence[Column], rows: Iterable[ProcessRow]) -> Sequence[Column]:
+    "Return the columns, and after the user the container if a process is in one"
+    if all(process.container is None for _, process in rows): return columns
+    return [column for c in columns for column in ((c, _CONTAINER) if c.name == "user" else (c,))]
+
 # %% ../../nbs/ui/tables.ipynb #7db837aa
 _FOR_HOSTS: dict[str, dict[str, Any]] = {"GPU": dict(width="w13"), "PID": dict(look="n xx")}
 
@@ -92,7 +101,8 @@ def process_table(
 ) -> Any:
     "Return a table of processes on GPUs, with their owners"
     rows = list(rows)
-    return make_table("processes", _caption("Processes on GPUs", extra), _fit(columns, rows), rows)
+    return make_table("processes", _caption("Processes on GPUs", extra),
+                      _fit(_with_container(columns, rows), rows), rows)
 
 # %% ../../nbs/ui/tables.ipynb #b8902d2f
 @dataclass(frozen=True)

@@ -195,6 +195,10 @@ class _PlacedProcess(NamedTuple):
 def _memory(p: OwnedProcess) -> str: return "unknown" if p.memory_used is None else format_bytes(p.memory_used)
 def _worker(p: OwnedProcess) -> str: return "" if p.parent_pid is None else f"{p.parent_worker_type} {p.parent_pid}"
 
+def _container(p: OwnedProcess) -> str:
+    name = p.container or ""
+    return name if len(name) <= 20 else f"{name[:19]}…"   # a whole name could take the room of other columns
+
 _PROCESS_COLUMNS: Sequence[Column[_PlacedProcess]] = (
     Column("where", lambda row: row.place),
     Column("PID", lambda row: str(row.process.pid), "right"),
@@ -202,6 +206,7 @@ _PROCESS_COLUMNS: Sequence[Column[_PlacedProcess]] = (
     Column("memory", lambda row: _memory(row.process), "right"),
     Column("process", lambda row: row.process.name or "?", shrinks=True),
     Column("user", lambda row: row.process.username or ""),
+    Column("container", lambda row: _container(row.process)),   # shown if a process is in one
     Column("child of worker", lambda row: _worker(row.process)))
 
 # %% ../../nbs/ui/terminal.ipynb #b832327f
@@ -214,7 +219,9 @@ def process_table(
     on_gpu = [_PlacedProcess(f"GPU {d.device.id}", p) for d in answer.gpu.devices for p in d.processes]
     in_ram = [_PlacedProcess("RAM", p) for p in answer.memory.memory.processes] if answer.memory.memory else []
     groups = [sorted(rows, key=lambda row: -(row.process.memory_used or 0)) for rows in (on_gpu, in_ram)]
-    return make_table(_PROCESS_COLUMNS, groups, width, top)
+    inside = any(row.process.container is not None for rows in groups for row in rows[:top])
+    columns = [c for c in _PROCESS_COLUMNS if inside or c.name != "container"]
+    return make_table(columns, groups, width, top)
 
 # %% ../../nbs/ui/terminal.ipynb #7a5429d1
 def _plugin(worker: WorkerState) -> str:
