@@ -66,11 +66,15 @@ def _users_in_app(devices: list[DeviceStatus]) -> list[str]:
     return ([*name_processes(devices, "app"), *name_reservations(devices, "app")]
             or [f"{format_bytes(d.app_memory)} on GPU {d.device.id}" for d in devices])
 
+def _name_ram(status: DeviceStatus) -> str:
+    return f"{format_bytes(status.ram_memory)} in use as RAM, which is the memory of GPU {status.device.id}, too"
+
 def _users_outside(devices: list[DeviceStatus]) -> list[str]:
     "Return what other programs use; memory of no visible process first, if it is the larger part"
     unseen = [f"{format_bytes(d.unattributed_memory)} on GPU {d.device.id} that no visible process accounts for"
               for d in devices if d.unattributed_memory > d.external_memory]
-    return [*unseen, *name_processes(devices, "external"), *name_reservations(devices, "external")]
+    ram = [_name_ram(d) for d in devices if d.ram_memory > d.external_memory]
+    return [*unseen, *ram, *name_processes(devices, "external"), *name_reservations(devices, "external")]
 
 def explain_gpus(
     status: ResourceStatus,
@@ -102,6 +106,7 @@ def explain_shortage(
     names = [*(name_process(p) for p in sorted(best.processes, key=by_size)), *name_reservations([best])]
     if best.unattributed_memory:
         names.append(f"{format_bytes(best.unattributed_memory)} that no visible process accounts for")
+    if best.ram_memory: names.append(_name_ram(best))
     held = f", with {list_names(names)} on it" if names else ""
     return (f"{format_bytes(memory)} of GPU memory are wanted, and GPU {best.device.id} "
             f"has {format_bytes(best.room)} free{held}.")

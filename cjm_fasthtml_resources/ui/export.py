@@ -27,7 +27,7 @@ def _device(d: DeviceStatus) -> dict[str, Any]:
     del device["processes"], device["reason"]
     return dict(id=d.device.id, **device, status=d.status.value, reason=d.reason, estimated=d.estimated,
                 app_memory=d.app_memory, external_memory=d.external_memory,
-                unattributed_memory=d.unattributed_memory, room=d.room,
+                unattributed_memory=d.unattributed_memory, ram_memory=d.ram_memory, room=d.room,
                 promises=[asdict(p) for p in d.promises], processes=[asdict(p) for p in d.processes])
 
 # %% ../../nbs/ui/export.ipynb #643ed4ad

@@ -58,7 +58,8 @@ def memory_key(
     total: int,                  # bytes
 ) -> Any:
     "Return the figures of a bar in words"
-    rows = [Span(f"{owner} {format_bytes(n)}", cls=owner) for owner, n in shares.items() if n > 0]
+    words = dict(ram="other RAM")
+    rows = [Span(f"{words.get(owner, owner)} {format_bytes(n)}", cls=owner) for owner, n in shares.items() if n > 0]
     return Div(*rows, Span(f"free {_gib(free)} of {_gib(total)} GiB", cls="free"), cls="key")
 
 # %% ../../nbs/ui/parts.ipynb #3bb2984a
@@ -91,9 +92,10 @@ def gpu_head(
     status: ResourceStatus | None = None,   # `None`: it was read, and not yet judged
 ) -> Any:
     "Return which device it is, and its status"
-    name = printable(device.name or "no name")
+    name = printable(device.name or "no name") + (", unified memory" if device.unified else "")
     title = f"{name}, {device.uuid}" if device.uuid else name   # a narrow card cuts the name off
-    return Div(B(f"GPU {device.id}"), Span(name, title=title), *([badge(status)] if status else []), cls="head")
+    words = "asleep" if device.asleep else ""
+    return Div(B(f"GPU {device.id}"), Span(name, title=title), *([badge(status, words)] if status else []), cls="head")
 
 # %% ../../nbs/ui/parts.ipynb #55762c60
 def _memory(device: GpuDevice, shares: Mapping[str, int], free: int, reason: str | None) -> Any:

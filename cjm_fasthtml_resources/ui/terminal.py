@@ -30,9 +30,12 @@ from ..core.samples import Sample
 from ..core.text import format_bytes, printable
 
 # %% ../../nbs/ui/terminal.ipynb #8bbf3ea0
-def _status(status: ResourceStatus) -> Text:
+def _status(
+    status: ResourceStatus,
+    words: str = "",   # in place of the status's own
+) -> Text:
     look = status.look
-    return Text(f"{look.ascii} {look.words}", look.style, no_wrap=True)
+    return Text(f"{look.ascii} {words or look.words}", look.style, no_wrap=True)
 
 # %% ../../nbs/ui/terminal.ipynb #c40382bd
 @dataclass(frozen=True)
@@ -46,7 +49,8 @@ class _Part:
     def mark(self, plain: bool) -> str: return self.ascii if plain else self.sign
 
 _OWNERS = (_Part("app", "█", "#", "green"), _Part("external", "▓", "x", "red"),
-           _Part("unattributed", "▒", "?", "yellow"), _Part("promised", "▚", "~", "magenta"))
+           _Part("unattributed", "▒", "?", "yellow"), _Part("promised", "▚", "~", "magenta"),
+           _Part("ram", "▤", "m", "blue"))
 _PARTS = (*_OWNERS, _Part("free", "░", ".", "bright_black"))
 
 # %% ../../nbs/ui/terminal.ipynb #d8f3537b
@@ -74,9 +78,13 @@ def _bar(
     return bar
 
 # %% ../../nbs/ui/terminal.ipynb #dacf20ea
-def _legend(plain: bool) -> Text:
+def _legend(
+    plain: bool,            # ASCII signs only
+    unified: bool = False,  # a GPU uses the machine's memory
+) -> Text:
     legend = Text()
-    for part in _PARTS: legend.append(f"{part.mark(plain)} {part.name}  ", part.style)
+    for part in _PARTS:
+        if part.name != "ram" or unified: legend.append(f"{part.mark(plain)} {part.name}  ", part.style)
     return legend
 
 # %% ../../nbs/ui/terminal.ipynb #dd856329
@@ -143,6 +151,7 @@ class _Resource:
     used: float | None = None                                  # bytes
     total: float | None = None                                 # bytes
     load: str = ""                                             # how busy and how warm it is
+    words: str = ""                                            # in place of the status's own
 
 def _used(row: _Resource) -> str:
     return "" if row.used is None or not row.total else f"{row.used/2**30:.1f} of {row.total/2**30:.1f} GiB"
@@ -156,8 +165,8 @@ def _load(device: GpuDevice) -> str:
 # %% ../../nbs/ui/terminal.ipynb #c4e38a45
 def _device(d: DeviceStatus) -> _Resource:
     device = d.device
-    return _Resource(f"GPU {device.id}", device.name or "?", d.status, d.shares,
-                     device.memory_used, device.memory_total, _load(device))
+    name = (device.name or "?") + (" (unified memory)" if device.unified else "")
+    return _Resource(f"GPU {device.id}", name, d.status, d.shares, device.memory_used, device.memory_total, _load(device))
 
 def _ram(m: MemoryStatus, status: ResourceStatus) -> _Resource:
     name = "control group's limit" if m.memory.cgroup else "this machine"
@@ -177,7 +186,7 @@ def resource_table(
     columns: list[Column[_Resource]] = [
         Column("", lambda row: row.place),
         Column("device", lambda row: row.name, shrinks=True),
-        Column("status", lambda row: _status(row.status)),
+        Column("status", lambda row: _status(row.status, row.words)),
         Column("memory", lambda row: _bar(row.shares, row.total, width, plain)),
         Column("used", _used, "right"),
         Column("load", lambda row: row.load)]
@@ -284,8 +293,9 @@ def status_view(
     top: int = 10,     # processes to show on GPUs, and in RAM
 ) -> RenderableType:
     "Return everything on one screen, with the answer at the end"
+    unified = any(d.device.unified for d in answer.gpu.devices)
     tables: list[RenderableType] = [
-        Group(resource_table(answer, console), _legend(console.options.ascii_only)),
+        Group(resource_table(answer, console), _legend(console.options.ascii_only, unified)),
         process_table(answer, top, console.width)]
     if answer.workers: tables.append(worker_table(answer.workers, console.width))
     if any(d.promises for d in answer.gpu.devices): tables.append(promise_table(answer.gpu.devices, console.width))
