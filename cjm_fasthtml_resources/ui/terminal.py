@@ -166,7 +166,8 @@ def _load(device: GpuDevice) -> str:
 def _device(d: DeviceStatus) -> _Resource:
     device = d.device
     name = (device.name or "?") + (" (unified memory)" if device.unified else "")
-    return _Resource(f"GPU {device.id}", name, d.status, d.shares, device.memory_used, device.memory_total, _load(device))
+    return _Resource(f"GPU {device.id}", name, d.status, d.shares, device.memory_used, device.memory_total,
+                     _load(device), "asleep" if device.asleep else "")
 
 def _ram(m: MemoryStatus, status: ResourceStatus) -> _Resource:
     name = "control group's limit" if m.memory.cgroup else "this machine"
