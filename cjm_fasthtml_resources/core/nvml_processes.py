@@ -6,14 +6,14 @@
 __all__ = ['KINDS', 'FUNCTION_NOT_FOUND', 'INSUFFICIENT_SIZE', 'UNKNOWN', 'GpuProcess', 'entry_size', 'documented_size', 'Listed',
            'ProcessLists', 'lists_whole', 'merge_processes']
 
-# %% ../../nbs/core/nvml_processes.ipynb #15412346
+# %% ../../nbs/core/nvml_processes.ipynb #72d96ab7
 import ctypes
 import struct
 from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-# %% ../../nbs/core/nvml_processes.ipynb #ca82fc70
+# %% ../../nbs/core/nvml_processes.ipynb #74228222
 @dataclass(frozen=True)
 class GpuProcess:
     "A process with a context on a device, as the driver reports it"
@@ -21,20 +21,20 @@ class GpuProcess:
     memory_used: int | None  # bytes; `None` where the driver does not report it, as under WSL and Windows' WDDM
     kind: str                # "compute", "graphics" or "mps"; "compute+graphics" for one that is both
 
-# %% ../../nbs/core/nvml_processes.ipynb #c7c2a46b
+# %% ../../nbs/core/nvml_processes.ipynb #dbdb2248
 _UNTOUCHED = 0xA5          # ends no entry, which is the highest byte of a size or of an instance's number
 _LARGEST = 64              # bytes for which an entry has room
 _FORMATS = {16: struct.Struct("<I4xQ"), 24: struct.Struct("<I4xQ8x"), 32: struct.Struct("<I4xQ16x")}
 
 def entry_size(
-    written: bytes,   # the array after the call
+    written: bytes,   # the first so many places of 64 bytes, after the call
     count: int,       # entries that the driver says it wrote, one at least
 ) -> int | None:  # `None`: none of the known sizes
     "Return the bytes of an entry, by what was overwritten"
     extent = len(written.rstrip(bytes([_UNTOUCHED])))
     return next((size for size in _FORMATS if 0 < extent <= size*count), None)
 
-# %% ../../nbs/core/nvml_processes.ipynb #13f3f086
+# %% ../../nbs/core/nvml_processes.ipynb #94290b2a
 def documented_size(
     lib: Any,     # the C library, with its functions as attributes
     call: str,    # the C function's name
@@ -44,7 +44,7 @@ def documented_size(
     has_32 = call.endswith("_v3") and hasattr(lib, "nvmlDeviceGetConfComputeMemSizeInfo")
     return 32 if has_32 and not hasattr(lib, "nvmlDeviceGetRunningProcessDetailList") else 24
 
-# %% ../../nbs/core/nvml_processes.ipynb #185b3bae
+# %% ../../nbs/core/nvml_processes.ipynb #dc9a10c6
 _CALLS = {  # kind → the C functions that list it; drivers before 510 lack the third form, those before 450 the second
     kind: [f"nvmlDeviceGet{name}RunningProcesses{form}" for form in ("_v3", "_v2", "")]
     for kind, name in (("compute", "Compute"), ("graphics", "Graphics"), ("mps", "MPSCompute"))}
@@ -60,7 +60,7 @@ class Listed(NamedTuple):
     error: int = 0                                 # NVML's error code
     odd: tuple[int, ...] = ()                      # PIDs that no process can have
 
-# %% ../../nbs/core/nvml_processes.ipynb #1461c4c5
+# %% ../../nbs/core/nvml_processes.ipynb #5011350d
 class _Info(ctypes.Structure):
     _fields_ = [("pid", ctypes.c_uint), ("usedGpuMemory", ctypes.c_ulonglong),
                 ("gpuInstanceId", ctypes.c_uint), ("computeInstanceId", ctypes.c_uint)]
@@ -76,7 +76,7 @@ class ProcessLists:
 
     def make_room(self, entries: int) -> None:
         "Make an array for so many entries, of any size"
-        self.buffer = (ctypes.c_ubyte*(_LARGEST*entries))()
+        self.buffer = (ctypes.c_char*(_LARGEST*entries))()
         self.array = (_Info*entries).from_buffer(self.buffer)
 
     def read(self, handle: Any, kind: str) -> Listed:
@@ -101,7 +101,8 @@ class ProcessLists:
 
     def entries(self, call: str) -> Listed:
         "Return what a C function has written"
-        written, count = bytes(self.buffer), self.count.value
+        count = self.count.value
+        written = self.buffer[:_LARGEST*count]
         size = entry_size(written, count) or documented_size(self.nvml.nvmlLib, call)
         found = list(_FORMATS[size].iter_unpack(written[:size*count]))
         odd = tuple(pid for pid, _ in found if not 0 < pid <= _LARGEST_PID)
