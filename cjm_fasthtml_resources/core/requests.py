@@ -76,7 +76,7 @@ def find_shortage(
 ) -> tuple[str, ResourceConflict]:  # the reason in a sentence, and the check
     "Return why a request has to wait"
     conflict = check()
-    concerned = [d for d in conflict.devices if device_key(d.device) in request.devices]
+    concerned = [d for d in conflict.every_device if device_key(d.device) in request.devices]
     return explain_shortage(concerned, request.memory) or conflict.message, conflict
 
 def make_give_up(
@@ -119,7 +119,7 @@ def show_progress(
         if not wanted or time.monotonic() - shown < SHOW_EVERY: return
         shown = time.monotonic()
         text, conflict = find_shortage(request, check)
-        rooms = [d.room for d in conflict.devices if device_key(d.device) in request.devices]
+        rooms = [d.room for d in conflict.every_device if device_key(d.device) in request.devices]
         if not bars: bars.append(_make_bar(request.memory))
         bars[0].n = min(max(rooms, default=0), request.memory)/2**30
         bars[0].set_postfix_str(text)
