@@ -74,30 +74,34 @@ class GpuDevice:
         return (self.memory_total or 0) - (self.memory_reserved or 0)
 
 # %% ../../nbs/core/nvml.ipynb #1001aec2
-class _Use(NamedTuple):
-    "Memory and lists of processes that belong together"
+class _Memory(NamedTuple):
+    "The memory of a device at one moment"
     figures: Figures | None
-    listed: dict[str, Listed]
     unified: bool = False
     trouble: Exception | None = None   # why there are no figures
 
-def _read_use(nvml: Any, lists: ProcessLists, handle: Any, name: str | None, divided: bool | None,
-              had_figures: bool) -> _Use:
-    "Read the memory, the processes, and the memory again"
-    trouble, figures, could_share = None, list[Figures](), not (divided or had_figures)
-    unified = could_share and is_unified(name)
-    try: figures.append(machine_figures() if unified else read_figures(nvml, handle))
+def _read_memory(nvml: Any, handle: Any, name: str | None, could_share: bool) -> _Memory:
+    "Return the memory of a device, or the machine's; raises for an error about the GPU or the driver"
+    try: own = _Memory(possible_figures(read_figures(nvml, handle)))
     except nvml.NVMLError as error:
         if error.value in OF_THE_DRIVER: raise
-        unified = could_share and shares_memory(nvml, handle, error)
-        if unified: figures.append(machine_figures())
-        else: trouble = error
-    listed = {} if divided else {kind: lists.read(handle, kind) for kind in KINDS}
-    try:
-        if figures and not divided: figures.append(machine_figures() if unified else read_figures(nvml, handle))
-    except nvml.NVMLError as error: trouble = error
-    least = None if trouble else possible_figures(min(figures, key=lambda found: found.free))
-    return _Use(least, listed, unified, trouble)
+        own = _Memory(None, trouble=error)
+    shares = could_share and (is_unified(name) or own.trouble and shares_memory(nvml, handle, own.trouble))
+    return _Memory(machine_figures(), unified=True) if shares else own
+
+def _read_use(
+    nvml: Any, lists: ProcessLists, handle: Any,
+    name: str | None,          # the product's
+    divided: bool | None,
+    had_figures: bool,         # it had memory of its own before
+) -> tuple[_Memory, dict[str, Listed]]:
+    "Return memory and lists of processes that belong together"
+    could_share = not (divided or had_figures)
+    before = _read_memory(nvml, handle, name, could_share)
+    if divided: return before, {}
+    listed = {kind: lists.read(handle, kind) for kind in KINDS}
+    after = _read_memory(nvml, handle, name, could_share)
+    return min(before, after, key=lambda memory: memory.figures.free if memory.figures else -1), listed
 
 # %% ../../nbs/core/nvml.ipynb #a9089e23
 def _load(nvml: Any, handle: Any, unified: bool) -> dict[str, Any]:
@@ -112,10 +116,10 @@ def _load(nvml: Any, handle: Any, unified: bool) -> dict[str, Any]:
         temperature = jetson_temperature() if temperature is None else temperature
     return dict(utilization=percent, temperature=temperature, power_usage=usage, power_limit=limit)
 
-def _memory(use: _Use) -> dict[str, Any]:
+def _memory_fields(memory: _Memory) -> dict[str, Any]:
     "Return the figures of the memory, or the reason why there are none"
-    if use.trouble: return dict(reason=in_words(use.trouble))
-    return {f"memory_{name}": figure for name, figure in (use.figures or Figures(0, 0, 0))._asdict().items()}
+    if memory.figures is None: return dict(reason=in_words(memory.trouble or ValueError("no figures")))
+    return {f"memory_{name}": figure for name, figure in memory.figures._asdict().items()}
 
 def _read_device(
     nvml: Any, lists: ProcessLists, handle: Any,
@@ -123,20 +127,21 @@ def _read_device(
     **fixed: Any,
 ) -> GpuDevice:
     "Return everything that changes on one device, added to what is `fixed`"
-    try: use = _read_use(nvml, lists, handle, fixed.get("name"), fixed.get("mig_mode"), "memory" in before)
+    divided, had_figures = fixed.get("mig_mode"), "memory" in before
+    try: memory, listed = _read_use(nvml, lists, handle, fixed.get("name"), divided, had_figures)
     except nvml.NVMLError as error: return GpuDevice(**fixed, reason=in_words(error))
-    errors = {kind: found.error for kind, found in use.listed.items()}
-    odd = dict.fromkeys(pid for found in use.listed.values() for pid in found.odd)
+    errors = {kind: found.error for kind, found in listed.items()}
+    odd = dict.fromkeys(pid for found in listed.values() for pid in found.odd)
     whole = lists_whole(errors, before) and not odd
     before.update(kind for kind, error in errors.items() if not error)
-    if use.figures and not use.unified: before.add("memory")
-    processes = merge_processes({kind: found.entries for kind, found in use.listed.items()})
+    if memory.figures and not memory.unified: before.add("memory")
+    processes = merge_processes({kind: found.entries for kind, found in listed.items()})
     notes = [f"the driver listed the process {pid}, which cannot be, so it was left out" for pid in odd]
-    if processes and use.figures:
-        processes, changed = possible_processes(processes, use.figures)
+    if processes and memory.figures:
+        processes, changed = possible_processes(processes, memory.figures)
         notes += changed
-    return GpuDevice(**fixed, **_memory(use), **_load(nvml, handle, use.unified),
-                     processes=processes, processes_whole=whole, unified=use.unified, notes=tuple(notes))
+    return GpuDevice(**fixed, **_memory_fields(memory), **_load(nvml, handle, memory.unified),
+                     processes=processes, processes_whole=whole, unified=memory.unified, notes=tuple(notes))
 
 # %% ../../nbs/core/nvml.ipynb #032b3320
 def _uuid(nvml: Any, handle: Any) -> str | None:
@@ -178,20 +183,19 @@ def _fixed_facts(nvml: Any, handle: Any, is_instance: bool) -> dict[str, Any]:
                 cuda_cores=ask(nvml, "nvmlDeviceGetNumGpuCores", handle),
                 max_clock=ask(nvml, "nvmlDeviceGetMaxClockInfo", handle, 1))   # NVML_CLOCK_SM
 
-# %% ../../nbs/core/nvml.ipynb #d3a41cee
+# %% ../../nbs/core/nvml.ipynb #d8a84dc6
 def _share(members: Sequence[GpuDevice]) -> list[GpuDevice]:
     "Return the compute instances of one GPU instance, each with the memory and the processes of all"
     if unread := next((d for d in members if d.memory_free is None), None):
         why = f"it shares its memory with GPU {unread.id}: {unread.reason}"
-        unknown = dict(memory_total=None, memory_used=None, memory_free=None)
-        return [replace(d, reason=d.reason or why, **unknown) for d in members]
+        return [replace(d, memory_total=None, memory_used=None, memory_free=None, reason=d.reason or why)
+                for d in members]
     least = min(members, key=lambda d: d.memory_free or 0)
     lists = [d.processes for d in members]
     found = {p.pid: p for processes in lists for p in processes or ()}
-    shared = dict(memory_used=least.memory_used, memory_free=least.memory_free,
-                  processes=None if None in lists else tuple(found[pid] for pid in sorted(found)),
-                  processes_whole=all(d.processes_whole for d in members))
-    return [replace(d, **shared) for d in members]
+    every = None if None in lists else tuple(found[pid] for pid in sorted(found))
+    return [replace(d, memory_used=least.memory_used, memory_free=least.memory_free, processes=every,
+                    processes_whole=all(d.processes_whole for d in members)) for d in members]
 
 def share_memory(
     devices: Iterable[GpuDevice],   # the MIG instances of one GPU
@@ -275,7 +279,7 @@ class NvmlSession:
         if uuid and facts["name"]: self.facts[uuid] = facts   # else it is asked again next time
         return dict(place, uuid=uuid, **facts)
 
-# %% ../../nbs/core/nvml.ipynb #8639a9b6
+# %% ../../nbs/core/nvml.ipynb #8876f4c2
 def find_sleeping(
     listed: Iterable[ListedGpu],
 ) -> list[GpuDevice | None]:  # by index; `None` for one that is awake

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Figures', 'read_figures', 'is_unified', 'machine_figures', 'shares_memory', 'possible_figures', 'possible_processes']
 
-# %% ../../nbs/core/nvml_memory.ipynb #19ba9b1e
+# %% ../../nbs/core/nvml_memory.ipynb #4f046b58
 import re
 from collections.abc import Sequence
 from dataclasses import replace
@@ -15,7 +15,7 @@ from .memory import read_machine, read_memory
 from .nvml_errors import OF_THE_DRIVER, ask
 from .nvml_processes import GpuProcess
 
-# %% ../../nbs/core/nvml_memory.ipynb #c65e7359
+# %% ../../nbs/core/nvml_memory.ipynb #c769d299
 class Figures(NamedTuple):
     "The memory of a device, in bytes"
     total: int
@@ -27,7 +27,7 @@ def _figures(found: Any) -> Figures:
     "Return what is in a struct of either form"
     return Figures(found.total, found.used, found.free, getattr(found, "reserved", None))
 
-# %% ../../nbs/core/nvml_memory.ipynb #c5637cd1
+# %% ../../nbs/core/nvml_memory.ipynb #681ccc5c
 def _second_form(nvml: Any, handle: Any) -> Figures | None:
     "Return the figures of the newer call; `None` if it fails for a reason of its own"
     try: found = _figures(nvml.nvmlDeviceGetMemoryInfo(handle, version=nvml.nvmlMemory_v2))
@@ -46,7 +46,7 @@ def read_figures(
     if not found.total: raise nvml.NVMLError(nvml.NVML_ERROR_NOT_SUPPORTED)
     return found
 
-# %% ../../nbs/core/nvml_memory.ipynb #eb23e3f0
+# %% ../../nbs/core/nvml_memory.ipynb #fee9a2de
 _UNIFIED = re.compile(r"\b(GB10|Thor|Orin|Xavier|Tegra|N1X)\b|\(nvgpu\)")
 _ATS = 2   # NVML_DEVICE_ADDRESSING_MODE_ATS
 
@@ -67,10 +67,10 @@ def shares_memory(
     error: Exception,   # of the attempt to read the device's memory
 ) -> bool:
     "Return whether a device has no figures because it uses the machine's memory"
-    unsupported = getattr(error, "value", None) == nvml.NVML_ERROR_NOT_SUPPORTED
-    return unsupported and ask(nvml, "nvmlDeviceGetAddressingMode", handle) == _ATS
+    if getattr(error, "value", None) != nvml.NVML_ERROR_NOT_SUPPORTED: return False
+    return bool(ask(nvml, "nvmlDeviceGetAddressingMode", handle) == _ATS)
 
-# %% ../../nbs/core/nvml_memory.ipynb #70bf38f1
+# %% ../../nbs/core/nvml_memory.ipynb #ed73329d
 def possible_figures(
     figures: Figures,
 ) -> Figures:

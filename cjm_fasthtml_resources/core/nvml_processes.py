@@ -6,14 +6,14 @@
 __all__ = ['KINDS', 'FUNCTION_NOT_FOUND', 'INSUFFICIENT_SIZE', 'UNKNOWN', 'GpuProcess', 'entry_size', 'documented_size', 'Listed',
            'ProcessLists', 'lists_whole', 'merge_processes']
 
-# %% ../../nbs/core/nvml_processes.ipynb #72d96ab7
+# %% ../../nbs/core/nvml_processes.ipynb #15412346
 import ctypes
 import struct
 from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-# %% ../../nbs/core/nvml_processes.ipynb #74228222
+# %% ../../nbs/core/nvml_processes.ipynb #ca82fc70
 @dataclass(frozen=True)
 class GpuProcess:
     "A process with a context on a device, as the driver reports it"
@@ -21,7 +21,7 @@ class GpuProcess:
     memory_used: int | None  # bytes; `None` where the driver does not report it, as under WSL and Windows' WDDM
     kind: str                # "compute", "graphics" or "mps"; "compute+graphics" for one that is both
 
-# %% ../../nbs/core/nvml_processes.ipynb #dbdb2248
+# %% ../../nbs/core/nvml_processes.ipynb #604a3550
 _UNTOUCHED = 0xA5          # ends no entry, which is the highest byte of a size or of an instance's number
 _LARGEST = 64              # bytes for which an entry has room
 _FORMATS = {16: struct.Struct("<I4xQ"), 24: struct.Struct("<I4xQ8x"), 32: struct.Struct("<I4xQ16x")}
@@ -34,7 +34,7 @@ def entry_size(
     extent = len(written.rstrip(bytes([_UNTOUCHED])))
     return next((size for size in _FORMATS if 0 < extent <= size*count), None)
 
-# %% ../../nbs/core/nvml_processes.ipynb #94290b2a
+# %% ../../nbs/core/nvml_processes.ipynb #13f3f086
 def documented_size(
     lib: Any,     # the C library, with its functions as attributes
     call: str,    # the C function's name
@@ -44,7 +44,7 @@ def documented_size(
     has_32 = call.endswith("_v3") and hasattr(lib, "nvmlDeviceGetConfComputeMemSizeInfo")
     return 32 if has_32 and not hasattr(lib, "nvmlDeviceGetRunningProcessDetailList") else 24
 
-# %% ../../nbs/core/nvml_processes.ipynb #dc9a10c6
+# %% ../../nbs/core/nvml_processes.ipynb #185b3bae
 _CALLS = {  # kind → the C functions that list it; drivers before 510 lack the third form, those before 450 the second
     kind: [f"nvmlDeviceGet{name}RunningProcesses{form}" for form in ("_v3", "_v2", "")]
     for kind, name in (("compute", "Compute"), ("graphics", "Graphics"), ("mps", "MPSCompute"))}
@@ -60,7 +60,7 @@ class Listed(NamedTuple):
     error: int = 0                                 # NVML's error code
     odd: tuple[int, ...] = ()                      # PIDs that no process can have
 
-# %% ../../nbs/core/nvml_processes.ipynb #5011350d
+# %% ../../nbs/core/nvml_processes.ipynb #80944d21
 class _Info(ctypes.Structure):
     _fields_ = [("pid", ctypes.c_uint), ("usedGpuMemory", ctypes.c_ulonglong),
                 ("gpuInstanceId", ctypes.c_uint), ("computeInstanceId", ctypes.c_uint)]
@@ -102,7 +102,7 @@ class ProcessLists:
     def entries(self, call: str) -> Listed:
         "Return what a C function has written"
         count = self.count.value
-        written = self.buffer[:_LARGEST*count]
+        written: bytes = ctypes.string_at(self.buffer, _LARGEST*count)
         size = entry_size(written, count) or documented_size(self.nvml.nvmlLib, call)
         found = list(_FORMATS[size].iter_unpack(written[:size*count]))
         odd = tuple(pid for pid, _ in found if not 0 < pid <= _LARGEST_PID)
