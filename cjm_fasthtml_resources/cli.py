@@ -195,7 +195,7 @@ def _in_place(console: Console, top: int, interval: float) -> Iterator[Callable[
     from rich.live import Live
     with Live(console=console, auto_refresh=False) as live:
         def show(answer: Sample) -> None:
-            rows = (console.height - len(answer.gpu.every_device) - 14)//2  # what is left for the two lists of processes
+            rows = (console.height - len(answer.gpu.every_device) - 14)//2  # what is left for both lists of processes
             screen = status_view(answer, console, min(top, max(rows, 1)))
             ends = Text(f"every {interval:g} s, Ctrl-C ends", "bright_black")
             live.update(Group(screen, ends), refresh=True)
