@@ -1,4 +1,5 @@
 "Readings of odd drivers, from many threads, and beside other NVML programs; test_faults.py walks over calls and errors"
+import asyncio
 import os
 import subprocess
 import sys
@@ -11,9 +12,11 @@ from conftest import MIB
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from cjm_fasthtml_resources.core.conflict import ResourceUnavailable
 from cjm_fasthtml_resources.core.devices import visible_devices
 from cjm_fasthtml_resources.core.gpu import GpuSnapshot, read_gpus
 from cjm_fasthtml_resources.core.manager import ResourceManager
+from cjm_fasthtml_resources.core.monitor import ResourceMonitor
 from cjm_fasthtml_resources.core.nvml import GpuDevice, GpuProcess, in_words, merge_processes
 from cjm_fasthtml_resources.core.resources import ResourceStatus
 from cjm_fasthtml_resources.simulate import SimulatedDriver, SimulatedGpu, SimulatedProcess
@@ -387,3 +390,61 @@ def test_instances_of_a_divided_gpu_are_read_with_their_names_and_those_that_are
         driver.recover()
         driver.fail("nvmlDeviceGetMaxMigDeviceCount", 15)
         assert read_gpus().devices[1] == GpuDevice(0, mig_parent=0, reason=LOST)
+
+
+def test_a_driver_that_starts_slowly_is_waited_for_as_long_as_there_is_time():
+    manager = ResourceManager(gpu_timeout=0.1)
+    with SimulatedDriver([SimulatedGpu()], habits=dict(start_delay=1.5)):
+        assert manager.check_gpu_availability().is_late
+        with pytest.raises(ResourceUnavailable, match="did not answer within 0.1 s. It was waited for 0 s"):
+            manager.reserve(1024, timeout=0)
+        with pytest.raises(ResourceUnavailable, match="waited for 0.2 s"): manager.reserve(1024, timeout=0.2)
+        assert manager.get_claims() == []
+        with manager.reserve(1024, timeout=30) as held: assert held.index == 0
+    with SimulatedDriver([SimulatedGpu()], habits=dict(start_delay=1.5)):
+        async def wait():
+            async with manager.reserve_async(1024, timeout=30) as held: return held.index
+
+        assert asyncio.run(wait()) == 0
+
+
+def test_a_sleeping_gpu_is_woken_by_a_reservation_and_not_by_looking():
+    gpus = [SimulatedGpu("NVIDIA RTX 500 Ada Laptop GPU", asleep=True)]
+    with SimulatedDriver(gpus) as driver:
+        manager = ResourceManager()
+        monitor = ResourceMonitor(manager)
+        for _ in range(3): assert monitor.take().gpu.devices[0].device.asleep
+        assert "asleep" in manager.check_gpu_availability().message and not driver.calls
+        with manager.reserve(1024, timeout=0): assert not gpus[0].asleep
+        for wake in (manager.pick_gpus, lambda: manager.free_gpu(1), lambda: manager.wait_for_gpu(1),
+                     lambda: manager.check_gpu_availability(wake=True)):
+            gpus[0].asleep = True
+            wake()
+            assert not gpus[0].asleep
+
+
+def test_a_sleeping_gpu_beside_one_that_is_awake():
+    gpus = [SimulatedGpu("first"), SimulatedGpu("second"), SimulatedGpu("third")]
+    with SimulatedDriver(gpus) as driver:
+        assert [d.asleep for d in read_gpus().devices] == [False]*3
+        gpus[1].asleep = True
+        for _ in range(2):
+            found = read_gpus().devices
+            assert [(d.index, d.name, d.asleep) for d in found] == [(0, "first", False), (1, "second", True),
+                                                                    (2, "third", False)]
+        assert found[1].uuid and found[1].memory_total is None and gpus[1].asleep
+        assert driver.calls["nvmlInitWithFlags"] == 1          # no new session for a device that sleeps
+
+
+def test_what_a_driver_writes_over_the_end_of_a_list_is_not_lost():
+    processes = [SimulatedProcess(4200001 + n, n) for n in range(128)]
+    with SimulatedDriver([SimulatedGpu(processes=processes)], habits=dict(process_size=32)):
+        assert [(p.pid, p.memory_used >> 20) for p in read_gpus().devices[0].processes] == [
+            (4200001 + n, n) for n in range(128)]
+
+
+def test_an_older_pynvml_is_enough():
+    gpu = SimulatedGpu(memory_reserved_mb=100, processes=[SimulatedProcess(4200001, 100)])
+    with SimulatedDriver([gpu], habits=dict(old_pynvml=True)):
+        device = read_gpus().devices[0]
+    assert (device.memory_used >> 20, device.memory_reserved, device.processes[0].pid) == (200, None, 4200001)

@@ -60,7 +60,7 @@ class Listed(NamedTuple):
     error: int = 0                                 # NVML's error code
     odd: tuple[int, ...] = ()                      # PIDs that no process can have
 
-# %% ../../nbs/core/nvml_processes.ipynb #80944d21
+# %% ../../nbs/core/nvml_processes.ipynb #1c318dee
 class _Info(ctypes.Structure):
     _fields_ = [("pid", ctypes.c_uint), ("usedGpuMemory", ctypes.c_ulonglong),
                 ("gpuInstanceId", ctypes.c_uint), ("computeInstanceId", ctypes.c_uint)]
@@ -76,8 +76,10 @@ class ProcessLists:
 
     def make_room(self, entries: int) -> None:
         "Make an array for so many entries, of any size"
-        self.buffer = (ctypes.c_char*(_LARGEST*entries))()
-        self.array = (_Info*entries).from_buffer(self.buffer)
+        behind = (_LARGEST - ctypes.sizeof(_Info))*entries   # where a driver with larger entries goes on
+        fields = [("array", _Info*entries), ("behind", ctypes.c_char*behind)]
+        self.buffer: Any = type("_Buffer", (ctypes.Structure,), dict(_fields_=fields))()
+        self.array: Any = self.buffer.array
 
     def read(self, handle: Any, kind: str) -> Listed:
         "Return the processes of a kind on a device"
@@ -91,7 +93,7 @@ class ProcessLists:
 
     def fill(self, function: Callable[..., int], handle: Any) -> int:
         "Let a C function write its list, into a larger array if it has to; return NVML's error code"
-        ctypes.memset(self.buffer, _UNTOUCHED, len(self.buffer))
+        ctypes.memset(ctypes.addressof(self.buffer), _UNTOUCHED, ctypes.sizeof(self.buffer))
         self.count.value = room = len(self.array)
         error = function(handle, ctypes.byref(self.count), self.array)
         if error == INSUFFICIENT_SIZE and room < self.count.value <= _MOST_PROCESSES:
@@ -102,7 +104,7 @@ class ProcessLists:
     def entries(self, call: str) -> Listed:
         "Return what a C function has written"
         count = self.count.value
-        written: bytes = ctypes.string_at(self.buffer, _LARGEST*count)
+        written: bytes = ctypes.string_at(ctypes.addressof(self.buffer), _LARGEST*count)
         size = entry_size(written, count) or documented_size(self.nvml.nvmlLib, call)
         found = list(_FORMATS[size].iter_unpack(written[:size*count]))
         odd = tuple(pid for pid, _ in found if not 0 < pid <= _LARGEST_PID)

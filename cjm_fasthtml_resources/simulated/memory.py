@@ -121,7 +121,9 @@ def write_processes(
     used = [_NOT_AVAILABLE if p.memory_mb is None else to_bytes(p.memory_mb) for p in found]
     rows = (struct.pack("<I4xQIIQ", p.pid, memory, *instance, 0) for p, memory in zip(found, used, strict=True))
     written = b"".join(row[:size] for row in rows)
-    ctypes.memmove(array, written, min(len(written), ctypes.sizeof(array)))   # a real driver writes over its end
+    block = array if array._b_base_ is None else array._b_base_   # over whose end a real driver would write
+    room = ctypes.sizeof(block) - (ctypes.addressof(array) - ctypes.addressof(block))
+    ctypes.memmove(array, written, min(len(written), room))
     return SUCCESS
 
 # %% ../../nbs/simulated/memory.ipynb #25ea3ceb
