@@ -39,6 +39,7 @@ from .core.conflict import ResourceBusy, ResourceUnavailable
 from .core.ledger import Ledger
 from .core.manager import ResourceManager
 from .core.process import has_ended, is_free, read_process
+from .core.reservations import Reservation
 from .core.resources import ResourceStatus
 from .core.samples import Sample, take_sample
 from .core.store import Store, StoreError, store_path
@@ -195,7 +196,7 @@ def _in_place(console: Console, top: int, interval: float) -> Iterator[Callable[
     from rich.live import Live
     with Live(console=console, auto_refresh=False) as live:
         def show(answer: Sample) -> None:
-            rows = (console.height - len(answer.gpu.every_device) - 14)//2  # what is left for both lists of processes
+            rows = (console.height - len(answer.gpu.allowed) - 14)//2  # what is left for both lists of processes
             screen = status_view(answer, console, min(top, max(rows, 1)))
             ends = Text(f"every {interval:g} s, Ctrl-C ends", "bright_black")
             live.update(Group(screen, ends), refresh=True)
@@ -235,6 +236,11 @@ def _converted(
     return convert
 
 # %% ../nbs/cli.ipynb #49825b42
+def _child_env(held: Reservation, by_index: bool) -> dict[str, str]:
+    "Return the variables with which a command uses the reserved device and no other"
+    try: return held.env_by_index if by_index else held.env
+    except LookupError as error: _fail(str(error), os.EX_UNAVAILABLE)
+
 @main.command("wait", context_settings=dict(ignore_unknown_options=True, allow_interspersed_args=False))
 @click.option("--gpu-memory", required=True, callback=_converted(parse_size), metavar="SIZE",
               help="GPU memory on one device, such as 8GiB; without a unit, in MiB.")
@@ -244,10 +250,12 @@ def _converted(
               help="This one alone: a place among the visible ones (1 or cuda:1) or a UUID.")
 @click.option("--app", default="cjm-resources", show_default=True, metavar="NAME",
               help="The app for which it is reserved.")
+@click.option("--env-by-index", is_flag=True,
+              help="Name the GPU by number, with CUDA_DEVICE_ORDER=PCI_BUS_ID, for a COMMAND that cannot read UUIDs.")
 @click.argument("command", nargs=-1, type=click.UNPROCESSED)
 @click.pass_obj
 def _wait(machine: _Machine, gpu_memory: float, timeout: float | None, device: str | None, app: str,
-          command: tuple[str, ...]) -> None:
+          env_by_index: bool, command: tuple[str, ...]) -> None:
     """Wait until a GPU has room, reserve it, and run COMMAND on it.
 
     COMMAND sees that GPU alone (CUDA_VISIBLE_DEVICES). Without a command, print the variable; then nothing
@@ -260,10 +268,11 @@ def _wait(machine: _Machine, gpu_memory: float, timeout: float | None, device: s
         manager = ResourceManager(track_self=False, app=app, gpu_timeout=machine.driver_timeout)
         with (_source(machine.simulate, manager),
               manager.reserve(gpu_memory/2**20, device, timeout, progress=sys.stderr.isatty()) as held):
-            if not command: click.echo(f"CUDA_VISIBLE_DEVICES={held.env['CUDA_VISIBLE_DEVICES']}")
+            env = _child_env(held, env_by_index)
+            if not command: click.echo("\n".join(f"{name}={value}" for name, value in env.items()))
             else:
                 held.keep_over_exec()
-                _run(command, held.env)
+                _run(command, env)
     except ResourceBusy as error: _fail(str(error), os.EX_TEMPFAIL)
     except ResourceUnavailable as error: _fail(str(error), os.EX_UNAVAILABLE)
     except (StoreError, OSError) as error: _fail(str(error), os.EX_IOERR)

@@ -42,6 +42,9 @@ OUTSIDER = 1   # the machine's first process
 REFUSED = (ResourceBusy, ResourceUnavailable)
 
 
+WHOLE, INSTANCE = "GPU-a", "MIG-a"   # UUIDs: a process that sees an instance sees no whole GPU, which has no place then
+
+
 @dataclass
 class Scene:
     """A whole GPU of 24 GiB and an instance of 10 GiB. Another program uses 8 and 3 of them; the worker has 1 GiB on
@@ -61,7 +64,7 @@ class Scene:
 
     def rooms(self) -> dict[int | str, float]:
         "GiB of each device that a check says can be used"
-        found = self.manager.check_gpu_availability().devices
+        found = self.manager.check_gpu_availability().allowed
         return {d.device.id: d.room/GIB for d in found if d.status is not ResourceStatus.UNAVAILABLE}
 
     def never_grows(self, taken: dict[int | str, float] | None = None) -> None:
@@ -72,13 +75,13 @@ class Scene:
 @pytest.fixture
 def scene(spawn, monkeypatch):
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    gpus = [SimulatedGpu(memory_total_mb=24*1024),
-            SimulatedGpu(memory_total_mb=12*1024, mig=[SimulatedGpu(memory_total_mb=10*1024)])]
+    instance = SimulatedGpu(memory_total_mb=10*1024, uuid=INSTANCE)
+    gpus = [SimulatedGpu(memory_total_mb=24*1024, uuid=WHOLE), SimulatedGpu(memory_total_mb=12*1024, mig=[instance])]
     with SimulatedDriver(gpus) as driver:
         found = Scene(driver, ResourceManager(), spawn("input()").pid)
         found.place(0)
-        found.manager.reserve(8*1024, 0, pid=found.worker, timeout=0)
-        found.manager.reserve(4*1024, 1, pid=found.worker, timeout=0)
+        found.manager.reserve(8*1024, WHOLE, pid=found.worker, timeout=0)
+        found.manager.reserve(4*1024, INSTANCE, pid=found.worker, timeout=0)
         assert found.rooms() == found.room
         yield found
 
@@ -106,7 +109,8 @@ def try_while_it_fails(scene: Scene) -> None:
     scene.never_grows(taken)
     if held:
         # what this process had is none of its promise
-        with pytest.raises(REFUSED): scene.manager.reserve((scene.room[held.device.id] - 1)*1024, held.index, timeout=0)
+        rest = (scene.room[held.device.id] - 1)*1024
+        with pytest.raises(REFUSED): scene.manager.reserve(rest, held.device, timeout=0)
         held.release()
 
 
@@ -180,11 +184,11 @@ def test_no_odd_list_or_figure_makes_room(scene, disturb, part):
 def test_a_promise_of_a_moment_without_lists_counts_nothing_that_was_there_before(scene, lists):
     "What this process used before it asked is none of its promise, although it was not seen when that was given"
     for call in lists: scene.driver.fail(call, UNKNOWN)
-    held = scene.manager.reserve(2*1024, 0, timeout=0)
+    held = scene.manager.reserve(2*1024, WHOLE, timeout=0)
     scene.driver.recover()
     scene.never_grows({0: 2})
-    with pytest.raises(REFUSED): scene.manager.reserve(4*1024, 0, timeout=0)
-    scene.manager.reserve(1, 0, timeout=0).release()       # a whole look, which writes down what is known now
+    with pytest.raises(REFUSED): scene.manager.reserve(4*1024, WHOLE, timeout=0)
+    scene.manager.reserve(1, WHOLE, timeout=0).release()       # a whole look, which writes down what is known now
     assert scene.rooms()[0] == 3
     scene.place(0, mine=4)   # it is used; the worker's GiB may be in the base, it is a child
     assert 1.99 < scene.rooms()[0] <= 3   # the MiB that was released can be in use, too

@@ -14,7 +14,7 @@ from cjm_fasthtml_resources.cli import main
 from cjm_fasthtml_resources.core.gpu import read_gpus
 from cjm_fasthtml_resources.core.manager import ResourceManager
 from cjm_fasthtml_resources.core.monitor import ResourceMonitor
-from cjm_fasthtml_resources.core.resources import ResourceStatus
+from cjm_fasthtml_resources.core.resources import ResourceStatus, best_status
 from cjm_fasthtml_resources.simulate import CALLS, SimulatedDriver, SimulatedGpu, SimulatedProcess, make_driver
 
 pytest.importorskip("fasthtml", reason="the extra web is not installed")
@@ -49,7 +49,7 @@ def newer_forms(call):
     return [f"{name}_v3"] if call.endswith("_v2") else [f"{name}_v3", f"{name}_v2"]
 
 
-def statuses(conflict): return {str(d.device.id): d.status for d in conflict.devices}
+def statuses(conflict): return {str(d.device.id): d.status for d in conflict.allowed}
 
 
 def calls_made() -> list[str]:
@@ -72,11 +72,12 @@ def check_one(conflict, faulty: str | None) -> None:
     for device, status in found.items():
         # a device that cannot be read may stand for its instances
         assert status in (GOOD.get(device), UNAVAILABLE), (device, status)
-    for d in conflict.devices:
+    for d in conflict.allowed:
         assert (d.status is UNAVAILABLE) == (d.device.memory_used is None)
         assert d.status is UNAVAILABLE or d.device.memory_total
+    if any(":" in device for device in found): assert [str(d.device.id)[:2] for d in conflict.devices] == ["1:"]
     assert conflict.status in (AVAILABLE, EXTERNAL, UNAVAILABLE)
-    assert (conflict.status is AVAILABLE) == (AVAILABLE in found.values())
+    assert conflict.status is best_status(d.status for d in conflict.devices)
     assert bool(conflict.reason) == (conflict.status is UNAVAILABLE)
     if faulty is not None and found: assert others(found, faulty) == others(GOOD, faulty)
 

@@ -8,7 +8,7 @@ from conftest import GONE, MIB
 
 from cjm_fasthtml_resources.core import checks, devices, requests
 from cjm_fasthtml_resources.core.conflict import ResourceBusy, ResourceUnavailable
-from cjm_fasthtml_resources.core.devices import visible_env
+from cjm_fasthtml_resources.core.devices import env_by_index, visible_env
 from cjm_fasthtml_resources.core.gpu import GpuDevice, read_gpus
 from cjm_fasthtml_resources.core.manager import ResourceManager
 from cjm_fasthtml_resources.core.memory import HostMemory
@@ -95,7 +95,10 @@ def test_the_devices_with_the_most_room_come_first():
 
 
 def test_a_child_sees_the_devices_by_uuid_and_where_there_is_none_by_number():
-    assert visible_env([GpuDevice(0, "GPU-a"), GpuDevice(3)]) == {"CUDA_VISIBLE_DEVICES": "GPU-a,3"}
+    gpus = [GpuDevice(0, "GPU-a"), GpuDevice(3, "GPU-b")]
+    assert visible_env(gpus) == {"CUDA_VISIBLE_DEVICES": "GPU-a,GPU-b"}
+    by_number = {"CUDA_VISIBLE_DEVICES": "0,3", "CUDA_DEVICE_ORDER": "PCI_BUS_ID"}
+    assert visible_env([gpus[0], GpuDevice(3)]) == env_by_index(gpus) == by_number   # CUDA reads all in one form
 
 
 @pytest.mark.parametrize("args, error, words", [

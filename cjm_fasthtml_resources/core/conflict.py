@@ -34,17 +34,17 @@ class ResourceConflict:
     threshold_percent: float | None = None        # the limit that decided
     notes: tuple[str, ...] = ()                   # why the result is not exact, and what helps
     snapshot: GpuSnapshot | None = field(default=None, repr=False)  # the raw driver data
-    other_instances: tuple[DeviceStatus, ...] = ()   # MIG: only another process can use them; one of each GPU instance
+    other_instances: tuple[DeviceStatus, ...] = ()  # of MIG, and GPUs beside: only another process can use them
+
+    @property
+    def allowed(self) -> tuple[DeviceStatus, ...]:
+        "Every device that a child process can be given: `devices`, and with MIG `other_instances`"
+        return (*self.devices, *self.other_instances)
 
     @property
     def estimated(self) -> bool:
         "Whether the division by owner is not exact on some device"
         return any(d.estimated for d in self.devices)
-
-    @property
-    def every_device(self) -> tuple[DeviceStatus, ...]:
-        "The devices, and the MIG instances that only another process can use: each memory once"
-        return (*self.devices, *self.other_instances)
 
     @property
     def is_late(self) -> bool:

@@ -57,7 +57,7 @@ class Point:
 
 def to_point(sample: Sample) -> Point:
     "Return the figures of a sample"
-    devices = {device_key(d.device): to_device_point(d) for d in sample.gpu.every_device}
+    devices = {device_key(d.device): to_device_point(d) for d in sample.gpu.allowed}
     ram = sample.memory.memory
     assert ram is not None  # a check of system memory always has it
     return Point(sample.number, sample.time or time.time(), devices,

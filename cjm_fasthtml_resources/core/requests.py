@@ -12,11 +12,12 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 from .arguments import check_number, check_pid, shorten
 from .conflict import ResourceBusy, ResourceConflict, ResourceUnavailable
-from .devices import device_key, select_devices, visible_devices
+from .devices import device_key, device_place, doubtful_places, explain_doubt, see_devices, select_devices
 from .explain import explain_shortage
 from .gpu import GpuDevice, GpuSnapshot
 from .process import ProcessId, has_ended, is_free, read_process, this_process
@@ -56,18 +57,22 @@ def choose_devices(
     judge: Callable[[GpuSnapshot], ResourceConflict],   # checks a snapshot, for the errors
 ) -> list[GpuDevice]:
     "Return the devices for a request; `ResourceUnavailable` without one, `ValueError` for more memory than any has"
-    visible, _ = visible_devices(snapshot.devices, os.environ.get("CUDA_VISIBLE_DEVICES"))
-    readable = [d for d in visible if d.memory_total and d.memory_used is not None]
+    visible, others, _ = see_devices(snapshot.devices, os.environ)
+    is_place = not isinstance(wanted, GpuDevice) and device_place(wanted) is not None
+    readable = [d for d in (*visible, *others) if d.memory_total and d.memory_used is not None]
     if not readable:
         conflict = judge(snapshot)
         raise ResourceUnavailable(conflict.message, conflict)
-    allowed = select_devices(visible, wanted)
+    allowed = select_devices(visible, wanted, others)
     found = [d for d in allowed if d in readable]
     if not found:
         problem = f"The device {shorten(wanted)} cannot be used: {allowed[0].reason}."
         raise ResourceUnavailable(problem, judge(snapshot))
     check_capacity(memory, max(d.capacity for d in found), "gpu_memory_mb", f"{memory/2**20:g}")
-    return found
+    instead = doubtful_places(snapshot.devices, os.environ) if is_place else ()
+    if not any(d in instead for d in found): return found
+    note = explain_doubt(f"device {shorten(wanted)}", instead)
+    return [replace(d, notes=(*d.notes, note)) for d in found]
 
 # %% ../../nbs/core/requests.ipynb #afd00373
 def find_shortage(
@@ -76,7 +81,7 @@ def find_shortage(
 ) -> tuple[str, ResourceConflict]:  # the reason in a sentence, and the check
     "Return why a request has to wait"
     conflict = check()
-    concerned = [d for d in conflict.every_device if device_key(d.device) in request.devices]
+    concerned = [d for d in conflict.allowed if device_key(d.device) in request.devices]
     return explain_shortage(concerned, request.memory) or conflict.message, conflict
 
 def make_give_up(
@@ -119,7 +124,7 @@ def show_progress(
         if not wanted or time.monotonic() - shown < SHOW_EVERY: return
         shown = time.monotonic()
         text, conflict = find_shortage(request, check)
-        rooms = [d.room for d in conflict.every_device if device_key(d.device) in request.devices]
+        rooms = [d.room for d in conflict.allowed if device_key(d.device) in request.devices]
         if not bars: bars.append(_make_bar(request.memory))
         bars[0].n = min(max(rooms, default=0), request.memory)/2**30
         bars[0].set_postfix_str(text)

@@ -19,7 +19,7 @@ from typing import Any
 from .claims import Claim, DeviceUse, Pool, find_pools, find_promises, grant, read_use
 from .conflict import ResourceUnavailable
 from .copies import StaysHere
-from .devices import device_key, visible_env
+from .devices import device_key, env_by_index, visible_env
 from .gpu import GpuDevice, GpuSnapshot
 from .leases import new_lease
 from .ledger import WAIT_BUCKETS, Ledger, Waits
@@ -72,6 +72,10 @@ class Reservation(StaysHere, contextlib.AbstractContextManager["Reservation"]):
     def env(self) -> dict[str, str]:
         "The environment variables with which a child process uses this device and no other"
         return visible_env([self.device])
+    @property
+    def env_by_index(self) -> dict[str, str]:
+        "The same with numbers, for programs that cannot read UUIDs; `LookupError` for a MIG instance"
+        return env_by_index([self.device])
 
     def release(self) -> bool:
         """Give the memory back after the job has freed it; False if the reservation was over

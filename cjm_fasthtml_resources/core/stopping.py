@@ -25,8 +25,8 @@ from .conflict import ResourceBusy, ResourceConflict, ResourceUnavailable
 from .ending import end_processes
 from .leases import new_lease
 from .process import ProcessId, read_process
-from .resources import ResourceStatus, WorkerState
-from .room import check_capacity, largest_capacity, plan_room
+from .resources import WorkerState
+from .room import check_capacity, largest_capacity, plan_room, usable
 from .store import StoreError
 from .text import format_bytes
 from .threads import NoThreadError, start_thread
@@ -191,10 +191,10 @@ def await_release(
     check: Callable[[], ResourceConflict],     # reads the devices again
 ) -> None:
     "Wait until a stopped worker's processes have left the devices; `ResourceBusy` if they do not"
-    on_gpus = [p for d in conflict.every_device for p in d.processes]
+    on_gpus = [p for d in conflict.allowed for p in d.processes]
     gone = {p.pid for p in on_gpus if p.owner == "app" and worker.pid in (p.pid, p.parent_pid)}
     until = time.monotonic() + RELEASE_WITHIN
-    while gone & {p.pid for d in conflict.every_device for p in d.processes}:
+    while gone & {p.pid for d in conflict.allowed for p in d.processes}:
         if time.monotonic() > until:
             raise ResourceBusy(f"the worker with PID {worker.pid} was stopped, "
                                f"but its GPU memory is not free after {RELEASE_WITHIN:g} s", conflict)
@@ -208,10 +208,10 @@ def choose_idle(
     conflict: ResourceConflict,
 ) -> WorkerState | None:  # `None`: a device has room
     "Return the idle worker to stop next; `ResourceBusy` if stopping all is not enough, or `ResourceUnavailable`"
-    if conflict.status is ResourceStatus.UNAVAILABLE: raise ResourceUnavailable(conflict.message, conflict)
-    check_capacity(need, largest_capacity(conflict.every_device), "mb", f"{need/2**20:g}")
-    if any(d.room >= need for d in conflict.every_device): return None
-    if plan := plan_room(conflict.every_device, find_idle(workers), need): return plan[0]
+    if not usable(conflict.allowed): raise ResourceUnavailable(conflict.message, conflict)
+    check_capacity(need, largest_capacity(conflict.allowed), "mb", f"{need/2**20:g}")
+    if any(d.room >= need for d in conflict.allowed): return None
+    if plan := plan_room(conflict.allowed, find_idle(workers), need): return plan[0]
     text = f"{format_bytes(need)} cannot be made free by stopping idle workers. {conflict.message}"
     raise ResourceBusy(text, conflict)
 

@@ -9,6 +9,7 @@ __all__ = ['ValidationAction', 'ValidationResult', 'owners_unknown', 'workers_on
 
 # %% ../../nbs/core/validation.ipynb #000e449a
 import logging
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
@@ -26,14 +27,14 @@ from .arguments import check_number, check_text, shorten
 from .classify import conclude
 from .conflict import ResourceBusy, ResourceConflict, ResourceUnavailable
 from .copies import copy_config, handed_out
-from .devices import GpuChoice, device_place
+from .devices import GpuChoice, device_place, doubtful_places, explain_doubt
 from .display import repr_html
 from .explain import name_reservations
 from .gpu import GpuDevice
 from .manager import ResourceManager
 from .process import has_ended
 from .resources import DeviceStatus, ResourceStatus, WorkerState
-from .room import held_by, largest_capacity, roomiest, usable
+from .room import by_hope, held_by, largest_capacity, roomiest, usable
 from .secrets import shown_error, shown_repr, shown_text
 from .store import StoreError
 from .text import format_bytes, list_names
@@ -84,6 +85,10 @@ class ValidationResult:
     def env(self) -> dict[str, str]:
         "Environment variables for a new worker, so that it uses that device and no other"
         return GpuChoice((self.device,)).env if self.device else {}
+    @property
+    def env_by_index(self) -> dict[str, str]:
+        "The same with numbers, for programs that cannot read UUIDs; `LookupError` for a MIG instance"
+        return GpuChoice((self.device,)).env_by_index if self.device else {}
 
     def __repr__(self) -> str:
         return shown_repr("ValidationResult", {name: getattr(self, name) for name in _SHOWN_FIELDS})
@@ -167,6 +172,12 @@ def could_have_room(
     return any(_could_start(d, need, _freed(d, workers)) for d in usable(devices))
 
 # %% ../../nbs/core/validation.ipynb #cccc4e03
+def _meant_instead(conflict: ResourceConflict, named: Sequence[DeviceStatus]) -> list[DeviceStatus]:
+    "Return the devices that a position can mean, where CUDA's order is not certain"
+    if conflict.snapshot is None: return []
+    ids = [d.id for d in doubtful_places(conflict.snapshot.devices, os.environ)]
+    return [d for d in conflict.devices if d.device.id in ids] if any(d.device.id in ids for d in named) else []
+
 def only_device(
     conflict: ResourceConflict,   # of `check_gpu_availability`
     device: Any,                  # as a plugin's configuration names it
@@ -176,8 +187,12 @@ def only_device(
     if place is None or conflict.status is ResourceStatus.UNAVAILABLE: return conflict
     count = len(conflict.devices)
     complaint = f"device {shorten(device)} was asked for, and there {'is' if count == 1 else 'are'} {count}"
-    named = conflict.devices[place:place + 1]
-    return conclude(named, conflict.threshold_percent or 0.0, complaint, conflict.notes, conflict.snapshot)
+    named, notes = conflict.devices[place:place + 1], conflict.notes
+    if instead := _meant_instead(conflict, named):
+        doubt = explain_doubt(f"device {shorten(device)}", [d.device for d in instead],
+                              answer="The answer is for the fullest of them. ")
+        named, notes = (min(instead, key=by_hope),), (*notes, doubt)
+    return conclude(named, conflict.threshold_percent or 0.0, complaint, notes, conflict.snapshot)
 
 # %% ../../nbs/core/validation.ipynb #88f05786
 def _result(

@@ -115,8 +115,8 @@ def overview(
 def _found(conflict: ResourceConflict) -> tuple[Any, ...]:
     "Return the devices or RAM, and the processes"
     if conflict.memory: return (memory_card(conflict),)
-    rows, more = View().processes(conflict.every_device)
-    cards = Div(*map(gpu_card, conflict.every_device), cls="cjm-cards")
+    rows, more = View().processes(conflict.allowed)
+    cards = Div(*map(gpu_card, conflict.allowed), cls="cjm-cards")
     return (*notes(conflict), cards, *([process_table(rows, more)] if rows else []))
 
 def _found_by(result: ValidationResult) -> tuple[Any, ...]: return _found(result.conflict) if result.conflict else ()

@@ -165,9 +165,9 @@ class ResourceCollector:
         found: list[Metric] = []
         try:
             sample, manager = self.monitor.current(), self.monitor.manager
-            found += [*verdict_metrics(sample), *device_metrics(sample.gpu.every_device),
+            found += [*verdict_metrics(sample), *device_metrics(sample.gpu.allowed),
                       *memory_metrics(sample.memory), *worker_metrics(sample.workers)]
-            if self.processes: found += process_metrics(sample.gpu.every_device)
+            if self.processes: found += process_metrics(sample.gpu.allowed)
             age = time.monotonic() - sample.taken
             found.append(_gauge("sample_age_seconds", "Time since the figures were read", [], [([], age)]))
             if isinstance(manager, ResourceManager): found += reservation_metrics(manager.get_claims(), manager.waits)

@@ -215,7 +215,7 @@ class ResourcePanel(StaysHere, widgets.VBox):  # type: ignore[misc]  # ipywidget
 
     def __repr__(self) -> str:
         closed = ", closed" if self._closed else ""
-        return f"ResourcePanel({len(self._sample.gpu.every_device)} GPUs, interval={self.monitor.interval:g}{closed})"
+        return f"ResourcePanel({len(self._sample.gpu.allowed)} GPUs, interval={self.monitor.interval:g}{closed})"
 
     def _repr_html_(self) -> str:
         "Return the last sample as a picture, for where there is no kernel"
@@ -288,7 +288,7 @@ class ResourcePanel(StaysHere, widgets.VBox):  # type: ignore[misc]  # ipywidget
 
     def _offer_gpus(self) -> None:
         "A button for each device, where there is a choice"
-        ids = [d.device.id for d in self._sample.gpu.every_device]
+        ids = [d.device.id for d in self._sample.gpu.allowed]
         _renew(self._gpus, {id: partial(self._gpu_button, id) for id in ids} if len(ids) > 1 else {})
 
     def _gpu_button(self, id: int | str) -> widgets.ToggleButton:

@@ -174,7 +174,7 @@ def _ram(m: MemoryStatus, status: ResourceStatus) -> _Resource:
     return _Resource("RAM", name, status, m.shares, m.memory.used, m.memory.total)
 
 def _resources(answer: Sample) -> list[_Resource]:
-    rows = [_device(d) for d in answer.gpu.every_device] or [_Resource("GPU", "none", answer.gpu.status)]
+    rows = [_device(d) for d in answer.gpu.allowed] or [_Resource("GPU", "none", answer.gpu.status)]
     return [*rows, _ram(answer.memory.memory, answer.memory.status)] if answer.memory.memory else rows
 
 # %% ../../nbs/ui/terminal.ipynb #c6afa318
@@ -226,7 +226,7 @@ def process_table(
     width: int,  # of the terminal
 ) -> Table:
     "Return a table of the processes on the GPUs, and of those with the most RAM"
-    on_gpu = [_PlacedProcess(f"GPU {d.device.id}", p) for d in answer.gpu.every_device for p in d.processes]
+    on_gpu = [_PlacedProcess(f"GPU {d.device.id}", p) for d in answer.gpu.allowed for p in d.processes]
     in_ram = [_PlacedProcess("RAM", p) for p in answer.memory.memory.processes] if answer.memory.memory else []
     groups = [sorted(rows, key=lambda row: -(row.process.memory_used or 0)) for rows in (on_gpu, in_ram)]
     inside = any(row.process.container is not None for rows in groups for row in rows[:top])
@@ -294,7 +294,7 @@ def status_view(
     top: int = 10,     # processes to show on GPUs, and in RAM
 ) -> RenderableType:
     "Return everything on one screen, with the answer at the end"
-    devices = answer.gpu.every_device
+    devices = answer.gpu.allowed
     unified = any(d.device.unified for d in devices)
     tables: list[RenderableType] = [
         Group(resource_table(answer, console), _legend(console.options.ascii_only, unified)),

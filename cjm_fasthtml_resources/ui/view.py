@@ -62,7 +62,7 @@ class View:
 
     def devices(self, sample: Sample) -> list[DeviceStatus]:
         "Return those that are shown"
-        return [d for d in sample.gpu.every_device if self.gpus is None or d.device.id in self.gpus]
+        return [d for d in sample.gpu.allowed if self.gpus is None or d.device.id in self.gpus]
 
     def processes(self, devices: Iterable[DeviceStatus]) -> tuple[list[ProcessRow], str]:
         "Return the rows that are shown, and what is said of the rest"
@@ -75,7 +75,7 @@ class View:
         "Return the rows that are shown, those at work first, and what is said of the rest"
         ordered = sorted(sample.workers, key=lambda w: w.status == "idle")
         left = len(ordered) - self.rows
-        shown = [to_row(w, held_by(w, sample.gpu.every_device)) for w in ordered[:self.rows]]
+        shown = [to_row(w, held_by(w, sample.gpu.allowed)) for w in ordered[:self.rows]]
         return shown, f"and {left} more" if left > 0 else ""
 
 # %% ../../nbs/ui/view.ipynb #b12f421d
