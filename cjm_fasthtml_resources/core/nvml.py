@@ -51,6 +51,7 @@ class GpuDevice:
     asleep: bool = False                          # runtime power management has suspended it, and it was not woken
     gpu_instance: int | None = None               # for a MIG instance: its memory, which others of this number share
     compute_instance: int | None = None           # for a MIG instance: its part of the processors
+    shared_with: tuple[int | str, ...] = ()       # ids of the MIG instances that share its memory
     compute_capability: tuple[int, int] | None = None
     cuda_cores: int | None = None
     max_clock: int | None = None                  # of the processors, in MHz
@@ -195,7 +196,8 @@ def _share(members: Sequence[GpuDevice]) -> list[GpuDevice]:
     found = {p.pid: p for processes in lists for p in processes or ()}
     every = None if None in lists else tuple(found[pid] for pid in sorted(found))
     return [replace(d, memory_used=least.memory_used, memory_free=least.memory_free, processes=every,
-                    processes_whole=all(d.processes_whole for d in members)) for d in members]
+                    processes_whole=all(d.processes_whole for d in members),
+                    shared_with=tuple(other.id for other in members if other is not d)) for d in members]
 
 def share_memory(
     devices: Iterable[GpuDevice],   # the MIG instances of one GPU

@@ -93,6 +93,7 @@ def gpu_head(
 ) -> Any:
     "Return which device it is, and its status"
     name = printable(device.name or "no name") + (", unified memory" if device.unified else "")
+    if device.shared_with: name += f", memory shared with {', '.join(map(str, device.shared_with))}"
     title = f"{name}, {device.uuid}" if device.uuid else name   # a narrow card cuts the name off
     words = "asleep" if device.asleep else ""
     return Div(B(f"GPU {device.id}"), Span(name, title=title), *([badge(status, words)] if status else []), cls="head")

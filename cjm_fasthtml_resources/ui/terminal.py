@@ -166,6 +166,7 @@ def _load(device: GpuDevice) -> str:
 def _device(d: DeviceStatus) -> _Resource:
     device = d.device
     name = (device.name or "?") + (" (unified memory)" if device.unified else "")
+    if device.shared_with: name += f" (with {', '.join(map(str, device.shared_with))})"
     return _Resource(f"GPU {device.id}", name, d.status, d.shares, device.memory_used, device.memory_total,
                      _load(device), "asleep" if device.asleep else "")
 

@@ -106,7 +106,7 @@ def _gpu_slots(status: DeviceStatus, trace: Sequence[float]) -> dict[str, str]:
     "Return the two slots of a device's card"
     d = status.device
     named = GpuDevice(d.index, d.uuid, d.name, mig_parent=d.mig_parent, host=d.host, unified=d.unified,
-                      asleep=d.asleep)   # what a head shows, and no more
+                      asleep=d.asleep, shared_with=d.shared_with)   # what a head shows, and no more
     return dict(head=_head_html(named, status.status), live=_live_html(status, tuple(trace)))
 
 # %% ../../nbs/ui/view.ipynb #3886d469
