@@ -138,6 +138,7 @@ class ProcessCalls(MemoryCalls):
         if kind == "compute": found += [SimulatedProcess(pid, n/2**20) for pid, n in self.allocated(gpu).items()]
         return write_processes(found, count, array, size, instance)
 
+# %% ../../nbs/simulated/memory.ipynb #7be81f31
 def _list_call(kind: str, size: int | None) -> Callable[..., int]:
     "Return the C function that lists a kind in entries of a size; `None`: of the size that is the driver's habit"
     def function(self: ProcessCalls, *args: Any) -> int:
