@@ -107,6 +107,13 @@ class MemoryCalls(Handles):
 _NOT_AVAILABLE = 2**64 - 1  # NVML_VALUE_NOT_AVAILABLE, for a process whose memory the driver does not report
 _NO_INSTANCE = 0xFFFFFFFF, 0xFFFFFFFF
 
+def _pack_processes(found: list[SimulatedProcess], size: int, instance: tuple[int, int]) -> bytes:
+    "Return the entries of a list as C has them"
+    used = [_NOT_AVAILABLE if p.memory_mb is None else to_bytes(p.memory_mb) for p in found]
+    rows = (struct.pack("<I4xQIIQ", p.pid, memory, *instance, 0) for p, memory in zip(found, used, strict=True))
+    return b"".join(row[:size] for row in rows)
+
+# %% ../../nbs/simulated/memory.ipynb #7be81f33
 def write_processes(
     found: list[SimulatedProcess],
     count: Any,     # the caller's `byref` to the array's length
@@ -118,9 +125,7 @@ def write_processes(
     length, count._obj.value = count._obj.value, len(found)
     if found and (array is None or length < len(found)): return INSUFFICIENT_SIZE
     if not found: return SUCCESS
-    used = [_NOT_AVAILABLE if p.memory_mb is None else to_bytes(p.memory_mb) for p in found]
-    rows = (struct.pack("<I4xQIIQ", p.pid, memory, *instance, 0) for p, memory in zip(found, used, strict=True))
-    written = b"".join(row[:size] for row in rows)
+    written = _pack_processes(found, size, instance)
     block = array if array._b_base_ is None else array._b_base_   # over whose end a real driver would write
     room = ctypes.sizeof(block) - (ctypes.addressof(array) - ctypes.addressof(block))
     ctypes.memmove(array, written, min(len(written), room))
