@@ -124,11 +124,11 @@ class Checks:
             return conclude((), threshold_percent, f"what is promised cannot be read: {known}", (), snapshot)
         seen = see_devices(snapshot.devices, os.environ, partial(self.worst_first, known, threshold_percent))
         found, notes = self.classify((*seen.visible, *seen.others), known, threshold_percent)
-        self.learn(found)
-        notes += [*([seen.complaint] if seen.complaint and found else []), *hanging_notes(self.workers)]
-        reason = snapshot.reason or seen.complaint or (NO_INSTANCE if snapshot.devices else None)
         visible, others = found[:len(seen.visible)], each_memory_once(found)[len(seen.visible):]
-        notes += instance_notes(visible, others)
+        self.learn(found)
+        notes += [*([seen.complaint] if seen.complaint and found else []), *instance_notes(visible, others),
+                  *hanging_notes(self.workers)]
+        reason = snapshot.reason or seen.complaint or (NO_INSTANCE if snapshot.devices else None)
         return replace(conclude(visible, threshold_percent, reason, notes, snapshot), other_instances=others)
 
     def worst_first(
