@@ -139,6 +139,59 @@ def test_exactly_as_much_as_a_device_has_may_be_asked_for():
                 assert held.uuid == "GPU-b" and held.env == {"CUDA_VISIBLE_DEVICES": "GPU-b"}
 
 
+def different(**second):
+    return [SimulatedGpu(name="One", uuid="GPU-a", memory_total_mb=1_000, memory_used_mb=900),
+            SimulatedGpu(name="Other", uuid="GPU-b", memory_total_mb=9_000, **second)]
+
+
+def test_a_number_that_can_mean_another_gpu_is_answered_for_the_worse_one(monkeypatch):
+    manager = ResourceManager(track_self=False)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")
+    with SimulatedDriver(different()):
+        found = manager.check_gpu_availability()
+        assert (found.status, found.devices[0].device.uuid) == (ResourceStatus.EXTERNAL_BUSY, "GPU-a")
+        assert found.notes[0].startswith("CUDA_VISIBLE_DEVICES='1' can mean GPU 0 (One) or GPU 1 (Other)")
+        monkeypatch.setenv("CUDA_DEVICE_ORDER", "PCI_BUS_ID")
+        found = manager.check_gpu_availability()
+        assert (found.status, found.devices[0].device.uuid, found.notes) == (ResourceStatus.AVAILABLE, "GPU-b", ())
+    monkeypatch.delenv("CUDA_DEVICE_ORDER")
+    with SimulatedDriver(different(memory_used_mb=8_000)):   # more is free than on the other, and it is as busy
+        assert manager.check_gpu_availability().devices[0].device.uuid == "GPU-a"
+
+
+def test_a_position_that_can_mean_another_gpu_is_said_to(monkeypatch):
+    manager = ResourceManager(track_self=False)
+    with SimulatedDriver(different()):
+        with manager.reserve(10, "cuda:1") as held:
+            assert held.uuid == "GPU-b" and held.device.notes[0].startswith("device 'cuda:1' can mean GPU 0 (One) or")
+        with manager.reserve(10, "GPU-b") as held: assert held.device.notes == ()
+        monkeypatch.setenv("CUDA_DEVICE_ORDER", "PCI_BUS_ID")
+        with manager.reserve(10, "cuda:1") as held: assert held.device.notes == ()
+
+
+def test_a_child_can_be_given_each_mig_instance_and_no_two():
+    parts = [SimulatedGpu(memory_total_mb=5_000, uuid="MIG-a", processes=[SimulatedProcess(GONE, 4_000)]),
+             SimulatedGpu(memory_total_mb=9_000, uuid="MIG-b")]
+    with SimulatedDriver([SimulatedGpu(mig=parts)]) as driver:
+        manager = ResourceManager(track_self=False)
+        assert [d.device.uuid for d in manager.check_gpu_availability().devices] == ["MIG-a"]
+        assert manager.pick_gpus().env == {"CUDA_VISIBLE_DEVICES": "MIG-b"}
+        assert manager.free_gpu(8_000) == []
+        with manager.reserve(7_500, timeout=0) as held:
+            assert held.env == {"CUDA_VISIBLE_DEVICES": "MIG-b"}
+            with pytest.raises(LookupError, match="MIG instance 0:1 has no number"): print(held.env_by_index)
+            with pytest.raises(ResourceBusy, match="GPU 0:1 has"): manager.reserve(8_000, timeout=0)
+        for name in ("MIG-b", "0:1"):
+            with manager.reserve(1, name) as held: assert held.uuid == "MIG-b"
+        with pytest.raises(ValueError, match="not 1: MIG-a; for a child process also MIG-b$"): manager.reserve(1, 1)
+        one = "^2 GPUs were asked for, 1 can be used: a process can use one MIG instance, and then no other device$"
+        with pytest.raises(ResourceUnavailable, match=one): manager.pick_gpus(2)
+        driver.gpus += [SimulatedGpu(uuid="GPU-c"), SimulatedGpu(uuid="GPU-d")]
+        assert {d.uuid for d in manager.pick_gpus(2).devices} == {"GPU-c", "GPU-d"}
+        by_number = {"CUDA_VISIBLE_DEVICES": "1", "CUDA_DEVICE_ORDER": "PCI_BUS_ID"}
+        with manager.reserve(1, "GPU-c") as held: assert held.env_by_index == by_number
+
+
 def test_a_device_that_cannot_be_used_is_named_with_its_reason():
     with SimulatedDriver([SimulatedGpu(), SimulatedGpu()]) as driver:
         manager = ResourceManager()

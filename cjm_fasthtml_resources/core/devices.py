@@ -119,7 +119,7 @@ def _asked(value: str) -> Iterator[int]:
         if (index := read_index(entry)) is None: return
         yield index
 
-_FASTEST = "CUDA counts the fastest GPU first, and which one that is is not certain"
+_FASTEST = "CUDA counts the fastest GPU first, and it is not certain which one that is"
 
 def explain_doubt(
     what: str,                     # what was asked for
