@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['simulated', 'DRIVER_VERSION', 'ProcessId', 'Stat', 'parse_stat', 'read_stat', 'read_start', 'ProcessInfo',
            'find_ancestors', 'SimulatedProcesses', 'simulated_process', 'is_free', 'has_ended', 'could_be_read',
-           'read_process', 'this_process', 'pid_namespace', 'in_pid_namespace', 'tells_local_pids', 'host_proc',
-           'to_local_pid', 'driver_pid_reader']
+           'is_whole', 'read_process', 'this_process', 'pid_namespace', 'in_pid_namespace', 'tells_local_pids',
+           'host_proc', 'to_local_pid', 'driver_pid_reader']
 
 # %% ../../nbs/core/process.ipynb #85f59503
 import os
@@ -205,7 +205,7 @@ def _look_at(pid: int, stat: Stat) -> ProcessInfo:
     name, username = _name_and_user(pid, stat)
     return ProcessInfo(pid, stat.start_time, printable(name), username, find_ancestors(pid, stat))
 
-def _is_whole(info: ProcessInfo) -> bool:
+def is_whole(info: ProcessInfo) -> bool:
     "Return whether nothing was left out that could be read at another moment, as with a free descriptor"
     last = info.lineage[-1]
     return info.username is not None and (last.start_time is not None or not could_be_read(last.pid))
@@ -220,7 +220,7 @@ def read_process(
     if info is not None and (info.start_time == start or start is None and not is_free(pid)): return info
     if start is None or (stat := read_stat(pid)) is None: return ProcessInfo(pid)
     info = _look_at(pid, stat)
-    if not _is_whole(info): return info
+    if not is_whole(info): return info
     if len(_known) >= _most[0]: _forget_ended()
     _known[pid] = info
     return info
