@@ -29,7 +29,7 @@ from pathlib import Path
 
 import psutil
 import pynvml
-from common import HANDLES, bare_calls, medians, pin
+from common import HANDLES, bare_calls, medians, pin, statm_once
 
 from cjm_fasthtml_resources.core.gpu import read_gpus
 from cjm_fasthtml_resources.core.manager import ResourceManager
@@ -182,6 +182,48 @@ def checking(rounds=40, runs=3):
     return [*rows, row("a check with 100,000 workers, in checks with 10", lots/ten, 1.2, detail)]
 
 
+@contextlib.contextmanager
+def sleeping_forks(count):
+    "The PID of a Python process that has forked so many that sleep"
+    code = f"""import os, sys, time
+for _ in range({count}):
+    if os.fork() == 0: time.sleep(3600)
+print(flush=True)
+time.sleep(3600)"""
+    family = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, start_new_session=True)
+    try:
+        family.stdout.readline()
+        yield family.pid
+    finally:
+        os.killpg(family.pid, 9)
+        family.wait()
+
+
+def ram_looks(count, rounds=40):
+    """Seconds of a check of RAM among so many more processes, of other programs and of the app's own, and of reading
+    each one's statm once
+    """
+    with sleeping_forks(count) as pid:
+        others, own = ResourceManager(track_self=False), ResourceManager(track_self=False)
+        own.register_worker(pid, "llm")
+        found = [manager.check_memory_availability().memory for manager in (others, own)]
+        assert len(found[1].processes) > count and found[0].left_out > count/2, found
+        sides = others.check_memory_availability, own.check_memory_availability, statm_once
+        return medians(*sides, rounds=rounds)
+
+
+def checking_ram(runs=3):
+    "Rows of a check of RAM, beside reading each process's statm once"
+    rows = []
+    for count in (400, 3000):
+        times = [[float(t) for t in in_new_process("--ram", str(count), "--pin").split()] for _ in range(runs)]
+        others, own, statm = map(min, zip(*times, strict=True))
+        for whose, check in (("other programs'", others), ("the app's own", own)):
+            what = f"a check of RAM, in readings of each process's statm, with {count:,} more, {whose}"
+            rows.append(row(what, check/statm, 1.5, f"{check*1e3:.2f} ms : {statm*1e3:.2f} ms"))
+    return rows
+
+
 def row(what, ratio, bound, detail):
     "A ratio of which less is better"
     return what, f"{ratio:.2f} ×" if ratio < 20 else f"{ratio:.0f} ×", f"≤ {bound:g}", ratio <= bound, detail
@@ -307,7 +349,7 @@ def short_run():
     saved = {cells[1].strip(): cells[2].strip() for cells in lines if len(cells) == 6}
     best: dict[str, float] = {}
     for _ in range(3):
-        for what, figure, *_ in [*checking(15, 1), *registry(), *importing(5), *reserving(1)]:
+        for what, figure, *_ in [*checking(15, 1), *checking_ram(1), *registry(), *importing(5), *reserving(1)]:
             best[what] = min(ratio_of(figure), best.get(what, float("inf")))
     failed = 0
     for what, ratio in best.items():
@@ -344,7 +386,7 @@ def compared():
     megabytes = float(in_new_process("--memory"))
     each = f"{megabytes*10:.0f} bytes each"
     memory = ("memory of 100,000 workers", f"{megabytes:.0f} MB", "< 150", megabytes < 150, each)
-    rows = [*beside_nvitop(), *checking(), *registry(), *importing(), *reserving(), *waiting(), memory]
+    rows = [*beside_nvitop(), *checking(), *checking_ram(), *registry(), *importing(), *reserving(), *waiting(), memory]
     import live  # last: it imports a web framework, which would make the garbage collector's work above larger
     return rows + live.measure()
 
@@ -379,7 +421,7 @@ def read_arguments():
                         help="with what is installed here, which must have the extra `bench`")
     parser.add_argument("--short", action="store_true",
                         help="a short run here: is no saved ratio missed by more than noise? Exits with 1 if one is")
-    parser.add_argument("--looks", type=int, help=argparse.SUPPRESS)
+    for name in ("--looks", "--ram"): parser.add_argument(name, type=int, help=argparse.SUPPRESS)
     for name in ("--memory", "--grants", "--waiting", "--pin"):
         parser.add_argument(name, action="store_true", help=argparse.SUPPRESS)
     return parser.parse_args()
@@ -389,10 +431,11 @@ def step(args) -> bool:
     "Run the one part that a new process is started for; whether there was one"
     if args.pin: pin()
     if args.looks: print(*looks(args.looks))
+    elif args.ram: print(*ram_looks(args.ram))
     elif args.grants: print(*grants())
     elif args.waiting: print(*wait_together())
     elif args.memory: print(worker_memory())
-    return bool(args.looks or args.grants or args.waiting or args.memory)
+    return bool(args.looks or args.ram or args.grants or args.waiting or args.memory)
 
 
 def main() -> int:

@@ -6,12 +6,13 @@ import threading
 import pytest
 from conftest import GONE, MIB
 
-from cjm_fasthtml_resources.core import checks, devices, requests
+from cjm_fasthtml_resources.core import checks, devices, ram, requests
 from cjm_fasthtml_resources.core.conflict import ResourceBusy, ResourceUnavailable
 from cjm_fasthtml_resources.core.devices import env_by_index, visible_env
 from cjm_fasthtml_resources.core.gpu import GpuDevice, read_gpus
 from cjm_fasthtml_resources.core.manager import ResourceManager
 from cjm_fasthtml_resources.core.memory import HostMemory
+from cjm_fasthtml_resources.core.resident import ResidentProcess
 from cjm_fasthtml_resources.core.resources import OwnedProcess, ResourceStatus
 from cjm_fasthtml_resources.simulate import SimulatedDriver, SimulatedGpu, SimulatedMachine, SimulatedProcess
 
@@ -64,8 +65,9 @@ def test_ram_is_judged_by_its_threshold_and_of_a_control_group_its_own(monkeypat
     manager = ResourceManager()
     group = "/sys/fs/cgroup/x"
     monkeypatch.setattr(checks, "read_memory", lambda: HostMemory(100, 60, group))
-    monkeypatch.setattr(checks, "resident_memory", lambda: {os.getpid(): 40, 1: 20, os.getppid(): 10})
-    monkeypatch.setattr(checks, "in_cgroup", lambda pid, cgroup: (pid, cgroup) == (1, group))
+    held = {os.getpid(): 40, 1: 20, os.getppid(): 10}
+    monkeypatch.setattr(ram, "list_resident", lambda reader: [ResidentProcess(*item) for item in held.items()])
+    monkeypatch.setattr(ram, "cgroup_pids", lambda cgroup: {group: {1}}[cgroup])
     found = manager.check_memory_availability(60)
     assert found.status is ResourceStatus.APP_BUSY and found.threshold_percent == 60
     assert [p.pid for p in found.memory.processes] == [os.getpid(), 1]

@@ -9,7 +9,8 @@ __all__ = ['find_owner', 'owned_process', 'divide_rest', 'classify_device', 'gpu
            'redact', 'held_by', 'measure']
 
 # %% ../../nbs/core/classify.ipynb #ab3f3125
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from cjm_fasthtml_resources.core.resources import (
@@ -164,25 +165,38 @@ def memory_process_dict(
     _add_parent(row, process)
     return row
 
+@dataclass(frozen=True)
+class _MemoryRows:
+    "Makes these dictionaries when they are asked for"
+    processes: Sequence[OwnedProcess]
+    total: int
+
+    def __iter__(self) -> Iterator[Any]: return (memory_process_dict(p, self.total) for p in self.processes)
+
+def _rows(processes: Sequence[OwnedProcess], memory: HostMemory) -> Any: return _MemoryRows(processes, memory.total)
+
 # %% ../../nbs/core/classify.ipynb #d42774af
 def classify_memory(
     memory: HostMemory,
     processes: Iterable[OwnedProcess],   # with what each has in RAM
     threshold_percent: float = 90.0,     # of the total
+    left_out: int = 0,                   # other programs' processes that are not among them
+    estimated: bool = False,             # whether some of the app's can have pages that others have, too
+    notes: Sequence[str] = (),
 ) -> ResourceConflict:
     "Return the use of system memory by owner, and what that means for a job"
     by_owner = sorted(processes, key=by_size)
     app = [p for p in by_owner if p.owner == "app"]
     others = [p for p in by_owner if p.owner != "app"]
     large = others[:1] + [p for p in others[1:] if 100*(p.memory_used or 0) >= memory.total]
-    app_memory = sum(p.memory_used or 0 for p in app)
-    external_memory = max(memory.used - app_memory, 0)
+    app_memory = min(sum(p.memory_used or 0 for p in app), memory.used)
+    external_memory = memory.used - app_memory
     if memory.used_percent < threshold_percent: status = ResourceStatus.AVAILABLE
     elif app_memory > external_memory: status = ResourceStatus.APP_BUSY
     else: status = ResourceStatus.EXTERNAL_BUSY
     named = large if status is ResourceStatus.EXTERNAL_BUSY else []
-    state = MemoryStatus(memory, tuple(by_owner), app_memory, external_memory)
+    state = MemoryStatus(memory, tuple(by_owner), app_memory, external_memory, left_out, estimated)
     return ResourceConflict(
         ResourceType.SYSTEM_MEMORY, status, [p.pid for p in app], [p.pid for p in named],
-        [memory_process_dict(p, memory.total) for p in app], [memory_process_dict(p, memory.total) for p in named],
-        memory=state, threshold_percent=threshold_percent)
+        _rows(app, memory), _rows(named, memory),
+        memory=state, threshold_percent=threshold_percent, notes=tuple(notes))

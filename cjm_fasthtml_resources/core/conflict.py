@@ -43,8 +43,8 @@ class ResourceConflict:
 
     @property
     def estimated(self) -> bool:
-        "Whether the division by owner is not exact on some device"
-        return any(d.estimated for d in self.devices)
+        "Whether the division by owner is not exact, on some device or in RAM"
+        return any(d.estimated for d in self.devices) or self.memory is not None and self.memory.estimated
 
     @property
     def is_late(self) -> bool:

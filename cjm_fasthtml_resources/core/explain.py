@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['name_process', 'by_size', 'name_processes', 'name_reservations', 'name_room', 'explain_gpus', 'explain_shortage',
-           'device_line', 'explain_memory']
+           'device_line', 'name_swap', 'explain_memory']
 
 # %% ../../nbs/core/explain.ipynb #ad35b98e
 from collections.abc import Iterable
 
+from .memory import HostMemory
 from .resources import DeviceStatus, MemoryStatus, OwnedProcess, ResourceStatus
 from .room import roomiest
 from .text import format_bytes, list_names, printable
@@ -120,6 +121,15 @@ def device_line(
     figures = status.reason or ", ".join([*shares, f"free {format_bytes(status.room)}"])
     return f"  GPU {status.device.id}  {printable(status.device.name or 'no name')}  {status.status.value}: {figures}"
 
+# %% ../../nbs/core/explain.ipynb #a33d57d5
+def name_swap(
+    memory: HostMemory,
+) -> str:  # empty without swap
+    "Return how much of the swap is used"
+    if not memory.swap_total: return ""
+    used = "?" if memory.swap_used is None else format_bytes(memory.swap_used)
+    return f"{used} of {format_bytes(memory.swap_total)} swap"
+
 # %% ../../nbs/core/explain.ipynb #f0cb928f
 def explain_memory(
     status: ResourceStatus,
@@ -128,10 +138,12 @@ def explain_memory(
 ) -> str:
     "Return the result of a check of system memory as a sentence"
     free = f"{format_bytes(state.memory.available)} of {format_bytes(state.memory.total)} free"
+    about = " (an estimate)" if state.estimated else ""
+    swap = f", {words} in use" if (words := name_swap(state.memory)) and state.memory.swap_used else ""
     match status:
         case ResourceStatus.UNAVAILABLE: return f"RAM cannot be told: {reason}."
         case ResourceStatus.AVAILABLE: return f"RAM is available: {free}."
         case ResourceStatus.APP_BUSY: owner, holds = "app", "the app itself holds"
         case ResourceStatus.EXTERNAL_BUSY: owner, holds = "external", "others hold"
-    names = [name_process(p) for p in state.processes if p.owner == owner]
-    return f"RAM is short, {free}: {holds} it, {list_names(names)}."
+    names = list_names([name_process(p) for p in state.processes if p.owner == owner])
+    return f"RAM is short{about}, {free}{swap}: {holds} it{names and f', {names}'}."

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['simulated', 'DRIVER_VERSION', 'DRIVER_MODULE', 'ProcessId', 'Stat', 'parse_stat', 'read_stat', 'read_start',
            'ProcessInfo', 'find_ancestors', 'SimulatedProcesses', 'simulated_process', 'is_free', 'has_ended',
-           'could_be_read', 'read_process', 'this_process', 'pid_namespace', 'in_pid_namespace', 'driver_numbers',
-           'tells_local_pids', 'host_proc', 'to_local_pid', 'shown_by', 'driver_pid_reader']
+           'could_be_read', 'is_whole', 'read_process', 'this_process', 'pid_namespace', 'in_pid_namespace',
+           'driver_numbers', 'tells_local_pids', 'host_proc', 'to_local_pid', 'shown_by', 'driver_pid_reader']
 
 # %% ../../nbs/core/process.ipynb #85f59503
 import os
@@ -207,7 +207,7 @@ def _look_at(pid: int, stat: Stat) -> ProcessInfo:
     name, username = _name_and_user(pid, stat)
     return ProcessInfo(pid, stat.start_time, printable(name), username, find_ancestors(pid, stat))
 
-def _is_whole(info: ProcessInfo) -> bool:
+def is_whole(info: ProcessInfo) -> bool:
     "Return whether nothing was left out that could be read at another moment, as with a free descriptor"
     last = info.lineage[-1]
     return info.username is not None and (last.start_time is not None or not could_be_read(last.pid))
@@ -224,7 +224,7 @@ def read_process(
     info = _look_at(pid, stat)
     try: info = replace(info, container=read_container(pid))
     except OSError: return info   # no free descriptor
-    if not _is_whole(info): return info
+    if not is_whole(info): return info
     if len(_known) >= _most[0]: _forget_ended()
     _known[pid] = info
     return info

@@ -124,9 +124,11 @@ class DeviceStatus:
 class MemoryStatus:
     "System memory by owner"
     memory: HostMemory
-    processes: tuple[OwnedProcess, ...] = ()   # all that may be looked at, the largest first
-    app_memory: int = 0                        # bytes, resident
+    processes: tuple[OwnedProcess, ...] = ()   # this app's, and the largest of others; the largest first
+    app_memory: int = 0                        # bytes; pages that its processes share count once
     external_memory: int = 0                   # bytes: the rest of what is in use
+    left_out: int = 0                          # processes of other programs that are not listed, all smaller
+    estimated: bool = False                    # what the app's processes share could not all be read
 
     @property
     def shares(self) -> dict[str, int]:
@@ -152,7 +154,7 @@ class GpuProcessDict(_Process, _Child):
 
 class MemoryProcessDict(_Process, _Child):
     "A process in system memory"
-    memory_mb: float                 # MiB, resident
+    memory_mb: float                 # MiB in RAM
     memory_percent: float            # of the total that use is measured against
 
 # %% ../../nbs/core/resources.ipynb #d0d97feb

@@ -91,7 +91,11 @@ def add_memory(
     total, used = sum(s.memory.total for s in states), sum(s.memory.used for s in states)
     processes = sorted((p for s in states for p in s.processes), key=by_size)
     app, external = sum(s.app_memory for s in states), sum(s.external_memory for s in states)
-    return MemoryStatus(HostMemory(total, used, machines=max(len(states), 1)), tuple(processes), app, external)
+    swaps = [(s.memory.swap_total, s.memory.swap_used) for s in states]
+    swap, swapped = (sum(part or 0 for part in parts) for parts in zip((0, 0), *swaps, strict=True))
+    memory = HostMemory(total, used, machines=max(len(states), 1), swap_total=swap, swap_used=swapped)
+    left_out, estimated = sum(s.left_out for s in states), any(s.estimated for s in states)
+    return MemoryStatus(memory, tuple(processes), app, external, left_out, estimated)
 
 # %% ../../nbs/hosts/combine.ipynb #ac772e6c
 def combine_memory(

@@ -135,6 +135,8 @@ def memory_metrics(
     yield _gauge("memory_used_bytes", "System memory in use", [], [([], state.memory.used)])
     held = [([owner], float(n)) for owner, n in state.shares.items()]
     yield _gauge("memory_held_bytes", "System memory by owner", ["owner"], held)
+    yield _gauge("swap_total_bytes", "Swap that there is", [], [([], state.memory.swap_total)])
+    yield _gauge("swap_used_bytes", "Swap in use", [], [([], state.memory.swap_used)])
 
 # %% ../../nbs/ui/metrics.ipynb #9988ea76
 def verdict_metrics(

@@ -15,6 +15,7 @@ from typing import Any
 from fastcore.xml import B, Div, P, Safe, Span, ft, to_xml
 
 from ..core.conflict import ResourceConflict
+from ..core.explain import name_swap
 from ..core.gpu import GpuDevice
 from ..core.resources import DeviceStatus, MemoryStatus, ResourceStatus
 from ..core.text import format_bytes, printable
@@ -135,8 +136,10 @@ def _whose(state: MemoryStatus | None) -> str:
 def memory_head(
     conflict: ResourceConflict,   # of `check_memory_availability`
 ) -> Any:
-    "Return whose memory it is, and its status"
-    return Div(B("RAM"), Span(_whose(conflict.memory)), badge(conflict.status), cls="head")
+    "Return whose memory it is, the swap in use, and the status"
+    memory = conflict.memory.memory if conflict.memory else None
+    swap = f", {name_swap(memory)}" if memory and memory.swap_total and memory.swap_used else ""
+    return Div(B("RAM"), Span(_whose(conflict.memory) + swap), badge(conflict.status), cls="head")
 
 def memory_use(
     conflict: ResourceConflict,   # of `check_memory_availability`

@@ -25,6 +25,7 @@ from cjm_fasthtml_resources.core.resources import (
     WorkerState,
 )
 from .. import __version__
+from ..core.explain import name_swap
 from ..core.gpu import GpuDevice
 from ..core.samples import Sample
 from ..core.text import format_bytes, printable
@@ -172,7 +173,8 @@ def _device(d: DeviceStatus) -> _Resource:
 
 def _ram(m: MemoryStatus, status: ResourceStatus) -> _Resource:
     name = "control group's limit" if m.memory.cgroup else "this machine"
-    return _Resource("RAM", name, status, m.shares, m.memory.used, m.memory.total)
+    swap = name_swap(m.memory) if m.memory.swap_used else ""
+    return _Resource("RAM", name, status, m.shares, m.memory.used, m.memory.total, swap)
 
 def _resources(answer: Sample) -> list[_Resource]:
     rows = [_device(d) for d in answer.gpu.allowed] or [_Resource("GPU", "none", answer.gpu.status)]
