@@ -179,14 +179,25 @@ class Checks:
         seen = {p.parent_pid or p.pid for d in devices for p in d.processes if p.owner == "app"}
         self.needs.learn(measure(self.workers.some(seen), devices))
 
-    def memory(self, threshold_percent: float) -> ResourceConflict:
+    def memory(
+        self,
+        threshold_percent: float,
+        snapshot: GpuSnapshot | None = None,   # where a GPU uses this memory, too
+    ) -> ResourceConflict:
         "Return who uses the memory of this machine, or of the control group that this process is in"
-        trouble, memory = self.prepare().trouble, read_memory()
+        prepared, memory = self.prepare(), read_memory()
+        trouble, gpus = prepared.trouble, self.on_this_memory(snapshot, prepared)
         found = self.ram.read(self.workers, self.me(), memory.cgroup)
         notes = [f"The app's workers are those of an earlier moment: {trouble}"] if trouble else []
         if not found.whole: notes.append(SHARED_NOTE)
         notes += hanging_notes(self.workers)
-        return classify_memory(memory, found.processes, threshold_percent, found.left_out, not found.whole, notes)
+        return classify_memory(memory, found.processes, threshold_percent, found.left_out, not found.whole, notes, gpus)
+
+    def on_this_memory(self, snapshot: GpuSnapshot | None, prepared: Prepared) -> list[DeviceStatus]:
+        "Return the GPUs that use the machine's memory, by the owners of their processes"
+        devices = [d for d in snapshot.devices if d.unified] if snapshot else []
+        known = self._find_claims(prepared) if devices else LedgerReading()
+        return self.classify(devices, LedgerReading() if isinstance(known, str) else known, 100)[0]
 
 # %% ../../nbs/core/checks.ipynb #dd0adedd
 def promises_on(

@@ -10,7 +10,7 @@ __all__ = ['find_owner', 'owned_process', 'divide_rest', 'classify_device', 'gpu
 
 # %% ../../nbs/core/classify.ipynb #ab3f3125
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from cjm_fasthtml_resources.core.resources import (
@@ -183,19 +183,22 @@ def classify_memory(
     left_out: int = 0,                   # other programs' processes that are not among them
     estimated: bool = False,             # whether some of the app's can have pages that others have, too
     notes: Sequence[str] = (),
+    gpus: Sequence[DeviceStatus] = (),   # those that use this memory: what is used there is not in `processes`
 ) -> ResourceConflict:
     "Return the use of system memory by owner, and what that means for a job"
     by_owner = sorted(processes, key=by_size)
     app = [p for p in by_owner if p.owner == "app"]
     others = [p for p in by_owner if p.owner != "app"]
     large = others[:1] + [p for p in others[1:] if 100*(p.memory_used or 0) >= memory.total]
-    app_memory = min(sum(p.memory_used or 0 for p in app), memory.used)
+    app_memory = min(sum(p.memory_used or 0 for p in app) + sum(d.app_memory for d in gpus), memory.used)
     external_memory = memory.used - app_memory
-    if memory.used_percent < threshold_percent: status = ResourceStatus.AVAILABLE
-    elif app_memory > external_memory: status = ResourceStatus.APP_BUSY
+    mine, theirs = (sum(d.promised(owner) for d in gpus) for owner in ("app", "external"))
+    taken = replace(memory, used=memory.used + mine + theirs)
+    if taken.used_percent < threshold_percent: status = ResourceStatus.AVAILABLE
+    elif app_memory + mine > external_memory + theirs: status = ResourceStatus.APP_BUSY
     else: status = ResourceStatus.EXTERNAL_BUSY
     named = large if status is ResourceStatus.EXTERNAL_BUSY else []
-    state = MemoryStatus(memory, tuple(by_owner), app_memory, external_memory, left_out, estimated)
+    state = MemoryStatus(memory, tuple(by_owner), app_memory, external_memory, left_out, estimated, mine + theirs)
     return ResourceConflict(
         ResourceType.SYSTEM_MEMORY, status, [p.pid for p in app], [p.pid for p in named],
         _rows(app, memory), _rows(named, memory),

@@ -137,7 +137,8 @@ def explain_memory(
     reason: str | None = None,         # why it could not be read
 ) -> str:
     "Return the result of a check of system memory as a sentence"
-    free = f"{format_bytes(state.memory.available)} of {format_bytes(state.memory.total)} free"
+    free = f"{format_bytes(state.room)} of {format_bytes(state.memory.total)} free"
+    if state.promised: free += f" beside {format_bytes(state.promised)} reserved on the GPU"
     about = " (an estimate)" if state.estimated else ""
     swap = f", {words} in use" if (words := name_swap(state.memory)) and state.memory.swap_used else ""
     match status:

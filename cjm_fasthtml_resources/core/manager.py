@@ -43,6 +43,7 @@ from .display import repr_html
 from .gpu import GpuDevice, GpuSnapshot, read_gpus
 from .ledger import Ledger, Waits
 from .needs import Needs
+from .nvml_memory import has_unified_memory
 from .registry import WorkerRegistry
 from .reservations import PendingReservation, Request, Reservation
 from .resources import ResourceStatus, ResourceType, WorkerState
@@ -114,10 +115,13 @@ class ResourceManager(StaysHere, WorkerRegistry):
 
     def check_memory_availability(
         self,
-        threshold_percent: float = 90.0,  # RAM is low when this share is in use
+        threshold_percent: float = 90.0,       # RAM is low when this share is in use
+        *,
+        snapshot: GpuSnapshot | None = None,   # read already; `None`: the driver is read if a GPU uses this memory
     ) -> ResourceConflict:
         "Return who uses the memory of this machine, or of the control group that this process is in"
-        return self.checks.memory(check_number(threshold_percent, "threshold_percent", 0, 100))
+        if snapshot is None and has_unified_memory(): snapshot = self.read()
+        return self.checks.memory(check_number(threshold_percent, "threshold_percent", 0, 100), snapshot)
 
     def pick_gpus(
         self,

@@ -129,11 +129,18 @@ class MemoryStatus:
     external_memory: int = 0                   # bytes: the rest of what is in use
     left_out: int = 0                          # processes of other programs that are not listed, all smaller
     estimated: bool = False                    # what the app's processes share could not all be read
+    promised: int = 0                          # bytes reserved, and not in use yet, on a GPU that uses this memory
 
     @property
     def shares(self) -> dict[str, int]:
-        "Bytes by owner; the rest of the total is free"
-        return dict(app=self.app_memory, external=self.external_memory)
+        "Bytes by owner, and those that are reserved; the rest of the total is free"
+        shares = dict(app=self.app_memory, external=self.external_memory)
+        return shares | dict(promised=self.promised) if self.promised else shares
+
+    @property
+    def room(self) -> int:
+        "Bytes that are neither in use nor reserved"
+        return max(self.memory.available - self.promised, 0)
 
 # %% ../../nbs/core/resources.ipynb #f591708e
 class _Process(TypedDict):

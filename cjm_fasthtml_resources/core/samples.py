@@ -61,5 +61,5 @@ def take_sample(
     is_simulated = gpu.snapshot is not None and gpu.snapshot.simulated
     try: workers = tuple(manager.get_all_workers())
     except StoreError: workers = ()  # the checks say what is wrong with the file
-    memory = manager.check_memory_availability()
+    memory = manager.check_memory_availability(snapshot=gpu.snapshot)
     return Sample(gpu, memory, workers, "the NVIDIA driver" if is_simulated else None)

@@ -148,7 +148,7 @@ def memory_use(
     state = conflict.memory
     assert state is not None
     shares, total = state.shares, state.memory.total
-    return memory_bar(shares, total, "system memory"), memory_key(shares, state.memory.available, total)
+    return memory_bar(shares, total, "system memory"), memory_key(shares, state.room, total)
 
 # %% ../../nbs/ui/parts.ipynb #50525293
 def _banner(status: ResourceStatus, message: str, words: str = "") -> Any:
