@@ -170,3 +170,9 @@ if {who!r} == "other": print(is_free(Store(store_path())), flush=True)
 os.write(write, b"x")
 os.waitpid(child, 0)
 """) == "True\n"
+
+
+def test_no_property_has_a_lock_of_its_own():
+    "Until Python 3.12 a `cached_property` has one lock for all objects, which a fork's child finds taken for ever"
+    sources = list(Path(cjm_fasthtml_resources.__file__).parent.rglob("*.py"))
+    assert sources and not [str(path) for path in sources if "import cached_property" in path.read_text()]

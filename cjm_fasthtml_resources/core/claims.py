@@ -10,7 +10,6 @@ __all__ = ['Claim', 'is_alive', 'DeviceUse', 'no_less', 'read_use', 'Pool', 'use
 import random
 from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
 from typing import Any
 
 from cjm_fasthtml_resources.core.process import (
@@ -76,19 +75,13 @@ class DeviceUse:
     # a process and its ancestors, itself first; `None` if it is not seen from here
     lineage_of: Callable[[ProcessId], tuple[ProcessId, ...] | None] = field(
         default=lambda p: (p,), compare=False, repr=False)
+    key: str = field(init=False, repr=False, compare=False)      # the device's name in a claim
+    number: str = field(init=False, repr=False, compare=False)   # its name for a program that cannot read its UUID
 
-    def __post_init__(self) -> None:
+    def __post_init__(self) -> None:   # until Python 3.12 a `cached_property` has a lock, which a fork would copy
         if self.processes is None: object.__setattr__(self, "whole", False)
-
-    @cached_property
-    def key(self) -> str:
-        "The device's name in a claim"
-        return device_key(self.device)
-
-    @cached_property
-    def number(self) -> str:
-        "The device's name for a program that cannot read its UUID"
-        return device_key(replace(self.device, uuid=None))
+        object.__setattr__(self, "key", device_key(self.device))
+        object.__setattr__(self, "number", device_key(replace(self.device, uuid=None)))
 
     def is_called(self, key: str | None) -> bool:
         """Return whether a claim's `device` can be this one, or shares its memory:
