@@ -92,6 +92,13 @@ def test_a_driver_that_hangs_is_named_with_the_call():
     with make_driver(report): assert ResourceManager().check_gpu_availability().status.value == "unavailable"
 
 
+def test_an_answer_that_nobody_expected_costs_what_follows_and_is_named(monkeypatch):
+    monkeypatch.setattr(writer.Reader, "entries", lambda *args: 1/0)
+    with make_driver(PRESETS["shared"]()): report = written()
+    assert report["reason"] == "nvmlDeviceGetComputeRunningProcesses_v3 could not be read: ZeroDivisionError"
+    with make_driver(report): assert ResourceManager().check_gpu_availability().status.value == "unavailable"
+
+
 def test_it_has_the_raw_answers_and_the_bytes_that_were_written():
     scenario = dict(gpus=[dict(memory_total_mb=10_000, processes=[dict(pid=4_400_001, memory_mb=700),
                                                                   dict(pid=0), dict(pid=os.getpid(), memory_mb=5)])],

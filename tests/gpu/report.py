@@ -192,7 +192,13 @@ def read_driver(report: dict, reader: Reader, asleep: dict[int, bool]) -> None:
         report["devices"].append(found)
         if handle is not None: found |= reader.device(handle)
     reader.asking = None
-    nvml.nvmlShutdown()
+    with contextlib.suppress(nvml.NVMLError): nvml.nvmlShutdown()
+
+
+def read_what_it_says(report: dict, reader: Reader, asleep: dict[int, bool]) -> None:
+    "The same, with a word for an answer that nobody expected; what was read until then stays"
+    try: read_driver(report, reader, asleep)
+    except Exception as error: report["reason"] = f"{reader.asking} could not be read: {type(error).__name__}"
 
 
 def cuda_order(aliases: Aliases, count: int) -> list[dict]:
@@ -223,7 +229,7 @@ def make_report(limit: float = LIMIT) -> dict:
     except ImportError as error: return report | dict(reason=in_words(error))
     report["driver"]["old_pynvml"] = not hasattr(pynvml, "nvmlMemory_v2")
     reader = Reader(pynvml, Aliases())
-    thread = threading.Thread(target=read_driver, args=(report, reader, asleep), daemon=True)
+    thread = threading.Thread(target=read_what_it_says, args=(report, reader, asleep), daemon=True)
     thread.start()
     thread.join(limit)
     if thread.is_alive():
