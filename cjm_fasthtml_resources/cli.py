@@ -105,7 +105,8 @@ def _read_apps(context: click.Context, option: click.Parameter, given: Sequence[
 @click.option("--wake", is_flag=True, help="Look at GPUs that power management has suspended, too. That wakes them.")
 @click.option("--simulate", metavar="PRESET",
               help="Look at a simulated machine: idle, shared, pair, eight-h100, mig, mig-shared, two-cards, spark, "
-                   "jetson, laptop, slow-start, container, wsl, lost, or a .json file.")
+                   "jetson, laptop, slow-start, container, wsl, lost, a real machine's state such as h200-mig-load, "
+                   "or a .json file: a scenario, or a report of tests/gpu/run.py.")
 @click.version_option(__version__, prog_name="cjm-resources")
 @click.pass_context
 def main(context: click.Context, apps: list[int | str], as_json: bool, watch: bool, interval: float, top: int,

@@ -88,7 +88,7 @@ class SimulatedDriver:
 
     def __getattr__(self, name: str) -> Callable[..., Any]:
         "Return a C function, and keep it as an attribute"
-        if name not in CALLS or name in self.habits.missing: raise AttributeError(name)
+        if name not in CALLS or self.habits.lacks(name): raise AttributeError(name)
         call = partial(self._call, name, getattr(self.library, name))
         setattr(self, name, call)
         return call
@@ -156,13 +156,13 @@ class SimulatedDriver:
 
 # %% ../nbs/simulate.ipynb #4d81e653
 def make_driver(
-    scenario: Mapping[str, Any],  # gpus, machine, workers, faults, description
+    scenario: Mapping[str, Any],  # gpus, machine, workers, faults, habits, description; or a report
 ) -> SimulatedDriver:
     "Return a driver from a dictionary; raises `ScenarioError` if something in it is not understood"
     return SimulatedDriver(**parse_scenario(scenario))
 
 def load_scenario(
-    name: str | Path,  # a preset's name, or the path of a JSON file
+    name: str | Path,  # of a preset or a real machine's state, or the path of a JSON file
 ) -> SimulatedDriver:  # use it in a `with` block
     "Return a driver from a preset or a file; raises `ScenarioError` if there is neither"
     return make_driver(find_scenario(name))

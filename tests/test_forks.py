@@ -1,6 +1,7 @@
 "A fork while other threads are anywhere in the library; walk_forks.py has the long form"
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -9,6 +10,8 @@ pytest.importorskip("fasthtml", reason="the extra web is not installed")
 pytest.importorskip("prometheus_client", reason="the extra prometheus is not installed")
 
 import walk_forks  # noqa: E402
+
+import cjm_fasthtml_resources  # noqa: E402
 
 
 @pytest.mark.parametrize("app", [None, "walk"], ids=["in memory", "with a file"])

@@ -25,7 +25,7 @@ from cjm_fasthtml_resources import ResourceManager
 manager = ResourceManager(track_self=False)
 for worker in driver.workers: manager.register_worker(**worker)
 conflict = manager.check_gpu_availability()
-for d in (*conflict.devices, *conflict.other_instances):
+for d in conflict.allowed:
     held = {str(p.pid): p.memory_used for p in d.processes}
     seen.append(dict(name=d.device.name, total=d.device.memory_total, used=d.device.memory_used, room=d.room, held=held,
                      status=d.status.value))"""}

@@ -89,7 +89,7 @@ def test_every_query_of_the_dashboard_and_the_tutorial_is_about_a_metric_that_th
         assert named and named <= there | labels, named - there
     left_out = there - set(re.findall(r"\bcjm_resources_\w+", dashboard))
     assert left_out <= {   # what it need not draw
-        "cjm_resources_gpu_info", "cjm_resources_memory_used_bytes",
+        "cjm_resources_gpu_info", "cjm_resources_gpu_memory_reserved_bytes", "cjm_resources_memory_used_bytes",
         "cjm_resources_reservation_wait_seconds_count", "cjm_resources_reservation_wait_seconds_sum"}
     panels = json.loads(dashboard)["panels"]
     assert len({p["id"] for p in panels}) == len(panels) and all(t["expr"] for p in panels for t in p["targets"])

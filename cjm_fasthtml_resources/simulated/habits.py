@@ -32,6 +32,14 @@ class Habits(Checked):
         if not all(isinstance(name, str) for name in self.missing):
             raise ScenarioError("Habits.missing must be a list of C functions' names")
 
+    def lacks(
+        self,
+        call: str,   # a C function's name
+    ) -> bool:
+        "Return whether the driver lacks a function; one that writes 32 bytes is known by what it lacks"
+        is_newer = call == "nvmlDeviceGetRunningProcessDetailList"
+        return call in self.missing or is_newer and self.process_size == 32
+
 # %% ../../nbs/simulated/habits.ipynb #03cda044
 NEWER_NAMES = ("nvmlMemory_v2", "c_nvmlMemory_v2_t", "c_nvmlProcessInfo_v2_t", "c_nvmlProcessInfo_v3_t",
                "NVML_VALUE_NOT_AVAILABLE_ulonglong", "nvmlDeviceGetNumGpuCores", "nvmlDeviceGetAddressingMode")

@@ -47,6 +47,8 @@ class SystemCalls:
 ANSWERS: dict[str, int | tuple[int, ...]] = {
     "nvmlDeviceGetFanSpeed": NOT_SUPPORTED,
     "nvmlDeviceGetDriverModel": NOT_SUPPORTED,
+    "nvmlDeviceGetConfComputeMemSizeInfo": NOT_SUPPORTED,     # their presence tells the size of an entry in the
+    "nvmlDeviceGetRunningProcessDetailList": NOT_SUPPORTED,   # lists of processes
     "nvmlDeviceGetProcessUtilization": NOT_FOUND,
     "nvmlDeviceGetDisplayMode": (0,),
     "nvmlDeviceGetDisplayActive": (0,),

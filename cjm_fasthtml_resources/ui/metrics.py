@@ -56,6 +56,8 @@ def _states(name: str, text: str, labels: Iterable[str], rows: Iterable[tuple[li
 _DEVICE_FIGURES: tuple[tuple[str, str, Callable[[DeviceStatus], float | None]], ...] = (
     ("gpu_memory_total_bytes", "Memory of the device", lambda d: d.device.memory_total),
     ("gpu_memory_used_bytes", "Memory in use, whoever uses it", lambda d: d.device.memory_used),
+    ("gpu_memory_reserved_bytes", "Memory that the driver and the firmware keep for themselves",
+     lambda d: d.device.memory_reserved),
     ("gpu_memory_room_bytes", "Memory that is neither used nor promised",
      lambda d: None if d.device.memory_free is None else d.room),
     ("gpu_utilization_ratio", "Part of the last sample period in which a kernel ran",

@@ -1,8 +1,10 @@
 #!/usr/bin/env python3
 """Run the tests that need a real GPU, and keep what they measure with card, driver and date in benchmarks/gpu.
 
-    python tests/gpu/run.py      needs the extras dev and bench, and an NVIDIA driver
+    python tests/gpu/run.py                 needs the extras dev and bench, and an NVIDIA driver
+    python tests/gpu/run.py --report FILE   write what the driver answers, as JSON, for an issue; runs anywhere
 """
+import argparse
 import json
 import os
 import re
@@ -14,7 +16,7 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 
 
-def main() -> int:
+def run_tests() -> int:
     with tempfile.TemporaryDirectory() as folder:
         kept = Path(folder)/"figures.json"
         pytest = [sys.executable, "-m", "pytest", "-q", "-rs", str(HERE)]
@@ -28,6 +30,16 @@ def main() -> int:
         target.write_text(kept.read_text(encoding="utf-8"), encoding="utf-8")
         print(f"kept in {target.relative_to(HERE.parents[1])}")
         return 0
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--report", type=Path, nargs="?", const=Path("report.json"), metavar="FILE",
+                        help="write what the driver answers to a JSON file (report.json), and run no tests")
+    path = parser.parse_args().report
+    if path is None: return run_tests()
+    from report import write_report  # its own neighbour
+    return write_report(path)
 
 
 if __name__ == "__main__": sys.exit(main())

@@ -16,15 +16,21 @@ from pathlib import Path
 
 import pytest
 
+from cjm_fasthtml_resources.core.devices import read_digits
 from cjm_fasthtml_resources.core.gpu import read_gpus
 from cjm_fasthtml_resources.core.manager import ResourceManager
-from cjm_fasthtml_resources.core.process import driver_pid_reader
+from cjm_fasthtml_resources.core.memory import read_machine
+from cjm_fasthtml_resources.core.process import driver_numbers, driver_pid_reader, host_proc
 from cjm_fasthtml_resources.core.resources import ResourceStatus
 
 SNAPSHOT = read_gpus()
 pytestmark = pytest.mark.skipif(
     not SNAPSHOT.devices or SNAPSHOT.simulated, reason=f"no NVIDIA GPU here: {SNAPSHOT.reason}")
-HOLD = Path(__file__).with_name("cuda.py")
+HERE = Path(__file__).parent
+HOLD = HERE/"cuda.py"
+sys.path.insert(0, str(HERE))
+import report  # noqa: E402  (its neighbour)
+
 OVERHEAD_MIB = 800  # of a CUDA context, on top of what is allocated; less on most cards
 
 
@@ -136,3 +142,108 @@ with ResourceManager(app="fill").reserve({each}, 0, timeout=120) as gpu:
     figures["jobs"], figures["most_used_mib"] = len(jobs), round(most/2**20)
     figures["total_mib"] = round(device.device.memory_total/2**20)
     assert ended == [(0, ["ready"])]*10
+
+
+# What drivers and machines differ in
+
+def every(conflict): return (*conflict.devices, *getattr(conflict, "other_instances", ()))
+
+
+def facts_of(device):
+    "What the report has of a device: the raw answers"
+    found = report.make_report()["devices"]
+    top = found[device.index if device.mig_parent is None else device.mig_parent]
+    return top if device.mig_parent is None else next(p for p in top["instances"] if p["index"] == device.index)
+
+
+def test_the_size_of_an_entry_is_what_the_driver_writes(figures):
+    with holding(300) as (_, pid), holding(200):
+        device = read_gpus().devices[0]
+        lists = facts_of(device)["lists"]
+        held = {p.pid: p.memory_used for p in device.processes or ()}
+    for call, found in lists.items():
+        if found.get("count"): figures.setdefault("bytes_of_an_entry", {})[call] = found["entry"]
+    sizes = {call: found["entry"] for call, found in lists.items() if found.get("count") and not found["error"]}
+    if not sizes: pytest.skip("the driver lists no process here")
+    for call, size in sizes.items(): assert size in ((16,) if not call.endswith(("_v2", "_v3")) else (24, 32)), sizes
+    assert pid in held or driver_pid_reader() is None
+    raw = max(len(found["entries"]) for found in lists.values() if found.get("entries"))
+    assert len(held) >= raw    # none is lost by a wrong size
+
+
+def test_open_or_proprietary_module_tells_whose_numbers_it_gives(figures):
+    module, numbers = report.kernel_module(), driver_numbers(host_proc())
+    figures["module"] = module
+    if module is None: pytest.skip("no file tells which kernel module it is")
+    if module == "proprietary": assert numbers == "host"
+    elif module == "open": assert numbers in ("own", "mixed", "host")
+    if SNAPSHOT.driver_version and module == "open" and int(SNAPSHOT.driver_version.split(".")[0]) >= 565:
+        assert numbers == "own"
+
+
+def values(devices):
+    "Some values of CUDA_VISIBLE_DEVICES for this machine"
+    uuids, last = [d.uuid for d in devices if d.uuid and not d.mig_mode], len(SNAPSHOT.devices) - 1
+    named = [*uuids, ",".join(uuids), ",".join(reversed(uuids))]
+    if uuids: named += [f"{uuids[0]},0", f"0,{uuids[0]}", uuids[0][:12]]
+    numbers = ["0", " 0", "+0", "0a", "1", "0,0", "0,1", "1,0", "0,-1", "-1", f"{last},0"]
+    return list(dict.fromkeys([None, "", "none", *numbers, *named]))
+
+
+BOTH = """
+import json, sys
+sys.path.insert(0, {folder!r})
+from visible import enumerate_cuda
+from cjm_fasthtml_resources.core.manager import ResourceManager
+conflict = ResourceManager().check_gpu_availability()
+print(json.dumps([enumerate_cuda(), [d.device.uuid for d in conflict.devices], list(conflict.notes)]))
+"""
+
+
+def seen_with(value, order):
+    "What CUDA's library shows a process, and what this library says that it does"
+    given = dict(CUDA_VISIBLE_DEVICES=value, CUDA_DEVICE_ORDER=order)
+    env = {name: text for name, text in os.environ.items() if name not in given}
+    env |= {name: text for name, text in given.items() if text is not None}
+    code = BOTH.format(folder=str(HERE))
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+SETTINGS = [*((value, "PCI_BUS_ID") for value in values(SNAPSHOT.devices)),
+            *((value, None) for value in (None, "0", "1", "0,1", "1,0"))]
+
+
+@pytest.mark.parametrize(("value", "order"), SETTINGS, ids=lambda text: repr(text)[:24])
+def test_the_devices_are_those_of_cuda_in_its_order(value, order):
+    cuda, ours, notes = seen_with(value, order)
+    if "reason" in cuda: pytest.skip(cuda["reason"])
+    digits = [read_digits(uuid) for uuid in ours]
+    if order is None and any("can mean" in note or "fastest" in note.lower() for note in notes):
+        assert sorted(digits) == sorted(cuda["devices"])   # it says itself that the order is not certain
+    else: assert digits == cuda["devices"], (value, order, cuda)
+
+
+def test_unified_memory_is_the_machines(figures):
+    unified = [d for d in every(ResourceManager().check_gpu_availability()) if d.device.unified]
+    if not unified: pytest.skip("the GPUs of this machine have memory of their own")
+    before = unified[0]
+    assert before.device.memory_total == read_machine().total
+    with holding(1_000) as (_, pid):
+        after = next(d for d in every(ResourceManager().check_gpu_availability()) if d.device.unified)
+        held = {p.pid: (p.memory_used or 0)/2**20 for p in after.processes}
+    figures["unified_grew_mib"] = round((after.device.memory_used - before.device.memory_used)/2**20)
+    assert driver_pid_reader() is None or nearly(held[pid], 1_000)
+    assert sum(after.shares.values()) - after.promised() == after.device.memory_used
+
+
+def test_the_instances_of_a_divided_gpu_add_up_to_no_more_than_it_has(figures):
+    divided = [d for d in SNAPSHOT.devices if d.mig_mode]
+    if not divided: pytest.skip("no GPU of this machine is divided by MIG")
+    conflict = ResourceManager().check_gpu_availability()
+    for gpu in divided:
+        pools = {d.device.pool: d for d in every(conflict) if d.device.mig_parent == gpu.index}
+        figures[f"pools_of_{gpu.index}"] = len(pools)
+        assert sum(d.device.memory_total for d in pools.values()) <= gpu.memory_total
+        assert sum(d.room for d in pools.values()) <= gpu.memory_free + 8*2**20
