@@ -113,11 +113,12 @@ def _fit(
     return kept
 
 # %% ../../nbs/ui/terminal.ipynb #a40ef584
-def _lines(columns: Sequence[Column[_Row]], rows: Sequence[_Row], top: int) -> list[list[Text]]:
+def _lines(columns: Sequence[Column[_Row]], rows: Sequence[_Row], top: int, left_out: int = 0) -> list[list[Text]]:
     cells = [[column.cell(row) for column in columns] for row in rows[:top]]
     lines = [[cell if isinstance(cell, Text) else Text(printable(cell)) for cell in line] for line in cells]
-    more = Text(f"and {len(rows) - top} more", "bright_black")
-    if len(rows) > top: lines.append([more if column.shrinks else Text() for column in columns])
+    left = max(len(rows) - top, 0) + left_out
+    more = Text(f"and {left} more", "bright_black")
+    if left: lines.append([more if column.shrinks else Text() for column in columns])
     return lines
 
 # %% ../../nbs/ui/terminal.ipynb #c7d53e0d
@@ -126,12 +127,14 @@ def make_table(
     groups: Sequence[Sequence[_Row]],  # rows; an empty line stands between two groups
     width: int,                        # cells of the terminal
     top: int | None = None,            # rows to show of each group; `None`: all
+    left_out: int = 0,                 # rows that the last group has beside these
 ) -> Table:
     "Return a plain table that fits the terminal"
     lines: list[list[Text]] = []
     for rows in filter(None, groups):
         if lines: lines.append([Text() for _ in columns])
-        lines += _lines(columns, rows, len(rows) if top is None else top)
+        more = left_out if rows is groups[-1] else 0
+        lines += _lines(columns, rows, len(rows) if top is None else top, more)
     cells = zip(*([Text(column.name) for column in columns], *lines), strict=True)  # by column, with its heading
     needed = [max(cell_len(cell.plain) for cell in column) + 2 for column in cells]
     widths = _fit(needed, [column.shrinks for column in columns].index(True), width)
@@ -230,11 +233,12 @@ def process_table(
 ) -> Table:
     "Return a table of the processes on the GPUs, and of those with the most RAM"
     on_gpu = [_PlacedProcess(f"GPU {d.device.id}", p) for d in answer.gpu.allowed for p in d.processes]
-    in_ram = [_PlacedProcess("RAM", p) for p in answer.memory.memory.processes] if answer.memory.memory else []
+    ram = answer.memory.memory
+    in_ram = [_PlacedProcess("RAM", p) for p in ram.processes] if ram else []
     groups = [sorted(rows, key=lambda row: -(row.process.memory_used or 0)) for rows in (on_gpu, in_ram)]
     inside = any(row.process.container is not None for rows in groups for row in rows[:top])
     columns = [c for c in _PROCESS_COLUMNS if inside or c.name != "container"]
-    return make_table(columns, groups, width, top)
+    return make_table(columns, groups, width, top, ram.left_out if ram else 0)
 
 # %% ../../nbs/ui/terminal.ipynb #7a5429d1
 def _plugin(worker: WorkerState) -> str:
