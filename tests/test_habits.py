@@ -62,8 +62,8 @@ MACHINES = {
     "jetson": preset("jetson", {"0": "app_busy"}, used={"0": 11_900}, unified=True),
     "laptop": preset("laptop", {"0": "unavailable"}, wakes=True),
     "two-cards": preset("two-cards", {"0": "external_busy", "1": "available"}, used={"0": 5_600, "1": 0}),
-    "mig-shared": preset("mig-shared", {"0:0": "app_busy", "0:1": "app_busy", "0:2": "available", "0:3": "available",
-                                        "0:4": "available"}, used={"0:0": 16_925, "0:1": 16_925, "0:2": 17}),
+    "mig-shared": preset("mig-shared", {"0:0": "app_busy", "0:2": "available", "0:3": "available",   # 0:1 is in 0:0
+                                        "0:4": "available"}, used={"0:0": 16_925, "0:2": 17}),
     "slow-start": preset("slow-start", {"0": "available"}, used={"0": 50}),
     "wsl": preset("wsl", {"0": "app_busy"}, used={"0": 9_800}),
     "container": preset("container", {"0": "external_busy"}, used={"0": 17_900}),

@@ -12,7 +12,7 @@ TOTAL, USED = 100_000, 30_000   # MiB
 MIB = 2**20
 
 
-def machine(*gpus, used=USED): return SimulatedDriver(gpus, SimulatedMachine(memory_total_mb=TOTAL, memory_used_mb=used))
+def machine(*gpus): return SimulatedDriver(gpus, SimulatedMachine(memory_total_mb=TOTAL, memory_used_mb=USED))
 def spark(**more): return SimulatedGpu("NVIDIA GB10", unified=True, **more)
 
 

@@ -116,8 +116,7 @@ class ResourceManager(StaysHere, WorkerRegistry):
     def check_memory_availability(
         self,
         threshold_percent: float = 90.0,       # RAM is low when this share is in use
-        *,
-        snapshot: GpuSnapshot | None = None,   # read already; `None`: the driver is read if a GPU uses this memory
+        *, snapshot: GpuSnapshot | None = None,   # read already; `None`: the driver is read if a GPU uses this memory
     ) -> ResourceConflict:
         "Return who uses the memory of this machine, or of the control group that this process is in"
         if snapshot is None and has_unified_memory(): snapshot = self.read()
