@@ -11,7 +11,6 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
-from .nvml_errors import ASLEEP, NO_MEMORY, OF_THE_DRIVER, ask, in_words
 from cjm_fasthtml_resources.core.nvml_memory import (
     Figures,
     is_unified,
@@ -21,8 +20,9 @@ from cjm_fasthtml_resources.core.nvml_memory import (
     read_figures,
     shares_memory,
 )
+from .nvml_errors import ASLEEP, NO_MEMORY, OF_THE_DRIVER, ask, in_words
 from .nvml_processes import KINDS, GpuProcess, Listed, ProcessLists, lists_whole, merge_processes
-from .sysfs import ListedGpu, jetson_load, jetson_temperature, listed_gpus
+from .sysfs import ListedGpu, jetson_load, jetson_temperature
 
 _all_ = ["NO_MEMORY", "GpuProcess", "in_words", "lists_whole", "merge_processes"]
 

@@ -15,9 +15,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from ..core import process as host_process
-from .calls import INSUFFICIENT_SIZE, NOT_SUPPORTED, SUCCESS, Handles
-from .habits import Habits
 from cjm_fasthtml_resources.simulated.machine import (
     SimulatedGpu,
     SimulatedProcess,
@@ -26,6 +23,9 @@ from cjm_fasthtml_resources.simulated.machine import (
     to_bytes,
     use_ram,
 )
+from ..core import process as host_process
+from .calls import INSUFFICIENT_SIZE, NOT_SUPPORTED, SUCCESS, Handles
+from .habits import Habits
 
 # %% ../../nbs/simulated/memory.ipynb #89e08388
 class Allocations:
