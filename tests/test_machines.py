@@ -106,3 +106,19 @@ def test_shared_instances():
     assert set(mine[0]["held"]) == {"4200103", "4200301"}    # who uses the memory that the two share
     (theirs,), _ = look("nvitop", scenario)
     assert sum(used for used, _ in theirs["parts"]) >> 20 > 2*16925
+
+
+def test_two_cards():
+    scenario = preset("two-cards")
+    mine, _ = look("this", scenario)
+    assert [d["name"] for d in mine] == ["NVIDIA GeForce RTX 3090", "NVIDIA GeForce GTX 1660 SUPER"]   # as CUDA has it
+    for peer in ("nvitop", "gpustat"):
+        theirs, _ = look(peer, scenario)
+        assert [d["name"] for d in theirs] == ["NVIDIA GeForce GTX 1660 SUPER", "NVIDIA GeForce RTX 3090"], peer
+
+
+def test_slow_start():
+    scenario = preset("slow-start") | dict(habits=dict(start_delay=7))
+    assert look("this", scenario)[0] == []                   # after 5 seconds, with a sentence
+    for peer in ("nvitop", "gpustat"):                       # they wait, and there is no limit to set
+        assert look(peer, scenario)[0][0]["name"] == "NVIDIA A100-SXM4-80GB"
