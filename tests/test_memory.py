@@ -224,9 +224,15 @@ def test_of_many_other_programs_the_largest_are_named(monkeypatch):
 def test_without_descriptors_a_reading_has_less_and_goes_on():
     reader = resident.ResidentReader()
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) - 1, hard))
-    try: assert reader.read() == []
-    finally: resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    opened = []
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (max(map(int, os.listdir("/proc/self/fd"))), hard))
+        with contextlib.suppress(OSError):
+            while True: opened.append(os.open(os.devnull, os.O_RDONLY))
+        assert reader.read() == []
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        for descriptor in opened: os.close(descriptor)
     assert os.getpid() in {p.pid for p in reader.read()}
 
 

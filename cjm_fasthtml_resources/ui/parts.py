@@ -93,8 +93,7 @@ def gpu_head(
     status: ResourceStatus | None = None,   # `None`: it was read, and not yet judged
 ) -> Any:
     "Return which device it is, and its status"
-    name = printable(device.name or "no name") + (", unified memory" if device.unified else "")
-    if device.shared_with: name += f", memory shared with {', '.join(map(str, device.shared_with))}"
+    name = printable(device.name or "no name")
     title = f"{name}, {device.uuid}" if device.uuid else name   # a narrow card cuts the name off
     words = "asleep" if device.asleep else ""
     return Div(B(f"GPU {device.id}"), Span(name, title=title), *([badge(status, words)] if status else []), cls="head")
@@ -123,9 +122,11 @@ def gpu_load(
     trace: Sequence[float] = (),   # the share of memory in use over the last minutes, the oldest first
 ) -> Any:
     "Return how busy and how warm it is, and its memory over time"
+    kind = "unified memory" if device.unified else None
+    if device.shared_with: kind = f"memory shared with {', '.join(map(str, device.shared_with))}"
     load = None if device.utilization is None else f"{device.utilization} % load"
     warmth = None if device.temperature is None else f"{device.temperature} °C"
-    said = " · ".join(part for part in (load, warmth, _power(device)) if part)
+    said = " · ".join(part for part in (kind, load, warmth, _power(device)) if part)
     return Div(said, *([sparkline(trace, "memory over time")] if trace else []), cls="load")
 
 # %% ../../nbs/ui/parts.ipynb #0dc91f5c

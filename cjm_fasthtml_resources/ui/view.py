@@ -105,8 +105,7 @@ def _live_html(status: DeviceStatus, trace: tuple[float, ...]) -> str:
 def _gpu_slots(status: DeviceStatus, trace: Sequence[float]) -> dict[str, str]:
     "Return the two slots of a device's card"
     d = status.device
-    named = GpuDevice(d.index, d.uuid, d.name, mig_parent=d.mig_parent, host=d.host, unified=d.unified,
-                      asleep=d.asleep, shared_with=d.shared_with)   # what a head shows, and no more
+    named = GpuDevice(d.index, d.uuid, d.name, mig_parent=d.mig_parent, host=d.host, asleep=d.asleep)   # what it shows
     return dict(head=_head_html(named, status.status), live=_live_html(status, tuple(trace)))
 
 # %% ../../nbs/ui/view.ipynb #3886d469
