@@ -235,12 +235,14 @@ def walk(
         for name in names or list(OPERATIONS):
             call = OPERATIONS[name]
             points: list[Turn] = lines_of(lambda call=call: call(World(driver, app)), **options)
-            if sample is not None and sample < len(points): points = chance.sample(points, sample)
+            if sample is not None: points = chance.sample(points, len(points))   # some are reached the first time only
+            reached = 0
             for at in points:
+                if reached == sample: break
                 world, what = World(driver, app), ""
                 with held_at(lambda call=call, world=world: call(world), at, **options) as held:
                     if held:
-                        child, tried = Child(world), tried + 1
+                        child, tried, reached = Child(world), tried + 1, reached + 1
                         if not app: what = child.wait()
                 if held and app: what = child.wait()
                 if what: wrong.append(f"{name}, {describe(at[0])}: {what}")
