@@ -65,3 +65,11 @@ def folder(tmp_path, monkeypatch):
     monkeypatch.setenv("CJM_RESOURCES_DIR", str(tmp_path/"state"))
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     return tmp_path/"state"
+
+
+def newer_forms(call):
+    "The calls without which the driver is asked by this one"
+    if call == "nvmlDeviceGetMemoryInfo": return [f"{call}_v2"]
+    if "Running" not in call or call.endswith("_v3"): return []
+    name = call.removesuffix("_v2")
+    return [f"{name}_v3"] if call.endswith("_v2") else [f"{name}_v3", f"{name}_v2"]

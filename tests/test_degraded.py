@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import pynvml
 import pytest
-from conftest import GIB, GONE
+from conftest import GIB, GONE, newer_forms
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -30,14 +30,6 @@ ERRORS = {  # one of each class: of the call, of the card, of the session, of th
 KINDS = ("Compute", "Graphics", "MPSCompute")
 NEWER = ("nvmlDeviceGetMemoryInfo_v2", *(f"nvmlDeviceGet{kind}RunningProcesses_v3" for kind in KINDS))
 LISTS = [f"nvmlDeviceGet{kind}RunningProcesses{form}" for kind in KINDS for form in ("", "_v2", "_v3")]
-
-
-def newer_forms(call):
-    "The calls without which the driver is asked by this one"
-    if call == "nvmlDeviceGetMemoryInfo": return [f"{call}_v2"]
-    if "Running" not in call or call.endswith("_v3"): return []
-    name = call.removesuffix("_v2")
-    return [f"{name}_v3"] if call.endswith("_v2") else [f"{name}_v3", f"{name}_v2"]
 OUTSIDER = 1   # the machine's first process
 REFUSED = (ResourceBusy, ResourceUnavailable)
 

@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pynvml
 import pytest
 from click.testing import CliRunner
+from conftest import newer_forms
 
 from cjm_fasthtml_resources.cli import main
 from cjm_fasthtml_resources.core.gpu import read_gpus
@@ -39,14 +40,6 @@ NEWER = ("nvmlDeviceGetMemoryInfo_v2", "nvmlDeviceGetComputeRunningProcesses_v3"
 ASKED_ONCE = ("nvmlDeviceGetName", "nvmlDeviceGetCudaComputeCapability", "nvmlDeviceGetNumGpuCores",
               "nvmlDeviceGetMaxClockInfo", "nvmlDeviceGetGpuInstanceId", "nvmlDeviceGetComputeInstanceId")
 GOOD = {"0": EXTERNAL, "1:0": EXTERNAL, "1:1": AVAILABLE, "2": AVAILABLE}
-
-
-def newer_forms(call):
-    "The calls without which the driver is asked by this one"
-    if call == "nvmlDeviceGetMemoryInfo": return [f"{call}_v2"]
-    if "Running" not in call or call.endswith("_v3"): return []
-    name = call.removesuffix("_v2")
-    return [f"{name}_v3"] if call.endswith("_v2") else [f"{name}_v3", f"{name}_v2"]
 
 
 def statuses(conflict): return {str(d.device.id): d.status for d in conflict.allowed}
