@@ -137,7 +137,7 @@ def _read_device(
     before.update(kind for kind, error in errors.items() if not error)
     if memory.figures and not memory.unified: before.add("memory")
     processes = merge_processes({kind: found.entries for kind, found in listed.items()})
-    notes = [f"the driver listed the process {pid}, which cannot be, so it was left out" for pid in odd]
+    notes = [f"the driver listed a process with the impossible PID {pid}, which was left out" for pid in odd]
     if processes and memory.figures:
         processes, changed = possible_processes(processes, memory.figures)
         notes += changed
