@@ -39,6 +39,13 @@ def on_terminal(*args: str, keys: bytes = b"", wait: float = 0, **env: str) -> t
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), written.decode()
 
 
+
+def test_the_package_is_the_command_too():
+    run = [[PROGRAM], [sys.executable, "-m", "cjm_fasthtml_resources"]]
+    done = [subprocess.run([*program, "--simulate", "lost", "--exit-code"], capture_output=True, text=True)
+            for program in run]
+    assert done[0].returncode == done[1].returncode == 10 and done[0].stdout == done[1].stdout
+
 def test_this_machine(command, spawn):
     worker = spawn(PARENT)
     child = int(worker.stdout.readline())

@@ -160,6 +160,22 @@ def test_a_report_of_another_version_or_a_damaged_one_is_a_sentence(changed, wor
     with pytest.raises(ScenarioError): make_driver(report | changed)
 
 
+REAL = sorted((ROOT/"benchmarks"/"gpu").glob("*-report.json"))
+
+
+@pytest.mark.parametrize("path", REAL, ids=lambda path: path.stem)
+def test_a_real_machines_report_is_shown_with_its_own_figures(path):
+    raw = json.loads(path.read_text())["devices"][0]
+    memory = raw["answers"]["nvmlDeviceGetMemoryInfo_v2"]["value"]
+    listed = raw["lists"]["nvmlDeviceGetComputeRunningProcesses_v3"]["entries"]
+    with make_driver(find_scenario(str(path))): status, = ResourceManager().check_gpu_availability().devices
+    device = status.device
+    shown = dict(total=device.memory_total, reserved=device.memory_reserved, free=status.room, used=device.memory_used)
+    for name, value in shown.items(): assert abs(value - memory[name]) <= 2*MIB, (name, value, memory[name])
+    assert sorted(p.memory_used for p in status.processes) == sorted(row[1] for row in listed)
+    assert device.name == raw["answers"]["nvmlDeviceGetName"]["value"] and not device.unified
+
+
 def test_what_the_command_prints_as_json_is_no_report(tmp_path):
     path = tmp_path/"answer.json"
     path.write_text(CliRunner().invoke(main, ["--simulate", "idle", "--json"]).output)

@@ -1,7 +1,8 @@
-"""Hold GPU memory by the CUDA driver's own library, without PyTorch: cuda.py MIB [DEPTH] [SECONDS]
+"""Hold GPU memory by the CUDA driver's own library, without PyTorch: cuda.py MIB [DEPTH] [SECONDS] [managed]
 
-Prints "ready PID" when it has it, or "out of memory", and holds it until its standard input ends. With DEPTH a
-descendant so many generations down is the one that has it. Needs libcuda.so.1, which comes with the driver.
+Prints "ready PID" when it has it, "out of memory" or "not supported", and holds it until its standard input ends. With
+DEPTH a descendant so many generations down is the one that has it. Managed memory is written, so that it is on the GPU.
+Needs libcuda.so.1, which comes with the driver.
 """
 import ctypes
 import os
@@ -12,29 +13,35 @@ import time
 
 def check(code: int) -> None:
     if code == 2: raise MemoryError  # CUDA_ERROR_OUT_OF_MEMORY
+    if code == 801: raise NotImplementedError  # CUDA_ERROR_NOT_SUPPORTED
     if code: raise OSError(f"CUDA error {code}")
 
 
-def allocate(mib: int) -> None:
+def allocate(mib: int, managed: bool = False) -> None:
     cuda = ctypes.CDLL("libcuda.so.1")
     device, context, address = ctypes.c_int(), ctypes.c_void_p(), ctypes.c_uint64()
     check(cuda.cuInit(0))
     check(cuda.cuDeviceGet(ctypes.byref(device), 0))
     check(cuda.cuDevicePrimaryCtxRetain(ctypes.byref(context), device))
     check(cuda.cuCtxSetCurrent(context))
-    check(cuda.cuMemAlloc_v2(ctypes.byref(address), ctypes.c_size_t(mib*2**20)))
+    size = ctypes.c_size_t(mib*2**20)
+    if not managed: return check(cuda.cuMemAlloc_v2(ctypes.byref(address), size))
+    check(cuda.cuMemAllocManaged(ctypes.byref(address), size, 1))   # CU_MEM_ATTACH_GLOBAL
+    check(cuda.cuMemsetD8_v2(address, 1, size))
+    check(cuda.cuCtxSynchronize())
 
 
-def main(mib: int, depth: int = 0, seconds: float = 0) -> None:
+def main(mib: int, depth: int = 0, seconds: float = 0, managed: bool = False) -> None:
     if depth:
         sys.exit(subprocess.call([sys.executable, __file__, str(mib), str(depth - 1), str(seconds)]))
-    try: allocate(mib)
-    except MemoryError:
-        print("out of memory", flush=True)
+    try: allocate(mib, managed)
+    except (MemoryError, NotImplementedError) as error:
+        print("out of memory" if isinstance(error, MemoryError) else "not supported", flush=True)
         sys.exit(2)
     print("ready", os.getpid(), flush=True)
     if seconds: time.sleep(seconds)
     else: sys.stdin.read()
 
 
-if __name__ == "__main__": main(int(sys.argv[1]), *map(int, sys.argv[2:3]), *map(float, sys.argv[3:4]))
+if __name__ == "__main__":
+    main(int(sys.argv[1]), *map(int, sys.argv[2:3]), *map(float, sys.argv[3:4]), managed="managed" in sys.argv[4:])

@@ -49,13 +49,14 @@ def figures():
 
 
 @contextlib.contextmanager
-def holding(mib, depth=0, env=None):
-    "A process that holds memory, and the PID of the one that does"
+def holding(mib, depth=0, env=None, *more, within=()):
+    "A process that holds memory, and the PID of the one that does, as it sees it"
     process = subprocess.Popen(
-        [sys.executable, HOLD, str(mib), str(depth)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-        env={**os.environ, **(env or {})})
+        [*within, sys.executable, HOLD, str(mib), str(depth), *more], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+        text=True, env={**os.environ, **(env or {})})
     try:
         said = process.stdout.readline().split()
+        if said == ["not", "supported"]: pytest.skip("the driver does not support it")
         assert said[:1] == ["ready"], said
         yield process, int(said[1])
     finally:
@@ -142,6 +143,84 @@ with ResourceManager(app="fill").reserve({each}, 0, timeout=120) as gpu:
     figures["jobs"], figures["most_used_mib"] = len(jobs), round(most/2**20)
     figures["total_mib"] = round(device.device.memory_total/2**20)
     assert ended == [(0, ["ready"])]*10
+
+
+def test_memory_is_free_again_once_its_process_has_been_killed(figures):
+    manager = ResourceManager(track_self=False)
+    with holding(2_000) as (process, _):
+        before = manager.check_gpu_availability().devices[0].room
+        process.kill()
+        process.wait()
+        ended = time.monotonic()
+        while manager.check_gpu_availability().devices[0].room < before + 2_000*2**20:
+            assert time.monotonic() < ended + 10
+    figures["free_after_s"] = round(time.monotonic() - ended, 3)
+
+
+def test_managed_memory_is_used_and_no_process_says_so(figures):
+    "cuMemAllocManaged: it stands in no process's figure, so it is unattributed"
+    if SNAPSHOT.devices[0].unified or SNAPSHOT.devices[0].mig_mode: pytest.skip("on a GPU with memory of its own")
+    manager = ResourceManager(track_self=False)
+    before = manager.check_gpu_availability().devices[0]
+    with holding(1_000, 0, None, "0", "managed"):
+        after = manager.check_gpu_availability().devices[0]
+    unseen = (after.unattributed_memory - before.unattributed_memory)/2**20
+    figures["managed_mib"], figures["managed_unattributed_mib"] = 1_000, round(unseen)
+    assert before.room - after.room >= 1_000*2**20
+    assert unseen >= 950
+
+
+OPEN_FILES = """
+import os
+from cjm_fasthtml_resources.core.gpu import read_gpus, release_driver
+
+def files():
+    found = set()
+    for name in os.listdir("/proc/self/fd"):
+        try: found.add(os.readlink(f"/proc/self/fd/{name}"))
+        except OSError: continue
+    return {path for path in found if path.startswith("/dev/nv")} | {
+        line.split()[-1] for line in open("/proc/self/maps") if "/dev/nv" in line}
+
+read_gpus()
+reading = files()
+release_driver()
+print(bool(reading), sorted(files()), len(read_gpus().devices))
+"""
+
+
+def test_a_driver_that_was_released_has_no_file_of_this_process_open():
+    "A reset of a GPU, a change of MIG and a reload of the driver wait for nobody then"
+    if not Path("/dev/nvidiactl").exists(): pytest.skip("the driver has no device files here")
+    done = subprocess.run([sys.executable, "-c", OPEN_FILES], capture_output=True, text=True, timeout=60)
+    assert done.stdout == f"True [] {len(SNAPSHOT.devices)}\n", done.stdout + done.stderr
+
+
+INSIDE = """
+import subprocess, sys
+from cjm_fasthtml_resources.core.manager import ResourceManager
+child = subprocess.Popen([sys.executable, {hold!r}, "500"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+pid = int(child.stdout.readline().split()[1])
+device = ResourceManager().check_gpu_availability().devices[0]
+print(pid == child.pid, [(p.pid == pid, p.owner) for p in device.processes], device.estimated)
+child.stdin.close()
+child.wait()
+"""
+
+
+def test_a_pid_namespace_sees_its_own_processes_by_its_own_numbers(figures):
+    "An open kernel module from release 565 on: an exact answer in a container, without the host's /proc"
+    if driver_numbers() != "own": pytest.skip("this driver does not tell a container its own numbers")
+    within = ["unshare", "--mount-proc", "--pid", "--fork", "--kill-child"]
+    if not shutil.which("unshare") or subprocess.run([*within, "true"], capture_output=True).returncode:
+        pytest.skip("making a PID namespace needs root")
+    code = INSIDE.format(hold=str(HOLD))
+    with holding(700), holding(600, within=within):   # one outside, one in another namespace
+        found = subprocess.run([*within, sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+        seen = sorted(p.owner for p in ResourceManager().check_gpu_availability().devices[0].processes)
+    assert found.stdout == "True [(True, 'app')] False\n", found.stdout + found.stderr
+    assert seen.count("app") >= 2   # from outside all of them are seen: this process started both
+    figures["namespace"] = "own numbers, own processes"
 
 
 # What drivers and machines differ in
