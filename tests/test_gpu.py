@@ -115,6 +115,20 @@ def test_a_divided_gpu_is_never_taken_for_a_whole_one():
         assert read_gpus().devices[0].mig_mode is None
 
 
+def test_a_whole_gpu_is_not_usable_beside_a_divided_one_that_does_not_answer(monkeypatch):
+    "This process uses one instance and no other device, also while the mode of the GPU cannot be read"
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    with SimulatedDriver([SimulatedGpu(mig=[SimulatedGpu(memory_used_mb=24_000)]), SimulatedGpu()]) as driver:
+        manager = ResourceManager(track_self=False)
+        before = manager.check_gpu_availability()
+        assert (before.status, [d.device.id for d in before.devices]) == (ResourceStatus.EXTERNAL_BUSY, ["0:0"])
+        driver.fail("nvmlDeviceGetMigMode", pynvml.NVML_ERROR_UNKNOWN, gpu=0)
+        assert [d.device.id for d in manager.check_gpu_availability().devices] == ["0:0"]
+        driver.fail("nvmlDeviceGetMaxMigDeviceCount", pynvml.NVML_ERROR_UNKNOWN, gpu=0)
+        unread = manager.check_gpu_availability()
+        assert (unread.status, [d.device.id for d in unread.devices]) == (ResourceStatus.UNAVAILABLE, ["0:0"])
+
+
 def test_what_a_caller_gets_was_read_after_it_asked():
     with SimulatedDriver([SimulatedGpu(memory_used_mb=0)]) as driver:
         driver.delay("nvmlDeviceGetUtilizationRates", 0.05)  # after the memory was read

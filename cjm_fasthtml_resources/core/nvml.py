@@ -248,12 +248,22 @@ class NvmlSession:
         try:
             handle = self.nvml.nvmlDeviceGetHandleByIndex(index)
             fixed = self.find(handle, index=index)
-            if "reason" not in fixed: divided = _mig_mode(self.nvml, handle)
+            if "reason" not in fixed: divided = self.is_divided(handle, fixed["uuid"])
         except self.nvml.NVMLError as error: fixed["reason"] = in_words(error)
         if "reason" in fixed: yield GpuDevice(**fixed)
         else:
             yield self.read_device(handle, **fixed, mig_mode=divided)
             if divided: yield from share_memory(self.read_instances(handle, index))
+
+    def is_divided(self, handle: Any, uuid: str | None) -> bool | None:
+        "Return whether a GPU is divided; if it does not say so now, what it said before"
+        told = self.told.setdefault(uuid, set()) if uuid else set[str]()
+        try: divided = _mig_mode(self.nvml, handle)
+        except self.nvml.NVMLError:
+            if "instances" not in told: raise
+            return True
+        (told.add if divided else told.discard)("instances")
+        return divided
 
     def read_device(self, handle: Any, **fixed: Any) -> GpuDevice:
         "Return one device, read now"
