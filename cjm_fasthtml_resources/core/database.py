@@ -61,7 +61,7 @@ def create_tables(db: "sqlite3.Connection", world: str) -> None:
     db.executescript(f"BEGIN; {_TABLES} {_NEEDS}; PRAGMA user_version = {SCHEMA_VERSION}; "
                      f"INSERT INTO world VALUES ('{world}'); COMMIT")
 
-# %% ../../nbs/core/database.ipynb #32627829
+# %% ../../nbs/core/database.ipynb #62408768
 def add_needs_table(db: "sqlite3.Connection") -> None:
     "Add the table of needs in a transaction, if an earlier release made the file"
     db.execute(_NEEDS)

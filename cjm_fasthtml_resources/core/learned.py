@@ -7,11 +7,11 @@ __all__ = ['STEADY_SECONDS', 'Days', 'MOST_DAYS', 'FADES_AFTER', 'settings_that_
            'Evidence', 'merge', 'evidence_of', 'day_of', 'add_evidence', 'merge_days', 'concerning', 'all_settings',
            'recent_evidence', 'format_range', 'LearnedNeed', 'learned_need', 'explain_need']
 
-# %% ../../nbs/core/learned.ipynb #2c86ca5d
+# %% ../../nbs/core/learned.ipynb #a0cf9a39
 import json
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import reduce
 from typing import Any, NamedTuple
@@ -21,11 +21,12 @@ from .plugins import device_kind, get_plugin_resource_identifier
 from .secrets import PLUGIN_RESOURCE_CONFIG_KEYS, is_description, shown_config, shown_text
 from .text import format_bytes
 
-# %% ../../nbs/core/learned.ipynb #2c439772
+# %% ../../nbs/core/learned.ipynb #5c9082e1
 _WORD_BEGINS = re.compile("(?<=[a-z0-9])(?=[A-Z])")   # in jobId
 _VOLATILE = re.compile(   # the last word of a name
-    r"(?i)(?:^|[_.-])(?:ids?|uuid|pid|index|seed|name|title|tags?|label|user|path|file|dir|directory|folder|url|uri|host|port"
-    r"|time|timestamp|date|timeout|retries|inputs?|outputs?|prompt|language|temperature|top_p|top_k|log_level|verbose|debug)$")
+    r"(?i)(?:^|[_.-])(?:ids?|uuid|pid|index|seed|name|title|tags?|label|user|path|file|dir|directory|folder|url|uri"
+    r"|host|port|time|timestamp|date|timeout|retries|inputs?|outputs?|prompt|language|temperature|top_p|top_k"
+    r"|log_level|verbose|debug)$")
 
 def _is_left_out(name: str, nested: bool) -> bool:
     if name in PLUGIN_RESOURCE_CONFIG_KEYS: return not nested
@@ -46,13 +47,14 @@ def settings_that_matter(
     "Return the settings that can change how much memory a job takes"
     return _pick(shown_config(config or {}), False)
 
-# %% ../../nbs/core/learned.ipynb #81cb2835
+# %% ../../nbs/core/learned.ipynb #39c24f13
 class NeedKey(NamedTuple):
     "What a need is known for"
     plugin: str
     resource: str = ""    # "" for none
     settings: str = ""    # a hash of the settings that matter; "" if none do
 
+# %% ../../nbs/core/learned.ipynb #f3e88f6f
 def need_key(
     plugin_name: str,
     resource: str | None = None,                # `None`: the one that the configuration names
@@ -66,7 +68,7 @@ def need_key(
     digest = hashlib.sha256(text.encode()).hexdigest()[:16] if text else ""
     return NeedKey(shown_text(plugin_name), shown_text(resource or ""), digest)
 
-# %% ../../nbs/core/learned.ipynb #6975547d
+# %% ../../nbs/core/learned.ipynb #0a9ea21d
 _LARGEST = 2**50   # bytes
 
 @dataclass(frozen=True)
@@ -98,7 +100,7 @@ class JobRun:
         if self.succeeded: return int(max(self.gpu_highest or 0, self.gpu_steady or 0))
         return int(self.gpu_steady or self.gpu_highest or 0) if self.steady else 0
 
-# %% ../../nbs/core/learned.ipynb #46fc72ca
+# %% ../../nbs/core/learned.ipynb #c3517233
 STEADY_SECONDS = 30.0
 
 class Level(NamedTuple):
@@ -116,7 +118,7 @@ class Level(NamedTuple):
         "Return the level after another reading"
         return Level(memory, now, now) if memory > self.highest else Level(self.highest, self.grew, now)
 
-# %% ../../nbs/core/learned.ipynb #04d54fb3
+# %% ../../nbs/core/learned.ipynb #b88b357d
 @dataclass(frozen=True)
 class Evidence:
     "What the jobs of a day took; 0 where nothing is known"
@@ -132,6 +134,7 @@ class Evidence:
     failures: int = 0
     floor: int = 0          # bytes to ask for after a job ran out of memory
 
+# %% ../../nbs/core/learned.ipynb #967a9ded
 _SUMS = ("samples", "total", "jobs", "seconds", "failures")
 _HIGHEST = ("ended", "highest", "ram", "longest", "floor")
 
@@ -143,6 +146,7 @@ def merge(first: Evidence, second: Evidence) -> Evidence:
     highest = {name: max(getattr(first, name), getattr(second, name)) for name in _HIGHEST}
     return Evidence(**sums, **highest, shortest=shortest)
 
+# %% ../../nbs/core/learned.ipynb #758b490a
 def evidence_of(run: JobRun) -> Evidence:
     "Return what one job shows"
     need, ram = run.gpu_need, int(run.ram or 0) if run.counts else 0
@@ -150,7 +154,7 @@ def evidence_of(run: JobRun) -> Evidence:
     if not run.succeeded: return found
     return replace(found, jobs=1, seconds=run.seconds, shortest=run.seconds, longest=run.seconds)
 
-# %% ../../nbs/core/learned.ipynb #65704964
+# %% ../../nbs/core/learned.ipynb #9f6f9899
 Days = dict[NeedKey, dict[int, Evidence]]   # by key and by day since 1970
 MOST_DAYS = 64   # with evidence, that are kept for a key
 
@@ -169,6 +173,7 @@ def add_evidence(
     there[day] = merge(there.get(day, Evidence()), found)
     if len(there) > MOST_DAYS: del there[min(there)]
 
+# %% ../../nbs/core/learned.ipynb #d872dcaa
 def merge_days(*several: Days) -> Days:
     "Return the evidence of all together"
     merged: Days = {}
@@ -177,6 +182,7 @@ def merge_days(*several: Days) -> Days:
             for day, found in by_day.items(): add_evidence(merged, key, found, day)
     return merged
 
+# %% ../../nbs/core/learned.ipynb #a721474e
 def concerning(key: NeedKey, days: Days) -> Days:
     "Return the evidence for a plugin and its resource, with any settings"
     return {other: dict(by_day) for other, by_day in days.items() if other[:2] == key[:2]}
@@ -188,7 +194,7 @@ def all_settings(days: Days) -> dict[int, Evidence]:
         for day, found in by_day.items(): merged[day] = merge(merged.get(day, Evidence()), found)
     return merged
 
-# %% ../../nbs/core/learned.ipynb #f902abe4
+# %% ../../nbs/core/learned.ipynb #cb5732ce
 FADES_AFTER = 30   # days
 
 def recent_evidence(
@@ -197,12 +203,11 @@ def recent_evidence(
 ) -> tuple[Evidence, bool]:  # together, and whether it is old
     "Return the evidence that counts now"
     telling = [day for day, found in days.items() if found.highest] or list(days)
-    is_old = max(telling) < (oldest := day_of(now) - FADES_AFTER)
-    if is_old: oldest = max(telling) - FADES_AFTER
-    return reduce(merge, (found for day, found in days.items() if day >= oldest)), is_old
+    newest, since = max(telling), day_of(now) - FADES_AFTER
+    return reduce(merge, (found for day, found in days.items() if day >= min(since, newest))), newest < since
 
-# %% ../../nbs/core/learned.ipynb #9496fc81
-_UNITS = ((7200, 3600, "hour"), (120, 60, "minute"), (0, 1, "second"))   # from how many seconds on; its seconds; its name
+# %% ../../nbs/core/learned.ipynb #7ddadd41
+_UNITS = ((7200, 3600, "hour"), (120, 60, "minute"), (0, 1, "second"))   # from so many seconds on; its seconds
 
 def format_range(
     shortest: float,   # seconds
@@ -215,7 +220,7 @@ def format_range(
     if high == 0: return "less than 1 second"
     return words if low == high else f"{low} to {words}" if low else f"up to {words}"
 
-# %% ../../nbs/core/learned.ipynb #b82a2e38
+# %% ../../nbs/core/learned.ipynb #5a280c46
 @dataclass(frozen=True)
 class LearnedNeed:
     "What jobs of a plugin took, with its resource and settings; `None` where nothing is known"
@@ -250,6 +255,7 @@ class LearnedNeed:
         "Return a sentence that says what was learned, and what to ask for"
         return explain_need(self)
 
+# %% ../../nbs/core/learned.ipynb #a6409592
 def learned_need(
     key: NeedKey,
     days: Mapping[int, Evidence],    # by day
@@ -268,7 +274,7 @@ def learned_need(
 def _seconds(found: Evidence) -> tuple[float | None, float | None, float | None]:
     return (found.shortest, found.longest, found.seconds/found.jobs) if found.jobs else (None, None, None)
 
-# %% ../../nbs/core/learned.ipynb #7744d6d1
+# %% ../../nbs/core/learned.ipynb #0f158174
 def _count(number: int) -> str: return "1 job" if number == 1 else f"{number} jobs"
 
 def _details(need: LearnedNeed) -> str:

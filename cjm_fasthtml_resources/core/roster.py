@@ -89,7 +89,7 @@ def _divide(found: Iterable[tuple[Any, ...]], boot: str) -> Rows:
             else: rows.here.append(text)
     return rows
 
-# %% ../../nbs/core/roster.ipynb #57c31c16
+# %% ../../nbs/core/roster.ipynb #aad3e8fa
 def read_needs(
     store: Store,
     app: str | None = None,        # `None`: all apps of the file
@@ -97,7 +97,8 @@ def read_needs(
     resource: str | None = None,   # likewise
 ) -> dict[str, Days]:  # by app
     "Return what is known of the needs; `StoreError` if the file cannot be read"
-    wanted = {name: value for name, value in dict(app=app, plugin=plugin, resource=resource).items() if value is not None}
+    given = dict(app=app, plugin=plugin, resource=resource)
+    wanted = {name: value for name, value in given.items() if value is not None}
     where = " AND ".join(f"{name} = ?" for name in wanted) or "1"
     read = f"SELECT app, plugin, resource, settings, day, evidence FROM needs WHERE {where} ORDER BY 1, 2, 3, 4, 5"
     with store.reading() as db: rows = db.execute(read, [*wanted.values()]).fetchall() if has_needs_table(db) else []
@@ -110,7 +111,7 @@ def _parse(text: str) -> Evidence:
     told = json.loads(text)
     return Evidence(**{name: told[name] for name in vars(Evidence()) if name in told})
 
-# %% ../../nbs/core/roster.ipynb #7febe2a5
+# %% ../../nbs/core/roster.ipynb #5c64c67a
 def _add_days(db: Any, app: str, key: NeedKey, days: Mapping[int, Evidence]) -> None:
     "Add evidence to the rows of a key, and delete the days before the last `MOST_DAYS`"
     place = [app, *key]
