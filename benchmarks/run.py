@@ -32,6 +32,7 @@ import pynvml
 from common import HANDLES, bare_calls, medians, pin, statm_once
 
 from cjm_fasthtml_resources.core.gpu import read_gpus
+from cjm_fasthtml_resources.core.learned import JobRun, need_key
 from cjm_fasthtml_resources.core.manager import ResourceManager
 from cjm_fasthtml_resources.simulate import SimulatedDriver, SimulatedGpu, SimulatedProcess
 
@@ -81,6 +82,18 @@ def filled(workers, count):
     for pid in workers: manager.register_worker(pid, "llm")
     first = 5_000_000
     for pid in range(first, first + count - len(workers)): manager.register_worker(pid, "llm", job_id=f"job-{pid}")
+    return manager
+
+
+def with_needs(workers, count):
+    "A manager whose workers have plugins, and which has learned what so many need"
+    manager = ResourceManager(track_self=False)
+    for number in range(count):
+        manager.needs.record(JobRun(need_key(f"plugin-{number}", "m"), time.time(), 60, gpu_highest=2**30))
+    config = {"model": "m", "batch_size": 8}
+    for number, pid in enumerate(workers):
+        manager.register_worker(pid, "llm", f"job-{number}", plugin_name=f"plugin-{number}", config=config,
+                                loaded_plugin_resource="m")
     return manager
 
 
@@ -138,8 +151,8 @@ def bare_session(pids):
 
 
 def looks(rounds=40):
-    """Seconds of a check and of bare calls, of the two with one GPU and one process, of these with a slower driver, and
-    of a check with 10 and with 100,000 workers
+    """Seconds of a check and of bare calls, of the two with one GPU and one process, of these with a slower driver, of
+    a check with 10 and with 100,000 workers, and of one with no and with 1,000 learned needs
     """
     with live_processes() as (workers, pids):
         with bare_session(pids):
@@ -149,12 +162,14 @@ def looks(rounds=40):
             assert sum(len(d.processes) for d in found.devices) == GPUS*EACH, found
             beside_bare = medians(few.check_gpu_availability, bare_calls, rounds=rounds)
             more_workers = medians(few.check_gpu_availability, many.check_gpu_availability, rounds=rounds)
+            without, learned = with_needs(workers, 0), with_needs(workers, 1_000)
+            needs = medians(without.check_gpu_availability, learned.check_gpu_availability, rounds=10*rounds)
         with bare_session([pids[0][:1]]) as driver:
             sides = filled(workers, 10).check_gpu_availability, bare_calls
             one_gpu = medians(*sides, rounds=10*rounds)
             driver.delay("*", CALL)
             slower = medians(*sides, rounds=rounds)
-    return [*beside_bare, *one_gpu, *slower, *more_workers]
+    return [*beside_bare, *one_gpu, *slower, *more_workers, *needs]
 
 
 def placed(*arguments, runs):
@@ -177,9 +192,11 @@ def checking(rounds=40, runs=3):
         for place, found in (("on one core", one_core), ("on two cores", two_cores)):
             check, bare = found[at:at + 2]
             rows.append(row(f"{what}, {place}", check/bare, 1.5, f"{check*1e3:.2f} ms : {bare*1e3:.2f} ms"))
-    *_, ten, lots = one_core
-    detail = f"{lots*1e3:.2f} ms : {ten*1e3:.2f} ms"
-    return [*rows, row("a check with 100,000 workers, in checks with 10", lots/ten, 1.2, detail)]
+    *_, ten, lots, without, learned = one_core
+    def compared(what, after, before, bound):
+        return row(what, after/before, bound, f"{after*1e3:.2f} ms : {before*1e3:.2f} ms")
+    return [*rows, compared("a check with 100,000 workers, in checks with 10", lots, ten, 1.2),
+            compared("a check with 1,000 learned needs, in checks without", learned, without, 1.02)]
 
 
 @contextlib.contextmanager

@@ -26,6 +26,8 @@ from rich.console import Console, Group
 from rich.text import Text
 
 from cjm_fasthtml_resources.ui.terminal import (
+    Column,
+    make_table,
     process_table,
     promise_table,
     resource_table,
@@ -36,13 +38,18 @@ from cjm_fasthtml_resources.ui.terminal import (
 from . import __version__
 from .core.arguments import LARGEST_PID, check_app, shorten
 from .core.conflict import ResourceBusy, ResourceUnavailable
+from .core.learned import LearnedNeed, format_range, learned_need
 from .core.ledger import Ledger
 from .core.manager import ResourceManager
+from .core.needs import Needs, needs_path
 from .core.process import has_ended, is_free, read_process
 from .core.reservations import Reservation
 from .core.resources import ResourceStatus
+from .core.roster import forget_needs, read_needs
 from .core.samples import Sample, take_sample
+from .core.secrets import shown_text
 from .core.store import Store, StoreError, store_path
+from .core.text import format_bytes
 from .sizes import parse_duration, parse_size
 from .ui.export import SCHEMA_VERSION, to_json
 
@@ -167,6 +174,7 @@ def _source(simulate: str | None, manager: ResourceManager) -> Iterator[str | No
     from cjm_fasthtml_resources.simulate import ScenarioError, load_scenario
     try: driver = load_scenario(simulate)
     except ScenarioError as error: raise click.BadParameter(str(error), param_hint="--simulate") from None
+    manager.needs = manager.checks.needs = Needs()   # what is simulated is no lesson
     with driver:
         try:
             for worker in driver.workers: manager.register_worker(**worker)
@@ -278,6 +286,67 @@ def _wait(machine: _Machine, gpu_memory: float, timeout: float | None, device: s
     except ResourceUnavailable as error: _fail(str(error), os.EX_UNAVAILABLE)
     except (StoreError, OSError) as error: _fail(str(error), os.EX_IOERR)
     except ValueError as error: raise click.UsageError(str(error)) from None
+
+# %% ../nbs/cli.ipynb #706ffbe8
+class _AppNeed(NamedTuple):
+    app: str
+    need: LearnedNeed
+
+def _duration(row: _AppNeed) -> str:
+    shortest, longest = row.need.seconds_min, row.need.seconds_max
+    return "" if shortest is None or longest is None else format_range(shortest, longest)
+
+def _seen(row: _AppNeed) -> str:
+    day = time.strftime("%Y-%m-%d", time.gmtime(row.need.last_seen))
+    return f"{day}, old" if row.need.is_old else day
+
+_NEED_COLUMNS: Sequence[Column[_AppNeed]] = (
+    Column("app", lambda row: row.app),
+    Column("plugin", lambda row: f"{row.need.plugin} {row.need.resource}".rstrip(), shrinks=True),
+    Column("took up to", lambda row: format_bytes(row.need.highest) if row.need.highest else "", "right"),
+    Column("asks for", lambda row: format_bytes((row.need.gpu_memory_mb or 0)*2**20), "right"),
+    Column("jobs", lambda row: str(row.need.samples), "right"),
+    Column("time", _duration),
+    Column("RAM", lambda row: format_bytes(row.need.ram) if row.need.ram else "", "right"),
+    Column("failed", lambda row: str(row.need.failures or ""), "right"),
+    Column("settings", lambda row: row.need.settings[:8]),
+    Column("last seen", _seen))
+
+def _read_app_needs(store: Store, app: str | None, now: float) -> list[_AppNeed]:
+    "Return what is known of the needs of one app, or of all"
+    found = [_AppNeed(name, need) for name, days in read_needs(store, app).items()
+             for key, by_day in days.items() if (need := learned_need(key, by_day, now))]
+    return sorted(found, key=lambda row: (row.app, row.need.plugin, -(row.need.highest or 0)))
+
+def _need_to_json(row: _AppNeed) -> dict[str, Any]:
+    return dict(app=row.app, **vars(row.need), gpu_memory_mb=row.need.gpu_memory_mb, message=row.need.explain())
+
+# %% ../nbs/cli.ipynb #0d7b3f1c
+@main.command("needs")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@click.option("--forget", metavar="NAME", help="Forget what the plugin with this name needs.")
+@click.option("--app", metavar="NAME", help="Only the needs of this app. Default: of all apps.")
+def _needs(as_json: bool, forget: str | None, app: str | None) -> None:
+    """Show how much memory the jobs of each plugin took.
+
+    "Took up to" is the highest amount of the last 30 days, of jobs that ended well or held steady. The next job asks
+    for 10 % more, or for a quarter more than one had that ran out of memory.
+
+    Exits with 74 when the file cannot be used, 2 when an argument is wrong.
+    """
+    try:
+        if app is not None: check_app(app)
+        store = Store(needs_path())
+        if forget is not None:
+            count = forget_needs(store, shown_text(forget), app)
+            click.echo(f"Forgot {count} need{'' if count == 1 else 's'} of {shown_text(forget)}.")
+            return
+        rows = _read_app_needs(store, app, time.time())
+    except ValueError as error: raise click.BadParameter(str(error), param_hint="--app") from None
+    except (StoreError, OSError) as error: _fail(str(error), os.EX_IOERR)
+    if as_json: click.echo(json.dumps(dict(schema_version=SCHEMA_VERSION, needs=[_need_to_json(row) for row in rows])))
+    elif not rows: click.echo("No needs are known yet.")
+    else: (console := Console()).print(make_table(_NEED_COLUMNS, [rows], console.width))
 
 # %% ../nbs/cli.ipynb #c2668ba3
 def _is_loopback(host: str) -> bool:

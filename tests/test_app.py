@@ -11,7 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from cjm_fasthtml_resources.core import database, lockfile
+from cjm_fasthtml_resources.core import database, learned, lockfile
 from cjm_fasthtml_resources.core.manager import ResourceManager
 from cjm_fasthtml_resources.core.resources import ResourceStatus
 from cjm_fasthtml_resources.core.store import StoreError, store_path
@@ -171,7 +171,7 @@ with (SimulatedDriver([SimulatedGpu(processes=[SimulatedProcess(os.getpid(), 700
 assert manager.expected_gpu_memory_mb("llama") == 700
 child = os.fork()
 if child: os.waitpid(child, 0)
-elif manager.needs.roster.higher_peaks: print("the child has it to write")
+elif manager.needs._new: print("the child has it to write")
 else: sys.exit()
 print(ResourceManager(app="app").expected_gpu_memory_mb("llama"))
 """
@@ -263,6 +263,7 @@ def test_workers_are_shown(command, folder, tmp_path, spawn):
 def test_a_check_and_a_look_up_wait_for_no_writer_and_write_nothing(folder, monkeypatch, spawn):
     "Also when a plugin has to be asked again, and when a plugin used more than ever before"
     monkeypatch.setattr(lockfile, "BUSY_SECONDS", 2)
+    monkeypatch.setattr(learned, "STEADY_SECONDS", 0)   # a running worker's memory is a need at once
     worker, mine = spawn("input()"), ResourceManager(app="app")
     plugin = SimpleNamespace(get_child_pids=lambda: [], get_execution_mode=lambda: str(time.monotonic()),
                              get_managed_resources=dict, force_cleanup=print)   # it always says something else

@@ -24,6 +24,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 
+from cjm_fasthtml_resources.core.learned import need_key
 from cjm_fasthtml_resources.core.manager import ResourceManager
 from cjm_fasthtml_resources.core.monitor import ResourceMonitor
 from cjm_fasthtml_resources.core.resources import WorkerState
@@ -284,6 +285,7 @@ def test_no_file_has_it_and_its_own_process_keeps_it(kind, folder):
         kept = manager.register_worker(os.getpid(), "llm", "job 1", plugin_name=text, loaded_plugin_resource=text,
                                        config=config, gpu_memory_mb=500, plugin_instance=Raising(text))
         manager.check_gpu_availability()     # learns what it needs
+        manager.needs.raise_after_out_of_memory(need_key(text, text, config), 400*2**20)
         assert other.update_worker_state(os.getpid(), job_id="job 2").waiting_jobs == ("job 2",)
         found = manager.get_worker_by_job("job 2")
         assert (found.config, found.plugin_name) == (kept.config, text)

@@ -166,7 +166,7 @@ def test_a_file_that_cannot_be_read_is_named_in_every_answer(folder, caplog, mon
     manager, plugin = ResourceManager(app="broken"), Server()
     manager.register_worker(os.getpid(), "llm", plugin_name="a", plugin_instance=plugin)
     path = store.store_path()
-    monkeypatch.setattr(manager.workers.roster, "raise_peaks", raises(store.StoreError("/a is full")))
+    monkeypatch.setattr(manager.workers.roster, "add", raises(store.StoreError("/a is full")))
     with SimulatedDriver([SimulatedGpu(processes=[SimulatedProcess(os.getpid(), 700)])]):
         assert manager.check_gpu_availability().status is ResourceStatus.APP_BUSY
         manager.needs._writer.join()

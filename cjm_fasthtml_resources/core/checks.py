@@ -21,7 +21,7 @@ from .devices import GpuChoice, see_devices
 from .gpu import GpuDevice, GpuSnapshot
 from .ledger import Ledger, LedgerReading
 from .memory import read_memory
-from .needs import Needs, measure
+from .needs import Needs
 from .process import ProcessId, ProcessInfo, driver_pid_reader, has_ended, this_process
 from .ram import RamReader
 from .resources import DeviceStatus, OwnedProcess, Promise
@@ -176,9 +176,9 @@ class Checks:
         except StoreError as error: return str(error)
 
     def learn(self, devices: Sequence[DeviceStatus]) -> None:
-        "Remember what plugins use, where it is more than before"
+        "Remember what plugins use, where it counts and is more than before"
         seen = {p.parent_pid or p.pid for d in devices for p in d.processes if p.owner == "app"}
-        self.needs.learn(measure(self.workers.some(seen), devices))
+        self.needs.observe(self.workers.some(seen), devices)
 
     def memory(
         self,

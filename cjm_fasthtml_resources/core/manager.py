@@ -18,7 +18,6 @@ from cjm_fasthtml_resources.core.arguments import (
     UNCHANGED,
     check_app,
     check_config,
-    check_fields,
     check_flag,
     check_number,
     check_pid,
@@ -42,7 +41,7 @@ from .devices import GpuChoice, device_place, select_devices
 from .display import repr_html
 from .gpu import GpuDevice, GpuSnapshot, read_gpus
 from .ledger import Ledger, Waits
-from .needs import Needs
+from .needs import Needs, NeedsReader, needs_roster
 from .nvml_memory import has_unified_memory
 from .registry import WorkerRegistry
 from .reservations import PendingReservation, Request, Reservation
@@ -59,7 +58,7 @@ _all_ = ["ResourceType", "ResourceStatus", "ResourceConflict", "WorkerState", "P
          "UNCHANGED", "ResourceBusy", "ResourceUnavailable", "GpuChoice", "device_place", "select_devices", "plan_room"]
 
 # %% ../../nbs/core/manager.ipynb #7146a72e
-class ResourceManager(StaysHere, WorkerRegistry):
+class ResourceManager(StaysHere, WorkerRegistry, NeedsReader):
     "Knows this app's workers, and finds out who uses GPU memory and RAM"
     gpu_memory_threshold_percent = Setting(MANAGER_SCHEMA)   # checked when it is assigned, as the next one
     gpu_timeout = Setting(MANAGER_SCHEMA)
@@ -130,15 +129,6 @@ class ResourceManager(StaysHere, WorkerRegistry):
         "Return the GPUs with the most free memory. `ResourceBusy` if too few have room, `ResourceUnavailable`"
         count, least = check_pid(n, "n"), check_number(min_free_mb, "min_free_mb")*2**20
         return pick_devices(self.check_gpu_availability(wake=True), count, least)
-
-    def expected_gpu_memory_mb(
-        self,
-        plugin_name: str,
-        resource: str | None = None,  # its `loaded_plugin_resource`
-    ) -> float | None:  # MiB; `None` if no worker was seen with it
-        "Return the most GPU memory that a worker was seen to use with this plugin and resource"
-        check_fields(plugin_name=plugin_name, resource=resource)
-        return self.needs.expected(plugin_name, resource or "")/2**20 or None
 
     def reserve(
         self,
@@ -253,5 +243,5 @@ def open_rooms(
     store = Store(None if app is None else store_path())
     roster = None if app is None else Roster(store, app)
     if app is not None: store.prepare()   # a file that cannot be used is an error now, not later
-    workers, ledger, needs = Workers(roster), Ledger(store), Needs(roster)
+    workers, ledger, needs = Workers(roster), Ledger(store), Needs(needs_roster(roster))
     return workers, ledger, needs, Checks(workers, ledger, needs, app or "", track_self)
