@@ -11,16 +11,18 @@ from .core.resources import ResourceStatus, ResourceType, WorkerState
 
 if TYPE_CHECKING:
     from .core.monitor import ResourceMonitor
+    from .core.out_of_memory import explain_out_of_memory
     from .core.validation import ValidationAction, validate_resources_for_job
     from .ui.panel import ResourcePanel
 
 __all__ = ["ResourceBusy", "ResourceConflict", "ResourceManager", "ResourceMonitor", "ResourcePanel", "ResourceStatus",
-           "ResourceType", "ResourceUnavailable", "ValidationAction", "WorkerState", "read_gpus", "read_memory",
-           "validate_resources_for_job"]
+           "ResourceType", "ResourceUnavailable", "ValidationAction", "WorkerState", "explain_out_of_memory",
+           "read_gpus", "read_memory", "validate_resources_for_job"]
 
 _LATER = {   # imported when they are asked for
     "ResourceMonitor": "core.monitor", "ResourcePanel": "ui.panel",
-    "ValidationAction": "core.validation", "validate_resources_for_job": "core.validation"}
+    "ValidationAction": "core.validation", "validate_resources_for_job": "core.validation",
+    "explain_out_of_memory": "core.out_of_memory"}
 
 
 def __getattr__(name: str) -> Any:
