@@ -226,10 +226,10 @@ def test_a_sparse_file_with_a_huge_header_is_read_within_limits(tmp_path, either
     tracemalloc.stop()
 
 
-@pytest.mark.parametrize("text", [b'{"a":[' + b"0,"*11_000_000 + b"0]}", b'{"":'*1_000_001], ids=["list", "objects"])
+@pytest.mark.parametrize("text", [b'{"a":[' + b"0,"*3_000_000 + b"0]}", b'{"":'*250_001], ids=["list", "objects"])
 def test_a_header_that_would_fill_the_memory_is_not_parsed(tmp_path, text):
     with patch.dict(sys.modules, safetensors=None):
-        wrong(write(tmp_path/"model.safetensors", text), "more than 1,000,000 tensors")
+        wrong(write(tmp_path/"model.safetensors", text), "more than 250,000 tensors")
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "model.gguf", "pytorch_model.bin"])

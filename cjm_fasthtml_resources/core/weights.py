@@ -6,7 +6,7 @@
 __all__ = ['LONGEST_HEADER', 'BITS', 'Tensor', 'Weights', 'sum_tensors', 'add_weights', 'file_error', 'open_file', 'parse_json',
            'read_header', 'parse_tensors', 'read_safetensors']
 
-# %% ../../nbs/core/weights.ipynb #4ff30ae9
+# %% ../../nbs/core/weights.ipynb #7e853f7e
 import json
 import os
 from collections.abc import Iterable, Iterator
@@ -19,14 +19,14 @@ from typing import Any, BinaryIO, NamedTuple
 
 from .text import format_bytes, printable
 
-# %% ../../nbs/core/weights.ipynb #f4e094d6
+# %% ../../nbs/core/weights.ipynb #c778380b
 class Tensor(NamedTuple):
     "A tensor as a header describes it"
     name: str
     dtype: str
     size: int  # bytes
 
-# %% ../../nbs/core/weights.ipynb #eb81b252
+# %% ../../nbs/core/weights.ipynb #18be5381
 @dataclass(frozen=True)
 class Weights:
     "The tensors of a file, or of several"
@@ -39,16 +39,17 @@ class Weights:
         "Bytes of all tensors"
         return sum(self.dtypes.values())
 
-# %% ../../nbs/core/weights.ipynb #bd375c2d
+# %% ../../nbs/core/weights.ipynb #16019ff5
 def sum_tensors(
     tensors: Iterable[Tensor],
 ) -> Weights:
     "Return how many tensors there are, and their bytes by type"
-    count, dtypes = 0, dict[str, int]()
-    for count, (_, dtype, size) in enumerate(tensors, 1): dtypes[dtype] = dtypes.get(dtype, 0) + size
-    return Weights(count, dict(sorted(dtypes.items(), key=lambda item: -item[1])))
+    tensors = list(tensors)
+    dtypes: dict[str, int] = {}
+    for _, dtype, size in tensors: dtypes[dtype] = dtypes.get(dtype, 0) + size
+    return Weights(len(tensors), dict(sorted(dtypes.items(), key=lambda item: -item[1])))
 
-# %% ../../nbs/core/weights.ipynb #e859b86e
+# %% ../../nbs/core/weights.ipynb #52185cde
 def add_weights(
     parts: Iterable[Weights],
 ) -> Weights:
@@ -57,7 +58,7 @@ def add_weights(
     sizes = sum_tensors(Tensor("", *item) for part in parts for item in part.dtypes.items())
     return Weights(sum(part.tensors for part in parts), sizes.dtypes, any(part.adapter for part in parts))
 
-# %% ../../nbs/core/weights.ipynb #1a4f5228
+# %% ../../nbs/core/weights.ipynb #49dc95ba
 def file_error(
     path: Path,
     problem: str,
@@ -65,7 +66,7 @@ def file_error(
     "Return the error for a file from which no need can be read"
     return ValueError(f"{printable(str(path))} {problem}")
 
-# %% ../../nbs/core/weights.ipynb #a781a714
+# %% ../../nbs/core/weights.ipynb #77fbd274
 @contextmanager
 def open_file(
     path: Path,
@@ -74,9 +75,9 @@ def open_file(
     if not S_ISREG(os.stat(path).st_mode): raise file_error(path, "is not a file")
     with open(path, "rb") as file: yield file, os.fstat(file.fileno()).st_size
 
-# %% ../../nbs/core/weights.ipynb #e10b3a8f
+# %% ../../nbs/core/weights.ipynb #0849fa6f
 LONGEST_HEADER = 100_000_000   # bytes
-_MOST_TENSORS = 1_000_000      # so many objects of Python take some hundred MB
+_MOST_TENSORS = 250_000        # the largest models have about 150,000, in many files
 
 def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     "Return an object of JSON; `ValueError` if a key is there twice, which the format rules out"
@@ -84,7 +85,7 @@ def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(found) < len(pairs): raise ValueError("a name is there twice")
     return found
 
-# %% ../../nbs/core/weights.ipynb #868ac285
+# %% ../../nbs/core/weights.ipynb #e264c81b
 def parse_json(
     text: bytes,
 ) -> dict[str, Any]:
@@ -94,7 +95,7 @@ def parse_json(
     if not isinstance(found, dict): raise ValueError("it is not an object")
     return found
 
-# %% ../../nbs/core/weights.ipynb #f132df96
+# %% ../../nbs/core/weights.ipynb #0d1a44ac
 def read_header(
     path: Path,
 ) -> tuple[dict[str, Any], int]:  # the header, and the bytes after it
@@ -111,7 +112,7 @@ def read_header(
     try: return parse_json(text), size - 8 - length
     except ValueError as error: raise file_error(path, f"has no valid header: {error}") from error
 
-# %% ../../nbs/core/weights.ipynb #1335d192
+# %% ../../nbs/core/weights.ipynb #052a174b
 BITS = {"BOOL": 8, "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6, "U8": 8, "I8": 8, "F8_E5M2": 8, "F8_E4M3": 8, "F8_E8M0": 8,
         "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8, "I16": 16, "U16": 16, "F16": 16, "BF16": 16, "I32": 32, "U32": 32,
         "F32": 32, "C64": 64, "F64": 64, "I64": 64, "U64": 64}   # of one number
@@ -121,7 +122,7 @@ _MOST_DIMENSIONS = 64   # NumPy's limit
 def _is_count(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**63
 
-# %% ../../nbs/core/weights.ipynb #811aee33
+# %% ../../nbs/core/weights.ipynb #1ba510c0
 def _parse_tensor(entry: Any) -> tuple[str, int, int]:
     "Return the type, begin and end of a header's entry; `ValueError` if it is not that of a tensor"
     match entry:
@@ -134,7 +135,7 @@ def _parse_tensor(entry: Any) -> tuple[str, int, int]:
         raise ValueError(f"has {end - begin:,} bytes, which is not the size of its shape in {dtype}")
     return printable(dtype), begin, end
 
-# %% ../../nbs/core/weights.ipynb #6e4f7818
+# %% ../../nbs/core/weights.ipynb #a301f30f
 def parse_tensors(
     header: dict[str, Any],
     space: int,             # bytes after the header
@@ -153,7 +154,7 @@ def parse_tensors(
     if at < space: raise ValueError(f"{space - at:,} bytes at its end belong to no tensor")
     return [Tensor(name, dtype, end - begin) for dtype, begin, end, name in found]
 
-# %% ../../nbs/core/weights.ipynb #a6dd40c2
+# %% ../../nbs/core/weights.ipynb #024e8cab
 def _ask_package(path: Path) -> list[Tensor] | None:
     "Return the tensors as the safetensors package reads them, `None` where it does not"
     if not path.is_file(): return None   # it would wait for a named pipe
@@ -165,12 +166,12 @@ def _ask_package(path: Path) -> list[Tensor] | None:
                     for name, part in parts.items()]
     except Exception: return None   # not installed, too old for this file, or the file is not valid
 
-# %% ../../nbs/core/weights.ipynb #43f881a3
+# %% ../../nbs/core/weights.ipynb #ba817ef9
 def _is_adapter(tensors: list[Tensor]) -> bool:
     "Return whether all tensors are those of a LoRA, by the names that PEFT, Diffusers and Kohya give them"
     return bool(tensors) and all("lora" in tensor.name.lower() for tensor in tensors)
 
-# %% ../../nbs/core/weights.ipynb #a5567f7c
+# %% ../../nbs/core/weights.ipynb #2380acc3
 def read_safetensors(
     path: str | os.PathLike[str],
 ) -> Weights:
