@@ -100,12 +100,13 @@ UNCHANGED: Any = _Unchanged()
 # %% ../../nbs/core/arguments.ipynb #c382ebbb
 def check_fields(
     **given: Any,   # fields of a worker by name: texts, its `config`, its `gpu_memory_mb`
-) -> dict[str, Any]:  # the same, with a copy of `config`
+) -> dict[str, Any]:  # the same, with a copy of `config`, and `None` for an empty `job_id`
     "Return the fields; raise `TypeError` or `ValueError` for the first wrong one; `None` and `UNCHANGED` fit all"
     for name, value in given.items():
         if value is None or value is UNCHANGED: continue
         if name == "gpu_memory_mb": check_number(value, name)
         elif name == "config": given[name] = copy_config(value)
+        elif name == "job_id": given[name] = check_text(value, name, " or None") or None
         else: check_text(value, name, " or None")
     return given
 

@@ -230,7 +230,7 @@ def estimate_cost(
     estimate = fitting(dict(estimate_cost=None if isinstance(said, bool) else said), check_number)["estimate_cost"]
     if estimate is not None: return float(estimate)
     rate = (worker.remote_resource or {}).get("estimated_cost_per_hour")
-    if isinstance(rate, (int, float)): return rate*hours
+    if isinstance(rate, (int, float)): return float(rate*hours)
     _log.warning("the plugin of worker %d says nothing about cost; it is left out of the sum", worker.pid)
     return 0.0
 
@@ -241,4 +241,4 @@ def estimate_costs(
 ) -> float:  # in the currency of the plugins' figures
     "Return what all rented machines cost for that many hours"
     rented = [(w, workers.plugins.get(w.pid)) for w in workers.all() if w.is_remote]
-    return sum(estimate_cost(w, kept.plugin if kept else None, hours) for w, kept in rented)
+    return sum((estimate_cost(w, kept.plugin if kept else None, hours) for w, kept in rented), 0.0)

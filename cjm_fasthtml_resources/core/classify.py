@@ -120,13 +120,15 @@ def _add_parent(row: Any, process: OwnedProcess) -> None:
     if process.owner == "app":
         row["parent_pid"], row["parent_worker_type"] = process.parent_pid, process.parent_worker_type
 
+def _name(process: OwnedProcess) -> str: return process.name or f"PID {process.pid}"
+
 def gpu_process_dict(
     process: OwnedProcess,
     device: GpuDevice,
 ) -> GpuProcessDict:
     "Return a process on a device as a plain dictionary; its memory in MiB"
     memory = None if process.memory_used is None else round(process.memory_used/2**20, 2)
-    row = GpuProcessDict(pid=process.pid, name=process.name, username=process.username, device_id=device.id,
+    row = GpuProcessDict(pid=process.pid, name=_name(process), username=process.username, device_id=device.id,
                          device_name=device.name, gpu_memory_mb=memory)
     _add_parent(row, process)
     return row
@@ -160,7 +162,7 @@ def memory_process_dict(
 ) -> MemoryProcessDict:
     "Return a process in system memory as a plain dictionary; its memory in MiB and in percent of the total"
     used = process.memory_used or 0
-    row = MemoryProcessDict(pid=process.pid, name=process.name, username=process.username,
+    row = MemoryProcessDict(pid=process.pid, name=_name(process), username=process.username,
                             memory_mb=round(used/2**20, 2), memory_percent=round(100*used/total, 2) if total else 0.0)
     _add_parent(row, process)
     return row

@@ -11,9 +11,10 @@ __all__ = ['LifecycleAwarePlugin', 'CloudAwarePlugin', 'is_local_plugin', 'devic
 # %% ../../nbs/core/plugins.ipynb #1c923a11
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, NoReturn, Protocol, runtime_checkable
 
 from .copies import copy_in_depth
+from .old_calls import refuse_old_requirements
 from .secrets import PLUGIN_RESOURCE_CONFIG_KEYS, shown_repr, shown_text
 
 # %% ../../nbs/core/plugins.ipynb #d4961551
@@ -130,6 +131,10 @@ class PluginResourceRequirements:
 
     def __repr__(self) -> str: return shown_repr("PluginResourceRequirements", vars(self))
 
+    def __getitem__(self, name: object) -> NoReturn:
+        "Raise `TypeError` that says the new form: until 0.0.5, this was a dictionary"
+        raise TypeError(f"requirements are an object, not a dictionary: write .{' or .'.join(vars(self))}")
+
 def read_requirements(
     plugin: Any,
     config: Mapping[str, Any],
@@ -140,6 +145,7 @@ def read_requirements(
     return PluginResourceRequirements(local, local and uses_gpu_device(config), resource, config.get("device"))
 
 # %% ../../nbs/core/plugins.ipynb #6defc1e1
+@refuse_old_requirements
 def get_plugin_resource_requirements(
     plugin_registry: PluginRegistry,
     plugin_id: str,

@@ -145,7 +145,7 @@ class MemoryStatus:
 # %% ../../nbs/core/resources.ipynb #f591708e
 class _Process(TypedDict):
     pid: int
-    name: str | None
+    name: str                        # "PID 301" where it cannot be read
     username: str | None
 
 class _Child(TypedDict, total=False):

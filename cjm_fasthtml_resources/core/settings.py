@@ -16,6 +16,7 @@ _DIALECT = "https://json-schema.org/draft/2020-12/schema"
 
 MANAGER_SCHEMA: dict[str, Any] = {
     "$schema": _DIALECT,
+    "name": "resource-management",   # under which cjm-fasthtml-settings keeps it
     "title": "ResourceManager",
     "type": "object",
     "additionalProperties": False,
@@ -62,6 +63,7 @@ class Setting:
 # %% ../../nbs/core/settings.ipynb #b993a041
 MONITOR_SCHEMA: dict[str, Any] = {
     "$schema": _DIALECT,
+    "name": "resource-monitoring",
     "title": "ResourceMonitor",
     "type": "object",
     "additionalProperties": False,

@@ -32,6 +32,7 @@ from .display import repr_html
 from .explain import name_reservations
 from .gpu import GpuDevice
 from .manager import ResourceManager
+from .old_calls import refuse_old_validation
 from .process import has_ended
 from .resources import DeviceStatus, ResourceStatus, WorkerState
 from .room import by_hope, held_by, largest_capacity, roomiest, usable
@@ -395,6 +396,7 @@ def _decide(
     return decide_on_cpu(manager.check_memory_availability(memory_threshold_percent), workers, why)
 
 # %% ../../nbs/core/validation.ipynb #17450b87
+@refuse_old_validation
 def validate_resources_for_job(
     resource_manager: ResourceManager,
     plugin_registry: PluginRegistry,                 # anything with `get_plugin` and `load_plugin_config`
