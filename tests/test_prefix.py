@@ -1,4 +1,4 @@
-"The page wherever an app is: under a prefix that a proxy removes, with a root_path, mounted, and as a part of other pages"
+"The page wherever an app is: under a prefix that a proxy removes, mounted, and as a part of other pages"
 import re
 from urllib.parse import urljoin, urlsplit
 
@@ -20,7 +20,7 @@ OUTSIDE = "/user/ada/proxy/8765"
 
 
 def behind_proxy(app, removed: bool, root_path: str = ""):
-    "An ASGI app as a server has it that stands behind a proxy, which removes the prefix; or puts it back, as uvicorn does"
+    "An ASGI app behind a proxy that removes the prefix, or on a server that puts it back, as uvicorn does"
     async def proxied(scope, receive, send):
         if scope["type"] == "http":
             assert scope["path"].startswith(OUTSIDE)
@@ -77,9 +77,8 @@ def test_every_address_of_every_page_is_found(manager, form, prefix):
     browser = TestClient(form(make(manager, prefix)))
     wanted = {name: f"{OUTSIDE}{prefix}/{path}" for name, path in
               dict(script="live", stop="stop", stream="stream").items()}
-    for path in (prefix, f"{prefix}/", f"{prefix}/fragment", "/", "/team/ada/", "/team/a%20b%2Fc/"):
+    for path in (prefix, f"{prefix}/", f"{prefix}/fragment", "/", "/team/ada/", "/team/a%20b/"):
         answer = browser.get(OUTSIDE + path, follow_redirects=False)
-        if "%2F" in path and answer.status_code == 404: continue   # the name of a team has no slash
         assert answer.status_code == 200, path
         assert found(answer.text, f"http://testserver{OUTSIDE}{path}") == wanted, path
     assert browser.get(wanted["script"]).headers["content-type"].startswith("text/javascript")
@@ -118,7 +117,7 @@ def test_no_header_of_a_client_changes_an_address(manager, form):
 
 
 def test_a_card_without_a_request_and_one_for_other_routes_have_the_address_that_was_given(manager):
-    app, seen = make(manager, "/resources"), []
+    app = make(manager, "/resources")
 
     @app.get("/page/of/mine")
     def mine(): return ResourceCard(manager, "/elsewhere")

@@ -13,11 +13,11 @@ from urllib.parse import quote
 
 from starlette.requests import Request
 
-# %% ../../nbs/ui/links.ipynb #f9d0a71e
+# %% ../../nbs/ui/links.ipynb #ccc3db11
 def _depth(scope: Mapping[str, Any]) -> int:
     "Return how many steps lead up from a page to where its app begins"
-    sent = scope.get("raw_path") or quote(scope["path"]).encode()
-    mounted = scope.get("root_path", "").rstrip("/")
+    sent: bytes = scope.get("raw_path") or quote(scope["path"]).encode()
+    mounted: str = scope.get("root_path", "").rstrip("/")
     if not scope["path"].startswith(f"{mounted}/"): mounted = ""   # a proxy has removed it
     return max(sent.partition(b"?")[0].count(b"/") - mounted.count("/") - 1, 0)
 

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SIGNALS', 'on_signal', 'find_uvicorn', 'is_stopping', 'watch_shutdown']
 
-# %% ../../nbs/ui/shutdown.ipynb #345b69f1
+# %% ../../nbs/ui/shutdown.ipynb #db6b517e
 import asyncio
 import contextlib
 import os
@@ -17,7 +17,7 @@ from functools import partial
 from types import FrameType
 from typing import Any
 
-# %% ../../nbs/ui/shutdown.ipynb #b3a48464
+# %% ../../nbs/ui/shutdown.ipynb #4e0b4aa1
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 def _call_both(tell: Callable[[], None], pid: int, before: Any, number: int, frame: FrameType | None) -> None:
@@ -40,7 +40,7 @@ def on_signal(
         for number, handler in ours.items():
             if signal.getsignal(number) is handler: signal.signal(number, found[number])
 
-# %% ../../nbs/ui/shutdown.ipynb #24701d77
+# %% ../../nbs/ui/shutdown.ipynb #cb4bef08
 def find_uvicorn() -> Any:
     "Return the uvicorn server that runs the present event loop; `None` if another one does"
     kind = getattr(sys.modules.get("uvicorn"), "Server", None)
@@ -60,7 +60,7 @@ def is_stopping(
     sockets = getattr(server, "servers", ())
     return bool(server.should_exit or sockets and not any(s.is_serving() for s in sockets))
 
-# %% ../../nbs/ui/shutdown.ipynb #5c8b27e4
+# %% ../../nbs/ui/shutdown.ipynb #4266c4d8
 _LOOK = 0.2   # seconds between two looks at uvicorn
 
 async def _wait_for_stop(server: Any, ends: asyncio.Event) -> None:
@@ -80,7 +80,7 @@ class _Watch:
         "From a signal handler"
         with contextlib.suppress(RuntimeError): self.loop.call_soon_threadsafe(self.ends.set)   # else it is closed
 
-# %% ../../nbs/ui/shutdown.ipynb #529dd515
+# %% ../../nbs/ui/shutdown.ipynb #ae091bb2
 _watches = dict[asyncio.AbstractEventLoop, _Watch]()
 
 @contextlib.contextmanager

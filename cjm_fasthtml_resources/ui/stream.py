@@ -11,7 +11,6 @@ import asyncio
 import contextlib
 import re
 import threading
-import time
 from collections.abc import AsyncGenerator, Sequence
 from functools import partial
 from typing import Any
@@ -97,7 +96,7 @@ def beat_event(
     "Return a sign of life, with the time in ms after which a page takes the stream for lost"
     return to_event("beat", f"{3000*pace(interval):.0f}")
 
-# %% ../../nbs/ui/stream.ipynb #005a9641
+# %% ../../nbs/ui/stream.ipynb #fbd3762f
 def _put_all(clients: Sequence[Client], event: bytes, whole: bytes) -> None:
     for client in clients: client.put(event, whole)
 
