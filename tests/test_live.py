@@ -1,5 +1,6 @@
 "The monitor, the panel and the stream: many who watch, some who are slow or break, and nothing left of them"
 import asyncio
+import contextlib
 import gc
 import logging
 import subprocess
@@ -237,6 +238,41 @@ def test_a_hundred_clients_share_one_sampler_and_leave_nothing():
         assert not hub._clients and len(asyncio.all_tasks()) == 1
 
     with SimulatedDriver([SimulatedGpu()]) as driver: asyncio.run(main())
+
+
+def test_a_machine_on_which_nothing_changes_gives_signs_of_life(monkeypatch):
+    "Whatever the interval is, more often than a page waits for one"
+    async def main(hub):
+        async with contextlib.aclosing(hub.events()) as events:
+            first = await anext(events)
+            limit = int(first.rpartition(b"data: ")[2])/1000
+            assert first.startswith(b"event: layout") and limit == pytest.approx(3*stream.pace(hub.monitor.interval))
+            return [await asyncio.wait_for(anext(events), limit) for _ in range(3)]
+
+    with SimulatedDriver([SimulatedGpu()]):
+        manager = ResourceManager(track_self=False)
+        manager.register_worker(4_200_101, "llm")
+        for interval in (0.2, 1): asyncio.run(main(stream.Hub(ResourceMonitor(manager, interval))))
+        monkeypatch.setattr(stream, "BEAT", 0.3)
+        slow = stream.Hub(ResourceMonitor(manager, 3600))    # its sampler sends nothing
+        assert asyncio.run(main(slow)) == [b"event: beat\ndata: 900\n\n"]*3
+
+
+def test_a_sample_without_a_change_is_a_sign_of_life():
+    async def main():
+        client = stream.Client()
+        hub.join(client)
+        await asyncio.sleep(0)
+        for _ in range(2): hub.publish(sample)
+        heard = [await client.next(1) for _ in range(3)]
+        hub.leave(client)
+        client.close()
+        return heard[-1]
+
+    with SimulatedDriver([SimulatedGpu()]):
+        hub = stream.Hub(ResourceMonitor(ResourceManager(track_self=False), 3600))
+        sample = hub.monitor.take()
+        assert asyncio.run(main()) == b"event: beat\ndata: 45000\n\n"
 
 
 def test_a_sampler_that_is_held_up_makes_the_stream_say_so(monkeypatch):

@@ -14,7 +14,7 @@ import re
 import time
 from collections.abc import Callable
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import quote, urlsplit
 
 from starlette.requests import Request
 from starlette.responses import PlainTextResponse, RedirectResponse, Response
@@ -28,7 +28,7 @@ def is_same_origin(request: Request) -> bool:
     if site := request.headers.get("sec-fetch-site"): return site == "same-origin"
     try: origin = urlsplit(request.headers.get("origin", "")).netloc
     except ValueError: return False  # it is no address
-    return bool(origin) and origin == request.headers.get("host")
+    return bool(origin) and origin.lower() == request.headers.get("host", "").lower()
 
 # %% ../../nbs/ui/gate.ipynb #78acf041
 async def ask_guard(guard: Callable[..., Any], request: Request) -> Response | None:
@@ -86,7 +86,7 @@ def _is_loopback(request: Request) -> bool:
     "Return whether it names this machine"
     # not by request.url, which has the server's own address where no host is named
     host = _HOST.fullmatch(request.headers.get("host", ""))
-    return bool(host and host[1] in _LOOPBACK)
+    return bool(host and host[1].lower() in _LOOPBACK)
 
 def _equal(a: str, b: str) -> bool: return hmac.compare_digest(a.encode(errors="replace"), b.encode())
 
@@ -124,8 +124,11 @@ class Gate:
         return PlainTextResponse(_NO_TOKEN, 401)
 
     def _welcome(self, request: Request) -> Response:
-        "Return a redirection to the address without the token, with the cookie"
-        response = RedirectResponse("/" + request.url.path.lstrip("/"), 303)  # two slashes would lead to another host
+        "Return a redirection to the address without the token, with the cookie; both stay below a proxy's prefix"
+        sent = request.scope.get("raw_path") or quote(request.scope["path"]).encode()
+        last = sent.partition(b"?")[0].rpartition(b"/")[2].decode("latin-1")
+        response = RedirectResponse(f"./{last}", 303)   # a name in the same folder, so never another host
         secure = request.url.scheme == "https"
-        response.set_cookie("cjm_resources", self.cookie, httponly=True, samesite="lax", secure=secure)
+        # without a path, a browser sends it to what is in the folder of this address, as it knows that
+        response.set_cookie("cjm_resources", self.cookie, path=None, httponly=True, samesite="lax", secure=secure)
         return response

@@ -30,7 +30,7 @@ class Column:
 # %% ../../nbs/ui/tables.ipynb #89f9d461
 @lru_cache(maxsize=4096, typed=True)  # a component is of another type than its text
 def _cell_html(value: Any, look: str) -> str:
-    cell = value if isinstance(value, FT) else Td(value, cls=look or None)
+    cell = value if isinstance(value, FT) and value.tag == "td" else Td(value, cls=look or None)
     return to_html(cell).removesuffix("</td>")
 
 @lru_cache

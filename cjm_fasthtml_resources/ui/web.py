@@ -25,7 +25,6 @@ from fastcore.xml import (
                           Form,
                           Head,
                           Html,
-                          Input,
                           Link,
                           Main,
                           Meta,
@@ -47,6 +46,7 @@ from .assets import read_asset
 from .cards import CSS, arrange
 from .controls import check_controls, find_asked
 from .gate import Bounded, Gate, ask_guard, is_same_origin
+from .links import current_base, find_base, note_bases
 from .parts import to_html
 from .stream import Client, EventStream, Hub, Slots, change_event, layout_event, to_event
 from .tables import Column
@@ -60,14 +60,18 @@ SCRIPT = read_asset("live.js")
 
 _NOT_YET = "The driver has not answered yet."
 
+def _form_id(prefix: str) -> str: return f"cjm-stop{prefix}"
+
 def _component(
     slots: Slots | None,   # `None`: nothing was read yet; the stream brings it
-    prefix: str,
+    prefix: str,           # where the routes begin in the app
+    base: str,             # the same as the page names it
 ) -> Any:
-    lost = Div(cls="state", data_cjm_lost=True, role="status")
+    lost = Div(cls="state", data_cjm_lost=True, role="status", aria_live="polite")
     place = Div(P(_NOT_YET, cls="note") if slots is None else arrange(slots), data_cjm_place=True)
-    script = Script(src=f"{prefix}/live", defer=True)
-    return Div(Style(Safe(CSS)), lost, place, script, cls="cjm", data_cjm_stream=f"{prefix}/stream")
+    stop = Form(id=_form_id(prefix), method="post", action=f"{base}/stop", hidden=True)
+    script = Script(src=f"{base}/live", defer=True)
+    return Div(Style(Safe(CSS)), lost, place, stop, script, cls="cjm", data_cjm_stream=f"{base}/stream")
 
 # %% ../../nbs/ui/web.ipynb #c3000543
 _LOOP_WAITS = 0.1   # seconds that a component may keep an event loop from its other work
@@ -93,13 +97,13 @@ def ResourceCard(
 ) -> Any:
     """Return all of it as a component. It is live where the app has the routes, and else a picture of this moment.
     In an `async` handler it does not wait for a slow driver: the stream brings the picture"""
-    return _component(_look(manager), prefix)
+    return _component(_look(manager), prefix, current_base(prefix))
 
 # %% ../../nbs/ui/web.ipynb #e3728359
-def _page(slots: Slots, prefix: str) -> str:
+def _page(slots: Slots, prefix: str, base: str) -> str:
     head = Head(Meta(charset="utf-8"), Meta(name="viewport", content="width=device-width, initial-scale=1"),
                 Title("GPU and memory"), Link(rel="icon", href="data:,"), Style(Safe(read_asset("page.css"))))
-    body = Body(Main(H1("GPU and memory"), _component(slots, prefix)))
+    body = Body(Main(H1("GPU and memory"), _component(slots, prefix, base)))
     return "<!doctype html>" + to_html(Html(head, body, lang="en", doctype=False))
 
 # %% ../../nbs/ui/web.ipynb #9bf9cef2
@@ -107,8 +111,8 @@ def _stop_column(prefix: str) -> Column:
     def ask(row: Any) -> Any:
         if row.start_time is None: return ""
         who = f"{row.pid}.{row.start_time}"  # a question about one process is never taken for one about another
-        answer = (Button(f"Yes, stop {row.pid}"), Input(type="hidden", name="worker", value=who))
-        return Details(Summary("Stop …"), Form(*answer, method="post", action=f"{prefix}/stop"), data_key=who)
+        yes = Button(f"Yes, stop {row.pid}", name="worker", value=who, form=_form_id(prefix))
+        return Details(Summary("Stop …"), yes, data_key=who)
     return Column("action", ask, width="w10")
 
 # %% ../../nbs/ui/web.ipynb #b2a55a78
@@ -135,12 +139,14 @@ async def _answer(hub: Hub, write: Callable[[Slots], str]) -> Response:
 
 def _reading_handlers(hub: Hub, prefix: str) -> dict[str, Callable[..., Any]]:  # path after the prefix → handler
     "Return what only reads: the page, its fragment, its stream and its script"
-    async def page(req: Request) -> Any: return await _answer(hub, lambda slots: _page(slots, prefix))
-    async def fragment(req: Request) -> Any: return await _answer(hub, lambda slots: to_html(_component(slots, prefix)))
+    async def page(req: Request) -> Any:
+        return await _answer(hub, lambda slots: _page(slots, prefix, find_base(req, prefix)))
+    async def fragment(req: Request) -> Any:
+        return await _answer(hub, lambda slots: to_html(_component(slots, prefix, find_base(req, prefix))))
     async def stream(req: Request) -> Any: return EventStream(hub.events())
     async def live(req: Request) -> Any:
         return Response(SCRIPT, media_type="text/javascript", headers={"Cache-Control": "no-cache"})
-    return {"": page, "/fragment": fragment, "/stream": stream, "/live": live}
+    return {"": page, "/": page, "/fragment": fragment, "/stream": stream, "/live": live}
 
 def _stop_handler(manager: Any, prefix: str, guard: Callable[..., Any]) -> Callable[..., Any]:
     calls = SharedCalls()
@@ -152,7 +158,7 @@ def _stop_handler(manager: Any, prefix: str, guard: Callable[..., Any]) -> Calla
         who = str(form.get("worker", ""))
         try: answer = await calls.run(who, partial(_stop, manager, who))
         except NoThreadError as error: return _no_thread(error)
-        return RedirectResponse(prefix, 303) if answer.status_code == 204 else answer
+        return RedirectResponse(find_base(req, prefix), 303) if answer.status_code == 204 else answer
     return stop
 
 def _metrics_handler(monitor: ResourceMonitor) -> Callable[..., Any]:
@@ -218,6 +224,7 @@ def resource_routes(
     for path, handler in _reading_handlers(hub, prefix).items(): _add(app, f"{prefix}{path}", handler)
     if guard and controls: _add(app, f"{prefix}/stop", _stop_handler(manager, prefix, guard), "POST")
     if metrics and scrape: _add(app, metrics, scrape)
+    note_bases(app, prefix)
     return ResourceRoutes(hub, monitor)
 
 # %% ../../nbs/ui/web.ipynb #d4f291da
@@ -231,5 +238,7 @@ def make_app(
     from fasthtml.core import FastHTML
     app = FastHTML(default_hdrs=False, secret_key=secrets.token_hex(16))  # it writes no key into the current folder
     resource_routes(app, manager, interval=interval, metrics="/metrics" if metrics else None)
-    app.route("/", methods=["GET"], name="home")(lambda: RedirectResponse("/resources"))
+
+    async def home(req: Request) -> Any: return RedirectResponse(find_base(req, "/resources"))
+    app.route("/", methods=["GET"], name="home")(home)
     return Gate(app, token)

@@ -1,5 +1,6 @@
-"""An app with the page and with simulated GPUs that a test can change: server.py PORT
+"""An app with the page and with simulated GPUs that a test can change: server.py PORT [PREFIX]
 
+With a prefix, the server stands for a proxy, too: it removes that, and the app does not learn of it.
 PUT /test?used=MIB fills the second GPU, /test says what the driver was asked and which threads there are.
 """
 import subprocess
@@ -8,7 +9,7 @@ import threading
 
 import uvicorn
 from fasthtml.common import FastHTML, Titled
-from starlette.responses import JSONResponse
+from starlette.responses import JSONResponse, Response
 
 from cjm_fasthtml_resources.core.manager import ResourceManager
 from cjm_fasthtml_resources.simulate import (
@@ -36,6 +37,10 @@ manager.register_worker(worker.pid, "llm", plugin_name="vllm", job_id="job-1")
 def home(): return Titled("An app of one's own", ResourceCard(manager))
 
 
+@app.get("/team/ada")
+def team(): return Titled("A page further down", ResourceCard(manager))
+
+
 @app.route("/test", methods=["GET", "PUT"])
 def state(req):
     if "used" in req.query_params: gpus[1].memory_used_mb = float(req.query_params["used"])
@@ -45,7 +50,19 @@ def state(req):
     return JSONResponse(dict(reads=reads, threads=threads, worker=worker.pid, ended=worker.poll()))
 
 
+def behind(prefix: str):
+    "The app behind a proxy"
+    async def proxied(scope, receive, send):
+        if scope["type"] == "http" and scope["path"].startswith(f"{prefix}/"):
+            cut = {name: scope[name][len(prefix):] for name in ("path", "raw_path")}
+            return await app({**scope, **cut}, receive, send)
+        if scope["type"] == "http": return await Response(status_code=404)(scope, receive, send)
+        await app(scope, receive, send)
+    return proxied
+
+
 if __name__ == "__main__":
+    served = behind(sys.argv[2]) if sys.argv[2:] else app
     with driver:
-        try: uvicorn.run(app, host="127.0.0.1", port=int(sys.argv[1]), log_level="warning", timeout_graceful_shutdown=1)
+        try: uvicorn.run(served, host="127.0.0.1", port=int(sys.argv[1]), log_level="warning")
         finally: worker.kill()

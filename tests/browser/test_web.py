@@ -1,5 +1,6 @@
 "The web page in a real browser: two tabs, a GPU that fills up, a hostile name, a stream that is cut"
 import json
+import signal
 import sys
 import time
 import urllib.request
@@ -81,6 +82,48 @@ def test_a_stream_that_is_cut_says_so_and_comes_back(chromium, new_page, tmp_pat
         page.wait_for_function("document.querySelector('[data-cjm-lost]').textContent === ''")
         ask(url, "?used=30000")
         second(page).locator(".cjm-badge", has_text="▲ external busy").wait_for()
+
+
+def test_figures_that_nothing_is_heard_of_are_marked_as_old_until_there_are_new_ones(chromium, new_page, tmp_path):
+    "A server that is suspended: the connection stays open, and a browser is told nothing"
+    port = free_port()
+    command, url, page = [sys.executable, str(SERVER), str(port)], f"http://127.0.0.1:{port}", new_page()
+    grey = "document.querySelector('[data-cjm-place]').matches('.old')"
+    with serving(command, f"{url}/test", tmp_path/"log") as process:
+        page.goto(f"{url}/resources")
+        second(page).wait_for()
+        time.sleep(4)                                  # nothing changes here, and it is live all the same
+        assert page.locator("[data-cjm-lost]").inner_text() == "" and not page.evaluate(grey)
+        process.send_signal(signal.SIGSTOP)
+        began = time.monotonic()
+        page.get_by_text("Not live since").wait_for()
+        assert time.monotonic() - began < 6 and page.evaluate(grey)
+        assert page.locator("[data-cjm-lost]").get_attribute("aria-live") == "polite"
+        said = page.locator("[data-cjm-lost]").inner_text()
+        time.sleep(4)                                  # it tries again, and the time stays
+        assert page.locator("[data-cjm-lost]").inner_text() == said
+        assert violations(page) == []
+        process.send_signal(signal.SIGCONT)
+        page.wait_for_function(f"document.querySelector('[data-cjm-lost]').textContent === '' && !{grey}")
+        ask(url, "?used=30000")
+        second(page).locator(".cjm-badge", has_text="▲ external busy").wait_for()
+
+
+def test_behind_a_prefix_that_a_proxy_removes_pages_are_live_and_a_worker_is_stopped(chromium, new_page, tmp_path):
+    port, prefix = free_port(), "/user/ada/proxy/8765"
+    command, url = [sys.executable, str(SERVER), str(port), prefix], f"http://127.0.0.1:{port}{prefix}"
+    with serving(command, f"{url}/test", tmp_path/"log"):
+        paths = ("/resources", "/resources/", "/", "/team/ada")
+        pages = [new_page() for _ in paths]
+        for page, path in zip(pages, paths, strict=True): page.goto(url + path)
+        ask(url, "?temperature=66")
+        for page in pages: page.get_by_text("66 °C").wait_for()
+        page, pid = pages[-1], ask(url)["worker"]
+        page.locator(".workers summary").click()
+        page.get_by_role("button", name=f"Yes, stop {pid}").click()
+        page.wait_for_url(f"{url}/resources")
+        page.wait_for_function("!document.querySelector('.workers')")
+        assert ask(url)["ended"] is not None
 
 
 def test_a_worker_is_stopped_after_a_question(server, new_page):

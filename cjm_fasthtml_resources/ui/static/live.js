@@ -10,21 +10,22 @@ function patch(node, wanted) {
     const old = have[i];
     if (!old) node.append(want);
     else if (old.isEqualNode(want)) return;
-    else if (old instanceof Text && want instanceof Text) old.data = want.data;
-    else if (isSame(old, want)) {
-      copyAttributes(old, want);
+    else if (!isSame(old, want)) old.replaceWith(want);
+    else if (old instanceof Text) old.data = want.data;
+    else {
+      adopt(old, want);
       patch(old, want);
-    } else old.replaceWith(want);
+    }
   });
   for (const old of have.slice(wanted.childNodes.length)) old.remove();
 }
 
 function isSame(old, want) {
-  return old.tagName && old.tagName === want.tagName && old.dataset.key === want.dataset.key;
+  return old.nodeName === want.nodeName && old.dataset?.key === want.dataset?.key;
 }
 
-// All but `open`, which the reader sets.
-function copyAttributes(old, want) {
+// Take all attributes but `open`, which the reader sets.
+function adopt(old, want) {
   for (const { name } of [...old.attributes]) {
     if (!want.hasAttribute(name) && name !== "open") old.removeAttribute(name);
   }
@@ -34,9 +35,9 @@ function copyAttributes(old, want) {
 }
 
 function put(element, html) {
-  const template = document.createElement("template");
-  template.innerHTML = html;
-  patch(element, template.content);
+  const box = document.createElement("template");
+  box.innerHTML = html;
+  patch(element, box.content);
 }
 
 // An event of slots has two lines for each: its name, and its HTML.
@@ -48,51 +49,63 @@ function putSlots(root, data) {
   }
 }
 
-// Keep one element up to date. While its tab is hidden there is no connection.
+// Keep one element up to date. While its tab is hidden there is no connection. When nothing was heard for three signs
+// of life, its figures are old: a server that was stopped, a proxy that holds back, a broken network look alike here.
 function watch(root) {
-  const lost = root.querySelector("[data-cjm-lost]");
-  const place = root.querySelector("[data-cjm-place]");
+  const [lost, place] = root.querySelectorAll("[data-cjm-lost], [data-cjm-place]");
+  // relative to the page, whose own address can change later
+  const url = new URL(root.dataset.cjmStream, document.baseURI);
   let source;
   let last = new Date();
+  let limit = 5e3;
   let timer;
 
   const say = (text) => {
     if (lost.textContent !== text) lost.textContent = text;
-  };
-  const listen = (name, act) => {
-    source.addEventListener(name, (event) => {
-      last = new Date();
-      say("");
-      act(event.data);
-    });
+    place.classList.toggle("old", text);
   };
   const close = () => {
     clearTimeout(timer);
     source?.close();
-    source = null;
+  };
+  const lose = () => {
+    close();
+    const time = last.toLocaleTimeString();
+    say(`Not live since ${time}. The connection is lost. What is shown is of that time; trying again …`);
+    timer = setTimeout(open, 1e3 + 1e3 * Math.random());
+  };
+  const wait = () => {
+    clearTimeout(timer);
+    timer = setTimeout(lose, limit);
+  };
+  const listen = (name, act) => {
+    source.addEventListener(name, (event) => {
+      act(event.data);
+      last = new Date();
+      say("");
+      wait();
+    });
   };
   const open = () => {
     close();
     if (document.hidden || !root.isConnected) return;
-    source = new EventSource(root.dataset.cjmStream);
+    source = new EventSource(url);
+    source.onerror = lose;
     listen("layout", (html) => put(place, html));
     listen("slots", (data) => putSlots(root, data));
-    listen("beat", () => {});
-    source.onerror = () => {
-      say(`The connection is lost. What is shown is of ${last.toLocaleTimeString()}; trying again …`);
-      if (source?.readyState === EventSource.CLOSED) timer = setTimeout(open, 3000);
-    };
+    listen("beat", (data) => {
+      limit = +data;
+    });
+    wait();
   };
 
-  document.addEventListener("visibilitychange", () => (document.hidden ? close() : open()));
+  document.addEventListener("visibilitychange", open);
   addEventListener("pagehide", close);
   addEventListener("pageshow", open);
   open();
 }
 
-for (const root of document.querySelectorAll("[data-cjm-stream]")) {
-  if (!root.dataset.cjmWatched) {
-    root.dataset.cjmWatched = "1";
-    watch(root);
-  }
+for (const root of document.querySelectorAll("[data-cjm-stream]:not([data-cjm-watched])")) {
+  root.dataset.cjmWatched = "1";
+  watch(root);
 }
