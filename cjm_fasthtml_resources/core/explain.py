@@ -174,20 +174,22 @@ def explain_shortage(
     wanted, _ = compare_sizes(memory, best.room)
     return f"{wanted} of GPU memory are wanted, and {explain_free([best], memory)}."
 
-# %% ../../nbs/core/explain.ipynb #85d03420
+# %% ../../nbs/core/explain.ipynb #7dc50f88
 def _percent(share: float) -> str: return "less than 1 %" if share < 1 else f"{share:.0f} %"
+
+def _named(causes: Iterable[Cause]) -> str: return f": {names}" if (names := name_causes(causes)) else ""
 
 def explain_others(devices: Iterable[DeviceStatus]) -> str:  # empty where they use nothing
     "Return how much of these devices other programs use, and which programs"
     taken = sorted((d for d in devices if d.external_percent), key=lambda d: -d.external_percent)
     shares = list_names([f"{_percent(d.external_percent)} of GPU {d.device.id}" for d in taken])
-    return f"Other programs use {shares}: {name_causes(users_outside(taken))}." if taken else ""
+    return f"Other programs use {shares}{_named(users_outside(taken))}." if taken else ""
 
 def explain_app(devices: Iterable[DeviceStatus]) -> str:  # empty where it uses nothing
     "Return how much of these devices this app uses and has reserved, and with which processes"
     taken = [d for d in devices if d.app_memory + d.promised("app")]
     sizes = list_names([f"{format_bytes(d.app_memory + d.promised('app'))} of GPU {d.device.id}" for d in taken])
-    return f"This app uses {sizes}: {name_causes(users_in_app(taken))}." if taken else ""
+    return f"This app uses {sizes}{_named(users_in_app(taken))}." if taken else ""
 
 # %% ../../nbs/core/explain.ipynb #1c28e067
 def device_line(

@@ -112,6 +112,10 @@ class Needs:
         shared = 0 if self.roster is None else self.roster.peaks().get(key, 0)
         return max(self._peaks.get(key, 0), shared)
 
+    def durations(self, plugin_name: str, resource: str = "") -> tuple[float, float] | None:
+        "Return the seconds of the shortest and of the longest job; `None` while none was learned"
+        return None
+
 # %% ../../nbs/core/needs.ipynb #a55995a6
 _unwritten = WeakSet[Needs]()   # these have something that is not in their file; a thread that writes keeps its own
 
