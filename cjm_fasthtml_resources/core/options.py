@@ -8,7 +8,7 @@ __all__ = ['Durations', 'OptionKind', 'format_range', 'describe_when', 'Option',
            'remaining_time', 'wait_options', 'reservation_options', 'others_options', 'smaller_option', 'host_option',
            'find_options']
 
-# %% ../../nbs/core/options.ipynb #2de62dc6
+# %% ../../nbs/core/options.ipynb #182cb328
 import os
 from bisect import bisect_left
 from collections.abc import Callable, Collection, Iterable, Sequence
@@ -21,7 +21,7 @@ from .resources import DeviceStatus, Promise, ResourceStatus, WorkerState
 from .room import held_by, is_at_work, roomiest, usable
 from .text import format_bytes
 
-# %% ../../nbs/core/options.ipynb #c6125d46
+# %% ../../nbs/core/options.ipynb #77993f67
 class OptionKind(str, Enum):
     "What an option does; what costs least is declared first"
     OTHER_DEVICE = "other_device"
@@ -32,7 +32,7 @@ class OptionKind(str, Enum):
     WAIT_FOR_RESERVATION = "wait_for_reservation"
     WAIT_FOR_OTHERS = "wait_for_others"
 
-# %% ../../nbs/core/options.ipynb #e6c6ed7f
+# %% ../../nbs/core/options.ipynb #e739b193
 _UNITS = ((7200, 3600, "hour"), (120, 60, "minute"), (0, 1, "second"))   # from so many seconds on; its size; its name
 
 def format_range(
@@ -55,7 +55,7 @@ def describe_when(
     middle = sum(when)/2
     return f"about {format_range(middle, middle)}" if middle >= 1 else "less than 1 second"
 
-# %% ../../nbs/core/options.ipynb #3c88976e
+# %% ../../nbs/core/options.ipynb #b026559c
 @dataclass(frozen=True)
 class Option:
     "A way out of a refusal"
@@ -70,7 +70,7 @@ class Option:
     def __str__(self) -> str:
         return f"{self.what}: {describe_when(self.when)}" + (f" ({self.evidence})" if self.evidence else "")
 
-# %% ../../nbs/core/options.ipynb #fef14086
+# %% ../../nbs/core/options.ipynb #548f42ad
 def _soonest(when: tuple[float, float] | float | None) -> tuple[float, float, float]:
     if when is None: return 2, 0, 0
     return (1, when[1], when[0]) if isinstance(when, tuple) else (0, 0, 0)
@@ -90,7 +90,7 @@ def explain_options(
     more = f"; and {len(options) - 3} more" if len(options) > 3 else ""
     return f"Ways out: {'; '.join(map(str, options[:3]))}{more}."
 
-# %% ../../nbs/core/options.ipynb #a6fd7927
+# %% ../../nbs/core/options.ipynb #20cd330e
 Durations = Callable[[str, str], tuple[float, float] | None]   # plugin, resource → its shortest and longest job
 
 def no_durations(plugin_name: str, resource: str) -> tuple[float, float] | None:
@@ -101,7 +101,7 @@ def find_ancestors(pid: int) -> frozenset[int]:
     "Return the PIDs of a process's ancestors"
     return frozenset(p.pid for p in read_process(pid).lineage[1:])
 
-# %% ../../nbs/core/options.ipynb #04a4bfc8
+# %% ../../nbs/core/options.ipynb #5e5ef34b
 def _kept_by_ancestors(device: DeviceStatus, worker: WorkerState, ancestors: Callable[[int], Collection[int]]) -> int:
     "Return the bytes that ancestors of a worker have reserved and that are in use"
     if not device.promises or any(p.pid == worker.pid for p in device.promises): return 0
@@ -138,7 +138,7 @@ def with_status(device: DeviceStatus) -> DeviceStatus:
     used = device.app_memory or device.promised("app") or any(p.owner == "app" for p in device.processes)
     return replace(device, status=ResourceStatus.APP_BUSY if used else ResourceStatus.AVAILABLE)
 
-# %% ../../nbs/core/options.ipynb #168cad36
+# %% ../../nbs/core/options.ipynb #754f0e11
 @dataclass(frozen=True)
 class Situation:
     "What a refusal was decided from, so that it can be decided again for another state"
@@ -177,7 +177,7 @@ class Situation:
         if self.need is None: return ""
         return f"manager.reserve({ceil(self.need/2**20)}{'' if self.place is None else f', {self.place}'})"
 
-# %% ../../nbs/core/options.ipynb #a13ffb64
+# %% ../../nbs/core/options.ipynb #e0618c4b
 _MOST = 16   # workers that are tried
 
 def _name(worker: WorkerState) -> str:
@@ -210,7 +210,7 @@ def stop_options(before: Situation) -> list[Option]:
     together = _needed(before, workers[::-1])
     return [_stop(before, together[::-1])] if together else []
 
-# %% ../../nbs/core/options.ipynb #0a7049cf
+# %% ../../nbs/core/options.ipynb #3c47a1ce
 def remaining_time(
     worker: WorkerState,
     durations: Durations,
@@ -229,7 +229,7 @@ def remaining_time(
     more = len(worker.waiting_jobs)
     return (first + more*low, high - spent + more*high), evidence
 
-# %% ../../nbs/core/options.ipynb #b1942bd2
+# %% ../../nbs/core/options.ipynb #6c2d02cc
 def _could_stop(before: Situation, worker: WorkerState) -> bool:
     "Return whether a worker may be stopped once its jobs are done: no other worker, nor this process, descends from it"
     others = [w.pid for w in before.workers if w.pid != worker.pid and is_at_work(w)]
@@ -261,7 +261,7 @@ def wait_options(before: Situation) -> list[Option]:
     at_work = [w for w in before.workers if is_at_work(w)][:_MOST]
     return [option for w in at_work if (option := _wait(before, w))]
 
-# %% ../../nbs/core/options.ipynb #77b2db78
+# %% ../../nbs/core/options.ipynb #549b9501
 def _released(before: Situation, promises: Collection[Promise]) -> Situation:
     def after(device: DeviceStatus) -> DeviceStatus:
         left = tuple(p for p in device.promises if not any(p is released for released in promises))
@@ -274,11 +274,11 @@ def reservation_options(before: Situation) -> list[Option]:
     alone = [Option(f"wait until PID {p.pid} releases its reservation of {format_bytes(p.memory)} on GPU {place}",
                     OptionKind.WAIT_FOR_RESERVATION, None, before.reserve_call, p.unused)
              for p, place in there[:_MOST] if _released(before, [p]).can_start]
-    if alone or not (after := _released(before, [p for p, _ in there])).can_start: return alone
+    if alone or len(there) < 2 or not (after := _released(before, [p for p, _ in there])).can_start: return alone
     return [Option(f"wait until {len(there)} reservations of this app are released", OptionKind.WAIT_FOR_RESERVATION,
                    None, before.reserve_call, after.room - before.room)]
 
-# %% ../../nbs/core/options.ipynb #a540f2bb
+# %% ../../nbs/core/options.ipynb #c1d5cbaf
 def _size(memory: float, up: bool) -> tuple[str, int]:
     "Return a size in words and in bytes, rounded so that the words are never too little, or never too much"
     unit = 2**30/10 if memory >= 2**30 else 2**20
@@ -315,7 +315,7 @@ def others_options(before: Situation) -> list[Option]:
     return [Option(f"wait until other programs free {size} of {place}", OptionKind.WAIT_FOR_OTHERS, None,
                    before.reserve_call, freed)]
 
-# %% ../../nbs/core/options.ipynb #b9b39c01
+# %% ../../nbs/core/options.ipynb #fce22f51
 def smaller_option(before: Situation) -> list[Option]:
     "Return the size that a job could have now"
     best = roomiest(usable(before.devices))
@@ -325,7 +325,7 @@ def smaller_option(before: Situation) -> list[Option]:
     return [Option(f"start a smaller job, of at most {size}", OptionKind.SMALLER, 0,
                    f"validate_resources_for_job(…, gpu_memory_mb={memory//2**20})")]
 
-# %% ../../nbs/core/options.ipynb #998a8bd5
+# %% ../../nbs/core/options.ipynb #77ea828c
 def host_option(
     before: Situation,
     elsewhere: Iterable[DeviceStatus],   # of all hosts
@@ -339,7 +339,7 @@ def host_option(
     call = "" if before.need is None else f"cluster.pick_gpus(min_free_mb={ceil(before.need/2**20)})"
     return [Option(f"use another host, {best.device.host}", OptionKind.OTHER_HOST, 0, call)]
 
-# %% ../../nbs/core/options.ipynb #141fa903
+# %% ../../nbs/core/options.ipynb #925fb1c4
 def find_options(
     before: Situation,
     elsewhere: Iterable[DeviceStatus] = (),   # of all hosts of a cluster

@@ -329,8 +329,9 @@ def decide_by_workers(
 ) -> ValidationResult:
     "Decide which worker of this app has to act before a job can start"
     same = [w for w in using if w.worker_type == job.worker_type]
-    idle = next((w for w in same if not is_at_work(w)), None)
-    if idle and could_have_room(conflict.devices, job.memory, [idle, *own]): return _reload(job, idle, conflict)
+    idle = (w for w in same if not is_at_work(w))
+    if able := [w for w in idle if could_have_room(conflict.devices, job.memory, [w, *own])]:
+        return _reload(job, able[0], conflict)
     busy = next(filter(is_at_work, same), None)
     named = busy or min(using, key=is_at_work)  # an idle one can be stopped at once
     message = f"{_need(job)}The memory is in use by {describe_worker(named, conflict.devices)}."
@@ -421,7 +422,17 @@ def decide_on_gpu(
     if own and (decision := decide_for_worker(job, own, conflict)): return decision
     return decide_by_device(job, [w for w in workers if w is not own], conflict, own)
 
-# %% ../../nbs/core/validation.ipynb #626b52f4
+# %% ../../nbs/core/validation.ipynb #ed124478
+def _can_start(
+    job: Job,
+    workers: Sequence[WorkerState],
+    conflict: ResourceConflict,
+    own: WorkerState | None,
+) -> bool:
+    "Tell whether a job may start on devices; never where none can be used"
+    there = conflict.status is not ResourceStatus.UNAVAILABLE
+    return there and decide_on_gpu(job, workers, conflict, own).can_proceed
+
 def _other_device(
     job: Job,
     workers: Sequence[WorkerState],
@@ -433,7 +444,7 @@ def _other_device(
     if place is None: return []
     for i, device in enumerate(whole.devices):
         moved = replace(job, needs=replace(job.needs, device=f"cuda:{i}"))
-        if i != place and decide_on_gpu(moved, workers, only_device(whole, i), own).can_proceed: found[i] = device
+        if i != place and _can_start(moved, workers, only_device(whole, i), own): found[i] = device
     if not found: return []
     best = max(found, key=lambda i: found[i].room)
     return [Option(f"use GPU {found[best].device.id}", OptionKind.OTHER_DEVICE, 0,
@@ -447,7 +458,7 @@ def _other_instance(job: Job, whole: ResourceConflict) -> list[Option]:
     return [Option(f"start a new process on GPU {best.device.id}", OptionKind.OTHER_DEVICE, 0,
                    f"manager.pick_gpus(min_free_mb={-int(-job.memory//2**20)}).env")]
 
-# %% ../../nbs/core/validation.ipynb #0145474d
+# %% ../../nbs/core/validation.ipynb #ce4605b6
 def find_ways_out(
     result: ValidationResult,          # a refusal
     job: Job,
@@ -465,7 +476,7 @@ def find_ways_out(
     threshold = conflict.threshold_percent or 0.0
 
     def decide(workers: Sequence[WorkerState], devices: Sequence[DeviceStatus], need: float | None) -> bool:
-        return decide_on_gpu(replace(job, memory=need), workers, conclude(devices, threshold), own).can_proceed
+        return _can_start(replace(job, memory=need), workers, conclude(devices, threshold), own)
 
     others = tuple(w for w in stoppable if own is None or w.pid != own.pid)
     before = Situation(tuple(workers), conflict.devices, decide, job.memory, others,
