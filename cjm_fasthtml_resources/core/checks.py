@@ -237,9 +237,9 @@ def pick_devices(
         raise ResourceUnavailable(f"Requested {_gpus(count)}, {len(there) or 'none'} can be used{why}", conflict)
     room = sorted((d for d in there if d.room >= least), key=lambda d: -d.room)
     if len(room) < count:
-        there_is = f"{len(room) or 'none'} of {len(there)} has it" if len(room) < 2 else f"{len(room)} have it"
-        wanted, _ = compare_sizes(least, max(d.room for d in there if d not in room))
-        short = explain_free([d for d in there if d not in room], least)
-        raise ResourceBusy(f"Requested {_gpus(count)} with {wanted} free, {there_is}. {short}.", conflict,
+        fuller = [d for d in there if d not in room]
+        wanted, _ = compare_sizes(least, max(d.room for d in fuller))
+        text = f"Requested {_gpus(count)} with {wanted} free, {len(room)} of {len(there)} have it"
+        raise ResourceBusy(f"{text}. {explain_free(fuller, least)}.", conflict,
                            retryable=sum(d.device.capacity >= least for d in there) >= count)
     return GpuChoice(tuple(d.device for d in room[:count]))
