@@ -132,9 +132,26 @@ def test_the_sentences_for_gpu_memory():
     assert said(E, l4(0, E, bob, nameless, many[0]), l4(1, B, many[1])) == \
         f"{others}train.py of bob (PID 9, 2.0 GiB on GPU 0), a process without a name (PID 8 on GPU 0)."
     assert said(E, l4(0, E, bob, unattributed_memory=2*GIB, promises=promises)) == \
-        f"{others}train.py of bob (PID 9, 2.0 GiB on GPU 0), 1.0 GiB on GPU 0 promised to PID 6 of the app night-run."
+        f"{others}train.py of bob (PID 9, 2.0 GiB on GPU 0), 2.0 GiB on GPU 0 that no visible process accounts for, " \
+        "1.0 GiB on GPU 0 promised to PID 6 of the app night-run."
     assert said(E, l4(0, E, bob, unattributed_memory=2*GIB + 1)) == \
         f"{others}2.0 GiB on GPU 0 that no visible process accounts for, train.py of bob (PID 9, 2.0 GiB on GPU 0)."
+
+
+def test_what_uses_most_is_named_whatever_it_is():
+    "20.8 GiB that no process accounts for do not hide behind three processes of 50 MiB, nor does a reservation"
+    E, large = ResourceStatus.EXTERNAL_BUSY, int(20.8*GIB)
+    small = [OwnedProcess(pid, "external", 50*MIB, "tool") for pid in (11, 12, 13)]
+    promise = Promise(6, "external", 3*GIB, 3*GIB, "night-run")
+    hidden = l4(0, E, *small, unattributed_memory=large, promises=(promise,))
+    for text in (said(E, hidden), explain_shortage([hidden], 9*GIB)):
+        first, second = text.index("20.8 GiB"), text.index("3.0 GiB on GPU 0 promised to PID 6")
+        assert first < second < text.index("tool (PID 11") and "and 2 more" in text
+    unified = replace(hidden, ram_memory=30*GIB)
+    assert said(E, unified).startswith("Not now, others hold the GPU: 30.0 GiB in use as RAM")
+    mine = (OwnedProcess(21, "app", GIB, "w"), Promise(22, "app", 9*GIB, 9*GIB))
+    app = l4(0, ResourceStatus.APP_BUSY, mine[0], promises=mine[1:])
+    assert said(app.status, app).index("9.0 GiB on GPU 0 promised") < said(app.status, app).index("w (PID 21")
 
 
 def test_the_sentences_for_too_little_gpu_memory():

@@ -84,15 +84,21 @@ def test_the_devices_with_the_most_room_come_first():
         assert [d.index for d in manager.pick_gpus(3).devices] == [1, 2, 0]
         free = [d.room/2**20 for d in manager.check_gpu_availability().devices]
         assert [d.index for d in manager.pick_gpus(2, min_free_mb=free[2]).devices] == [1, 2]   # exactly what it has
-        too_few = r"^2 GPUs with .* free were asked for, 1 of 3 have it$"
+        too_few = r"^Requested 2 GPUs with 2,001 MiB free, 1 of 3 have it\. GPU 2 has 2,000 MiB free\.$"
         with pytest.raises(ResourceBusy, match=too_few) as busy: manager.pick_gpus(2, min_free_mb=free[2] + 1)
         assert len(busy.value.conflict.devices) == 3
-        with pytest.raises(ResourceUnavailable, match=r"^4 GPUs were asked for, 3 can be used$") as too_many:
+        assert not busy.value.retryable            # the two smaller GPUs will never have so much
+        with pytest.raises(ResourceUnavailable, match=r"^Requested 4 GPUs, 3 can be used$") as too_many:
             manager.pick_gpus(4)
         assert len(too_many.value.conflict.devices) == 3
+    outsider = SimulatedProcess(GONE, 900)
+    with SimulatedDriver([SimulatedGpu(memory_total_mb=1_000, memory_reserved_mb=0, processes=[outsider])]):
+        who = rf"^Requested 1 GPU with 500 MiB free, 0 of 1 have it\. GPU 0 has 100 MiB free, with .*PID {GONE}, 900"
+        with pytest.raises(ResourceBusy, match=who) as busy: ResourceManager().pick_gpus(1, min_free_mb=500)
+        assert busy.value.retryable
     with SimulatedDriver([SimulatedGpu(memory_total_mb=1_000, processes=[SimulatedProcess(GONE, 1_000)])]):
         assert ResourceManager().pick_gpus().devices[0].index == 0   # without a figure a full one is one
-    none = "^1 GPUs were asked for, 0 can be used: the NVIDIA driver sees no GPU$"
+    none = "^Requested 1 GPU, none can be used: the NVIDIA driver sees no GPU$"
     with SimulatedDriver([]), pytest.raises(ResourceUnavailable, match=none): ResourceManager().pick_gpus()
 
 
@@ -186,7 +192,7 @@ def test_a_child_can_be_given_each_mig_instance_and_no_two():
         for name in ("MIG-b", "0:1"):
             with manager.reserve(1, name) as held: assert held.uuid == "MIG-b"
         with pytest.raises(ValueError, match="not 1: MIG-a; for a child process also MIG-b$"): manager.reserve(1, 1)
-        one = "^2 GPUs were asked for, 1 can be used: a process can use one MIG instance, and then no other device$"
+        one = "^Requested 2 GPUs, 1 can be used: a process can use one MIG instance, and then no other device$"
         with pytest.raises(ResourceUnavailable, match=one): manager.pick_gpus(2)
         driver.gpus += [SimulatedGpu(uuid="GPU-c"), SimulatedGpu(uuid="GPU-d")]
         assert {d.uuid for d in manager.pick_gpus(2).devices} == {"GPU-c", "GPU-d"}

@@ -378,7 +378,8 @@ def test_what_cannot_be_made_free_is_said_with_who_holds_it(monkeypatch):
             SimulatedGpu(memory_total_mb=3_000, memory_reserved_mb=0, processes=[SimulatedProcess(GONE, 500)])]
     with SimulatedDriver(gpus):
         assert manager.free_gpu(2_500) == [] and manager.free_gpu(0) == []   # exactly as much as there is
-        message = r"^2.9 GiB cannot be made free by stopping idle workers\. A GPU job could start now"
+        message = (r"^2.9 GiB cannot be made free by stopping idle workers\. GPU 1 has 2.4 GiB free, "
+                   rf"with a process without a name \(PID {GONE}, 500 MiB\) on it\.$")
         with pytest.raises(ResourceBusy, match=message) as busy: manager.free_gpu(3_000)
         assert len(busy.value.conflict.devices) == 2
         message = "^mb must be at most 3000, which is what the largest device has, not 3001$"

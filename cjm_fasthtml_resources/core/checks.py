@@ -18,6 +18,7 @@ from .claims import Claim, DeviceUse, drop, find_promises, no_less, read_use
 from .classify import classify_device, classify_memory, conclude
 from .conflict import ResourceBusy, ResourceConflict, ResourceUnavailable
 from .devices import GpuChoice, see_devices
+from .explain import compare_sizes, explain_free
 from .gpu import GpuDevice, GpuSnapshot
 from .ledger import Ledger, LedgerReading
 from .memory import read_memory
@@ -223,17 +224,22 @@ def _usable_together(conflict: ResourceConflict, count: int) -> tuple[list[Devic
     if count < 2 or len(whole) == len(there): return there, f": {conflict.reason}" if conflict.reason else ""
     return whole or there[:1], ": a process can use one MIG instance, and then no other device"
 
+def _gpus(count: int) -> str: return f"{count} GPU" if count == 1 else f"{count} GPUs"
+
 def pick_devices(
     conflict: ResourceConflict,
     count: int,                  # how many devices
     least: float,                # bytes that each must have free
 ) -> GpuChoice:
-    "Return the devices with the most room; `ResourceUnavailable` for too few, `ResourceBusy` for too little room"
+    "Return the devices with the most room; `ResourceUnavailable` for too few, `ResourceBusy` says who uses the memory"
     there, why = _usable_together(conflict, count)
     if len(there) < count:
-        raise ResourceUnavailable(f"{count} GPUs were asked for, {len(there)} can be used{why}", conflict)
+        raise ResourceUnavailable(f"Requested {_gpus(count)}, {len(there) or 'none'} can be used{why}", conflict)
     room = sorted((d for d in there if d.room >= least), key=lambda d: -d.room)
     if len(room) < count:
-        wanted = f"{count} GPUs with {format_bytes(int(least))} free were asked for"
-        raise ResourceBusy(f"{wanted}, {len(room)} of {len(there)} have it", conflict)
+        fuller = [d for d in there if d not in room]
+        wanted, _ = compare_sizes(least, max(d.room for d in fuller))
+        text = f"Requested {_gpus(count)} with {wanted} free, {len(room)} of {len(there)} have it"
+        raise ResourceBusy(f"{text}. {explain_free(fuller, least)}.", conflict,
+                           retryable=sum(d.device.capacity >= least for d in there) >= count)
     return GpuChoice(tuple(d.device for d in room[:count]))

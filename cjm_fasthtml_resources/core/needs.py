@@ -186,6 +186,11 @@ class Needs:
         need = self.find(NeedKey(shown_text(plugin_name), shown_text(resource)))
         return max(need.highest or 0, need.floor or 0) if need else 0
 
+    def durations(self, plugin_name: str, resource: str = "") -> tuple[float, float] | None:
+        "Return the seconds of the shortest and of the longest job that ended well; `None` if none is known"
+        need = self.find(NeedKey(shown_text(plugin_name), shown_text(resource)))
+        return (need.seconds_min or 0.0, need.seconds_max or 0.0) if need and need.jobs else None
+
     def find(
         self,
         key: NeedKey,

@@ -23,12 +23,12 @@ from .asking import ask_plugin
 from .classify import find_owner
 from .conflict import ResourceBusy, ResourceConflict, ResourceUnavailable
 from .ending import end_processes
+from .explain import compare_sizes, explain_free
 from .leases import new_lease
 from .process import ProcessId, read_process
 from .resources import WorkerState
 from .room import check_capacity, largest_capacity, plan_room, usable
 from .store import StoreError
-from .text import format_bytes
 from .threads import NoThreadError, start_thread
 
 # %% ../../nbs/core/stopping.ipynb #19eeb138
@@ -208,11 +208,12 @@ def choose_idle(
     conflict: ResourceConflict,
 ) -> WorkerState | None:  # `None`: a device has room
     "Return the idle worker to stop next; `ResourceBusy` if stopping all is not enough, or `ResourceUnavailable`"
-    if not usable(conflict.allowed): raise ResourceUnavailable(conflict.message, conflict)
-    check_capacity(need, largest_capacity(conflict.allowed), "mb", f"{need/2**20:g}")
-    if any(d.room >= need for d in conflict.allowed): return None
-    if plan := plan_room(conflict.allowed, find_idle(workers), need): return plan[0]
-    text = f"{format_bytes(need)} cannot be made free by stopping idle workers. {conflict.message}"
+    if not (there := usable(conflict.allowed)): raise ResourceUnavailable(conflict.message, conflict)
+    check_capacity(need, largest_capacity(there), "mb", f"{need/2**20:g}")
+    if any(d.room >= need for d in there): return None
+    if plan := plan_room(there, find_idle(workers), need): return plan[0]
+    wanted, _ = compare_sizes(need, max(d.room for d in there))
+    text = f"{wanted} cannot be made free by stopping idle workers. {explain_free(there, need)}."
     raise ResourceBusy(text, conflict)
 
 # %% ../../nbs/core/stopping.ipynb #87033fcc

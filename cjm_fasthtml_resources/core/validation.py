@@ -5,16 +5,35 @@
 # %% auto #0
 __all__ = ['ValidationAction', 'ValidationResult', 'owners_unknown', 'workers_on', 'describe_worker', 'free_device',
            'could_have_room', 'only_device', 'decide_on_cpu', 'Job', 'decide_for_worker', 'decide_by_workers',
-           'decide_by_device', 'validate_resources_for_job']
+           'decide_without_workers', 'decide_by_device', 'decide_on_gpu', 'find_ways_out', 'with_options',
+           'known_durations', 'ChecksHosts', 'validate_resources_for_job', 'Option', 'OptionKind']
 
 # %% ../../nbs/core/validation.ipynb #000e449a
 import logging
 import os
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
-from typing import Any
+from typing import Any, Protocol
 
+from cjm_fasthtml_resources.core.explain import (
+    compare_sizes,
+    explain_app,
+    explain_others,
+    name_causes,
+    reservation_causes,
+)
+from cjm_fasthtml_resources.core.options import (
+    Durations,
+    Option,
+    OptionKind,
+    Situation,
+    explain_options,
+    find_options,
+    in_order,
+    no_durations,
+)
 from cjm_fasthtml_resources.core.plugins import (
     PluginRegistry,
     PluginResourceRequirements,
@@ -23,24 +42,27 @@ from cjm_fasthtml_resources.core.plugins import (
     find_plugin,
     read_requirements,
 )
-from .arguments import check_number, check_text, shorten
+from .arguments import check_flag, check_number, check_text, shorten
 from .classify import conclude
 from .conflict import ResourceBusy, ResourceConflict, ResourceUnavailable
 from .copies import copy_config, handed_out
 from .devices import GpuChoice, device_place, doubtful_places, explain_doubt
 from .display import repr_html
-from .explain import name_reservations
 from .gpu import GpuDevice
 from .manager import ResourceManager
 from .old_calls import refuse_old_validation
 from .process import has_ended
 from .resources import DeviceStatus, ResourceStatus, WorkerState
-from .room import by_hope, held_by, largest_capacity, roomiest, usable
+from .room import by_hope, held_by, is_at_work, largest_capacity, roomiest, usable
 from .secrets import shown_error, shown_repr, shown_text
+from .stopping import find_idle
 from .store import StoreError
-from .text import format_bytes, list_names
+from .text import format_bytes
 
 # %% ../../nbs/core/validation.ipynb #1b331914
+_all_ = ["Option", "OptionKind"]   # of a result's `options`
+
+# %% ../../nbs/core/validation.ipynb #50743bae
 _log = logging.getLogger(__name__)
 
 # %% ../../nbs/core/validation.ipynb #289597a5
@@ -64,7 +86,7 @@ def _suggest(
     if worker is None:
         if action is ValidationAction.WAIT_FOR_JOB: return True, "reserve() waits until there is room"
         return False, "end what the app itself runs"
-    if worker.status != "idle": return True, f"wait until the worker with PID {worker.pid} has done its job"
+    if is_at_work(worker): return True, f"wait until the worker with PID {worker.pid} has done its job"
     return False, f"stop_worker({worker.pid}) ends the idle worker, or free_gpu as many as it takes"
 
 # %% ../../nbs/core/validation.ipynb #599ef1c4
@@ -81,7 +103,12 @@ class ValidationResult:
     plugin_name_to_reload: str | None = None      # what to load on `current_worker`
     new_config: dict[str, Any] | None = handed_out(None)  # to load it with; can hold keys
     device: GpuDevice | None = None               # the GPU to use; `None`: none
+    options: tuple[Option, ...] = ()              # the ways out of a refusal, the soonest first; `message` has them
 
+    @property
+    def verdict(self) -> str:
+        "The message without the ways out"
+        return self.message.removesuffix(f" {explain_options(self.options)}")
     @property
     def env(self) -> dict[str, str]:
         "Environment variables for a new worker, so that it uses that device and no other"
@@ -217,8 +244,9 @@ def decide_on_cpu(
     if memory.status is ResourceStatus.AVAILABLE: return _result(ValidationAction.PROCEED, message, memory)
     if memory.status is ResourceStatus.EXTERNAL_BUSY:
         return _result(ValidationAction.USER_INTERVENTION, message, memory)
-    if running := next((w for w in workers if w.status == "running"), None):
-        return _result(ValidationAction.WAIT_FOR_JOB, f"{message} Busy is {describe_worker(running)}.", memory, running)
+    if busy := next(filter(is_at_work, workers), None):
+        said = f"{message} At work: {describe_worker(busy)}."
+        return _result(ValidationAction.WAIT_FOR_JOB, said, memory, busy)
     message += " No job is running whose end would free it."
     return _result(ValidationAction.WAIT_FOR_OTHER_WORKER, message, memory, next(iter(workers), None))
 
@@ -232,6 +260,7 @@ class Job:
     needs: PluginResourceRequirements
     worker_type: str
     memory: float | None  # bytes of GPU memory; `None`: unknown
+    concurrent: bool = False  # whether it may share the model of a worker that is running another job
 
     def __repr__(self) -> str: return shown_repr("Job", vars(self))
 
@@ -243,6 +272,10 @@ class Job:
         else: same_resource = worker.loaded_plugin_resource == self.needs.plugin_resource
         places = {device_place((worker.config or {}).get("device")), device_place(self.needs.device)} - {None}
         return same_plugin and same_resource and len(places) < 2
+
+    def may_share(self, worker: WorkerState) -> bool:
+        "Tell whether it may run on a worker next to another job"
+        return self.concurrent and worker.status in ("running", "busy") and self.loaded_on(worker)
 
 # %% ../../nbs/core/validation.ipynb #208c26e2
 def _device_of(worker: WorkerState, conflict: ResourceConflict) -> GpuDevice | None:
@@ -269,7 +302,8 @@ def decide_for_worker(
     conflict: ResourceConflict,     # of `check_gpu_availability`
 ) -> ValidationResult | None:  # `None`: the devices decide
     "Decide whether the worker that a job is for may take it"
-    if worker.status != "idle":
+    if job.may_share(worker): return _already_loaded(worker, conflict)
+    if is_at_work(worker):
         message = f"Its worker is not idle: {describe_worker(worker, conflict.devices)}."
         return _result(ValidationAction.WAIT_FOR_JOB, message, conflict, worker)
     if job.loaded_on(worker): return _already_loaded(worker, conflict)
@@ -280,6 +314,13 @@ def decide_for_worker(
 def _need(job: Job) -> str:
     return "" if job.memory is None else f"It needs {format_bytes(job.memory)}. "
 
+def _lack(job: Job, devices: Sequence[DeviceStatus]) -> str:
+    "Return what the job needs and what is free, where less is free; empty where the need is unknown"
+    most = roomiest(usable(devices))
+    if most is None or job.memory is None: return ""
+    need, free = compare_sizes(job.memory, most.room)
+    return f"It needs {need}. GPU {most.device.id} has {free} free. "
+
 # %% ../../nbs/core/validation.ipynb #489537ba
 def decide_by_workers(
     job: Job,
@@ -289,15 +330,14 @@ def decide_by_workers(
 ) -> ValidationResult:
     "Decide which worker of this app has to act before a job can start"
     same = [w for w in using if w.worker_type == job.worker_type]
-    idle = next((w for w in same if w.status == "idle"), None)
-    if idle and could_have_room(conflict.devices, job.memory, [idle, *own]): return _reload(job, idle, conflict)
-    running = next((w for w in same if w.status == "running"), None)
-    named = running or min(using, key=lambda w: w.status != "idle")  # an idle one can be stopped at once
-    message = f"{_need(job)}In the way is {describe_worker(named, conflict.devices)}."
-    if running: return _result(ValidationAction.WAIT_FOR_JOB, message, conflict, running)
-    stoppable = named.status == "idle"
-    hint = "Stopping it would free its memory." if stoppable else "It holds its memory until it has done its job."
-    return _result(ValidationAction.WAIT_FOR_OTHER_WORKER, f"{message} {hint}", conflict, named)
+    idle = (w for w in same if not is_at_work(w))
+    if able := [w for w in idle if could_have_room(conflict.devices, job.memory, [w, *own])]:
+        return _reload(job, able[0], conflict)
+    busy = next(filter(is_at_work, same), None)
+    named = busy or min(using, key=is_at_work)  # an idle one can be stopped at once
+    message = f"{_need(job)}The memory is in use by {describe_worker(named, conflict.devices)}."
+    action = ValidationAction.WAIT_FOR_JOB if busy else ValidationAction.WAIT_FOR_OTHER_WORKER
+    return _result(action, message, conflict, named)
 
 # %% ../../nbs/core/validation.ipynb #6ac74087
 def _explain_reserved(
@@ -307,17 +347,31 @@ def _explain_reserved(
     "Name the reservations of this app after whose release a device would do"
     found = [d for d in devices if d.promised("app") and _could_start(d, job.memory, d.promised("app"))]
     if not found: return None
-    names = list_names(name_reservations(found, "app"))
+    names = name_causes(reservation_causes(found, "app"))
     return f"Reserved by the app itself: {names}; reserve() waits until there is room."
 
-# %% ../../nbs/core/validation.ipynb #74e90ba3
-def _explain_others(job: Job, conflict: ResourceConflict) -> str:
-    "Say what is free and which other programs use the rest, also below the threshold"
-    most = roomiest(conflict.devices)
-    free = f"GPU {most.device.id} has {format_bytes(most.room)} free. " if most and job.memory is not None else ""
-    taken = [replace(d, status=ResourceStatus.EXTERNAL_BUSY) for d in conflict.devices
-             if d.external_memory or d.unattributed_memory or d.promised("external")]
-    return free + (conclude(taken).message if taken else conflict.message)
+# %% ../../nbs/core/validation.ipynb #9132cee3
+def _filled_by_app(job: Job, devices: Sequence[DeviceStatus]) -> list[DeviceStatus]:
+    "Return the devices that would do if this app used nothing of them"
+    return [d for d in usable(devices) if _could_start(d, job.memory, d.app_memory + d.promised("app"))]
+
+def decide_without_workers(job: Job, conflict: ResourceConflict) -> ValidationResult:
+    "Decide who has to act where no worker has to: this app, or other programs, which are named where they are"
+    devices = usable(conflict.devices)
+    if reserved := _explain_reserved(job, devices):
+        return _result(ValidationAction.WAIT_FOR_JOB, _need(job) + reserved, conflict)
+    if filled := _filled_by_app(job, devices):
+        message = _lack(job, filled) + explain_app(filled)
+        return _result(ValidationAction.WAIT_FOR_OTHER_WORKER, message.rstrip(), conflict)
+    if job.memory is None: return _result(ValidationAction.USER_INTERVENTION, conflict.message, conflict)
+    message = f"{_lack(job, devices)}{explain_others(devices)} {explain_app(devices)}"
+    return _result(ValidationAction.USER_INTERVENTION, message.strip(), conflict)
+
+# %% ../../nbs/core/validation.ipynb #71b58be9
+def _wait_for(job: Job, worker: WorkerState, conflict: ResourceConflict) -> ValidationResult:
+    what = _with_resource(job.plugin_name, job.needs.plugin_resource)
+    message = f"{what} is loaded on {describe_worker(worker, conflict.devices)}, which is at work."
+    return _result(ValidationAction.WAIT_FOR_JOB, message, conflict, worker)
 
 # %% ../../nbs/core/validation.ipynb #3fb5169c
 def decide_by_device(
@@ -328,23 +382,22 @@ def decide_by_device(
 ) -> ValidationResult:
     "Decide whether a job may start on a worker that has it loaded, or on a device"
     devices, need = conflict.devices, job.memory
-    for w in workers:
-        if w.worker_type == job.worker_type and w.status == "idle" and job.loaded_on(w):
-            return _already_loaded(w, conflict)
+    ready = [w for w in workers if w.worker_type == job.worker_type and job.loaded_on(w)]
+    if able := [w for w in ready if not is_at_work(w)] or [w for w in ready if job.may_share(w)]:
+        return _already_loaded(able[0], conflict)
     using = workers_on(workers, devices)
     if free := free_device(devices, need, using):
         message = f"GPU {free.device.id} ({free.device.name or 'no name'}) has {format_bytes(free.room)} free."
         return _result(ValidationAction.PROCEED, message, conflict, device=free.device)
+    if busy := [w for w in ready if w.status != "stopping"]: return _wait_for(job, busy[0], conflict)
     if need is not None and need > largest_capacity(devices):
-        largest = max(d.device.memory_total or 0 for d in usable(devices))
-        message = f"{_need(job)}No GPU here has so much, the largest has {format_bytes(largest)}."
+        wanted, largest = compare_sizes(need, largest_capacity(devices))
+        message = f"It needs {wanted}. The largest GPU here has {largest} for programs."
         return _result(ValidationAction.ABORT, message, conflict)
     freeing = [own] if own else []
     if using and could_have_room(devices, need, [*using, *freeing]):
         return decide_by_workers(job, using, conflict, freeing)
-    if reserved := _explain_reserved(job, devices):
-        return _result(ValidationAction.WAIT_FOR_JOB, _need(job) + reserved, conflict)
-    return _result(ValidationAction.USER_INTERVENTION, _need(job) + _explain_others(job, conflict), conflict)
+    return decide_without_workers(job, conflict)
 
 # %% ../../nbs/core/validation.ipynb #eab22ac9
 def _expected_need(
@@ -359,24 +412,133 @@ def _expected_need(
     return None if expected is None else expected*2**20
 
 # %% ../../nbs/core/validation.ipynb #de2feb00
-def _decide_on_gpu(
-    manager: ResourceManager,
+def decide_on_gpu(
     job: Job,
-    workers: Sequence[WorkerState],
-    conflict: ResourceConflict,
-    own: WorkerState | None,      # the worker that the job is for
+    workers: Sequence[WorkerState],    # of this app
+    conflict: ResourceConflict,        # for the devices in question
+    own: WorkerState | None = None,    # the worker that the job is for
 ) -> ValidationResult:
-    if job.memory is None: job = replace(job, memory=_expected_need(manager, job))
+    "Decide whether a job may start on a GPU"
     own = next((w for w in workers if own and w.pid == own.pid), None)  # as it is by now; `None` if it has ended
     if own and (decision := decide_for_worker(job, own, conflict)): return decision
     return decide_by_device(job, [w for w in workers if w is not own], conflict, own)
 
+# %% ../../nbs/core/validation.ipynb #ed124478
+def _can_start(
+    job: Job,
+    workers: Sequence[WorkerState],
+    conflict: ResourceConflict,
+    own: WorkerState | None,
+) -> bool:
+    "Tell whether a job may start on devices; never where none can be used"
+    there = conflict.status is not ResourceStatus.UNAVAILABLE
+    return there and decide_on_gpu(job, workers, conflict, own).can_proceed
+
+def _other_device(
+    job: Job,
+    workers: Sequence[WorkerState],
+    whole: ResourceConflict,           # for all devices
+    own: WorkerState | None,
+) -> list[Option]:
+    "Return another visible device on which the job could start, where it names one"
+    place, found = device_place(job.needs.device), dict[int, DeviceStatus]()
+    if place is None: return []
+    for i, device in enumerate(whole.devices):
+        moved = replace(job, needs=replace(job.needs, device=f"cuda:{i}"))
+        if i != place and _can_start(moved, workers, only_device(whole, i), own): found[i] = device
+    if not found: return []
+    best = max(found, key=lambda i: found[i].room)
+    return [Option(f"use GPU {found[best].device.id}", OptionKind.OTHER_DEVICE, 0,
+                   f"plugin_config['device'] = 'cuda:{best}'")]
+
+def _other_instance(job: Job, whole: ResourceConflict) -> list[Option]:
+    "Return an instance of MIG that only another process can use, where it has room"
+    if job.memory is None: return []
+    best = roomiest(d for d in usable(whole.other_instances) if d.room >= (job.memory or 0))
+    if best is None: return []
+    return [Option(f"start a new process on GPU {best.device.id}", OptionKind.OTHER_DEVICE, 0,
+                   f"manager.pick_gpus(min_free_mb={-int(-job.memory//2**20)}).env")]
+
+# %% ../../nbs/core/validation.ipynb #ce4605b6
+def find_ways_out(
+    result: ValidationResult,          # a refusal
+    job: Job,
+    workers: Sequence[WorkerState],
+    whole: ResourceConflict,           # for all devices
+    own: WorkerState | None = None,    # the worker that the job is for
+    *,
+    stoppable: Sequence[WorkerState] = (),       # idle workers, the least recently used first
+    durations: Durations = no_durations,         # of earlier jobs
+    hosts: Sequence[DeviceStatus] = (),          # the devices of a cluster
+    now: float = 0.0,                            # `time.monotonic()`
+) -> ValidationResult:
+    "Return a refusal with its ways out"
+    conflict = only_device(whole, job.needs.device)
+    threshold = conflict.threshold_percent or 0.0
+
+    def decide(workers: Sequence[WorkerState], devices: Sequence[DeviceStatus], need: float | None) -> bool:
+        return _can_start(replace(job, memory=need), workers, conclude(devices, threshold), own)
+
+    others = tuple(w for w in stoppable if own is None or w.pid != own.pid)
+    before = Situation(tuple(workers), conflict.devices, decide, job.memory, others,
+                       device_place(job.needs.device), threshold, durations, now)
+    found = [*find_options(before, hosts), *_other_device(job, workers, whole, own), *_other_instance(job, whole)]
+    return with_options(result, found)
+
+def with_options(result: ValidationResult, options: Sequence[Option]) -> ValidationResult:
+    "Return a result with ways out, which its message ends with"
+    options = in_order(options)
+    return replace(result, options=options, message=f"{result.message} {explain_options(options)}".rstrip())
+
 # %% ../../nbs/core/validation.ipynb #342f138f
+def known_durations(manager: ResourceManager) -> Durations:
+    "Return the function that tells how long jobs took; it knows nothing while the shared file cannot be read"
+    def durations(plugin_name: str, resource: str) -> tuple[float, float] | None:
+        try: return manager.needs.durations(plugin_name, resource)
+        except StoreError as error:
+            _log.warning("how long jobs of %s take is not known: %s", shown_text(plugin_name), error)
+            return None
+    return durations
+
+def _stoppable(manager: ResourceManager) -> list[WorkerState]:
+    try: return find_idle(manager.workers)
+    except (StoreError, OSError) as error:
+        _log.warning("which workers can be stopped is not known: %s", error)
+        return []
+
+class ChecksHosts(Protocol):
+    "Anything that checks the GPUs of many machines, such as `ClusterResources`"
+    def check_gpu_availability(self) -> ResourceConflict: ...
+
+def _hosts(cluster: ChecksHosts | None) -> Sequence[DeviceStatus]:
+    try: return cluster.check_gpu_availability().devices if cluster else ()
+    except Exception as error:   # a closed client, or a lost scheduler: a refusal stays a refusal
+        _log.warning("which hosts have room is not known: %s", shown_error(error))
+        return ()
+
+def _with_ways_out(
+    manager: ResourceManager,
+    result: ValidationResult,
+    job: Job,
+    workers: Sequence[WorkerState],
+    whole: ResourceConflict,      # for all devices
+    own: WorkerState | None,      # the worker that the job is for
+    durations: Durations,
+    cluster: ChecksHosts | None,
+) -> ValidationResult:
+    "Return a result, with the ways out if it is a refusal"
+    if result.can_proceed: return result
+    return find_ways_out(result, job, workers, whole, own, stoppable=_stoppable(manager), durations=durations,
+                         hosts=_hosts(cluster), now=time.monotonic())
+
+# %% ../../nbs/core/validation.ipynb #e14d6fe5
 def _decide(
     manager: ResourceManager,
     job: Job,
     own: WorkerState | None,            # the worker that the job is for
     memory_threshold_percent: float,    # of RAM
+    durations: Durations = no_durations,
+    cluster: ChecksHosts | None = None,
 ) -> ValidationResult:
     "Decide whether a job may start, with what the manager finds now"
     needs, why = job.needs, "It runs on the CPU"
@@ -385,13 +547,17 @@ def _decide(
         return _result(ValidationAction.PROCEED, said)
     workers = [w for w in manager.get_all_workers() if not has_ended(w.pid, w.start_time)]
     if needs.uses_gpu and device_kind(needs.device) != "mps":  # Apple's GPUs use the machine's memory
-        conflict = only_device(manager.check_gpu_availability(wake=True), needs.device)
+        whole = manager.check_gpu_availability(wake=True)
+        conflict = only_device(whole, needs.device)
         _log.debug("GPU memory: %s", conflict.message)
         if conflict.is_late:
             return _result(ValidationAction.USER_INTERVENTION, f"{conflict.message} Try again.", conflict)
-        if conflict.status is not ResourceStatus.UNAVAILABLE:
-            return _decide_on_gpu(manager, job, workers, conflict, own)
-        if device_kind(needs.device) != "auto": return _result(ValidationAction.ABORT, conflict.message, conflict)
+        result = _result(ValidationAction.ABORT, conflict.message, conflict)
+        if is_there := conflict.status is not ResourceStatus.UNAVAILABLE:
+            if job.memory is None: job = replace(job, memory=_expected_need(manager, job))
+            result = decide_on_gpu(job, workers, conflict, own)
+        if is_there or device_kind(needs.device) != "auto":
+            return _with_ways_out(manager, result, job, workers, whole, own, durations, cluster)
         why = f"It runs on the CPU, for no GPU can be used: {conflict.reason}"
     return decide_on_cpu(manager.check_memory_availability(memory_threshold_percent), workers, why)
 
@@ -407,20 +573,25 @@ def validate_resources_for_job(
     *,
     gpu_memory_mb: float | None = None,              # MiB that the job needs; `None`: what it was seen to use
     memory_threshold_percent: float = 90.0,          # of RAM; from this share on, it is short
+    concurrent: bool = False,                        # whether it may share the model of a worker that runs another job
+    cluster: ChecksHosts | None = None,              # a `ClusterResources`, to name another host where there is room
 ) -> ValidationResult:
-    """Decide whether this job may start now, and if not, what has to happen.
+    """Decide whether this job may start now, and if not, what has to happen and what the ways out are.
 
     Reads the state of this moment, and changes nothing. `TypeError` or `ValueError` for a malformed argument."""
     need = None if gpu_memory_mb is None else check_number(gpu_memory_mb, "gpu_memory_mb")*2**20
     plugin_id, worker_type = check_text(plugin_id, "plugin_id"), check_text(worker_type, "worker_type")
     check_number(memory_threshold_percent, "memory_threshold_percent", 0, 100)
+    check_flag(concurrent, "concurrent")
     if plugin_config is not None: plugin_config = copy_config(plugin_config, "plugin_config")
     own = None if worker_pid is None else resource_manager.get_worker_by_pid(worker_pid)  # checks the PID, too
     try: plugin, name, config = find_plugin(plugin_registry, plugin_id, plugin_config)
     except LookupError as error: result = _result(ValidationAction.ABORT, f"It cannot run: {shown_error(error)}.")
     else:
-        job = Job(plugin_id, name, config, read_requirements(plugin, config), worker_type, need)
+        requirements = read_requirements(plugin, config)
+        job = Job(plugin_id, name, config, requirements, worker_type, need, concurrent)
         _log.debug("%s needs %r", shown_text(plugin_id), job.needs)
-        result = _decide(resource_manager, job, own, memory_threshold_percent)
+        durations = known_durations(resource_manager)
+        result = _decide(resource_manager, job, own, memory_threshold_percent, durations, cluster)
     _log.debug("%s: %s. %s", shown_text(plugin_id), result.action.value, result.message)
     return result

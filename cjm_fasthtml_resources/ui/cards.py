@@ -29,6 +29,7 @@ from cjm_fasthtml_resources.ui.parts import (
     sparkline,
     to_html,
     validation_banner,
+    ways_out,
 )
 from cjm_fasthtml_resources.ui.tables import (
     PROCESS_COLUMNS,
@@ -130,7 +131,7 @@ _VIEWS: dict[str, Callable[[Any], Any]] = {
     "ResourceManager": lambda manager: overview(take_sample(manager)),
     "ResourceConflict": lambda conflict: framed(conflict_banner(conflict), *_found(conflict)),
     "WorkerState": lambda worker: framed(worker_table([to_row(worker)])),
-    "ValidationResult": lambda result: framed(validation_banner(result), *_found_by(result)),
+    "ValidationResult": lambda result: framed(validation_banner(result), *ways_out(result), *_found_by(result)),
     "GpuSnapshot": _reading}
 
 def html_of(

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['to_html', 'badge', 'memory_bar', 'memory_key', 'sparkline', 'gpu_head', 'gpu_memory', 'gpu_used', 'gpu_load',
-           'memory_head', 'memory_use', 'conflict_banner', 'notes', 'validation_banner']
+           'memory_head', 'memory_use', 'conflict_banner', 'notes', 'validation_banner', 'ways_out']
 
 # %% ../../nbs/ui/parts.ipynb #26236804
 import re
@@ -12,11 +12,12 @@ from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
-from fastcore.xml import B, Div, P, Safe, Span, ft, to_xml
+from fastcore.xml import B, Code, Div, P, Safe, Span, ft, to_xml
 
 from ..core.conflict import ResourceConflict
 from ..core.explain import name_swap
 from ..core.gpu import GpuDevice
+from ..core.options import Option
 from ..core.resources import DeviceStatus, MemoryStatus, ResourceStatus
 from ..core.text import format_bytes, printable
 from ..core.validation import ValidationAction, ValidationResult
@@ -171,4 +172,11 @@ def _status_of(result: ValidationResult) -> ResourceStatus:
 
 def validation_banner(result: ValidationResult) -> Any:
     "Return the answer of a validation as a sentence, and what has to happen"
-    return _banner(_status_of(result), result.message, result.action.value.replace("_", " "))
+    return _banner(_status_of(result), result.verdict, result.action.value.replace("_", " "))
+
+def ways_out(result: ValidationResult) -> Any:
+    "Return what would let a refused job start: each with its time, its cost and its call"
+    def line(option: Option) -> Any:
+        cost = f"; {option.cost}" if option.cost else ""
+        return P(printable(f"Way out: {option}{cost}. "), *([Code(option.call)] if option.call else []), cls="note")
+    return tuple(map(line, result.options))
