@@ -212,6 +212,39 @@ def reserve_async(world: World) -> Scene:
     yield lambda: asyncio.run(main())
 
 
+def job(world: World) -> Scene:
+    "In this process"
+    def call() -> None:
+        with world.manager.job("a job", WHOLE, plugin="llm", timeout=0): pass
+    yield call
+
+
+def job_in_worker(world: World) -> Scene:
+    worker = world.start_worker(1_000)
+    def call() -> None:
+        with world.manager.job("a job", WHOLE, worker=worker.pid, timeout=0): pass
+    yield call
+    state = world.manager.get_worker_by_pid(worker.pid)
+    is_idle = state is not None and (state.status, state.jobs) == ("idle", ())
+    world.check(is_idle, f"the worker has its job still: {state}")
+    world.manager.stop_worker(worker.pid, grace=1)
+
+
+def job_of_child(world: World) -> Scene:
+    process = subprocess.Popen(["sleep", "600"])
+    world.processes.append(process)
+    def call() -> None:
+        with world.manager.job("a job", WHOLE, timeout=0) as active: active.watch(process.pid)
+    yield call
+    world.check(world.manager.get_worker_by_pid(process.pid) is None, "the process is a worker still")
+
+
+def job_async(world: World) -> Scene:
+    async def main() -> None:
+        async with world.manager.job("a job", WHOLE, timeout=0): pass
+    yield lambda: asyncio.run(main())
+
+
 def wait_for_gpu(world: World) -> Scene: yield lambda: world.manager.wait_for_gpu(WHOLE, timeout=0)
 
 
@@ -289,6 +322,7 @@ def stop_again(world: World, worker: subprocess.Popen) -> None:
 
 CALLS: dict[str, Callable[[World], Scene]] = dict(
     open=open_file, reserve=reserve, release=release_it, with_block=with_block, with_ttl=with_ttl, renew=renew,
+    job=job, job_in_worker=job_in_worker, job_of_child=job_of_child, job_async=job_async,
     refused=refused, handed_over=handed_over, reserve_async=reserve_async, wait_for_gpu=wait_for_gpu, check=check,
     check_memory=check_memory, register=register, update=update, unregister=unregister, stop_worker=stop_worker,
     free_gpu=free_gpu)
@@ -359,6 +393,8 @@ class Walker:
         gc.collect()
         left = {fd: path for fd, path in descriptors().items() if before.get(fd) != path}
         if left: wrong.append(f"left open: {sorted(left.values())}")
+        until = time.monotonic() + 3
+        while threading.active_count() > threads and time.monotonic() < until: time.sleep(0.01)   # they end soon
         if threading.active_count() > threads: wrong.append(f"{threading.active_count() - threads} threads are left")
         if wrong: self.start_anew()
         elif name == "open": self.new_folder()

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Claim', 'is_alive', 'DeviceUse', 'no_less', 'read_use', 'Pool', 'used_by', 'find_pools', 'find_promises', 'find_base',
-           'lower_bases', 'drop', 'grant']
+           'find_covered', 'lower_bases', 'drop', 'grant']
 
 # %% ../../nbs/core/claims.ipynb #effac725
 import random
@@ -40,6 +40,7 @@ class Claim:
     lease: int = 0                # the claim counts while this is held; 0: while the holder lives
     for_other: bool = False       # the holder is another process than the one that asked
     space: int | None = None      # the PID namespace that the holder's number is from
+    covers: bool = False          # whether `memory` includes what the holder uses already
 
     def is_over(
         self,
@@ -209,6 +210,19 @@ def find_base(
     used = used_by(use, {holder, *(c.holder for c in here)}).get(holder, 0)
     return Pool(tuple(c for c in here if c.holder == holder), _most_used(use, holder, used)).base
 
+# %% ../../nbs/core/claims.ipynb #5a700d20
+def find_covered(
+    claim: Claim,
+    use: DeviceUse,
+    claims: Sequence[Claim],
+) -> int:  # bytes
+    "Return the part of a new claim that its holder surely uses already"
+    if not claim.covers: return 0
+    here = [c for c in claims if use.is_called(c.device)]
+    used = used_by(use, {claim.holder, *(c.holder for c in here)}).get(claim.holder, 0)
+    promised = sum(c.memory for c in here if c.holder == claim.holder)
+    return max(min(used - promised, claim.memory), 0)
+
 # %% ../../nbs/core/claims.ipynb #7723598a
 def lower_bases(
     claims: Iterable[Claim],
@@ -292,12 +306,14 @@ def grant(
     for claim in claims:
         if claim.device is not None: continue
         allowed = {key: rooms[key] for key in claim.allowed if key in rooms and not rooms[key].blocked}
-        fitting = {key: room for key, room in allowed.items() if room.free >= claim.memory}
-        hopeful = [room for room in allowed.values() if room.hoped >= claim.memory]
+        beside = list(after.values())
+        missing = {key: claim.memory - find_covered(claim, room.use, beside) for key, room in allowed.items()}
+        fitting = {key: room for key, room in allowed.items() if room.free >= missing[key]}
+        hopeful = [room for key, room in allowed.items() if room.hoped >= missing[key]]
         if fitting:
             key = choose(_most_nearly(fitting))
-            base = find_base(claim.holder, rooms[key].use, list(after.values()))
+            base = find_base(claim.holder, rooms[key].use, beside) - (claim.memory - missing[key])
             after[claim.id] = replace(claim, device=key, base=base)
-            rooms[key].free -= claim.memory
+            rooms[key].free -= missing[key]
         elif hopeful: max(hopeful, key=lambda room: room.free).blocked = True
     return list(after.values())

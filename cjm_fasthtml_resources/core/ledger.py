@@ -168,7 +168,7 @@ class Ledger:
         now = time.monotonic()
         if lease not in self.leases.held or now >= self._deadlines.get(lease, math.inf): return False
         expires = None if ttl is None else now + ttl
-        self._change(lease, ttl=ttl, expires=expires)
+        self.change(lease, ttl=ttl, expires=expires)
         self.note_deadline(lease, expires)
         return True
 
@@ -216,9 +216,7 @@ class Ledger:
         return self._settle_inside(look, ask, allowed)
 
     def _settle_inside(
-        self,
-        look: Callable[[], Sequence[DeviceUse]],
-        ask: Callable[[], Claim | None],
+        self, look: Callable[[], Sequence[DeviceUse]], ask: Callable[[], Claim | None],
         allowed: Mapping[int, Collection[str]],
     ) -> list[Claim]:
         "Read the driver inside the change, where no other process can come in between (step 5)"
@@ -244,6 +242,7 @@ class Ledger:
             self.leases.enter(asked.lease)
         rows = _enter(rows, asked, uses, allowed)
         draft.data = to_bytes(rows)
+        _keep_unended(self, self._to_end.intersection(c.lease for c in rows.claims))
         return list(rows.claims)
 
     def _find_over(self, claims: Collection[Claim]) -> set[int]:
@@ -261,12 +260,12 @@ class Ledger:
         "Write down that a claim for another process is over"
         self._to_end.add(lease)
         _unended.add(self)
-        try: self._change(lease, expires=0.0)
+        try: self.change(lease, expires=0.0)
         except StoreError as error:
             _log.warning("a reservation could not be given back now, and will be later: %s", error)
-        else: self._to_end.discard(lease)
+        else: _keep_unended(self, self._to_end - {lease})
 
-    def _change(self, lease: int, **fields: Any) -> None:
+    def change(self, lease: int, **fields: Any) -> None:
         "Change one claim"
         with self.store.changing() as draft:
             rows = from_bytes(draft.data)
@@ -276,11 +275,15 @@ class Ledger:
 # %% ../../nbs/core/ledger.ipynb #ac8d11e7
 _unended: set[Ledger] = set()   # these have something that is over, and is not in the file yet
 
+def _keep_unended(ledger: Ledger, leases: set[int]) -> None:
+    ledger._to_end = leases
+    if not leases: _unended.discard(ledger)
+
 @atexit.register
 def _end_at_exit() -> None:
     for ledger in [*_unended]:
         for lease in [*ledger._to_end]:
-            with contextlib.suppress(StoreError): ledger._change(lease, expires=0.0)
+            with contextlib.suppress(StoreError): ledger.change(lease, expires=0.0)
 
 # %% ../../nbs/core/ledger.ipynb #9e7ed5e9
 def _check_complete(rows: Rows, store: Store) -> None:

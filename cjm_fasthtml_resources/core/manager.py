@@ -40,6 +40,7 @@ from .copies import StaysHere
 from .devices import GpuChoice, device_place, select_devices
 from .display import repr_html
 from .gpu import GpuDevice, GpuSnapshot, read_gpus
+from .job import JobStarter
 from .ledger import Ledger, Waits
 from .needs import Needs, NeedsReader, needs_roster
 from .nvml_memory import has_unified_memory
@@ -51,6 +52,7 @@ from .roster import Roster
 from .secrets import PLUGIN_RESOURCE_CONFIG_KEYS
 from .settings import MANAGER_SCHEMA, Setting
 from .store import Store, store_path
+from .usage import JobLooks, look_at_jobs
 from .workers import Workers
 
 # %% ../../nbs/core/manager.ipynb #4c3e71ce
@@ -58,7 +60,7 @@ _all_ = ["ResourceType", "ResourceStatus", "ResourceConflict", "WorkerState", "P
          "UNCHANGED", "ResourceBusy", "ResourceUnavailable", "GpuChoice", "device_place", "select_devices", "plan_room"]
 
 # %% ../../nbs/core/manager.ipynb #7146a72e
-class ResourceManager(StaysHere, WorkerRegistry, NeedsReader):
+class ResourceManager(StaysHere, WorkerRegistry, NeedsReader, JobStarter):
     "Knows this app's workers, and finds out who uses GPU memory and RAM"
     gpu_memory_threshold_percent = Setting(MANAGER_SCHEMA)   # checked when it is assigned, as the next one
     gpu_timeout = Setting(MANAGER_SCHEMA)
@@ -75,6 +77,7 @@ class ResourceManager(StaysHere, WorkerRegistry, NeedsReader):
         self.gpu_memory_threshold_percent, self.gpu_timeout = gpu_memory_threshold_percent, gpu_timeout
         self.track_self, self.app = check_settings(track_self, app)
         self.workers, self.ledger, self.needs, self.checks = open_rooms(self.app, self.track_self)
+        self.job_looks = JobLooks(look_at_jobs)
 
     @classmethod
     def from_config(

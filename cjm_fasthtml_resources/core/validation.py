@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['ValidationAction', 'ValidationResult', 'owners_unknown', 'workers_on', 'describe_worker', 'free_device',
-           'could_have_room', 'only_device', 'decide_on_cpu', 'Job', 'decide_for_worker', 'decide_by_workers',
-           'decide_without_workers', 'decide_by_device', 'decide_on_gpu', 'find_ways_out', 'with_options',
-           'known_durations', 'ChecksHosts', 'validate_resources_for_job', 'Option', 'OptionKind']
+           'could_have_room', 'only_device', 'decide_on_cpu', 'Job', 'free_for', 'decide_for_worker',
+           'decide_by_workers', 'decide_without_workers', 'decide_by_device', 'decide_on_gpu', 'find_ways_out',
+           'with_options', 'known_durations', 'ChecksHosts', 'validate_resources_for_job', 'Option', 'OptionKind']
 
 # %% ../../nbs/core/validation.ipynb #000e449a
 import logging
@@ -261,6 +261,7 @@ class Job:
     worker_type: str
     memory: float | None  # bytes of GPU memory; `None`: unknown
     concurrent: bool = False  # whether it may share the model of a worker that is running another job
+    job_id: str | None = None # its name, if a worker can have it already
 
     def __repr__(self) -> str: return shown_repr("Job", vars(self))
 
@@ -276,6 +277,12 @@ class Job:
     def may_share(self, worker: WorkerState) -> bool:
         "Tell whether it may run on a worker next to another job"
         return self.concurrent and worker.status in ("running", "busy") and self.loaded_on(worker)
+
+# %% ../../nbs/core/validation.ipynb #b797d391
+def free_for(worker: WorkerState, job: Job) -> WorkerState:
+    "Return a worker as it is for a job: idle if that is what it has come to"
+    is_its_own = job.job_id is not None and worker.job_id == job.job_id
+    return replace(worker, job_id=None, status="idle") if is_its_own else worker
 
 # %% ../../nbs/core/validation.ipynb #208c26e2
 def _device_of(worker: WorkerState, conflict: ResourceConflict) -> GpuDevice | None:
@@ -545,7 +552,7 @@ def _decide(
     if not needs.is_local:
         said = f"{shown_text(job.plugin_id)} calls a service and needs nothing of this machine."
         return _result(ValidationAction.PROCEED, said)
-    workers = [w for w in manager.get_all_workers() if not has_ended(w.pid, w.start_time)]
+    workers = [free_for(w, job) for w in manager.get_all_workers() if not has_ended(w.pid, w.start_time)]
     if needs.uses_gpu and device_kind(needs.device) != "mps":  # Apple's GPUs use the machine's memory
         whole = manager.check_gpu_availability(wake=True)
         conflict = only_device(whole, needs.device)
@@ -575,6 +582,7 @@ def validate_resources_for_job(
     memory_threshold_percent: float = 90.0,          # of RAM; from this share on, it is short
     concurrent: bool = False,                        # whether it may share the model of a worker that runs another job
     cluster: ChecksHosts | None = None,              # a `ClusterResources`, to name another host where there is room
+    job_id: str | None = None,                       # the job, if its worker has it already: it is idle for that one
 ) -> ValidationResult:
     """Decide whether this job may start now, and if not, what has to happen and what the ways out are.
 
@@ -583,13 +591,14 @@ def validate_resources_for_job(
     plugin_id, worker_type = check_text(plugin_id, "plugin_id"), check_text(worker_type, "worker_type")
     check_number(memory_threshold_percent, "memory_threshold_percent", 0, 100)
     check_flag(concurrent, "concurrent")
+    if job_id is not None: check_text(job_id, "job_id")
     if plugin_config is not None: plugin_config = copy_config(plugin_config, "plugin_config")
     own = None if worker_pid is None else resource_manager.get_worker_by_pid(worker_pid)  # checks the PID, too
     try: plugin, name, config = find_plugin(plugin_registry, plugin_id, plugin_config)
     except LookupError as error: result = _result(ValidationAction.ABORT, f"It cannot run: {shown_error(error)}.")
     else:
         requirements = read_requirements(plugin, config)
-        job = Job(plugin_id, name, config, requirements, worker_type, need, concurrent)
+        job = Job(plugin_id, name, config, requirements, worker_type, need, concurrent, job_id)
         _log.debug("%s needs %r", shown_text(plugin_id), job.needs)
         durations = known_durations(resource_manager)
         result = _decide(resource_manager, job, own, memory_threshold_percent, durations, cluster)
