@@ -285,7 +285,9 @@ class Walk:
         tracer = attach(child, log, [] if "-y" in options else paths, *options)
         child.go()
         may_stop = "signal=STOP" in "".join(options)
-        result = child.result_or_stop() if may_stop else child.result()
+        result, until = child.result_or_stop() if may_stop else child.result(), time.monotonic() + STUCK_AFTER
+        while result is SILENT and may_stop and not is_stopped(child) and time.monotonic() < until:
+            result = child.result_or_stop()   # it was stopped by a slow strace, and goes on
         if result is SILENT and may_stop and is_stopped(child):
             found = ask(self.folder, look, 100)
             wrong += found if isinstance(found, list) else ["a look-up waits for a process that is stopped"]

@@ -163,6 +163,22 @@ def _see_named(
         said.append(explain_doubt(name, instead, counted.trouble, "The answer is for the fullest of them. "))
     return seen._replace(complaint=". ".join(said) or None)
 
+# %% ../../nbs/core/devices.ipynb #87d997e7
+def _unsure_instance(
+    seen: Seen,
+    counted: CudaOrder,
+    worst_first: Callable[[Sequence[GpuDevice]], Sequence[GpuDevice]],
+) -> Seen:
+    "Return what is seen, with the fullest instance that the first one can be"
+    firsts: dict[int, GpuDevice] = {}
+    for d in (*seen.visible, *seen.others):
+        if d.mig_parent is not None: firsts.setdefault(d.mig_parent, d)
+    unsure = [firsts[gpu.index] for gpu in counted.doubtful if gpu.index in firsts]
+    if len(unsure) < 2 or seen.visible[0] not in unsure: return seen
+    fullest, every = worst_first(unsure)[0], (*seen.visible, *seen.others)
+    doubt = explain_doubt("The first MIG instance", unsure, counted.trouble, "The answer is for the fullest of them. ")
+    return Seen((fullest,), tuple(d for d in every if d is not fullest), doubt)
+
 # %% ../../nbs/core/devices.ipynb #24c98143
 def see_devices(
     devices: Sequence[GpuDevice],      # a snapshot's
@@ -176,7 +192,8 @@ def see_devices(
     if value is not None: return _see_named(devices, value, counted, worst_first)
     ranks = {gpu.index: rank for rank, gpu in enumerate(counted.gpus)}
     there = [d for d in devices if not d.mig_mode]
-    return split_mig(tuple(sorted(there, key=lambda d: ranks.get(_gpu_of(d), len(ranks)))))
+    seen = split_mig(tuple(sorted(there, key=lambda d: ranks.get(_gpu_of(d), len(ranks)))))
+    return _unsure_instance(seen, counted, worst_first)
 
 def _gpu_of(device: GpuDevice) -> int: return device.index if device.mig_parent is None else device.mig_parent
 

@@ -12,7 +12,7 @@ import os
 import re
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 from .conflict import ResourceConflict
@@ -326,8 +326,9 @@ def name_users(
         named += [(n, f"{format_bytes(n)}{where} {what}") for n, what in rest if n]
         named += [(p.memory_used or 0, name_process(p, where + _as_worker(p, scene.workers)))
                   for p in d.processes if p.pid != scene.pid]
-        unused = [p.unused for p in d.promises if p.unused]
-        named += zip(unused, name_reservations([d]), strict=True)
+        of_others = replace(d, promises=tuple(p for p in d.promises if p.pid != scene.pid))
+        unused = [p.unused for p in of_others.promises if p.unused]
+        named += zip(unused, name_reservations([of_others]), strict=True)
     return [name for _, name in sorted(named, key=lambda row: -row[0])]
 
 # %% ../../nbs/core/out_of_memory.ipynb #92b9b741
@@ -462,6 +463,9 @@ def ways_out(
     own, cause = own_memory(found, scene, devices[0]) or 0, find_cause(found, scene, devices[0])
     need, raised = own + (found.wanted or 0), [f"raise {found.setting}"] if found.setting else []
     wait = [f"wait with reserve({-(-need//2**20)}) until so much is free"] if need else ["run it within reserve()"]
+    reserved = sum(p.memory for p in devices[0].promises if p.pid == scene.pid)
+    if reserved and (not need or need > reserved):
+        wait = [f"reserve more than the {format_bytes(reserved)} that it has reserved"]
     if (found.wanted or 0) >= _HUGE: return ["check the shapes, since no GPU has so much"]
     match cause:
         case "limit": return raised or ["raise that limit"]

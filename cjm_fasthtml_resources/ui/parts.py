@@ -58,11 +58,13 @@ def memory_key(
     shares: Mapping[str, int],   # bytes by owner
     free: int,                   # bytes that are neither used nor reserved
     total: int,                  # bytes
+    kept: int = 0,               # bytes that the driver keeps for itself
 ) -> Any:
-    "Return the figures of a bar in words"
+    "Return the figures of a bar in words: together they are the total"
     words = dict(ram="other RAM")
     rows = [Span(f"{words.get(owner, owner)} {format_bytes(n)}", cls=owner) for owner, n in shares.items() if n > 0]
-    return Div(*rows, Span(f"free {_gib(free)} of {_gib(total)} GiB", cls="free"), cls="key")
+    driver = f" (driver: {_gib(kept)})" if kept else ""
+    return Div(*rows, Span(f"free {_gib(free)} of {_gib(total)} GiB{driver}", cls="free"), cls="key")
 
 # %% ../../nbs/ui/parts.ipynb #3bb2984a
 _WIDTH, _HEIGHT = 96, 24  # of a sparkline, in px
@@ -103,7 +105,8 @@ def gpu_head(
 def _memory(device: GpuDevice, shares: Mapping[str, int], free: int, reason: str | None) -> Any:
     total = device.memory_total
     if not total or device.memory_used is None: return P(printable(reason or "its memory cannot be read"), cls="note")
-    return memory_bar(shares, total, f"memory of GPU {device.id}"), memory_key(shares, free, total)
+    key = memory_key(shares, free, total, device.memory_reserved or 0)
+    return memory_bar(shares, total, f"memory of GPU {device.id}"), key
 
 def gpu_memory(status: DeviceStatus) -> Any:
     "Return the owners of its memory, or why it cannot be read"

@@ -170,6 +170,19 @@ def test_managed_memory_is_used_and_no_process_says_so(figures):
     assert unseen >= 950
 
 
+def test_a_job_is_learned_from_what_its_process_took(figures):
+    if driver_pid_reader() is None: pytest.skip("inside a container without the host's /proc no process can be told")
+    manager = ResourceManager(track_self=False)
+    with manager.job("a job", 4_000, plugin="test") as job, holding(2_000, env=job.env) as (process, _):
+        assert job.watch(process.pid)
+        promise, = manager.check_gpu_availability().devices[0].promises
+        assert promise.pid == process.pid and nearly(4_000 - promise.unused/2**20, 2_000)
+        manager.job_looks.look(True)
+    learned = manager.expected_need("test")
+    figures["learned_mib"], figures["learned_of_mib"] = round(learned.highest/2**20), 2_000
+    assert nearly(learned.highest/2**20, 2_000) and learned.ram > 2**20 and not manager.get_claims()
+
+
 OPEN_FILES = """
 import os
 from cjm_fasthtml_resources.core.gpu import read_gpus, release_driver
