@@ -494,7 +494,7 @@ def learn(job: ActiveJob, error: BaseException | None, found: "OutOfMemory | Non
         key, time.time(), time.monotonic() - job.started, gpu_highest=most or None, ram=usage.ram or None,
         succeeded=error is None, steady=level is not None and level.is_steady))
     if found and found.kind != "ram":
-        job.manager.needs.raise_after_out_of_memory(key, max(most, found.needed or 0))
+        job.manager.needs.raise_after_out_of_memory(key, max(most, found.needed or 0, found.wanted or 0))
 
 # %% ../../nbs/core/job.ipynb #63f7e313
 def finish(job: ActiveJob, kind: Any = None, error: BaseException | None = None, trace: Any = None) -> None:
