@@ -116,8 +116,8 @@ class SimulatedDriver:
         size = to_bytes(SimulatedProcess(1, memory_mb).memory_mb or 0)   # checked
         with self.library.use(gpu, size) as free:
             if free < 0:
-                raise MemoryError(f"{memory_mb:g} MiB were asked of simulated GPU {gpu}, "
-                                  f"which has {free/2**20 + memory_mb:g} MiB free")
+                raise MemoryError(f"CUDA error: out of memory. Tried to allocate {memory_mb:.0f} MiB on simulated "
+                                  f"GPU {gpu}, of which {free/2**20 + memory_mb:.0f} MiB is free")
             yield
 
     def fail(
