@@ -6,8 +6,7 @@
 __all__ = ['ALONE', 'TELL_AFTER', 'PluginNeeds', 'declared_needs', 'JobRequest', 'choose_alone', 'is_turn', 'is_loading',
            'name_turn', 'name_double', 'ActiveJob', 'await_turn', 'await_ram', 'find_learned', 'find_memory',
            'name_unknown', 'tell_alone', 'poll', 'await_memory', 'ask_validation', 'await_decision', 'show_here',
-           'start', 'begin', 'base_of', 'watch_process', 'add_note', 'explain_error', 'learn', 'finish', 'make_job',
-           'JobStarter']
+           'start', 'begin', 'base_of', 'watch_process', 'add_note', 'explain_error', 'learn', 'finish', 'make_job']
 
 # %% ../../nbs/core/job.ipynb #466a9486
 import contextlib
@@ -53,7 +52,7 @@ from .secrets import shown_text
 from .store import StoreError
 from .text import format_bytes
 from .threads import in_thread
-from .usage import JobLooks, Usage, used_gpu_memory
+from .usage import Usage, used_gpu_memory
 
 if TYPE_CHECKING:
     from cjm_fasthtml_resources.core.manager import ResourceManager
@@ -341,8 +340,8 @@ TELL_AFTER = 5.0   # seconds after which a job that waits for a device of its ow
 
 def name_unknown(asked: JobRequest) -> str:
     "Return why a job asks for a device of its own, in words"
-    return (f"What {shown_text(asked.plugin_name or asked.job_id)} needs is not known, so {100*ALONE:.0f} % of a GPU is "
-            "asked for; gpu_memory_mb= or unknown= (in MiB) asks for less.")
+    return (f"What {shown_text(asked.plugin_name or asked.job_id)} needs is not known, so {100*ALONE:.0f} % of a GPU "
+            "is asked for; gpu_memory_mb= or unknown= (in MiB) asks for less.")
 
 def tell_alone(job: ActiveJob, request: Request) -> None:
     "Log that a job waits for a device of its own: nobody has asked for that much"
@@ -541,32 +540,3 @@ def make_job(
     if registry is None: return ActiveJob(manager, request)
     if request.plugin_name is None: raise ValueError("plugin must be told with a registry")
     return ActiveJob(manager, _from_registry(manager, registry, request.plugin_name, request))
-
-# %% ../../nbs/core/job.ipynb #c04b2ad5
-class JobStarter:
-    "The method of a manager that begins jobs"
-    job_looks: JobLooks
-
-    def job(
-        self,
-        job_id: str,
-        gpu_memory_mb: float | None = None,            # MiB on one device; `None`: as declared, or as learned
-        *,
-        plugin: str | None = None,                     # its name, for what is learned; with a registry its id
-        resource: str | None = None,                   # the model or other resource that it loads
-        config: Mapping[str, Any] | None = None,       # the plugin's configuration
-        needs: PluginNeeds | Mapping[str, Any] | None = None,   # what it needs, with RAM
-        registry: Any = None,                          # of plugins: then the validation decides what has to happen
-        worker: int | None = None,                     # the PID of the registered worker that does it
-        worker_type: str = "job",                      # the type of the worker that `watch` registers
-        device: int | str | GpuDevice | None = None,   # as for `reserve`
-        timeout: float | None = None,                  # seconds to wait; 0: do not wait; `None`: no limit
-        unknown: float | str = "alone",                # MiB for a need that is not known; "alone": a device of its own
-        concurrent: bool = False,                      # whether its worker may have other jobs at the same time
-        progress: bool = False,                        # show a bar while it waits
-    ) -> ActiveJob:
-        """Return a job for a `with` or `async with` block, which waits for its memory and gives it back at the end.
-        The block raises what `reserve` and `raise_if_blocked` raise; `ProcessLookupError` if its worker ends"""
-        return make_job(self, job_id, gpu_memory_mb, needs, unknown, registry, plugin_name=plugin, resource=resource,
-                        config=config, worker_pid=worker, worker_type=worker_type, device=device, timeout=timeout,
-                        concurrent=concurrent, progress=progress)

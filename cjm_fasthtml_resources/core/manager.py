@@ -40,7 +40,6 @@ from .copies import StaysHere
 from .devices import GpuChoice, device_place, select_devices
 from .display import repr_html
 from .gpu import GpuDevice, GpuSnapshot, read_gpus
-from .job import JobStarter
 from .ledger import Ledger, Waits
 from .needs import Needs, NeedsReader, needs_roster
 from .nvml_memory import has_unified_memory
@@ -52,7 +51,7 @@ from .roster import Roster
 from .secrets import PLUGIN_RESOURCE_CONFIG_KEYS
 from .settings import MANAGER_SCHEMA, Setting
 from .store import Store, store_path
-from .usage import JobLooks, look_at_jobs
+from .usage import JobLooks, JobStarter, look_at_jobs
 from .workers import Workers
 
 # %% ../../nbs/core/manager.ipynb #4c3e71ce
