@@ -319,7 +319,7 @@ def _read_app_needs(store: Store, app: str | None, now: float) -> list[_AppNeed]
     return sorted(found, key=lambda row: (row.app, row.need.plugin, -(row.need.highest or 0)))
 
 def _need_to_json(row: _AppNeed) -> dict[str, Any]:
-    return dict(app=row.app, **vars(row.need), gpu_memory_mb=row.need.gpu_memory_mb, message=row.need.explain())
+    return dict(app=row.app, **row.need._asdict(), gpu_memory_mb=row.need.gpu_memory_mb, message=row.need.explain())
 
 # %% ../nbs/cli.ipynb #0d7b3f1c
 @main.command("needs")

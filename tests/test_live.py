@@ -246,7 +246,7 @@ def test_a_machine_on_which_nothing_changes_gives_signs_of_life(monkeypatch):
         async with contextlib.aclosing(hub.events()) as events:
             first = await anext(events)
             limit = int(first.rpartition(b"data: ")[2])/1000
-            assert first.startswith(b"event: layout") and limit == 3*stream.pace(hub.monitor.interval)
+            assert first.startswith(b"event: layout") and limit == round(3*stream.pace(hub.monitor.interval), 3)
             return [await asyncio.wait_for(anext(events), limit) for _ in range(3)]
 
     with SimulatedDriver([SimulatedGpu()]):

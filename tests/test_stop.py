@@ -329,11 +329,15 @@ def test_a_worker_that_took_over_a_number_while_it_was_freed_is_not_stopped(spaw
         # it ended just now, and another worker has its number
         state = replace(worker, start_time=start + 5, status="running", job_id="job")
         workers.table.workers[process.pid] = state
-        gpu.processes.clear()
         return found
 
+    def end(ends, grace):
+        gpu.processes.clear()
+        ended.append(list(ends))
+        return []
+
     monkeypatch.setattr(stopping, "mark_idle", mark)
-    monkeypatch.setattr(stopping, "end_processes", lambda ends, grace: ended.append(list(ends)) or [])
+    monkeypatch.setattr(stopping, "end_processes", end)
     with SimulatedDriver([gpu]): manager.free_gpu(900)
     assert ended == [[ProcessId(process.pid, start)]]
     assert manager.workers.table.workers[process.pid].job_id == "job"
@@ -365,7 +369,8 @@ def test_room_is_made_with_exactly_what_is_needed():
     first, second = WorkerState(1, "llm"), WorkerState(2, "llm")
     both, one = [on(0, (1, 60), (2, 600))], [on(0, (2, 600))]
     assert plan_room(both, [first, second], 160) == [first]
-    assert plan_room(both, [first, second], 161) == [first, second]
+    assert plan_room(both, [first, second], 161) == [second]           # not the first one for nothing
+    assert plan_room(both, [first, second], 701) == [first, second]
     assert plan_room(one, [first, second], 700) == [second] and plan_room(one, [first, second], 100) == []
     idle = WorkerState(1, "llm", start_time=1.0)
     busy = replace(idle, status="running"), replace(idle, job_id="a"), replace(idle, start_time=None)

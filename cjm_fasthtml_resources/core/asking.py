@@ -125,6 +125,7 @@ class AskedPlugin:
     asking: threading.Thread | None = None   # the thread that asks it, or did so last
     since: float = 0.0                       # when that thread began
     trouble: str | None = None               # why it could not be asked, in words
+    has_released: bool = False               # whether it has unloaded: it is not asked to again, unless it says a model
     answered: threading.Event = field(default_factory=threading.Event, repr=False, compare=False)   # by that thread
 
     def after_fork(self) -> None:

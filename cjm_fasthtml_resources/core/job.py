@@ -6,8 +6,7 @@
 __all__ = ['ALONE', 'TELL_AFTER', 'PluginNeeds', 'declared_needs', 'JobRequest', 'choose_alone', 'is_turn', 'is_loading',
            'name_turn', 'name_double', 'ActiveJob', 'await_turn', 'await_ram', 'find_learned', 'find_memory',
            'name_unknown', 'tell_alone', 'poll', 'await_memory', 'ask_validation', 'await_decision', 'show_here',
-           'start', 'begin', 'base_of', 'watch_process', 'add_note', 'explain_error', 'learn', 'finish', 'make_job',
-           'JobStarter']
+           'start', 'begin', 'base_of', 'watch_process', 'add_note', 'explain_error', 'learn', 'finish', 'make_job']
 
 # %% ../../nbs/core/job.ipynb #466a9486
 import contextlib
@@ -24,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 from cjm_fasthtml_resources.core.arguments import (
     check_config,
     check_fields,
+    check_flag,
     check_number,
     check_pid,
     check_text,
@@ -44,16 +44,19 @@ from .forks import reset_in_child
 from .gpu import GpuDevice
 from .learned import JobRun, need_key
 from .locking import holding
+from .making_room import RoomForRequest
 from .plugins import find_plugin, read_requirements
 from .requests import find_holder, find_shortage, show_progress
 from .reservations import Request, Reservation, StackExit, pauses, surely
 from .resources import DeviceStatus, ResourceType, WorkerState
 from .room import largest_capacity, usable
 from .secrets import shown_text
+from .stopping import RoomMade
 from .store import StoreError
 from .text import format_bytes
 from .threads import in_thread
-from .usage import JobLooks, Usage, used_gpu_memory
+from .unloading import Unload, check_unload
+from .usage import Usage, used_gpu_memory
 
 if TYPE_CHECKING:
     from cjm_fasthtml_resources.core.manager import ResourceManager
@@ -101,6 +104,8 @@ class JobRequest:
     unknown: float | None = None                  # MiB to reserve for a need that is not known; `None`: a device
     concurrent: bool = False                      # whether its worker may have other jobs at the same time
     progress: bool = False
+    make_room: bool = False                       # whether idle workers unload or are stopped for it
+    unload: Unload | None = None                  # unloads a worker whose plugin is in another process
     decide: Callable[..., "ValidationResult"] | None = None   # with a registry; takes the MiB that it needs
 
     def __post_init__(self) -> None:
@@ -108,6 +113,8 @@ class JobRequest:
             if not check_text(getattr(self, name), name): raise ValueError(f"{name} must not be empty")
         if self.timeout is not None: check_number(self.timeout, "timeout", 0, threading.TIMEOUT_MAX)
         if self.worker_pid is not None: check_pid(self.worker_pid, "worker")
+        for name in ("concurrent", "progress", "make_room"): check_flag(getattr(self, name), name)
+        check_unload(self.unload)
         given = check_fields(plugin=self.plugin_name, resource=self.resource, config=self.config)
         object.__setattr__(self, "config", given["config"])   # a copy
 
@@ -158,6 +165,7 @@ class ActiveJob(StaysHere):
     decision: "ValidationResult | None" = None       # with a registry: what has to happen first, as to load a plugin
     before: ResourceConflict | None = None           # who was there when it began
     request: Request | None = None                   # the one that its reservation came from
+    room: RoomForRequest | None = None               # with `make_room=True`: what makes room for it
     phase = "not begun"                              # then "waiting", "running", "over"
     is_alone = False                                 # whether it asks for a device of its own: its need is not known
     is_over = False                                  # whether its end was dealt with
@@ -191,6 +199,11 @@ class ActiveJob(StaysHere):
         "The same with numbers, for programs that cannot read UUIDs; `LookupError` for a MIG instance"
         self.must_run()
         return self.reservation.env_by_index if self.reservation else {}
+
+    @property
+    def room_made(self) -> RoomMade:
+        "What was done to make room for it: its `steps` say it in order"
+        return self.room.made if self.room else RoomMade()
 
     def must_run(self) -> None:
         "Raise `RuntimeError` outside the block, where nothing is held"
@@ -341,8 +354,8 @@ TELL_AFTER = 5.0   # seconds after which a job that waits for a device of its ow
 
 def name_unknown(asked: JobRequest) -> str:
     "Return why a job asks for a device of its own, in words"
-    return (f"What {shown_text(asked.plugin_name or asked.job_id)} needs is not known, so {100*ALONE:.0f} % of a GPU is "
-            "asked for; gpu_memory_mb= or unknown= (in MiB) asks for less.")
+    return (f"What {shown_text(asked.plugin_name or asked.job_id)} needs is not known, so {100*ALONE:.0f} % of a GPU "
+            "is asked for; gpu_memory_mb= or unknown= (in MiB) asks for less.")
 
 def tell_alone(job: ActiveJob, request: Request) -> None:
     "Log that a job waits for a device of its own: nobody has asked for that much"
@@ -364,6 +377,7 @@ def await_memory(job: ActiveJob, mb: float, device: Any) -> Iterator[float]:
     request = manager.request(mb, device, timeout, pid=job.worker_pid)
     request.covers = job.worker_pid is not None
     job.defer(request.withdraw)
+    if job.asked.make_room: job.room = RoomForRequest(manager, request, unload=job.asked.unload)
     tell_at = time.monotonic() + TELL_AFTER if job.is_alone else math.inf
     with show_progress(request, manager.check_gpu_availability, job.asked.progress) as show:
         for pause in pauses():
@@ -383,8 +397,11 @@ def ask_validation(job: ActiveJob) -> bool:
     need = job.asked.needs.gpu_memory_mb
     job.decision = decision = job.asked.decide(gpu_memory_mb=find_learned(job) if need is None else need)
     if decision.can_proceed: return True
-    if decision.action.value == "abort" or job.time_left == 0: decision.raise_if_blocked()
-    return decision.conflict is not None and decision.conflict.resource_type is ResourceType.GPU_MEMORY
+    conflict = decision.conflict
+    is_gpu = conflict is not None and conflict.resource_type is ResourceType.GPU_MEMORY
+    has_no_time = job.time_left == 0 and not (is_gpu and job.asked.make_room)
+    if decision.action.value == "abort" or has_no_time: decision.raise_if_blocked()
+    return is_gpu
 
 # %% ../../nbs/core/job.ipynb #ea449870
 def await_decision(job: ActiveJob) -> Iterator[float]:
@@ -541,32 +558,3 @@ def make_job(
     if registry is None: return ActiveJob(manager, request)
     if request.plugin_name is None: raise ValueError("plugin must be told with a registry")
     return ActiveJob(manager, _from_registry(manager, registry, request.plugin_name, request))
-
-# %% ../../nbs/core/job.ipynb #c04b2ad5
-class JobStarter:
-    "The method of a manager that begins jobs"
-    job_looks: JobLooks
-
-    def job(
-        self,
-        job_id: str,
-        gpu_memory_mb: float | None = None,            # MiB on one device; `None`: as declared, or as learned
-        *,
-        plugin: str | None = None,                     # its name, for what is learned; with a registry its id
-        resource: str | None = None,                   # the model or other resource that it loads
-        config: Mapping[str, Any] | None = None,       # the plugin's configuration
-        needs: PluginNeeds | Mapping[str, Any] | None = None,   # what it needs, with RAM
-        registry: Any = None,                          # of plugins: then the validation decides what has to happen
-        worker: int | None = None,                     # the PID of the registered worker that does it
-        worker_type: str = "job",                      # the type of the worker that `watch` registers
-        device: int | str | GpuDevice | None = None,   # as for `reserve`
-        timeout: float | None = None,                  # seconds to wait; 0: do not wait; `None`: no limit
-        unknown: float | str = "alone",                # MiB for a need that is not known; "alone": a device of its own
-        concurrent: bool = False,                      # whether its worker may have other jobs at the same time
-        progress: bool = False,                        # show a bar while it waits
-    ) -> ActiveJob:
-        """Return a job for a `with` or `async with` block, which waits for its memory and gives it back at the end.
-        The block raises what `reserve` and `raise_if_blocked` raise; `ProcessLookupError` if its worker ends"""
-        return make_job(self, job_id, gpu_memory_mb, needs, unknown, registry, plugin_name=plugin, resource=resource,
-                        config=config, worker_pid=worker, worker_type=worker_type, device=device, timeout=timeout,
-                        concurrent=concurrent, progress=progress)

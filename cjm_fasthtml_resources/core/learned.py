@@ -12,12 +12,11 @@ import json
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import reduce
 from typing import Any, NamedTuple
 
 from .arguments import check_fields, check_number
-from .plugins import device_kind, get_plugin_resource_identifier
 from .secrets import PLUGIN_RESOURCE_CONFIG_KEYS, is_description, shown_config, shown_text
 from .text import format_bytes
 
@@ -33,6 +32,7 @@ def _is_left_out(name: str, nested: bool) -> bool:
     return is_description(name) or _VOLATILE.search(_WORD_BEGINS.sub("_", name)) is not None
 
 def _pick(shown: Mapping[str, Any], nested: bool) -> dict[str, Any]:
+    from cjm_fasthtml_resources.core.plugins import device_kind  # when it is used, as below
     picked: dict[str, Any] = {}
     for name, value in shown.items():
         if _is_left_out(name, nested): continue
@@ -63,7 +63,9 @@ def need_key(
     "Return the key of a job's need; `TypeError` or `ValueError` names a malformed text"
     import hashlib  # when it is needed: importing it takes long
     check_fields(plugin_name=plugin_name, resource=resource)
-    if resource is None: resource = get_plugin_resource_identifier(config)
+    if resource is None:
+        from cjm_fasthtml_resources.core.plugins import get_plugin_resource_identifier
+        resource = get_plugin_resource_identifier(config)
     text = json.dumps(matter, sort_keys=True) if (matter := settings_that_matter(config)) else ""
     digest = hashlib.sha256(text.encode()).hexdigest()[:16] if text else ""
     return NeedKey(shown_text(plugin_name), shown_text(resource or ""), digest)
@@ -119,8 +121,7 @@ class Level(NamedTuple):
         return Level(memory, now, now) if memory > self.highest else Level(self.highest, self.grew, now)
 
 # %% ../../nbs/core/learned.ipynb #b88b357d
-@dataclass(frozen=True)
-class Evidence:
+class Evidence(NamedTuple):
     "What the jobs of a day took; 0 where nothing is known"
     ended: float = 0.0      # the last one, `time.time()`
     samples: int = 0        # jobs whose GPU memory counts
@@ -152,7 +153,7 @@ def evidence_of(run: JobRun) -> Evidence:
     need, ram = run.gpu_need, int(run.ram or 0) if run.counts else 0
     found = Evidence(run.ended, int(need > 0), need, need, ram, failures=int(not run.succeeded))
     if not run.succeeded: return found
-    return replace(found, jobs=1, seconds=run.seconds, shortest=run.seconds, longest=run.seconds)
+    return found._replace(jobs=1, seconds=run.seconds, shortest=run.seconds, longest=run.seconds)
 
 # %% ../../nbs/core/learned.ipynb #9f6f9899
 Days = dict[NeedKey, dict[int, Evidence]]   # by key and by day since 1970
@@ -221,8 +222,7 @@ def format_range(
     return words if low == high else f"{low} to {words}" if low else f"up to {words}"
 
 # %% ../../nbs/core/learned.ipynb #5a280c46
-@dataclass(frozen=True)
-class LearnedNeed:
+class LearnedNeed(NamedTuple):
     "What jobs of a plugin took, with its resource and settings; `None` where nothing is known"
     plugin: str
     resource: str                        # "" for none

@@ -40,7 +40,6 @@ from .copies import StaysHere
 from .devices import GpuChoice, device_place, select_devices
 from .display import repr_html
 from .gpu import GpuDevice, GpuSnapshot, read_gpus
-from .job import JobStarter
 from .ledger import Ledger, Waits
 from .needs import Needs, NeedsReader, needs_roster
 from .nvml_memory import has_unified_memory
@@ -54,7 +53,7 @@ from .settings import MANAGER_SCHEMA, Setting
 from .store import Store, store_path
 from .stopping import RoomMade
 from .unloading import Unload
-from .usage import JobLooks, look_at_jobs
+from .usage import JobLooks, JobStarter, look_at_jobs
 from .workers import Workers
 
 # %% ../../nbs/core/manager.ipynb #4c3e71ce

@@ -117,14 +117,19 @@ def plan_device(
     idle: Sequence[WorkerState],   # in the order in which they are to go
     need: float,                   # bytes
 ) -> list[WorkerState] | None:  # `None` if all of them are not enough
-    "Return the workers after whose end a device has room"
-    plan: list[WorkerState] = []
+    "Return the workers after whose end a device has room, none of them for nothing"
+    after, plan = device, list[WorkerState]()
     for worker in idle:
-        if device.room >= need: break
-        after = without_worker(device, worker)
-        if held_by(worker, [device]) and _room_left(after) > _room_left(device): device, plan = after, [*plan, worker]
-    return plan if device.room >= need else None
+        if after.room >= need: break
+        then = without_worker(after, worker)
+        if held_by(worker, [after]) and _room_left(then) > _room_left(after): after, plan = then, [*plan, worker]
+    if after.room < need: return None
+    for worker in reversed(plan):
+        rest = [w for w in plan if w is not worker]
+        if without_workers(device, rest).room >= need: plan = rest
+    return plan
 
+# %% ../../nbs/core/room.ipynb #a02eb84e
 def plan_room(
     devices: Iterable[DeviceStatus],
     idle: Sequence[WorkerState],         # the least recently used first

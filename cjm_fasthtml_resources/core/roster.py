@@ -109,7 +109,7 @@ def read_needs(
 def _parse(text: str) -> Evidence:
     "Return evidence; figures that a later release added are left out"
     told = json.loads(text)
-    return Evidence(**{name: told[name] for name in vars(Evidence()) if name in told})
+    return Evidence(**{name: told[name] for name in Evidence._fields if name in told})
 
 # %% ../../nbs/core/roster.ipynb #5c64c67a
 def _add_days(db: Any, app: str, key: NeedKey, days: Mapping[int, Evidence]) -> None:
@@ -118,7 +118,8 @@ def _add_days(db: Any, app: str, key: NeedKey, days: Mapping[int, Evidence]) -> 
     for day, found in days.items():
         known = db.execute(f"SELECT evidence FROM needs WHERE {_IS_KEY} AND day = ?", [*place, day]).fetchone()
         merged = merge(_parse(known[0]), found) if known else found
-        db.execute("INSERT OR REPLACE INTO needs VALUES (?, ?, ?, ?, ?, ?)", [*place, day, json.dumps(vars(merged))])
+        row = [*place, day, json.dumps(merged._asdict())]
+        db.execute("INSERT OR REPLACE INTO needs VALUES (?, ?, ?, ?, ?, ?)", row)
     kept = f"SELECT day FROM needs WHERE {_IS_KEY} ORDER BY day DESC LIMIT {MOST_DAYS}"
     db.execute(f"DELETE FROM needs WHERE {_IS_KEY} AND day NOT IN ({kept})", [*place, *place])
 

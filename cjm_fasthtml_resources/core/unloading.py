@@ -5,21 +5,22 @@
 # %% auto #0
 __all__ = ['Unload', 'REFUSED', 'check_unload', 'has_loaded', 'find_unloader', 'ask_to_unload']
 
-# %% ../../nbs/core/unloading.ipynb #b05b48b9
+# %% ../../nbs/core/unloading.ipynb #fc2c6443
 import inspect
 import logging
 from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+from .asking import AskedPlugin
 from .resources import WorkerState
 from .secrets import shown_error
 from .threads import NoThreadError, start_thread
 
-# %% ../../nbs/core/unloading.ipynb #f14f9c2f
+# %% ../../nbs/core/unloading.ipynb #d38c56d5
 _log = logging.getLogger(__name__)
 
-# %% ../../nbs/core/unloading.ipynb #44dd08f5
+# %% ../../nbs/core/unloading.ipynb #d18e07eb
 Unload = Callable[[WorkerState], Any]   # unloads what a worker has loaded; `False`: it did not
 
 def check_unload(unload: Any) -> Unload | None:
@@ -34,18 +35,18 @@ def has_loaded(worker: WorkerState) -> bool:
 
 def find_unloader(
     worker: WorkerState,
-    plugin: Any,               # the one that this process has; `None`: it has none
-    unload: Unload | None,     # the app's
-) -> Callable[[], Any] | None:  # `None`: it cannot unload
+    asked: AskedPlugin | None,   # the plugin that this process has
+    unload: Unload | None,       # the app's
+) -> Callable[[], Any] | None:  # `None`: it cannot unload, or has unloaded
     "Return the call that unloads a worker"
-    try: release = getattr(plugin, "release", None)
+    try: release = getattr(asked.plugin, "release", None) if asked else None
     except Exception as error:
         _log.warning("a plugin's release could not be read: %s", shown_error(error))
         release = None
-    if callable(release): return release  # type: ignore[no-any-return]
+    if asked and callable(release): return release if has_loaded(worker) or not asked.has_released else None
     return partial(unload, worker) if unload and has_loaded(worker) else None
 
-# %% ../../nbs/core/unloading.ipynb #01e55615
+# %% ../../nbs/core/unloading.ipynb #7ce4fc87
 REFUSED = "it refused"   # and has its model still
 
 def ask_to_unload(
