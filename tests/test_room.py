@@ -78,10 +78,8 @@ def tell(process: subprocess.Popen, line: str = "unload") -> str:
 
 class Unloads:
     "The plugin of a worker that unloads"
-    def __init__(self, process: subprocess.Popen, answer: object = None) -> None: self.process, self.answer = process, answer
-    def release(self) -> object:
-        assert tell(self.process) == "released"
-        return self.answer
+    def __init__(self, process: subprocess.Popen) -> None: self.process = process
+    def release(self) -> None: assert tell(self.process) == "released"
 
 
 def register(manager, process, **given): return manager.register_worker(process.pid, "llm", **given)
@@ -99,7 +97,7 @@ def test_workers_unload_and_stay(machine):
     assert [w.loaded_plugin_resource for w in made.released] == ["8b"] and made.stopped == ()
     assert lives(first) and lives(second)
     state = manager.get_worker_by_pid(first.pid)
-    assert (state.plugin_id, state.plugin_name, state.loaded_plugin_resource, state.status) == (None, None, None, "idle")
+    assert [state.plugin_id, state.plugin_name, state.loaded_plugin_resource, state.status] == [None]*3 + ["idle"]
     assert manager.get_worker_by_pid(second.pid).plugin_name == "llama"
     assert manager.free_gpu(20_000) == [] and lives(first) and lives(second)
     assert manager.make_room(20_000).steps == ()      # there is room
@@ -124,7 +122,8 @@ def test_what_unloading_does_not_bring_is_brought_by_stopping_and_each_step_is_s
     (lambda self: False, "was asked to unload llama: it refused.", "llama"),
     (lambda self: 1/0, "was asked to unload llama: it raised ZeroDivisionError.", None),
     (lambda self: time.sleep(60), "was asked to unload llama: it did not answer within 0.3 s.", None),
-    (lambda self: None, "unloaded llama: 0 MiB of GPU memory freed.", None)], ids=["refuses", "raises", "hangs", "lies"])
+    (lambda self: None, "unloaded llama: 0 MiB of GPU memory freed.", None),
+], ids=["refuses", "raises", "hangs", "lies"])
 def test_a_worker_that_does_not_unload_is_stopped(machine, monkeypatch, release, said, plugin):
     process, = machine.workers(10_000)
     manager, seen = ResourceManager(), []
@@ -160,13 +159,14 @@ def test_the_apps_function_unloads_what_another_process_registered(machine):
     assert [w.pid for w in mine.free_gpu(TOTAL, unload=unload)] == [process.pid] and len(asked) == 1
 
 
-def test_unload_must_be_a_plain_function():
-    manager = ResourceManager()
+@pytest.mark.parametrize("call", [
+    lambda manager, unload: manager.make_room(1, unload=unload),
+    lambda manager, unload: manager.free_gpu(1, unload=unload),
+    lambda manager, unload: manager.job("a", 1, unload=unload)], ids=["make_room", "free_gpu", "job"])
+def test_unload_must_be_a_plain_function(call):
     async def later(worker): pass
     for wrong in (later, "x", 5):
-        for call in (lambda: manager.make_room(1, unload=wrong), lambda: manager.free_gpu(1, unload=wrong),
-                     lambda: manager.job("a", 1, unload=wrong)):
-            with pytest.raises(TypeError, match="^unload must be a function"): call()
+        with pytest.raises(TypeError, match="^unload must be a function"): call(ResourceManager(), wrong)
 
 
 def test_who_has_nothing_there_or_is_waited_for_is_left_alone(machine):

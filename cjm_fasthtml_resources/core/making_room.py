@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['RETRY_AFTER', 'SETTLES_WITHIN', 'is_first', 'find_covered_use', 'check_for', 'RoomForRequest']
 
-# %% ../../nbs/core/making_room.ipynb #2b35d429
+# %% ../../nbs/core/making_room.ipynb #30b95f78
 import logging
 import time
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -22,10 +22,10 @@ from .secrets import shown_error
 from .stopping import RoomMade, RoomMaker, RoomWanted
 from .unloading import Unload
 
-# %% ../../nbs/core/making_room.ipynb #46545cb0
+# %% ../../nbs/core/making_room.ipynb #70bfdc1a
 _log = logging.getLogger(__name__)
 
-# %% ../../nbs/core/making_room.ipynb #6ff7873f
+# %% ../../nbs/core/making_room.ipynb #d499c372
 def is_first(
     lease: int,               # of the request
     claims: Iterable[Claim],  # all, in the order of asking
@@ -37,7 +37,7 @@ def is_first(
     before = [c for c in waiting if c.id < mine.id and set(c.allowed) & set(mine.allowed)]
     return all(c.is_suspended for c in before)
 
-# %% ../../nbs/core/making_room.ipynb #020a4da4
+# %% ../../nbs/core/making_room.ipynb #73ea1dea
 def _with_free(device: DeviceStatus, more: int) -> DeviceStatus:
     free = (device.device.memory_free or 0) + more
     return replace(device, device=replace(device.device, memory_free=free)) if more else device
@@ -63,7 +63,7 @@ def check_for(
     suit = [(d, device_key(d.device)) for d in conflict.allowed if device_key(d.device) in request.devices]
     return replace(conflict, devices=tuple(_with_free(d, own.get(key, 0)) for d, key in suit), other_instances=())
 
-# %% ../../nbs/core/making_room.ipynb #50d747c7
+# %% ../../nbs/core/making_room.ipynb #a41f0d2d
 RETRY_AFTER = 1.0     # seconds until it is tried again
 SETTLES_WITHIN = 1.0  # seconds in which the queue gives the request what is free
 

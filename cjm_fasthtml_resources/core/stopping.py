@@ -18,6 +18,13 @@ from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
+from cjm_fasthtml_resources.core.unloading import (
+    REFUSED,
+    Unload,
+    ask_to_unload,
+    check_unload,
+    find_unloader,
+)
 from cjm_fasthtml_resources.core.workers import (
     TableChange,
     Workers,
@@ -33,18 +40,11 @@ from .ending import end_processes
 from .explain import compare_sizes, explain_free
 from .leases import new_lease
 from .process import ProcessId, pid_namespace, read_process
-from .resources import DeviceStatus, WorkerState
+from .resources import WorkerState
 from .room import check_capacity, held_by, largest_capacity, plan_room, usable
 from .store import StoreError
 from .text import format_bytes
 from .threads import NoThreadError, start_thread
-from cjm_fasthtml_resources.core.unloading import (
-    REFUSED,
-    Unload,
-    ask_to_unload,
-    check_unload,
-    find_unloader,
-)
 
 # %% ../../nbs/core/stopping.ipynb #19eeb138
 _log = logging.getLogger(__name__)
@@ -176,7 +176,7 @@ def find_waiting(
     found = [(holder, read_process(holder.pid)) for holder in holders]
     return {p for holder, info in found if info.start_time == holder.start_time for p in info.lineage}
 
-# %% ../../nbs/core/stopping.ipynb #ead0aff3
+# %% ../../nbs/core/stopping.ipynb #2709c61e
 def find_used(
     workers: Workers,
     table: WorkerTable | TableChange,
@@ -189,7 +189,7 @@ def find_used(
         if not is_idle(workers.seen(table, worker)): used |= find_lines(table, worker)
     return used
 
-# %% ../../nbs/core/stopping.ipynb #97aa23d7
+# %% ../../nbs/core/stopping.ipynb #ca12543a
 def find_idle(
     workers: Workers,
     needed: Collection[ProcessId] = (),   # processes that must not end
@@ -201,7 +201,7 @@ def find_idle(
         idle = [w for w in all_of_them if is_idle(w) and not used.intersection(find_ended(table, w))]
     return sorted(idle, key=lambda w: w.last_used or 0)
 
-# %% ../../nbs/core/stopping.ipynb #dd873a7b
+# %% ../../nbs/core/stopping.ipynb #423f4332
 def find_other(
     workers: Workers,
     table: WorkerTable | TableChange,
@@ -210,7 +210,7 @@ def find_other(
     "Return a worker that another call is stopping or unloading"
     return next((w for w in all_of_them if workers.is_stopping(table, w.pid)), None)
 
-# %% ../../nbs/core/stopping.ipynb #24050a9b
+# %% ../../nbs/core/stopping.ipynb #b4ae2a3b
 def find_ends(
     workers: Workers,
     table: TableChange,
@@ -224,7 +224,7 @@ def find_ends(
     ends = find_ended(table, now)
     return [] if find_used(workers, table, all_of_them, needed).intersection(ends) else ends
 
-# %% ../../nbs/core/stopping.ipynb #8ed73388
+# %% ../../nbs/core/stopping.ipynb #245b6252
 def mark_idle(
     workers: Workers,
     worker: WorkerState,   # as it was seen
@@ -256,7 +256,7 @@ def await_release(
         time.sleep(0.05)
         conflict = check()
 
-# %% ../../nbs/core/stopping.ipynb #54d6c92d
+# %% ../../nbs/core/stopping.ipynb #e77ae919
 @dataclass(frozen=True)
 class RoomWanted:
     "Room that is to be made on a GPU"
@@ -277,7 +277,7 @@ def make_wanted(
     grace = check_number(grace, "grace", 0, threading.TIMEOUT_MAX)
     return RoomWanted(check_number(mb, "mb")*2**20, check, grace, check_unload(unload), waiting)
 
-# %% ../../nbs/core/stopping.ipynb #a97885c2
+# %% ../../nbs/core/stopping.ipynb #fd6a6290
 @dataclass(frozen=True)
 class RoomMade:
     "What was done to make room"
@@ -292,7 +292,7 @@ class RoomMade:
         "Return it after another step"
         return RoomMade((*self.steps, step), self.released + released, self.stopped + stopped)
 
-# %% ../../nbs/core/stopping.ipynb #dd844f5b
+# %% ../../nbs/core/stopping.ipynb #da1b6d05
 class RoomMaker:
     "Makes room on a GPU, step by step: workers unload first, and are stopped where that is not enough"
     def __init__(
@@ -318,14 +318,14 @@ class RoomMaker:
         else: with_lease(self.workers, lambda lease: stop_idle(self, worker, lease, needed))
         return True
 
-# %% ../../nbs/core/stopping.ipynb #c7048c50
+# %% ../../nbs/core/stopping.ipynb #a5af63b6
 def has_room(conflict: ResourceConflict, need: float) -> bool:
     "Return whether a device has room; `ResourceUnavailable` without one, `ValueError` for more than any can have"
     if not (there := usable(conflict.allowed)): raise ResourceUnavailable(conflict.message, conflict)
     check_capacity(need, largest_capacity(there), "mb", f"{need/2**20:g}")
     return any(d.room >= need for d in there)
 
-# %% ../../nbs/core/stopping.ipynb #9c4a9df9
+# %% ../../nbs/core/stopping.ipynb #0a1fcf00
 def name_loaded(worker: WorkerState) -> str | None:
     "Return the name of what a worker has loaded, as it may be shown"
     shown = worker.shown()
@@ -361,7 +361,7 @@ def find_gentle(
     found = {w.pid: find_unloader(w, kept[w.pid], maker.wanted.unload) for w in idle}
     return {pid: call for pid, call in found.items() if call and pid not in maker.asked | reserved}
 
-# %% ../../nbs/core/stopping.ipynb #4dddb474
+# %% ../../nbs/core/stopping.ipynb #5955d8be
 def choose_idle(
     idle: list[WorkerState],           # the least recently used first
     need: float,
@@ -376,7 +376,7 @@ def choose_idle(
     text = f"{wanted} cannot be made free by stopping idle workers. {explain_free(there, need)}."
     raise ResourceBusy(f"{text} {made}".rstrip(), conflict)
 
-# %% ../../nbs/core/stopping.ipynb #82c4dbc8
+# %% ../../nbs/core/stopping.ipynb #3e123130
 _LOADED = ("plugin_id", "plugin_name", "loaded_plugin_resource")
 
 def mark_unloading(
@@ -392,7 +392,7 @@ def mark_unloading(
         table.stop(worker.pid, lease)
         return True
 
-# %% ../../nbs/core/stopping.ipynb #5cdd17e2
+# %% ../../nbs/core/stopping.ipynb #07780d3b
 def use_again(
     workers: Workers,
     worker: WorkerState,   # as it was before
@@ -405,14 +405,14 @@ def use_again(
         if is_loaded: table.update(now, {name: getattr(worker, name) for name in _LOADED})
         table.stop(worker.pid, None)
 
-# %% ../../nbs/core/stopping.ipynb #943be756
+# %% ../../nbs/core/stopping.ipynb #167dddfe
 UNLOADED_WITHIN = 3.0   # seconds in which the memory of a worker that says that it has unloaded comes free
 
 def used_on(worker: WorkerState, conflict: ResourceConflict) -> int:
     "Return the bytes that a worker uses of the devices together"
     return sum(held_by(worker, usable(conflict.allowed)).values())
 
-# %% ../../nbs/core/stopping.ipynb #5bbd3872
+# %% ../../nbs/core/stopping.ipynb #012d09f6
 def await_unloaded(
     worker: WorkerState,
     before: int,                               # bytes
@@ -427,13 +427,13 @@ def await_unloaded(
         last = now
         time.sleep(0.1)
 
-# %% ../../nbs/core/stopping.ipynb #5f1dc833
+# %% ../../nbs/core/stopping.ipynb #b7cbb746
 def note_released(workers: Workers, worker: WorkerState, has_released: bool) -> None:
     "Note whether a worker's plugin has unloaded"
     with workers.last_read() as table:
         if kept := table.plugins.get(worker.pid): kept.has_released = has_released
 
-# %% ../../nbs/core/stopping.ipynb #661e79a8
+# %% ../../nbs/core/stopping.ipynb #e3b52838
 def unload_idle(
     maker: RoomMaker,
     worker: WorkerState,
@@ -456,7 +456,7 @@ def unload_idle(
 
 def _freed(memory: int) -> str: return f"{format_bytes(max(memory, 0))} of GPU memory freed"
 
-# %% ../../nbs/core/stopping.ipynb #cd41257c
+# %% ../../nbs/core/stopping.ipynb #07d9357b
 def stop_idle(
     maker: RoomMaker,
     worker: WorkerState,
@@ -485,7 +485,7 @@ def make_room(
     while maker.step(): pass
     return maker.made
 
-# %% ../../nbs/core/stopping.ipynb #19487ae6
+# %% ../../nbs/core/stopping.ipynb #f0fba4ff
 def free_gpu(
     workers: Workers,
     need: float,                               # bytes that one device is to have free
