@@ -256,7 +256,8 @@ def test_two_processes_add_to_one_file_and_lose_nothing(folder):
 def test_a_killed_writer_leaves_whole_rows(folder):
     mine = ResourceManager(app="app")
     for _ in range(3):
-        process = subprocess.Popen([sys.executable, "-c", OTHER.replace("int(sys.argv[1])", "10**9")])
+        code = OTHER.replace("int(sys.argv[1])", "1, 10**9")   # each of them has used something
+        process = subprocess.Popen([sys.executable, "-c", code])
         for _ in range(200):
             if process.poll() is None and read_needs(Store(needs_path())): break
             time.sleep(0.05)
