@@ -138,10 +138,10 @@ def test_idle_workers_go_in_the_order_of_their_last_use_and_no_more_than_needed(
 def test_a_worker_that_is_just_given_a_job_is_spared(spawn, monkeypatch):
     room = Room(spawn, 2)
 
-    def plan(devices, idle, need):
+    def plan(devices, idle, need, gentle):
         monkeypatch.setattr(stopping, "plan_room", plan_room)
         room.manager.update_worker_state(idle[0].pid, job_id="now", status="running")  # by another thread, just now
-        return plan_room(devices, idle, need)
+        return plan_room(devices, idle, need, gentle)
 
     monkeypatch.setattr(stopping, "plan_room", plan)
     with SimulatedDriver([room.gpu]): room.manager.free_gpu(18000)
@@ -324,8 +324,8 @@ def test_a_worker_that_took_over_a_number_while_it_was_freed_is_not_stopped(spaw
     start, ended = manager.get_worker_by_pid(process.pid).start_time, []
     asked = stopping.mark_idle
 
-    def mark(workers, worker, lease):
-        found = asked(workers, worker, lease)
+    def mark(workers, worker, *given):
+        found = asked(workers, worker, *given)
         # it ended just now, and another worker has its number
         state = replace(worker, start_time=start + 5, status="running", job_id="job")
         workers.table.workers[process.pid] = state

@@ -51,6 +51,8 @@ from .roster import Roster
 from .secrets import PLUGIN_RESOURCE_CONFIG_KEYS
 from .settings import MANAGER_SCHEMA, Setting
 from .store import Store, store_path
+from .stopping import RoomMade
+from .unloading import Unload
 from .usage import JobLooks, JobStarter, look_at_jobs
 from .workers import Workers
 
@@ -211,16 +213,24 @@ class ResourceManager(StaysHere, WorkerRegistry, NeedsReader, JobStarter):
         pid, grace = check_pid(pid), check_number(grace, "grace", 0, threading.TIMEOUT_MAX)
         return stopping.stop_worker(self.workers, pid, grace, self.checks.me())
 
-    def free_gpu(
+    def make_room(
         self,
         mb: float,            # MiB that one device is to have free
         *,
-        grace: float = 5.0,   # seconds between asking (SIGTERM) and killing (SIGKILL)
-    ) -> list[WorkerState]:  # those that were stopped, in that order; none if there was room
-        """Stop idle workers, the least recently used first, until a GPU has room; none if that would not be enough.
+        grace: float = 5.0,   # seconds for a plugin to unload, and between asking (SIGTERM) and killing (SIGKILL)
+        unload: Unload | None = None,   # unloads a worker whose plugin is in another process; `False`: it did not
+    ) -> RoomMade:            # its `steps` say what was done, in order
+        """Let idle workers unload, and stop them where that is not enough, until a GPU has room.
+        Nothing is done if all of them are not enough. Raises what `free_gpu` raises"""
+        check = partial(self.check_gpu_availability, wake=True)
+        return stopping.make_room(self.workers, stopping.make_wanted(mb, check, grace, unload, self.get_claims))
+
+    def free_gpu(
+        self, mb: float, *, grace: float = 5.0, unload: Unload | None = None,
+    ) -> list[WorkerState]:  # those that were stopped, in that order; none if there was room, or after unloading
+        """Make room likewise, and return the workers that were stopped.
         `ResourceBusy` if there is no room in the end, `ResourceUnavailable`, `ValueError`, `TimeoutError`, `OSError`"""
-        need, grace = check_number(mb, "mb")*2**20, check_number(grace, "grace", 0, threading.TIMEOUT_MAX)
-        return stopping.free_gpu(self.workers, need, grace, partial(self.check_gpu_availability, wake=True))
+        return list(self.make_room(mb, grace=grace, unload=unload).stopped)
 
 # %% ../../nbs/core/manager.ipynb #ce945afa
 def check_settings(

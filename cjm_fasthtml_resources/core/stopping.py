@@ -4,13 +4,18 @@
 
 # %% auto #0
 __all__ = ['RELEASE_WITHIN', 'find_ended', 'find_stoppable', 'with_lease', 'find_lines', 'mark_all', 'end_worker', 'stop_worker',
-           'is_idle', 'find_used', 'mark_idle', 'find_idle', 'await_release', 'choose_idle', 'free_gpu']
+           'is_idle', 'find_waiting', 'find_used', 'find_idle', 'find_other', 'find_ends', 'mark_idle', 'await_release',
+           'RoomWanted', 'make_wanted', 'RoomMade', 'RoomMaker', 'has_room', 'name_loaded', 'being_stopped',
+           'await_other', 'find_gentle', 'choose_idle', 'mark_unloading', 'use_again', 'used_on', 'await_unloaded',
+           'unload_idle', 'stop_idle', 'make_room', 'free_gpu']
 
 # %% ../../nbs/core/stopping.ipynb #d6cb4540
 import logging
 import os
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterable
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 from cjm_fasthtml_resources.core.workers import (
@@ -19,17 +24,27 @@ from cjm_fasthtml_resources.core.workers import (
     WorkerTable,
     find_starts,
 )
+from .arguments import check_number
 from .asking import ask_plugin
+from .claims import Claim
 from .classify import find_owner
 from .conflict import ResourceBusy, ResourceConflict, ResourceUnavailable
 from .ending import end_processes
 from .explain import compare_sizes, explain_free
 from .leases import new_lease
-from .process import ProcessId, read_process
-from .resources import WorkerState
-from .room import check_capacity, largest_capacity, plan_room, usable
+from .process import ProcessId, pid_namespace, read_process
+from .resources import DeviceStatus, WorkerState
+from .room import check_capacity, held_by, largest_capacity, plan_room, usable
 from .store import StoreError
+from .text import format_bytes
 from .threads import NoThreadError, start_thread
+from cjm_fasthtml_resources.core.unloading import (
+    REFUSED,
+    Unload,
+    ask_to_unload,
+    check_unload,
+    find_unloader,
+)
 
 # %% ../../nbs/core/stopping.ipynb #19eeb138
 _log = logging.getLogger(__name__)
@@ -153,34 +168,74 @@ def is_idle(worker: WorkerState) -> bool:
     "Return whether a worker may be stopped to make room"
     return worker.status == "idle" and worker.job_id is None and worker.start_time is not None
 
-def find_used(workers: Workers, table: WorkerTable | TableChange, all_of_them: list[WorkerState]) -> set[ProcessId]:
+def find_waiting(
+    claims: Iterable[Claim],
+) -> set[ProcessId]:
+    "Return the processes that a request is waiting for, with their ancestors"
+    holders = {c.holder for c in claims if c.device is None and c.space == pid_namespace()}
+    found = [(holder, read_process(holder.pid)) for holder in holders]
+    return {p for holder, info in found if info.start_time == holder.start_time for p in info.lineage}
+
+# %% ../../nbs/core/stopping.ipynb #ead0aff3
+def find_used(
+    workers: Workers,
+    table: WorkerTable | TableChange,
+    all_of_them: list[WorkerState],
+    needed: Collection[ProcessId] = (),   # others that must not end
+) -> set[ProcessId]:
     "Return the processes that must not end: those of busy workers, this one, and their ancestors"
-    used = set(read_process(os.getpid()).lineage)  # a server may be registered itself
+    used = {*read_process(os.getpid()).lineage, *needed}  # a server may be registered itself
     for worker in all_of_them:
         if not is_idle(workers.seen(table, worker)): used |= find_lines(table, worker)
     return used
 
+# %% ../../nbs/core/stopping.ipynb #97aa23d7
+def find_idle(
+    workers: Workers,
+    needed: Collection[ProcessId] = (),   # processes that must not end
+) -> list[WorkerState]:
+    "Return the idle workers that can be stopped, the least recently used first"
+    with workers.reading() as table:
+        all_of_them = list(table.workers.values())
+        used = find_used(workers, table, all_of_them, needed)
+        idle = [w for w in all_of_them if is_idle(w) and not used.intersection(find_ended(table, w))]
+    return sorted(idle, key=lambda w: w.last_used or 0)
+
+# %% ../../nbs/core/stopping.ipynb #dd873a7b
+def find_other(
+    workers: Workers,
+    table: WorkerTable | TableChange,
+    all_of_them: Iterable[WorkerState],
+) -> WorkerState | None:
+    "Return a worker that another call is stopping or unloading"
+    return next((w for w in all_of_them if workers.is_stopping(table, w.pid)), None)
+
+# %% ../../nbs/core/stopping.ipynb #24050a9b
+def find_ends(
+    workers: Workers,
+    table: TableChange,
+    worker: WorkerState,                  # as it was seen
+    needed: Collection[ProcessId] = (),   # processes that must not end
+) -> list[ProcessId]:  # none if it has a job by now, was replaced, or another call is at a worker
+    "Return the processes that end with an idle worker"
+    now, all_of_them = table.workers.get(worker.pid), list(workers.table.workers.values())
+    if now is None or now.start_time != worker.start_time: return []
+    if find_other(workers, table, all_of_them): return []
+    ends = find_ended(table, now)
+    return [] if find_used(workers, table, all_of_them, needed).intersection(ends) else ends
+
+# %% ../../nbs/core/stopping.ipynb #8ed73388
 def mark_idle(
     workers: Workers,
     worker: WorkerState,   # as it was seen
     lease: int,
-) -> list[ProcessId]:  # the processes to end; none if it has a job by now, or was replaced
-    "Take an idle worker out of use"
+    needed: Collection[ProcessId] = (),
+) -> list[ProcessId]:  # the processes to end; none as in `find_ends`
+    "Take an idle worker out of use, with those that end with it"
     with workers.changing() as table:
-        now, all_of_them = table.workers.get(worker.pid), list(workers.table.workers.values())
-        if now is None or now.start_time != worker.start_time: return []
-        ends = find_ended(table, now)
-        if find_used(workers, table, all_of_them).intersection(ends): return []
-        mark_all(table, all_of_them, ends, lease)
+        if ends := find_ends(workers, table, worker, needed):
+            mark_all(table, list(workers.table.workers.values()), ends, lease)
         return ends
-
-def find_idle(workers: Workers) -> list[WorkerState]:
-    "Return the idle workers that can be stopped, the least recently used first"
-    with workers.reading() as table:
-        all_of_them = list(table.workers.values())
-        used = find_used(workers, table, all_of_them)
-        idle = [w for w in all_of_them if is_idle(w) and not used.intersection(find_ended(table, w))]
-    return sorted(idle, key=lambda w: w.last_used or 0)
 
 # %% ../../nbs/core/stopping.ipynb #5bec168c
 RELEASE_WITHIN = 5.0  # seconds in which the driver takes back the memory of a process that ended
@@ -201,37 +256,233 @@ def await_release(
         time.sleep(0.05)
         conflict = check()
 
-# %% ../../nbs/core/stopping.ipynb #ed49a912
-def choose_idle(
-    workers: Workers,
-    need: float,
-    conflict: ResourceConflict,
-) -> WorkerState | None:  # `None`: a device has room
-    "Return the idle worker to stop next; `ResourceBusy` if stopping all is not enough, or `ResourceUnavailable`"
+# %% ../../nbs/core/stopping.ipynb #54d6c92d
+@dataclass(frozen=True)
+class RoomWanted:
+    "Room that is to be made on a GPU"
+    need: float                                  # bytes that one device is to have free
+    check: Callable[[], ResourceConflict]        # reads the devices that count
+    grace: float = 5.0                           # seconds for a plugin, and between SIGTERM and SIGKILL
+    unload: Unload | None = None                 # for workers whose plugin is in another process
+    waiting: Callable[[], Iterable[Claim]] = tuple   # the requests and reservations that there are
+
+def make_wanted(
+    mb: float,                              # MiB
+    check: Callable[[], ResourceConflict],
+    grace: float,
+    unload: Any,
+    waiting: Callable[[], Iterable[Claim]],
+) -> RoomWanted:
+    "Return what `manager.make_room` was asked; `TypeError` or `ValueError` names the argument that is wrong"
+    grace = check_number(grace, "grace", 0, threading.TIMEOUT_MAX)
+    return RoomWanted(check_number(mb, "mb")*2**20, check, grace, check_unload(unload), waiting)
+
+# %% ../../nbs/core/stopping.ipynb #a97885c2
+@dataclass(frozen=True)
+class RoomMade:
+    "What was done to make room"
+    steps: tuple[str, ...] = ()                  # in words and in order; none if there was room
+    released: tuple[WorkerState, ...] = ()       # workers that unloaded, as they were before
+    stopped: tuple[WorkerState, ...] = ()        # workers that were ended
+
+    def __str__(self) -> str: return " ".join(self.steps)
+    def then(
+        self, step: str, released: tuple[WorkerState, ...] = (), stopped: tuple[WorkerState, ...] = (),
+    ) -> "RoomMade":
+        "Return it after another step"
+        return RoomMade((*self.steps, step), self.released + released, self.stopped + stopped)
+
+# %% ../../nbs/core/stopping.ipynb #dd844f5b
+class RoomMaker:
+    "Makes room on a GPU, step by step: workers unload first, and are stopped where that is not enough"
+    def __init__(
+        self,
+        workers: Workers,
+        wanted: RoomWanted,
+    ) -> None:
+        self.workers, self.wanted, self.made = workers, wanted, RoomMade()
+        self.asked = set[int]()                 # the PIDs of the workers that were asked to unload
+        self.waits_until: float | None = None   # for another call, by `time.monotonic()`
+
+    def step(self) -> bool:  # False: there is room
+        "Do the next thing. `ResourceBusy` if there is nothing left to do, or `ResourceUnavailable`, `ValueError`, …"
+        conflict, need = self.wanted.check(), self.wanted.need
+        if has_room(conflict, need): return False
+        if other := being_stopped(self): return await_other(self, other, conflict)
+        self.waits_until, needed = None, find_waiting(self.wanted.waiting())
+        idle = find_idle(self.workers, needed)
+        gentle = find_gentle(self, idle, conflict)
+        worker = choose_idle(idle, need, conflict, gentle, self.made)
+        call = gentle.get(worker.pid)
+        if call: with_lease(self.workers, lambda lease: unload_idle(self, worker, call, lease, needed))
+        else: with_lease(self.workers, lambda lease: stop_idle(self, worker, lease, needed))
+        return True
+
+# %% ../../nbs/core/stopping.ipynb #c7048c50
+def has_room(conflict: ResourceConflict, need: float) -> bool:
+    "Return whether a device has room; `ResourceUnavailable` without one, `ValueError` for more than any can have"
     if not (there := usable(conflict.allowed)): raise ResourceUnavailable(conflict.message, conflict)
     check_capacity(need, largest_capacity(there), "mb", f"{need/2**20:g}")
-    if any(d.room >= need for d in there): return None
-    if plan := plan_room(there, find_idle(workers), need): return plan[0]
+    return any(d.room >= need for d in there)
+
+# %% ../../nbs/core/stopping.ipynb #9c4a9df9
+def name_loaded(worker: WorkerState) -> str | None:
+    "Return the name of what a worker has loaded, as it may be shown"
+    shown = worker.shown()
+    return shown.loaded_plugin_resource or shown.plugin_name or shown.plugin_id
+
+def _name(worker: WorkerState, more: str = "") -> str:
+    return f"idle {worker.shown().worker_type} worker (PID {worker.pid}{more})"
+
+def being_stopped(maker: RoomMaker) -> WorkerState | None:
+    "Return a worker that another call is stopping or unloading now"
+    with maker.workers.reading() as table:
+        return find_other(maker.workers, table, list(table.workers.values()))
+
+def await_other(maker: RoomMaker, other: WorkerState, conflict: ResourceConflict) -> bool:
+    "Wait a moment for another call; `ResourceBusy` if it takes too long"
+    now, seconds = time.monotonic(), maker.wanted.grace + RELEASE_WITHIN
+    maker.waits_until = maker.waits_until or now + seconds
+    if now > maker.waits_until:
+        raise ResourceBusy(f"another call is still stopping the {_name(other).removeprefix('idle ')}, "
+                           f"after {seconds:g} s", conflict)
+    time.sleep(0.05)
+    return True
+
+# %% ../../nbs/core/stopping.ipynb #ed49a912
+def find_gentle(
+    maker: RoomMaker,
+    idle: Iterable[WorkerState],
+    conflict: ResourceConflict,
+) -> dict[int, Callable[[], Any]]:  # PID → the call that unloads it
+    "Return the workers that can unload, and were not asked yet"
+    reserved = {p.pid for d in conflict.allowed for p in d.promises}
+    with maker.workers.last_read() as table: kept = {w.pid: table.plugins.get(w.pid) for w in idle}
+    plugins = {pid: asked.plugin if asked else None for pid, asked in kept.items()}
+    found = {w.pid: find_unloader(w, plugins[w.pid], maker.wanted.unload) for w in idle}
+    return {pid: call for pid, call in found.items() if call and pid not in maker.asked | reserved}
+
+# %% ../../nbs/core/stopping.ipynb #4dddb474
+def choose_idle(
+    idle: list[WorkerState],           # the least recently used first
+    need: float,
+    conflict: ResourceConflict,
+    gentle: Collection[int] = (),      # the PIDs of those that can unload
+    made: RoomMade = RoomMade(),       # what was done before, for the error
+) -> WorkerState:
+    "Return the idle worker that goes next; `ResourceBusy` if all of them are not enough"
+    there = usable(conflict.allowed)
+    if plan := plan_room(there, idle, need, gentle): return plan[0]
     wanted, _ = compare_sizes(need, max(d.room for d in there))
     text = f"{wanted} cannot be made free by stopping idle workers. {explain_free(there, need)}."
-    raise ResourceBusy(text, conflict)
+    raise ResourceBusy(f"{text} {made}".rstrip(), conflict)
+
+# %% ../../nbs/core/stopping.ipynb #82c4dbc8
+_LOADED = ("plugin_id", "plugin_name", "loaded_plugin_resource")
+
+def mark_unloading(
+    workers: Workers,
+    worker: WorkerState,   # as it was seen
+    lease: int,
+    needed: Collection[ProcessId] = (),
+) -> bool:  # False as in `find_ends`
+    "Take an idle worker out of use, and note that it has nothing loaded"
+    with workers.changing() as table:
+        if not find_ends(workers, table, worker, needed): return False
+        table.update(table.workers.get(worker.pid), dict.fromkeys(_LOADED))
+        table.stop(worker.pid, lease)
+        return True
+
+# %% ../../nbs/core/stopping.ipynb #5cdd17e2
+def use_again(
+    workers: Workers,
+    worker: WorkerState,   # as it was before
+    is_loaded: bool,       # whether it refused to unload
+) -> None:
+    "Let a worker that was asked to unload get jobs again"
+    with workers.changing() as table:
+        now = table.workers.get(worker.pid)
+        if now is None or now.start_time != worker.start_time: return
+        if is_loaded: table.update(now, {name: getattr(worker, name) for name in _LOADED})
+        table.stop(worker.pid, None)
+
+# %% ../../nbs/core/stopping.ipynb #816e01fe
+def used_on(worker: WorkerState, conflict: ResourceConflict) -> int:
+    "Return the bytes that a worker uses of the devices together"
+    return sum(held_by(worker, usable(conflict.allowed)).values())
+
+# %% ../../nbs/core/stopping.ipynb #5bbd3872
+def await_unloaded(
+    worker: WorkerState,
+    before: int,                               # bytes
+    check: Callable[[], ResourceConflict],
+    seconds: float,
+) -> int:  # bytes
+    "Return what a worker uses once it has come down, or after so many seconds"
+    until, last = time.monotonic() + seconds, before
+    while True:
+        now = used_on(worker, check())
+        if not now or now == last < before or time.monotonic() > until: return now
+        last = now
+        time.sleep(0.1)
+
+# %% ../../nbs/core/stopping.ipynb #094c7ae0
+def unload_idle(
+    maker: RoomMaker,
+    worker: WorkerState,
+    call: Callable[[], Any],          # unloads it
+    lease: int,
+    needed: Collection[ProcessId],    # processes that must not end
+) -> None:
+    "Ask an idle worker to unload, and note what came of it"
+    wanted = maker.wanted
+    if not mark_unloading(maker.workers, worker, lease, needed): return
+    if has_room(before := wanted.check(), wanted.need): return use_again(maker.workers, worker, True)
+    maker.asked.add(worker.pid)
+    trouble, used = ask_to_unload(call, wanted.grace), used_on(worker, before)
+    left = used if trouble else await_unloaded(worker, used, wanted.check, RELEASE_WITHIN)
+    what = name_loaded(worker) or "its model"
+    said = f"was asked to unload {what}: {trouble}" if trouble else f"unloaded {what}: {_freed(used - left)}"
+    maker.made = maker.made.then(f"The {_name(worker)} {said}.", released=() if trouble else (worker,))
+    use_again(maker.workers, worker, trouble == REFUSED)
+
+def _freed(memory: int) -> str: return f"{format_bytes(max(memory, 0))} of GPU memory freed"
+
+# %% ../../nbs/core/stopping.ipynb #cd41257c
+def stop_idle(
+    maker: RoomMaker,
+    worker: WorkerState,
+    lease: int,
+    needed: Collection[ProcessId],    # processes that must not end
+) -> None:
+    "Stop an idle worker, and note it"
+    wanted = maker.wanted
+    if not (ends := mark_idle(maker.workers, worker, lease, needed)): return
+    if has_room(before := wanted.check(), wanted.need): return
+    end_worker(maker.workers, worker, worker.pid, ends, wanted.grace)
+    what = f", {loaded}" if (loaded := name_loaded(worker)) else ""
+    said = f"The {_name(worker, what)} was stopped"
+    maker.made = maker.made.then(f"{said}.", stopped=(worker,))
+    await_release(worker, before, wanted.check)
+    done = f"{said}: {_freed(used_on(worker, before))}."
+    maker.made = replace(maker.made, steps=(*maker.made.steps[:-1], done))
 
 # %% ../../nbs/core/stopping.ipynb #87033fcc
+def make_room(
+    workers: Workers,
+    wanted: RoomWanted,
+) -> RoomMade:
+    "Make room at once, with idle workers alone; nothing is done if they are not enough"
+    maker = RoomMaker(workers, wanted)
+    while maker.step(): pass
+    return maker.made
+
+# %% ../../nbs/core/stopping.ipynb #19487ae6
 def free_gpu(
     workers: Workers,
     need: float,                               # bytes that one device is to have free
     grace: float,                              # seconds between asking (SIGTERM) and killing (SIGKILL)
     check: Callable[[], ResourceConflict],     # reads the devices
 ) -> list[WorkerState]:  # those that were stopped, in that order
-    "Stop idle workers until a device has room; none if that would not be enough"
-    stopped: list[WorkerState] = []
-
-    def make_room(lease: int) -> list[WorkerState]:
-        while (worker := choose_idle(workers, need, conflict := check())) is not None:
-            if not (ends := mark_idle(workers, worker, lease)): continue
-            stopped.append(worker)
-            end_worker(workers, worker, worker.pid, ends, grace)
-            await_release(worker, conflict, check)
-        return stopped
-
-    return with_lease(workers, make_room)
+    "Make room on a device; no worker is stopped if that would not be enough"
+    return list(make_room(workers, RoomWanted(need, check, grace)).stopped)

@@ -152,8 +152,8 @@ class TableChange:
         for child, start in starts.items():
             self.children[child] = {**(self.children.get(child) or {}), state.pid: start}
 
-    def stop(self, pid: int, lease: int) -> None:
-        "Note that a worker is being stopped, for as long as that lease is held"
+    def stop(self, pid: int, lease: int | None) -> None:
+        "Note that a worker is being stopped, for as long as that lease is held; `None`: it is no longer"
         self.stoppers[pid] = lease
         self.changed.setdefault(pid, False)
 
