@@ -50,8 +50,8 @@ from .room import plan_room
 from .roster import Roster
 from .secrets import PLUGIN_RESOURCE_CONFIG_KEYS
 from .settings import MANAGER_SCHEMA, Setting
-from .store import Store, store_path
 from .stopping import RoomMade
+from .store import Store, store_path
 from .unloading import Unload
 from .usage import JobLooks, JobStarter, look_at_jobs
 from .workers import Workers

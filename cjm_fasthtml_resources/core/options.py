@@ -16,8 +16,6 @@ from enum import Enum
 from math import ceil
 from typing import Protocol
 
-from .learned import format_range
-from .resources import DeviceStatus, Promise, ResourceStatus, WorkerState
 from cjm_fasthtml_resources.core.room import (
     find_ancestors,
     held_by,
@@ -28,6 +26,8 @@ from cjm_fasthtml_resources.core.room import (
     without_worker,
     without_workers,
 )
+from .learned import format_range
+from .resources import DeviceStatus, Promise, ResourceStatus, WorkerState
 from .text import format_bytes
 
 # %% ../../nbs/core/options.ipynb #d86c7b5c

@@ -18,6 +18,13 @@ from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
+from cjm_fasthtml_resources.core.unloading import (
+    REFUSED,
+    Unload,
+    ask_to_unload,
+    check_unload,
+    find_unloader,
+)
 from cjm_fasthtml_resources.core.workers import (
     TableChange,
     Workers,
@@ -33,18 +40,11 @@ from .ending import end_processes
 from .explain import compare_sizes, explain_free
 from .leases import new_lease
 from .process import ProcessId, pid_namespace, read_process
-from .resources import DeviceStatus, WorkerState
+from .resources import WorkerState
 from .room import check_capacity, held_by, largest_capacity, plan_room, usable
 from .store import StoreError
 from .text import format_bytes
 from .threads import NoThreadError, start_thread
-from cjm_fasthtml_resources.core.unloading import (
-    REFUSED,
-    Unload,
-    ask_to_unload,
-    check_unload,
-    find_unloader,
-)
 
 # %% ../../nbs/core/stopping.ipynb #19eeb138
 _log = logging.getLogger(__name__)
