@@ -1,8 +1,13 @@
 "Jobs: what a notebook is the wrong place for"
 import asyncio
+import os
+import subprocess
+import sys
+import time
 
+import psutil
 import pytest
-from conftest import warned
+from conftest import MIB, warned
 
 from cjm_fasthtml_resources.core import job as jobs
 from cjm_fasthtml_resources.core.conflict import ResourceBusy
@@ -65,3 +70,82 @@ def test_a_worker_has_no_two_jobs_of_one_name(gpu, spawn):
         assert (state.status, state.jobs) == ("running", ("job-1",))
     with manager.job("job-1", 100, worker=worker.pid): pass   # one after the other
     assert manager.get_worker_by_pid(worker.pid).status == "idle"
+
+
+def test_a_job_of_unknown_need_goes_to_the_gpu_that_it_names():
+    with SimulatedDriver([SimulatedGpu("NVIDIA L4"), SimulatedGpu("NVIDIA L4")]):
+        manager = ResourceManager()
+        for device in (1, "cuda:1", manager.check_gpu_availability().devices[1].device):
+            with manager.job("job-1", device=device, timeout=1) as job: assert job.device.index == 1
+        with pytest.raises(ValueError, match="device must name one of the 2"):
+            manager.job("job-1", device=7, timeout=1).__enter__()
+
+
+def test_a_job_of_unknown_need_takes_the_first_of_several_gpus_that_becomes_empty():
+    gpus = [SimulatedGpu("NVIDIA L4", memory_used_mb=9_000), SimulatedGpu("NVIDIA L4", memory_used_mb=9_000)]
+    with SimulatedDriver(gpus):
+        job = ResourceManager().job("job-1", timeout=10)
+        for number, pause in enumerate(jobs.begin(job)):
+            if number == 3: gpus[1].memory_used_mb = 0
+            time.sleep(pause)
+        assert job.device.index == 1
+        job.close()
+
+
+def test_a_child_that_has_ended_is_not_watched_even_if_nobody_waited_for_it(gpu):
+    with ResourceManager().job("job-1", 1_000) as job:
+        child = subprocess.Popen(["true"])
+        while psutil.Process(child.pid).status() != psutil.STATUS_ZOMBIE: time.sleep(0.01)
+        assert job.watch(child.pid) is False
+        child.wait()
+
+
+@pytest.fixture
+def worker():
+    process = subprocess.Popen(["sleep", "60"])
+    yield process
+    process.kill()
+    process.wait()
+
+
+def test_the_memory_of_a_workers_job_is_on_the_gpu_where_the_worker_is(worker):
+    gpus = [SimulatedGpu("NVIDIA L4", processes=[SimulatedProcess(worker.pid, 14_000)]), SimulatedGpu("NVIDIA L4")]
+    with SimulatedDriver(gpus):
+        manager = ResourceManager()
+        manager.register_worker(worker.pid, "llm")
+        with manager.job("job-1", 15_000, worker=worker.pid, timeout=1) as job:
+            assert job.device.index == 0 and manager.check_gpu_availability().devices[0].promised("app") == 1_000*MIB
+
+
+KILLED = """if True:
+    import os, sys
+    from cjm_fasthtml_resources.core.manager import ResourceManager
+    from cjm_fasthtml_resources.simulate import SimulatedDriver, SimulatedGpu
+    with SimulatedDriver([SimulatedGpu("NVIDIA L4")]):
+        manager = ResourceManager(app="killed")
+        with manager.job("job-1", 9_000, worker=int(sys.argv[1])):
+            print("began", flush=True)
+            sys.stdin.read()
+"""
+
+
+def test_a_killed_program_leaves_no_memory_reserved_for_its_workers_job(worker, tmp_path, monkeypatch):
+    monkeypatch.setenv("CJM_RESOURCES_DIR", str(tmp_path))
+    with SimulatedDriver([SimulatedGpu("NVIDIA L4")]):
+        manager = ResourceManager(app="killed")
+        manager.register_worker(worker.pid, "llm")
+        program = subprocess.Popen([sys.executable, "-c", KILLED, str(worker.pid)], stdin=subprocess.PIPE,
+                                   stdout=subprocess.PIPE, text=True)
+        assert program.stdout.readline() == "began\n" and len(manager.get_claims()) == 1
+        program.kill()
+        program.wait()
+        assert manager.get_claims() == [] and worker.poll() is None
+
+
+def test_what_a_registered_worker_uses_is_not_what_this_processes_job_took(gpu, worker):
+    manager = ResourceManager()
+    manager.register_worker(worker.pid, "llm")
+    with manager.job("job-1", 2_000, plugin="small"):
+        gpu.processes[:] = [SimulatedProcess(os.getpid(), 1_500), SimulatedProcess(worker.pid, 9_000)]
+        manager.job_looks.look(False)
+    assert manager.expected_need("small").highest == 1_500*MIB

@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['ALONE', 'TELL_AFTER', 'PluginNeeds', 'declared_needs', 'JobRequest', 'choose_alone', 'is_turn', 'is_loading',
-           'name_turn', 'name_double', 'ActiveJob', 'await_turn', 'await_ram', 'find_learned', 'find_memory',
-           'name_unknown', 'tell_alone', 'poll', 'await_memory', 'ask_validation', 'await_decision', 'show_here',
-           'start', 'begin', 'base_of', 'watch_process', 'add_note', 'explain_error', 'learn', 'finish', 'make_job']
+           'name_turn', 'name_double', 'ActiveJob', 'await_turn', 'await_ram', 'find_learned', 'device_of_worker',
+           'find_memory', 'name_unknown', 'tell_alone', 'poll', 'await_memory', 'ask_validation', 'await_decision',
+           'show_here', 'start', 'begin', 'base_of', 'watch_process', 'add_note', 'explain_error', 'learn', 'finish',
+           'make_job']
 
 # %% ../../nbs/core/job.ipynb #466a9486
 import contextlib
@@ -33,6 +34,7 @@ from cjm_fasthtml_resources.core.process import (
     ProcessId,
     has_ended,
     is_free,
+    read_process,
     since_boot,
     this_process,
 )
@@ -46,17 +48,17 @@ from .learned import JobRun, need_key
 from .locking import holding
 from .making_room import RoomForRequest
 from .plugins import find_plugin, read_requirements
-from .requests import find_holder, find_shortage, show_progress
+from .requests import choose_devices, find_holder, find_shortage, show_progress
 from .reservations import Request, Reservation, StackExit, pauses, surely
 from .resources import DeviceStatus, ResourceType, WorkerState
-from .room import largest_capacity, usable
+from .room import held_by, largest_capacity, usable
 from .secrets import shown_text
 from .stopping import RoomMade
 from .store import StoreError
 from .text import format_bytes
 from .threads import in_thread
 from .unloading import Unload, check_unload
-from .usage import Usage, used_gpu_memory
+from .usage import Usage, other_holders, used_gpu_memory
 
 if TYPE_CHECKING:
     from cjm_fasthtml_resources.core.manager import ResourceManager
@@ -301,7 +303,8 @@ def await_turn(job: ActiveJob, pid: int) -> Iterator[float]:
         if not given and name in worker.jobs: raise ValueError(name_double(worker, name))
         if not given and not is_loading(worker):
             job.defer(partial(manager.update_worker_state, pid, job_id=name, status="idle"))
-            worker, given = manager.update_worker_state(pid, job_id=name, status="running"), True
+            worker = manager.update_worker_state(pid, job_id=name, status="running")
+            given = worker is not None   # else it is just being stopped
         if worker and given and (job.asked.concurrent or is_turn(worker, name)): return
         if worker and job.time_left == 0: raise ResourceBusy(name_turn(worker, job.asked.timeout or 0))
         yield pause
@@ -334,20 +337,32 @@ def find_learned(job: ActiveJob) -> float | None:  # MiB; `None`: nothing is kno
     return min(need.gpu_memory_mb, most/2**20) if most else need.gpu_memory_mb
 
 # %% ../../nbs/core/job.ipynb #7527f902
+def device_of_worker(job: ActiveJob, pid: int) -> GpuDevice | None:
+    "Return the device on which a worker has its memory, `None` if it has none"
+    worker, conflict = job.manager.get_worker_by_pid(pid), job.manager.check_gpu_availability(wake=True)
+    held = held_by(worker, conflict.allowed) if worker else {}
+    return max((d.device for d in conflict.allowed if d.device.id in held), key=lambda d: held[d.id], default=None)
+
 def find_memory(job: ActiveJob) -> tuple[float, Any] | None:  # MiB and the device; `None`: it needs no GPU
     "Return what a job asks for: what was told, what was learned, or a device of its own"
     asked, decision = job.asked, job.decision
     needed, device = asked.needs.gpu_memory_mb, asked.device
     if decision and decision.current_worker and decision.device: device = decision.device
+    elif device is None and job.worker_pid is not None: device = device_of_worker(job, job.worker_pid)
     if decision and decision.conflict and decision.conflict.resource_type is not ResourceType.GPU_MEMORY: return None
     if needed is None: needed = find_learned(job)
     if needed is None: needed = asked.unknown
     if needed is not None: return (needed, device) if needed else None
     conflict = job.manager.check_gpu_availability(wake=True)
-    found = choose_alone([d for d in conflict.allowed if device in (None, d.device)] or list(conflict.allowed))
+    if conflict.snapshot is None or not usable(conflict.allowed): raise ResourceUnavailable(conflict.message, conflict)
+    chosen = {device_key(d) for d in choose_devices(conflict.snapshot, device, 1, job.manager.judge)}
+    allowed = [d for d in conflict.allowed if device_key(d.device) in chosen]
+    found = choose_alone(allowed)
     if found is None: raise ResourceUnavailable(conflict.message, conflict)
     job.is_alone = True
-    return found[1], found[0].device
+    are_alike = all(d.device.capacity <= 1.05*found[0].device.capacity for d in usable(allowed)
+                    ) and all(d.device.capacity >= found[1]*2**20 for d in usable(allowed))
+    return found[1], device if are_alike else found[0].device   # the first that becomes empty
 
 # %% ../../nbs/core/job.ipynb #f4977624
 TELL_AFTER = 5.0   # seconds after which a job that waits for a device of its own says so
@@ -425,7 +440,8 @@ def start(job: ActiveJob) -> None:
     if job.reservation: job.before = manager.check_gpu_availability()
     job.started, job.since = time.monotonic(), since_boot()
     if job.before and job.before.snapshot and job.worker_pid is None:
-        job.usage = Usage(used_gpu_memory(job.before.snapshot.devices, job.holder))
+        others = other_holders(manager, job.holder)
+        job.usage = Usage(used_gpu_memory(job.before.snapshot.devices, job.holder, others, job.device))
     job.defer(manager.job_looks.remove, job)
     manager.job_looks.add(job)
     job.finish_first()
@@ -463,13 +479,13 @@ def _forget_worker(manager: Any, pid: int) -> None:
 def watch_process(job: ActiveJob, pid: int) -> bool:  # False if it has ended already
     "Make a job's reservation a process's, and show that one as a worker with this job"
     manager, asked = job.manager, job.asked
-    if is_free(pid): return False
+    if is_free(pid) or has_ended(*read_process(pid).lineage[0]): return False   # perhaps nobody has waited for it yet
     holder = find_holder(pid)
     if job.reservation and holder != job.holder:
         base = base_of(job, holder)
         if job.request: job.request.holder = holder   # first, so that its end is that of another process's reservation
         job.reservation = job.reservation.hand_over(holder, base)
-    job.holder, job.usage = holder, Usage(base_of(job, holder))
+    with holding(manager.job_looks.turn): job.holder, job.usage = holder, Usage(base_of(job, holder))
     if manager.get_worker_by_pid(pid) is None:
         job.defer(_forget_worker, manager, pid)
         manager.register_worker(pid, asked.worker_type, asked.job_id, plugin_name=asked.plugin_name,

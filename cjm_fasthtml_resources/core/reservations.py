@@ -128,7 +128,7 @@ class Request(StaysHere):
     "A request in the queue: it enters at the first `poll` and leaves by `withdraw`, both from any thread"
     _is_over = _has_entered = False
     _seen: tuple[str, ...] = ()   # the machine's devices when it settled last
-    covers = False                # whether the memory includes what its holder uses already
+    covers = False                # a worker's job: includes what the worker uses already, and ends with this process
     _row: Claim | None = None     # as it was read last
     _mark: object = None          # of the ledger at that moment
 
@@ -173,8 +173,8 @@ class Request(StaysHere):
 
     @property
     def is_for_other(self) -> bool:
-        "Whether it is for another process than this one"
-        return self.holder != this_process()
+        "Whether it is for another process than this one, and can outlive this one"
+        return self.holder != this_process() and not self.covers
 
     def wait(
         self,
