@@ -94,6 +94,24 @@ def do_reserve(world: World) -> None:
 
 
 @operation
+def do_job(world: World) -> None:
+    "In this process, in a child process, and in a task"
+    manager, process = world.manager, subprocess.Popen(["sleep", "600"])
+    try:
+        with manager.job("the job", 500, plugin="llama", timeout=60) as job:
+            assert job.watch(process.pid) and manager.get_worker_by_job("the job").pid == process.pid
+            assert job.holder in [claim.holder for claim in manager.get_claims()]
+        assert manager.get_worker_by_pid(process.pid) is None
+    finally:
+        process.kill()
+        process.wait()
+
+    async def later() -> None:
+        async with manager.job("the other job", 500, timeout=60) as job: assert job.env
+    asyncio.run(later())
+
+
+@operation
 def do_stop(world: World) -> None:
     with subprocess.Popen(["sleep", "600"]) as process:
         try:
@@ -175,9 +193,10 @@ def use_everything(world: World) -> None:
     "What a child does: it uses what there was, and what it makes anew"
     if world.shared:   # its parent is using the same workers
         do_reserve(world)
+        with world.manager.job(f"job-{os.getpid()}", 500, timeout=60) as job: assert job.env
         assert world.manager.get_all_workers() and world.monitor.take().gpu.devices
         new = World(world.driver, f"child-{os.getpid()}")
-        for call in (do_check, do_register, do_reserve, do_sample): call(new)
+        for call in (do_check, do_register, do_reserve, do_job, do_sample): call(new)
         return
     if not world.manager.get_all_workers():  # it was just being registered, and is thrown away
         world.manager.register_worker(4200101, "llm", plugin_instance=Plugin())

@@ -52,7 +52,7 @@ from .requests import choose_devices, find_holder, find_shortage, show_progress
 from .reservations import Request, Reservation, StackExit, pauses, surely
 from .resources import DeviceStatus, ResourceType, WorkerState
 from .room import held_by, largest_capacity, usable
-from .secrets import shown_text
+from .secrets import shown_repr, shown_text
 from .stopping import RoomMade
 from .store import StoreError
 from .text import format_bytes
@@ -91,7 +91,7 @@ def declared_needs(
     return PluginNeeds(**check_config(found, ("gpu_memory_mb", "ram_mb")))
 
 # %% ../../nbs/core/job.ipynb #24e7da69
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class JobRequest:
     "What was asked of `manager.job`"
     job_id: str
@@ -119,6 +119,9 @@ class JobRequest:
         check_unload(self.unload)
         given = check_fields(plugin=self.plugin_name, resource=self.resource, config=self.config)
         object.__setattr__(self, "config", given["config"])   # a copy
+
+    def __repr__(self) -> str:
+        return shown_repr("JobRequest", {name: value for name, value in vars(self).items() if not callable(value)})
 
 # %% ../../nbs/core/job.ipynb #88b8deb3
 ALONE = 0.9   # the share of a device that a job asks for if its need is not known; a desktop may use the rest
@@ -266,8 +269,9 @@ class ActiveJob(StaysHere):
             self._exit.__exit__(*(error or (None, None, None)))
 
     def after_fork(self) -> None:
-        "Make a new lock in a fork's child, where the job is its parent's"
+        "Make a new lock in a fork's child, and put nothing back there: the job is its parent's"
         self._turn = threading.RLock()
+        self._exit.pop_all()
 
     def defer(self, call: Callable[..., Any], *args: Any) -> None:
         "Call this at the end of the block: twice, since an interruption can come before the first"
@@ -483,7 +487,7 @@ def watch_process(job: ActiveJob, pid: int) -> bool:  # False if it has ended al
     holder = find_holder(pid)
     if job.reservation and holder != job.holder:
         base = base_of(job, holder)
-        if job.request: job.request.holder = holder   # first, so that its end is that of another process's reservation
+        if job.request: job.request.holder, job.request.covers = holder, False   # first: it ends as another process's
         job.reservation = job.reservation.hand_over(holder, base)
     with holding(manager.job_looks.turn): job.holder, job.usage = holder, Usage(base_of(job, holder))
     if manager.get_worker_by_pid(pid) is None:

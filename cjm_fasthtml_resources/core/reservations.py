@@ -106,7 +106,8 @@ class Reservation(StaysHere, contextlib.AbstractContextManager["Reservation"]):
         base: int = 0,       # bytes that it uses on the device already, beside this reservation
     ) -> "Reservation":
         "Return the reservation for another process with its child processes; it ends with that process, or as before"
-        self._ledger.change(self.lease, holder=holder, base=base, for_other=True, space=pid_namespace())
+        now = dict(holder=holder, base=base, for_other=True, covers=False, space=pid_namespace())
+        self._ledger.change(self.lease, **now)
         return replace(self, holder=holder, _exit=contextlib.ExitStack())
 
     def keep_over_exec(self) -> None:
