@@ -313,6 +313,38 @@ def free_gpu(world: World) -> Scene:
     stop_again(world, worker)
 
 
+class Unloads:
+    "The plugin of a worker whose memory is free once it was asked"
+    def __init__(self, world: World, worker: subprocess.Popen) -> None: self.world, self.worker = world, worker
+    def release(self) -> None:
+        for used in self.world.gpus.glob(f"0_{self.worker.pid}_*"): used.unlink()
+
+
+def unload(world: World) -> Scene:
+    "A worker that unloads; it is idle again, and is not said to have what it unloaded"
+    worker = world.start_worker(WHOLE)
+    world.manager.register_worker(worker.pid, "llm", plugin_name="vllm", plugin_instance=Unloads(world, worker))
+    yield lambda: world.manager.free_gpu(WHOLE, grace=1)
+    found = world.manager.get_worker_by_pid(worker.pid)
+    world.check(found is not None and found.status == "idle", f"a worker that is {found and found.status!r}")
+    is_loaded = any(world.gpus.glob(f"0_{worker.pid}_*"))
+    world.check(is_loaded or not found or not found.plugin_name, "a plugin that is said to be loaded")
+    world.agree()
+    world.manager.free_gpu(WHOLE, grace=1)
+    world.manager.stop_worker(worker.pid, grace=1)
+
+
+def job_with_room(world: World) -> Scene:
+    worker = world.start_worker(WHOLE)
+    world.manager.register_worker(worker.pid, "llm", plugin_name="vllm", plugin_instance=Unloads(world, worker))
+    def call() -> None:
+        with world.manager.job("a job", WHOLE, timeout=0, make_room=True): pass
+    yield call
+    found = world.manager.get_worker_by_pid(worker.pid)
+    world.check(found is not None and found.status == "idle", f"a worker that is {found and found.status!r}")
+    world.manager.stop_worker(worker.pid, grace=1)
+
+
 def stop_again(world: World, worker: subprocess.Popen) -> None:
     "What an interrupted call began can be ended by calling again"
     if world.manager.get_worker_by_pid(worker.pid): world.manager.stop_worker(worker.pid, grace=1)
@@ -325,7 +357,7 @@ CALLS: dict[str, Callable[[World], Scene]] = dict(
     job=job, job_in_worker=job_in_worker, job_of_child=job_of_child, job_async=job_async,
     refused=refused, handed_over=handed_over, reserve_async=reserve_async, wait_for_gpu=wait_for_gpu, check=check,
     check_memory=check_memory, register=register, update=update, unregister=unregister, stop_worker=stop_worker,
-    free_gpu=free_gpu)
+    free_gpu=free_gpu, unload=unload, job_with_room=job_with_room)
 
 
 # The walk

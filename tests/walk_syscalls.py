@@ -83,7 +83,15 @@ def work() -> None:
     mine.unregister_worker(me)
 
 
-PROGRAMS = dict(open=open_folder, reserve=reserve, wait=wait, work=work)
+def job() -> None:
+    "As a registered worker, so that it is shown with its job"
+    mine, me = manager(), os.getpid()
+    mine.register_worker(me, "llm", plugin_name="vllm")
+    with mine.job("a job", 4_000, timeout=0): pass
+    mine.unregister_worker(me)
+
+
+PROGRAMS = dict(open=open_folder, reserve=reserve, wait=wait, work=work, job=job)
 
 
 def attempt(program: Callable[[], None]) -> str | None:

@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['ALONE', 'TELL_AFTER', 'PluginNeeds', 'declared_needs', 'JobRequest', 'choose_alone', 'is_turn', 'is_loading',
-           'name_turn', 'name_double', 'ActiveJob', 'await_turn', 'await_ram', 'find_learned', 'device_of_worker',
-           'find_memory', 'name_unknown', 'tell_alone', 'poll', 'await_memory', 'ask_validation', 'await_decision',
-           'show_here', 'start', 'begin', 'base_of', 'watch_process', 'add_note', 'explain_error', 'learn', 'finish',
-           'make_job']
+           'name_turn', 'name_double', 'ActiveJob', 'put_back_left', 'end_job_of', 'await_turn', 'await_ram',
+           'find_learned', 'device_of_worker', 'find_memory', 'name_unknown', 'tell_alone', 'poll', 'await_memory',
+           'ask_validation', 'await_decision', 'show_here', 'start', 'begin', 'base_of', 'watch_process', 'add_note',
+           'explain_error', 'learn', 'finish', 'make_job']
 
 # %% ../../nbs/core/job.ipynb #466a9486
+import atexit
 import contextlib
 import logging
 import math
@@ -52,7 +53,7 @@ from .requests import choose_devices, find_holder, find_shortage, show_progress
 from .reservations import Request, Reservation, StackExit, pauses, surely
 from .resources import DeviceStatus, ResourceType, WorkerState
 from .room import held_by, largest_capacity, usable
-from .secrets import shown_repr, shown_text
+from .secrets import shown_error, shown_repr, shown_text
 from .stopping import RoomMade
 from .store import StoreError
 from .text import format_bytes
@@ -275,7 +276,8 @@ class ActiveJob(StaysHere):
 
     def defer(self, call: Callable[..., Any], *args: Any) -> None:
         "Call this at the end of the block: twice, since an interruption can come before the first"
-        for _ in range(2): self._exit.callback(_try_to, call, *args)
+        undo = partial(call, *args)
+        for _ in range(2): self._exit.callback(_put_back, undo)
 
     def finish_first(self) -> None:
         "At the end of the block, before what is deferred already, see what it took and explain its error"
@@ -288,10 +290,26 @@ class ActiveJob(StaysHere):
         return max(self.started + self.asked.timeout - time.monotonic(), 0)
 
 # %% ../../nbs/core/job.ipynb #ed4fd985
-def _try_to(call: Callable[..., Any], *args: Any) -> None:
-    "Call, and log a shared file that cannot be written now: the end of a block raises what the block raised"
-    try: call(*args)
-    except StoreError as error: _log.warning("the end of a job could not be written: %s", error)
+_undone: dict[Callable[[], Any], None] = {}   # what could not be put back yet
+
+def _put_back(undo: Callable[[], Any]) -> None:
+    "Put something back; what cannot be written now is remembered"
+    try:
+        undo()
+        _undone.pop(undo, None)
+    except StoreError as error:
+        _undone[undo] = None
+        _log.warning("the end of a job could not be written now, and will be later: %s", shown_error(error))
+
+@atexit.register
+def put_back_left() -> None:
+    "Put back what the jobs before could not"
+    for undo in list(_undone): _put_back(undo)
+
+def end_job_of(manager: Any, pid: int, job_id: str) -> None:
+    "End a worker's job; one that it does not have changes nothing"
+    worker = manager.get_worker_by_pid(pid)
+    if worker and job_id in worker.jobs: manager.update_worker_state(pid, job_id=job_id, status="idle")
 
 # %% ../../nbs/core/job.ipynb #6df7257c
 def await_turn(job: ActiveJob, pid: int) -> Iterator[float]:
@@ -306,7 +324,7 @@ def await_turn(job: ActiveJob, pid: int) -> Iterator[float]:
             raise ProcessLookupError(f"the worker with PID {pid} ended before it came to {shorten(name)}")
         if not given and name in worker.jobs: raise ValueError(name_double(worker, name))
         if not given and not is_loading(worker):
-            job.defer(partial(manager.update_worker_state, pid, job_id=name, status="idle"))
+            job.defer(end_job_of, manager, pid, name)
             worker = manager.update_worker_state(pid, job_id=name, status="running")
             given = worker is not None   # else it is just being stopped
         if worker and given and (job.asked.concurrent or is_turn(worker, name)): return
@@ -434,7 +452,7 @@ def show_here(job: ActiveJob) -> None:
     "Show this process's job, if this process is a registered worker"
     manager, pid = job.manager, os.getpid()
     if job.worker_pid is not None or manager.get_worker_by_pid(pid) is None: return
-    job.defer(partial(manager.update_worker_state, pid, job_id=job.job_id, status="idle"))
+    job.defer(end_job_of, manager, pid, job.job_id)
     manager.update_worker_state(pid, job_id=job.job_id, status="running")
 
 # %% ../../nbs/core/job.ipynb #24e5aed0
@@ -453,6 +471,7 @@ def start(job: ActiveJob) -> None:
 # %% ../../nbs/core/job.ipynb #bd9f5e0c
 def begin(job: ActiveJob) -> Iterator[float]:  # the seconds until its next step
     "Begin a job: its worker's turn, the validation, RAM, and GPU memory"
+    put_back_left()
     job.started = time.monotonic()
     if job.asked.decide and job.asked.decide().action.value == "abort": ask_validation(job)   # at once
     if job.worker_pid is not None: yield from await_turn(job, job.worker_pid)
@@ -495,7 +514,7 @@ def watch_process(job: ActiveJob, pid: int) -> bool:  # False if it has ended al
         manager.register_worker(pid, asked.worker_type, asked.job_id, plugin_name=asked.plugin_name,
                                 loaded_plugin_resource=asked.resource, config=asked.config)
     else:
-        job.defer(partial(manager.update_worker_state, pid, job_id=asked.job_id, status="idle"))
+        job.defer(end_job_of, manager, pid, asked.job_id)
         manager.update_worker_state(pid, job_id=asked.job_id, status="running")
     job.finish_first()
     return True
@@ -540,7 +559,8 @@ def finish(job: ActiveJob, kind: Any = None, error: BaseException | None = None,
     job.is_over = True
     job.manager.job_looks.remove(job)
     found = explain_error(job, error) if error else None
-    _try_to(learn, job, error, found)
+    try: learn(job, error, found)
+    except StoreError as failed: _log.warning("what a job took was not kept: %s", shown_error(failed))
 
 # %% ../../nbs/core/job.ipynb #7c11bfd2
 def _from_registry(manager: "ResourceManager", registry: Any, plugin_id: str, asked: JobRequest) -> JobRequest:
