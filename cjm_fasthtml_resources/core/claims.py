@@ -51,12 +51,13 @@ class Claim:
         if self.expires is not None and now >= self.expires: return True
         local = self.space == pid_namespace()   # else the holder's PID means another process here
         if self.lease and self.lease not in held: return not (self.for_other and local and is_alive(self.holder))
-        return (self.for_other or not self.lease) and local and has_ended(*self.holder)
+        return (self.for_other or self.covers or not self.lease) and local and has_ended(*self.holder)
 
     @property
     def is_suspended(self) -> bool:
         "Whether the process that waits for it is suspended, as by Ctrl-Z"
-        stat = None if self.for_other or self.space != pid_namespace() else read_stat(self.holder.pid)
+        if self.for_other or self.covers or self.space != pid_namespace(): return False
+        stat = read_stat(self.holder.pid)
         return stat is not None and stat.state in ("T", "t") and stat.start_time == self.holder.start_time
 
 # %% ../../nbs/core/claims.ipynb #ae724959
