@@ -5,6 +5,7 @@
     python benchmarks/run.py --save    and keep them in benchmarks/results.md, which the README quotes, and in peers.md
                                        and cluster.md
     python benchmarks/run.py --short   look in a minute whether the ratios are still what was saved
+    python benchmarks/run.py --jobs    only print what a job costs beside a reservation, here
 
 Eight simulated GPUs hold twenty live processes each: ten are grandchildren of the app's workers, ten are outsiders.
 The two sides of a ratio take turns, so that both see the same machine; the figure is the ratio of their medians, for a
@@ -123,6 +124,32 @@ def grants():
         found = medians(in_memory, in_file, read_gpus, insert, count, give_back, rounds=400)
         inserted.close()
         return found[:5]
+
+
+def job_costs(rounds=200):
+    "Lines with what a job costs, in reservations that are granted at once, and with a worker and what was learned"
+    with tempfile.TemporaryDirectory() as folder, SimulatedDriver([SimulatedGpu()]):
+        os.environ["CJM_RESOURCES_DIR"] = folder
+        worker = subprocess.Popen(["sleep", "600"])
+        atexit.register(worker.kill)
+        for place, manager in (("in memory", ResourceManager()), ("in an app's file", ResourceManager(app="bench"))):
+            manager.register_worker(worker.pid, "llm")
+            manager.needs.record(JobRun(need_key("plugin", "m"), time.time(), 60, gpu_highest=2**30))
+
+            def reserve(manager=manager):
+                with manager.reserve(1_000, timeout=0): pass
+
+            def job(manager=manager, **asked):
+                with manager.job("job", timeout=0, **asked): pass
+
+            def told(job=job): job(gpu_memory_mb=1_000)
+            def learned(job=job): job(plugin="plugin", resource="m")
+            def at_worker(job=job): job(gpu_memory_mb=1_000, worker=worker.pid)
+
+            base, *others = medians(reserve, told, learned, at_worker, rounds=rounds)
+            yield f"{place}: a reservation in a `with` block {base*1e3:.2f} ms"
+            for what, seconds in zip(("a job", "with its need learned", "of a worker"), others, strict=True):
+                yield f"{place}: {what}, in reservations: {seconds/base:.1f} × ({seconds*1e3:.2f} ms)"
 
 
 def import_seconds(code):
@@ -438,6 +465,8 @@ def read_arguments():
                         help="with what is installed here, which must have the extra `bench`")
     parser.add_argument("--short", action="store_true",
                         help="a short run here: is no saved ratio missed by more than noise? Exits with 1 if one is")
+    parser.add_argument("--jobs", action="store_true",
+                        help="only print what a job costs beside a reservation, with what is installed here")
     for name in ("--looks", "--ram"): parser.add_argument(name, type=int, help=argparse.SUPPRESS)
     for name in ("--memory", "--grants", "--waiting", "--pin"):
         parser.add_argument(name, action="store_true", help=argparse.SUPPRESS)
@@ -452,7 +481,8 @@ def step(args) -> bool:
     elif args.grants: print(*grants())
     elif args.waiting: print(*wait_together())
     elif args.memory: print(worker_memory())
-    return bool(args.looks or args.ram or args.grants or args.waiting or args.memory)
+    elif args.jobs: print(*job_costs(), sep="\n")
+    return bool(args.looks or args.ram or args.grants or args.waiting or args.memory or args.jobs)
 
 
 def main() -> int:

@@ -50,6 +50,7 @@ class World:
     def __init__(self, app: str | None) -> None:
         self.gpu = SimulatedGpu("NVIDIA L4", memory_total_mb=TOTAL, memory_reserved_mb=0)
         self.manager, self.processes = ResourceManager(app=app), list[subprocess.Popen]()
+        self.afterwards = []
         self.worker = self.start()
         self.manager.register_worker(self.worker.pid, "llm", plugin_name="llama")
         self.leases = set(self.manager.workers.leases.held)     # that of the registry itself
@@ -75,6 +76,7 @@ class World:
 
 def nothing_is_left(world: World) -> None:
     manager = world.manager
+    while world.afterwards: world.afterwards.pop()()
     assert manager.get_claims() == []
     lives = world.worker.poll() is None
     assert [w.pid for w in manager.get_all_workers()] == [world.worker.pid]
@@ -175,6 +177,16 @@ def worker_ends_its_job(world, job):
     world.manager.update_worker_state(world.worker.pid, job_id=job.job_id, status="idle")
 
 
+def worker_loads(world, job):
+    "A status of the app's own stays"
+    worker_ends_its_job(world, job)
+    world.manager.update_worker_state(world.worker.pid, status="loading")
+    def still_loads():
+        assert world.manager.get_worker_by_pid(world.worker.pid).status == "loading"
+        world.manager.update_worker_state(world.worker.pid, status="idle")
+    world.afterwards.append(still_loads)
+
+
 def worker_is_given_more(world, job):
     world.manager.update_worker_state(world.worker.pid, job_id="more", status="running")
     world.manager.update_worker_state(world.worker.pid, job_id="more", status="idle")
@@ -183,7 +195,8 @@ def worker_is_given_more(world, job):
 ENDS = dict(well=ends_well, error=fails, interrupted=is_interrupted, signal=signalled, exit=exits, oom=runs_out,
             watch=watches, twice=watches_twice, two=watches_two, ended=watches_an_ended_one, zombie=watches_a_zombie,
             child_killed=child_is_killed, child_stopped=child_is_stopped, child_failed=child_is_killed_and_fails,
-            registered=child_registers_itself, worker_killed=worker_is_killed, worker_done=worker_ends_its_job,
+            registered=child_registers_itself, worker_killed=worker_is_killed,
+            worker_done=worker_ends_its_job, loads=worker_loads,
             given_more=worker_is_given_more)
 RAISES = dict(error=Failed, child_failed=Failed, interrupted=KeyboardInterrupt, signal=KeyboardInterrupt,
               exit=SystemExit, oom=RuntimeError)
@@ -330,7 +343,7 @@ class Model:
     def __init__(self) -> None: self.highest, self.floor = dict[str, int](), dict[str, float]()
 
     def asks(self, plugin: str) -> float | None:
-        known = max(self.highest.get(plugin, 0)*1.1, self.floor.get(plugin, 0))
+        known = max(self.highest.get(plugin, 0)*110/100, self.floor.get(plugin, 0))
         return min(math.ceil(known), TOTAL) if known else None
 
     def ended(self, plugin: str, used: int, end: str) -> None:
@@ -565,3 +578,30 @@ def test_secrets_of_a_configuration_are_never_shown(world, caplog, capsys):
         world.manager.job("job-1", config={**config, "bad": "\ud800"})
     said += [str(wrong.value), caplog.text, *capsys.readouterr()]
     assert SECRET not in "".join(said) and len(said) > 10
+
+
+LATER = """import os, sys
+from unittest.mock import patch
+from cjm_fasthtml_resources.core.manager import ResourceManager
+from cjm_fasthtml_resources.core.store import StoreError
+manager = ResourceManager(app="later")
+with patch.object(ResourceManager, "update_worker_state", autospec=True) as update:
+    update.side_effect = lambda manager, pid, **given: manager.workers.update(pid, given)
+    with manager.job("job-1", 0, worker=int(sys.argv[1])):
+        update.side_effect = StoreError("no space left")
+print(manager.get_worker_by_job("job-1").pid, flush=True)
+"""
+
+
+def test_what_a_full_disk_kept_from_being_put_back_is_put_back_at_the_programs_end(folder):
+    worker, manager = subprocess.Popen(["sleep", "60"]), ResourceManager(app="later")
+    try:
+        manager.register_worker(worker.pid, "llm")
+        out = subprocess.run([sys.executable, "-c", LATER, str(worker.pid)], capture_output=True, text=True, timeout=60)
+        assert out.stdout == f"{worker.pid}\n", out.stderr       # it had the job still
+        assert "will be later: no space left" in out.stderr
+        assert manager.get_worker_by_pid(worker.pid).jobs == ()
+        assert manager.get_worker_by_pid(worker.pid).status == "idle"
+    finally:
+        worker.kill()
+        worker.wait()

@@ -307,9 +307,10 @@ def put_back_left() -> None:
     for undo in list(_undone): _put_back(undo)
 
 def end_job_of(manager: Any, pid: int, job_id: str) -> None:
-    "End a worker's job; one that it does not have changes nothing"
+    "End a worker's job, also one that `watch` gave to a child process; another status than \"running\" stays"
     worker = manager.get_worker_by_pid(pid)
-    if worker and job_id in worker.jobs: manager.update_worker_state(pid, job_id=job_id, status="idle")
+    if worker is None or worker.jobs and job_id not in worker.jobs: return
+    if worker.jobs or worker.status == "running": manager.update_worker_state(pid, job_id=job_id, status="idle")
 
 # %% ../../nbs/core/job.ipynb #6df7257c
 def await_turn(job: ActiveJob, pid: int) -> Iterator[float]:
