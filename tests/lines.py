@@ -109,3 +109,22 @@ def held_at(call: Callable[[], Any], at: Turn, **options: Any) -> Iterator[bool]
         thread.join(60)
     assert not thread.is_alive(), "the call does not end"
     if errors: raise errors[0]
+
+
+def interrupted_at(number: int, files: tuple[str, ...], call: Callable[[], Any]) -> bool:
+    "Call, with a KeyboardInterrupt just before this line of those that run in these files; False if it has fewer"
+    left = number
+
+    def trace(frame: FrameType, event: str, arg: Any) -> Any:
+        nonlocal left
+        if not frame.f_code.co_filename.endswith(files): return None
+        if event == "line":
+            left -= 1
+            if left == -1: raise KeyboardInterrupt
+        return trace
+
+    sys.settrace(trace)
+    try: call()
+    except KeyboardInterrupt: pass
+    finally: sys.settrace(None)
+    return left < 0

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from conftest import warned
+from lines import interrupted_at
 
 from cjm_fasthtml_resources.core import stopping, unloading
 from cjm_fasthtml_resources.core.asking import AskedPlugin
@@ -230,27 +231,15 @@ def test_unloading_that_is_interrupted_at_any_line_leaves_nobody_stopping(spawn,
     with SimulatedDriver([gpu]):
         while True:
             gpu.processes[:] = [SimulatedProcess(process.pid, 800)]
-            manager, left = ResourceManager(track_self=False), at
+            manager = ResourceManager(track_self=False)
             manager.register_worker(process.pid, "llm", plugin_name="llama", plugin_instance=Plugin())
-
-            def trace(frame, event, arg):
-                nonlocal left
-                if not frame.f_code.co_filename.endswith(files): return None
-                if event == "line":
-                    left -= 1
-                    if left == -1: raise KeyboardInterrupt
-                return trace
-
-            sys.settrace(trace)
-            try: manager.free_gpu(900)
-            except KeyboardInterrupt: pass
-            finally: sys.settrace(None)
+            reached = interrupted_at(at, files, lambda manager=manager: manager.free_gpu(900))
             worker, = manager.get_all_workers()
             assert worker.status == "idle", at
             if worker.plugin_name: assert gpu.processes, f"{at}: it is said to have its model still"
             assert manager.update_worker_state(process.pid, job_id="job").job_id == "job", at
             seen.add((worker.plugin_name, len(gpu.processes)))
-            if left >= 0: break
+            if not reached: break
             at += 1
     assert at > 100 and seen >= {("llama", 1), (None, 0)}
 

@@ -1,13 +1,13 @@
 "Ending workers: all of theirs, nothing else, whatever they do about it"
 import os
 import random
-import sys
 import threading
 import time
 from dataclasses import replace
 
 import pytest
 from conftest import GONE, warned
+from lines import interrupted_at
 
 from cjm_fasthtml_resources.core import host, stopping
 from cjm_fasthtml_resources.core.conflict import ResourceBusy, ResourceUnavailable
@@ -252,26 +252,15 @@ def test_free_gpu_that_is_interrupted_at_any_line_leaves_nobody_stopping(spawn, 
     with SimulatedDriver([gpu]):
         while True:
             gpu.processes[:] = [SimulatedProcess(process.pid, 800)]
-            manager, left = ResourceManager(track_self=False), at
+            manager = ResourceManager(track_self=False)
             manager.register_worker(process.pid, "llm")
-
-            def trace(frame, event, arg):
-                nonlocal left
-                if not frame.f_code.co_filename.endswith(("core/stopping.py", "core/workers.py")): return None
-                if event == "line":
-                    left -= 1
-                    if left == -1: raise KeyboardInterrupt
-                return trace
-
-            sys.settrace(trace)
-            try: manager.free_gpu(900)
-            except KeyboardInterrupt: pass
-            finally: sys.settrace(None)
+            files = ("core/stopping.py", "core/workers.py")
+            reached = interrupted_at(at, files, lambda manager=manager: manager.free_gpu(900))
             left_over = [w.status for w in manager.get_all_workers()]
             assert left_over in (["idle"], []), at
             if left_over: assert manager.update_worker_state(process.pid, job_id="job").job_id == "job", at
             seen.add(tuple(left_over))
-            if left >= 0: break
+            if not reached: break
             at += 1
     assert at > 100 and seen == {("idle",), ()}
 

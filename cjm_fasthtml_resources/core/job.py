@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['ALONE', 'TELL_AFTER', 'PluginNeeds', 'declared_needs', 'JobRequest', 'choose_alone', 'is_turn', 'is_loading',
            'name_turn', 'name_double', 'ActiveJob', 'put_back_left', 'end_job_of', 'await_turn', 'await_ram',
-           'find_learned', 'device_of_worker', 'find_memory', 'name_unknown', 'tell_alone', 'poll', 'await_memory',
-           'ask_validation', 'await_decision', 'show_here', 'start', 'begin', 'base_of', 'watch_process', 'add_note',
-           'explain_error', 'learn', 'finish', 'make_job']
+           'find_learned', 'device_of_worker', 'find_alone', 'find_memory', 'name_unknown', 'tell_alone', 'poll',
+           'await_memory', 'decide', 'ask_validation', 'await_decision', 'show_here', 'start', 'begin', 'base_of',
+           'watch_process', 'add_note', 'explain_error', 'learn', 'finish', 'make_job']
 
 # %% ../../nbs/core/job.ipynb #466a9486
 import atexit
@@ -17,7 +17,7 @@ import math
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -360,32 +360,35 @@ def find_learned(job: ActiveJob) -> float | None:  # MiB; `None`: nothing is kno
     return min(need.gpu_memory_mb, most/2**20) if most else need.gpu_memory_mb
 
 # %% ../../nbs/core/job.ipynb #7527f902
-def device_of_worker(job: ActiveJob, pid: int) -> GpuDevice | None:
+def device_of_worker(worker: WorkerState | None, devices: Sequence[DeviceStatus]) -> GpuDevice | None:
     "Return the device on which a worker has its memory, `None` if it has none"
-    worker, conflict = job.manager.get_worker_by_pid(pid), job.manager.check_gpu_availability(wake=True)
-    held = held_by(worker, conflict.allowed) if worker else {}
-    return max((d.device for d in conflict.allowed if d.device.id in held), key=lambda d: held[d.id], default=None)
+    held = held_by(worker, devices) if worker else {}
+    return max((d.device for d in devices if d.device.id in held), key=lambda d: held[d.id], default=None)
+
+def find_alone(job: ActiveJob, device: Any, conflict: ResourceConflict) -> tuple[float, Any]:   # as for `find_memory`
+    "Return what a job asks for whose need is not known: of GPUs that are alike, the first that becomes empty"
+    if conflict.snapshot is None or not usable(conflict.allowed): raise ResourceUnavailable(conflict.message, conflict)
+    chosen = {device_key(d) for d in choose_devices(conflict.snapshot, device, 1, job.manager.judge)}
+    there = usable(d for d in conflict.allowed if device_key(d.device) in chosen)
+    if (found := choose_alone(there)) is None: raise ResourceUnavailable(conflict.message, conflict)
+    job.is_alone, (best, mb) = True, found
+    are_alike = all(mb*2**20 <= d.device.capacity <= 1.05*best.device.capacity for d in there)
+    return mb, device if are_alike else best.device
 
 def find_memory(job: ActiveJob) -> tuple[float, Any] | None:  # MiB and the device; `None`: it needs no GPU
     "Return what a job asks for: what was told, what was learned, or a device of its own"
     asked, decision = job.asked, job.decision
     needed, device = asked.needs.gpu_memory_mb, asked.device
     if decision and decision.current_worker and decision.device: device = decision.device
-    elif device is None and job.worker_pid is not None: device = device_of_worker(job, job.worker_pid)
     if decision and decision.conflict and decision.conflict.resource_type is not ResourceType.GPU_MEMORY: return None
     if needed is None: needed = find_learned(job)
     if needed is None: needed = asked.unknown
-    if needed is not None: return (needed, device) if needed else None
+    if needed == 0: return None
+    if needed is not None and (device is not None or job.worker_pid is None): return needed, device
     conflict = job.manager.check_gpu_availability(wake=True)
-    if conflict.snapshot is None or not usable(conflict.allowed): raise ResourceUnavailable(conflict.message, conflict)
-    chosen = {device_key(d) for d in choose_devices(conflict.snapshot, device, 1, job.manager.judge)}
-    allowed = [d for d in conflict.allowed if device_key(d.device) in chosen]
-    found = choose_alone(allowed)
-    if found is None: raise ResourceUnavailable(conflict.message, conflict)
-    job.is_alone = True
-    are_alike = all(d.device.capacity <= 1.05*found[0].device.capacity for d in usable(allowed)
-                    ) and all(d.device.capacity >= found[1]*2**20 for d in usable(allowed))
-    return found[1], device if are_alike else found[0].device   # the first that becomes empty
+    if device is None and job.worker_pid is not None:
+        device = device_of_worker(job.manager.get_worker_by_pid(job.worker_pid), conflict.allowed)
+    return find_alone(job, device, conflict) if needed is None else (needed, device)
 
 # %% ../../nbs/core/job.ipynb #f4977624
 TELL_AFTER = 5.0   # seconds after which a job that waits for a device of its own says so
@@ -429,16 +432,22 @@ def await_memory(job: ActiveJob, mb: float, device: Any) -> Iterator[float]:
             yield pause
 
 # %% ../../nbs/core/job.ipynb #32a3c9de
+def decide(job: ActiveJob) -> "ValidationResult":
+    "Let the validation decide; raises what waiting does not change"
+    from cjm_fasthtml_resources.core.validation import ValidationAction
+    need, ask = job.asked.needs.gpu_memory_mb, job.asked.decide
+    assert ask is not None
+    job.decision = ask(gpu_memory_mb=find_learned(job) if need is None else need)
+    return job.decision.raise_if_blocked() if job.decision.action is ValidationAction.ABORT else job.decision
+
 def ask_validation(job: ActiveJob) -> bool:
-    "Let the validation decide; True if the queue is next, False to ask again. Raises what waiting does not change"
+    "Return whether the queue is next; if not, ask again"
     if job.asked.decide is None: return True
-    need = job.asked.needs.gpu_memory_mb
-    job.decision = decision = job.asked.decide(gpu_memory_mb=find_learned(job) if need is None else need)
+    decision = decide(job)
     if decision.can_proceed: return True
     conflict = decision.conflict
     is_gpu = conflict is not None and conflict.resource_type is ResourceType.GPU_MEMORY
-    has_no_time = job.time_left == 0 and not (is_gpu and job.asked.make_room)
-    if decision.action.value == "abort" or has_no_time: decision.raise_if_blocked()
+    if job.time_left == 0 and not (is_gpu and job.asked.make_room): decision.raise_if_blocked()
     return is_gpu
 
 # %% ../../nbs/core/job.ipynb #ea449870
@@ -474,8 +483,9 @@ def begin(job: ActiveJob) -> Iterator[float]:  # the seconds until its next step
     "Begin a job: its worker's turn, the validation, RAM, and GPU memory"
     put_back_left()
     job.started = time.monotonic()
-    if job.asked.decide and job.asked.decide().action.value == "abort": ask_validation(job)   # at once
-    if job.worker_pid is not None: yield from await_turn(job, job.worker_pid)
+    if job.worker_pid is not None:
+        if job.asked.decide: decide(job)   # what cannot run does not wait for its worker
+        yield from await_turn(job, job.worker_pid)
     yield from await_decision(job)
     ready = job.decision.current_worker if job.decision and job.decision.can_proceed else None
     if job.worker_pid is None and ready:
@@ -505,11 +515,11 @@ def watch_process(job: ActiveJob, pid: int) -> bool:  # False if it has ended al
     manager, asked = job.manager, job.asked
     if is_free(pid) or has_ended(*read_process(pid).lineage[0]): return False   # perhaps nobody has waited for it yet
     holder = find_holder(pid)
+    base = base_of(job, holder)
     if job.reservation and holder != job.holder:
-        base = base_of(job, holder)
         if job.request: job.request.holder, job.request.covers = holder, False   # first: it ends as another process's
         job.reservation = job.reservation.hand_over(holder, base)
-    with holding(manager.job_looks.turn): job.holder, job.usage = holder, Usage(base_of(job, holder))
+    with holding(manager.job_looks.turn): job.holder, job.usage = holder, Usage(base)
     if manager.get_worker_by_pid(pid) is None:
         job.defer(_forget_worker, manager, pid)
         manager.register_worker(pid, asked.worker_type, asked.job_id, plugin_name=asked.plugin_name,

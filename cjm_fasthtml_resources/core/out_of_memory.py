@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 from .conflict import ResourceConflict
 from .devices import device_key, doubtful_places, see_devices
-from .explain import name_process, name_reservations, name_room
+from .explain import Cause, name_process, name_room, reservation_causes, unseen_causes
 from .resources import DeviceStatus, OwnedProcess, WorkerState
 from .room import held_by, usable
 from .stopping import is_idle
@@ -319,17 +319,14 @@ def name_users(
     devices: Sequence[DeviceStatus],
 ) -> list[str]:
     "Return what uses or reserves memory there, apart from the process that ran out of it; the largest first"
-    named = list[tuple[int, str]]()
+    causes, placed = list[Cause](), len(devices) > 1
     for d in devices:
-        where = f" on GPU {d.device.id}" if len(devices) > 1 else ""
-        rest = [(d.unattributed_memory, "that no visible process accounts for"), (d.ram_memory, "in use as RAM")]
-        named += [(n, f"{format_bytes(n)}{where} {what}") for n, what in rest if n]
-        named += [(p.memory_used or 0, name_process(p, where + _as_worker(p, scene.workers)))
-                  for p in d.processes if p.pid != scene.pid]
+        where = f" on GPU {d.device.id}" if placed else ""
+        causes += [Cause(p.memory_used, name_process(p, where + _as_worker(p, scene.workers)))
+                   for p in d.processes if p.pid != scene.pid]
         of_others = replace(d, promises=tuple(p for p in d.promises if p.pid != scene.pid))
-        unused = [p.unused for p in of_others.promises if p.unused]
-        named += zip(unused, name_reservations([of_others]), strict=True)
-    return [name for _, name in sorted(named, key=lambda row: -row[0])]
+        causes += [*unseen_causes(d, placed), *reservation_causes([of_others])]
+    return [cause.words for cause in sorted(causes, key=lambda cause: -(cause.size or 0))]
 
 # %% ../../nbs/core/out_of_memory.ipynb #92b9b741
 _STEP = 64*2**20   # less than this is no growth

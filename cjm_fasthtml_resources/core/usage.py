@@ -54,6 +54,8 @@ class Looked(Protocol):
     manager: Any          # the ResourceManager that it belongs to
     holder: ProcessId     # its process
     usage: Usage
+    @property
+    def device(self) -> GpuDevice | None: ...
 
 # %% ../../nbs/core/usage.ipynb #947dcd70
 LOOK_EVERY = 1.0    # seconds between two looks at what running jobs use
@@ -148,9 +150,8 @@ def look_at_jobs(
     memory = manager.check_memory_availability(snapshot=snapshot).memory if with_ram else None
     now = time.monotonic()
     for job in jobs:
-        used = job.usage
-        others, device = other_holders(manager, job.holder), getattr(job, "device", None)
-        if snapshot.devices: used = used.then(used_gpu_memory(snapshot.devices, job.holder, others, device), now)
+        used, others = job.usage, other_holders(manager, job.holder)
+        if snapshot.devices: used = used.then(used_gpu_memory(snapshot.devices, job.holder, others, job.device), now)
         ram = used_ram(memory, job.holder) if memory else 0
         mixed = used.mixed or holders.count(job.holder) > 1
         job.usage = replace(used, ram=max(used.ram, ram), mixed=mixed)
