@@ -25,13 +25,13 @@ def test_a_job_that_waits_for_a_gpu_of_its_own_says_so_once(gpu, monkeypatch, ca
     monkeypatch.setattr(jobs, "TELL_AFTER", 0.1)
     gpu.processes.append(SimulatedProcess(4_200_301, 5_000))
     manager = ResourceManager()
-    with pytest.raises(ResourceBusy, match="What flux needs is not known"):
+    with pytest.raises(ResourceBusy, match="The need of flux is unknown"):
         manager.job("job-1", plugin="flux", timeout=0.6).__enter__()
     said, = warned(caplog)
     assert said.startswith("job-1 waits: 21.6 GiB") and "PID 4200301" in said and "unknown= (in MiB)" in said
     for known in (dict(gpu_memory_mb=22_000), dict(unknown=22_000)):   # somebody has asked for that much
         with pytest.raises(ResourceBusy) as error: manager.job("job-1", timeout=0.3, **known).__enter__()
-        assert "not known" not in str(error.value)
+        assert "is unknown" not in str(error.value)
     assert warned(caplog) == [] and manager.get_claims() == []
 
 

@@ -222,7 +222,7 @@ def test_who_gives_up_says_who_was_in_the_way_where_it_asked(capfd):
         manager = ResourceManager()
         with pytest.raises(ResourceBusy) as busy: manager.reserve(2*1024, 0, timeout=0.2)
         assert str(busy.value) == \
-            f"{short}, with a process without a name (PID {GONE}, 9.0 GiB) on it. It was waited for 0.2 s."
+            f"{short}, with a process without a name (PID {GONE}, 9.0 GiB) on it. Gave up after 0.2 s."
         assert len(busy.value.conflict.devices) == 2 and busy.value.retryable and manager.get_claims() == []
         assert manager.waits.read()[0][-1] == (float("inf"), 0)   # it was not granted, so it is not in the histogram
         with pytest.raises(ResourceBusy): manager.reserve(2*1024, 0, timeout=0.7, progress=True)
@@ -263,7 +263,7 @@ def test_reserving_without_blocking_passes_its_arguments_on_too(monkeypatch, spa
                 claim, = manager.get_claims()
                 assert held.index == 1 and held.holder.pid == child and claim.ttl == 50 and bars() == [False]
             async with manager.reserve_async(1_000, progress=True): assert bars() == [False, True]
-            with pytest.raises(ResourceBusy, match="waited for 0 s"):
+            with pytest.raises(ResourceBusy, match="Gave up after 0 s"):
                 async with manager.reserve_async(20_000, 0), manager.reserve_async(20_000, 0, 0): pass
 
         asyncio.run(main())

@@ -125,7 +125,7 @@ def test_the_event_loop_goes_on_while_a_task_waits():
     async def main():
         held = await manager.reserve_async(20_000)
         clock = asyncio.create_task(tick())
-        with pytest.raises(ResourceBusy, match="waited for 0.5 s"): await manager.reserve_async(20_000, timeout=0.5)
+        with pytest.raises(ResourceBusy, match="Gave up after 0.5 s"): await manager.reserve_async(20_000, timeout=0.5)
         driver.delay("nvmlDeviceGetCount_v2", 0.4)  # a slow driver holds up the request, and its bar, alone
         with pytest.raises(ResourceBusy): await manager.reserve_async(20_000, timeout=1, progress=True)
         driver.recover()

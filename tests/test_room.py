@@ -314,7 +314,7 @@ def test_a_job_whose_room_others_have_stops_nobody_and_waits(machine):
     manager = ResourceManager(track_self=False)
     register(manager, mine)
     began = time.monotonic()
-    with pytest.raises(ResourceBusy, match="It was waited for 0.5 s"), job_of(manager, "a", 10_000, timeout=0.5): pass
+    with pytest.raises(ResourceBusy, match="Gave up after 0.5 s"), job_of(manager, "a", 10_000, timeout=0.5): pass
     assert lives(mine) and time.monotonic() - began < 5
 
 
@@ -402,7 +402,7 @@ def test_a_worker_that_cannot_be_ended_does_not_end_the_waiting(machine, monkeyp
     manager = ResourceManager()
     register(manager, process)
     monkeypatch.setattr(stopping, "end_processes", lambda ends, grace: ends)
-    with pytest.raises(ResourceBusy, match="waited for 0.3 s"), job_of(manager, "a", 10_000, timeout=0.3): pass
+    with pytest.raises(ResourceBusy, match="Gave up after 0.3 s"), job_of(manager, "a", 10_000, timeout=0.3): pass
     assert any("no room was made" in line for line in warned(caplog))
     assert manager.get_worker_by_pid(process.pid).status == "idle"
 

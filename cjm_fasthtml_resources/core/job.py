@@ -154,8 +154,7 @@ def is_loading(worker: WorkerState) -> bool:
 def name_turn(worker: WorkerState, timeout: float) -> str:
     "Return why a job's turn has not come, in words"
     doing = f"running {worker.shown().job_id}" if worker.job_id else worker.status
-    return (f"The {worker.shown().worker_type} worker with PID {worker.pid} is not free: it is {doing}. "
-            f"It was waited for {timeout:g} s.")
+    return f"The {worker.shown().worker_type} worker with PID {worker.pid} is {doing}. Gave up after {timeout:g} s."
 
 # %% ../../nbs/core/job.ipynb #42c49787
 def name_double(worker: WorkerState, job_id: str) -> str:
@@ -342,8 +341,8 @@ def await_ram(job: ActiveJob) -> Iterator[float]:
         if need > (total := conflict.memory.memory.total):
             raise ValueError(f"ram_mb must be at most {total/2**20:.0f}, which is what there is, not {need/2**20:g}")
         if job.time_left == 0:
-            raise ResourceBusy(f"{format_bytes(need)} of RAM are wanted. {conflict.message} "
-                               f"It was waited for {job.asked.timeout:g} s.", conflict)
+            raise ResourceBusy(f"The job needs {format_bytes(need)} of RAM. {conflict.message} "
+                               f"Gave up after {job.asked.timeout:g} s.", conflict)
         yield pause
 
 # %% ../../nbs/core/job.ipynb #09473692
@@ -395,8 +394,8 @@ TELL_AFTER = 5.0   # seconds after which a job that waits for a device of its ow
 
 def name_unknown(asked: JobRequest) -> str:
     "Return why a job asks for a device of its own, in words"
-    return (f"What {shown_text(asked.plugin_name or asked.job_id)} needs is not known, so {100*ALONE:.0f} % of a GPU "
-            "is asked for; gpu_memory_mb= or unknown= (in MiB) asks for less.")
+    return (f"The need of {shown_text(asked.plugin_name or asked.job_id)} is unknown, so the job asks for "
+            f"{100*ALONE:.0f} % of a GPU. gpu_memory_mb= or unknown= (in MiB) asks for less.")
 
 def tell_alone(job: ActiveJob, request: Request) -> None:
     "Log that a job waits for a device of its own: nobody has asked for that much"

@@ -96,7 +96,7 @@ def make_give_up(
         if until is None or time.monotonic() < until: return
         shortage, conflict = find_shortage(request, check)
         error = ResourceUnavailable if conflict.is_late else ResourceBusy
-        raise error(f"{shortage} It was waited for {timeout:g} s.", conflict)
+        raise error(f"{shortage} Gave up after {timeout:g} s.", conflict)
 
     return give_up
 

@@ -77,7 +77,7 @@ def test_a_stream_that_is_cut_says_so_and_comes_back(chromium, new_page, tmp_pat
         page.goto(f"{url}/resources")
         second(page).wait_for()
         assert page.locator("[data-cjm-lost]").inner_text() == ""
-    page.get_by_text("The connection is lost. What is shown is of").wait_for()
+    page.get_by_text("Disconnected. Showing data from").wait_for()
     with serving(command, f"{url}/test", tmp_path/"second"):
         page.wait_for_function("document.querySelector('[data-cjm-lost]').textContent === ''")
         ask(url, "?used=30000")
@@ -96,7 +96,7 @@ def test_figures_that_nothing_is_heard_of_are_marked_as_old_until_there_are_new_
         assert page.locator("[data-cjm-lost]").inner_text() == "" and not page.evaluate(grey)
         process.send_signal(signal.SIGSTOP)
         began = time.monotonic()
-        page.get_by_text("Not live since").wait_for()
+        page.get_by_text("Disconnected. Showing data from").wait_for()
         assert time.monotonic() - began < 6 and page.evaluate(grey)
         assert page.locator("[data-cjm-lost]").get_attribute("aria-live") == "polite"
         said = page.locator("[data-cjm-lost]").inner_text()

@@ -71,7 +71,7 @@ function watch(root) {
   const lose = () => {
     close();
     const time = last.toLocaleTimeString();
-    say(`Not live since ${time}. The connection is lost. What is shown is of that time; trying again …`);
+    say(`Disconnected. Showing data from ${time}. Reconnecting …`);
     timer = setTimeout(open, 1e3 + 1e3 * Math.random());
   };
   const wait = () => {
