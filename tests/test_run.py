@@ -467,7 +467,7 @@ def test_idle_workers_of_the_app_make_room(rig):
             found = rig.run("--app", "studio", "--gpu-memory", "8GiB", "--retries", "1", *shell(script))
         finally: worker.kill()
     assert found.returncode == 0
-    assert f"sh: stopped the idle llm worker (PID {worker.pid}).".encode() in found.stderr
+    assert f"sh: The idle llm worker (PID {worker.pid}, llama) was stopped".encode() in found.stderr
 
 
 def test_while_it_runs_it_is_shown_as_a_worker_of_its_app(rig):
