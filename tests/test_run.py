@@ -1,10 +1,12 @@
 """`cjm-resources run` with real commands, on a simulated GPU that all processes share: exit codes, signals, standard
 error, learned needs, and a second try after memory ran out"""
 import contextlib
+import fcntl
 import json
 import os
 import pty
 import signal
+import struct
 import subprocess
 import sys
 import termios
@@ -191,11 +193,15 @@ def test_a_process_that_goes_on_does_not_hold_it_up(rig):
         assert process.stderr.read() == b"early\nlate\n"
 
 
+def set_size(fd: int, lines: int, columns: int):
+    fcntl.ioctl(fd, termios.TIOCSWINSZ, struct.pack("HHHH", lines, columns, 0, 0))
+
+
 def on_terminal(words: list[str], env: dict[str, str], keys=()) -> tuple[int, bytes]:
     "Run on a terminal of 100 columns; type each of the keys once its text was written. Its status, and what it wrote"
     pid, fd = pty.fork()
     if pid == 0: os.execve(words[0], words, env)
-    termios.tcsetwinsize(fd, (40, 100)) if hasattr(termios, "tcsetwinsize") else None
+    set_size(fd, 40, 100)
     written, waiting = b"", list(keys)
     while True:
         try: written += os.read(fd, 65536)
@@ -220,10 +226,9 @@ def test_megabytes_on_a_terminal(rig):
     assert (status, written.count(b"x")) == (0, 2**22)
 
 
-@pytest.mark.skipif(not hasattr(termios, "tcsetwinsize"), reason="needs Python 3.11")
 def test_a_new_size_reaches_the_command(rig):
     script = "trap 'stty size <&2 >&2; exit' WINCH; echo ready >&2; while :; do sleep 0.05; done"
-    grow = (b"ready", lambda fd: termios.tcsetwinsize(fd, (50, 120)))
+    grow = (b"ready", lambda fd: set_size(fd, 50, 120))
     _, written = on_terminal(rig.words(*SMALL, *shell(script)), rig.env, [grow])
     assert b"50 120" in written
 
