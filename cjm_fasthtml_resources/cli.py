@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from importlib import import_module
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple, NoReturn, TypeVar
 
 import click
 from rich.console import Console, Group
@@ -36,7 +36,7 @@ from cjm_fasthtml_resources.ui.terminal import (
     worker_table,
 )
 from . import __version__
-from .core.arguments import LARGEST_PID, check_app, shorten
+from .core.arguments import LARGEST_PID, check_app, check_text, shorten
 from .core.conflict import ResourceBusy, ResourceUnavailable
 from .core.learned import LearnedNeed, format_range, learned_need
 from .core.ledger import Ledger
@@ -45,6 +45,7 @@ from .core.needs import Needs, needs_path
 from .core.process import has_ended, is_free, read_process
 from .core.reservations import Reservation
 from .core.resources import ResourceStatus
+from .core.room import TooMuchMemory
 from .core.roster import forget_needs, read_needs
 from .core.samples import Sample, take_sample
 from .core.secrets import shown_text
@@ -91,6 +92,14 @@ def _read_apps(context: click.Context, option: click.Parameter, given: Sequence[
     if len(names) > 1: raise click.BadParameter(f"one name only, not {', '.join(sorted(names))}")
     return [int(text) if _is_pid(text) else text for text in given]
 
+# %% ../nbs/cli.ipynb #ea956c12
+def _open_standard() -> None:
+    for fd in range(3):
+        try: os.fstat(fd)
+        except OSError: os.open(os.devnull, os.O_RDWR)   # the lowest number that is free
+
+def _shows_progress() -> bool: return sys.stderr is not None and sys.stderr.isatty()
+
 # %% ../nbs/cli.ipynb #d42dc4c7
 @click.group(invoke_without_command=True,
              context_settings=dict(help_option_names=["-h", "--help"], max_content_width=100))
@@ -122,6 +131,7 @@ def main(context: click.Context, apps: list[int | str], as_json: bool, watch: bo
 
     Exits with 0 when it could look, with 2 when an argument is wrong.
     """
+    _open_standard()
     if isinstance(sys.stdout, io.TextIOWrapper): sys.stdout.reconfigure(errors="replace")  # a terminal without Unicode
     context.obj = machine = _Machine(simulate, driver_timeout)
     if context.invoked_subcommand: return
@@ -235,14 +245,27 @@ def _run(command: Sequence[str], env: dict[str, str]) -> NoReturn:
         _fail(f"{command[0]}: {error.strerror}", 127 if isinstance(error, FileNotFoundError) else 126)
 
 # %% ../nbs/cli.ipynb #333096b7
+_Value = TypeVar("_Value")
+
 def _converted(
-    parse: Callable[[str], float],  # raises `ValueError`
-) -> Callable[[click.Context, click.Parameter, str | None], float | None]:
-    "Return the callback that turns an option's text into a number"
-    def convert(context: click.Context, option: click.Parameter, text: str | None) -> float | None:
+    parse: Callable[[str], _Value | None],  # raises `ValueError`
+) -> Callable[[click.Context, click.Parameter, str | None], _Value | None]:
+    "Return the callback that turns an option's text into a value"
+    def convert(context: click.Context, option: click.Parameter, text: str | None) -> _Value | None:
         try: return None if text is None else parse(text)
         except ValueError as error: raise click.BadParameter(str(error)) from None
     return convert
+
+def _parse_memory(text: str) -> float:
+    size = parse_size(text)
+    if size < 2**20: raise ValueError(f"it must be at least 1 MiB, not {text}")
+    return size
+
+def _parse_name(text: str) -> str:
+    if not check_text(text, "it"): raise ValueError("it must not be empty")
+    return text
+
+def _parse_need(text: str) -> float | None: return None if text == "auto" else _parse_memory(text)
 
 # %% ../nbs/cli.ipynb #49825b42
 def _child_env(held: Reservation, by_index: bool) -> dict[str, str]:
@@ -250,8 +273,21 @@ def _child_env(held: Reservation, by_index: bool) -> dict[str, str]:
     try: return held.env_by_index if by_index else held.env
     except LookupError as error: _fail(str(error), os.EX_UNAVAILABLE)
 
+@contextlib.contextmanager
+def _failing() -> Iterator[None]:
+    "End with a message and an exit code if a command gets no memory"
+    try: yield
+    except ResourceBusy as error: _fail(str(error), os.EX_TEMPFAIL)
+    except ResourceUnavailable as error: _fail(str(error), os.EX_UNAVAILABLE)
+    except (StoreError, OSError) as error: _fail(str(error), os.EX_IOERR)
+    except TooMuchMemory as error:
+        option, most = ("--ram", "this machine") if error.name == "ram_mb" else ("--gpu-memory", "the largest GPU")
+        text = f"{format_bytes(error.wanted)} is more than {most} has ({format_bytes(error.largest)})"
+        raise click.BadParameter(text, param_hint=option) from None
+    except ValueError as error: raise click.UsageError(str(error)) from None
+
 @main.command("wait", context_settings=dict(ignore_unknown_options=True, allow_interspersed_args=False))
-@click.option("--gpu-memory", required=True, callback=_converted(parse_size), metavar="SIZE",
+@click.option("--gpu-memory", required=True, callback=_converted(_parse_memory), metavar="SIZE",
               help="GPU memory on one device, such as 8GiB; without a unit, in MiB.")
 @click.option("--timeout", callback=_converted(parse_duration), metavar="TIME",
               help="Give up after so long, such as 10m; 0 does not wait. Without it, wait for ever.")
@@ -273,19 +309,79 @@ def _wait(machine: _Machine, gpu_memory: float, timeout: float | None, device: s
     Exits as COMMAND does; with 75 when the time is over, 69 when there is no GPU, 74 when the shared file cannot
     be used, 126 or 127 when COMMAND cannot be run, 2 when an argument is wrong.
     """
-    try:
+    with _failing():
         manager = ResourceManager(track_self=False, app=app, gpu_timeout=machine.driver_timeout)
         with (_source(machine.simulate, manager),
-              manager.reserve(gpu_memory/2**20, device, timeout, progress=sys.stderr.isatty()) as held):
+              manager.reserve(gpu_memory/2**20, device, timeout, progress=_shows_progress()) as held):
             env = _child_env(held, env_by_index)
             if not command: click.echo("\n".join(f"{name}={value}" for name, value in env.items()))
             else:
                 held.keep_over_exec()
                 _run(command, env)
-    except ResourceBusy as error: _fail(str(error), os.EX_TEMPFAIL)
-    except ResourceUnavailable as error: _fail(str(error), os.EX_UNAVAILABLE)
-    except (StoreError, OSError) as error: _fail(str(error), os.EX_IOERR)
-    except ValueError as error: raise click.UsageError(str(error)) from None
+
+# %% ../nbs/cli.ipynb #de035b1f
+def _say(line: str) -> None:
+    "Show a line on standard error; where nobody reads it, the exit code still tells"
+    with contextlib.suppress(OSError): click.echo(line, err=True)
+
+def _end_as(
+    status: int,               # of a command: its exit code; of a signal, less than 0
+    code: int,                 # as a shell has it
+    signals: Sequence[int],    # that this process got while it ran
+) -> NoReturn:
+    "End as a command did. After Ctrl-C a shell goes on with its script unless it sees the signal itself"
+    if status == -signal.SIGINT and signal.SIGINT in signals:
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(OSError, ValueError, AttributeError): stream.flush()
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        os.kill(os.getpid(), signal.SIGINT)
+    sys.exit(code)
+
+# %% ../nbs/cli.ipynb #cb7baf17
+@main.command("run", context_settings=dict(allow_interspersed_args=False))
+@click.option("--gpu-memory", default="auto", show_default=True, callback=_converted(_parse_need), metavar="auto|SIZE",
+              help="GPU memory on one device, such as 8GiB; without a unit, in MiB. auto: what COMMAND took before, "
+                   "with 10 % more; the first time, a device of its own.")
+@click.option("--retries", type=click.IntRange(0, 100), default=0, show_default=True, metavar="N",
+              help="Run COMMAND again so many times if GPU memory runs out, each time with a quarter more.")
+@click.option("--timeout", callback=_converted(parse_duration), metavar="TIME",
+              help="Give up after waiting so long, such as 10m; 0 does not wait. Default: no limit.")
+@click.option("--device", metavar="DEVICE",
+              help="Use only this GPU: its position among the visible GPUs (1 or cuda:1), or its UUID.")
+@click.option("--app", default="cjm-resources", show_default=True, metavar="NAME",
+              help="The app for which it is reserved and learned.")
+@click.option("--name", metavar="NAME", callback=_converted(_parse_name),
+              help="The name under which it is learned. Default: the first script in COMMAND (train.py), the module "
+                   "after python -m, or the program.")
+@click.option("--env-by-index", is_flag=True,
+              help="Name the GPU by number, with CUDA_DEVICE_ORDER=PCI_BUS_ID, for a COMMAND that cannot read UUIDs.")
+@click.option("--ram", default="0", callback=_converted(parse_size), metavar="SIZE",
+              help="Wait until so much RAM is free, too. It is not reserved.")
+@click.argument("command", nargs=-1, required=True, type=click.UNPROCESSED)
+@click.pass_obj
+def _run_job(machine: _Machine, gpu_memory: float | None, retries: int, timeout: float | None, device: str | None,
+             app: str, name: str | None, env_by_index: bool, ram: float, command: tuple[str, ...]) -> None:
+    """Run COMMAND as a job: wait for a GPU, reserve it, and learn what COMMAND takes.
+
+    COMMAND sees that GPU alone (CUDA_VISIBLE_DEVICES). Its input, output and signals are its own. If it runs out of
+    memory, a paragraph on standard error says who used the memory and what helps. A program that takes over the
+    terminal, such as a debugger, runs better with wait.
+
+    Exits as COMMAND does, with 128 + N if signal N ended it; with 75 when the time is over, 69 when there is no GPU,
+    74 when the shared file cannot be used, 126 or 127 when COMMAND cannot be run, 2 when an argument is wrong.
+    """
+    from cjm_fasthtml_resources.running.child import CannotRun, Ended
+    from cjm_fasthtml_resources.running.names import name_command
+    from cjm_fasthtml_resources.running.tries import Wanted, run_tries
+    wanted = Wanted(command, name_command(command) if name is None else name, gpu_memory and gpu_memory/2**20,
+                    ram/2**20, retries, device, timeout, env_by_index, _shows_progress())
+    ended = Ended(-signal.SIGINT, signals=(signal.SIGINT,))   # Ctrl-C before there is a command
+    with contextlib.suppress(KeyboardInterrupt), _failing():
+        manager = ResourceManager(track_self=False, app=app, gpu_timeout=machine.driver_timeout)
+        with _source(machine.simulate, manager):
+            try: ended = run_tries(manager, wanted, _say)
+            except CannotRun as error: _fail(error.message, error.code)
+    _end_as(ended.status, ended.code, ended.signals)
 
 # %% ../nbs/cli.ipynb #706ffbe8
 class _AppNeed(NamedTuple):

@@ -52,7 +52,7 @@ from .plugins import find_plugin, read_requirements
 from .requests import choose_devices, find_holder, find_shortage, show_progress
 from .reservations import Request, Reservation, StackExit, pauses, surely
 from .resources import DeviceStatus, ResourceType, WorkerState
-from .room import held_by, largest_capacity, usable
+from .room import TooMuchMemory, held_by, largest_capacity, usable
 from .secrets import shown_error, shown_repr, shown_text
 from .stopping import RoomMade
 from .store import StoreError
@@ -174,6 +174,7 @@ class ActiveJob(StaysHere):
     phase = "not begun"                              # then "waiting", "running", "over"
     is_alone = False                                 # whether it asks for a device of its own: its need is not known
     is_over = False                                  # whether its end was dealt with
+    asked_by = "gpu_memory_mb= or unknown= (in MiB)"   # how its caller names the memory, for messages
     explanation: str | None = None                   # after an out-of-memory error: who used the memory, what helps
 
     def __init__(self, manager: "ResourceManager", asked: JobRequest) -> None:
@@ -339,7 +340,8 @@ def await_ram(job: ActiveJob) -> Iterator[float]:
         conflict = job.manager.check_memory_availability() if need else None
         if conflict is None or conflict.memory is None or conflict.memory.room >= need: return
         if need > (total := conflict.memory.memory.total):
-            raise ValueError(f"ram_mb must be at most {total/2**20:.0f}, which is what there is, not {need/2**20:g}")
+            text = f"ram_mb must be at most {total/2**20:.0f}, which is what there is, not {need/2**20:g}"
+            raise TooMuchMemory(text).with_amounts("ram_mb", need, total)
         if job.time_left == 0:
             raise ResourceBusy(f"The job needs {format_bytes(need)} of RAM. {conflict.message} "
                                f"Gave up after {job.asked.timeout:g} s.", conflict)
@@ -392,21 +394,21 @@ def find_memory(job: ActiveJob) -> tuple[float, Any] | None:  # MiB and the devi
 # %% ../../nbs/core/job.ipynb #f4977624
 TELL_AFTER = 5.0   # seconds after which a job that waits for a device of its own says so
 
-def name_unknown(asked: JobRequest) -> str:
+def name_unknown(asked: JobRequest, asked_by: str = ActiveJob.asked_by) -> str:
     "Return why a job asks for a device of its own, in words"
     return (f"The need of {shown_text(asked.plugin_name or asked.job_id)} is unknown, so the job asks for "
-            f"{100*ALONE:.0f} % of a GPU. gpu_memory_mb= or unknown= (in MiB) asks for less.")
+            f"{100*ALONE:.0f} % of a GPU. {asked_by} asks for less.")
 
 def tell_alone(job: ActiveJob, request: Request) -> None:
     "Log that a job waits for a device of its own: nobody has asked for that much"
     shortage, _ = find_shortage(request, job.manager.check_gpu_availability)
-    _log.warning("%s waits: %s %s", shown_text(job.job_id), shortage, name_unknown(job.asked))
+    _log.warning("%s waits: %s %s", shown_text(job.job_id), shortage, name_unknown(job.asked, job.asked_by))
 
 def poll(job: ActiveJob, request: Request) -> Reservation | None:
     "Return the reservation if it is given by now; `ResourceBusy` says so if the need is not known"
     try: return request.poll()
     except ResourceBusy as error:
-        if job.is_alone: error.args = (f"{error} {name_unknown(job.asked)}",)
+        if job.is_alone: error.args = (f"{error} {name_unknown(job.asked, job.asked_by)}",)
         raise
 
 # %% ../../nbs/core/job.ipynb #4614b945
