@@ -44,6 +44,7 @@ from .conflict import ResourceBusy, ResourceConflict, ResourceUnavailable
 from .copies import StaysHere
 from .devices import device_key, device_place
 from .forks import reset_in_child
+from .freeing import RoomMade
 from .gpu import GpuDevice
 from .learned import JobRun, need_key
 from .locking import holding
@@ -54,7 +55,6 @@ from .reservations import Request, Reservation, StackExit, pauses, surely
 from .resources import DeviceStatus, ResourceType, WorkerState
 from .room import TooMuchMemory, held_by, largest_capacity, usable
 from .secrets import shown_error, shown_repr, shown_text
-from .stopping import RoomMade
 from .store import StoreError
 from .text import format_bytes
 from .threads import in_thread

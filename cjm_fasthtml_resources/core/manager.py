@@ -32,13 +32,14 @@ from cjm_fasthtml_resources.core.requests import (
     giving_back,
     make_give_up,
 )
-from . import stopping
+from . import freeing, stopping
 from .checks import Checks, Prepared, pick_devices
 from .claims import Claim
 from .conflict import ResourceBusy, ResourceConflict, ResourceUnavailable
 from .copies import StaysHere
 from .devices import GpuChoice, device_place, select_devices
 from .display import repr_html
+from .freeing import RoomMade
 from .gpu import GpuDevice, GpuSnapshot, read_gpus
 from .ledger import Ledger, Waits
 from .needs import Needs, NeedsReader, needs_roster
@@ -50,7 +51,6 @@ from .room import plan_room
 from .roster import Roster
 from .secrets import PLUGIN_RESOURCE_CONFIG_KEYS
 from .settings import MANAGER_SCHEMA, Setting
-from .stopping import RoomMade
 from .store import Store, store_path
 from .unloading import Unload
 from .usage import JobLooks, JobStarter, look_at_jobs
@@ -223,7 +223,7 @@ class ResourceManager(StaysHere, WorkerRegistry, NeedsReader, JobStarter):
         """Let idle workers unload, and stop them where that is not enough, until a GPU has room.
         Nothing is done if all of them are not enough. Raises what `free_gpu` raises"""
         check = partial(self.check_gpu_availability, wake=True)
-        return stopping.make_room(self.workers, stopping.make_wanted(mb, check, grace, unload, self.get_claims))
+        return freeing.make_room(self.workers, freeing.make_wanted(mb, check, grace, unload, self.get_claims))
 
     def free_gpu(
         self, mb: float, *, grace: float = 5.0, unload: Unload | None = None,
