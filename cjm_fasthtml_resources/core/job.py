@@ -207,6 +207,13 @@ class ActiveJob(StaysHere):
         return self.reservation.env_by_index if self.reservation else {}
 
     @property
+    def ordinal(self) -> int:
+        """CUDA's number of that device in this process, as in `torch.device("cuda", job.ordinal)`; inside the block.
+        `LookupError` without a device, if this process does not see it, or if it is not certain how CUDA counts"""
+        self.must_run()
+        if self.reservation is None: raise LookupError(f"the job {shorten(self.job_id)} has no GPU")
+        return self.reservation.ordinal
+    @property
     def room_made(self) -> RoomMade:
         "What was done to make room for it: its `steps` say it in order"
         return self.room.made if self.room else RoomMade()
