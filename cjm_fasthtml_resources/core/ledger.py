@@ -81,7 +81,8 @@ def _to_claim(id: int, holder: list[Any], memory: int, allowed: list[str], *othe
     claim = Claim(id, ProcessId(*holder), memory, tuple(allowed), *others)
     if len(allowed) != 1 or not allowed[0].startswith(_GROUP): return claim
     count, devices, *links = json.loads(allowed[0].removeprefix(_GROUP))
-    return replace(claim, allowed=tuple(devices), count=count, links=Links(tuple(links[0]), links[1]) if links else None)
+    found = Links(tuple(links[0]), links[1]) if links else None
+    return replace(claim, allowed=tuple(devices), count=count, links=found)
 
 def to_bytes(rows: Rows) -> bytes:
     "Return a ledger as it is written"
@@ -218,9 +219,7 @@ class Ledger:
             time.sleep(0.02)
 
     def _settle(
-        self,
-        look: Callable[[], Sequence[DeviceUse]],
-        ask: Callable[[], Claim | None],
+        self, look: Callable[[], Sequence[DeviceUse]], ask: Callable[[], Claim | None],
         allowed: Mapping[int, Collection[str]],
     ) -> list[Claim]:
         "Make the attempts of steps 1 to 5"
@@ -283,13 +282,15 @@ class Ledger:
             _log.warning("a reservation could not be given back now, and will be later: %s", error)
         else: _keep_unended(self, self._to_end - {lease})
 
-    def change(self, lease: int, bases: Mapping[str | None, int] = {}, **fields: Any) -> None:
+    def change(self, lease: int, bases: Mapping[str, int] = {}, **fields: Any) -> None:
         "Change the claims with a lease, and the base of each by its device"
         with self.store.changing() as draft:
-            rows = from_bytes(draft.data)
-            claims = (replace(c, **{"base": bases.get(c.device, c.base), **fields}) if c.lease == lease else c
-                      for c in rows.claims)
-            draft.data = to_bytes(rows._replace(claims=tuple(claims)))
+            draft.data = to_bytes(_change(from_bytes(draft.data), lease, bases, fields))
+
+# %% ../../nbs/core/ledger.ipynb #f7ef5f4b
+def _change(rows: Rows, lease: int, bases: Mapping[str, int], fields: Mapping[str, Any]) -> Rows:
+    def changed(claim: Claim) -> Claim: return replace(claim, base=bases.get(claim.device or "", claim.base), **fields)
+    return rows._replace(claims=tuple(changed(c) if c.lease == lease else c for c in rows.claims))
 
 # %% ../../nbs/core/ledger.ipynb #ac8d11e7
 _unended: set[Ledger] = set()   # these have something that is over, and is not in the file yet

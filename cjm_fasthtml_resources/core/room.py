@@ -32,9 +32,11 @@ def by_hope(device: DeviceStatus) -> tuple[int, int]:
 
 def largest_capacity(
     devices: Iterable[DeviceStatus],
-) -> int:   # bytes; 0 without a device
-    "Return the memory that programs can use on the largest usable device"
-    return max((d.device.capacity for d in usable(devices)), default=0)
+    count: int = 1,                   # of the devices that are to have so much
+) -> int:   # bytes; 0 without so many devices
+    "Return the memory that programs can use on the largest usable device, or on each of several"
+    sizes = sorted(d.device.capacity for d in usable(devices))
+    return sizes[-count] if len(sizes) >= count else 0
 
 # %% ../../nbs/core/room.ipynb #eb112682
 class TooMuchMemory(ValueError):

@@ -41,7 +41,7 @@ from .explain import compare_sizes, explain_free
 from .leases import new_lease
 from .process import ProcessId, pid_namespace, read_process
 from .resources import WorkerState
-from .room import check_capacity, held_by, plan_room, usable
+from .room import check_capacity, held_by, largest_capacity, plan_room, usable
 from .store import StoreError
 from .text import format_bytes
 from .threads import NoThreadError, start_thread
@@ -324,7 +324,7 @@ def has_room(conflict: ResourceConflict, need: float, count: int = 1) -> bool:
     "Return whether so many devices have room; `ResourceUnavailable` for too few, `ValueError` for more than they have"
     if len(there := usable(conflict.allowed)) < count: raise ResourceUnavailable(conflict.message, conflict)
     whose = "the largest device" if count == 1 else f"each of the {count} largest devices"
-    check_capacity(need, sorted(d.device.capacity for d in there)[-count], "mb", f"{need/2**20:g}", whose)
+    check_capacity(need, largest_capacity(there, count), "mb", f"{need/2**20:g}", whose)
     return sum(d.room >= need for d in there) >= count
 
 # %% ../../nbs/core/stopping.ipynb #0a1fcf00
