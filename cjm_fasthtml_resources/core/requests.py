@@ -57,13 +57,13 @@ def find_holder(
 # %% ../../nbs/core/requests.ipynb #fd556944
 def choose_devices(
     snapshot: GpuSnapshot,
-    wanted: int | str | GpuDevice | None,               # as for `reserve`
+    wanted: int | str | GpuDevice | tuple[GpuDevice, ...] | None,   # as for `reserve`; with a `count` also several
     memory: int,                                        # bytes
     judge: Callable[[GpuSnapshot], ResourceConflict],   # checks a snapshot, for the errors
     count: int = 1,                                     # of the devices that it is for
 ) -> list[GpuDevice]:
     "Return the devices for a request; `ResourceUnavailable` without one, `ValueError` for more memory than any has"
-    if count > 1: return choose_several(snapshot, wanted, memory, judge, count)
+    if count > 1 or isinstance(wanted, tuple): return choose_several(snapshot, wanted, memory, judge, count)
     visible, others, _ = see_devices(snapshot.devices, os.environ)
     is_place = not isinstance(wanted, GpuDevice) and device_place(wanted) is not None
     readable = [d for d in (*visible, *others) if d.memory_total and d.memory_used is not None]
@@ -96,7 +96,7 @@ def _explain_few(allowed: Sequence[GpuDevice], found: Sequence[GpuDevice], count
 # %% ../../nbs/core/requests.ipynb #1213d8e4
 def choose_several(
     snapshot: GpuSnapshot,
-    wanted: int | str | GpuDevice | None,               # as for `reserve`; all that it names are meant
+    wanted: int | str | GpuDevice | tuple[GpuDevice, ...] | None,   # several, or none in particular
     memory: int,                                        # bytes on each device
     judge: Callable[[GpuSnapshot], ResourceConflict],   # checks a snapshot, for the errors
     count: int,                                         # of the devices
@@ -107,9 +107,10 @@ def choose_several(
     if gpus and count > len(gpus):
         hint = f" ({_ONE_INSTANCE})" if any(d.mig_mode for d in gpus) else ""
         raise ValueError(f"n must be at most {len(gpus)}, which is how many GPUs this machine has, not {count}{hint}")
-    if not (isinstance(wanted, str) and wanted in ("cuda", "gpu", "auto") or wanted is None):
+    if not (wanted is None or isinstance(wanted, tuple) or wanted in ("cuda", "gpu", "auto")):
         raise ValueError(f"device must be None with n={count}, not {shorten(wanted)}: it names one device")
-    allowed = [d for d in (*visible, *others) if not d.mig_mode]
+    keys = {device_key(d) for d in wanted} if isinstance(wanted, tuple) else None
+    allowed = [d for d in (*visible, *others) if not d.mig_mode and (keys is None or device_key(d) in keys)]
     found = [d for d in allowed if d.mig_parent is None and d.memory_total and d.memory_used is not None]
     if len(found) < count:
         conflict = judge(snapshot)
