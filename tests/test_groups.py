@@ -121,8 +121,8 @@ def test_a_group_is_not_starved_by_small_ones(small, large, count):
 # The ledger
 
 class Groups(RuleBasedStateMachine):
-    """Requests for one or more devices, beside a plain model: what is promised never exceeds a device, a group is whole,
-    and with nothing promised the first that fits is served"""
+    """Requests for one or more devices, beside a plain model: what is promised never exceeds a device, a group is
+    whole, and with nothing promised the first that fits is served"""
     @initialize(sizes=st.lists(st.integers(50, 100), min_size=2, max_size=4))
     def begin(self, sizes):
         self.sizes, self.ledger, self.asked = sizes, Ledger(Store()), {}
