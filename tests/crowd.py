@@ -2,10 +2,11 @@
 
     crowd.py FOLDER PROCESSES SECONDS KILLS [--stops N] [--interrupts N] [--busy N]
 
-They share four simulated GPUs and one file. A quarter of the requests are for two of the GPUs, or for all. Each allocates
-what it was promised, and the simulated driver refuses what is not there. So many times a second one of them is killed and
-replaced, stopped for a moment (SIGSTOP), or interrupted wherever it is (SIGINT), after which half of them go on and half of
-them end and are replaced. With --busy, so many processes beside them do nothing but run. Prints what happened as JSON.
+They share four simulated GPUs and one file. A quarter of the requests are for two of the GPUs, or for all. Each
+allocates what it was promised, and the simulated driver refuses what is not there. So many times a second one of them
+is killed and replaced, stopped for a moment (SIGSTOP), or interrupted wherever it is (SIGINT), after which half of
+them go on and half of them end and are replaced. With --busy, so many processes beside them do nothing but run.
+Prints what happened as JSON.
 """
 import argparse
 import contextlib

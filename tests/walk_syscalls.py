@@ -3,9 +3,10 @@
     walk_syscalls.py [--sample N] [--seed S] [--jobs N] [--fates F,F…] [PROGRAM …]
 
 A program opens the folder for the first time, reserves and releases, on one device or on several, waits until it is
-granted, or registers a worker and changes it. strace shows which system calls it makes on the folder and the files in it;
-then it runs once for each of them and each fate: killed at it (KILL), stopped at it (STOP), or the call fails (ENOSPC,
-EMFILE, EIO, EACCES; with `+` from then on, as when the disk stays full). All the while a third process holds a promise.
+granted, or registers a worker and changes it. strace shows which system calls it makes on the folder and the files in
+it; then it runs once for each of them and each fate: killed at it (KILL), stopped at it (STOP), or the call fails
+(ENOSPC, EMFILE, EIO, EACCES; with `+` from then on, as when the disk stays full). All the while a third process holds
+a promise.
 
 While it is stopped, look-ups do not wait for it. Where a call failed once, the program says so in words or does its
 work all the same, and its second attempt succeeds. Afterwards a new program works at once; the third process has its
