@@ -273,6 +273,11 @@ def _child_env(held: Reservation, by_index: bool) -> dict[str, str]:
     try: return held.env_by_index if by_index else held.env
     except LookupError as error: _fail(str(error), os.EX_UNAVAILABLE)
 
+def _as_options(text: str) -> str:
+    "Return an error in an argument as one in the option"
+    if text.startswith("device must be None"): return "--device names one GPU, so it does not go with --gpus"
+    return text.replace("n must", "--gpus must", 1) if text.startswith("n must") else text
+
 @contextlib.contextmanager
 def _failing() -> Iterator[None]:
     "End with a message and an exit code if a command gets no memory"
@@ -281,14 +286,17 @@ def _failing() -> Iterator[None]:
     except ResourceUnavailable as error: _fail(str(error), os.EX_UNAVAILABLE)
     except (StoreError, OSError) as error: _fail(str(error), os.EX_IOERR)
     except TooMuchMemory as error:
-        option, most = ("--ram", "this machine") if error.name == "ram_mb" else ("--gpu-memory", "the largest GPU")
+        most = error.whose.replace("device", "GPU")   # "the largest GPU", or each of several
+        option, most = ("--ram", "this machine") if error.name == "ram_mb" else ("--gpu-memory", most)
         text = f"{format_bytes(error.wanted)} is more than {most} has ({format_bytes(error.largest)})"
         raise click.BadParameter(text, param_hint=option) from None
-    except ValueError as error: raise click.UsageError(str(error)) from None
+    except ValueError as error: raise click.UsageError(_as_options(str(error))) from None
 
 @main.command("wait", context_settings=dict(ignore_unknown_options=True, allow_interspersed_args=False))
 @click.option("--gpu-memory", required=True, callback=_converted(_parse_memory), metavar="SIZE",
               help="GPU memory on one device, such as 8GiB; without a unit, in MiB.")
+@click.option("--gpus", type=click.IntRange(1, 4096), default=1, show_default=True, metavar="N",
+              help="Wait for so many whole GPUs together, each with that much memory.")
 @click.option("--timeout", callback=_converted(parse_duration), metavar="TIME",
               help="Give up after so long, such as 10m; 0 does not wait. Without it, wait for ever.")
 @click.option("--device", metavar="DEVICE",
@@ -299,7 +307,7 @@ def _failing() -> Iterator[None]:
               help="Name the GPU by number, with CUDA_DEVICE_ORDER=PCI_BUS_ID, for a COMMAND that cannot read UUIDs.")
 @click.argument("command", nargs=-1, type=click.UNPROCESSED)
 @click.pass_obj
-def _wait(machine: _Machine, gpu_memory: float, timeout: float | None, device: str | None, app: str,
+def _wait(machine: _Machine, gpu_memory: float, gpus: int, timeout: float | None, device: str | None, app: str,
           env_by_index: bool, command: tuple[str, ...]) -> None:
     """Wait until a GPU has room, reserve it, and run COMMAND on it.
 
@@ -312,7 +320,7 @@ def _wait(machine: _Machine, gpu_memory: float, timeout: float | None, device: s
     with _failing():
         manager = ResourceManager(track_self=False, app=app, gpu_timeout=machine.driver_timeout)
         with (_source(machine.simulate, manager),
-              manager.reserve(gpu_memory/2**20, device, timeout, progress=_shows_progress()) as held):
+              manager.reserve(gpu_memory/2**20, device, timeout, progress=_shows_progress(), n=gpus) as held):
             env = _child_env(held, env_by_index)
             if not command: click.echo("\n".join(f"{name}={value}" for name, value in env.items()))
             else:
@@ -342,6 +350,8 @@ def _end_as(
 @click.option("--gpu-memory", default="auto", show_default=True, callback=_converted(_parse_need), metavar="auto|SIZE",
               help="GPU memory on one device, such as 8GiB; without a unit, in MiB. auto: what COMMAND took before, "
                    "with 10 % more; the first time, a device of its own.")
+@click.option("--gpus", type=click.IntRange(1, 4096), default=1, show_default=True, metavar="N",
+              help="Use so many whole GPUs together, each with that much memory.")
 @click.option("--retries", type=click.IntRange(0, 100), default=0, show_default=True, metavar="N",
               help="Run COMMAND again so many times if GPU memory runs out, each time with a quarter more.")
 @click.option("--timeout", callback=_converted(parse_duration), metavar="TIME",
@@ -359,8 +369,9 @@ def _end_as(
               help="Wait until so much RAM is free, too. It is not reserved.")
 @click.argument("command", nargs=-1, required=True, type=click.UNPROCESSED)
 @click.pass_obj
-def _run_job(machine: _Machine, gpu_memory: float | None, retries: int, timeout: float | None, device: str | None,
-             app: str, name: str | None, env_by_index: bool, ram: float, command: tuple[str, ...]) -> None:
+def _run_job(machine: _Machine, gpu_memory: float | None, gpus: int, retries: int, timeout: float | None,
+             device: str | None, app: str, name: str | None, env_by_index: bool, ram: float,
+             command: tuple[str, ...]) -> None:
     """Run COMMAND as a job: wait for a GPU, reserve it, and learn what COMMAND takes.
 
     COMMAND sees that GPU alone (CUDA_VISIBLE_DEVICES). Its input, output and signals are its own. If it runs out of
@@ -374,7 +385,7 @@ def _run_job(machine: _Machine, gpu_memory: float | None, retries: int, timeout:
     from cjm_fasthtml_resources.running.names import name_command
     from cjm_fasthtml_resources.running.tries import Wanted, run_tries
     wanted = Wanted(command, name_command(command) if name is None else name, gpu_memory and gpu_memory/2**20,
-                    ram/2**20, retries, device, timeout, env_by_index, _shows_progress())
+                    ram/2**20, retries, device, timeout, env_by_index, _shows_progress(), gpus)
     ended = Ended(-signal.SIGINT, signals=(signal.SIGINT,))   # Ctrl-C before there is a command
     with contextlib.suppress(KeyboardInterrupt), _failing():
         manager = ResourceManager(track_self=False, app=app, gpu_timeout=machine.driver_timeout)

@@ -167,12 +167,17 @@ def explain_free(
 def explain_shortage(
     devices: Iterable[DeviceStatus],
     memory: int,                       # bytes to have free on one device
+    count: int = 1,                    # of the devices that are to have so much
 ) -> str:  # empty without a device
-    "Return what a request needs, and what uses the memory on the device with the most room"
-    best = roomiest(devices)
+    "Return what a request needs, and what uses the memory on the device with the most room that is not enough"
+    devices = list(devices)
+    enough = [d for d in devices if d.room >= memory]
+    best = roomiest(devices if count == 1 or len(enough) >= count else (d for d in devices if d.room < memory))
     if best is None: return ""
     wanted, _ = compare_sizes(memory, best.room)
-    return f"{wanted} of GPU memory are wanted, and {explain_free([best], memory)}."
+    each = "" if count == 1 else f" on each of {count} GPUs"
+    have = "" if count == 1 else f" {len(enough)} of {len(devices)} have it,"
+    return f"{wanted} of GPU memory{each} are wanted,{have} and {explain_free([best], memory)}."
 
 # %% ../../nbs/core/explain.ipynb #7dc50f88
 def _percent(share: float) -> str: return "less than 1 %" if share < 1 else f"{share:.0f} %"

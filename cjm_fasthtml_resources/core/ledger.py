@@ -18,6 +18,7 @@ import threading
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
+from operator import attrgetter
 from typing import Any, NamedTuple
 
 from .claims import Claim, DeviceUse, drop, grant
@@ -26,6 +27,7 @@ from .leases import Leases, hides_any
 from .locking import holding
 from .process import ProcessId, pid_namespace
 from .store import Draft, Store, StoreError
+from .topology import Links
 
 # %% ../../nbs/core/ledger.ipynb #54fc6b84
 _log = logging.getLogger(__name__)
@@ -62,13 +64,29 @@ class Rows(NamedTuple):
     claims: tuple[Claim, ...] = ()     # with those that are over, until a process settles
     version: int = 0                   # how often a device was given or a claim was deleted
     devices: tuple[str, ...] = ()      # the machine's devices when a process settled last
-    last_id: int = 0                   # of the claim that was entered last
+    last_id: int = 0                   # of the claim that was entered last; a group has one for each device
     ended: tuple[int, ...] = ()        # leases that are still held although their claims were deleted
 
 # %% ../../nbs/core/ledger.ipynb #47478dd0
+_GROUP = "group "   # begins what stands for the devices of a group
+
+def _to_row(claim: Claim) -> list[Any]:
+    "Return a claim as it is written"
+    *values, count, links = vars(claim).values()
+    row = [list(value) if isinstance(value, tuple) else value for value in values]
+    if count > 1: row[3] = [_GROUP + json.dumps([count, claim.allowed, *((links.keys, links.ranks) if links else ())])]
+    return row
+
+def _to_claim(id: int, holder: list[Any], memory: int, allowed: list[str], *others: Any) -> Claim:
+    claim = Claim(id, ProcessId(*holder), memory, tuple(allowed), *others)
+    if len(allowed) != 1 or not allowed[0].startswith(_GROUP): return claim
+    count, devices, *links = json.loads(allowed[0].removeprefix(_GROUP))
+    found = Links(tuple(links[0]), links[1]) if links else None
+    return replace(claim, allowed=tuple(devices), count=count, links=found)
+
 def to_bytes(rows: Rows) -> bytes:
     "Return a ledger as it is written"
-    claims = [[list(value) if isinstance(value, tuple) else value for value in vars(c).values()] for c in rows.claims]
+    claims = [_to_row(c) for c in rows.claims]
     return b"".join(json.dumps(line, separators=(",", ":")).encode() + b"\n" for line in (rows[1:], *claims))
 
 def from_bytes(data: bytes) -> Rows:
@@ -83,9 +101,6 @@ def find_claim(data: bytes, lease: int) -> Claim | None:
     if at < 0: return None
     found = _to_claim(*json.loads(data[data.rfind(b"\n", 0, at) + 1:data.find(b"\n", at)]))
     return found if found.lease == lease else next((c for c in from_bytes(data).claims if c.lease == lease), None)
-
-def _to_claim(id: int, holder: list[Any], memory: int, allowed: list[str], *others: Any) -> Claim:
-    return Claim(id, ProcessId(*holder), memory, tuple(allowed), *others)
 
 # %% ../../nbs/core/ledger.ipynb #e3758b6c
 LOOK_EVERY = 0.25     # seconds after which a request that waits reads the devices again: other programs free memory
@@ -145,6 +160,10 @@ class Ledger:
         "Return a claim as it is written, even if it is over; `None` if it was deleted"
         return find_claim(self.store.read()[1], lease)
 
+    def find_all(self, lease: int) -> list[Claim]:
+        "Return the claims with a lease as they are written: one for each device of a group"
+        return [c for c in self.rows().claims if c.lease == lease]
+
     def devices(self) -> tuple[str, ...]:
         "Return the keys of the machine's devices when somebody settled last"
         data = self.store.read()[1]
@@ -190,7 +209,7 @@ class Ledger:
         look: Callable[[], Sequence[DeviceUse]],               # reads every device of the machine
         ask: Callable[[], Claim | None] = lambda: None,        # the new claim, with 0 for its id; called after `look`
         allowed: Mapping[int, Collection[str]] = {},           # lease → devices that suit it now; filled by `look`
-    ) -> list[Claim]:  # all that are in the ledger now, in the order of asking, the new one last
+    ) -> list[Claim]:  # all that are in the ledger now, in the order of asking, what was asked last
         "Delete the claims that are over, enter the new one, and give devices to those that fit"
         until = time.monotonic() + SURE_SECONDS
         while True:
@@ -200,9 +219,7 @@ class Ledger:
             time.sleep(0.02)
 
     def _settle(
-        self,
-        look: Callable[[], Sequence[DeviceUse]],
-        ask: Callable[[], Claim | None],
+        self, look: Callable[[], Sequence[DeviceUse]], ask: Callable[[], Claim | None],
         allowed: Mapping[int, Collection[str]],
     ) -> list[Claim]:
         "Make the attempts of steps 1 to 5"
@@ -265,12 +282,15 @@ class Ledger:
             _log.warning("a reservation could not be given back now, and will be later: %s", error)
         else: _keep_unended(self, self._to_end - {lease})
 
-    def change(self, lease: int, **fields: Any) -> None:
-        "Change one claim"
+    def change(self, lease: int, bases: Mapping[str, int] = {}, **fields: Any) -> None:
+        "Change the claims with a lease, and the base of each by its device"
         with self.store.changing() as draft:
-            rows = from_bytes(draft.data)
-            claims = (replace(c, **fields) if c.lease == lease else c for c in rows.claims)
-            draft.data = to_bytes(rows._replace(claims=tuple(claims)))
+            draft.data = to_bytes(_change(from_bytes(draft.data), lease, bases, fields))
+
+# %% ../../nbs/core/ledger.ipynb #f7ef5f4b
+def _change(rows: Rows, lease: int, bases: Mapping[str, int], fields: Mapping[str, Any]) -> Rows:
+    def changed(claim: Claim) -> Claim: return replace(claim, base=bases.get(claim.device or "", claim.base), **fields)
+    return rows._replace(claims=tuple(changed(c) if c.lease == lease else c for c in rows.claims))
 
 # %% ../../nbs/core/ledger.ipynb #ac8d11e7
 _unended: set[Ledger] = set()   # these have something that is over, and is not in the file yet
@@ -322,19 +342,20 @@ def _enter(
     allowed: Mapping[int, Collection[str]],
 ) -> Rows:
     "Return the ledger after `grant`; requests of suspended processes are passed over"
-    before = list(rows.claims)
+    before, now = list(rows.claims), time.monotonic()
     if asked: before.append(replace(asked, id=rows.last_id + 1, space=pid_namespace()))
     current = [replace(c, allowed=tuple(allowed[c.lease])) if c.lease in allowed else c for c in before]
-    awake = [c for c in current if c.device is not None or not c.is_suspended]
-    granted = {c.id: c for c in grant(awake, uses)}
-    after = [_start_ttl(old, granted.get(old.id, old)) for old in current]
-    given = any(new.device != old.device for old, new in zip(before, after, strict=True))
+    asleep = {c.id: c for c in current if c.device is None and c.is_suspended}
+    after = grant([c for c in current if c.id not in asleep], uses)
+    held = {c.id for c in current if c.device is not None}
+    given = {c.id for c in after if c.device is not None and c.id not in held}
+    after = [_start_ttl(c, now) if c.id in given else c for c in after]
     devices = tuple(sorted(use.key for use in uses))
-    return rows._replace(claims=tuple(after), version=rows.version + given, devices=devices,
-                         last_id=rows.last_id + (asked is not None))
+    every = sorted((*after, *asleep.values()), key=attrgetter("id"))
+    return rows._replace(claims=tuple(every), version=rows.version + bool(given), devices=devices,
+                         last_id=rows.last_id + (asked.count if asked else 0))
 
 # %% ../../nbs/core/ledger.ipynb #72e609b2
-def _start_ttl(old: Claim, new: Claim) -> Claim:
-    "Return a claim with the time when it runs out, if it was just given a device"
-    if new.device == old.device or new.ttl is None: return new
-    return replace(new, expires=time.monotonic() + new.ttl)
+def _start_ttl(claim: Claim, now: float) -> Claim:
+    "Return a claim that was just given a device with the time when it runs out"
+    return claim if claim.ttl is None else replace(claim, expires=now + claim.ttl)

@@ -95,6 +95,8 @@ class SimulatedGpu(Checked):
     compute_capability: str = "8.9"
     cuda_cores: int = 7424
     max_clock: int = 2040                    # MHz
+    numa_node: int | None = None             # `None`: the driver does not say how far it is from other GPUs
+    nvlink: int | None = None                # NVLink joins the GPUs that have the same number here
 
     def __post_init__(self) -> None:
         if self.addressing_mode not in (None, *ADDRESSING_MODES):
