@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['CONTAINER_NOTE', 'SILENT_NOTE', 'NO_INSTANCE', 'LISTS_NOTE', 'SHARED_NOTE', 'estimate_notes', 'seen_notes',
-           'each_memory_once', 'Prepared', 'Checks', 'promises_on', 'find_waiting', 'count_reported', 'pick_devices']
+           'each_memory_once', 'Prepared', 'Checks', 'promises_on', 'count_reported', 'find_waiting', 'pick_devices']
 
 # %% ../../nbs/core/checks.ipynb #2e3507fe
 import os
@@ -95,6 +95,10 @@ class Prepared(NamedTuple):
     claims: LedgerReading = LedgerReading()
     trouble: str | None = None   # why the app's file cannot be read
 
+def _why_none(snapshot: GpuSnapshot, complaint: str | None) -> str | None:
+    "Return why there is no device to use, if there is none"
+    return snapshot.reason or complaint or (NO_INSTANCE if snapshot.devices else None)
+
 # %% ../../nbs/core/checks.ipynb #0b3c5389
 class Checks:
     "Answers who uses the memory, from snapshots, workers and reservations"
@@ -136,9 +140,8 @@ class Checks:
         visible, others = found[:len(seen.visible)], each_memory_once(found)[len(seen.visible):]
         self.learn(found)
         notes += [*seen_notes(seen.complaint, visible, others), *hanging_notes(self.workers)]
-        reason = snapshot.reason or seen.complaint or (NO_INSTANCE if snapshot.devices else None)
-        return replace(conclude(visible, threshold_percent, reason, notes, snapshot), other_instances=others,
-                       waiting=find_waiting(known, snapshot.devices, self.app))
+        answer = conclude(visible, threshold_percent, _why_none(snapshot, seen.complaint), notes, snapshot)
+        return replace(answer, other_instances=others, waiting=find_waiting(known, snapshot.devices, self.app))
 
     def worst_first(
         self,
@@ -211,8 +214,6 @@ class Checks:
         return self.classify(devices, LedgerReading() if isinstance(known, str) else known, 100)[0]
 
 # %% ../../nbs/core/checks.ipynb #dd0adedd
-_NAMED_WAITING = 20
-
 def promises_on(
     device: GpuDevice,
     uses: Sequence[DeviceUse],   # of the devices that could be read
@@ -223,11 +224,19 @@ def promises_on(
     use = next((use for use in uses if use.device.id == device.id), None)
     return find_promises(use, claims, app) if use else ()
 
+def count_reported(workers: Workers) -> int:
+    "Return the bytes that living workers report"
+    return sum(int((w.gpu_memory_mb or 0)*2**20) for w in workers.some().values() if not has_ended(w.pid, w.start_time))
+
+# %% ../../nbs/core/checks.ipynb #eedc5864
 def _name_holder(claim: Claim) -> tuple[str | None, str | None]:
     "Return the name and the user of the process that a request is for, if it is seen from here"
     if claim.space != pid_namespace(): return None, None
     found = read_process(claim.holder.pid)
     return (found.name, found.username) if found.start_time == claim.holder.start_time else (None, None)
+
+# %% ../../nbs/core/checks.ipynb #c68878a5
+_NAMED = 20
 
 def find_waiting(
     known: LedgerReading,
@@ -240,15 +249,11 @@ def find_waiting(
 
     def row(position: int, claim: Claim) -> Waiting:
         suits = tuple(ids[key] for key in claim.allowed if key in ids)
-        names = _name_holder(claim) if position <= _NAMED_WAITING else (None, None)
+        names = _name_holder(claim) if position <= _NAMED else (None, None)
         owner = "app" if claim.app == app else "external"
         return Waiting(claim.holder.pid, owner, claim.memory, position, suits, claim.app, *names)
 
     return tuple(row(position, claim) for position, claim in enumerate(waiting, 1))
-
-def count_reported(workers: Workers) -> int:
-    "Return the bytes that living workers report"
-    return sum(int((w.gpu_memory_mb or 0)*2**20) for w in workers.some().values() if not has_ended(w.pid, w.start_time))
 
 # %% ../../nbs/core/checks.ipynb #0876ee32
 def _usable_together(conflict: ResourceConflict, count: int) -> tuple[list[DeviceStatus], str]:

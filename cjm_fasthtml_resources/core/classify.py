@@ -70,12 +70,12 @@ def owned_process(
     worker: WorkerState | None,  # that it belongs to
 ) -> OwnedProcess:
     "Return a process with its owner, as `find_owner` tells it"
-    known = None if worker is None else _shown_worker(worker.worker_type, worker.plugin_name or worker.plugin_id,
-                                                      worker.job_id)
+    name, plugin, job = (None, None, None) if worker is None else _shown_worker(
+        worker.worker_type, worker.plugin_name or worker.plugin_id, worker.job_id)
     parent = None if worker is None or worker.pid == process.pid else worker.pid
     return OwnedProcess(process.pid, owner, memory, process.name, process.username, kind,
-                        parent, None if parent is None or known is None else known[0], process.container,
-                        *known or (None, None, None), process.start_time)
+                        parent, None if parent is None else name, process.container, name, plugin, job,
+                        process.start_time)
 
 # %% ../../nbs/core/classify.ipynb #41ccb90d
 def divide_rest(

@@ -90,6 +90,7 @@ class Promise:
     unused: int       # bytes of it that are not in use yet
     app: str = ""     # the app's name
 
+# %% ../../nbs/core/resources.ipynb #fd30f6ec
 @dataclass(frozen=True)
 class Waiting:
     "A request that waits for GPU memory"
@@ -179,6 +180,7 @@ class _Child(TypedDict, total=False):
     job_id: str | None
     container: str                   # or pod or job that it is in, if it is another than this process's
 
+# %% ../../nbs/core/resources.ipynb #c6762a38
 class GpuProcessDict(_Process, _Child):
     "A process on a device"
     gpu_memory_mb: float | None      # MiB; `None` if unknown

@@ -11,8 +11,8 @@ from typing import Any
 
 from .. import __version__
 from ..core.conflict import ResourceConflict
-from ..core.resources import DeviceStatus, MemoryStatus, OwnedProcess, WorkerState
 from ..core.process import process_age
+from ..core.resources import DeviceStatus, MemoryStatus, OwnedProcess, WorkerState
 from ..core.samples import Sample
 from ..core.totals import sum_by_app, sum_by_user
 

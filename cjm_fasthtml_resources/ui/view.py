@@ -38,11 +38,11 @@ from ..core.conflict import ResourceConflict
 from ..core.devices import device_key
 from ..core.gpu import GpuDevice
 from ..core.history import History
-from ..core.waiting import reservation_rows
 from ..core.resources import DeviceStatus, ResourceStatus
 from ..core.room import held_by
 from ..core.samples import Sample
 from ..core.text import format_bytes, printable
+from ..core.waiting import reservation_rows
 
 # %% ../../nbs/ui/view.ipynb #f92f3642
 def _shown_size(row: ProcessRow) -> float: return -round((row[1].memory_used or 0)/2**30, 1)
@@ -62,7 +62,8 @@ class View:
     gpus: tuple[int | str, ...] | None = None   # ids of devices; `None`: all
     sort: str = "memory"                        # one of `SORTS`
     rows: int = 20                              # processes and workers at most
-    totals: bool = False                        # whether the panel shows the totals, which the page folds
+    totals: bool = False                        # whether the panel shows totals, which the page folds
+    details: bool = False                       # whether it shows ages, command lines and loads, as the page does
 
     def devices(self, sample: Sample) -> list[DeviceStatus]:
         "Return those that are shown"
