@@ -214,9 +214,8 @@ class ResourcePanel(StaysHere, widgets.VBox):  # type: ignore[misc]  # ipywidget
     def _start(self) -> None:
         self._closed = False
         self.add_class("cjm")
-        acts = {self._pause: self._on_pause, self._every: self._on_interval}
-        acts |= dict.fromkeys((self._sort, *self._more.values()), self._on_view)
-        for control, act in acts.items(): control.observe(act, "value")
+        acts = ((self._on_pause, self._pause), (self._on_interval, self._every), (self._on_view, self._sort))
+        for act, control in (*acts, *((self._on_view, m) for m in self._more.values())): control.observe(act, "value")
         _replace_earlier(reset_in_child(self), *_running_cell())
         self._show(self._sample)
         try: self._subscription = self.monitor.subscribe(self._show)

@@ -59,7 +59,7 @@ def _caption(title: str, extra: str) -> Any: return (f"{title} ", Small(extra)) 
 ProcessRow = tuple[int | str, OwnedProcess]   # the device's id, and the process on it
 
 @lru_cache
-def _owner(owner: str) -> Any: return Td(owner, cls=owner)
+def _owner(owner: str, look: str = "") -> Any: return Td(owner, cls=f"{owner} {look}".rstrip())
 
 def _long(text: str, most: int = 24, look: str | None = None) -> Any:
     return Td(text, title=text, cls=look) if len(text) > most else text   # cut off
@@ -69,15 +69,15 @@ def _place(device: int | str) -> Any: return _long(device, 8) if isinstance(devi
 def _size(n: int | None) -> str: return "unknown" if n is None else format_bytes(n)
 
 @lru_cache(maxsize=4096)
-def _process(name: str | None, command: str | None, most: int = 60) -> str:
+def _process(name: str | None, command: str | None) -> str:
     "Return a process's command line, with its name where that is not in there"
     text = printable(name or "?")
     if command: text = printable(command) if text in command else f"{text}: {printable(command)}"
-    return text if len(text) <= most else f"{text[:most - 1]}…"
+    return text if len(text) <= 100 else f"{text[:99]}…"
 
-def _what(process: OwnedProcess, most: int = 60) -> str:
+def _what(process: OwnedProcess) -> str:
     "Return which worker a process is, or else its command line"
-    return printable(name_worker(process)) if process.is_worker else _process(process.name, process.command, most)
+    return printable(name_worker(process)) if process.is_worker else _process(process.name, process.command)
 
 def _worker(process: OwnedProcess) -> str:
     if process.parent_pid is None: return ""
@@ -185,11 +185,11 @@ def worker_table(
 RESERVATION_COLUMNS = (
     Column("GPU", lambda row: _place(row.place), width="w4"),
     Column("PID", lambda row: row.pid, "n"),
-    Column("owner", lambda row: _owner(row.owner), width="w6"),
-    Column("process", lambda row: _long(printable(row.who))),
+    Column("owner", lambda row: _owner(row.owner, "xx"), "xx", "w6"),
+    Column("process", lambda row: printable(row.who)),
     Column("app", lambda row: _long(printable(row.app), 12, "x"), "x", "w6"),
-    Column("state", lambda row: row.state, width="w10"),
-    Column("reserved", lambda row: _size(row.memory), "n"))
+    Column("state", lambda row: row.state, "two", "w9"),
+    Column("memory", lambda row: _size(row.memory), "n"))
 
 def reservation_table(
     rows: Sequence[ReservationRow],
@@ -203,7 +203,7 @@ def reservation_table(
 # %% ../../nbs/ui/tables.ipynb #d8c234c5
 def _total_columns(of: str) -> Sequence[Column]:
     return (Column(of, lambda total: _long(printable(total.name))),
-            Column("processes", lambda total: total.processes or "", "n"),
+            Column("processes", lambda total: total.processes or "", "n xx"),
             Column("GPU", lambda total: name_devices(total.devices).removeprefix("GPU "), width="w11"),
             Column("memory", lambda total: total.size, "n", "w10"))
 
