@@ -11,6 +11,7 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
+from html import escape
 from typing import Any
 
 import ipywidgets as widgets
@@ -22,6 +23,8 @@ from cjm_fasthtml_resources.ui.tables import (
     Column,
     make_table,
     process_table,
+    total_tables,
+    without_details,
     worker_table,
 )
 from ..core.copies import StaysHere
@@ -37,7 +40,7 @@ from .assets import read_asset
 from .cards import CSS, overview
 from .controls import check_controls, find_asked
 from .parts import to_html
-from .view import SORTS, View, render
+from .view import SORTS, View, render, render_reservations
 
 # %% ../../nbs/ui/panel.ipynb #b0f5ae54
 def _halves(
@@ -60,9 +63,12 @@ def panel_slots(
     view: View,
 ) -> dict[str, str]:  # slot → HTML
     "Return what each widget of a panel shows"
-    workers, processes = view.workers(sample), view.processes(view.devices(sample))
+    workers, (rows, more) = view.workers(sample), view.processes(view.devices(sample))
+    if not view.details: rows = without_details(rows)
+    totals = to_html(total_tables(view.devices(sample))) if view.totals else ""
     return {**render(sample, history, view), **_halves("workers", worker_table, WORKER_COLUMNS, *workers),
-            **_halves("processes", process_table, PROCESS_COLUMNS, *processes)}
+            **_halves("processes", process_table, PROCESS_COLUMNS, rows, more),
+            "reservations": render_reservations(sample, view), "totals": totals}
 
 # %% ../../nbs/ui/panel.ipynb #5b75fcbd
 def _close(widget: Any) -> None:
@@ -159,7 +165,10 @@ def _stop_asked(manager: ResourceManager, worker: WorkerState) -> str:
     return f"Stopped the {worker.shown().worker_type} worker with PID {worker.pid}."
 
 # %% ../../nbs/ui/panel.ipynb #15c70f1f
-_STYLE = f"<style>{CSS}{read_asset('panel.css')}</style>"
+# a front end runs no <script> of an HTML widget; the style sheet's event is where the one for the tables begins
+_STYLE = f'<style onload="{escape(read_asset("tables.js"))}">{CSS}{read_asset("panel.css")}</style>'
+_FILTER = "<div data-cjm-filter></div>"
+_MORE = dict(totals="Show what each user and each app uses", details="Show age, command line and load of a process")
 _PAUSE_HELP = "Look no more until it is pressed again"
 
 # %% ../../nbs/ui/panel.ipynb #a8721c04
@@ -197,15 +206,16 @@ class ResourcePanel(StaysHere, widgets.VBox):  # type: ignore[misc]  # ipywidget
         self._pause = _toggle("Resume" if self._paused else "Pause", self._paused, _PAUSE_HELP)
         self._every = _interval_menu(self.monitor.interval)
         self._sort = _menu("sort by", list(SORTS), self._view.sort, "11rem")
+        self._more = {name: _toggle(name.capitalize(), False, text) for name, text in _MORE.items()}
         self._gpus, self._stops, self._asked = (_box(cls="controls") for _ in range(3))
-        self._style, self._said = widgets.HTML(_STYLE), widgets.HTML()
+        self._style, self._said, self._filter = widgets.HTML(_STYLE), widgets.HTML(), widgets.HTML(_FILTER)
         self._slots, self._boxes = dict[str, Any](), list[Any]()
 
     def _start(self) -> None:
         self._closed = False
         self.add_class("cjm")
-        acts = ((self._pause, self._on_pause), (self._every, self._on_interval), (self._sort, self._on_view))
-        for control, act in acts: control.observe(act, "value")
+        acts = ((self._on_pause, self._pause), (self._on_interval, self._every), (self._on_view, self._sort))
+        for act, control in (*acts, *((self._on_view, m) for m in self._more.values())): control.observe(act, "value")
         _replace_earlier(reset_in_child(self), *_running_cell())
         self._show(self._sample)
         try: self._subscription = self.monitor.subscribe(self._show)
@@ -234,11 +244,10 @@ class ResourcePanel(StaysHere, widgets.VBox):  # type: ignore[misc]  # ipywidget
         "Return every widget of it, those inside before their boxes"
         rows = (self._gpus, self._stops, self._asked)
         buttons = [button for row in rows for button in row.children]
-        single = (self._pause, self._every, self._sort, self._style, self._said)
+        single = (self._pause, self._every, self._sort, *self._more.values(), self._style, self._said, self._filter)
         return [*buttons, *rows, *single, *self._slots.values(), *self._boxes]
 
     # What is shown
-
     def _show(self, sample: Sample) -> None:
         "On the monitor's thread: put what changed into the widgets"
         with self._lock:
@@ -261,14 +270,14 @@ class ResourcePanel(StaysHere, widgets.VBox):  # type: ignore[misc]  # ipywidget
     def _lay_out(self) -> None:
         old, cards, (workers, processes) = self._boxes, _cards(self._slots), _tables(self._slots)
         grid = _box(*cards, cls="cjm-cards", kind=widgets.Box)
-        steering = _box(self._pause, self._every, self._sort, self._gpus, cls="controls")
+        steering = _box(self._pause, self._every, self._sort, *self._more.values(), self._gpus, cls="controls")
         self._boxes = [*cards, grid, steering, workers, processes]
         above = [self._slots[key] for key in ("state", "banner", "memory_banner", "notes")]
-        self.children = (self._style, steering, *above, grid, workers, self._stops, self._asked, self._said, processes)
+        self.children = (self._style, steering, *above, grid, self._filter, workers, self._stops, self._asked,
+                         self._said, processes, self._slots["reservations"], self._slots["totals"])
         for box in old: _close(box)
 
     # Controls; a front end may call these on any thread
-
     def _on_pause(self, change: Any) -> None:
         with self._lock:  # so that no sample of meanwhile sees the one without the other
             self._paused = change["new"]
@@ -283,7 +292,8 @@ class ResourcePanel(StaysHere, widgets.VBox):  # type: ignore[misc]  # ipywidget
             buttons = self._gpus.children
             chosen = tuple(button.key for button in buttons if button.value)
             gpus = None if len(chosen) == len(buttons) else chosen
-            self._view = replace(self._view, sort=self._sort.value, gpus=gpus)
+            more = {name: button.value for name, button in self._more.items()}
+            self._view = replace(self._view, sort=self._sort.value, gpus=gpus, **more)
             self._fill()
 
     def _offer_gpus(self) -> None:
@@ -297,7 +307,6 @@ class ResourcePanel(StaysHere, widgets.VBox):  # type: ignore[misc]  # ipywidget
         return button
 
     # Stopping workers
-
     def _offer_stops(self) -> None:
         "A button for each worker that is shown"
         workers = [w for w in self._sample.workers if w.start_time is not None][:self._view.rows]

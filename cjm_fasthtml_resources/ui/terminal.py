@@ -20,15 +20,17 @@ from cjm_fasthtml_resources.core.resources import (
     DeviceStatus,
     MemoryStatus,
     OwnedProcess,
-    Promise,
     ResourceStatus,
+    Waiting,
     WorkerState,
 )
 from .. import __version__
-from ..core.explain import name_swap
+from ..core.explain import name_swap, name_worker
 from ..core.gpu import GpuDevice
+from ..core.process import process_age
 from ..core.samples import Sample
-from ..core.text import format_bytes, printable
+from ..core.text import format_age, format_bytes, printable
+from ..core.waiting import ReservationRow, reservation_rows
 
 # %% ../../nbs/ui/terminal.ipynb #8bbf3ea0
 def _status(
@@ -220,6 +222,9 @@ class _PlacedProcess(NamedTuple):
 def _memory(p: OwnedProcess) -> str: return "unknown" if p.memory_used is None else format_bytes(p.memory_used)
 def _worker(p: OwnedProcess) -> str: return "" if p.parent_pid is None else f"{p.parent_worker_type} {p.parent_pid}"
 
+def _what(p: OwnedProcess) -> str: return name_worker(p) if p.is_worker else p.command or p.name or "?"
+def _age(p: OwnedProcess) -> str: return format_age(process_age(p.start_time))
+
 def _container(p: OwnedProcess) -> str:
     name = p.container or ""
     return name if len(name) <= 20 else f"{name[:19]}…"   # a whole name could take the room of other columns
@@ -229,9 +234,10 @@ _PROCESS_COLUMNS: Sequence[Column[_PlacedProcess]] = (
     Column("PID", lambda row: str(row.process.pid), "right"),
     Column("owner", lambda row: _owner(row.process.owner)),
     Column("memory", lambda row: _memory(row.process), "right"),
-    Column("process", lambda row: row.process.name or "?", shrinks=True),
+    Column("process", lambda row: _what(row.process), shrinks=True),
     Column("user", lambda row: row.process.username or ""),
     Column("container", lambda row: _container(row.process)),   # shown if a process is in one
+    Column("age", lambda row: _age(row.process), "right"),      # shown if one is known
     Column("child of worker", lambda row: _worker(row.process)))
 
 # %% ../../nbs/ui/terminal.ipynb #b832327f
@@ -245,8 +251,9 @@ def process_table(
     ram = answer.memory.memory
     in_ram = [_PlacedProcess("RAM", p) for p in ram.processes] if ram else []
     groups = [sorted(rows, key=lambda row: -(row.process.memory_used or 0)) for rows in (on_gpu, in_ram)]
-    inside = any(row.process.container is not None for rows in groups for row in rows[:top])
-    columns = [c for c in _PROCESS_COLUMNS if inside or c.name != "container"]
+    shown = [row.process for rows in groups for row in rows[:top]]
+    hidden = {name for name, of in (("container", lambda p: p.container), ("age", _age)) if not any(map(of, shown))}
+    columns = [c for c in _PROCESS_COLUMNS if c.name not in hidden]
     return make_table(columns, groups, width, top, ram.left_out if ram else 0)
 
 # %% ../../nbs/ui/terminal.ipynb #7a5429d1
@@ -269,25 +276,21 @@ def worker_table(
     return make_table(_WORKER_COLUMNS, [[worker.shown() for worker in workers]], width)
 
 # %% ../../nbs/ui/terminal.ipynb #3589ba0e
-class _PlacedPromise(NamedTuple):
-    place: str  # "GPU 0"
-    promise: Promise
-
-_PROMISE_COLUMNS: Sequence[Column[_PlacedPromise]] = (
-    Column("promised", lambda row: row.place),
-    Column("PID", lambda row: str(row.promise.pid), "right"),
-    Column("owner", lambda row: _owner(row.promise.owner)),
-    Column("memory", lambda row: format_bytes(row.promise.memory), "right"),
-    Column("not used yet", lambda row: format_bytes(row.promise.unused), "right"),
-    Column("app", lambda row: row.promise.app, shrinks=True))
+_PROMISE_COLUMNS: Sequence[Column[ReservationRow]] = (
+    Column("reserved", lambda row: f"GPU {row.place}" if row.place else "GPU"),
+    Column("PID", lambda row: str(row.pid), "right"),
+    Column("owner", lambda row: _owner(row.owner)),
+    Column("memory", lambda row: format_bytes(row.memory), "right"),
+    Column("state", lambda row: row.state),
+    Column("app", lambda row: row.app, shrinks=True))
 
 def promise_table(
     devices: Sequence[DeviceStatus],
-    width: int,  # of the terminal
+    width: int,                       # of the terminal
+    waiting: Sequence[Waiting] = (),  # in the order of asking
 ) -> Table:
-    "Return a table of the reservations on these devices"
-    rows = [_PlacedPromise(f"GPU {d.device.id}", p) for d in devices for p in d.promises]
-    return make_table(_PROMISE_COLUMNS, [rows], width)
+    "Return a table of the reservations on these devices, and of the requests that wait"
+    return make_table(_PROMISE_COLUMNS, [reservation_rows(devices), reservation_rows((), waiting)], width, 20)
 
 # %% ../../nbs/ui/terminal.ipynb #421c76e7
 def _heading(answer: Sample) -> list[Text]:
@@ -316,6 +319,7 @@ def status_view(
         Group(resource_table(answer, console), _legend(console.options.ascii_only, unified, name_kept(devices))),
         process_table(answer, top, console.width)]
     if answer.workers: tables.append(worker_table(answer.workers, console.width))
-    if any(d.promises for d in devices): tables.append(promise_table(devices, console.width))
+    if answer.gpu.waiting or any(d.promises for d in devices):
+        tables.append(promise_table(devices, console.width, answer.gpu.waiting))
     spaced = [part for table in tables for part in (Text(), table)]
     return Group(*_heading(answer), *spaced, Text(), *_verdict(answer))

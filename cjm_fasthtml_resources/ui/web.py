@@ -56,7 +56,7 @@ from .view import View
 _all_ = ["Client", "EventStream", "Gate", "Hub", "Slots", "change_event", "is_same_origin", "layout_event", "to_event"]
 
 # %% ../../nbs/ui/web.ipynb #795432cc
-SCRIPT = read_asset("live.js")
+SCRIPT = f"{read_asset('tables.js')}\n{read_asset('live.js')}"
 
 _NOT_YET = "The driver has not answered yet."
 

@@ -1,7 +1,8 @@
 """An app with the page and with simulated GPUs that a test can change: server.py PORT [PREFIX]
 
 With a prefix, the server stands for a proxy, too: it removes that, and the app does not learn of it.
-PUT /test?used=MIB fills the second GPU, /test says what the driver was asked and which threads there are.
+PUT /test?used=MIB fills the second GPU, ?grown=MIB is what train.py uses on the first. /test says what the driver was
+asked and which threads there are.
 """
 import subprocess
 import sys
@@ -44,6 +45,7 @@ def team(): return Titled("A page further down", ResourceCard(manager))
 @app.route("/test", methods=["GET", "PUT"])
 def state(req):
     if "used" in req.query_params: gpus[1].memory_used_mb = float(req.query_params["used"])
+    if "grown" in req.query_params: on_gpu[1].memory_mb = float(req.query_params["grown"])
     if "temperature" in req.query_params: gpus[0].temperature = int(req.query_params["temperature"])
     threads = [t.name for t in threading.enumerate()]
     reads = driver.calls["nvmlDeviceGetCount_v2"]

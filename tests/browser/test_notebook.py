@@ -15,7 +15,8 @@ def vary():
         gpus[0].utilization = (gpus[0].utilization + 1) % 100
         time.sleep(0.1)
 worker = subprocess.Popen(["cat"], stdin=subprocess.PIPE)   # ends with its parent
-gpus = [SimulatedGpu("NVIDIA L4", processes=[SimulatedProcess(worker.pid, 5000)]), SimulatedGpu("NVIDIA L40S")]
+on_gpu = [SimulatedProcess(worker.pid, 5000), SimulatedProcess(1, 3000)]
+gpus = [SimulatedGpu("NVIDIA L4", processes=on_gpu), SimulatedGpu("NVIDIA L40S")]
 SimulatedDriver(gpus).start()
 manager = ResourceManager()
 _ = manager.register_worker(worker.pid, "llm", job_id="job-1")
@@ -135,14 +136,39 @@ def test_interval_run_again_and_close(open_notebook, new_page):
     assert book.tell()["threads"] == 0
 
 
+def test_tables_are_sorted_filtered_and_opened_while_they_move(open_notebook, new_page):
+    book = Notebook(new_page(width=1400, height=1600), open_notebook("tables"))
+    book.run(SETUP)
+    book.run(SHOW)
+    page = book.page
+
+    def shown(half=".processes"): return page.locator(f".halves:has(.processes) {half} tbody tr:visible").all_inner_texts()
+
+    wait_until(lambda: len(shown()) == 2)
+    page.locator(".processes th button", has_text="PID").click()          # the largest first
+    assert [("llm worker" in row) for row in shown()] == [True, False]
+    page.locator(".processes th button", has_text="PID").press("Enter")
+    assert [("llm worker" in row) for row in shown()] == [False, True]
+    assert shown(".only") == ["2.9 GiB", "4.9 GiB"] and book.moves()      # the memory follows
+    page.locator(".only th button").first.click()
+    page.get_by_role("searchbox", name="Filter").press_sequentially("llm 4.9")
+    assert len(shown()) == 1 and shown(".only") == ["4.9 GiB"]
+    page.get_by_role("button", name="Totals").click()
+    page.locator(".totals td", has_text="this app").wait_for()
+    page.get_by_role("button", name="Details").click()
+    page.locator(".processes th", has_text="age").wait_for()
+    assert len(shown()) == 1 and shown(".only") == ["4.9 GiB"] and book.moves()
+    assert page.locator(".jp-Notebook .jp-Cell").count() == len(CELLS) and violations(page) == []
+
+
 def test_a_worker_is_stopped_after_a_question_and_a_selection_stays(open_notebook, new_page):
     book = Notebook(new_page(width=1400, height=1600), open_notebook("stop"))
     book.run(SETUP)
     book.run(SHOW)
     page = book.page
     page.evaluate("""() => getSelection().selectAllChildren(
-        [...document.querySelectorAll('.cjm .processes td')].find(td => td.textContent === 'cat'))""")
-    assert book.moves() and page.evaluate("getSelection().toString()") == "cat"
+        [...document.querySelectorAll('.cjm .processes td')].find(td => td.textContent === 'llm worker, job-1'))""")
+    assert book.moves() and page.evaluate("getSelection().toString()") == "llm worker, job-1"
     page.set_viewport_size(dict(width=1400, height=500))
     pane = page.wait_for_function("""() => [...document.querySelectorAll('*')].find(e =>
         e.querySelector('.cjm') && e.scrollHeight > e.clientHeight + 20

@@ -37,6 +37,7 @@ function adopt(old, want) {
 function put(element, html) {
   const box = document.createElement("template");
   box.innerHTML = html;
+  element.closest(".cjm")?.cjmArrange?.(box.content); // in the reader's order (see tables.js)
   patch(element, box.content);
 }
 
