@@ -210,10 +210,15 @@ class ResourceMonitor(StaysHere):
         with self._changed:
             sample = replace(sample, number=(self._latest.number if self._latest else 0) + 1)
             point = to_point(sample)
+            self._note_loss(sample)
             self._latest = sample
             self._points.append(point)
             while self._points[0].taken < point.taken - self._kept_seconds: self._points.popleft()
         return sample
+
+    def _note_loss(self, sample: Sample) -> None:
+        if not self._latest or not self._latest.driver_answers or sample.driver_answers: return
+        if isinstance(self.manager, ResourceManager): self.manager.events.count_once("driver_lost", within=30)
 
     # Subscribe
 

@@ -81,6 +81,7 @@ function watch(root) {
   const listen = (name, act) => {
     source.addEventListener(name, (event) => {
       act(event.data);
+      root.dispatchEvent(new CustomEvent("cjm", { detail: event }));
       last = new Date();
       say("");
       wait();
@@ -88,7 +89,9 @@ function watch(root) {
   };
   const open = () => {
     close();
+    if (root.hasAttribute("data-cjm-paused")) return say(`Paused. Showing data from ${last.toLocaleTimeString()}.`);
     if (document.hidden || !root.isConnected) return;
+    if (root.dataset.cjmEvery) url.searchParams.set("every", root.dataset.cjmEvery);
     source = new EventSource(url);
     source.onerror = lose;
     listen("layout", (html) => put(place, html));
@@ -102,6 +105,7 @@ function watch(root) {
   document.addEventListener("visibilitychange", open);
   addEventListener("pagehide", close);
   addEventListener("pageshow", open);
+  root.addEventListener("cjm-open", open);
   open();
 }
 
