@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Slots', 'QUEUE', 'BEAT', 'STREAMS', 'RETRY_AFTER', 'PATIENCE', 'to_event', 'layout_event', 'change_event',
-           'done_within', 'Client', 'pace', 'beat_event', 'mark_of', 'broken_slots', 'Hub', 'Places', 'EventStream']
+           'done_within', 'Client', 'pace', 'beat_event', 'broken_slots', 'Hub', 'Places', 'EventStream']
 
 # %% ../../nbs/ui/stream.ipynb #3d9c55ff
 import asyncio
@@ -13,7 +13,7 @@ import re
 import sys
 import threading
 import time
-from collections.abc import AsyncGenerator, Iterator, Sequence
+from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -77,18 +77,18 @@ class Client:
         self,
         event: bytes,
         whole: bytes,       # the whole picture; the same object as long as nothing changes
-        mark: bytes = b"",  # begins each event
+        beat: bytes = b"",  # follows the event
     ) -> None:
         "On the loop: queue an event, or in place of what was left out the whole picture"
         if self.every:
             if time.monotonic() < self._due: return
             self._due = time.monotonic() + 0.9*self.every   # samples are on a beat, and a little early or late
-            event = beat_event(self.every) if whole is self._whole else whole
+            event = b"" if whole is self._whole else whole
         elif self.events.qsize() >= QUEUE:
             while not self.events.empty(): self.events.get_nowait()
             event = whole
         self._whole = whole
-        self.events.put_nowait(mark + event)
+        self.events.put_nowait(event + beat)
 
     async def next(self, seconds: float) -> bytes | None:
         "Wait for the next event for so long; `None`: there was none"
@@ -110,27 +110,23 @@ def pace(
     return min(max(interval, 1), BEAT)
 
 def beat_event(
-    interval: float,   # seconds between two samples
+    interval: float,               # seconds between two samples
+    sample: Sample | None = None,  # what is shown
 ) -> bytes:
-    "Return a sign of life, with the time in ms after which a page takes the stream for lost"
-    return to_event("beat", f"{3000*pace(interval):.0f}")
-
-# %% ../../nbs/ui/stream.ipynb #a6f13a7b
-def mark_of(
-    sample: Sample | None,
-) -> bytes:
-    "Return how an event begins: with the sample's time, in seconds since the epoch"
-    return b"" if sample is None or sample.time is None else f"id: {sample.time:.2f}\n".encode()
+    "Return a sign of life: in ms, the time after which a page takes the stream for lost, now, and when it was read"
+    now = time.time()
+    read = (sample.time or now - sample.age) if sample else now
+    return to_event("beat", *(f"{1000*seconds:.0f}" for seconds in (3*pace(interval), now, read)))
 
 # %% ../../nbs/ui/stream.ipynb #fbd3762f
-def _put_all(clients: Sequence[Client], event: bytes, whole: bytes, mark: bytes) -> None:
-    for client in clients: client.put(event, whole, mark)
+def _put_all(clients: Sequence[Client], event: bytes, whole: bytes, beats: Mapping[float, bytes]) -> None:
+    for client in clients: client.put(event, whole, beats[client.every])
 
-def _send(clients: Sequence[Client], event: bytes, whole: bytes, mark: bytes) -> None:
+def _send(clients: Sequence[Client], event: bytes, whole: bytes, beats: Mapping[float, bytes]) -> None:
     "From any thread: queue an event for clients, whose loops need not be the same"
     for loop in {c.loop for c in clients}:
         with contextlib.suppress(RuntimeError):  # that loop was closed, and its clients with it
-            loop.call_soon_threadsafe(_put_all, [c for c in clients if c.loop is loop], event, whole, mark)
+            loop.call_soon_threadsafe(_put_all, [c for c in clients if c.loop is loop], event, whole, beats)
 
 # %% ../../nbs/ui/stream.ipynb #8f1e61a5
 async def _events(hub: "Hub", every: float) -> AsyncGenerator[bytes, None]:
@@ -143,7 +139,7 @@ async def _events(hub: "Hub", every: float) -> AsyncGenerator[bytes, None]:
             interval = max(hub.monitor.interval, client.every)
             event = await client.next(2*pace(interval))
             if event is None: await hub.tell_if_stale()
-            yield event or beat_event(interval)
+            yield event or beat_event(interval, hub.monitor.latest)
     finally:
         client.close()
         hub.leave(client)
@@ -192,7 +188,9 @@ class Hub:
             changed = change_event(self._shown[0], slots)
             whole = layout_event(slots) if changed else self._shown[1]
             with self._lock: self._shown, clients = (slots, whole), list(self._clients)
-            _send(clients, changed or beat_event(self.monitor.interval), whole, mark_of(sample))
+            paces = {c.every for c in clients}
+            beats = {every: beat_event(max(self.monitor.interval, every), sample) for every in paces}
+            _send(clients, changed or b"", whole, beats)
 
     def draw(self) -> None:
         "Draw what the first client is shown; those that are there are kept up to date. May wait for the driver"
@@ -213,8 +211,8 @@ class Hub:
         "Add a client, with what is shown as its first event, and how long that holds"
         with self._lock:
             if client.gone: return  # it left while it waited for this
-            first = mark_of(self.monitor.latest) + self._shown[1]
-            first += beat_event(max(self.monitor.interval, client.every))
+            beat = beat_event(max(self.monitor.interval, client.every), self.monitor.latest)
+            first = self._shown[1] + beat
             client.loop.call_soon_threadsafe(client.events.put_nowait, first)
             if self._subscription is None: self._subscription = self.monitor.subscribe(self.publish)
             self._clients.add(client)

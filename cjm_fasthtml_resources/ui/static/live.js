@@ -81,7 +81,6 @@ function watch(root) {
   const listen = (name, act) => {
     source.addEventListener(name, (event) => {
       act(event.data);
-      root.dispatchEvent(new CustomEvent("cjm", { detail: event }));
       last = new Date();
       say("");
       wait();
@@ -97,7 +96,7 @@ function watch(root) {
     listen("layout", (html) => put(place, html));
     listen("slots", (data) => putSlots(root, data));
     listen("beat", (data) => {
-      limit = +data;
+      [limit, , root.dataset.cjmNow] = data.split("\n");
     });
     wait();
   };

@@ -7,18 +7,14 @@ function part(header, name) {
   return header.querySelector(`[data-cjm-${name}]`);
 }
 
-// Each event names the time of its sample, in seconds since the epoch.
-function showTime(header, root) {
-  const clock = part(header, "time");
-  const show = (moment) => {
-    clock.textContent = moment.toLocaleTimeString();
-    clock.title = moment.toLocaleString();
-    clock.dateTime = moment.toISOString();
-  };
-  if (clock.dateTime) show(new Date(clock.dateTime));
-  root.addEventListener("cjm", ({ detail }) => {
-    if (detail.lastEventId) show(new Date(1e3 * detail.lastEventId));
-  });
+// live.js notes when the figures were read that it shows, in ms since the epoch.
+function showTime(clock, root) {
+  const moment = new Date(+root.dataset.cjmNow);
+  const text = moment.toLocaleTimeString();
+  if (clock.textContent === text) return;
+  clock.textContent = text;
+  clock.title = moment.toLocaleString();
+  clock.dateTime = moment.toISOString();
 }
 
 // live.js reads what is set here whenever it opens its stream.
@@ -38,16 +34,23 @@ function steer(header, root) {
 }
 
 // The icon tells the answer for the GPUs, or that the figures are old.
-function colour(root) {
-  const link = document.querySelector("link[data-cjm-icons]");
+function colour(link, root) {
   const icons = JSON.parse(link.dataset.cjmIcons);
+  const banner = root.querySelector('[data-cjm="banner"] .banner');
+  const isOld = root.querySelector("[data-cjm-place].old, .state.stale");
+  const status = Object.keys(icons).find((name) => banner?.classList.contains(name));
+  const icon = icons[(!isOld && status) || "old"];
+  if (link.getAttribute("href") !== icon) link.setAttribute("href", icon);
+}
+
+function follow(header, root) {
+  const clock = part(header, "time");
+  const link = document.querySelector("link[data-cjm-icons]");
   const show = () => {
-    const banner = root.querySelector('[data-cjm="banner"] .banner');
-    const isOld = root.querySelector("[data-cjm-place].old, .state b");
-    const status = isOld ? "old" : Object.keys(icons).find((name) => banner?.classList.contains(name));
-    const icon = icons[status ?? "old"];
-    if (link.getAttribute("href") !== icon) link.setAttribute("href", icon);
+    showTime(clock, root);
+    colour(link, root);
   };
+  show();
   new MutationObserver(show).observe(root, { attributes: true, childList: true, subtree: true });
 }
 
@@ -141,9 +144,8 @@ function startPage(header) {
   const root = document.querySelector("[data-cjm-stream]");
   for (const name of ["pause", "tell"]) part(header, name).hidden = false;
   part(header, "every").closest("label").hidden = false;
-  showTime(header, root);
   steer(header, root);
-  colour(root);
+  follow(header, root);
   tell(header);
 }
 
