@@ -3,6 +3,7 @@
     pip install sse-starlette httpx && python benchmarks/sse.py
 """
 import asyncio
+import contextlib
 import signal
 import threading
 import time
@@ -50,8 +51,7 @@ def serve_twice(response, port):
     for n in range(2):
         heard = []
         threading.Thread(target=listen, args=(port + n, heard)).start()
-        try: uvicorn.run(app(response), port=port + n, log_level="critical")
-        except KeyboardInterrupt: pass
+        with contextlib.suppress(KeyboardInterrupt): uvicorn.run(app(response), port=port + n, log_level="critical")
         yield sum(heard)
 
 

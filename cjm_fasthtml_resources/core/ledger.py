@@ -100,12 +100,17 @@ class LedgerReading(NamedTuple):
     claims: tuple[Claim, ...] = ()
     over: frozenset[int] = frozenset()   # the ids of those that are over and not deleted yet
 
+# %% ../../nbs/core/ledger.ipynb #c0de17e5
+def _counted(events: Events, claims: list[Claim], ended: list[Claim]) -> list[Claim]:
+    "Count the reservations that have ended, each for its app, and return the others"
+    for claim in ended: events.of(claim.app).count("ended")
+    return claims
+
 # %% ../../nbs/core/ledger.ipynb #88e17b83
 class Ledger:
     "The requests and reservations of all processes that share a store"
     def __init__(self, store: Store, events: Events | None = None) -> None:
-        self.store, self.leases, self.waits = store, store.leases, Waits()
-        self.events = events or Events()   # what happens is counted there
+        self.store, self.leases, self.waits, self.events = store, store.leases, Waits(), events or Events()
         self._read = b"", Rows()   # the last reading, as bytes and as rows
         self.after_fork()
         reset_in_child(self)
@@ -194,12 +199,9 @@ class Ledger:
         "Delete the claims that are over, enter the new one, and give devices to those that fit"
         until = time.monotonic() + SURE_SECONDS
         while True:
-            try: claims, ended = self._settle(look, ask, allowed)
+            try: return _counted(self.events, *self._settle(look, ask, allowed))
             except HiddenClaims:
                 if time.monotonic() > until: raise
-            else:
-                for claim in ended: self.events.of(claim.app).count("ended")
-                return claims
             time.sleep(0.02)
 
     def _settle(

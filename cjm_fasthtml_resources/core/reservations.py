@@ -21,9 +21,9 @@ from .claims import Claim, DeviceUse, Pool, find_pools, find_promises, grant, re
 from .conflict import ResourceBusy, ResourceUnavailable
 from .copies import StaysHere
 from .devices import device_key, env_by_index, visible_env
+from .events import WAIT_BUCKETS
 from .gpu import GpuDevice, GpuSnapshot
 from .leases import new_lease
-from .events import WAIT_BUCKETS
 from .ledger import Ledger, Waits
 from .process import ProcessId, has_ended, pid_namespace, this_process
 from .resources import Promise

@@ -61,6 +61,7 @@ def icon_of(
     svg = f"<svg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 16 16'>{box}{text}</svg>"
     return "data:image/svg+xml," + quote(svg, safe="/:='<> ")
 
+# %% ../../nbs/ui/page.ipynb #9a9e0001
 def icon_link(sample: Sample | None) -> Any:
     "Return the link to the icon, with those of the other statuses for the script"
     icons = {status: icon_of(status) for status in _COLOURS}
@@ -80,6 +81,7 @@ def intervals(
 def _choices(fastest: float) -> Iterable[Any]:
     for seconds in intervals(fastest): yield Option(f"{seconds:g} s", value=0 if seconds == fastest else f"{seconds:g}")
 
+# %% ../../nbs/ui/page.ipynb #9a9e0002
 def _tell(base: str) -> Any:
     "Return the form that asks to be told"
     size = Input(type="number", name="gib", min="0.1", step="0.1", required=True, autocomplete="off")
@@ -98,6 +100,7 @@ def host_name(monitor: ResourceMonitor) -> str:
     "Return the name of the machine that is shown; nothing for a cluster, whose devices have names of hosts"
     return platform.node() if isinstance(monitor.manager, ResourceManager) else ""
 
+# %% ../../nbs/ui/page.ipynb #9a9e0003
 def page_header(
     monitor: ResourceMonitor,
     base: str,   # the address of the routes, as the page names it
@@ -111,6 +114,7 @@ def page_header(
     tools = Div(Span("Sample of ", _moment(monitor.latest)), pause, every, link, cls="tools")
     return Header(title, tools, _tell(base), data_cjm_page=True, data_cjm_host=host)
 
+# %% ../../nbs/ui/page.ipynb #9a9e0004
 def page_html(
     monitor: ResourceMonitor,
     component: Any,
@@ -119,8 +123,8 @@ def page_html(
     "Return the whole page"
     host = host_name(monitor)
     title = f"GPU and memory · {host}" if host else "GPU and memory"
-    head = Head(Meta(charset="utf-8"), Meta(name="viewport", content="width=device-width, initial-scale=1"), Title(title),
-                icon_link(monitor.latest), Style(Safe(read_asset("page.css"))),
+    head = Head(Meta(charset="utf-8"), Meta(name="viewport", content="width=device-width, initial-scale=1"),
+                Title(title), icon_link(monitor.latest), Style(Safe(read_asset("page.css"))),
                 Script(src=f"{base}/page", defer=True))
     body = Body(Main(page_header(monitor, base), component))
     return "<!doctype html>" + to_html(Html(head, body, lang="en", doctype=False))

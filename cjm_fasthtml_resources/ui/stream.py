@@ -169,7 +169,7 @@ class Hub:
         self._subscription: Subscription | None = None
 
     def render(self, sample: Sample | None = None) -> Slots:
-        "Return a sample's slots; without one, those of the last sample or of one that is taken now, or why there is none"
+        "Return a sample's slots; without one, those of the last or of one that is taken now, or why there is none"
         try: sample = sample or self.monitor.current()
         except Exception as error: return broken_slots(error)   # a plugin, a file: the sampler goes on, and tries again
         return {**render(sample, self.monitor.history, self.view), **render_tables(sample, self.view, self.actions)}

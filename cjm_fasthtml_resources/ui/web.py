@@ -145,8 +145,10 @@ def _picture_handlers(hub: Hub, prefix: str) -> dict[str, Callable[..., Any]]:  
         return await _answer(hub, lambda slots: _page(hub, slots, prefix, find_base(req, prefix)))
     async def fragment(req: Request) -> Any:
         return await _answer(hub, lambda slots: to_html(_component(slots, prefix, find_base(req, prefix))))
-    return {"": page, "/": page, "/fragment": fragment, "/live": _script(SCRIPT), "/page": _script(read_asset("page.js"))}
+    scripts = {"/live": _script(SCRIPT), "/page": _script(read_asset("page.js"))}
+    return {"": page, "/": page, "/fragment": fragment, **scripts}
 
+# %% ../../nbs/ui/web.ipynb #57ea3001
 _MOST_SECONDS, _LARGEST = 3600, 2**60   # that a visitor may ask for
 
 def _stream_handlers(hub: Hub, places: Places) -> dict[str, Callable[..., Any]]:  # path after the prefix → handler
@@ -159,10 +161,11 @@ def _stream_handlers(hub: Hub, places: Places) -> dict[str, Callable[..., Any]]:
     async def room(req: Request) -> Any:
         try: need = parse_size(req.query_params.get("size", ""))
         except ValueError as error: return PlainTextResponse(f"size: {error}", 400)
-        if not 0 < need <= _LARGEST: return PlainTextResponse("size must be more than 0, and that of a GPU's memory", 400)
+        if not 0 < need <= _LARGEST: return PlainTextResponse("size must be that of a GPU's memory", 400)
         return EventStream(wish_events(hub.monitor, need), places)
     return {"/stream": stream, "/room": room}
 
+# %% ../../nbs/ui/web.ipynb #57ea3002
 def _stop_handler(manager: Any, prefix: str, guard: Callable[..., Any]) -> Callable[..., Any]:
     calls = SharedCalls()
 
@@ -237,7 +240,8 @@ def resource_routes(
     places = Places(check_pid(streams, "streams"))
     for name, path in (("prefix", prefix), ("metrics", metrics)): _check_path(name, path)
     monitor = monitor or ResourceMonitor(manager, interval)
-    scrape = _metrics_handler(monitor, process_metrics) if metrics else None   # before anything is added: it may not be installed
+    # before anything is added: it may not be installed
+    scrape = _metrics_handler(monitor, process_metrics) if metrics else None
     hub = Hub(monitor, view, (_stop_column(prefix),) if controls else ())
     handlers = {**_picture_handlers(hub, prefix), **_stream_handlers(hub, places)}
     for path, handler in handlers.items(): _add(app, f"{prefix}{path}", handler)

@@ -44,9 +44,10 @@ def judge_room(
         return "ended", f"{format_bytes(need)} is more than the largest GPU has ({format_bytes(largest)})."
     best = max(devices, key=lambda d: free_after(d, claims))
     free = max(free_after(best, claims), 0)
-    queued = " beside the requests that wait" if any(c.device is None for c in claims) else ""
-    if free >= need: return "granted", f"GPU {best.device.id} has {format_bytes(free)} free{queued}. Nothing is reserved."
-    return "waiting", f"Most free now: {format_bytes(free)} on GPU {best.device.id}{queued}."
+    beside = " beside the requests that wait" if any(c.device is None for c in claims) else ""
+    room, where = format_bytes(free), f"GPU {best.device.id}"
+    if free >= need: return "granted", f"{where} has {room} free{beside}. Nothing is reserved."
+    return "waiting", f"Most free now: {room} on {where}{beside}."
 
 # %% ../../nbs/ui/wish.ipynb #315387d6
 _calls = SharedCalls()
