@@ -66,9 +66,10 @@ def make(manager, prefix):
 def found(text: str, address: str) -> dict[str, str]:
     "The addresses in a page that is shown at `address`, as a browser resolves them"
     names = dict(script=r"<script[^>]* src=([^ >]+/live)\b", stop=r"<form[^>]* action=([^ >]+)",
-                 stream=r"data-cjm-stream=([^ >]+)")
-    return {name: urlsplit(urljoin(address, re.search(pattern, text.replace('"', ""))[1])).path
-            for name, pattern in names.items()}
+                 stream=r"data-cjm-stream=([^ >]+)", page=r"<script[^>]* src=([^ >]+/page)\b",
+                 room=r"data-cjm-wish=([^ >]+)")
+    matches = {name: re.search(pattern, text.replace('"', "")) for name, pattern in names.items()}
+    return {name: urlsplit(urljoin(address, match[1])).path for name, match in matches.items() if match}
 
 
 @forms
@@ -80,8 +81,10 @@ def test_every_address_of_every_page_is_found(manager, form, prefix):
     for path in (prefix, f"{prefix}/", f"{prefix}/fragment", "/", "/team/ada/", "/team/a%20b/"):
         answer = browser.get(OUTSIDE + path, follow_redirects=False)
         assert answer.status_code == 200, path
-        assert found(answer.text, f"http://testserver{OUTSIDE}{path}") == wanted, path
-    assert browser.get(wanted["script"]).headers["content-type"].startswith("text/javascript")
+        own = dict(page=f"{OUTSIDE}{prefix}/page", room=f"{OUTSIDE}{prefix}/room") if path.strip("/") == prefix[1:] else {}
+        assert found(answer.text, f"http://testserver{OUTSIDE}{path}") == wanted | own, path
+    for script in (wanted["script"], f"{OUTSIDE}{prefix}/page"):
+        assert browser.get(script).headers["content-type"].startswith("text/javascript")
 
 
 @forms
