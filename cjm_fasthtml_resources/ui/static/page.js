@@ -8,8 +8,7 @@ function part(header, name) {
 }
 
 // live.js notes when the figures were read that it shows, in ms since the epoch.
-function showTime(clock, root) {
-  const moment = new Date(+root.dataset.cjmNow);
+function showTime(clock, moment) {
   const text = moment.toLocaleTimeString();
   if (clock.textContent === text) return;
   clock.textContent = text;
@@ -47,10 +46,11 @@ function follow(header, root) {
   const clock = part(header, "time");
   const link = document.querySelector("link[data-cjm-icons]");
   const show = () => {
-    showTime(clock, root);
+    showTime(clock, new Date(+root.dataset.cjmNow));
     colour(link, root);
   };
-  show();
+  if (clock.dateTime) showTime(clock, new Date(clock.dateTime));
+  colour(link, root);
   new MutationObserver(show).observe(root, { attributes: true, childList: true, subtree: true });
 }
 
