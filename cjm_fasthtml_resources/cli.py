@@ -267,6 +267,21 @@ def _parse_name(text: str) -> str:
 
 def _parse_need(text: str) -> float | None: return None if text == "auto" else _parse_memory(text)
 
+# %% ../nbs/cli.ipynb #a0c1f7e3
+def _open_notifier(context: click.Context, option: click.Parameter, addresses: Sequence[str]) -> Any:
+    "Return what tells the services with these addresses, which are never shown"
+    from cjm_fasthtml_resources.running.notify import Notifier, open_services
+    try: return Notifier(open_services(addresses) if addresses else None, partial(click.echo, err=True))
+    except ImportError:
+        _fail("apprise is not installed: pip install 'cjm-fasthtml-resources[notify]'", os.EX_UNAVAILABLE)
+    except ValueError as error: raise click.BadParameter(str(error)) from None
+
+def _what_was_granted(held: Reservation, command: Sequence[str]) -> str:
+    "Return what is told of a reservation: the name of the program, without its arguments"
+    from cjm_fasthtml_resources.running.names import name_command
+    what = f"{format_bytes(held.gpu_memory_mb*2**20)} on GPU {held.device.id}"
+    return f"{what}, reserved for {name_command(command)}." if command else f"{what}. Nothing stays reserved."
+
 # %% ../nbs/cli.ipynb #49825b42
 def _child_env(held: Reservation, by_index: bool) -> dict[str, str]:
     "Return the variables with which a command uses the reserved device and no other"
@@ -305,23 +320,29 @@ def _failing() -> Iterator[None]:
               help="The app for which it is reserved.")
 @click.option("--env-by-index", is_flag=True,
               help="Name the GPU by number, with CUDA_DEVICE_ORDER=PCI_BUS_ID, for a COMMAND that cannot read UUIDs.")
+@click.option("--notify", "notifier", callback=_open_notifier, multiple=True, envvar="CJM_RESOURCES_NOTIFY",
+              metavar="URL", help="Tell this service when the memory is granted, or the waiting ends without, such as "
+                                  "ntfy://TOPIC or mailto://… (see Apprise). Repeat it for more. Better set as "
+                                  "CJM_RESOURCES_NOTIFY, for other users can see a command's arguments.")
 @click.argument("command", nargs=-1, type=click.UNPROCESSED)
 @click.pass_obj
 def _wait(machine: _Machine, gpu_memory: float, gpus: int, timeout: float | None, device: str | None, app: str,
-          env_by_index: bool, command: tuple[str, ...]) -> None:
+          env_by_index: bool, notifier: Any, command: tuple[str, ...]) -> None:
     """Wait until a GPU has room, reserve it, and run COMMAND on it.
 
     COMMAND sees that GPU alone (CUDA_VISIBLE_DEVICES). Without a command, print the variable; then nothing
     stays reserved.
 
     Exits as COMMAND does; with 75 when the time is over, 69 when there is no GPU, 74 when the shared file cannot
-    be used, 126 or 127 when COMMAND cannot be run, 2 when an argument is wrong.
+    be used, 126 or 127 when COMMAND cannot be run, 2 when an argument is wrong. A notification that fails changes
+    nothing of that.
     """
-    with _failing():
+    with _failing(), notifier.telling_end():
         manager = ResourceManager(track_self=False, app=app, gpu_timeout=machine.driver_timeout)
         with (_source(machine.simulate, manager),
               manager.reserve(gpu_memory/2**20, device, timeout, progress=_shows_progress(), n=gpus) as held):
             env = _child_env(held, env_by_index)
+            notifier.granted(_what_was_granted(held, command))
             if not command: click.echo("\n".join(f"{name}={value}" for name, value in env.items()))
             else:
                 held.keep_over_exec()
@@ -498,9 +519,13 @@ def _serve_app(app: Any, host: str, port: int, query: str) -> None:
               metavar="PERCENT", help="As for cjm-resources.")
 @click.option("--metrics", is_flag=True, help="Serve metrics for Prometheus at /metrics, too. With --token, "
                                               "Prometheus sends it as a bearer token.")
+@click.option("--process-metrics", is_flag=True, help="Serve metrics with the memory of each process, too. Each "
+                                                      "process leaves series behind in Prometheus.")
+@click.option("--streams", type=click.IntRange(1), default=200, show_default=True, metavar="N",
+              help="Pages that may be open at a time.")
 @click.pass_obj
 def _serve(machine: _Machine, host: str, port: int, token: str | None, apps: list[int | str], interval: float,
-           threshold: float, metrics: bool) -> None:
+           threshold: float, metrics: bool, process_metrics: bool, streams: int) -> None:
     """Show it live on a web page, until Ctrl-C. It can be looked at, and nothing can be changed.
 
     Exits with 69 when it cannot listen there, or when the extra `web` (or `prometheus`) is not installed.
@@ -511,10 +536,10 @@ def _serve(machine: _Machine, host: str, port: int, token: str | None, apps: lis
         for needed in ("fasthtml", "uvicorn"): import_module(needed)
         from cjm_fasthtml_resources.ui.web import make_app
         manager = _make_manager(apps, threshold, machine)
-        app = make_app(manager, token or None, interval, metrics)
+        app = make_app(manager, token or None, interval, metrics or process_metrics, process_metrics, streams)
     except ValueError as error: raise click.BadParameter(str(error), param_hint="--token") from None
     except ImportError as error:
-        extras = "web,prometheus" if metrics else "web"
+        extras = "web,prometheus" if metrics or process_metrics else "web"
         _fail(f"{error.name} is not installed: pip install 'cjm-fasthtml-resources[{extras}]'", os.EX_UNAVAILABLE)
     with _source(machine.simulate, manager):
         _register_apps(manager, apps)

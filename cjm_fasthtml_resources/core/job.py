@@ -595,6 +595,7 @@ def explain_error(
     "Add to an out-of-memory error who used the memory, and what helps"
     from cjm_fasthtml_resources.core.out_of_memory import explain_out_of_memory, find_out_of_memory
     if (found := find_out_of_memory(error)) is None: return None
+    job.manager.events.count("out_of_memory")
     pid = None if job.holder == this_process() else job.holder.pid
     text = explain_out_of_memory(error, job.manager, before=job.before, env=job.env, pid=pid)
     if text: add_note(error, text)

@@ -39,6 +39,7 @@ from .conflict import ResourceBusy, ResourceConflict, ResourceUnavailable
 from .copies import StaysHere
 from .devices import GpuChoice, device_place, select_devices
 from .display import repr_html
+from .events import Events
 from .gpu import GpuDevice, GpuSnapshot, read_gpu_links, read_gpus
 from .ledger import Ledger, Waits
 from .needs import Needs, NeedsReader, needs_roster
@@ -80,7 +81,7 @@ class ResourceManager(StaysHere, WorkerRegistry, NeedsReader, JobStarter):
         self.gpu_memory_threshold_percent, self.gpu_timeout = gpu_memory_threshold_percent, gpu_timeout
         self.track_self, self.app = check_settings(track_self, app)
         self.workers, self.ledger, self.needs, self.checks = open_rooms(self.app, self.track_self)
-        self.job_looks = JobLooks(look_at_jobs)
+        self.job_looks, self.events = JobLooks(look_at_jobs), self.ledger.events   # what happened, for the metrics
 
     @classmethod
     def from_config(
@@ -255,5 +256,6 @@ def open_rooms(
     store = Store(None if app is None else store_path())
     roster = None if app is None else Roster(store, app)
     if app is not None: store.prepare()   # a file that cannot be used is an error now, not later
-    workers, ledger, needs = Workers(roster), Ledger(store), Needs(needs_roster(roster))
+    events = Events(None if app is None else store_path().with_name(f"{app}.events"))
+    workers, ledger, needs = Workers(roster, events), Ledger(store, events), Needs(needs_roster(roster))
     return workers, ledger, needs, Checks(workers, ledger, needs, app or "", track_self)

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['STALE_AFTER', 'Subscription', 'mark_stale', 'next_due', 'read_patiently', 'newest_samples', 'TakesSamples',
-           'check_setting', 'ResourceMonitor', 'DevicePoint', 'History', 'Point', 'Sample', 'take_sample', 'to_point']
+           'check_setting', 'note_loss', 'ResourceMonitor', 'DevicePoint', 'History', 'Point', 'Sample', 'take_sample',
+           'to_point']
 
 # %% ../../nbs/core/monitor.ipynb #19d669e1
 import atexit
@@ -154,6 +155,16 @@ def _check_manager(manager: Any) -> ResourceManager | TakesSamples:
     if isinstance(manager, (ResourceManager, TakesSamples)): return manager
     raise TypeError(f"manager must be a ResourceManager, or a cluster's, not {type(manager).__name__}")
 
+# %% ../../nbs/core/monitor.ipynb #d21f0e11
+def note_loss(
+    manager: ResourceManager | TakesSamples,
+    before: Sample | None,
+    after: Sample,
+) -> None:
+    "Count it if the driver answered before, and does not any more"
+    if not before or not before.driver_answers or after.driver_answers: return
+    if isinstance(manager, ResourceManager): manager.events.count_once("driver_lost", within=30)
+
 # %% ../../nbs/core/monitor.ipynb #760ebf3d
 class ResourceMonitor(StaysHere):
     "Takes a sample in each interval while it has subscribers, and keeps the last samples' figures"
@@ -210,6 +221,7 @@ class ResourceMonitor(StaysHere):
         with self._changed:
             sample = replace(sample, number=(self._latest.number if self._latest else 0) + 1)
             point = to_point(sample)
+            note_loss(self.manager, self._latest, sample)
             self._latest = sample
             self._points.append(point)
             while self._points[0].taken < point.taken - self._kept_seconds: self._points.popleft()

@@ -19,12 +19,13 @@ from operator import attrgetter
 from typing import Any
 
 from .claims import Claim, DeviceUse, Pool, find_pools, find_promises, grant, read_use
-from .conflict import ResourceUnavailable
+from .conflict import ResourceBusy, ResourceUnavailable
 from .copies import StaysHere
 from .devices import device_key, env_by_index, find_ordinal, visible_env
+from .events import WAIT_BUCKETS
 from .gpu import GpuDevice, GpuSnapshot
 from .leases import new_lease
-from .ledger import WAIT_BUCKETS, Ledger, Waits
+from .ledger import Ledger, Waits
 from .process import ProcessId, has_ended, pid_namespace, this_process
 from .resources import Promise
 from .threads import in_thread
@@ -172,6 +173,12 @@ class Request(StaysHere):
 
     def poll(self) -> Reservation | None:
         "Return the reservation if it is given by now, else `None`; the first call enters the queue"
+        try: return self._poll()
+        except (ResourceBusy, ResourceUnavailable):
+            self.ledger.events.count("refused")
+            raise
+
+    def _poll(self) -> Reservation | None:
         if self._is_over: return None
         claims: Sequence[Claim] = ()
         try: claims = self._check() if self._has_entered else self._enter()
@@ -262,7 +269,9 @@ class Request(StaysHere):
 
     def _granted(self, claims: Sequence[Claim]) -> Reservation:
         for end in self._forgotten: end.detach()
-        self.ledger.waits.observe(time.monotonic() - self._asked)
+        waited = time.monotonic() - self._asked
+        self.ledger.waits.observe(waited)
+        self.ledger.events.count("granted", waited)
         self.ledger.note_deadline(self.lease, claims[0].expires)
         devices = tuple(self._known[c.device] for c in claims if c.device is not None)
         return Reservation(claims[0].id, devices[0], self.memory/2**20, self.holder, self.lease, self.ledger,

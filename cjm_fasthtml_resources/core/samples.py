@@ -46,6 +46,11 @@ class Sample:
         return self.memory.status
 
     @property
+    def driver_answers(self) -> bool:
+        "Whether the driver has named its devices"
+        return self.gpu.snapshot is not None and bool(self.gpu.snapshot.devices) and not self.gpu.snapshot.late
+
+    @property
     def message(self) -> str:
         "Whether a job could start and which processes hold the memory, in sentences"
         ram_is_short = self.memory.status is not ResourceStatus.AVAILABLE

@@ -118,7 +118,7 @@ def _state(sample: Sample) -> Any:
     "Return what a reader must know about the picture itself"
     parts = [f"SIMULATED, nothing here is real: {sample.simulated}"] if sample.simulated else []
     if sample.stale: parts.append(f"not of this moment: {sample.stale}")
-    return P(B(printable("; ".join(parts))), cls="state") if parts else ""
+    return P(B(printable("; ".join(parts))), cls="state stale" if sample.stale else "state") if parts else ""
 
 def _memory_banner(conflict: ResourceConflict) -> Any:
     "Return the answer for RAM where it is short"

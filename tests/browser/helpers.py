@@ -65,9 +65,9 @@ def jupyter(app: str, folder: Path):
     with serving(command, f"http://127.0.0.1:{port}/api", folder/"log", env=env): yield f"http://127.0.0.1:{port}"
 
 
-def violations(page) -> list[str]:
+def violations(page, context=".cjm") -> list[str]:
     "What axe-core finds that is serious, in words"
     from axe_playwright_python.sync_playwright import Axe
-    found = Axe().run(page, context=".cjm").response["violations"]
+    found = Axe().run(page, context=context).response["violations"]
     serious = [v for v in found if v["impact"] in ("serious", "critical")]
     return [f"{v['id']}: {v['help']}: {[node['html'][:160] for node in v['nodes'][:3]]}" for v in serious]

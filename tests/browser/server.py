@@ -46,6 +46,7 @@ def team(): return Titled("A page further down", ResourceCard(manager))
 def state(req):
     if "used" in req.query_params: gpus[1].memory_used_mb = float(req.query_params["used"])
     if "grown" in req.query_params: on_gpu[1].memory_mb = float(req.query_params["grown"])
+    if "first" in req.query_params: gpus[0].memory_used_mb = float(req.query_params["first"])
     if "temperature" in req.query_params: gpus[0].temperature = int(req.query_params["temperature"])
     threads = [t.name for t in threading.enumerate()]
     reads = driver.calls["nvmlDeviceGetCount_v2"]

@@ -89,13 +89,15 @@ function watch(root) {
   };
   const open = () => {
     close();
+    if (root.hasAttribute("data-cjm-paused")) return say(`Paused. Showing data from ${last.toLocaleTimeString()}.`);
     if (document.hidden || !root.isConnected) return;
+    if (root.dataset.cjmEvery) url.searchParams.set("every", root.dataset.cjmEvery);
     source = new EventSource(url);
     source.onerror = lose;
     listen("layout", (html) => put(place, html));
     listen("slots", (data) => putSlots(root, data));
     listen("beat", (data) => {
-      limit = +data;
+      [limit, , root.dataset.cjmNow] = data.split("\n");
     });
     wait();
   };
@@ -103,6 +105,7 @@ function watch(root) {
   document.addEventListener("visibilitychange", open);
   addEventListener("pagehide", close);
   addEventListener("pageshow", open);
+  root.addEventListener("cjm-open", open);
   open();
 }
 
