@@ -11,6 +11,7 @@ import asyncio
 import contextlib
 import re
 import threading
+import time
 from collections.abc import AsyncGenerator, Sequence
 from functools import partial
 from typing import Any
@@ -21,6 +22,7 @@ from ..core.forks import reset_in_child
 from ..core.monitor import ResourceMonitor, Subscription
 from ..core.samples import Sample
 from ..core.threads import NoThreadError, SharedCalls
+from .age import moment_of
 from .cards import arrange
 from .parts import to_html
 from .shutdown import watch_shutdown
@@ -91,10 +93,13 @@ def pace(
     return min(max(interval, 1), BEAT)
 
 def beat_event(
-    interval: float,   # seconds between two samples
+    interval: float,               # seconds between two samples
+    sample: Sample | None = None,  # what is shown
 ) -> bytes:
-    "Return a sign of life, with the time in ms after which a page takes the stream for lost"
-    return to_event("beat", f"{3000*pace(interval):.0f}")
+    "Return a sign of life: in ms, the time after which a page takes the stream for lost, now, and when it was read"
+    now = time.time()
+    read = moment_of(sample) if sample else now
+    return to_event("beat", *(f"{1000*seconds:.0f}" for seconds in (3*pace(interval), now, read)))
 
 # %% ../../nbs/ui/stream.ipynb #fbd3762f
 def _put_all(clients: Sequence[Client], event: bytes, whole: bytes) -> None:
@@ -116,7 +121,7 @@ async def _events(hub: "Hub") -> AsyncGenerator[bytes, None]:
         while True:
             event = await client.next(2*pace(hub.monitor.interval))
             if event is None: await hub.tell_if_stale()
-            yield event or beat_event(hub.monitor.interval)
+            yield event or hub.beat()
     finally:
         client.close()
         hub.leave(client)
@@ -149,13 +154,13 @@ class Hub:
     # On a thread
 
     def publish(self, sample: Sample) -> None:
-        "Draw a sample, and send what changed, or that nothing did"
+        "Draw a sample, and send what changed, with a sign of life"
         with self._drawing:
             slots = self.render(sample)
             changed = change_event(self._shown[0], slots)
             whole = layout_event(slots) if changed else self._shown[1]
             with self._lock: self._shown, clients = (slots, whole), list(self._clients)
-            _send(clients, changed or beat_event(self.monitor.interval), whole)
+            _send(clients, (changed or b"") + beat_event(self.monitor.interval, sample), whole)
 
     def draw(self) -> None:
         "Draw what the first client is shown; those that are there are kept up to date. May wait for the driver"
@@ -166,6 +171,10 @@ class Hub:
             shown = slots, layout_event(slots)
             with self._lock:
                 if not self._clients: self._shown = shown
+
+    def beat(self) -> bytes:
+        "Return a sign of life of this moment"
+        return beat_event(self.monitor.interval, self.monitor.latest)
 
     def join(self, client: Client) -> None:
         "Draw, and let a client enter"
@@ -178,7 +187,7 @@ class Hub:
         "Add a client, with what is shown as its first event, and how long that holds"
         with self._lock:
             if client.gone: return  # it left while it waited for this
-            first = self._shown[1] + beat_event(self.monitor.interval)
+            first = self._shown[1] + self.beat()
             client.loop.call_soon_threadsafe(client.events.put_nowait, first)
             if self._subscription is None: self._subscription = self.monitor.subscribe(self.publish)
             self._clients.add(client)

@@ -9,6 +9,7 @@ __all__ = ['SCRIPT', 'ResourceCard', 'ResourceRoutes', 'resource_routes', 'make_
 # %% ../../nbs/ui/web.ipynb #eb2e54b7
 import asyncio
 import secrets
+import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as NotYet
@@ -42,6 +43,7 @@ from ..core.arguments import check_text
 from ..core.manager import ResourceManager
 from ..core.monitor import ResourceMonitor, TakesSamples
 from ..core.threads import NoThreadError, SharedCalls
+from .age import not_live
 from .assets import read_asset
 from .cards import CSS, arrange
 from .controls import check_controls, find_asked
@@ -67,11 +69,13 @@ def _component(
     prefix: str,           # where the routes begin in the app
     base: str,             # the same as the page names it
 ) -> Any:
-    lost = Div(cls="state", data_cjm_lost=True, role="status", aria_live="polite")
+    now = time.time()
+    lost = Div(not_live(now), cls="state", data_cjm_lost=True, role="status", aria_live="polite")
     place = Div(P(_NOT_YET, cls="note") if slots is None else arrange(slots), data_cjm_place=True)
     stop = Form(id=_form_id(prefix), method="post", action=f"{base}/stop", hidden=True)
     script = Script(src=f"{base}/live", defer=True)
-    return Div(Style(Safe(CSS)), lost, place, stop, script, cls="cjm", data_cjm_stream=f"{base}/stream")
+    return Div(Style(Safe(CSS)), lost, place, stop, script, cls="cjm ages", data_cjm_stream=f"{base}/stream",
+               data_cjm_now=f"{1000*now:.0f}")
 
 # %% ../../nbs/ui/web.ipynb #c3000543
 _LOOP_WAITS = 0.1   # seconds that a component may keep an event loop from its other work
