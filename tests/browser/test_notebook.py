@@ -44,13 +44,13 @@ def open_notebook(request, chromium, tmp_path_factory):
 
 class Notebook:
     "An open notebook"
-    def __init__(self, page, url):
-        self.page = page
+    def __init__(self, page, url, cells=CELLS):
+        self.page, self.cells = page, cells
         page.goto(url)
-        page.locator(".jp-Notebook .jp-Cell").nth(len(CELLS) - 1).wait_for()
+        page.locator(".jp-Notebook .jp-Cell").nth(len(cells) - 1).wait_for()
         page.locator(".jp-Notebook-ExecutionIndicator[data-status=idle]").first.wait_for()
 
-    def cell(self, source): return self.page.locator(".jp-Notebook .jp-Cell").nth(CELLS.index(source))
+    def cell(self, source): return self.page.locator(".jp-Notebook .jp-Cell").nth(self.cells.index(source))
 
     def start(self, source):
         "Run a cell and do not wait for it"
