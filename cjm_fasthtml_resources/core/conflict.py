@@ -60,9 +60,11 @@ class ResourceConflict:
 
     def _repr_html_(self) -> str | None: return repr_html(self)
 
-    def _repr_pretty_(self, printer: Any, cycle: bool) -> None:
+    def __repr__(self) -> str:
         verdict = f"{self.resource_type.value}: {self.status.value}. {self.message}"
-        printer.text("\n".join([verdict, *map(device_line, self.devices)]))
+        return "\n".join([verdict, *map(device_line, self.devices)])
+
+    def _repr_pretty_(self, printer: Any, cycle: bool) -> None: printer.text(repr(self))
 
 # %% ../../nbs/core/conflict.ipynb #cafb6e52
 class ResourceBusy(RuntimeError):

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['STALE_AFTER', 'Subscription', 'mark_stale', 'next_due', 'read_patiently', 'newest_samples', 'TakesSamples',
-           'check_setting', 'note_loss', 'ResourceMonitor', 'DevicePoint', 'History', 'Point', 'Sample', 'take_sample',
-           'to_point']
+           'check_setting', 'note_loss', 'ResourceMonitor', 'share_monitor', 'DevicePoint', 'History', 'Point',
+           'Sample', 'take_sample', 'to_point']
 
 # %% ../../nbs/core/monitor.ipynb #19d669e1
 import atexit
@@ -227,6 +227,10 @@ class ResourceMonitor(StaysHere):
             while self._points[0].taken < point.taken - self._kept_seconds: self._points.popleft()
         return sample
 
+    def keep_for(self, seconds: float) -> None:
+        "Keep figures for so long, at least"
+        self._kept_seconds = max(self._kept_seconds, check_setting("history", seconds))
+
     # Subscribe
 
     def subscribe(
@@ -336,6 +340,23 @@ class ResourceMonitor(StaysHere):
     def _tell(self, sample: Sample) -> None:
         if self._paused and not sample.stale: return  # paused while it was taken
         for subscription in self._subscriptions: subscription.tell(sample)
+
+# %% ../../nbs/core/monitor.ipynb #2ebbcb39
+_shared = weakref.WeakValueDictionary[int, ResourceMonitor]()   # by the manager's identity, which a monitor keeps alive
+
+def share_monitor(
+    manager: ResourceManager | TakesSamples,
+    interval: float | None = None,   # seconds between two samples; `None`: as it is, and 1 s for the first
+    history: float = 600.0,          # seconds for which figures are kept, at least
+) -> ResourceMonitor:
+    "Return the monitor that all callers with this manager share"
+    made = ResourceMonitor(manager, 1.0 if interval is None else interval, history)
+    monitor = _shared.setdefault(id(manager), made)
+    if monitor is not made:
+        monitor.keep_for(history)
+        if interval is not None: monitor.interval = interval
+        if monitor.paused: monitor.resume()
+    return monitor
 
 # %% ../../nbs/core/monitor.ipynb #aea72c28
 def _at_exit() -> None:

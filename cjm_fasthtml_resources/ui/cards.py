@@ -56,7 +56,7 @@ _all_ = ["badge", "conflict_banner", "memory_bar", "memory_key", "notes", "spark
          "SORTS", "View", "render", "render_tables"]
 
 # %% ../../nbs/ui/cards.ipynb #3e8ec1ae
-CSS = read_asset("cards.css") + read_asset("tables.css")
+CSS = read_asset("cards.css") + read_asset("tables.css") + read_asset("age.css")
 
 # %% ../../nbs/ui/cards.ipynb #f2302bc8
 def card(

@@ -26,6 +26,7 @@ from ..core.samples import Sample
 from ..core.secrets import shown_error
 from ..core.text import printable
 from ..core.threads import NoThreadError, SharedCalls
+from .age import moment_of
 from .cards import arrange
 from .parts import to_html
 from .shutdown import watch_shutdown
@@ -115,7 +116,7 @@ def beat_event(
 ) -> bytes:
     "Return a sign of life: in ms, the time after which a page takes the stream for lost, now, and when it was read"
     now = time.time()
-    read = (sample.time or now - sample.age) if sample else now
+    read = moment_of(sample) if sample else now
     return to_event("beat", *(f"{1000*seconds:.0f}" for seconds in (3*pace(interval), now, read)))
 
 # %% ../../nbs/ui/stream.ipynb #fbd3762f
@@ -182,7 +183,7 @@ class Hub:
     # On a thread
 
     def publish(self, sample: Sample) -> None:
-        "Draw a sample, and send what changed, or that nothing did"
+        "Draw a sample, and send what changed, with a sign of life"
         with self._drawing:
             slots = self.render(sample)
             changed = change_event(self._shown[0], slots)

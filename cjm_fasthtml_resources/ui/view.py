@@ -43,6 +43,7 @@ from ..core.room import held_by
 from ..core.samples import Sample
 from ..core.text import format_bytes, printable
 from ..core.waiting import reservation_rows
+from .age import moment_of, name_time
 
 # %% ../../nbs/ui/view.ipynb #f92f3642
 def _shown_size(row: ProcessRow) -> float: return -round((row[1].memory_used or 0)/2**30, 1)
@@ -117,7 +118,7 @@ def _gpu_slots(status: DeviceStatus, trace: Sequence[float]) -> dict[str, str]:
 def _state(sample: Sample) -> Any:
     "Return what a reader must know about the picture itself"
     parts = [f"SIMULATED, nothing here is real: {sample.simulated}"] if sample.simulated else []
-    if sample.stale: parts.append(f"not of this moment: {sample.stale}")
+    if sample.stale: parts.append(f"data from {name_time(moment_of(sample))}, not of this moment: {sample.stale}")
     return P(B(printable("; ".join(parts))), cls="state stale" if sample.stale else "state") if parts else ""
 
 def _memory_banner(conflict: ResourceConflict) -> Any:

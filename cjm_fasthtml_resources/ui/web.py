@@ -38,6 +38,7 @@ from ..core.monitor import ResourceMonitor, TakesSamples
 from ..core.store import StoreError
 from ..core.threads import NoThreadError, SharedCalls
 from ..sizes import parse_size
+from .age import not_live
 from .assets import read_asset
 from .cards import CSS, arrange
 from .controls import check_controls, find_asked
@@ -65,12 +66,13 @@ def _component(
     prefix: str,           # where the routes begin in the app
     base: str,             # the same as the page names it
 ) -> Any:
-    lost = Div(cls="state", data_cjm_lost=True, role="status", aria_live="polite")
+    now = time.time()
+    lost = Div(not_live(now), cls="state", data_cjm_lost=True, role="status", aria_live="polite")
     place = Div(P(_NOT_YET, cls="note") if slots is None else arrange(slots), data_cjm_place=True)
     stop = Form(id=_form_id(prefix), method="post", action=f"{base}/stop", hidden=True)
     script = Script(src=f"{base}/live", defer=True)
-    return Div(Style(Safe(CSS)), lost, place, stop, script, cls="cjm", data_cjm_stream=f"{base}/stream",
-               data_cjm_now=f"{1000*time.time():.0f}")
+    return Div(Style(Safe(CSS)), lost, place, stop, script, cls="cjm ages", data_cjm_stream=f"{base}/stream",
+               data_cjm_now=f"{1000*now:.0f}")
 
 # %% ../../nbs/ui/web.ipynb #c3000543
 _LOOP_WAITS = 0.1   # seconds that a component may keep an event loop from its other work

@@ -45,13 +45,13 @@ def open_notebook(request, chromium, tmp_path_factory):
 
 class Notebook:
     "An open notebook"
-    def __init__(self, page, url):
-        self.page = page
+    def __init__(self, page, url, cells=CELLS):
+        self.page, self.cells = page, cells
         page.goto(url)
-        page.locator(".jp-Notebook .jp-Cell").nth(len(CELLS) - 1).wait_for()
+        page.locator(".jp-Notebook .jp-Cell").nth(len(cells) - 1).wait_for()
         page.locator(".jp-Notebook-ExecutionIndicator[data-status=idle]").first.wait_for()
 
-    def cell(self, source): return self.page.locator(".jp-Notebook .jp-Cell").nth(CELLS.index(source))
+    def cell(self, source): return self.page.locator(".jp-Notebook .jp-Cell").nth(self.cells.index(source))
 
     def start(self, source):
         "Run a cell and do not wait for it"
@@ -115,7 +115,7 @@ def test_it_moves_while_a_cell_runs_and_a_click_is_honoured_once(open_notebook, 
     wait_until(lambda: book.output(BUSY) == "awake", 20)
     wait_until(lambda: not book.moves(1.5))
     assert book.tell()["paused"] is True
-    assert book.page.locator(".cjm .state").inner_text().endswith("not of this moment: paused")
+    assert book.page.locator(".cjm.widget-vbox .state").inner_text().endswith("not of this moment: paused")
     book.page.get_by_role("button", name="Resume").click()
     wait_until(lambda: book.moves(1))
     assert book.tell()["paused"] is False and book.output(SHOW).count("Error") == 0

@@ -50,58 +50,117 @@ function putSlots(root, data) {
   }
 }
 
-// Keep one element up to date. While its tab is hidden there is no connection. When nothing was heard for three signs
-// of life, its figures are old: a server that was stopped, a proxy that holds back, a broken network look alike here.
+// Today's moments without the date
+function readTime(ms) {
+  const time = new Date(ms);
+  return time.toDateString() === new Date().toDateString() ? time.toLocaleTimeString() : time.toLocaleString();
+}
+
+// Why there is no stream, which an EventSource does not tell: a refusal, a page to log in at, an error. `ahead`: what
+// the clock here is ahead of the server's, where the answer came soon enough to tell.
+async function askWhy(url, patience) {
+  const began = Date.now();
+  const signal = AbortSignal.timeout(patience);
+  const answer = await fetch(url, { redirect: "manual", cache: "no-store", signal }).catch(() => undefined);
+  if (!answer) return {};
+  answer.body?.cancel().catch(() => undefined);
+  const now = Date.now();
+  const date = Date.parse(answer.headers.get("date"));
+  const isStream = answer.headers.get("content-type")?.startsWith("text/event-stream");
+  return {
+    ended: answer.type === "opaqueredirect" || [401, 403].includes(answer.status) || (answer.ok && !isStream),
+    status: answer.ok ? 0 : answer.status,
+    wait: 1e3 * answer.headers.get("retry-after"),
+    ahead: now - began < 1e3 ? now - date : Number.NaN,
+  };
+}
+
+function makeLogin() {
+  const link = document.createElement("a");
+  link.href = location.pathname + location.search;
+  link.textContent = "log in again";
+  return link;
+}
+
+// Keep one element up to date. While its tab is hidden there is no connection. A message says when it was sent, and the
+// page's own clock, how long ago that was: a server that was stopped, a proxy that holds messages back and a broken
+// network look alike here. Without this script, the style sheet greys what is shown.
 function watch(root) {
   const [lost, place] = root.querySelectorAll("[data-cjm-lost], [data-cjm-place]");
   // relative to the page, whose own address can change later
   const url = new URL(root.dataset.cjmStream, document.baseURI);
+  let shown = Number(root.dataset.cjmNow); // when the figures were read, by the server's clock
+  let sent = shown; // the last message
+  let ahead = Date.now() - sent; // what the clock here is ahead of the server's, at most
+  let heard = performance.now(); // a clock that nobody sets
+  let late = 0; // how old the message was then, in ms
+  let limit = 3e3; // ms after which figures are old
+  let pause = 1e3; // ms until the next try
+  let why = ["Disconnected. "];
+  let opened;
   let source;
-  let last = new Date();
-  let limit = 5e3;
   let timer;
 
-  const say = (text) => {
-    if (lost.textContent !== text) lost.textContent = text;
-    place.classList.toggle("old", text);
+  const age = () => Math.max(Date.now() - ahead - sent, performance.now() - heard + late);
+  const say = (...parts) => {
+    const text = parts.map((part) => part.textContent ?? part).join("");
+    if (lost.textContent !== text) lost.replaceChildren(...parts);
+    place.classList.toggle("old", text !== "");
   };
+  const sayOld = () => say(...why, `Showing data from ${readTime(shown)}. Reconnecting …`);
   const close = () => {
     clearTimeout(timer);
     source?.close();
   };
-  const lose = () => {
+  const lose = async () => {
     close();
-    const time = last.toLocaleTimeString();
-    say(`Disconnected. Showing data from ${time}. Reconnecting …`);
-    timer = setTimeout(open, 1e3 + 1e3 * Math.random());
-  };
-  const wait = () => {
+    sayOld();
+    pause = Math.min(1.5 * pause, 1e4);
+    timer = setTimeout(open, pause * (0.7 + 0.6 * Math.random()));
+    const lostSource = source;
+    const found = await askWhy(url, limit);
+    if (source !== lostSource) return; // there is a new one
+    if (found.ahead) ahead = found.ahead;
+    if (found.ended) why = ["Your session has ended: ", makeLogin(), ". "];
+    else why = [found.status ? `The server answers with ${found.status}. ` : "Disconnected. "];
+    sayOld();
+    if (!found.wait) return;
     clearTimeout(timer);
-    timer = setTimeout(lose, limit);
+    timer = setTimeout(open, found.wait);
   };
-  const listen = (name, act) => {
-    source.addEventListener(name, (event) => {
-      act(event.data);
-      last = new Date();
-      say("");
-      wait();
-    });
+  const check = () => {
+    clearTimeout(timer);
+    const left = limit - age();
+    if (left > 0) say();
+    else if (performance.now() - opened > limit) return lose();
+    else sayOld();
+    timer = setTimeout(check, left > 0 ? Math.min(left, 1e3) : 500); // a timer sleeps when its machine does
+  };
+  const hear = (data) => {
+    [limit, sent, shown] = data.split("\n").map(Number);
+    root.dataset.cjmNow = shown;
+    const now = Date.now();
+    ahead = Math.min(ahead, now - sent);
+    late = now - ahead - sent;
+    heard = performance.now();
+    if (late < limit) [pause, why] = [1e3, ["Disconnected. "]];
+    check();
   };
   const open = () => {
     close();
-    if (root.hasAttribute("data-cjm-paused")) return say(`Paused. Showing data from ${last.toLocaleTimeString()}.`);
+    if (root.hasAttribute("data-cjm-paused")) return say(`Paused. Showing data from ${readTime(shown)}.`);
     if (document.hidden || !root.isConnected) return;
     if (root.dataset.cjmEvery) url.searchParams.set("every", root.dataset.cjmEvery);
     source = new EventSource(url);
+    opened = performance.now();
     source.onerror = lose;
-    listen("layout", (html) => put(place, html));
-    listen("slots", (data) => putSlots(root, data));
-    listen("beat", (data) => {
-      [limit, , root.dataset.cjmNow] = data.split("\n");
-    });
-    wait();
+    source.addEventListener("layout", (event) => put(place, event.data));
+    source.addEventListener("slots", (event) => putSlots(root, event.data));
+    source.addEventListener("beat", (event) => hear(event.data));
+    check();
   };
 
+  root.classList.remove("ages");
   document.addEventListener("visibilitychange", open);
   addEventListener("pagehide", close);
   addEventListener("pageshow", open);
