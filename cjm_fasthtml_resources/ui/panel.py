@@ -28,6 +28,7 @@ from cjm_fasthtml_resources.ui.tables import (
     Column,
     make_table,
     process_table,
+    to_row,
     total_tables,
     without_details,
     worker_table,
@@ -44,7 +45,7 @@ from ..core.threads import NoThreadError, start_thread
 from .age import moment_of, name_time, picture_line, pulse
 from .assets import read_asset
 from .cards import CSS, arrange, render_tables
-from .controls import check_controls, find_asked
+from .controls import check_controls, find_asked, name_question
 from .parts import to_html
 from .view import SORTS, View, render, render_reservations
 
@@ -229,8 +230,8 @@ def _keep_after_cells() -> None:
 # %% ../../nbs/ui/panel.ipynb #52b30dd4
 def _ask_about(worker: WorkerState, now: WorkerState | None) -> str:
     "Return what is asked before a worker is stopped"
-    job = f", which is running {now.shown().job_id}" if now and now.job_id else ""
-    return f"Stop the {worker.shown().worker_type} worker with PID {worker.pid}{job}, with all that descends from it?"
+    row = to_row(now or worker)
+    return name_question(row.pid, row.type, row.status if now else "")
 
 def _on_thread(stop: Callable[[], None]) -> None:
     "Stop a worker without keeping the kernel from its other work, where a thread can be started"
@@ -436,7 +437,7 @@ class ResourcePanel(StaysHere, widgets.VBox):  # type: ignore[misc]  # ipywidget
         self._boxes = [*cards, grid, steering, workers, processes]
         above = [self._slots[key] for key in ("state", "banner", "memory_banner", "notes")]
         self.children = (self._style, self._pulse, steering, *above, grid, self._filter, workers, self._stops,
-                         self._asked, self._said, processes, self._slots["reservations"], self._slots["totals"])
+                         self._said, self._asked, processes, self._slots["reservations"], self._slots["totals"])
         for box in old: _close(box)
 
     # Controls; a front end may call these on any thread

@@ -281,6 +281,10 @@ async def _taken(send: Any, event: bytes, seconds: float, more: bool = True) -> 
     return True
 
 # %% ../../nbs/ui/stream.ipynb #e26448ba
+def _only_this(scope: Mapping[str, Any]) -> list[tuple[bytes, bytes]]:
+    "Return the header that ends the connection with the answer; HTTP/2 has no such header"
+    return [(b"connection", b"close")] if scope.get("http_version", "1.1").startswith("1") else []
+
 class EventStream(Response):
     "A response that goes on until the client leaves or takes nothing for too long, or the server shuts down"
     def __init__(
@@ -295,12 +299,12 @@ class EventStream(Response):
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         with self.places.take() as is_free:
-            if is_free: return await self._stream(send, receive)
+            if is_free: return await self._stream(scope, send, receive)
         text = f"{self.places.most} pages are open here, and there may be no more; try again later"
         return await PlainTextResponse(text, 503, headers={"Retry-After": str(RETRY_AFTER)})(scope, receive, send)
 
-    async def _stream(self, send: Any, receive: Any) -> None:
-        await send(dict(type="http.response.start", status=200, headers=self.raw_headers))
+    async def _stream(self, scope: Any, send: Any, receive: Any) -> None:
+        await send(dict(type="http.response.start", status=200, headers=self.raw_headers + _only_this(scope)))
         with watch_shutdown() as ends:
             parts = (self._send_all(send), _until_gone(receive), ends.wait())
             tasks = [asyncio.ensure_future(part) for part in parts]
