@@ -27,7 +27,7 @@ from ..core.secrets import shown_error
 from ..core.text import printable
 from ..core.threads import NoThreadError, SharedCalls
 from .age import moment_of
-from .cards import arrange
+from .cards import TABLES, arrange
 from .parts import to_html
 from .shutdown import watch_shutdown
 from .tables import Column
@@ -150,7 +150,7 @@ def broken_slots(error: BaseException) -> Slots:
     "Return what is shown in place of the figures"
     words = Span("✕ unavailable", cls="cjm-badge unavailable")
     text = f"The figures cannot be read: {printable(shown_error(error))}"
-    empty = dict.fromkeys(("state", "memory_banner", "notes", "ram.live", "workers", "processes"), "")
+    empty = dict.fromkeys(("state", "memory_banner", "notes", "ram.live", *TABLES), "")
     banner = to_html(P(words, " ", text, cls="banner unavailable", role="status"))
     return {**empty, "banner": banner, "ram.head": to_html(Div(B("RAM"), Span("cannot be read"), cls="head"))}
 
