@@ -64,7 +64,8 @@ function adopt(old, want) {
 function put(element, html) {
   const box = document.createElement("template");
   box.innerHTML = html;
-  element.closest(".cjm")?.cjmArrange?.(box.content); // in the reader's order (see tables.js)
+  // in the reader's order (see tables.js)
+  element.closest(".cjm")?.cjmArrange?.(box.content);
   patch(element, box.content);
 }
 
@@ -116,13 +117,20 @@ function watch(root) {
   const [lost, place] = root.querySelectorAll("[data-cjm-lost], [data-cjm-place]");
   // relative to the page, whose own address can change later
   const url = new URL(root.dataset.cjmStream, document.baseURI);
-  let shown = Number(root.dataset.cjmNow); // when the figures were read, by the server's clock
-  let sent = shown; // the last message
-  let ahead = Date.now() - sent; // what the clock here is ahead of the server's, at most
-  let heard = performance.now(); // a clock that nobody sets
-  let late = 0; // how old the message was then, in ms
-  let limit = 3e3; // ms after which figures are old
-  let pause = 1e3; // ms until the next try
+  // when the figures were read, by the server's clock
+  let shown = Number(root.dataset.cjmNow);
+  // the last message
+  let sent = shown;
+  // what the clock here is ahead of the server's, at most
+  let ahead = Date.now() - sent;
+  // a clock that nobody sets
+  let heard = performance.now();
+  // how old the message was then, in ms
+  let late = 0;
+  // ms after which figures are old
+  let limit = 3e3;
+  // ms until the next try
+  let pause = 1e3;
   let why = ["Disconnected. "];
   let opened;
   let source;
@@ -146,7 +154,8 @@ function watch(root) {
     timer = setTimeout(open, pause * (0.7 + 0.6 * Math.random()));
     const lostSource = source;
     const found = await askWhy(url, limit);
-    if (source !== lostSource) return; // there is a new one
+    // there is a new one
+    if (source !== lostSource) return;
     if (found.ahead) ahead = found.ahead;
     if (found.ended) why = ["Your session has ended: ", makeLogin(), ". "];
     else why = [found.status ? `The server answers with ${found.status}. ` : "Disconnected. "];
@@ -161,7 +170,8 @@ function watch(root) {
     if (left > 0) say();
     else if (performance.now() - opened > limit) return lose();
     else sayOld();
-    timer = setTimeout(check, left > 0 ? Math.min(left, 1e3) : 500); // a timer sleeps when its machine does
+    // a timer sleeps when its machine does
+    timer = setTimeout(check, left > 0 ? Math.min(left, 1e3) : 500);
   };
   const hear = (data) => {
     [limit, sent, shown] = data.split("\n").map(Number);

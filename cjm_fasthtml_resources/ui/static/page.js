@@ -70,8 +70,10 @@ function notify(title, body) {
   }
 }
 
-const PATIENCE = 6e4; // ms without a connection, after which a wish has ended
-const AGAIN = 5e3; // ms until a stream that was refused is tried again
+// ms without a connection, after which a wish has ended
+const PATIENCE = 6e4;
+// ms until a stream that was refused is tried again
+const AGAIN = 5e3;
 
 // Ask the server to tell when there is room, also while the tab is hidden, and say what it answers.
 function tell(header) {
