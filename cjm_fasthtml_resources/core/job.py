@@ -381,8 +381,8 @@ def devices_of_worker(
 def find_alone(job: ActiveJob, device: Any, conflict: ResourceConflict) -> tuple[float, Any]:   # as for `find_memory`
     "Return what a job asks for whose need is not known: of GPUs that are alike, the first that becomes empty"
     if conflict.snapshot is None or not usable(conflict.allowed): raise ResourceUnavailable(conflict.message, conflict)
-    count = job.asked.count
-    chosen = {device_key(d) for d in choose_devices(conflict.snapshot, device, 1, job.manager.judge, count)}
+    count, holder = job.asked.count, None if job.worker_pid is None else find_holder(job.worker_pid)
+    chosen = {device_key(d) for d in choose_devices(conflict.snapshot, device, 1, job.manager.judge, count, holder)}
     there = usable(d for d in conflict.allowed if device_key(d.device) in chosen)
     if (found := choose_alone(there, count)) is None: raise ResourceUnavailable(conflict.message, conflict)
     job.is_alone, (best, mb) = True, found
