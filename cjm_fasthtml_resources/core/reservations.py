@@ -10,6 +10,7 @@ __all__ = ['surely', 'StackExit', 'Reservation', 'pauses', 'Request', 'PendingRe
 # %% ../../nbs/core/reservations.ipynb #11592e7c
 import contextlib
 import itertools
+import os
 import time
 import weakref
 from collections.abc import Awaitable, Callable, Collection, Generator, Iterable, Iterator, Mapping, Sequence
@@ -20,7 +21,7 @@ from typing import Any
 from .claims import Claim, DeviceUse, Pool, find_pools, find_promises, grant, read_use
 from .conflict import ResourceUnavailable
 from .copies import StaysHere
-from .devices import device_key, env_by_index, visible_env
+from .devices import device_key, env_by_index, find_ordinal, visible_env
 from .gpu import GpuDevice, GpuSnapshot
 from .leases import new_lease
 from .ledger import WAIT_BUCKETS, Ledger, Waits
@@ -62,6 +63,7 @@ class Reservation(StaysHere, contextlib.AbstractContextManager["Reservation"]):
     _ledger: Ledger = field(repr=False, compare=False)
     _exit: contextlib.ExitStack = field(repr=False, compare=False, default_factory=contextlib.ExitStack)
     devices: tuple[GpuDevice, ...] = field(repr=False, default=())   # all, in CUDA's order; `device` is the first
+    _machine: tuple[GpuDevice, ...] = field(repr=False, compare=False, default=())   # every device, as it was read
 
     def __post_init__(self) -> None:
         if not self.devices: object.__setattr__(self, "devices", (self.device,))
@@ -81,6 +83,15 @@ class Reservation(StaysHere, contextlib.AbstractContextManager["Reservation"]):
     def uuid(self) -> str | None:
         "The device's UUID, which means the same to every program"
         return self.device.uuid
+    @property
+    def ordinal(self) -> int:
+        """CUDA's number of the device in this process, as in `torch.device("cuda", held.ordinal)`.
+        `LookupError` if this process does not see it, or if it is not certain how CUDA counts"""
+        return find_ordinal(self.device, self._machine, os.environ)
+    @property
+    def ordinals(self) -> tuple[int, ...]:
+        "The same of each of its devices"
+        return tuple(find_ordinal(device, self._machine, os.environ) for device in self.devices)
     @property
     def env(self) -> dict[str, str]:
         "The environment variables with which a child process uses these devices and no others"
@@ -137,6 +148,7 @@ class Request(StaysHere):
     _rows: Sequence[Claim] = ()   # its claims as they were read last: one, or one for each device of a group
     _mark: object = None          # of the ledger at that moment
     _links: Links | None = None   # how close its devices are to one another, if it asks for some of them
+    _machine: tuple[GpuDevice, ...] = ()   # every device, as it was read last
 
     def __init__(
         self,
@@ -258,11 +270,12 @@ class Request(StaysHere):
         self.ledger.note_deadline(self.lease, claims[0].expires)
         devices = tuple(self._known[c.device] for c in claims if c.device is not None)
         return Reservation(claims[0].id, devices[0], self.memory/2**20, self.holder, self.lease, self.ledger,
-                           devices=devices)
+                           devices=devices, _machine=self._machine)
 
     def _look(self) -> list[DeviceUse]:
         "Read the devices, and choose again: MIG can be divided by now, a lost GPU can be back"
         snapshot = self.look()
+        self._machine = snapshot.devices
         try: self.devices = {device_key(d): d for d in self.choose(snapshot)}
         except (ResourceUnavailable, ValueError):
             if not self._known: raise   # once there was one, it waits until one is back
