@@ -209,6 +209,11 @@ class ActiveJob(StaysHere):
         if self.reservation is None: raise LookupError(f"the job {shorten(self.job_id)} has no GPU")
         return self.reservation.ordinal
     @property
+    def ordinals(self) -> tuple[int, ...]:
+        "The same of each of its devices; empty without one"
+        self.must_run()
+        return self.reservation.ordinals if self.reservation else ()
+    @property
     def room_made(self) -> RoomMade:
         "What was done to make room for it: its `steps` say it in order"
         return self.room.made if self.room else RoomMade()

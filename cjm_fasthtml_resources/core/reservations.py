@@ -90,6 +90,10 @@ class Reservation(StaysHere, contextlib.AbstractContextManager["Reservation"]):
         `LookupError` if this process does not see it, or if it is not certain how CUDA counts"""
         return find_ordinal(self.device, self._machine, os.environ)
     @property
+    def ordinals(self) -> tuple[int, ...]:
+        "The same of each of its devices"
+        return tuple(find_ordinal(device, self._machine, os.environ) for device in self.devices)
+    @property
     def env(self) -> dict[str, str]:
         "The environment variables with which a child process uses these devices and no others"
         return visible_env(self.devices)
