@@ -246,10 +246,10 @@ class Request(StaysHere):
             raise ProcessLookupError(f"the process with PID {self.holder.pid} ended before it was given any GPU memory")
 
     def _granted(self, claim: Claim, device: GpuDevice) -> Reservation:
-        for end in self._forgotten: end.detach()
         waited = time.monotonic() - self._asked
         self.ledger.waits.observe(waited)
         self.ledger.events.count("granted", waited)
+        for end in self._forgotten: end.detach()
         self.ledger.note_deadline(self.lease, claim.expires)
         return Reservation(claim.id, device, self.memory/2**20, self.holder, self.lease, self.ledger)
 
