@@ -149,3 +149,35 @@ def test_what_a_registered_worker_uses_is_not_what_this_processes_job_took(gpu, 
         gpu.processes[:] = [SimulatedProcess(os.getpid(), 1_500), SimulatedProcess(worker.pid, 9_000)]
         manager.job_looks.look(False)
     assert manager.expected_need("small").highest == 1_500*MIB
+
+
+class Registry:
+    "One plugin with a model"
+    def get_plugin(self, plugin_id): return self if plugin_id == "llama" else None
+    def load_plugin_config(self, plugin_id): return dict(device="cuda", model_id="7b")
+    name, needs = "llama", dict(gpu_memory_mb=4_000)
+
+
+def test_of_two_jobs_that_choose_the_same_idle_worker_the_second_chooses_another_one(gpu, spawn, monkeypatch):
+    manager, registry = ResourceManager(), Registry()
+    first, second = (spawn("import time; time.sleep(60)") for _ in range(2))
+    for process in (first, second):
+        manager.register_worker(process.pid, "llm", plugin_id="llama", plugin_name="llama", loaded_plugin_resource="7b")
+    decide = jobs.decide
+    taken = []
+
+    def late(job):
+        "Another job is given the worker that this one has just chosen"
+        decision = decide(job)
+        if not taken:
+            taken.append(decision.current_worker.pid)
+            manager.update_worker_state(taken[0], job_id="other", status="running")
+        return decision
+
+    monkeypatch.setattr(jobs, "decide", late)
+    with manager.job("mine", plugin="llama", registry=registry, worker_type="llm", timeout=5) as job:
+        assert {job.worker_pid, *taken} == {first.pid, second.pid}
+        assert manager.get_worker_by_pid(taken[0]).jobs == ("other",)
+        assert manager.get_worker_by_pid(job.worker_pid).jobs == ("mine",)
+    assert manager.get_worker_by_pid(taken[0]).jobs == ("other",)
+    assert manager.get_worker_by_pid(job.worker_pid).status == "idle"

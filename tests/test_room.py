@@ -13,7 +13,7 @@ import pytest
 from conftest import warned
 from lines import interrupted_at
 
-from cjm_fasthtml_resources.core import stopping, unloading
+from cjm_fasthtml_resources.core import freeing, stopping, unloading
 from cjm_fasthtml_resources.core.asking import AskedPlugin
 from cjm_fasthtml_resources.core.conflict import ResourceBusy
 from cjm_fasthtml_resources.core.leases import new_lease
@@ -128,14 +128,14 @@ def test_what_unloading_does_not_bring_is_brought_by_stopping_and_each_step_is_s
 def test_a_worker_that_does_not_unload_is_stopped(machine, monkeypatch, release, said, plugin):
     process, = machine.workers(10_000)
     manager, seen = ResourceManager(), []
-    end = stopping.end_worker
+    end = freeing.end_worker
 
     def ending(workers, state, *given):
         seen.append(state.plugin_name)
         return end(workers, state, *given)
 
-    monkeypatch.setattr(stopping, "end_worker", ending)
-    monkeypatch.setattr(stopping, "UNLOADED_WITHIN", 0.3)
+    monkeypatch.setattr(freeing, "end_worker", ending)
+    monkeypatch.setattr(freeing, "UNLOADED_WITHIN", 0.3)
     register(manager, process, plugin_name="llama", plugin_instance=type("Plugin", (), dict(release=release))())
     made = manager.make_room(20_000, grace=0.3)
     assert made.steps[0] == f"The idle llm worker (PID {process.pid}) {said}"
@@ -227,7 +227,7 @@ def test_unloading_that_is_interrupted_at_any_line_leaves_nobody_stopping(spawn,
     class Plugin:
         def release(self): gpu.processes[:] = []
 
-    files = ("core/stopping.py", "core/workers.py", "core/unloading.py")
+    files = ("core/freeing.py", "core/stopping.py", "core/workers.py", "core/unloading.py")
     with SimulatedDriver([gpu]):
         while True:
             gpu.processes[:] = [SimulatedProcess(process.pid, 800)]
@@ -281,7 +281,7 @@ def test_a_call_that_waits_for_another_one_gives_up_in_words(spawn, monkeypatch)
     worker, lease = manager.register_worker(process.pid, "llm"), new_lease()
     manager.workers.leases.take(lease)
     assert stopping.mark_idle(manager.workers, worker, lease)
-    monkeypatch.setattr(stopping, "RELEASE_WITHIN", 0.1)
+    monkeypatch.setattr(freeing, "RELEASE_WITHIN", 0.1)
     with SimulatedDriver([gpu]):
         message = f"^another call is still stopping the llm worker .PID {process.pid}., after 0.2 s$"
         with pytest.raises(ResourceBusy, match=message): manager.free_gpu(900, grace=0.1)
@@ -373,7 +373,7 @@ def test_jobs_of_several_processes_stop_as_many_workers_as_they_need_together(ma
 
 
 def test_a_job_that_is_cancelled_while_it_makes_room_leaves_nobody_stopping(machine, monkeypatch):
-    monkeypatch.setattr(stopping, "UNLOADED_WITHIN", 0.3)
+    monkeypatch.setattr(freeing, "UNLOADED_WITHIN", 0.3)
     process, = machine.workers(20_000)
     manager, began = ResourceManager(), threading.Event()
 

@@ -9,7 +9,7 @@ import pytest
 from conftest import GONE, warned
 from lines import interrupted_at
 
-from cjm_fasthtml_resources.core import host, stopping
+from cjm_fasthtml_resources.core import freeing, host, stopping
 from cjm_fasthtml_resources.core.conflict import ResourceBusy, ResourceUnavailable
 from cjm_fasthtml_resources.core.gpu import GpuDevice
 from cjm_fasthtml_resources.core.leases import new_lease
@@ -139,11 +139,11 @@ def test_a_worker_that_is_just_given_a_job_is_spared(spawn, monkeypatch):
     room = Room(spawn, 2)
 
     def plan(devices, idle, need, gentle):
-        monkeypatch.setattr(stopping, "plan_room", plan_room)
+        monkeypatch.setattr(freeing, "plan_room", plan_room)
         room.manager.update_worker_state(idle[0].pid, job_id="now", status="running")  # by another thread, just now
         return plan_room(devices, idle, need, gentle)
 
-    monkeypatch.setattr(stopping, "plan_room", plan)
+    monkeypatch.setattr(freeing, "plan_room", plan)
     with SimulatedDriver([room.gpu]): room.manager.free_gpu(18000)
     assert room.living == [0] and room.manager.get_worker_by_job("now").status == "running"
 
@@ -254,7 +254,7 @@ def test_free_gpu_that_is_interrupted_at_any_line_leaves_nobody_stopping(spawn, 
             gpu.processes[:] = [SimulatedProcess(process.pid, 800)]
             manager = ResourceManager(track_self=False)
             manager.register_worker(process.pid, "llm")
-            files = ("core/stopping.py", "core/workers.py")
+            files = ("core/freeing.py", "core/stopping.py", "core/workers.py")
             reached = interrupted_at(at, files, lambda manager=manager: manager.free_gpu(900))
             left_over = [w.status for w in manager.get_all_workers()]
             assert left_over in (["idle"], []), at
@@ -311,7 +311,7 @@ def test_in_a_forks_child_nobody_is_being_stopped_by_its_parents_threads(spawn):
 def test_a_worker_that_took_over_a_number_while_it_was_freed_is_not_stopped(spawn, monkeypatch):
     manager, process, gpu = one_worker(spawn, lambda *_: None)
     start, ended = manager.get_worker_by_pid(process.pid).start_time, []
-    asked = stopping.mark_idle
+    asked = freeing.mark_idle
 
     def mark(workers, worker, *given):
         found = asked(workers, worker, *given)
@@ -325,7 +325,7 @@ def test_a_worker_that_took_over_a_number_while_it_was_freed_is_not_stopped(spaw
         ended.append(list(ends))
         return []
 
-    monkeypatch.setattr(stopping, "mark_idle", mark)
+    monkeypatch.setattr(freeing, "mark_idle", mark)
     monkeypatch.setattr(stopping, "end_processes", end)
     with SimulatedDriver([gpu]): manager.free_gpu(900)
     assert ended == [[ProcessId(process.pid, start)]]
@@ -394,7 +394,7 @@ def test_a_worker_that_is_being_stopped_is_nobodys_choice(spawn, monkeypatch):
         seen.append((workers.get(pid).status, ends, grace))
         gpu.processes.clear()
 
-    monkeypatch.setattr(stopping, "end_worker", stop)
+    monkeypatch.setattr(freeing, "end_worker", stop)
     with SimulatedDriver([gpu]): assert manager.free_gpu(900, grace=2.5) == [worker]
     assert seen == [("stopping", [ProcessId(process.pid, host.read_start(process.pid))], 2.5)]
     assert manager.get_worker_by_pid(process.pid) is worker      # it was not stopped after all

@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['read_index', 'read_digits', 'find_legacy', 'read_value', 'has_uuids', 'least_free_first', 'number_gpus',
            'explain_doubt', 'Seen', 'split_mig', 'see_devices', 'visible_devices', 'allowed_devices', 'device_key',
-           'device_place', 'select_devices', 'doubtful_places', 'visible_env', 'env_by_index', 'GpuChoice']
+           'device_place', 'select_devices', 'doubtful_places', 'find_ordinal', 'visible_env', 'env_by_index',
+           'GpuChoice']
 
 # %% ../../nbs/core/devices.ipynb #f6ed7f6c
 import re
@@ -266,6 +267,21 @@ def doubtful_places(
     if not doubtful: return ()
     found = [d for d in see_devices(devices, environ).visible if any(d is gpu for gpu in doubtful)]
     return tuple(found) if len(found) > 1 else ()
+
+# %% ../../nbs/core/devices.ipynb #763cbd28
+def find_ordinal(
+    device: GpuDevice,
+    devices: Sequence[GpuDevice],    # a snapshot's
+    environ: Mapping[str, str],      # with CUDA_VISIBLE_DEVICES and CUDA_DEVICE_ORDER
+) -> int:
+    """Return a device's number for CUDA in a process with this environment, as in `torch.device("cuda", number)`.
+    `LookupError` if the process does not see the device, or if it is not certain how CUDA counts"""
+    key, visible = device_key(device), [device_key(d) for d in see_devices(devices, environ).visible]
+    if key not in visible:
+        raise LookupError(f"this process does not see GPU {device.id}; a child process that is started with env does")
+    instead, ordinal = doubtful_places(devices, environ), visible.index(key)
+    if key in map(device_key, instead): raise LookupError(explain_doubt(f"cuda:{ordinal}", instead))
+    return ordinal
 
 # %% ../../nbs/core/devices.ipynb #e18dd71f
 def visible_env(

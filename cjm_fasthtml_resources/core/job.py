@@ -6,8 +6,8 @@
 __all__ = ['ALONE', 'TELL_AFTER', 'PluginNeeds', 'declared_needs', 'JobRequest', 'choose_alone', 'is_turn', 'is_loading',
            'name_turn', 'name_double', 'ActiveJob', 'put_back_left', 'end_job_of', 'await_turn', 'await_ram',
            'find_learned', 'device_of_worker', 'find_alone', 'find_memory', 'name_unknown', 'tell_alone', 'poll',
-           'await_memory', 'decide', 'ask_validation', 'await_decision', 'show_here', 'start', 'begin', 'base_of',
-           'watch_process', 'add_note', 'explain_error', 'learn', 'finish', 'make_job']
+           'await_memory', 'decide', 'ask_validation', 'take_ready', 'await_decision', 'show_here', 'start', 'begin',
+           'base_of', 'watch_process', 'add_note', 'explain_error', 'find_lack', 'learn', 'finish', 'make_job']
 
 # %% ../../nbs/core/job.ipynb #466a9486
 import atexit
@@ -44,6 +44,7 @@ from .conflict import ResourceBusy, ResourceConflict, ResourceUnavailable
 from .copies import StaysHere
 from .devices import device_key, device_place
 from .forks import reset_in_child
+from .freeing import RoomMade
 from .gpu import GpuDevice
 from .learned import JobRun, need_key
 from .locking import holding
@@ -54,7 +55,6 @@ from .reservations import Request, Reservation, StackExit, pauses, surely
 from .resources import DeviceStatus, ResourceType, WorkerState
 from .room import TooMuchMemory, held_by, largest_capacity, usable
 from .secrets import shown_error, shown_repr, shown_text
-from .stopping import RoomMade
 from .store import StoreError
 from .text import format_bytes
 from .threads import in_thread
@@ -206,6 +206,13 @@ class ActiveJob(StaysHere):
         self.must_run()
         return self.reservation.env_by_index if self.reservation else {}
 
+    @property
+    def ordinal(self) -> int:
+        """CUDA's number of that device in this process, as in `torch.device("cuda", job.ordinal)`; inside the block.
+        `LookupError` without a device, if this process does not see it, or if it is not certain how CUDA counts"""
+        self.must_run()
+        if self.reservation is None: raise LookupError(f"the job {shorten(self.job_id)} has no GPU")
+        return self.reservation.ordinal
     @property
     def room_made(self) -> RoomMade:
         "What was done to make room for it: its `steps` say it in order"
@@ -452,10 +459,24 @@ def ask_validation(job: ActiveJob) -> bool:
     return is_gpu
 
 # %% ../../nbs/core/job.ipynb #ea449870
+def take_ready(job: ActiveJob) -> bool:
+    "Give the job to the worker that the validation chose; False if another job came first: then it has to decide again"
+    ready = job.decision.current_worker if job.decision and job.decision.can_proceed else None
+    if job.worker_pid is not None or ready is None: return True
+    manager, name = job.manager, job.job_id
+    if (now := manager.get_worker_by_pid(ready.pid)) and name in now.jobs: raise ValueError(name_double(now, name))
+    job.defer(end_job_of, manager, ready.pid, name)
+    given = manager.update_worker_state(ready.pid, job_id=name, status="running")   # `None`: it is being stopped
+    if given and (job.asked.concurrent or is_turn(given, name)):
+        job.worker_pid = ready.pid
+        return True
+    end_job_of(manager, ready.pid, name)
+    return False
+
 def await_decision(job: ActiveJob) -> Iterator[float]:
     "Wait until the validation says that the job can start, or that it needs the queue"
     for pause in pauses():
-        if ask_validation(job): return
+        if ask_validation(job) and take_ready(job): return
         yield pause
 
 # %% ../../nbs/core/job.ipynb #9f52724c
@@ -488,10 +509,6 @@ def begin(job: ActiveJob) -> Iterator[float]:  # the seconds until its next step
         if job.asked.decide: decide(job)   # what cannot run does not wait for its worker
         yield from await_turn(job, job.worker_pid)
     yield from await_decision(job)
-    ready = job.decision.current_worker if job.decision and job.decision.can_proceed else None
-    if job.worker_pid is None and ready:
-        job.worker_pid = ready.pid
-        yield from await_turn(job, ready.pid)
     show_here(job)
     yield from await_ram(job)
     if found := find_memory(job): yield from await_memory(job, *found)
@@ -554,6 +571,11 @@ def explain_error(
     return found
 
 # %% ../../nbs/core/job.ipynb #b7861477
+def find_lack(job: ActiveJob, most: int, found: "OutOfMemory") -> int:   # bytes
+    "Return what a job would have had; to ask for more than any of its devices has is an error, and no need"
+    largest, wanted = (job.before and largest_capacity(job.before.allowed)) or math.inf, found.wanted or 0
+    return most if wanted > largest else max(most, wanted, int(min(found.needed or 0, largest)))
+
 def learn(job: ActiveJob, error: BaseException | None, found: "OutOfMemory | None") -> None:
     "Remember what a job took, for the next one of its kind"
     asked, usage, level = job.asked, job.usage, job.usage.level
@@ -563,7 +585,7 @@ def learn(job: ActiveJob, error: BaseException | None, found: "OutOfMemory | Non
         key, time.time(), time.monotonic() - job.started, gpu_highest=most or None, ram=usage.ram or None,
         succeeded=error is None, steady=level is not None and level.is_steady))
     if found and found.kind != "ram":
-        job.manager.needs.raise_after_out_of_memory(key, max(most, found.needed or 0, found.wanted or 0))
+        job.manager.needs.raise_after_out_of_memory(key, find_lack(job, most, found))
 
 # %% ../../nbs/core/job.ipynb #63f7e313
 def finish(job: ActiveJob, kind: Any = None, error: BaseException | None = None, trace: Any = None) -> None:

@@ -16,10 +16,10 @@ from typing import Any
 from .claims import Claim, find_covered, read_use
 from .conflict import ResourceBusy, ResourceConflict
 from .devices import device_key
+from .freeing import RoomMade, RoomMaker, RoomWanted
 from .reservations import Request
 from .resources import DeviceStatus
 from .secrets import shown_error
-from .stopping import RoomMade, RoomMaker, RoomWanted
 from .unloading import Unload
 
 # %% ../../nbs/core/making_room.ipynb #70bfdc1a

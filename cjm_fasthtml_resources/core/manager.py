@@ -12,7 +12,7 @@ import inspect
 import threading
 from collections.abc import Mapping
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from cjm_fasthtml_resources.core.arguments import (
     UNCHANGED,
@@ -32,7 +32,6 @@ from cjm_fasthtml_resources.core.requests import (
     giving_back,
     make_give_up,
 )
-from . import stopping
 from .checks import Checks, Prepared, pick_devices
 from .claims import Claim
 from .conflict import ResourceBusy, ResourceConflict, ResourceUnavailable
@@ -51,11 +50,13 @@ from .room import plan_room
 from .roster import Roster
 from .secrets import PLUGIN_RESOURCE_CONFIG_KEYS
 from .settings import MANAGER_SCHEMA, Setting
-from .stopping import RoomMade
 from .store import Store, store_path
-from .unloading import Unload
 from .usage import JobLooks, JobStarter, look_at_jobs
 from .workers import Workers
+
+if TYPE_CHECKING:
+    from cjm_fasthtml_resources.core.freeing import RoomMade
+    from cjm_fasthtml_resources.core.unloading import Unload
 
 # %% ../../nbs/core/manager.ipynb #4c3e71ce
 _all_ = ["ResourceType", "ResourceStatus", "ResourceConflict", "WorkerState", "PLUGIN_RESOURCE_CONFIG_KEYS",
@@ -205,29 +206,29 @@ class ResourceManager(StaysHere, WorkerRegistry, NeedsReader, JobStarter):
     def stop_worker(
         self,
         pid: int,             # a registered worker, or a process that descends from one or from this process
-        *,
-        grace: float = 5.0,   # seconds between asking (SIGTERM) and killing (SIGKILL)
+        *, grace: float = 5.0,   # seconds between asking (SIGTERM) and killing (SIGKILL)
     ) -> WorkerState | None:  # what was known about the worker; `None` if it was not registered itself
         """Stop a process of this app with its child processes: its plugin's `force_cleanup`, SIGTERM, SIGKILL.
         `PermissionError` for other programs, this process and its parents; `TimeoutError` if one does not end,
         `OSError` if it cannot be read just now what descends from it"""
         pid, grace = check_pid(pid), check_number(grace, "grace", 0, threading.TIMEOUT_MAX)
-        return stopping.stop_worker(self.workers, pid, grace, self.checks.me())
+        from cjm_fasthtml_resources.core.stopping import stop_worker  # when it is used
+        return stop_worker(self.workers, pid, grace, self.checks.me())
 
     def make_room(
         self,
         mb: float,            # MiB that one device is to have free
-        *,
-        grace: float = 5.0,   # seconds for a plugin to unload, and between asking (SIGTERM) and killing (SIGKILL)
-        unload: Unload | None = None,   # unloads a worker whose plugin is in another process; `False`: it did not
-    ) -> RoomMade:            # its `steps` say what was done, in order
+        *, grace: float = 5.0,   # seconds for a plugin to unload, and between asking (SIGTERM) and killing (SIGKILL)
+        unload: "Unload | None" = None,   # unloads a worker whose plugin is in another process; `False`: it did not
+    ) -> "RoomMade":          # its `steps` say what was done, in order
         """Let idle workers unload, and stop them where that is not enough, until a GPU has room.
         Nothing is done if all of them are not enough. Raises what `free_gpu` raises"""
+        from cjm_fasthtml_resources.core.freeing import make_room, make_wanted  # when it is used
         check = partial(self.check_gpu_availability, wake=True)
-        return stopping.make_room(self.workers, stopping.make_wanted(mb, check, grace, unload, self.get_claims))
+        return make_room(self.workers, make_wanted(mb, check, grace, unload, self.get_claims))
 
     def free_gpu(
-        self, mb: float, *, grace: float = 5.0, unload: Unload | None = None,
+        self, mb: float, *, grace: float = 5.0, unload: "Unload | None" = None,
     ) -> list[WorkerState]:  # those that were stopped, in that order; none if there was room, or after unloading
         """Make room likewise, and return the workers that were stopped.
         `ResourceBusy` if there is no room in the end, `ResourceUnavailable`, `ValueError`, `TimeoutError`, `OSError`"""

@@ -10,6 +10,7 @@ __all__ = ['surely', 'StackExit', 'Reservation', 'pauses', 'Request', 'PendingRe
 # %% ../../nbs/core/reservations.ipynb #11592e7c
 import contextlib
 import itertools
+import os
 import time
 import weakref
 from collections.abc import Awaitable, Callable, Generator, Iterable, Iterator
@@ -20,7 +21,7 @@ from typing import Any
 from .claims import Claim, DeviceUse, Pool, find_pools, find_promises, grant, read_use
 from .conflict import ResourceBusy, ResourceUnavailable
 from .copies import StaysHere
-from .devices import device_key, env_by_index, visible_env
+from .devices import device_key, env_by_index, find_ordinal, visible_env
 from .events import WAIT_BUCKETS
 from .gpu import GpuDevice, GpuSnapshot
 from .leases import new_lease
@@ -61,6 +62,7 @@ class Reservation(StaysHere, contextlib.AbstractContextManager["Reservation"]):
     lease: int = field(repr=False)          # the reservation counts as long as this is held
     _ledger: Ledger = field(repr=False, compare=False)
     _exit: contextlib.ExitStack = field(repr=False, compare=False, default_factory=contextlib.ExitStack)
+    _machine: tuple[GpuDevice, ...] = field(repr=False, compare=False, default=())   # every device, as it was read
 
     def __post_init__(self) -> None:
         for _ in range(2): self._exit.callback(self._ledger.give_back, self.lease, self.is_for_other)   # twice
@@ -79,6 +81,11 @@ class Reservation(StaysHere, contextlib.AbstractContextManager["Reservation"]):
     def uuid(self) -> str | None:
         "The device's UUID, which means the same to every program"
         return self.device.uuid
+    @property
+    def ordinal(self) -> int:
+        """CUDA's number of the device in this process, as in `torch.device("cuda", held.ordinal)`.
+        `LookupError` if this process does not see it, or if it is not certain how CUDA counts"""
+        return find_ordinal(self.device, self._machine, os.environ)
     @property
     def env(self) -> dict[str, str]:
         "The environment variables with which a child process uses this device and no other"
@@ -133,6 +140,7 @@ class Request(StaysHere):
     covers = False                # a worker's job: includes what the worker uses already, and ends with this process
     _row: Claim | None = None     # as it was read last
     _mark: object = None          # of the ledger at that moment
+    _machine: tuple[GpuDevice, ...] = ()   # every device, as it was read last
 
     def __init__(
         self,
@@ -251,11 +259,13 @@ class Request(StaysHere):
         self.ledger.events.count("granted", waited)
         for end in self._forgotten: end.detach()
         self.ledger.note_deadline(self.lease, claim.expires)
-        return Reservation(claim.id, device, self.memory/2**20, self.holder, self.lease, self.ledger)
+        return Reservation(claim.id, device, self.memory/2**20, self.holder, self.lease, self.ledger,
+                           _machine=self._machine)
 
     def _look(self) -> list[DeviceUse]:
         "Read the devices, and choose again: MIG can be divided by now, a lost GPU can be back"
         snapshot = self.look()
+        self._machine = snapshot.devices
         try: self.devices = {device_key(d): d for d in self.choose(snapshot)}
         except (ResourceUnavailable, ValueError):
             if not self._known: raise   # once there was one, it waits until one is back
