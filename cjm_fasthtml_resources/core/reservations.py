@@ -272,10 +272,10 @@ class Request(StaysHere):
             raise ProcessLookupError(f"the process with PID {self.holder.pid} ended before it was given any GPU memory")
 
     def _granted(self, claims: Sequence[Claim]) -> Reservation:
-        for end in self._forgotten: end.detach()
         waited = time.monotonic() - self._asked
         self.ledger.waits.observe(waited)
         self.ledger.events.count("granted", waited)
+        for end in self._forgotten: end.detach()
         self.ledger.note_deadline(self.lease, claims[0].expires)
         devices = tuple(self._known[c.device] for c in claims if c.device is not None)
         return Reservation(claims[0].id, devices[0], self.memory/2**20, self.holder, self.lease, self.ledger,

@@ -248,6 +248,15 @@ def test_a_reader_is_told_in_the_page_where_there_are_no_notifications_and_can_s
     page.get_by_text("Nothing is reserved.").wait_for()
 
 
+def test_a_reader_who_leaves_the_browser_s_question_open_is_told_all_the_same(server, new_page):
+    page = new_page()
+    page.add_init_script("""window.Notification = class { static permission = "default";
+                            static requestPermission() { return new Promise(() => {}); } }""")
+    page.goto(f"{server}/resources")
+    ask_for(page, "100")
+    page.get_by_text("is more than the largest GPU has").wait_for()
+
+
 def test_a_page_of_another_site_cannot_show_it_in_a_frame(server, new_page):
     page = new_page()
     frame = f"<iframe src='{server}/resources'></iframe>"
