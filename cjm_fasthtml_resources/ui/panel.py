@@ -150,7 +150,7 @@ def _replace_earlier(panel: "ResourcePanel", cell: Any, run: Any) -> None:
     for earlier in [p for c, r, p in open_panels if cell is not None and c == cell and r != run]: earlier.close()
     open_panels.append((cell, run, panel))
 
-# %% ../../nbs/ui/panel.ipynb #0c5a03a4
+# %% ../../nbs/ui/panel.ipynb #64018592
 def _text_view(sample: Sample) -> str:
     "Return a sample as in a terminal, with its time"
     from rich.console import Console
@@ -164,10 +164,10 @@ def _text_view(sample: Sample) -> str:
     lines = [*file.getvalue().splitlines(), f"Data from {name_time(moment_of(sample))}{old}"]
     return "\n".join(line.rstrip() for line in lines)
 
-# %% ../../nbs/ui/panel.ipynb #2ca08c49
+# %% ../../nbs/ui/panel.ipynb #915e8975
 def _hide_picture(id: str) -> str:
     "Return a style sheet that hides a panel's picture while the panel is shown, and what stands for a lost panel"
-    lost = f".jp-OutputArea-child:has(+ .jp-OutputArea-child .kept-{id}) .jupyter-widgets:not(:has(*))"
+    lost = f".jp-OutputArea-child:has(+ .jp-OutputArea-child .kept-{id}) .jp-OutputArea-output.jupyter-widgets:not(:has(*))"
     return f":root:has(.of-{id}) .kept-{id},{lost}{{display:none}}"
 
 def _picture(sample: Sample, history: History, view: View, id: str = "") -> str:
@@ -176,7 +176,7 @@ def _picture(sample: Sample, history: History, view: View, id: str = "") -> str:
     style = Style(Safe(CSS + (_hide_picture(id) if id else "")))
     return to_html(Div(style, picture_line(sample), arrange(slots), cls=f"cjm kept-{id}" if id else "cjm"))
 
-# %% ../../nbs/ui/panel.ipynb #dce1969c
+# %% ../../nbs/ui/panel.ipynb #abd141b8
 class _Kept:
     "When a notebook is sent the picture of a panel that was displayed in it"
     def __init__(self) -> None: self.since, self.at, self.number = math.inf, math.inf, 0
@@ -197,7 +197,7 @@ class _Kept:
         "Note what a notebook has"
         self.at, self.number = now, sample.number
 
-# %% ../../nbs/ui/panel.ipynb #ebe19ce8
+# %% ../../nbs/ui/panel.ipynb #267a1ceb
 def _display(data: Mapping[str, Any], **kw: Any) -> None:
     "Publish data of several types; a notebook that is being closed takes none"
     from IPython.display import display
@@ -240,7 +240,7 @@ def _stop_asked(manager: ResourceManager, worker: WorkerState) -> str:
     except (OSError, RuntimeError) as error: return f"The worker with PID {worker.pid} was not stopped: {error}"
     return f"Stopped the {worker.shown().worker_type} worker with PID {worker.pid}."
 
-# %% ../../nbs/ui/panel.ipynb #73c5b42d
+# %% ../../nbs/ui/panel.ipynb #f4292a34
 _EXPECT = 60.0   # seconds in which a panel should be shown
 
 class _Audience:
