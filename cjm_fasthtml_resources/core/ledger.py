@@ -14,16 +14,16 @@ import itertools
 import json
 import logging
 import math
-import threading
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from .claims import Claim, DeviceUse, drop, grant
+from .counters import Counters
 from .forks import reset_in_child
 from .leases import Leases, hides_any
-from .locking import holding
 from .process import ProcessId, pid_namespace
 from .store import Draft, Store, StoreError
 
@@ -34,27 +34,18 @@ _log = logging.getLogger(__name__)
 WAIT_BUCKETS = (0.1, 1.0, 5.0, 15.0, 60.0, 300.0, 900.0, 3600.0, math.inf)   # seconds
 
 class Waits:
-    "Count how long the requests of this process waited until they were granted; safe from any thread"
-    def __init__(self) -> None:
-        self._counts, self._total = [0]*len(WAIT_BUCKETS), 0.0
-        self.after_fork()
-        reset_in_child(self)
-
-    def after_fork(self) -> None:
-        "Make a new lock in a fork's child: a thread of the parent can have had the old one"
-        self._lock = threading.RLock()   # reentrant, since a signal handler can count, too
+    "Count how long requests waited until they were granted: of this process, or of all that share a file"
+    def __init__(self, path: Path | None = None) -> None: self.counters = Counters(len(WAIT_BUCKETS) + 1, path)
 
     def observe(self, seconds: float) -> None:
         "Count one request that was granted"
-        with holding(self._lock):
-            self._counts[bisect.bisect_left(WAIT_BUCKETS, seconds)] += 1
-            self._total += seconds
+        bucket = bisect.bisect_left(WAIT_BUCKETS, seconds)
+        self.counters.add([*(float(i == bucket) for i in range(len(WAIT_BUCKETS))), seconds])
 
     def read(self) -> tuple[list[tuple[float, int]], float]:
         "Return a histogram (for each bound, how many waited no longer), and the sum of all in seconds"
-        with holding(self._lock):
-            counts = itertools.accumulate(self._counts)
-            return list(zip(WAIT_BUCKETS, counts, strict=True)), self._total
+        *counts, total = self.counters.read()
+        return list(zip(WAIT_BUCKETS, map(int, itertools.accumulate(counts)), strict=True)), total
 
 # %% ../../nbs/core/ledger.ipynb #3ea43477
 class Rows(NamedTuple):
@@ -105,7 +96,7 @@ class LedgerReading(NamedTuple):
 class Ledger:
     "The requests and reservations of all processes that share a store"
     def __init__(self, store: Store) -> None:
-        self.store, self.leases, self.waits = store, store.leases, Waits()
+        self.store, self.leases, self.waits = store, store.leases, Waits(store.path and store.path.with_suffix(".waits"))
         self._read = b"", Rows()   # the last reading, as bytes and as rows
         self.after_fork()
         reset_in_child(self)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['device_metrics', 'process_metrics', 'worker_metrics', 'reservation_metrics', 'memory_metrics', 'verdict_metrics',
-           'ResourceCollector', 'exposition']
+           'count_errors', 'ResourceCollector', 'exposition']
 
 # %% ../../nbs/ui/metrics.ipynb #d75e0bdd
 import logging
@@ -26,6 +26,7 @@ from prometheus_client.exposition import choose_encoder
 
 from ..core.claims import Claim
 from ..core.conflict import ResourceConflict
+from ..core.counters import Counters
 from ..core.ledger import Waits
 from ..core.manager import ResourceManager
 from ..core.monitor import ResourceMonitor
@@ -115,14 +116,14 @@ def reservation_metrics(
     waits: Waits,
 ) -> Iterator[Metric]:
     """Yield how many reservations there are, and how long requests waited.
-    The waits are those of this process, until a request was granted"""
+    The waits, until a request was granted, are those of all named apps together, or of this process"""
     counts = Counter("waiting" if c.device is None else "held" for c in claims)
     yield _gauge("reservations", "Reservations of GPU memory, of all apps that share them", ["state"],
                  [([state], counts[state]) for state in ("held", "waiting")])
     read, total = waits.read()
     buckets = [("+Inf" if math.isinf(bound) else str(bound), n) for bound, n in read]
     histogram = HistogramMetricFamily(f"{_PREFIX}_reservation_wait_seconds",
-                                      "Time that a request waited until it was granted, in this process")
+                                      "Time that a request waited until it was granted; of named apps together, else of this process")
     histogram.add_metric([], buckets=buckets, sum_value=total)
     yield histogram
 
@@ -148,6 +149,12 @@ def verdict_metrics(
     rows = [([c.resource_type.value], c.status) for c in (sample.gpu, sample.memory)]
     yield _states("status", "Whether a job could start now", ["resource"], rows)
 
+# %% ../../nbs/ui/metrics.ipynb #fd97bd6b
+def count_errors(monitor: ResourceMonitor) -> Counters:
+    "Return a count of the scrapes that failed: of all processes of a named app, which any of them answers for"
+    waits = monitor.manager.waits.counters.path if isinstance(monitor.manager, ResourceManager) else None
+    return Counters(1, waits and waits.with_suffix(".errors"))
+
 # %% ../../nbs/ui/metrics.ipynb #2faf9c9e
 class ResourceCollector:
     """Collect all metrics for a registry of prometheus_client:
@@ -157,7 +164,7 @@ class ResourceCollector:
         monitor: ResourceMonitor,
         processes: bool = False,   # a metric for each process, too: labels without bound
     ) -> None:
-        self.monitor, self.processes, self._errors = monitor, processes, 0
+        self.monitor, self.processes, self._errors, self._logged = monitor, processes, count_errors(monitor), False
 
     def describe(self) -> list[Metric]:
         "Return nothing, so that registering does not ask the driver"
@@ -176,10 +183,11 @@ class ResourceCollector:
             found.append(_gauge("sample_age_seconds", "Time since the figures were read", [], [([], age)]))
             if isinstance(manager, ResourceManager): found += reservation_metrics(manager.get_claims(), manager.waits)
         except Exception:  # a scrape is answered whatever breaks, and says that something did
-            if not self._errors: _log.exception("the metrics could not be collected; the same again is only counted")
-            self._errors += 1
+            if not self._logged: _log.exception("the metrics could not be collected; the same again is only counted")
+            self._logged = True
+            self._errors.add([1])
         return [*found, CounterMetricFamily(f"{_PREFIX}_scrape_errors", "Scrapes that could not be answered in full",
-                                            value=self._errors)]
+                                            value=self._errors.read()[0])]
 
 # %% ../../nbs/ui/metrics.ipynb #4464ae86
 def exposition(
