@@ -96,7 +96,8 @@ class LedgerReading(NamedTuple):
 class Ledger:
     "The requests and reservations of all processes that share a store"
     def __init__(self, store: Store) -> None:
-        self.store, self.leases, self.waits = store, store.leases, Waits(store.path and store.path.with_suffix(".waits"))
+        self.store, self.leases = store, store.leases
+        self.waits = Waits(store.path and store.path.with_suffix(".waits"))
         self._read = b"", Rows()   # the last reading, as bytes and as rows
         self.after_fork()
         reset_in_child(self)

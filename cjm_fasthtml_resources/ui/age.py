@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['moment_of', 'name_time', 'time_tag', 'not_live', 'picture_line', 'find_limit', 'pulse']
 
-# %% ../../nbs/ui/age.ipynb #cda18e3d
+# %% ../../nbs/ui/age.ipynb #6d4e7a12
 import time
 from typing import Any
 
@@ -16,7 +16,7 @@ from ..core.samples import Sample
 from ..core.text import printable
 from .parts import to_html
 
-# %% ../../nbs/ui/age.ipynb #82a9bb6b
+# %% ../../nbs/ui/age.ipynb #b17a3e13
 def moment_of(
     sample: Sample | None = None,   # `None`: of now
 ) -> float:  # seconds since the epoch
@@ -37,7 +37,7 @@ def time_tag(
     return ft("time", printable(name_time(moment)),
               datetime=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(moment)))
 
-# %% ../../nbs/ui/age.ipynb #92da71fb
+# %% ../../nbs/ui/age.ipynb #1e0b6d83
 def not_live(
     moment: float,   # seconds since the epoch
 ) -> Any:
@@ -50,7 +50,7 @@ def picture_line(
     "Return what stands above a picture that a notebook keeps"
     return P(B("A picture, not live. Data from ", time_tag(moment_of(sample)), "."), cls="state")
 
-# %% ../../nbs/ui/age.ipynb #8485547d
+# %% ../../nbs/ui/age.ipynb #17decda2
 _NAMES = ("cjm-old", "cjm-old-too")
 
 def find_limit(

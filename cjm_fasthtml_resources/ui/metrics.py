@@ -123,7 +123,8 @@ def reservation_metrics(
     read, total = waits.read()
     buckets = [("+Inf" if math.isinf(bound) else str(bound), n) for bound, n in read]
     histogram = HistogramMetricFamily(f"{_PREFIX}_reservation_wait_seconds",
-                                      "Time that a request waited until it was granted; of named apps together, else of this process")
+                                      "Time that a request waited until it was granted; of all named apps, "
+                                      "or of this process")
     histogram.add_metric([], buckets=buckets, sum_value=total)
     yield histogram
 
@@ -149,7 +150,7 @@ def verdict_metrics(
     rows = [([c.resource_type.value], c.status) for c in (sample.gpu, sample.memory)]
     yield _states("status", "Whether a job could start now", ["resource"], rows)
 
-# %% ../../nbs/ui/metrics.ipynb #fd97bd6b
+# %% ../../nbs/ui/metrics.ipynb #ccb0a864
 def count_errors(monitor: ResourceMonitor) -> Counters:
     "Return a count of the scrapes that failed: of all processes of a named app, which any of them answers for"
     waits = monitor.manager.waits.counters.path if isinstance(monitor.manager, ResourceManager) else None

@@ -20,7 +20,8 @@ async def gate(scope, receive, send):
         state["session"] = request.query_params["session"]
     elif request.url.path == "/login": answer = PlainTextResponse("Log in, please")
     elif request.url.path != "/test" and state["session"] == "login": answer = RedirectResponse("/login")
-    elif request.url.path != "/test" and state["session"]: answer = PlainTextResponse("Log in, please", int(state["session"]))
+    elif request.url.path != "/test" and state["session"]:
+        answer = PlainTextResponse("Log in, please", int(state["session"]))
 
     async def send_on(message):
         if state["session"] and request.url.path.endswith("/stream"): raise OSError("the proxy cuts the stream")

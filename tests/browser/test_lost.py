@@ -28,7 +28,8 @@ GREY = """() => getComputedStyle(document.querySelector('.cjm .banner')).textDec
 
 def is_lost(page) -> bool:
     "Whether the figures are grey, with a line that is seen and names a time"
-    lines = [line.inner_text() for line in page.locator("[data-cjm-lost], [data-cjm-lost] .told").locator("visible=true").all()]
+    seen = page.locator("[data-cjm-lost], [data-cjm-lost] .told").locator("visible=true")
+    lines = [line.inner_text() for line in seen.all()]
     return page.evaluate(GREY) and any(re.search(r"Showing data from .*\d\d?:\d\d:\d\d", line) for line in lines)
 
 
