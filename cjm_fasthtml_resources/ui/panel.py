@@ -284,7 +284,7 @@ class ResourcePanel(StaysHere, SeenBox):
         self._boxes = [*cards, grid, steering, workers, processes]
         above = [self._slots[key] for key in ("state", "banner", "memory_banner", "notes")]
         head = (self._style, self.pulse.widget, steering)
-        self.children = (*head, *above, grid, self._filter, workers, self._stops, self._said, self._asked,
+        self.children = (*head, *above, grid, self._filter, workers, self._said, self._asked, self._stops,
                          processes, self._slots["reservations"], self._slots["totals"])
         for box in old: _close(box)
 
