@@ -142,7 +142,8 @@ def test_tables_are_sorted_filtered_and_opened_while_they_move(open_notebook, ne
     book.run(SHOW)
     page = book.page
 
-    def shown(half=".processes"): return page.locator(f".halves:has(.processes) {half} tbody tr:visible").all_inner_texts()
+    def shown(half=".processes"):
+        return page.locator(f".halves:has(.processes) {half} tbody tr:visible").all_inner_texts()
 
     wait_until(lambda: len(shown()) == 2)
     page.locator(".processes th button", has_text="PID").click()          # the largest first

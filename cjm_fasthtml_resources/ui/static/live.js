@@ -37,7 +37,8 @@ function adopt(old, want) {
 function put(element, html) {
   const box = document.createElement("template");
   box.innerHTML = html;
-  element.closest(".cjm")?.cjmArrange?.(box.content); // in the reader's order (see tables.js)
+  // in the reader's order (see tables.js)
+  element.closest(".cjm")?.cjmArrange?.(box.content);
   patch(element, box.content);
 }
 
