@@ -32,13 +32,13 @@ def name_worker(
     "Return the worker that a process is or belongs to: its type, plugin and job"
     plugin = f" with {_cut(process.plugin)}" if process.plugin else ""
     job = f", {_cut(process.job_id)}" if process.job_id else ""
-    return f"{_cut(process.worker_type or '')} worker{plugin}{job}"
+    return f"{_cut(process.worker_type or process.parent_worker_type or '')} worker{plugin}{job}"
 
 def _who(process: OwnedProcess) -> str:
     "Return a process by name and user, or as the worker that it is or belongs to"
     if process.is_worker: return f"your {name_worker(process)}"
     name = process.name or "a process without a name"
-    if process.worker_type: return f"{name} of your {name_worker(process)}"
+    if process.worker_type or process.parent_worker_type: return f"{name} of your {name_worker(process)}"
     return f"{name} of {process.username}" if process.username else name
 
 def name_process(
