@@ -145,7 +145,7 @@ def write_loads(
         return INSUFFICIENT_SIZE
     count._obj.value = len(found)
     for sample, process in zip(array, found, strict=False):
-        sample.pid, sample.smUtil, sample.timeStamp = process.pid, process.load, int(time.time()*1e6)
+        sample.pid, sample.smUtil, sample.timeStamp = process.pid, process.load, int(time.monotonic()*1e6)
     return SUCCESS if found else NOT_FOUND
 
 # %% ../../nbs/simulated/memory.ipynb #25ea3ceb
