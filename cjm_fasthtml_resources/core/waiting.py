@@ -46,6 +46,6 @@ def reservation_rows(
     waiting: Iterable[Waiting] = (),   # in the order of asking
 ) -> list[ReservationRow]:
     "Return a row for each reservation on these devices, and then for each request that waits"
-    names = _holders(devices)
+    names = _holders(devices) if any(d.promises for d in devices) else {}
     kept = [_reserved(d.device.id, p, names.get(p.pid, "")) for d in devices for p in d.promises]
     return [*kept, *map(_waits, waiting)]
