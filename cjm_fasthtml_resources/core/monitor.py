@@ -103,11 +103,11 @@ def read_patiently(
     on_late: Callable[[str], Any],    # called with the reason
 ) -> GpuSnapshot:
     "Read the driver, and report when that takes long"
-    if patience >= timeout: return read_gpus(timeout)
-    snapshot = read_gpus(patience)
+    if patience >= timeout: return read_gpus(timeout, loads=True)
+    snapshot = read_gpus(patience, loads=True)
     if not snapshot.late: return snapshot
     on_late(snapshot.reason or "")
-    return read_gpus(timeout)
+    return read_gpus(timeout, loads=True)
 
 # %% ../../nbs/core/monitor.ipynb #489a9a5a
 async def _wait_for(event: "asyncio.Event", timeout: float) -> None:
