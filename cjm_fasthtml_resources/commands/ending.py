@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['fail', 'say', 'end_by', 'end_as', 'failing']
 
-# %% ../../nbs/commands/ending.ipynb #a51b5752
+# %% ../../nbs/commands/ending.ipynb #15c3d363
 import contextlib
 import os
 import signal
@@ -20,7 +20,7 @@ from ..core.room import TooMuchMemory
 from ..core.store import StoreError
 from ..core.text import format_bytes
 
-# %% ../../nbs/commands/ending.ipynb #c36834b6
+# %% ../../nbs/commands/ending.ipynb #0a222657
 def fail(
     message: str,
     code: int,
@@ -33,7 +33,7 @@ def say(line: str) -> None:
     "Show a line on standard error; where nobody reads it, the exit code still tells"
     with contextlib.suppress(OSError): click.echo(line, err=True)
 
-# %% ../../nbs/commands/ending.ipynb #9422ea20
+# %% ../../nbs/commands/ending.ipynb #a3c40d1b
 def end_by(
     number: int,   # a signal
 ) -> NoReturn:
@@ -53,7 +53,7 @@ def end_as(
     if status == -signal.SIGINT and signal.SIGINT in signals: end_by(signal.SIGINT)
     sys.exit(code)
 
-# %% ../../nbs/commands/ending.ipynb #227450e7
+# %% ../../nbs/commands/ending.ipynb #58748e56
 @contextlib.contextmanager
 def failing() -> Iterator[None]:
     "End with a message and an exit code if a command gets no memory"

@@ -6,8 +6,9 @@
 __all__ = ['watch_lines', 'key_modes', 'Screen', 'keeping_warnings', 'Settings', 'Watch', 'read_ready', 'follow', 'Looks',
            'watch_screen']
 
-# %% ../../nbs/commands/watch.ipynb #184bf435
+# %% ../../nbs/commands/watch.ipynb #c4e2a659
 import contextlib
+import errno
 import logging
 import os
 import select
@@ -27,7 +28,7 @@ from ..running.copier import write_all
 from ..ui.lines import read_terminal
 from ..ui.screen import Window, compose, draw, paint_frame, press, read_keys
 
-# %% ../../nbs/commands/watch.ipynb #52ba7d84
+# %% ../../nbs/commands/watch.ipynb #389a747c
 def watch_lines(
     look: Callable[[], Sample],
     show: Callable[[Sample], None],
@@ -38,15 +39,16 @@ def watch_lines(
         show(look())
         time.sleep(interval)
 
-# %% ../../nbs/commands/watch.ipynb #799d4a85
+# %% ../../nbs/commands/watch.ipynb #35857058
 _ENTER = b"\x1b[?1049h\x1b[?25l\x1b[?7l"   # another screen, no cursor, no line goes on in the next one
 _LEAVE = b"\x1b[?7h\x1b[?25h\x1b[?1049l"
 
 def _set_modes(fd: int, modes: list[Any]) -> None:
+    "Set a terminal's modes, also when a signal comes; nothing happens if it is gone, which the next reading tells"
     while True:
         try: return termios.tcsetattr(fd, termios.TCSADRAIN, modes)
-        except termios.error as error:   # a signal came
-            if error.args[0] != 4: raise
+        except termios.error as error:
+            if error.args[0] != errno.EINTR: return
 
 def key_modes(modes: list[Any]) -> list[Any]:
     "Return a terminal's modes with which keys are read one by one"
@@ -76,14 +78,14 @@ class Screen:
         "Leave it as it was"
         self.write(_LEAVE)
         if self.keyboard is None or self.modes is None: return
-        with contextlib.suppress(termios.error): _set_modes(self.keyboard, self.modes)   # else it is gone
+        _set_modes(self.keyboard, self.modes)
         self.modes = None
 
     def write(self, data: bytes) -> bool:   # False: nobody sees it any longer
         "Write all of it"
         return write_all(self.out, data)
 
-# %% ../../nbs/commands/watch.ipynb #ab6cee9f
+# %% ../../nbs/commands/watch.ipynb #33a3da47
 class _Kept(logging.Handler):
     def __init__(self) -> None:
         super().__init__(logging.WARNING)
@@ -103,7 +105,7 @@ def keeping_warnings() -> Iterator[None]:
         log.removeHandler(kept)
         for line in kept.lines: say(line)
 
-# %% ../../nbs/commands/watch.ipynb #4822e2ff
+# %% ../../nbs/commands/watch.ipynb #ecf34008
 class Settings(NamedTuple):
     "How a machine is watched"
     interval: float = 2.0   # seconds between two samples
@@ -147,7 +149,7 @@ class Watch:
         if number in (signal.SIGTSTP, signal.SIGCONT): self.screen.__enter__()
         self.terminal, self.shown = read_terminal(), []   # all of it is drawn again, in the size that there is now
 
-# %% ../../nbs/commands/watch.ipynb #f5b577d3
+# %% ../../nbs/commands/watch.ipynb #4d72ed81
 def read_ready(
     sources: dict[int, str],   # descriptors, with what they are for
     seconds: float,
@@ -171,7 +173,7 @@ def follow(watch: Watch, signals: int, fresh: int) -> int:  # the signal that en
         if "keys" in found: watch.read_keys(found["keys"])
     return watch.ended_by
 
-# %% ../../nbs/commands/watch.ipynb #42332286
+# %% ../../nbs/commands/watch.ipynb #b6b1dd44
 class Looks:
     "What a monitor takes samples from"
     def __init__(self, look: Callable[[], Sample]) -> None: self.look = look

@@ -6,7 +6,7 @@
 __all__ = ['Line', 'Cell', 'Piece', 'line_of', 'plain', 'cell_len', 'cut', 'cut_line', 'pad', 'wrap', 'Terminal', 'read_terminal',
            'paint', 'to_text']
 
-# %% ../../nbs/ui/lines.ipynb #a73b893e
+# %% ../../nbs/ui/lines.ipynb #702bbf61
 import os
 import sys
 from collections.abc import Iterable, Sequence
@@ -15,7 +15,7 @@ from typing import IO, NamedTuple
 
 from ..core.text import printable
 
-# %% ../../nbs/ui/lines.ipynb #8e2fbc8b
+# %% ../../nbs/ui/lines.ipynb #ec56a502
 class Piece(NamedTuple):
     "A text with a style, such as \"bold red\""
     text: str
@@ -32,7 +32,7 @@ def plain(line: Line) -> str:
     "Return the text of a line"
     return "".join(piece.text for piece in line)
 
-# %% ../../nbs/ui/lines.ipynb #c8396557
+# %% ../../nbs/ui/lines.ipynb #9d7bc7bb
 @lru_cache(maxsize=1024)
 def _cells(sign: str) -> int:
     import unicodedata   # when it is needed: most texts are ASCII
@@ -43,7 +43,7 @@ def cell_len(text: str) -> int:
     "Return how many cells of a terminal a text takes"
     return len(text) if text.isascii() else sum(map(_cells, text))
 
-# %% ../../nbs/ui/lines.ipynb #52b492fd
+# %% ../../nbs/ui/lines.ipynb #e4ef8809
 def cut(
     text: str,
     width: int,   # cells
@@ -64,7 +64,7 @@ def cut_line(line: Line, width: int) -> Line:
         kept.append(piece)
     return tuple(kept)
 
-# %% ../../nbs/ui/lines.ipynb #7dc3a8da
+# %% ../../nbs/ui/lines.ipynb #cd1a7191
 def pad(
     line: Line,
     width: int,           # cells
@@ -76,7 +76,7 @@ def pad(
     if not fill.text: return line
     return (fill, *line) if right else (*line, fill)
 
-# %% ../../nbs/ui/lines.ipynb #c3a5a0a9
+# %% ../../nbs/ui/lines.ipynb #b4733e8c
 def _broken(words: Iterable[str], width: int) -> Iterable[str]:
     "Yield words that fit in a line"
     for word in words:
@@ -99,7 +99,7 @@ def wrap(
         else: lines.append(word)
     return lines if lines[0] else lines[1:]
 
-# %% ../../nbs/ui/lines.ipynb #7f0934df
+# %% ../../nbs/ui/lines.ipynb #a742f46a
 class Terminal(NamedTuple):
     "What a terminal shows"
     width: int = 80        # cells
@@ -108,12 +108,12 @@ class Terminal(NamedTuple):
     colour: bool = False
     ascii: bool = False    # no other signs than those of ASCII
 
-# %% ../../nbs/ui/lines.ipynb #7c446cfb
+# %% ../../nbs/ui/lines.ipynb #583a8bbb
 def _size() -> tuple[int, int]:   # cells, lines
     "Return the size of the terminal that one of the standard streams is; without one 80 × 24"
-    found = (80, 24)
+    found = os.terminal_size((80, 24))
     for fd in (1, 2, 0):
-        try: found = tuple(os.get_terminal_size(fd))
+        try: found = os.get_terminal_size(fd)
         except OSError: continue
         break
     asked = [os.environ.get(name, "") for name in ("COLUMNS", "LINES")]
@@ -130,7 +130,7 @@ def read_terminal(
     is_ascii = not (getattr(stream, "encoding", None) or "ascii").lower().startswith("utf")
     return Terminal(*_size(), styled, styled and not env.get("NO_COLOR"), is_ascii)
 
-# %% ../../nbs/ui/lines.ipynb #52207648
+# %% ../../nbs/ui/lines.ipynb #da00841d
 _COLOURS = ("black", "red", "green", "yellow", "blue", "magenta", "cyan", "white")
 _CODES = dict(bold="1", dim="2", reverse="7", bright_black="90",
               **{name: str(30 + number) for number, name in enumerate(_COLOURS)})

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['read_keys', 'Window', 'press', 'fit_verdict', 'Frame', 'compose', 'draw', 'paint_frame']
 
-# %% ../../nbs/ui/screen.ipynb #e1d0464f
+# %% ../../nbs/ui/screen.ipynb #c2b62d94
 import re
 import time
 from collections.abc import Sequence
@@ -25,7 +25,7 @@ from cjm_fasthtml_resources.ui.terminal import (
     wrap_verdict,
 )
 
-# %% ../../nbs/ui/screen.ipynb #5648f610
+# %% ../../nbs/ui/screen.ipynb #ea19178e
 _SEQUENCE = re.compile(rb"\x1b(?:\[[0-9;]*[A-Za-z~]|O[A-Za-z])|\x1b(?:\[[0-9;]*|O)?\Z|.", re.DOTALL)
 _NAMES = {b"A": "up", b"B": "down", b"H": "home", b"F": "end", b"1~": "home", b"4~": "end", b"5~": "page up",
           b"6~": "page down", b"7~": "home", b"8~": "end"}
@@ -38,7 +38,7 @@ def read_keys(
     rest = found.pop() if found and re.fullmatch(rb"\x1b(?:\[[0-9;]*|O)?", found[-1]) else b""
     return [_NAMES.get(key[2:], "") if key[:1] == b"\x1b" else key.decode("latin-1") for key in found], rest
 
-# %% ../../nbs/ui/screen.ipynb #5cf7b4d9
+# %% ../../nbs/ui/screen.ipynb #d4a9e3fe
 @dataclass(frozen=True)
 class Window:
     "How a watched screen is shown, as its keys have set it"
@@ -60,7 +60,7 @@ def press(
              "home": -window.offset, "end": 1_000_000}
     return replace(window, offset=max(window.offset + steps.get(key, 0), 0))
 
-# %% ../../nbs/ui/screen.ipynb #44578c56
+# %% ../../nbs/ui/screen.ipynb #42d8b9ce
 def _title(answer: Sample, width: int) -> Line:
     "Return the first line, with the time of the figures"
     clock = time.strftime("%H:%M:%S", time.localtime(answer.time or time.time() - answer.age))
@@ -70,7 +70,7 @@ def _title(answer: Sample, width: int) -> Line:
     room = width - len(clock)
     return (*pad((Piece(cut(words, room - 2), style),), room), Piece(clock, "bold"))
 
-# %% ../../nbs/ui/screen.ipynb #0a7d5e7b
+# %% ../../nbs/ui/screen.ipynb #59181106
 def _shorten(lines: Sequence[Line], count: int, width: int) -> list[Line]:
     "Return the first lines, and a … at their end if there are more"
     count = max(count, 1)
@@ -90,7 +90,7 @@ def fit_verdict(
     ram_kept = _shorten(ram, most - len(gpu), width)
     return [*_shorten(gpu, most - len(ram_kept), width), *ram_kept], left == 0 and not notes
 
-# %% ../../nbs/ui/screen.ipynb #990893c1
+# %% ../../nbs/ui/screen.ipynb #cd6af0e5
 _SMALL = 12   # lines
 
 def _longest(answer: Sample, rows: int, most: int) -> int:
@@ -112,7 +112,7 @@ def _body(answer: Sample, terminal: Terminal, window: Window, rows: int, most: i
         processes = process_table(answer, top, terminal.width, window.sort)
     return list_tables(answer, terminal, processes, rows < _SMALL and not whole)
 
-# %% ../../nbs/ui/screen.ipynb #c79eed14
+# %% ../../nbs/ui/screen.ipynb #9f3ce3e2
 def _foot(terminal: Terminal, window: Window, place: str, keys: bool, interval: float) -> Line:
     "Return the last line: what the keys do, and which part of the tables is in sight"
     arrows = "arrows scroll" if terminal.ascii else "↑↓ scroll"
@@ -125,7 +125,7 @@ def _foot(terminal: Terminal, window: Window, place: str, keys: bool, interval: 
         if cell_len(longer) <= room: words = longer
     return (*pad((Piece(words, "bright_black"),), room + 2), Piece(place, "bright_black"))
 
-# %% ../../nbs/ui/screen.ipynb #75bb5e4a
+# %% ../../nbs/ui/screen.ipynb #f4909271
 class Frame(NamedTuple):
     "What a terminal shows, line by line"
     lines: list[Line]
@@ -158,7 +158,7 @@ def compose(
     foot = _foot(terminal, window, place, keys, interval)
     return Frame([cut_line(line, width) for line in (_title(answer, width), *middle, foot)], window, rows)
 
-# %% ../../nbs/ui/screen.ipynb #9a99ed9b
+# %% ../../nbs/ui/screen.ipynb #ae521ad6
 def draw(
     lines: Sequence[str],    # painted
     before: Sequence[str],   # what is there; empty: the window is cleared first

@@ -139,7 +139,7 @@ def make_table(
     left_out: int = 0,                 # rows that the last group has beside these
 ) -> list[Line]:
     "Return a plain table that fits the terminal"
-    lines = [[(Piece(column.name, "bold"),) for column in columns]]
+    lines: list[list[Line]] = [[(Piece(column.name, "bold"),) for column in columns]]
     for rows in filter(None, groups):
         if len(lines) > 1: lines.append([() for _ in columns])
         more = left_out if rows is groups[-1] else 0
@@ -366,20 +366,19 @@ def name_simulated(answer: Sample) -> str:
     "Return a warning where the machine is simulated"
     return f"SIMULATED, nothing here is real: {answer.simulated}" if answer.simulated else ""
 
-def _heading(answer: Sample) -> list[Line]:
+def _heading(answer: Sample, width: int) -> list[Line]:
     "Return what stands above the tables"
-    versions, warning = (Piece(name_versions(answer), "bright_black"),), name_simulated(answer)
-    return [(Piece(warning, "bold magenta"),), versions] if warning else [versions]
+    styled = [(name_simulated(answer), "bold magenta"), (name_versions(answer), "bright_black")]
+    return [(Piece(line, style),) for text, style in styled for line in wrap(text, width)]
 
 def wrap_verdict(
     answer: Sample,
     width: int,      # cells
 ) -> tuple[list[Line], list[Line], list[Line]]:
     "Return the answer for GPUs, that for RAM, and what makes them less than exact"
-    answers = [[(Piece(line, check.status.look.style),) for line in wrap(check.message, width)]
-               for check in (answer.gpu, answer.memory)]
-    notes = [(Piece(line, "bright_black"),) for note in answer.gpu.notes for line in wrap(note, width)]
-    return answers[0], answers[1], notes
+    def styled(text: str, style: str) -> list[Line]: return [(Piece(line, style),) for line in wrap(text, width)]
+    gpu, ram = (styled(check.message, check.status.look.style) for check in (answer.gpu, answer.memory))
+    return gpu, ram, [line for note in answer.gpu.notes for line in styled(note, "bright_black")]
 
 # %% ../../nbs/ui/terminal.ipynb #095dd39a
 def list_tables(
@@ -405,4 +404,4 @@ def status_view(
     "Return everything on one screen, with the answer at the end"
     tables = list_tables(answer, terminal, process_table(answer, top, terminal.width))
     verdict = [line for part in wrap_verdict(answer, terminal.width) for line in part]
-    return [*_heading(answer), (), *tables, (), *verdict]
+    return [*_heading(answer, terminal.width), (), *tables, (), *verdict]
