@@ -115,7 +115,8 @@ def test_ctrl_c_ends_the_page_quietly_as_soon_as_its_address_is_shown():
             shown = process.stdout.readline()
             process.send_signal(signal.SIGINT)
             written, errors = process.communicate(timeout=20)
-            assert shown.startswith("http://127.0.0.1:") and (written, errors, process.returncode) == ("", "", -signal.SIGINT)
+            assert shown.startswith("http://127.0.0.1:")
+            assert (written, errors, process.returncode) == ("", "", -signal.SIGINT)
 
 
 def test_ctrl_c_ends_a_wait_as_by_the_signal_and_leaves_the_queue(command, folder, tmp_path):
@@ -152,14 +153,16 @@ def test_an_option_that_is_wrong_is_answered_with_what_was_meant(command, args, 
 @pytest.mark.parametrize("name", ["", "wait", "run", "needs", "serve"])
 def test_the_help_has_examples(command, name):
     shown = command(*filter(None, [name]), "--help").stdout
-    examples = re.findall(r"^ +((?:\w+=\S+ )?cjm-resources .*?)(?:   .*)?$", shown.partition("Examples:")[2], re.MULTILINE)
+    below = shown.partition("Examples:")[2]
+    examples = re.findall(r"^ +((?:\w+=\S+ )?cjm-resources .*?)(?:   .*)?$", below, re.MULTILINE)
     assert len(examples) >= 2 and (name or "--watch") in shown
     from test_docs import check_command
     for example in examples: check_command([w for w in example.split() if w.partition("=")[0] != "CJM_RESOURCES_TOKEN"])
 
 
 @pytest.mark.parametrize("typed, found", [
-    ("cjm-resources wa", "wait"), ("cjm-resources --simulate two", "two-cards"), ("cjm-resources wait --gpu", "--gpu-memory"),
+    ("cjm-resources wa", "wait"), ("cjm-resources --simulate two", "two-cards"),
+    ("cjm-resources wait --gpu", "--gpu-memory"),
     ("cjm-resources --simulate h200-mig-l", "h200-mig-load")])
 def test_the_shell_completes(command, typed, found):
     words = typed.split()

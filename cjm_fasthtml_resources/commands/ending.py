@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['fail', 'say', 'end_by', 'end_as', 'failing']
 
-# %% ../../nbs/commands/ending.ipynb #15c3d363
+# %% ../../nbs/commands/ending.ipynb #a51b5752
 import contextlib
 import os
 import signal
@@ -20,7 +20,7 @@ from ..core.room import TooMuchMemory
 from ..core.store import StoreError
 from ..core.text import format_bytes
 
-# %% ../../nbs/commands/ending.ipynb #0a222657
+# %% ../../nbs/commands/ending.ipynb #67931ac8
 def fail(
     message: str,
     code: int,
@@ -29,11 +29,12 @@ def fail(
     click.echo(f"Error: {message}", err=True)
     sys.exit(code)
 
+# %% ../../nbs/commands/ending.ipynb #ac06b30b
 def say(line: str) -> None:
     "Show a line on standard error; where nobody reads it, the exit code still tells"
     with contextlib.suppress(OSError): click.echo(line, err=True)
 
-# %% ../../nbs/commands/ending.ipynb #a3c40d1b
+# %% ../../nbs/commands/ending.ipynb #b26e6cd7
 def end_by(
     number: int,   # a signal
 ) -> NoReturn:
@@ -44,6 +45,7 @@ def end_by(
     os.kill(os.getpid(), number)
     sys.exit(128 + number)   # it is blocked
 
+# %% ../../nbs/commands/ending.ipynb #7b5f8657
 def end_as(
     status: int,               # of a command: its exit code; of a signal, less than 0
     code: int,                 # as a shell has it
@@ -53,7 +55,7 @@ def end_as(
     if status == -signal.SIGINT and signal.SIGINT in signals: end_by(signal.SIGINT)
     sys.exit(code)
 
-# %% ../../nbs/commands/ending.ipynb #58748e56
+# %% ../../nbs/commands/ending.ipynb #227450e7
 @contextlib.contextmanager
 def failing() -> Iterator[None]:
     "End with a message and an exit code if a command gets no memory"

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Machine', 'make_manager', 'register_apps', 'simulated_machine', 'look_once', 'print_sample']
 
-# %% ../../nbs/commands/looking.ipynb #6a8d2309
+# %% ../../nbs/commands/looking.ipynb #6131b18a
 import contextlib
 import json
 import os
@@ -16,15 +16,15 @@ from typing import NamedTuple
 
 import click
 
-from .ending import fail, say
 from ..core.ledger import Ledger
 from ..core.manager import ResourceManager
 from ..core.needs import Needs
 from ..core.process import has_ended, is_free, read_process
 from ..core.samples import Sample, take_sample
 from ..core.store import Store, StoreError, store_path
+from .ending import fail, say
 
-# %% ../../nbs/commands/looking.ipynb #e6293bcf
+# %% ../../nbs/commands/looking.ipynb #be9c75fa
 class Machine(NamedTuple):
     "What is looked at, for the commands"
     simulate: str | None = None    # a preset or a file; `None`: this machine
@@ -37,6 +37,7 @@ def _watch_reservations(manager: ResourceManager) -> None:
     except (StoreError, OSError) as error: say(f"Reservations cannot be read: {error}")
     else: manager.ledger = manager.checks.ledger = Ledger(Store(store_path()))
 
+# %% ../../nbs/commands/looking.ipynb #d22b8fed
 def make_manager(apps: Iterable[int | str], threshold: float, machine: Machine) -> ResourceManager:
     "Return a manager of the app that is named, if one is"
     name = next((app for app in apps if isinstance(app, str)), None)
@@ -81,7 +82,7 @@ def look_once(
     sample = take_sample(manager, manager.read(wake))
     return replace(sample, simulated=simulated, workers=sample.workers if manager.app else ())
 
-# %% ../../nbs/commands/looking.ipynb #8d5961fc
+# %% ../../nbs/commands/looking.ipynb #614f763a
 def _text_of(answer: Sample, as_json: bool, top: int) -> str:
     if as_json:
         from cjm_fasthtml_resources.ui.export import to_json
@@ -91,6 +92,7 @@ def _text_of(answer: Sample, as_json: bool, top: int) -> str:
     terminal = read_terminal()
     return to_text(status_view(answer, terminal, top), terminal)
 
+# %% ../../nbs/commands/looking.ipynb #7b9d3868
 def print_sample(
     answer: Sample,
     as_json: bool = False,

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['AppNeed', 'read_app_needs']
 
-# %% ../../nbs/commands/needs.ipynb #1e0113f8
+# %% ../../nbs/commands/needs.ipynb #1776a0e1
 import json
 import os
 import time
@@ -14,8 +14,6 @@ from typing import Any, NamedTuple
 
 import click
 
-from .ending import fail
-from .options import Command
 from ..core.arguments import check_app
 from ..core.learned import LearnedNeed, format_range, learned_need
 from ..core.needs import needs_path
@@ -26,8 +24,10 @@ from ..core.text import format_bytes
 from ..ui.export import SCHEMA_VERSION
 from ..ui.lines import read_terminal, to_text
 from ..ui.terminal import Column, make_table
+from .ending import fail
+from .options import Command
 
-# %% ../../nbs/commands/needs.ipynb #62368ee8
+# %% ../../nbs/commands/needs.ipynb #5386d609
 class AppNeed(NamedTuple):
     app: str
     need: LearnedNeed
@@ -40,6 +40,7 @@ def _seen(row: AppNeed) -> str:
     day = time.strftime("%Y-%m-%d", time.gmtime(row.need.last_seen))
     return f"{day}, old" if row.need.is_old else day
 
+# %% ../../nbs/commands/needs.ipynb #11314f62
 _NEED_COLUMNS: Sequence[Column[AppNeed]] = (
     Column("app", lambda row: row.app),
     Column("plugin", lambda row: f"{row.need.plugin} {row.need.resource}".rstrip(), shrinks=True),
@@ -52,6 +53,7 @@ _NEED_COLUMNS: Sequence[Column[AppNeed]] = (
     Column("settings", lambda row: row.need.settings[:8], leaves=9),
     Column("last seen", _seen, leaves=10))
 
+# %% ../../nbs/commands/needs.ipynb #78cefc0f
 def read_app_needs(store: Store, app: str | None, now: float) -> list[AppNeed]:
     "Return what is known of the needs of one app, or of all"
     found = [AppNeed(name, need) for name, days in read_needs(store, app).items()
@@ -61,12 +63,13 @@ def read_app_needs(store: Store, app: str | None, now: float) -> list[AppNeed]:
 def _need_to_json(row: AppNeed) -> dict[str, Any]:
     return dict(app=row.app, **row.need._asdict(), gpu_memory_mb=row.need.gpu_memory_mb, message=row.need.explain())
 
-# %% ../../nbs/commands/needs.ipynb #247b4f38
+# %% ../../nbs/commands/needs.ipynb #3fef0aa3
 _EXAMPLES = """\b
 Examples:
   cjm-resources needs --app studio
   cjm-resources needs --forget whisper"""
 
+# %% ../../nbs/commands/needs.ipynb #e664ec15
 @click.command("needs", cls=Command, epilog=_EXAMPLES)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 @click.option("--forget", metavar="NAME", help="Forget what the plugin with this name needs.")

@@ -28,7 +28,7 @@ def converted(
         except ValueError as error: raise click.BadParameter(str(error)) from None
     return convert
 
-# %% ../../nbs/commands/options.ipynb #6269f842
+# %% ../../nbs/commands/options.ipynb #942f55bd
 def parse_memory(text: str) -> float:   # bytes
     "Return an amount of GPU memory; `ValueError` for less than 1 MiB"
     size = parse_size(text)
@@ -39,6 +39,7 @@ def parse_need(text: str) -> float | None:   # bytes; `None`: as learned
     "Return an amount of GPU memory, or `None` for \"auto\""
     return None if text == "auto" else parse_memory(text)
 
+# %% ../../nbs/commands/options.ipynb #b2fcd0da
 def parse_name(text: str) -> str:
     "Return a name that is not empty"
     if not check_text(text, "it"): raise ValueError("it must not be empty")

@@ -5,29 +5,30 @@
 # %% auto #0
 __all__ = []
 
-# %% ../../nbs/commands/run.ipynb #fa37398e
+# %% ../../nbs/commands/run.ipynb #7d48fe77
 import contextlib
 import signal
 
 import click
 
-from .ending import end_as, fail, failing, say
-from .looking import Machine, simulated_machine
-from .options import Command, complete_files, converted, parse_name, parse_need
-from .wait import shows_progress
 from ..core.manager import ResourceManager
 from ..running import tries
 from ..running.child import CannotRun, Ended
 from ..running.names import name_command
 from ..sizes import parse_duration, parse_size
+from .ending import end_as, fail, failing, say
+from .looking import Machine, simulated_machine
+from .options import Command, complete_files, converted, parse_name, parse_need
+from .wait import shows_progress
 
-# %% ../../nbs/commands/run.ipynb #6bf5d124
+# %% ../../nbs/commands/run.ipynb #2e67a330
 _EXAMPLES = """\b
 Examples:
   cjm-resources run -- python train.py
   cjm-resources run --gpu-memory 8GiB --retries 1 -- python train.py
   cjm-resources run --timeout 10m --ram 16GiB -- python train.py"""
 
+# %% ../../nbs/commands/run.ipynb #34c7618d
 @click.command("run", cls=Command, context_settings=dict(allow_interspersed_args=False), epilog=_EXAMPLES)
 @click.option("--gpu-memory", default="auto", show_default=True, callback=converted(parse_need), metavar="auto|SIZE",
               help="GPU memory on one device, such as 8GiB. auto: what COMMAND took before, with 10 % more; the first "

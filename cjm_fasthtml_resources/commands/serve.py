@@ -44,13 +44,14 @@ def serve_app(app: Any, host: str, port: int, query: str) -> None:
 
     with listening: asyncio.run(serve())
 
-# %% ../../nbs/commands/serve.ipynb #056b87cd
+# %% ../../nbs/commands/serve.ipynb #755013a7
 _EXAMPLES = """\b
 Examples:
   cjm-resources serve --port 0
   CJM_RESOURCES_TOKEN=… cjm-resources serve --host 0.0.0.0
   cjm-resources serve --app my-app --metrics"""
 
+# %% ../../nbs/commands/serve.ipynb #8ef2c644
 @click.command("serve", cls=Command, epilog=_EXAMPLES)
 @click.option("--host", default="127.0.0.1", show_default=True, metavar="ADDRESS",
               help="Where to listen. Another address than this machine's own needs --token.")

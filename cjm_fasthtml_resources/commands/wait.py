@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['become']
 
-# %% ../../nbs/commands/wait.ipynb #90be9acb
+# %% ../../nbs/commands/wait.ipynb #6ddfd649
 import os
 import signal
 import sys
@@ -14,12 +14,12 @@ from typing import NoReturn
 
 import click
 
-from .ending import fail, failing
-from .looking import Machine, simulated_machine
-from .options import Command, complete_files, converted, parse_memory
 from ..core.manager import ResourceManager
 from ..core.reservations import Reservation
 from ..sizes import parse_duration
+from .ending import fail, failing
+from .looking import Machine, simulated_machine
+from .options import Command, complete_files, converted, parse_memory
 
 # %% ../../nbs/commands/wait.ipynb #4cc6818d
 def become(command: Sequence[str], env: dict[str, str]) -> NoReturn:
@@ -31,13 +31,14 @@ def become(command: Sequence[str], env: dict[str, str]) -> NoReturn:
     except OSError as error:
         fail(f"{command[0]}: {error.strerror}", 127 if isinstance(error, FileNotFoundError) else 126)
 
-# %% ../../nbs/commands/wait.ipynb #505172fe
+# %% ../../nbs/commands/wait.ipynb #3db06997
 _EXAMPLES = """\b
 Examples:
   cjm-resources wait --gpu-memory 8GiB -- python train.py
   cjm-resources wait --gpu-memory 8GiB --timeout 10m -- python train.py
   cjm-resources --simulate pair wait --gpu-memory 2GiB"""
 
+# %% ../../nbs/commands/wait.ipynb #6e741f10
 def _child_env(held: Reservation, by_index: bool) -> dict[str, str]:
     "Return the variables with which a command uses the reserved device and no other"
     try: return held.env_by_index if by_index else held.env
@@ -47,6 +48,7 @@ def shows_progress() -> bool:
     "Return whether standard error is a terminal"
     return sys.stderr is not None and sys.stderr.isatty()
 
+# %% ../../nbs/commands/wait.ipynb #3b757d23
 @click.command("wait", cls=Command, context_settings=dict(allow_interspersed_args=False), epilog=_EXAMPLES)
 @click.option("--gpu-memory", required=True, callback=converted(parse_memory), metavar="SIZE",
               help="GPU memory on one device, such as 8GiB.")

@@ -6,7 +6,7 @@
 __all__ = ['watch_lines', 'key_modes', 'Screen', 'keeping_warnings', 'Settings', 'Watch', 'read_ready', 'follow', 'Looks',
            'watch_screen']
 
-# %% ../../nbs/commands/watch.ipynb #c4e2a659
+# %% ../../nbs/commands/watch.ipynb #47ab1a56
 import contextlib
 import errno
 import logging
@@ -20,13 +20,13 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
-from .ending import end_by, say
 from ..core.monitor import ResourceMonitor
 from ..core.samples import Sample
 from ..running.child import ENDING, catching, open_pipe, suspend
 from ..running.copier import write_all
 from ..ui.lines import read_terminal
 from ..ui.screen import Window, compose, draw, paint_frame, press, read_keys
+from .ending import end_by, say
 
 # %% ../../nbs/commands/watch.ipynb #389a747c
 def watch_lines(
@@ -39,7 +39,7 @@ def watch_lines(
         show(look())
         time.sleep(interval)
 
-# %% ../../nbs/commands/watch.ipynb #35857058
+# %% ../../nbs/commands/watch.ipynb #fed0953c
 _ENTER = b"\x1b[?1049h\x1b[?25l\x1b[?7l"   # another screen, no cursor, no line goes on in the next one
 _LEAVE = b"\x1b[?7h\x1b[?25h\x1b[?1049l"
 
@@ -56,6 +56,7 @@ def key_modes(modes: list[Any]) -> list[Any]:
     control[termios.VMIN], control[termios.VTIME] = 1, 0
     return [*modes[:3], flags, *modes[4:6], control]
 
+# %% ../../nbs/commands/watch.ipynb #a8e3e9b8
 class Screen:
     "A terminal's other screen, in a `with` block"
     def __init__(
@@ -85,7 +86,7 @@ class Screen:
         "Write all of it"
         return write_all(self.out, data)
 
-# %% ../../nbs/commands/watch.ipynb #33a3da47
+# %% ../../nbs/commands/watch.ipynb #00eebc3e
 class _Kept(logging.Handler):
     def __init__(self) -> None:
         super().__init__(logging.WARNING)
@@ -95,6 +96,7 @@ class _Kept(logging.Handler):
         line = record.getMessage()
         if line not in self.lines: self.lines.append(line)
 
+# %% ../../nbs/commands/watch.ipynb #bc96adcb
 @contextlib.contextmanager
 def keeping_warnings() -> Iterator[None]:
     "Show this library's warnings after the block, each once"
@@ -105,12 +107,13 @@ def keeping_warnings() -> Iterator[None]:
         log.removeHandler(kept)
         for line in kept.lines: say(line)
 
-# %% ../../nbs/commands/watch.ipynb #ecf34008
+# %% ../../nbs/commands/watch.ipynb #8452d1b3
 class Settings(NamedTuple):
     "How a machine is watched"
     interval: float = 2.0   # seconds between two samples
     top: int = 10           # processes of each list that are shown as long as nothing is scrolled
 
+# %% ../../nbs/commands/watch.ipynb #e9da7bf1
 class Watch:
     "A window that is kept up to date until a key or a signal ends it"
     def __init__(self, monitor: ResourceMonitor, screen: Screen, settings: Settings) -> None:
@@ -149,7 +152,7 @@ class Watch:
         if number in (signal.SIGTSTP, signal.SIGCONT): self.screen.__enter__()
         self.terminal, self.shown = read_terminal(), []   # all of it is drawn again, in the size that there is now
 
-# %% ../../nbs/commands/watch.ipynb #4d72ed81
+# %% ../../nbs/commands/watch.ipynb #64c907b4
 def read_ready(
     sources: dict[int, str],   # descriptors, with what they are for
     seconds: float,
@@ -162,6 +165,7 @@ def read_ready(
         except OSError: found[sources[fd]] = b""
     return found
 
+# %% ../../nbs/commands/watch.ipynb #af6a240a
 def follow(watch: Watch, signals: int, fresh: int) -> int:  # the signal that ended it; 0: a key did
     "Show sample after sample until it is ended"
     sources = {signals: "signals", fresh: "fresh"}
@@ -173,7 +177,7 @@ def follow(watch: Watch, signals: int, fresh: int) -> int:  # the signal that en
         if "keys" in found: watch.read_keys(found["keys"])
     return watch.ended_by
 
-# %% ../../nbs/commands/watch.ipynb #b6b1dd44
+# %% ../../nbs/commands/watch.ipynb #696248e8
 class Looks:
     "What a monitor takes samples from"
     def __init__(self, look: Callable[[], Sample]) -> None: self.look = look
@@ -181,19 +185,20 @@ class Looks:
         "Return a sample of this moment"
         return self.look()
 
+# %% ../../nbs/commands/watch.ipynb #bab851d1
 _CAUGHT = (*ENDING, signal.SIGTSTP, signal.SIGCONT, signal.SIGWINCH)
 
 def watch_screen(
     look: Callable[[], Sample],
-    settings: Settings = Settings(),
+    settings: Settings,
 ) -> Sample:  # the last one
     "Show a machine on the terminal until a key ends it; a signal ends this process"
     monitor = ResourceMonitor(Looks(look), settings.interval)
     monitor.take()
     fresh, write = open_pipe()
     screen = Screen(sys.stdout.fileno(), 0 if os.isatty(0) else None)
-    with keeping_warnings(), catching(_CAUGHT) as signals, screen:
-        with monitor.subscribe(lambda sample: os.write(write, b".")):
-            number = follow(Watch(monitor, screen, settings), signals, fresh)
+    with (keeping_warnings(), catching(_CAUGHT) as signals, screen,
+          monitor.subscribe(lambda sample: os.write(write, b"."))):
+        number = follow(Watch(monitor, screen, settings), signals, fresh)
     if number: end_by(number)
     return monitor.latest or look()

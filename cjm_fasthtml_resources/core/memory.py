@@ -142,7 +142,7 @@ def cgroup_memory(
 
 # %% ../../nbs/core/memory.ipynb #b4a278da
 def _machine_by_psutil() -> HostMemory:
-    import psutil   # it takes longer to import than to read
+    import psutil  # it takes longer to import than to read
     machine, swap = psutil.virtual_memory(), psutil.swap_memory()
     return HostMemory(machine.total, machine.total - machine.available, swap_total=swap.total, swap_used=swap.used)
 

@@ -221,7 +221,7 @@ def _whole_name(pid: int, name: str) -> str:
 
 @lru_cache(maxsize=1000)
 def _user_name(user: int) -> str:
-    import pwd   # Windows has none
+    import pwd  # Windows has none
     return pwd.getpwuid(user).pw_name   # an error is not kept
 
 def _real_user(pid: int) -> str:

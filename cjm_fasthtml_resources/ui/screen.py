@@ -5,15 +5,13 @@
 # %% auto #0
 __all__ = ['read_keys', 'Window', 'press', 'fit_verdict', 'Frame', 'compose', 'draw', 'paint_frame']
 
-# %% ../../nbs/ui/screen.ipynb #c2b62d94
+# %% ../../nbs/ui/screen.ipynb #754d5033
 import re
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
-from ..core.samples import Sample
-from .lines import Line, Piece, Terminal, cell_len, cut, cut_line, pad, paint, plain
 from cjm_fasthtml_resources.ui.terminal import (
     SORTS,
     list_processes,
@@ -24,8 +22,10 @@ from cjm_fasthtml_resources.ui.terminal import (
     user_table,
     wrap_verdict,
 )
+from ..core.samples import Sample
+from .lines import Line, Piece, Terminal, cell_len, cut, cut_line, pad, paint, plain
 
-# %% ../../nbs/ui/screen.ipynb #ea19178e
+# %% ../../nbs/ui/screen.ipynb #5648f610
 _SEQUENCE = re.compile(rb"\x1b(?:\[[0-9;]*[A-Za-z~]|O[A-Za-z])|\x1b(?:\[[0-9;]*|O)?\Z|.", re.DOTALL)
 _NAMES = {b"A": "up", b"B": "down", b"H": "home", b"F": "end", b"1~": "home", b"4~": "end", b"5~": "page up",
           b"6~": "page down", b"7~": "home", b"8~": "end"}
@@ -38,7 +38,7 @@ def read_keys(
     rest = found.pop() if found and re.fullmatch(rb"\x1b(?:\[[0-9;]*|O)?", found[-1]) else b""
     return [_NAMES.get(key[2:], "") if key[:1] == b"\x1b" else key.decode("latin-1") for key in found], rest
 
-# %% ../../nbs/ui/screen.ipynb #d4a9e3fe
+# %% ../../nbs/ui/screen.ipynb #c77f997e
 @dataclass(frozen=True)
 class Window:
     "How a watched screen is shown, as its keys have set it"
@@ -46,6 +46,7 @@ class Window:
     by_user: bool = False   # totals of users in place of processes
     offset: int = 0         # lines of the tables that are scrolled away
 
+# %% ../../nbs/ui/screen.ipynb #07935474
 def press(
     window: Window,
     key: str,
@@ -60,7 +61,7 @@ def press(
              "home": -window.offset, "end": 1_000_000}
     return replace(window, offset=max(window.offset + steps.get(key, 0), 0))
 
-# %% ../../nbs/ui/screen.ipynb #42d8b9ce
+# %% ../../nbs/ui/screen.ipynb #44578c56
 def _title(answer: Sample, width: int) -> Line:
     "Return the first line, with the time of the figures"
     clock = time.strftime("%H:%M:%S", time.localtime(answer.time or time.time() - answer.age))
@@ -70,7 +71,7 @@ def _title(answer: Sample, width: int) -> Line:
     room = width - len(clock)
     return (*pad((Piece(cut(words, room - 2), style),), room), Piece(clock, "bold"))
 
-# %% ../../nbs/ui/screen.ipynb #59181106
+# %% ../../nbs/ui/screen.ipynb #7438da71
 def _shorten(lines: Sequence[Line], count: int, width: int) -> list[Line]:
     "Return the first lines, and a … at their end if there are more"
     count = max(count, 1)
@@ -78,6 +79,7 @@ def _shorten(lines: Sequence[Line], count: int, width: int) -> list[Line]:
     *kept, last = lines[:count]
     return [*kept, (Piece(cut(f"{plain(last)[:width - 2]} …", width), last[0].style),)]
 
+# %% ../../nbs/ui/screen.ipynb #f85864f6
 def fit_verdict(
     answer: Sample,
     width: int,      # cells
@@ -90,7 +92,7 @@ def fit_verdict(
     ram_kept = _shorten(ram, most - len(gpu), width)
     return [*_shorten(gpu, most - len(ram_kept), width), *ram_kept], left == 0 and not notes
 
-# %% ../../nbs/ui/screen.ipynb #cd6af0e5
+# %% ../../nbs/ui/screen.ipynb #1d76ce06
 _SMALL = 12   # lines
 
 def _longest(answer: Sample, rows: int, most: int) -> int:
@@ -100,6 +102,7 @@ def _longest(answer: Sample, rows: int, most: int) -> int:
     def lines(top: int) -> int: return sum(min(n, top) + (n > top) for n in counts) + len(counts) + more
     return next((top for top in range(min(most, max(rows, 1)), 1, -1) if lines(top) <= rows), 1)
 
+# %% ../../nbs/ui/screen.ipynb #fba83a4c
 def _body(answer: Sample, terminal: Terminal, window: Window, rows: int, most: int) -> list[Line]:
     "Return the lines of all tables; as long as nothing is scrolled, of what fits best"
     whole = window.offset > 0
@@ -112,7 +115,7 @@ def _body(answer: Sample, terminal: Terminal, window: Window, rows: int, most: i
         processes = process_table(answer, top, terminal.width, window.sort)
     return list_tables(answer, terminal, processes, rows < _SMALL and not whole)
 
-# %% ../../nbs/ui/screen.ipynb #9f3ce3e2
+# %% ../../nbs/ui/screen.ipynb #c79eed14
 def _foot(terminal: Terminal, window: Window, place: str, keys: bool, interval: float) -> Line:
     "Return the last line: what the keys do, and which part of the tables is in sight"
     arrows = "arrows scroll" if terminal.ascii else "↑↓ scroll"
@@ -125,13 +128,14 @@ def _foot(terminal: Terminal, window: Window, place: str, keys: bool, interval: 
         if cell_len(longer) <= room: words = longer
     return (*pad((Piece(words, "bright_black"),), room + 2), Piece(place, "bright_black"))
 
-# %% ../../nbs/ui/screen.ipynb #f4909271
+# %% ../../nbs/ui/screen.ipynb #31da7a32
 class Frame(NamedTuple):
     "What a terminal shows, line by line"
     lines: list[Line]
     window: Window   # with the offset that there is
     page: int        # lines of the tables that are in sight
 
+# %% ../../nbs/ui/screen.ipynb #30c4c156
 def _grey(line: Line) -> Line: return tuple(Piece(piece.text, "bright_black") for piece in line)
 
 def compose(
@@ -158,7 +162,7 @@ def compose(
     foot = _foot(terminal, window, place, keys, interval)
     return Frame([cut_line(line, width) for line in (_title(answer, width), *middle, foot)], window, rows)
 
-# %% ../../nbs/ui/screen.ipynb #ae521ad6
+# %% ../../nbs/ui/screen.ipynb #2d9527b7
 def draw(
     lines: Sequence[str],    # painted
     before: Sequence[str],   # what is there; empty: the window is cleared first
@@ -169,6 +173,7 @@ def draw(
         if not before or line != before[number - 1]: parts.append(f"\x1b[{number};1H{line}\x1b[K")
     return "".join(parts)
 
+# %% ../../nbs/ui/screen.ipynb #d9e78b85
 def paint_frame(frame: Frame, terminal: Terminal) -> list[str]:
     "Return the lines of a frame as they are written"
     return [paint(line, terminal) for line in frame.lines]

@@ -23,8 +23,8 @@ from cjm_fasthtml_resources.core.resources import (
 from .. import __version__
 from ..core.gpu import GpuDevice
 from ..core.samples import Sample
-from ..core.text import format_bytes, printable
-from .lines import Cell, Line, Piece, Terminal, cell_len, line_of, pad, plain, wrap
+from ..core.text import format_bytes
+from .lines import PLAIN, Cell, Line, Piece, Terminal, cell_len, line_of, pad, plain, wrap
 
 # %% ../../nbs/ui/terminal.ipynb #8bbf3ea0
 def _status(
@@ -83,6 +83,7 @@ def _legend(
     if cell_len(plain(signs) + kept) <= width: return [(*signs, Piece(kept))]
     return [signs, *(line_of(line) for line in wrap(kept, width))]
 
+# %% ../../nbs/ui/terminal.ipynb #3431b5ae
 def name_kept(devices: Sequence[DeviceStatus]) -> str:
     "Return what the driver keeps for itself of each GPU's memory, so that the figures add up to the total"
     sizes = {d.device.id: d.device.memory_reserved for d in devices if d.device.memory_reserved}
@@ -148,6 +149,7 @@ def make_table(
     widths = _fit(columns, needed, width)
     return [_join([pad(line[i], size, columns[i].justify == "right") for i, size in widths.items()]) for line in lines]
 
+# %% ../../nbs/ui/terminal.ipynb #31d9ef97
 def _join(cells: Sequence[Line]) -> Line:
     gap = Piece(" "*_GAP)
     return tuple(piece for i, cell in enumerate(cells) for piece in ((gap, *cell) if i else cell))
@@ -243,12 +245,14 @@ SORTS: dict[str, Callable[[_PlacedProcess], Any]] = {
     "PID": lambda row: row.process.pid,
 }
 
+# %% ../../nbs/ui/terminal.ipynb #ab6db5a9
 def list_processes(answer: Sample) -> tuple[list[_PlacedProcess], list[_PlacedProcess]]:
     "Return the processes on GPUs, and those in RAM"
     on_gpu = [_PlacedProcess(f"GPU {d.device.id}", p) for d in answer.gpu.allowed for p in d.processes]
     ram = answer.memory.memory
     return on_gpu, [_PlacedProcess("RAM", p) for p in ram.processes] if ram else []
 
+# %% ../../nbs/ui/terminal.ipynb #23c2a57f
 def process_table(
     answer: Sample,
     top: int,               # processes to show on GPUs, and in RAM
@@ -262,7 +266,7 @@ def process_table(
     ram = answer.memory.memory
     return make_table(columns, groups, width, top, ram.left_out if ram else 0)
 
-# %% ../../nbs/ui/terminal.ipynb #81a148bd
+# %% ../../nbs/ui/terminal.ipynb #573a80ba
 def name_devices(places: Sequence[int | str]) -> str:
     "Return the ids of devices, with the consecutive ones as a range"
     runs = list[list[int | str]]()
@@ -272,7 +276,7 @@ def name_devices(places: Sequence[int | str]) -> str:
         else: runs.append([place])
     return ", ".join(f"{run[0]} to {run[-1]}" if len(run) > 2 else ", ".join(map(str, run)) for run in runs)
 
-# %% ../../nbs/ui/terminal.ipynb #3ce8d923
+# %% ../../nbs/ui/terminal.ipynb #8f83e671
 class UserTotal(NamedTuple):
     "What the processes of a user take together"
     user: str
@@ -282,6 +286,7 @@ class UserTotal(NamedTuple):
     ram: int                         # bytes, of the processes that are listed
     whole: bool                      # whether the GPU memory of each is known
 
+# %% ../../nbs/ui/terminal.ipynb #c028bf46
 def total_users(answer: Sample) -> list[UserTotal]:
     "Return each user's total, the largest first"
     ram = answer.memory.memory.processes if answer.memory.memory else ()
@@ -296,12 +301,13 @@ def total_users(answer: Sample) -> list[UserTotal]:
                          all(p.memory_used is not None for _, p in there))
     return sorted(map(total, users), key=lambda user: (-user.gpu_memory, -user.ram, user.user))
 
-# %% ../../nbs/ui/terminal.ipynb #591c850f
+# %% ../../nbs/ui/terminal.ipynb #18ae69f9
 def _user_gpu(total: UserTotal) -> str:
     if not total.devices: return ""
     if total.whole: return format_bytes(total.gpu_memory)
     return f"at least {format_bytes(total.gpu_memory)}" if total.gpu_memory else "unknown"
 
+# %% ../../nbs/ui/terminal.ipynb #fa6b1796
 _USER_COLUMNS: Sequence[Column[UserTotal]] = (
     Column("user", lambda total: total.user, shrinks=True, least=10),
     Column("GPU memory", _user_gpu, "right"),
@@ -362,6 +368,7 @@ def name_versions(answer: Sample) -> str:
     version = answer.gpu.snapshot.driver_version if answer.gpu.snapshot else None
     return f"cjm-resources {__version__}" + (f", NVIDIA driver {version}" if version else "")
 
+# %% ../../nbs/ui/terminal.ipynb #4f369675
 def name_simulated(answer: Sample) -> str:
     "Return a warning where the machine is simulated"
     return f"SIMULATED, nothing here is real: {answer.simulated}" if answer.simulated else ""
@@ -371,6 +378,7 @@ def _heading(answer: Sample, width: int) -> list[Line]:
     styled = [(name_simulated(answer), "bold magenta"), (name_versions(answer), "bright_black")]
     return [(Piece(line, style),) for text, style in styled for line in wrap(text, width)]
 
+# %% ../../nbs/ui/terminal.ipynb #7f450bc9
 def wrap_verdict(
     answer: Sample,
     width: int,      # cells
@@ -396,9 +404,10 @@ def list_tables(
     space: list[Line] = [] if dense else [()]
     return [line for i, table in enumerate(tables) for line in ([*space, *table] if i else table)]
 
+# %% ../../nbs/ui/terminal.ipynb #de3c5778
 def status_view(
     answer: Sample,
-    terminal: Terminal = Terminal(),
+    terminal: Terminal = PLAIN,
     top: int = 10,                     # processes to show on GPUs, and in RAM
 ) -> list[Line]:
     "Return everything on one screen, with the answer at the end"
