@@ -14,7 +14,7 @@ import psutil
 
 from cjm_fasthtml_resources.core.history import History, to_point
 from cjm_fasthtml_resources.core.manager import ResourceManager
-from cjm_fasthtml_resources.core.samples import take_sample
+from cjm_fasthtml_resources.core.samples import take_sample, with_commands
 from cjm_fasthtml_resources.simulate import load_scenario
 from cjm_fasthtml_resources.ui.cards import View, render, render_tables
 from cjm_fasthtml_resources.ui.panel import ResourcePanel, panel_slots
@@ -70,6 +70,7 @@ def samples():
     processes
     """
     with load_scenario("eight-h100") as driver: first = take_sample(known_workers(driver))
+    first = replace(first, gpu=with_commands(first.gpu, most=1000))   # whichever are the largest later
 
     def later(turn):
         devices = tuple(varied(turn, place, status) for place, status in enumerate(first.gpu.devices))

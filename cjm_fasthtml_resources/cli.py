@@ -43,7 +43,7 @@ from .sizes import parse_duration, parse_size
 
 _all_ = ["parse_duration", "parse_size"]
 
-# %% ../nbs/cli.ipynb #de2165f6
+# %% ../nbs/cli.ipynb #daa46de2
 _LATER = {"SCHEMA_VERSION": "ui.export", "to_json": "ui.export"} | dict.fromkeys(
     ("process_table", "promise_table", "resource_table", "split_cells", "status_view", "worker_table"), "ui.terminal")
 
@@ -51,7 +51,7 @@ def __getattr__(name: str) -> Any:
     if name not in _LATER: raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(f"cjm_fasthtml_resources.{_LATER[name]}"), name)
 
-# %% ../nbs/cli.ipynb #51a103c8
+# %% ../nbs/cli.ipynb #83c0dee4
 COMMANDS = ("wait", "run", "needs", "serve")   # each in a module of `commands`
 
 def find_command(name: str) -> Command:
@@ -59,7 +59,7 @@ def find_command(name: str) -> Command:
     found: Command = import_module(f"cjm_fasthtml_resources.commands.{name}").command
     return found
 
-# %% ../nbs/cli.ipynb #c8c21690
+# %% ../nbs/cli.ipynb #3ccd5a52
 class Commands(click.Group):
     "The command with its commands, which are imported when they are called"
     def list_commands(self, ctx: click.Context) -> list[str]:
@@ -114,7 +114,7 @@ Completion, for bash (zsh and fish likewise):
   eval "$(_CJM_RESOURCES_COMPLETE=bash_source cjm-resources)"
 """
 
-# %% ../nbs/cli.ipynb #4f13e3e0
+# %% ../nbs/cli.ipynb #0b73b6bc
 def _show(look: Callable[[], Sample], watch: bool, as_json: bool, top: int, interval: float) -> Sample:
     "Show one look, or one after the other; the last one"
     if not watch:
@@ -125,7 +125,7 @@ def _show(look: Callable[[], Sample], watch: bool, as_json: bool, top: int, inte
     if as_json or not sys.stdout.isatty(): watch_lines(look, partial(print_sample, as_json=as_json, top=top), interval)
     return watch_screen(look, Settings(interval, top))
 
-# %% ../nbs/cli.ipynb #09a0a529
+# %% ../nbs/cli.ipynb #f1f6c954
 @click.group(cls=Commands, invoke_without_command=True, epilog=_EXAMPLES,
              context_settings=dict(help_option_names=["-h", "--help"], max_content_width=100))
 @click.option("--app", "apps", callback=read_apps, multiple=True, metavar="NAME|PID",

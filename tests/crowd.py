@@ -2,10 +2,11 @@
 
     crowd.py FOLDER PROCESSES SECONDS KILLS [--stops N] [--interrupts N] [--busy N]
 
-They share four simulated GPUs and one file. Each allocates what it was promised, and the simulated driver refuses what
-is not there. So many times a second one of them is killed and replaced, stopped for a moment (SIGSTOP), or interrupted
-wherever it is (SIGINT), after which half of them go on and half of them end and are replaced. With --busy, so many
-processes beside them do nothing but run. Prints what happened as JSON.
+They share four simulated GPUs and one file. A quarter of the requests are for two of the GPUs, or for all. Each
+allocates what it was promised, and the simulated driver refuses what is not there. So many times a second one of them
+is killed and replaced, stopped for a moment (SIGSTOP), or interrupted wherever it is (SIGINT), after which half of
+them go on and half of them end and are replaced. With --busy, so many processes beside them do nothing but run.
+Prints what happened as JSON.
 """
 import argparse
 import contextlib
@@ -15,7 +16,7 @@ import random
 import signal
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from cjm_fasthtml_resources.core.ledger import Ledger
@@ -40,10 +41,11 @@ class Interrupts:
         raise KeyboardInterrupt
 
     @contextlib.contextmanager
-    def held_off(self, driver: SimulatedDriver, memory: int, gpu: int) -> Iterator[None]:
-        "Allocate; an interruption ends what is done in the block, and nothing of the driver"
+    def held_off(self, driver: SimulatedDriver, memory: int, gpus: Iterable[int]) -> Iterator[None]:
+        "Allocate on each; an interruption ends what is done in the block, and nothing of the driver"
         was_armed, self.armed = self.armed, False
-        with driver.allocate(memory, gpu):
+        with contextlib.ExitStack() as allocated:
+            for gpu in gpus: allocated.enter_context(driver.allocate(memory, gpu))
             try:
                 self.armed = was_armed
                 yield
@@ -56,13 +58,15 @@ def member(driver: SimulatedDriver, report: int, until: float, patience: float, 
     random.seed(seed)
     manager = ResourceManager(app=f"app-{seed % 3}")
     while time.monotonic() < until:
-        memory = chance.choice([500, 2_000, 4_000, 8_000, 23_000])
+        memory, count = chance.choice([500, 2_000, 4_000, 8_000, 23_000]), chance.choice([1]*9 + [2, 2, GPUS])
         asked = time.monotonic()
         try:
             interrupts.armed = True
-            with manager.reserve(memory, timeout=patience) as held:
-                os.write(report, f"{memory} {time.monotonic() - asked:.3f}\n".encode())
-                with interrupts.held_off(driver, memory, held.index): time.sleep(chance.uniform(0, 0.02))
+            with manager.reserve(memory, timeout=patience, n=count) as held:
+                os.write(report, f"{memory} {count} {time.monotonic() - asked:.3f}\n".encode())
+                gpus = {device.index for device in held.devices}
+                if len(gpus) != count: raise AssertionError(f"{gpus} instead of {count}")
+                with interrupts.held_off(driver, memory, gpus): time.sleep(chance.uniform(0, 0.02))
             interrupts.armed = False
         except KeyboardInterrupt:
             if chance.random() < 0.5: return INTERRUPTED
@@ -174,9 +178,11 @@ def main(asked: argparse.Namespace) -> None:
         finally:
             for pid in (*busy, *crowd.living): os.kill(pid, signal.SIGKILL)
         rows = [line.split() for line in Path(f"{folder}/report").read_text().splitlines()]
-        waits = {size: [float(wait) for memory, wait in rows if int(memory) == size] for size in (500, 23_000)}
+        waits = {size: [float(wait) for memory, _, wait in rows if int(memory) == size] for size in (500, 23_000)}
+        of_all = [float(wait) for memory, count, wait in rows if (memory, count) == ("23000", str(GPUS))]
         print(json.dumps(dict(
-            processes=asked.processes, grants=len(rows), large_grants=len(waits[23_000]), killed=crowd.killed,
+            processes=asked.processes, grants=len(rows), large_grants=len(waits[23_000]),
+            grants_of_all=len(of_all), killed=crowd.killed,
             stopped=crowd.stops, interrupted=crowd.interrupted, failed=crowd.failed, stuck=stuck,
             left_over=len(ledger.claims()), most_promised_mb=most, total_mb=TOTAL_MB,
             longest_wait={size: max(found, default=None) for size, found in waits.items()},

@@ -3,6 +3,7 @@ import asyncio
 import contextlib
 import gc
 import logging
+import re
 import subprocess
 import sys
 import threading
@@ -187,6 +188,11 @@ def test_a_sleeping_driver_is_shown_and_nothing_is_called_available():
 async def gone(): await asyncio.Event().wait()
 
 
+def limit_of(event: bytes) -> int:
+    "The ms in a beat after which a page takes its figures for old"
+    return int(event.rpartition(b"event: beat\ndata: ")[2].split()[0])
+
+
 def test_a_slow_client_gets_the_whole_picture_in_place_of_a_backlog():
     async def main():
         client = stream.Client()
@@ -245,7 +251,7 @@ def test_a_machine_on_which_nothing_changes_gives_signs_of_life(monkeypatch):
     async def main(hub):
         async with contextlib.aclosing(hub.events()) as events:
             first = await anext(events)
-            limit = int(first.rpartition(b"data: ")[2])/1000
+            limit = limit_of(first)/1000
             assert first.startswith(b"event: layout") and limit == round(3*stream.pace(hub.monitor.interval), 3)
             return [await asyncio.wait_for(anext(events), limit) for _ in range(3)]
 
@@ -255,7 +261,7 @@ def test_a_machine_on_which_nothing_changes_gives_signs_of_life(monkeypatch):
         for interval in (0.2, 1): asyncio.run(main(stream.Hub(ResourceMonitor(manager, interval))))
         monkeypatch.setattr(stream, "BEAT", 0.3)
         slow = stream.Hub(ResourceMonitor(manager, 3600))    # its sampler sends nothing
-        assert asyncio.run(main(slow)) == [b"event: beat\ndata: 900\n\n"]*3
+        assert {limit_of(event) for event in asyncio.run(main(slow))} == {900}
 
 
 def test_a_sample_without_a_change_is_a_sign_of_life():
@@ -272,7 +278,8 @@ def test_a_sample_without_a_change_is_a_sign_of_life():
     with SimulatedDriver([SimulatedGpu()]):
         hub = stream.Hub(ResourceMonitor(ResourceManager(track_self=False), 3600))
         sample = hub.monitor.take()
-        assert asyncio.run(main()) == b"event: beat\ndata: 45000\n\n"
+        last = asyncio.run(main())
+        assert last.startswith(b"event: beat") and limit_of(last) == 45000 and b"event: layout" not in last
 
 
 def test_a_sampler_that_is_held_up_makes_the_stream_say_so(monkeypatch):
@@ -295,6 +302,172 @@ def test_a_sampler_that_is_held_up_makes_the_stream_say_so(monkeypatch):
         manager.get_all_workers = slow
         try: asyncio.run(asyncio.wait_for(main(), 10))
         finally: release.set()
+
+
+def test_a_client_with_a_longer_interval_hears_less_and_misses_nothing():
+    async def main():
+        counts, last = [], b""
+        for every in (0, 0.5):
+            events, end = [], time.monotonic() + 2.2
+            async with contextlib.aclosing(hub.events(every)) as stream_of_one:
+                async for event in stream_of_one:
+                    driver.gpus[0].temperature += 1
+                    events.append(event)
+                    if time.monotonic() > end: break
+            counts.append(len(events))
+            last = events[-1]
+        return counts, last
+
+    with SimulatedDriver([SimulatedGpu(temperature=20)]) as driver:
+        hub = stream.Hub(ResourceMonitor(ResourceManager(track_self=False), interval=0.1))
+        (fast, slow), last = asyncio.run(main())
+    assert fast > 12 and 3 <= slow <= 7
+    assert b"event: layout" in last and limit_of(last) == 3000   # the whole picture, whatever was left out
+
+
+def make_app(manager, **kw):
+    from fasthtml.core import FastHTML
+
+    from cjm_fasthtml_resources.ui.web import resource_routes
+    app = FastHTML(secret_key="of a test", default_hdrs=False)
+    routes = resource_routes(app, manager, **kw)
+
+    @app.get("/own")
+    def own(): return "the app's own"
+    return app, routes
+
+
+def test_only_so_many_streams_are_open_at_a_time_and_the_next_one_is_told_when_to_come():
+    httpx = pytest.importorskip("httpx")
+
+    async def open_stream(app, path):
+        "The first message of a stream that then goes on, and the task"
+        started, left = asyncio.get_running_loop().create_future(), asyncio.Event()
+
+        async def receive():
+            if not left.is_set() and not started.done(): return dict(type="http.request", body=b"")
+            await left.wait()
+            return dict(type="http.disconnect")
+
+        async def send(message):
+            if message["type"] == "http.response.start" and not started.done(): started.set_result(message)
+
+        path, _, query = path.partition("?")
+        scope = dict(type="http", method="GET", path=path, raw_path=path.encode(), query_string=query.encode(),
+                     headers=[], http_version="1.1", scheme="http", server=("test", 80), client=("test", 1),
+                     root_path="")
+        task = asyncio.create_task(app(scope, receive, send))
+        return (await asyncio.wait_for(started, 10))["status"], left, task
+
+    async def main(app):
+        opened = [await open_stream(app, path) for path in ("/resources/stream", "/resources/room?size=999GiB") * 2]
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test") as browser:
+            refused = await browser.get("/resources/stream")
+            page = await browser.get("/resources")
+        for _, left, _ in opened: left.set()
+        await asyncio.wait_for(asyncio.gather(*(task for *_, task in opened)), 10)
+        again = await open_stream(app, "/resources/stream")
+        again[1].set()
+        await again[2]
+        return [status for status, *_ in opened], refused, page, again[0]
+
+    with SimulatedDriver([SimulatedGpu(memory_total_mb=2_000_000, memory_used_mb=1_900_000)]):
+        app, _ = make_app(ResourceManager(track_self=False), streams=4)
+        statuses, refused, page, again = asyncio.run(main(app))
+    assert statuses == [200]*4 and again == 200
+    assert refused.status_code == 503 and int(refused.headers["retry-after"]) > 0 and "try again later" in refused.text
+    assert page.status_code == 200   # the figures of this moment are there all the same
+    with pytest.raises(ValueError, match="streams"): make_app(ResourceManager(), streams=0)
+
+
+def test_the_headers_are_on_this_library_s_answers_alone():
+    from starlette.testclient import TestClient
+
+    from cjm_fasthtml_resources.ui.headers import HEADERS
+    with SimulatedDriver([SimulatedGpu()]):
+        app, _ = make_app(ResourceManager(track_self=False), controls=True, guard=lambda req: None)
+        browser = TestClient(app)
+        for path in ("", "/", "/fragment", "/live", "/page", "/stream?every=x", "/room"):
+            found = browser.get(f"/resources{path}").headers
+            assert {name: found[name] for name in HEADERS} == HEADERS, path
+        assert browser.post("/resources/stop").headers["x-content-type-options"] == "nosniff"
+        own = browser.get("/own")
+    assert own.status_code == 200 and not {name.lower() for name in HEADERS} & set(own.headers)
+
+
+def test_no_script_stands_in_a_page_since_the_policy_forbids_it():
+    from starlette.testclient import TestClient
+    with load_scenario("pair") as driver:
+        manager = ResourceManager(track_self=False)
+        for worker in driver.workers: manager.register_worker(**worker)
+        app, _ = make_app(manager, controls=True, guard=lambda req: None)
+        page = TestClient(app).get("/resources")
+    assert "script-src 'self'" in page.headers["content-security-policy"]
+    assert all(" src=" in tag for tag in re.findall(r"<script[^>]*>", page.text))
+    assert not re.search(r"<[^>]* on\w+=|javascript:", page.text)
+
+
+@pytest.mark.parametrize("how", ["removed", "garbage", "a folder"])
+def test_a_page_over_a_broken_file_answers_in_words(folder, how, spawn):
+    from starlette.testclient import TestClient
+
+    from cjm_fasthtml_resources.core.store import store_path
+    with SimulatedDriver([SimulatedGpu()]):
+        manager = ResourceManager(app="app")
+        worker = manager.register_worker(spawn("input()").pid, "llm")
+        app, _ = make_app(manager, controls=True, guard=lambda req: None)
+        browser = TestClient(app)
+        path = store_path()
+        for file in path.parent.iterdir(): file.unlink()
+        if how == "garbage":
+            for file in (path, path.with_suffix(".lock")): file.write_bytes(b"garbage"*1000)
+        if how == "a folder": path.mkdir()
+        for address in ("/resources", "/resources/fragment"):
+            answer = browser.get(address)
+            assert answer.status_code == 200 and "resources.sqlite" in answer.text
+        stop = browser.post("/resources/stop", data=dict(worker=f"{worker.pid}.{worker.start_time}"),
+                            headers={"Sec-Fetch-Site": "same-origin"})
+    assert stop.status_code == 503 and "the workers cannot be read" in stop.text
+
+
+def test_a_page_without_any_sample_answers_in_words_and_its_stream_recovers():
+    from starlette.testclient import TestClient
+
+    async def main(hub):
+        async with contextlib.aclosing(hub.events()) as events:
+            first = await anext(events)
+            broken.clear()
+            async for event in events:
+                if b"NVIDIA L4" in event: return first
+
+    broken = threading.Event()
+    broken.set()
+    with SimulatedDriver([SimulatedGpu()]):
+        manager = ResourceManager()
+        workers = manager.get_all_workers
+
+        def sometimes():
+            if broken.is_set(): raise RuntimeError("a plugin broke")
+            return workers()
+
+        manager.get_all_workers = sometimes
+        app, routes = make_app(manager, interval=0.1)
+        page = TestClient(app).get("/resources")
+        first = asyncio.run(asyncio.wait_for(main(routes.hub), 10))
+    assert page.status_code == 200 and "The figures cannot be read: a plugin broke" in page.text
+    assert b"The figures cannot be read: a plugin broke" in first
+
+
+def test_the_command_s_server_answers_to_every_address_of_this_machine_and_to_no_name():
+    from starlette.testclient import TestClient
+
+    from cjm_fasthtml_resources.ui.web import make_app as own_server
+    with load_scenario("idle"):
+        app = own_server(ResourceManager(track_self=False))
+        hosts = ("127.0.0.1", "127.0.0.2", "127.0.0.2:8765", "[::1]:8765", "localhost", "127.0.0.2.evil.example",
+                 "10.0.0.1")
+        statuses = [TestClient(app, base_url=f"http://{host}").get("/resources").status_code for host in hosts]
+    assert statuses == [200]*5 + [403]*2
 
 
 def test_the_pieces_are_the_same_for_the_panel_the_page_and_a_picture():

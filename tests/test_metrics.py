@@ -90,7 +90,8 @@ def test_every_query_of_the_dashboard_and_the_tutorial_is_about_a_metric_that_th
     left_out = there - set(re.findall(r"\bcjm_resources_\w+", dashboard))
     assert left_out <= {   # what it need not draw
         "cjm_resources_gpu_info", "cjm_resources_gpu_memory_reserved_bytes", "cjm_resources_memory_used_bytes",
-        "cjm_resources_reservation_wait_seconds_count", "cjm_resources_reservation_wait_seconds_sum"}
+        "cjm_resources_reservation_wait_seconds_count", "cjm_resources_reservation_wait_seconds_sum",
+        "cjm_resources_user_gpu_processes"}
     panels = json.loads(dashboard)["panels"]
     assert len({p["id"] for p in panels}) == len(panels) and all(t["expr"] for p in panels for t in p["targets"])
 
@@ -154,6 +155,117 @@ def test_a_real_prometheus_scrapes_it_and_finds_the_busy_gpu(tmp_path):
             query(port, expression.replace("$instance", ".*").replace("$gpu", ".*"))
         alerts = {a["labels"]["alertname"] for a in ask(port, "alerts")["alerts"]}
         assert alerts <= {"GPUHeldByOthers", "GPUUnavailable", "JobsWaitForGPU"}
+
+
+SCRAPED = """import sys
+from cjm_fasthtml_resources.core.manager import ResourceManager
+from cjm_fasthtml_resources.core.monitor import ResourceMonitor
+from cjm_fasthtml_resources.simulate import SimulatedDriver, SimulatedGpu
+from cjm_fasthtml_resources.ui.metrics import ResourceCollector, exposition
+SimulatedDriver([SimulatedGpu(memory_total_mb=24_000)]).start()
+manager = ResourceManager(app="app")
+collector, held = ResourceCollector(ResourceMonitor(manager)), []
+for line in sys.stdin:
+    what = line.strip()
+    if what == "reserve": held.append(manager.reserve(1_000))
+    elif what == "release": held.pop().release()
+    elif what == "refuse":
+        try: manager.reserve(23_900, timeout=0)
+        except RuntimeError: pass
+    else: print(exposition(collector)[0].decode(), end="", flush=True)
+    print("done", flush=True)
+"""
+
+
+class Worker:
+    "One of the processes of a server, of which a scrape reaches any"
+    def __init__(self, process): self.process = process
+
+    def do(self, what: str) -> str:
+        self.process.stdin.write(f"{what}\n")
+        self.process.stdin.flush()
+        lines = list(iter(lambda: self.process.stdout.readline() or "done\n", "done\n"))
+        assert self.process.poll() is None
+        return "".join(lines)
+
+    def counters(self) -> dict[str, float]:
+        lines = self.do("scrape").splitlines()
+        found = (line.rpartition(" ") for line in lines if not line.startswith("#"))
+        shared = ("_total", "_bucket", "_count", "_sum")
+        return {name: float(value) for name, _, value in found
+                if name.partition("{")[0].endswith(shared) and "scrape_errors" not in name}
+
+
+def test_counters_never_go_backwards_whichever_process_of_an_app_is_scraped(folder, spawn):
+    workers, holders, before = [Worker(spawn(SCRAPED)) for _ in range(3)], [], {}
+    steps = ["reserve", "refuse", "reserve", "release", "reserve", "refuse", "release"]
+    for number, what in enumerate(steps*2):
+        worker = holders.pop() if what == "release" else workers[number % 3]
+        if what == "reserve": holders.append(worker)
+        worker.do(what)
+        for worker in workers:
+            now = worker.counters()
+            assert len(now) > 15 and all(now[name] >= value for name, value in before.items()), what
+            before = now
+    assert before["cjm_resources_reservations_granted_total"] == 6
+    assert before["cjm_resources_reservation_wait_seconds_count"] == 6
+    assert before["cjm_resources_reservations_refused_total"] == 4
+
+
+def test_a_reservation_that_ends_with_its_process_is_counted_once(folder, spawn):
+    first, second = (Worker(spawn(SCRAPED)) for _ in range(2))
+    first.do("reserve")
+    assert second.counters()["cjm_resources_reservations_ended_total"] == 0
+    first.process.kill()
+    first.process.wait()
+    assert second.counters()["cjm_resources_reservations_ended_total"] == 1   # before it is deleted …
+    second.do("reserve")
+    assert second.counters()["cjm_resources_reservations_ended_total"] == 1   # … and after
+    second.do("release")
+    assert second.counters()["cjm_resources_reservations_ended_total"] == 2
+    new = Worker(spawn(SCRAPED))
+    assert new.counters()["cjm_resources_reservations_ended_total"] == 2      # also after a restart
+
+
+def test_stops_and_jobs_that_ran_out_of_memory_are_counted(spawn):
+    with SimulatedDriver([SimulatedGpu()]):
+        manager = ResourceManager()
+        process = spawn("input()")
+        manager.register_worker(process.pid, "llm")
+        manager.stop_worker(process.pid)
+        with pytest.raises(MemoryError), manager.job("job-1", 1_000): raise MemoryError("CUDA error: out of memory")
+        with pytest.raises(KeyError), manager.job("job-2", 1_000): raise KeyError("another error")
+        counts = manager.events.read().counts
+    assert (counts["stopped"], counts["out_of_memory"], counts["granted"]) == (1, 1, 2)
+
+
+def test_hundreds_of_users_have_fifty_labels_and_one_for_the_rest():
+    collector, seen = ResourceCollector(ResourceMonitor(ResourceManager(), interval=3600)), set()
+    for begin in range(0, 300, 60):
+        hosted = [SimulatedHostProcess(4_200_100 + begin + n, "train.py", f"user-{begin + n}") for n in range(60)]
+        gpu = SimulatedGpu(processes=[SimulatedProcess(p.pid, 10) for p in hosted])
+        with SimulatedDriver([gpu], SimulatedMachine(processes=hosted)):
+            collector.monitor.take()
+            text = exposition(collector)[0].decode()
+        rows = re.findall(r'user_gpu_memory_bytes{user="(.+?)"} (\S+)', text)
+        assert sum(float(size) for _, size in rows) == 60*10*2**20
+        seen |= {user for user, _ in rows}
+    assert len(seen) == 51 and "other" in seen
+
+
+def test_the_memory_of_each_process_is_an_option_of_the_routes():
+    from fasthtml.core import FastHTML
+    from starlette.testclient import TestClient
+
+    from cjm_fasthtml_resources.ui.web import make_app, resource_routes
+    with SimulatedDriver([SimulatedGpu(processes=[SimulatedProcess(4_200_001, 3_000)])]):
+        for wanted in (False, True):
+            app = FastHTML(secret_key="of a test", default_hdrs=False)
+            resource_routes(app, ResourceManager(), metrics="/metrics", process_metrics=wanted)
+            own = make_app(ResourceManager(), metrics=True, process_metrics=wanted)
+            for served in (app, own):
+                text = TestClient(served, base_url="http://localhost").get("/metrics").text
+                assert ('pid="4200001"' in text) is wanted
 
 
 def test_without_the_extra_the_command_says_so_in_words():

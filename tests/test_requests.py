@@ -248,7 +248,7 @@ def test_waiting_passes_its_arguments_on(monkeypatch):
         asked = spy(monkeypatch, manager, "reserve")
         assert manager.wait_for_gpu(1_000, 1, 5).devices[0].index == 1
         assert manager.wait_for_gpu(1_000, 0, progress=True).devices[0].index == 0
-    assert asked == [((1_000, 1, 5), {"progress": False}), ((1_000, 0, None), {"progress": True})]
+    assert asked == [((1_000, 1, 5), {"progress": False, "n": 1}), ((1_000, 0, None), {"progress": True, "n": 1})]
 
 
 def test_reserving_without_blocking_passes_its_arguments_on_too(monkeypatch, spawn):
@@ -279,7 +279,7 @@ def test_waiting_without_blocking_passes_its_arguments_on_too(monkeypatch):
             assert (await manager.wait_for_gpu_async(1_000, 0, progress=True)).devices[0].index == 0
 
         asyncio.run(main())
-    assert asked == [((1_000, 1, 5), {"progress": False}), ((1_000, 0, None), {"progress": True})]
+    assert asked == [((1_000, 1, 5), {"progress": False, "n": 1}), ((1_000, 0, None), {"progress": True, "n": 1})]
 
 
 def test_a_request_that_was_withdrawn_is_given_nothing_and_one_of_a_dead_process_says_so(spawn):

@@ -94,6 +94,13 @@ def do_reserve(world: World) -> None:
 
 
 @operation
+def do_reserve_two(world: World) -> None:
+    "Two of three devices at once, and how close they are"
+    with world.manager.reserve(500, timeout=60, n=2) as held: assert len(held.devices) == 2 and held.renew(60)
+    assert not held.release()
+
+
+@operation
 def do_job(world: World) -> None:
     "In this process, in a child process, and in a task"
     manager, process = world.manager, subprocess.Popen(["sleep", "600"])
@@ -132,7 +139,7 @@ def do_refresh(world: World) -> None:
 @operation
 def do_read(world: World) -> None:
     "The first reading of all, which starts the reader's thread"
-    assert len(GpuReader().read(60).devices) == 1
+    assert len(GpuReader().read(60).devices) == 3
 
 
 @operation
@@ -206,8 +213,8 @@ def use_everything(world: World) -> None:
 
 @contextlib.contextmanager
 def simulated() -> Iterator[SimulatedDriver]:
-    gpu = SimulatedGpu(processes=[SimulatedProcess(4200101, 1000)])
-    with SimulatedDriver([gpu]) as driver, warnings.catch_warnings():
+    gpus = [SimulatedGpu(processes=[SimulatedProcess(4200101, 1000)]) for _ in range(3)]
+    with SimulatedDriver(gpus) as driver, warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # of a fork beside threads, which is what this is about
         yield driver
 

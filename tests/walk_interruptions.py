@@ -34,7 +34,9 @@ from cjm_fasthtml_resources.core.manager import ResourceManager
 from cjm_fasthtml_resources.core.process import read_start
 from cjm_fasthtml_resources.simulate import SimulatedDriver, SimulatedGpu
 
-WHOLE = 20_000     # MiB of the one device; half as much is not there a second time
+WHOLE = 20_000     # MiB of the first device; half as much is not there a second time
+SMALL = 5_000      # MiB, for which the two others have room, too
+GPUS = [24_000, 6_000, 6_000]
 APP = "walk"
 AT_ONCE = 1.0      # seconds: what does not wait takes no longer, on a busy machine
 STUCK_AFTER = 8   # seconds after which a call that does not return is ended
@@ -212,6 +214,35 @@ def reserve_async(world: World) -> Scene:
     yield lambda: asyncio.run(main())
 
 
+def reserve_two(world: World) -> Scene:
+    "Two of three devices at once, those that are closer"
+    def call() -> None:
+        with world.manager.reserve(SMALL, timeout=0, n=2): pass
+    yield call
+
+
+def wait_for_three(world: World) -> Scene:
+    "It waits until the other one releases one of them, and holds nothing until then"
+    held = None if world.other else world.manager.reserve(WHOLE, timeout=0)
+    if world.other: world.other.ask("hold")
+
+    def give() -> None:
+        time.sleep(0.03)
+        if world.other: world.other.tell("release")
+        if held: held.release()
+
+    giver = threading.Thread(target=give)
+
+    def call() -> None:
+        giver.start()
+        with world.manager.job("a job", SMALL, n=3, timeout=10): pass
+
+    yield call
+    if giver.ident is None: giver.start()
+    giver.join()
+    if world.other: world.other.answer()
+
+
 def job(world: World) -> Scene:
     "In this process"
     def call() -> None:
@@ -353,7 +384,8 @@ def stop_again(world: World, worker: subprocess.Popen) -> None:
 
 
 CALLS: dict[str, Callable[[World], Scene]] = dict(
-    open=open_file, reserve=reserve, release=release_it, with_block=with_block, with_ttl=with_ttl, renew=renew,
+    open=open_file, reserve=reserve, reserve_two=reserve_two, wait_for_three=wait_for_three, release=release_it,
+    with_block=with_block, with_ttl=with_ttl, renew=renew,
     job=job, job_in_worker=job_in_worker, job_of_child=job_of_child, job_async=job_async,
     refused=refused, handed_over=handed_over, reserve_async=reserve_async, wait_for_gpu=wait_for_gpu, check=check,
     check_memory=check_memory, register=register, update=update, unregister=unregister, stop_worker=stop_worker,
@@ -478,7 +510,7 @@ def walk(units: list[str], sample: int | None, seed: int, error: type[BaseExcept
     "Walk calls, one after the other; print what was found as JSON, a line for each"
     os.environ.pop("CUDA_VISIBLE_DEVICES", None)
     with tempfile.TemporaryDirectory(prefix="walk-") as name, \
-            SimulatedDriver([SimulatedGpu(memory_total_mb=24_000)], shared=f"{name}/gpus"):
+            SimulatedDriver([SimulatedGpu(memory_total_mb=total) for total in GPUS], shared=f"{name}/gpus"):
         walkers = {}
         gc.freeze()
         for unit in units:
@@ -508,7 +540,7 @@ def main() -> int:
     parser.add_argument("--serve", help=argparse.SUPPRESS)
     asked = parser.parse_args()
     if asked.serve:
-        with SimulatedDriver([SimulatedGpu(memory_total_mb=24_000)], shared=asked.serve): serve()
+        with SimulatedDriver([SimulatedGpu(memory_total_mb=total) for total in GPUS], shared=asked.serve): serve()
         return 0
     units = find_units(asked.calls)
     if asked.jobs == 1:

@@ -2,10 +2,11 @@
 
     walk_syscalls.py [--sample N] [--seed S] [--jobs N] [--fates F,F…] [PROGRAM …]
 
-A program opens the folder for the first time, reserves and releases, waits until it is granted, or registers a worker
-and changes it. strace shows which system calls it makes on the folder and the files in it; then it runs once for each
-of them and each fate: killed at it (KILL), stopped at it (STOP), or the call fails (ENOSPC, EMFILE, EIO, EACCES; with
-`+` from then on, as when the disk stays full). All the while a third process holds a promise.
+A program opens the folder for the first time, reserves and releases, on one device or on several, waits until it is
+granted, or registers a worker and changes it. strace shows which system calls it makes on the folder and the files in
+it; then it runs once for each of them and each fate: killed at it (KILL), stopped at it (STOP), or the call fails
+(ENOSPC, EMFILE, EIO, EACCES; with `+` from then on, as when the disk stays full). All the while a third process holds
+a promise.
 
 While it is stopped, look-ups do not wait for it. Where a call failed once, the program says so in words or does its
 work all the same, and its second attempt succeeds. Afterwards a new program works at once; the third process has its
@@ -41,7 +42,9 @@ FATES = ["KILL", "STOP", "ENOSPC", "EMFILE", "EIO", "EACCES", "ENOSPC+", "EMFILE
 WRITES = ("openat", "mkdir", "write", "pwrite64", "ftruncate", "fallocate", "rename", "link", "linkat", "symlink")
 READS = ("openat", "read", "pread64", "newfstatat", "statx", "fsync", "fdatasync", "unlink")
 LASTING = {"ENOSPC+": WRITES, "EMFILE+": ("openat",), "EIO+": (*WRITES, *READS)}   # what can fail like this, by fate
-TOTAL, KEPT = 24_000, 10_000   # MiB of the device, and what the third process has of it
+TOTAL, KEPT = 24_000, 10_000   # MiB of the first device, and what the third process has of it
+SMALL = 5_000                  # MiB, for which the others have room, too
+GPUS = [TOTAL, 6_000, 6_000]
 AT_ONCE = 2.0                  # seconds: what does not wait takes no longer, on a busy machine
 STUCK_AFTER = 20.0
 SILENT = "silent"
@@ -75,6 +78,14 @@ def wait() -> None:
     with manager().reserve(TOTAL - KEPT, timeout=10): pass
 
 
+def reserve_two() -> None:
+    with manager().reserve(SMALL, timeout=0, n=2): pass
+
+
+def wait_for_three() -> None:
+    with manager().reserve(SMALL, timeout=10, n=3): pass
+
+
 def work() -> None:
     mine, me = manager(), os.getpid()
     mine.register_worker(me, "llm", "job", plugin_name="vllm")
@@ -91,7 +102,9 @@ def job() -> None:
     mine.unregister_worker(me)
 
 
-PROGRAMS = dict(open=open_folder, reserve=reserve, wait=wait, work=work, job=job)
+PROGRAMS = dict(open=open_folder, reserve=reserve, wait=wait, work=work, job=job, reserve_two=reserve_two,
+                wait_for_three=wait_for_three)
+WAITING = ("wait", "wait_for_three")   # until another process releases what it has of the first device
 
 
 def attempt(program: Callable[[], None]) -> str | None:
@@ -116,7 +129,7 @@ class Child:
             try:
                 os.environ["CJM_RESOURCES_DIR"] = str(folder)
                 self.listen()
-                with SimulatedDriver([SimulatedGpu(memory_total_mb=TOTAL)]): self.answer(act(self))
+                with SimulatedDriver([SimulatedGpu(memory_total_mb=total) for total in GPUS]): self.answer(act(self))
             except BaseException: traceback.print_exc()
             finally: os._exit(0)
         self.pid, self.is_over = pid, False
@@ -165,7 +178,7 @@ def ask(folder: Path, act: Callable[[Child], Any], seconds: float = STUCK_AFTER)
 def victim(program: str, lasting: bool) -> Callable[[Child], Any]:
     def act(child: Child) -> list[str | None]:
         first = attempt(PROGRAMS[program])
-        return [first, None if first is None or lasting or program == "wait" else attempt(PROGRAMS[program])]
+        return [first, None if first is None or lasting or program in WAITING else attempt(PROGRAMS[program])]
     return act
 
 
@@ -284,7 +297,7 @@ class Walk:
     def run(self, program: str, lasting: bool, *options: str) -> tuple[str, Any, list[str]]:
         "The log of one run, what the program says, and what is wrong meanwhile"
         log, wrong, blocker = self.top/"log", [], None
-        if program == "wait":
+        if program in WAITING:
             blocker = Child(self.folder, block)
             blocker.go()
             if blocker.result() != "held": return "", None, ["what is free is not promised to another process"]

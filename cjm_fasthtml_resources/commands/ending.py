@@ -55,7 +55,12 @@ def end_as(
     if status == -signal.SIGINT and signal.SIGINT in signals: end_by(signal.SIGINT)
     sys.exit(code)
 
-# %% ../../nbs/commands/ending.ipynb #227450e7
+# %% ../../nbs/commands/ending.ipynb #5565f958
+def _as_options(text: str) -> str:
+    "Return an error in an argument as one in the option"
+    if text.startswith("device must be None"): return "--device names one GPU, so it does not go with --gpus"
+    return text.replace("n must", "--gpus must", 1) if text.startswith("n must") else text
+
 @contextlib.contextmanager
 def failing() -> Iterator[None]:
     "End with a message and an exit code if a command gets no memory"
@@ -64,7 +69,8 @@ def failing() -> Iterator[None]:
     except ResourceUnavailable as error: fail(str(error), os.EX_UNAVAILABLE)
     except (StoreError, OSError) as error: fail(str(error), os.EX_IOERR)
     except TooMuchMemory as error:
-        option, most = ("--ram", "this machine") if error.name == "ram_mb" else ("--gpu-memory", "the largest GPU")
+        most = error.whose.replace("device", "GPU")   # "the largest GPU", or each of several
+        option, most = ("--ram", "this machine") if error.name == "ram_mb" else ("--gpu-memory", most)
         text = f"{format_bytes(error.wanted)} is more than {most} has ({format_bytes(error.largest)})"
         raise click.BadParameter(text, param_hint=option) from None
-    except ValueError as error: raise click.UsageError(str(error)) from None
+    except ValueError as error: raise click.UsageError(_as_options(str(error))) from None

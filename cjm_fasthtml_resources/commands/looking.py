@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Machine', 'make_manager', 'register_apps', 'simulated_machine', 'look_once', 'print_sample']
 
-# %% ../../nbs/commands/looking.ipynb #6131b18a
+# %% ../../nbs/commands/looking.ipynb #29aaa5ae
 import contextlib
 import json
 import os
@@ -24,7 +24,7 @@ from ..core.samples import Sample, take_sample
 from ..core.store import Store, StoreError, store_path
 from .ending import fail, say
 
-# %% ../../nbs/commands/looking.ipynb #be9c75fa
+# %% ../../nbs/commands/looking.ipynb #a9368f2e
 class Machine(NamedTuple):
     "What is looked at, for the commands"
     simulate: str | None = None    # a preset or a file; `None`: this machine
@@ -37,7 +37,7 @@ def _watch_reservations(manager: ResourceManager) -> None:
     except (StoreError, OSError) as error: say(f"Reservations cannot be read: {error}")
     else: manager.ledger = manager.checks.ledger = Ledger(Store(store_path()))
 
-# %% ../../nbs/commands/looking.ipynb #d22b8fed
+# %% ../../nbs/commands/looking.ipynb #3c8ab662
 def make_manager(apps: Iterable[int | str], threshold: float, machine: Machine) -> ResourceManager:
     "Return a manager of the app that is named, if one is"
     name = next((app for app in apps if isinstance(app, str)), None)
@@ -46,7 +46,7 @@ def make_manager(apps: Iterable[int | str], threshold: float, machine: Machine) 
     if not name and not machine.simulate: _watch_reservations(manager)
     return manager
 
-# %% ../../nbs/commands/looking.ipynb #d8dbf5ac
+# %% ../../nbs/commands/looking.ipynb #c8c2f320
 def register_apps(manager: ResourceManager, apps: Iterable[int | str]) -> None:
     "Count these processes and their child processes as the app's"
     for pid in (app for app in apps if isinstance(app, int)):
@@ -54,7 +54,7 @@ def register_apps(manager: ResourceManager, apps: Iterable[int | str]) -> None:
             raise click.BadParameter(f"there is no process with the PID {pid}", param_hint="--app")
         manager.register_worker(pid, "app")
 
-# %% ../../nbs/commands/looking.ipynb #df33ef21
+# %% ../../nbs/commands/looking.ipynb #22c5c6cd
 @contextlib.contextmanager
 def simulated_machine(simulate: str | None, manager: ResourceManager) -> Iterator[str | None]:
     "Use this machine, or a simulated one with its workers registered; the value describes what is simulated"
@@ -72,7 +72,7 @@ def simulated_machine(simulate: str | None, manager: ResourceManager) -> Iterato
             raise click.BadParameter(f"workers: {error}", param_hint="--simulate") from None
         yield driver.description or simulate
 
-# %% ../../nbs/commands/looking.ipynb #494369e3
+# %% ../../nbs/commands/looking.ipynb #5230367a
 def look_once(
     manager: ResourceManager,
     simulated: str | None = None,   # describes what is simulated
@@ -82,7 +82,7 @@ def look_once(
     sample = take_sample(manager, manager.read(wake))
     return replace(sample, simulated=simulated, workers=sample.workers if manager.app else ())
 
-# %% ../../nbs/commands/looking.ipynb #614f763a
+# %% ../../nbs/commands/looking.ipynb #4312170c
 def _text_of(answer: Sample, as_json: bool, top: int) -> str:
     if as_json:
         from cjm_fasthtml_resources.ui.export import to_json
@@ -92,7 +92,7 @@ def _text_of(answer: Sample, as_json: bool, top: int) -> str:
     terminal = read_terminal()
     return to_text(status_view(answer, terminal, top), terminal)
 
-# %% ../../nbs/commands/looking.ipynb #7b9d3868
+# %% ../../nbs/commands/looking.ipynb #e1a9513f
 def print_sample(
     answer: Sample,
     as_json: bool = False,

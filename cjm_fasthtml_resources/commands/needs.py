@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['AppNeed', 'read_app_needs']
 
-# %% ../../nbs/commands/needs.ipynb #1776a0e1
+# %% ../../nbs/commands/needs.ipynb #ce9196dd
 import json
 import os
 import time
@@ -27,7 +27,7 @@ from ..ui.terminal import Column, make_table
 from .ending import fail
 from .options import Command
 
-# %% ../../nbs/commands/needs.ipynb #5386d609
+# %% ../../nbs/commands/needs.ipynb #8bf09162
 class AppNeed(NamedTuple):
     app: str
     need: LearnedNeed
@@ -40,7 +40,7 @@ def _seen(row: AppNeed) -> str:
     day = time.strftime("%Y-%m-%d", time.gmtime(row.need.last_seen))
     return f"{day}, old" if row.need.is_old else day
 
-# %% ../../nbs/commands/needs.ipynb #11314f62
+# %% ../../nbs/commands/needs.ipynb #a6ee9f5e
 _NEED_COLUMNS: Sequence[Column[AppNeed]] = (
     Column("app", lambda row: row.app),
     Column("plugin", lambda row: f"{row.need.plugin} {row.need.resource}".rstrip(), shrinks=True),
@@ -53,7 +53,7 @@ _NEED_COLUMNS: Sequence[Column[AppNeed]] = (
     Column("settings", lambda row: row.need.settings[:8], leaves=9),
     Column("last seen", _seen, leaves=10))
 
-# %% ../../nbs/commands/needs.ipynb #78cefc0f
+# %% ../../nbs/commands/needs.ipynb #122b2eea
 def read_app_needs(store: Store, app: str | None, now: float) -> list[AppNeed]:
     "Return what is known of the needs of one app, or of all"
     found = [AppNeed(name, need) for name, days in read_needs(store, app).items()
@@ -63,13 +63,13 @@ def read_app_needs(store: Store, app: str | None, now: float) -> list[AppNeed]:
 def _need_to_json(row: AppNeed) -> dict[str, Any]:
     return dict(app=row.app, **row.need._asdict(), gpu_memory_mb=row.need.gpu_memory_mb, message=row.need.explain())
 
-# %% ../../nbs/commands/needs.ipynb #3fef0aa3
+# %% ../../nbs/commands/needs.ipynb #fba97526
 _EXAMPLES = """\b
 Examples:
   cjm-resources needs --app studio
   cjm-resources needs --forget whisper"""
 
-# %% ../../nbs/commands/needs.ipynb #e664ec15
+# %% ../../nbs/commands/needs.ipynb #42f5b5c8
 @click.command("needs", cls=Command, epilog=_EXAMPLES)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 @click.option("--forget", metavar="NAME", help="Forget what the plugin with this name needs.")

@@ -6,7 +6,7 @@
 __all__ = ['converted', 'parse_memory', 'parse_need', 'parse_name', 'parse_positive', 'check_nan', 'read_apps', 'options_of',
            'Command', 'complete_machines', 'complete_files']
 
-# %% ../../nbs/commands/options.ipynb #d9e58365
+# %% ../../nbs/commands/options.ipynb #ad180b08
 import threading
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
@@ -16,7 +16,7 @@ import click
 from ..core.arguments import LARGEST_PID, check_app, check_text, shorten
 from ..sizes import parse_duration, parse_size
 
-# %% ../../nbs/commands/options.ipynb #b9d4195f
+# %% ../../nbs/commands/options.ipynb #a2decbad
 _Value = TypeVar("_Value")
 
 def converted(
@@ -28,7 +28,7 @@ def converted(
         except ValueError as error: raise click.BadParameter(str(error)) from None
     return convert
 
-# %% ../../nbs/commands/options.ipynb #942f55bd
+# %% ../../nbs/commands/options.ipynb #a726e4e8
 def parse_memory(text: str) -> float:   # bytes
     "Return an amount of GPU memory; `ValueError` for less than 1 MiB"
     size = parse_size(text)
@@ -39,7 +39,7 @@ def parse_need(text: str) -> float | None:   # bytes; `None`: as learned
     "Return an amount of GPU memory, or `None` for \"auto\""
     return None if text == "auto" else parse_memory(text)
 
-# %% ../../nbs/commands/options.ipynb #b2fcd0da
+# %% ../../nbs/commands/options.ipynb #b3b9cbe0
 def parse_name(text: str) -> str:
     "Return a name that is not empty"
     if not check_text(text, "it"): raise ValueError("it must not be empty")
@@ -51,7 +51,7 @@ def parse_positive(text: str) -> float:   # seconds
     if not 0 < seconds <= threading.TIMEOUT_MAX: raise ValueError(f"it must be more than 0, not {text}")
     return seconds
 
-# %% ../../nbs/commands/options.ipynb #73c8805b
+# %% ../../nbs/commands/options.ipynb #67aa2940
 def check_nan(context: click.Context, option: click.Parameter, value: float) -> float:
     "Refuse what click's ranges let through"
     if value == value: return value
@@ -71,7 +71,7 @@ def read_apps(context: click.Context, option: click.Parameter, given: Sequence[s
     if len(names) > 1: raise click.BadParameter(f"one name only, not {', '.join(sorted(names))}")
     return [int(text) if _is_pid(text) else text for text in given]
 
-# %% ../../nbs/commands/options.ipynb #9199b38c
+# %% ../../nbs/commands/options.ipynb #909122cb
 def options_of(command: click.Command) -> set[str]:
     "Return the names of a command's options"
     return {name for option in command.params if isinstance(option, click.Option) for name in option.opts}
@@ -86,7 +86,7 @@ class Command(click.Command):
             raise click.UsageError(f"{error.option_name} belongs before {ctx.info_name}: "
                                    f"cjm-resources {error.option_name} … {ctx.info_name} …", ctx) from None
 
-# %% ../../nbs/commands/options.ipynb #f5d0765f
+# %% ../../nbs/commands/options.ipynb #d5d763f3
 def complete_machines(context: click.Context, option: click.Parameter, begun: str) -> list[Any]:
     "Return the simulated machines whose names begin so, and files"
     from click.shell_completion import CompletionItem

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = []
 
-# %% ../../nbs/commands/run.ipynb #7d48fe77
+# %% ../../nbs/commands/run.ipynb #b806490f
 import contextlib
 import signal
 
@@ -21,18 +21,20 @@ from .looking import Machine, simulated_machine
 from .options import Command, complete_files, converted, parse_name, parse_need
 from .wait import shows_progress
 
-# %% ../../nbs/commands/run.ipynb #2e67a330
+# %% ../../nbs/commands/run.ipynb #6b04c89f
 _EXAMPLES = """\b
 Examples:
   cjm-resources run -- python train.py
   cjm-resources run --gpu-memory 8GiB --retries 1 -- python train.py
   cjm-resources run --timeout 10m --ram 16GiB -- python train.py"""
 
-# %% ../../nbs/commands/run.ipynb #34c7618d
+# %% ../../nbs/commands/run.ipynb #983d3764
 @click.command("run", cls=Command, context_settings=dict(allow_interspersed_args=False), epilog=_EXAMPLES)
 @click.option("--gpu-memory", default="auto", show_default=True, callback=converted(parse_need), metavar="auto|SIZE",
               help="GPU memory on one device, such as 8GiB. auto: what COMMAND took before, with 10 % more; the first "
                    "time, a device of its own.")
+@click.option("--gpus", type=click.IntRange(1, 4096), default=1, show_default=True, metavar="N",
+              help="Use so many whole GPUs together, each with that much memory.")
 @click.option("--retries", type=click.IntRange(0, 100), default=0, show_default=True, metavar="N",
               help="Run COMMAND again so many times if GPU memory runs out, each time with a quarter more.")
 @click.option("--timeout", callback=converted(parse_duration), metavar="TIME",
@@ -50,8 +52,9 @@ Examples:
               help="Wait until so much RAM is free, too, such as 16GiB. It is not reserved.")
 @click.argument("command", nargs=-1, required=True, type=click.UNPROCESSED, shell_complete=complete_files)
 @click.pass_obj
-def command(machine: Machine, gpu_memory: float | None, retries: int, timeout: float | None, device: str | None,
-            app: str, name: str | None, env_by_index: bool, ram: float, command: tuple[str, ...]) -> None:
+def command(machine: Machine, gpu_memory: float | None, gpus: int, retries: int, timeout: float | None,
+            device: str | None, app: str, name: str | None, env_by_index: bool, ram: float,
+            command: tuple[str, ...]) -> None:
     """Run COMMAND as a job: wait for a GPU, reserve it, and learn what COMMAND takes.
 
     COMMAND sees that GPU alone (CUDA_VISIBLE_DEVICES). Its input, output and signals are its own. If it runs out of
@@ -62,7 +65,7 @@ def command(machine: Machine, gpu_memory: float | None, retries: int, timeout: f
     74 when the shared file cannot be used, 126 or 127 when COMMAND cannot be run, 2 when an argument is wrong.
     """
     wanted = tries.Wanted(command, name_command(command) if name is None else name, gpu_memory and gpu_memory/2**20,
-                          ram/2**20, retries, device, timeout, env_by_index, shows_progress())
+                          ram/2**20, retries, device, timeout, env_by_index, shows_progress(), gpus)
     ended = Ended(-signal.SIGINT, signals=(signal.SIGINT,))   # Ctrl-C before there is a command
     with contextlib.suppress(KeyboardInterrupt), failing():
         manager = ResourceManager(track_self=False, app=app, gpu_timeout=machine.driver_timeout)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['is_loopback', 'serve_app']
 
-# %% ../../nbs/commands/serve.ipynb #bb8136bc
+# %% ../../nbs/commands/serve.ipynb #febf9b90
 import os
 from importlib import import_module
 from typing import Any
@@ -16,14 +16,14 @@ from .ending import fail
 from .looking import Machine, make_manager, register_apps, simulated_machine
 from .options import Command, check_nan, read_apps
 
-# %% ../../nbs/commands/serve.ipynb #7af436a2
+# %% ../../nbs/commands/serve.ipynb #99405716
 def is_loopback(host: str) -> bool:
     "Return whether an address is only reached from this machine"
     import ipaddress
     try: return ipaddress.ip_address(host).is_loopback
     except ValueError: return host == "localhost"
 
-# %% ../../nbs/commands/serve.ipynb #f882dcc0
+# %% ../../nbs/commands/serve.ipynb #f6c863aa
 def serve_app(app: Any, host: str, port: int, query: str) -> None:
     "Print the page's address and serve the app there until Ctrl-C"
     import asyncio
@@ -44,14 +44,14 @@ def serve_app(app: Any, host: str, port: int, query: str) -> None:
 
     with listening: asyncio.run(serve())
 
-# %% ../../nbs/commands/serve.ipynb #755013a7
+# %% ../../nbs/commands/serve.ipynb #75083acd
 _EXAMPLES = """\b
 Examples:
   cjm-resources serve --port 0
   CJM_RESOURCES_TOKEN=… cjm-resources serve --host 0.0.0.0
   cjm-resources serve --app my-app --metrics"""
 
-# %% ../../nbs/commands/serve.ipynb #8ef2c644
+# %% ../../nbs/commands/serve.ipynb #dfb77ee4
 @click.command("serve", cls=Command, epilog=_EXAMPLES)
 @click.option("--host", default="127.0.0.1", show_default=True, metavar="ADDRESS",
               help="Where to listen. Another address than this machine's own needs --token.")
@@ -67,9 +67,13 @@ Examples:
               metavar="PERCENT", help="As for cjm-resources.")
 @click.option("--metrics", is_flag=True, help="Serve metrics for Prometheus at /metrics, too. With --token, "
                                               "Prometheus sends it as a bearer token.")
+@click.option("--process-metrics", is_flag=True, help="Serve metrics with the memory of each process, too. Each "
+                                                      "process leaves series behind in Prometheus.")
+@click.option("--streams", type=click.IntRange(1), default=200, show_default=True, metavar="N",
+              help="Pages that may be open at a time.")
 @click.pass_obj
 def command(machine: Machine, host: str, port: int, token: str | None, apps: list[int | str], interval: float,
-            threshold: float, metrics: bool) -> None:
+            threshold: float, metrics: bool, process_metrics: bool, streams: int) -> None:
     """Show it live on a web page, until Ctrl-C. It can be looked at, and nothing can be changed.
 
     Exits with 69 when it cannot listen there, or when the extra `web` (or `prometheus`) is not installed.
@@ -80,10 +84,10 @@ def command(machine: Machine, host: str, port: int, token: str | None, apps: lis
         for needed in ("fasthtml", "uvicorn"): import_module(needed)
         from cjm_fasthtml_resources.ui.web import make_app
         manager = make_manager(apps, threshold, machine)
-        app = make_app(manager, token or None, interval, metrics)
+        app = make_app(manager, token or None, interval, metrics or process_metrics, process_metrics, streams)
     except ValueError as error: raise click.BadParameter(str(error), param_hint="--token") from None
     except ImportError as error:
-        extras = "web,prometheus" if metrics else "web"
+        extras = "web,prometheus" if metrics or process_metrics else "web"
         fail(f"{error.name} is not installed: pip install 'cjm-fasthtml-resources[{extras}]'", os.EX_UNAVAILABLE)
     with simulated_machine(machine.simulate, manager):
         register_apps(manager, apps)

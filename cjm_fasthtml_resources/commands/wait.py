@@ -5,23 +5,25 @@
 # %% auto #0
 __all__ = ['become']
 
-# %% ../../nbs/commands/wait.ipynb #6ddfd649
+# %% ../../nbs/commands/wait.ipynb #94bdbf2d
 import os
 import signal
 import sys
 from collections.abc import Sequence
-from typing import NoReturn
+from functools import partial
+from typing import Any, NoReturn
 
 import click
 
 from ..core.manager import ResourceManager
 from ..core.reservations import Reservation
+from ..core.text import format_bytes
 from ..sizes import parse_duration
 from .ending import fail, failing
 from .looking import Machine, simulated_machine
 from .options import Command, complete_files, converted, parse_memory
 
-# %% ../../nbs/commands/wait.ipynb #4cc6818d
+# %% ../../nbs/commands/wait.ipynb #4d8664dd
 def become(command: Sequence[str], env: dict[str, str]) -> NoReturn:
     "Become that program"
     sys.stdout.flush()
@@ -31,14 +33,29 @@ def become(command: Sequence[str], env: dict[str, str]) -> NoReturn:
     except OSError as error:
         fail(f"{command[0]}: {error.strerror}", 127 if isinstance(error, FileNotFoundError) else 126)
 
-# %% ../../nbs/commands/wait.ipynb #3db06997
+# %% ../../nbs/commands/wait.ipynb #fb5fc562
 _EXAMPLES = """\b
 Examples:
   cjm-resources wait --gpu-memory 8GiB -- python train.py
   cjm-resources wait --gpu-memory 8GiB --timeout 10m -- python train.py
   cjm-resources --simulate pair wait --gpu-memory 2GiB"""
 
-# %% ../../nbs/commands/wait.ipynb #6e741f10
+# %% ../../nbs/commands/wait.ipynb #9c6710f8
+def _open_notifier(context: click.Context, option: click.Parameter, addresses: Sequence[str]) -> Any:
+    "Return what tells the services with these addresses, which are never shown"
+    from cjm_fasthtml_resources.running.notify import Notifier, open_services
+    try: return Notifier(open_services(addresses) if addresses else None, partial(click.echo, err=True))
+    except ImportError:
+        fail("apprise is not installed: pip install 'cjm-fasthtml-resources[notify]'", os.EX_UNAVAILABLE)
+    except ValueError as error: raise click.BadParameter(str(error)) from None
+
+def _what_was_granted(held: Reservation, command: Sequence[str]) -> str:
+    "Return what is told of a reservation: the name of the program, without its arguments"
+    from cjm_fasthtml_resources.running.names import name_command
+    what = f"{format_bytes(held.gpu_memory_mb*2**20)} on GPU {held.device.id}"
+    return f"{what}, reserved for {name_command(command)}." if command else f"{what}. Nothing stays reserved."
+
+# %% ../../nbs/commands/wait.ipynb #96abcfe4
 def _child_env(held: Reservation, by_index: bool) -> dict[str, str]:
     "Return the variables with which a command uses the reserved device and no other"
     try: return held.env_by_index if by_index else held.env
@@ -48,10 +65,12 @@ def shows_progress() -> bool:
     "Return whether standard error is a terminal"
     return sys.stderr is not None and sys.stderr.isatty()
 
-# %% ../../nbs/commands/wait.ipynb #3b757d23
+# %% ../../nbs/commands/wait.ipynb #374ad637
 @click.command("wait", cls=Command, context_settings=dict(allow_interspersed_args=False), epilog=_EXAMPLES)
 @click.option("--gpu-memory", required=True, callback=converted(parse_memory), metavar="SIZE",
               help="GPU memory on one device, such as 8GiB.")
+@click.option("--gpus", type=click.IntRange(1, 4096), default=1, show_default=True, metavar="N",
+              help="Wait for so many whole GPUs together, each with that much memory.")
 @click.option("--timeout", callback=converted(parse_duration), metavar="TIME",
               help="Maximum time to wait, such as 10m. 0: do not wait. Default: no limit.")
 @click.option("--device", metavar="DEVICE",
@@ -60,22 +79,28 @@ def shows_progress() -> bool:
               help="The app for which it is reserved.")
 @click.option("--env-by-index", is_flag=True,
               help="Name the GPU by number, with CUDA_DEVICE_ORDER=PCI_BUS_ID, for a COMMAND that cannot read UUIDs.")
+@click.option("--notify", "notifier", callback=_open_notifier, multiple=True, envvar="CJM_RESOURCES_NOTIFY",
+              metavar="URL", help="Tell this service when the memory is granted, or the waiting ends without, such as "
+                                  "ntfy://TOPIC or mailto://… (see Apprise). Repeat it for more. Better set as "
+                                  "CJM_RESOURCES_NOTIFY, for other users can see a command's arguments.")
 @click.argument("command", nargs=-1, type=click.UNPROCESSED, shell_complete=complete_files)
 @click.pass_obj
-def command(machine: Machine, gpu_memory: float, timeout: float | None, device: str | None, app: str,
-            env_by_index: bool, command: tuple[str, ...]) -> None:
+def command(machine: Machine, gpu_memory: float, gpus: int, timeout: float | None, device: str | None, app: str,
+            env_by_index: bool, notifier: Any, command: tuple[str, ...]) -> None:
     """Wait until a GPU has room, reserve it, and run COMMAND on it.
 
     COMMAND sees that GPU alone (CUDA_VISIBLE_DEVICES). Without COMMAND, print the variable and reserve nothing.
 
     Exits as COMMAND does; with 75 when the time is over, 69 when there is no GPU, 74 when the shared file cannot
-    be used, 126 or 127 when COMMAND cannot be run, 2 when an argument is wrong.
+    be used, 126 or 127 when COMMAND cannot be run, 2 when an argument is wrong. A notification that fails changes
+    nothing of that.
     """
-    with failing():
+    with failing(), notifier.telling_end():
         manager = ResourceManager(track_self=False, app=app, gpu_timeout=machine.driver_timeout)
         with (simulated_machine(machine.simulate, manager),
-              manager.reserve(gpu_memory/2**20, device, timeout, progress=shows_progress()) as held):
+              manager.reserve(gpu_memory/2**20, device, timeout, progress=shows_progress(), n=gpus) as held):
             env = _child_env(held, env_by_index)
+            notifier.granted(_what_was_granted(held, command))
             if not command: click.echo("\n".join(f"{name}={value}" for name, value in env.items()))
             else:
                 held.keep_over_exec()

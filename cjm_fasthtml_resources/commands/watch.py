@@ -6,7 +6,7 @@
 __all__ = ['watch_lines', 'key_modes', 'Screen', 'keeping_warnings', 'Settings', 'Watch', 'read_ready', 'follow', 'Looks',
            'watch_screen']
 
-# %% ../../nbs/commands/watch.ipynb #47ab1a56
+# %% ../../nbs/commands/watch.ipynb #ede7738f
 import contextlib
 import errno
 import logging
@@ -28,7 +28,7 @@ from ..ui.lines import read_terminal
 from ..ui.screen import Window, compose, draw, paint_frame, press, read_keys
 from .ending import end_by, say
 
-# %% ../../nbs/commands/watch.ipynb #389a747c
+# %% ../../nbs/commands/watch.ipynb #52ba7d84
 def watch_lines(
     look: Callable[[], Sample],
     show: Callable[[Sample], None],
@@ -39,7 +39,7 @@ def watch_lines(
         show(look())
         time.sleep(interval)
 
-# %% ../../nbs/commands/watch.ipynb #fed0953c
+# %% ../../nbs/commands/watch.ipynb #29f421e0
 _ENTER = b"\x1b[?1049h\x1b[?25l\x1b[?7l"   # another screen, no cursor, no line goes on in the next one
 _LEAVE = b"\x1b[?7h\x1b[?25h\x1b[?1049l"
 
@@ -56,7 +56,7 @@ def key_modes(modes: list[Any]) -> list[Any]:
     control[termios.VMIN], control[termios.VTIME] = 1, 0
     return [*modes[:3], flags, *modes[4:6], control]
 
-# %% ../../nbs/commands/watch.ipynb #a8e3e9b8
+# %% ../../nbs/commands/watch.ipynb #f98319b5
 class Screen:
     "A terminal's other screen, in a `with` block"
     def __init__(
@@ -86,7 +86,7 @@ class Screen:
         "Write all of it"
         return write_all(self.out, data)
 
-# %% ../../nbs/commands/watch.ipynb #00eebc3e
+# %% ../../nbs/commands/watch.ipynb #5e2c826e
 class _Kept(logging.Handler):
     def __init__(self) -> None:
         super().__init__(logging.WARNING)
@@ -96,7 +96,7 @@ class _Kept(logging.Handler):
         line = record.getMessage()
         if line not in self.lines: self.lines.append(line)
 
-# %% ../../nbs/commands/watch.ipynb #bc96adcb
+# %% ../../nbs/commands/watch.ipynb #8047fac2
 @contextlib.contextmanager
 def keeping_warnings() -> Iterator[None]:
     "Show this library's warnings after the block, each once"
@@ -107,13 +107,13 @@ def keeping_warnings() -> Iterator[None]:
         log.removeHandler(kept)
         for line in kept.lines: say(line)
 
-# %% ../../nbs/commands/watch.ipynb #8452d1b3
+# %% ../../nbs/commands/watch.ipynb #fec1c080
 class Settings(NamedTuple):
     "How a machine is watched"
     interval: float = 2.0   # seconds between two samples
     top: int = 10           # processes of each list that are shown as long as nothing is scrolled
 
-# %% ../../nbs/commands/watch.ipynb #e9da7bf1
+# %% ../../nbs/commands/watch.ipynb #fe4cb028
 class Watch:
     "A window that is kept up to date until a key or a signal ends it"
     def __init__(self, monitor: ResourceMonitor, screen: Screen, settings: Settings) -> None:
@@ -152,7 +152,7 @@ class Watch:
         if number in (signal.SIGTSTP, signal.SIGCONT): self.screen.__enter__()
         self.terminal, self.shown = read_terminal(), []   # all of it is drawn again, in the size that there is now
 
-# %% ../../nbs/commands/watch.ipynb #64c907b4
+# %% ../../nbs/commands/watch.ipynb #68e083c3
 def read_ready(
     sources: dict[int, str],   # descriptors, with what they are for
     seconds: float,
@@ -165,7 +165,7 @@ def read_ready(
         except OSError: found[sources[fd]] = b""
     return found
 
-# %% ../../nbs/commands/watch.ipynb #af6a240a
+# %% ../../nbs/commands/watch.ipynb #6e9a3da5
 def follow(watch: Watch, signals: int, fresh: int) -> int:  # the signal that ended it; 0: a key did
     "Show sample after sample until it is ended"
     sources = {signals: "signals", fresh: "fresh"}
@@ -177,7 +177,7 @@ def follow(watch: Watch, signals: int, fresh: int) -> int:  # the signal that en
         if "keys" in found: watch.read_keys(found["keys"])
     return watch.ended_by
 
-# %% ../../nbs/commands/watch.ipynb #696248e8
+# %% ../../nbs/commands/watch.ipynb #e810ef0d
 class Looks:
     "What a monitor takes samples from"
     def __init__(self, look: Callable[[], Sample]) -> None: self.look = look
@@ -185,7 +185,7 @@ class Looks:
         "Return a sample of this moment"
         return self.look()
 
-# %% ../../nbs/commands/watch.ipynb #bab851d1
+# %% ../../nbs/commands/watch.ipynb #f1e60494
 _CAUGHT = (*ENDING, signal.SIGTSTP, signal.SIGCONT, signal.SIGWINCH)
 
 def watch_screen(

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['CONTAINER_NOTE', 'SILENT_NOTE', 'NO_INSTANCE', 'LISTS_NOTE', 'SHARED_NOTE', 'estimate_notes', 'seen_notes',
-           'each_memory_once', 'Prepared', 'Checks', 'promises_on', 'count_reported', 'pick_devices']
+           'each_memory_once', 'Prepared', 'Checks', 'promises_on', 'count_reported', 'find_waiting', 'pick_devices']
 
 # %% ../../nbs/core/checks.ipynb #2e3507fe
 import os
@@ -13,19 +13,27 @@ from dataclasses import replace
 from functools import partial
 from typing import NamedTuple
 
+from cjm_fasthtml_resources.core.process import (
+    ProcessId,
+    ProcessInfo,
+    driver_pid_reader,
+    has_ended,
+    pid_namespace,
+    read_process,
+    this_process,
+)
 from .asking import hanging_notes, refresh_stale
 from .claims import Claim, DeviceUse, drop, find_promises, no_less, read_use
 from .classify import classify_device, classify_memory, conclude
 from .conflict import ResourceBusy, ResourceConflict, ResourceUnavailable
-from .devices import GpuChoice, see_devices
+from .devices import GpuChoice, device_key, see_devices
 from .explain import compare_sizes, explain_free
 from .gpu import GpuDevice, GpuSnapshot
 from .ledger import Ledger, LedgerReading
 from .memory import read_memory
 from .needs import Needs
-from .process import ProcessId, ProcessInfo, driver_pid_reader, has_ended, this_process
 from .ram import RamReader
-from .resources import DeviceStatus, OwnedProcess, Promise
+from .resources import DeviceStatus, OwnedProcess, Promise, Waiting
 from .room import by_hope, usable
 from .store import StoreError
 from .text import format_bytes
@@ -87,6 +95,10 @@ class Prepared(NamedTuple):
     claims: LedgerReading = LedgerReading()
     trouble: str | None = None   # why the app's file cannot be read
 
+def _why_none(snapshot: GpuSnapshot, complaint: str | None) -> str | None:
+    "Return why there is no device to use, if there is none"
+    return snapshot.reason or complaint or (NO_INSTANCE if snapshot.devices else None)
+
 # %% ../../nbs/core/checks.ipynb #0b3c5389
 class Checks:
     "Answers who uses the memory, from snapshots, workers and reservations"
@@ -128,8 +140,8 @@ class Checks:
         visible, others = found[:len(seen.visible)], each_memory_once(found)[len(seen.visible):]
         self.learn(found)
         notes += [*seen_notes(seen.complaint, visible, others), *hanging_notes(self.workers)]
-        reason = snapshot.reason or seen.complaint or (NO_INSTANCE if snapshot.devices else None)
-        return replace(conclude(visible, threshold_percent, reason, notes, snapshot), other_instances=others)
+        answer = conclude(visible, threshold_percent, _why_none(snapshot, seen.complaint), notes, snapshot)
+        return replace(answer, other_instances=others, waiting=find_waiting(known, snapshot.devices, self.app))
 
     def worst_first(
         self,
@@ -215,6 +227,33 @@ def promises_on(
 def count_reported(workers: Workers) -> int:
     "Return the bytes that living workers report"
     return sum(int((w.gpu_memory_mb or 0)*2**20) for w in workers.some().values() if not has_ended(w.pid, w.start_time))
+
+# %% ../../nbs/core/checks.ipynb #eedc5864
+def _name_holder(claim: Claim) -> tuple[str | None, str | None]:
+    "Return the name and the user of the process that a request is for, if it is seen from here"
+    if claim.space != pid_namespace(): return None, None
+    found = read_process(claim.holder.pid)
+    return (found.name, found.username) if found.start_time == claim.holder.start_time else (None, None)
+
+# %% ../../nbs/core/checks.ipynb #c68878a5
+_NAMED = 20
+
+def find_waiting(
+    known: LedgerReading,
+    devices: Sequence[GpuDevice],
+    app: str,                    # its name, which its requests have
+) -> tuple[Waiting, ...]:
+    "Return the requests that wait, in the order of asking; the first 20 with the names of their processes"
+    waiting = [c for c in known.claims if c.device is None and c.id not in known.over]
+    ids = {device_key(d): d.id for d in devices} if waiting else {}
+
+    def row(position: int, claim: Claim) -> Waiting:
+        suits = tuple(ids[key] for key in claim.allowed if key in ids)
+        names = _name_holder(claim) if position <= _NAMED else (None, None)
+        owner = "app" if claim.app == app else "external"
+        return Waiting(claim.holder.pid, owner, claim.memory, position, suits, claim.app, *names)
+
+    return tuple(row(position, claim) for position, claim in enumerate(waiting, 1))
 
 # %% ../../nbs/core/checks.ipynb #0876ee32
 def _usable_together(conflict: ResourceConflict, count: int) -> tuple[list[DeviceStatus], str]:

@@ -10,6 +10,7 @@ __all__ = ['Claim', 'is_alive', 'DeviceUse', 'no_less', 'read_use', 'Pool', 'use
 import random
 from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from operator import attrgetter
 from typing import Any
 
 from cjm_fasthtml_resources.core.process import (
@@ -23,6 +24,7 @@ from cjm_fasthtml_resources.core.process import (
 from .devices import device_key
 from .gpu import GpuDevice
 from .resources import Promise
+from .topology import Links, choose_close
 
 # %% ../../nbs/core/claims.ipynb #55c85b43
 @dataclass(frozen=True)
@@ -30,7 +32,7 @@ class Claim:
     "GPU memory that was asked for; a promise once it has a device"
     id: int                       # in the order of asking
     holder: ProcessId             # the process whose tree it is for
-    memory: int                   # bytes
+    memory: int                   # bytes, on each device
     allowed: tuple[str, ...]      # keys of the devices that suit it
     device: str | None = None     # the key of the device that it was given; `None` while it waits
     base: int = 0                 # bytes that the holder uses there beside this promise
@@ -41,6 +43,8 @@ class Claim:
     for_other: bool = False       # the holder is another process than the one that asked
     space: int | None = None      # the PID namespace that the holder's number is from
     covers: bool = False          # whether `memory` includes what the holder uses already
+    count: int = 1                # of the devices that it asks for together; a promise is one for each of them
+    links: Links | None = None    # with a `count`: how close the devices are to one another
 
     def is_over(
         self,
@@ -294,27 +298,47 @@ def _most_nearly(rooms: Mapping[str, _Room]) -> list[str]:
     most = max(room.free for room in rooms.values())
     return [key for key, room in rooms.items() if room.free >= most - (room.use.device.memory_total or 0)/100]
 
+# %% ../../nbs/core/claims.ipynb #8e2056a8
+_Choose = Callable[[Sequence[Any]], Any]
+
+def _choose_together(claim: Claim, fitting: Mapping[str, _Room], choose: _Choose) -> list[str]:
+    "Return the devices for a group: those with the most room, and of nearly equal ones those that are close together"
+    once = {id(room): key for key, room in fitting.items()}   # of devices that share their memory one
+    keys = sorted(once.values(), key=lambda key: fitting[key].free, reverse=True)
+    least = fitting[keys[claim.count - 1]].free
+    margin = {key: (fitting[key].use.device.memory_total or 0)/100 for key in keys}
+    sure = [key for key in keys if fitting[key].free - margin[key] > least]
+    equal = [key for key in keys if key not in sure and fitting[key].free >= least - margin[key]]
+    return sorted(choose_close(sure, equal, claim.count, claim.links, choose), key=claim.allowed.index)
+
 # %% ../../nbs/core/claims.ipynb #bf124ff2
 def grant(
     claims: Sequence[Claim],                                 # all, waiting or promised, in the order of asking
     uses: Sequence[DeviceUse],                               # every device of the machine
-    choose: Callable[[Sequence[str]], str] = random.choice,  # among nearly equal devices
-) -> list[Claim]:  # the same ones; those that were given a device have it
+    choose: Callable[[Sequence[Any]], Any] = random.choice,  # among nearly equal devices, or groups of devices
+) -> list[Claim]:  # the same ones; those that were given a device have it, a group has one for each device
     "Give devices to the requests that fit, in the order of asking"
     after = {c.id: c for c in lower_bases(claims, uses)}
     pools: dict[Any, _Room] = {}   # devices that share their memory have one room
     rooms = {use.key: pools.setdefault(use.device.pool, _measure_room(use, after.values())) for use in uses}
     for claim in claims:
-        if claim.device is not None: continue
-        allowed = {key: rooms[key] for key in claim.allowed if key in rooms and not rooms[key].blocked}
-        beside = list(after.values())
-        missing = {key: claim.memory - find_covered(claim, room.use, beside) for key, room in allowed.items()}
-        fitting = {key: room for key, room in allowed.items() if room.free >= missing[key]}
-        hopeful = [room for key, room in allowed.items() if room.hoped >= missing[key]]
-        if fitting:
-            key = choose(_most_nearly(fitting))
+        if claim.device is None: _grant_one(claim, rooms, after, choose)
+    return list(after.values()) if len(after) == len(claims) else sorted(after.values(), key=attrgetter("id"))
+
+def _grant_one(claim: Claim, rooms: Mapping[str, _Room], after: dict[int, Claim], choose: _Choose) -> None:
+    "Give a request its devices, let it block as many, or pass it over; `after` has all claims, and gets those given"
+    allowed, beside = {key: rooms[key] for key in claim.allowed if key in rooms}, list(after.values())
+    missing = {key: claim.memory - find_covered(claim, room.use, beside) for key, room in allowed.items()}
+    fitting = {key: room for key, room in allowed.items() if not room.blocked and room.free >= missing[key]}
+    hopeful = {id(room): room for key, room in allowed.items() if room.hoped >= missing[key]}
+    if len({id(room) for room in fitting.values()}) >= claim.count:
+        alone = claim.count == 1
+        keys = [choose(_most_nearly(fitting))] if alone else _choose_together(claim, fitting, choose)
+        for number, key in enumerate(keys):
             base = find_base(claim.holder, rooms[key].use, beside) - (claim.memory - missing[key])
-            after[claim.id] = replace(claim, device=key, base=base)
+            given = replace(claim, id=claim.id + number, device=key, base=base, count=1, links=None)
+            after[given.id] = given
             rooms[key].free -= missing[key]
-        elif hopeful: max(hopeful, key=lambda room: room.free).blocked = True
-    return list(after.values())
+    elif len(hopeful) >= claim.count:
+        best = sorted(hopeful.values(), key=lambda room: room.free, reverse=True)
+        for room in [room for room in best if not room.blocked][:claim.count]: room.blocked = True

@@ -11,6 +11,7 @@ __all__ = ['find_owner', 'owned_process', 'divide_rest', 'classify_device', 'gpu
 # %% ../../nbs/core/classify.ipynb #ab3f3125
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any
 
 from cjm_fasthtml_resources.core.resources import (
@@ -56,6 +57,11 @@ def find_owner(
     return "external", None
 
 # %% ../../nbs/core/classify.ipynb #52c21c3a
+@lru_cache(maxsize=1024)
+def _shown_worker(worker_type: str, plugin: str | None, job_id: str | None) -> tuple[str, str | None, str | None]:
+    "Return these as they can be shown"
+    return shown_text(worker_type), plugin and shown_text(plugin), job_id and shown_text(job_id, identifier=True)
+
 def owned_process(
     process: ProcessInfo,
     memory: int | None,          # bytes
@@ -64,10 +70,12 @@ def owned_process(
     worker: WorkerState | None,  # that it belongs to
 ) -> OwnedProcess:
     "Return a process with its owner, as `find_owner` tells it"
-    parent = None if worker is None or worker.pid == process.pid else worker
-    named = None if parent is None else shown_text(parent.worker_type)
+    name, plugin, job = (None, None, None) if worker is None else _shown_worker(
+        worker.worker_type, worker.plugin_name or worker.plugin_id, worker.job_id)
+    parent = None if worker is None or worker.pid == process.pid else worker.pid
     return OwnedProcess(process.pid, owner, memory, process.name, process.username, kind,
-                        parent.pid if parent else None, named, process.container)
+                        parent, None if parent is None else name, process.container, name, plugin, job,
+                        process.start_time)
 
 # %% ../../nbs/core/classify.ipynb #41ccb90d
 def divide_rest(
@@ -119,6 +127,8 @@ def _add_parent(row: Any, process: OwnedProcess) -> None:
     if process.container is not None: row["container"] = process.container
     if process.owner == "app":
         row["parent_pid"], row["parent_worker_type"] = process.parent_pid, process.parent_worker_type
+    if process.worker_type is not None:
+        row["worker_type"], row["plugin"], row["job_id"] = process.worker_type, process.plugin, process.job_id
 
 def _name(process: OwnedProcess) -> str: return process.name or f"PID {process.pid}"
 

@@ -14,7 +14,7 @@ from .copies import handed_out
 from .display import repr_html
 from .explain import device_line, explain_gpus, explain_memory
 from .gpu import GpuSnapshot
-from .resources import DeviceStatus, MemoryStatus, ResourceStatus, ResourceType
+from .resources import DeviceStatus, MemoryStatus, ResourceStatus, ResourceType, Waiting
 
 # %% ../../nbs/core/conflict.ipynb #037eef8e
 def _copy_rows(rows: Iterable[Any]) -> list[Any]: return [dict(row) for row in rows]
@@ -35,6 +35,7 @@ class ResourceConflict:
     notes: tuple[str, ...] = ()                   # why the result is not exact, and what helps
     snapshot: GpuSnapshot | None = field(default=None, repr=False)  # the raw driver data
     other_instances: tuple[DeviceStatus, ...] = ()  # of MIG, and GPUs beside: only another process can use them
+    waiting: tuple[Waiting, ...] = ()             # requests for GPU memory in the order of asking, of every app
 
     @property
     def allowed(self) -> tuple[DeviceStatus, ...]:
@@ -59,9 +60,11 @@ class ResourceConflict:
 
     def _repr_html_(self) -> str | None: return repr_html(self)
 
-    def _repr_pretty_(self, printer: Any, cycle: bool) -> None:
+    def __repr__(self) -> str:
         verdict = f"{self.resource_type.value}: {self.status.value}. {self.message}"
-        printer.text("\n".join([verdict, *map(device_line, self.devices)]))
+        return "\n".join([verdict, *map(device_line, self.devices)])
+
+    def _repr_pretty_(self, printer: Any, cycle: bool) -> None: printer.text(repr(self))
 
 # %% ../../nbs/core/conflict.ipynb #cafb6e52
 class ResourceBusy(RuntimeError):

@@ -51,6 +51,7 @@ class RoomWanted:
     grace: float = 5.0                           # seconds for a plugin, and between SIGTERM and SIGKILL
     unload: Unload | None = None                 # for workers whose plugin is in another process
     waiting: Callable[[], Iterable[Claim]] = tuple   # the requests and reservations that there are
+    count: int = 1                               # of the devices that are to have it free
 
 def make_wanted(
     mb: float,                              # MiB
@@ -92,24 +93,25 @@ class RoomMaker:
 
     def step(self) -> bool:  # False: there is room
         "Do the next thing. `ResourceBusy` if there is nothing left to do, or `ResourceUnavailable`, `ValueError`, …"
-        conflict, need = self.wanted.check(), self.wanted.need
-        if has_room(conflict, need): return False
+        conflict, need, count = self.wanted.check(), self.wanted.need, self.wanted.count
+        if has_room(conflict, need, count): return False
         if other := being_stopped(self): return await_other(self, other, conflict)
         self.waits_until, needed = None, find_waiting(self.wanted.waiting())
         idle = find_idle(self.workers, needed)
         gentle = find_gentle(self, idle, conflict)
-        worker = choose_idle(idle, need, conflict, gentle, self.made)
+        worker = choose_idle(idle, need, conflict, gentle, self.made, count)
         call = gentle.get(worker.pid)
         if call: with_lease(self.workers, lambda lease: unload_idle(self, worker, call, lease, needed))
         else: with_lease(self.workers, lambda lease: stop_idle(self, worker, lease, needed))
         return True
 
 # %% ../../nbs/core/freeing.ipynb #a5af63b6
-def has_room(conflict: ResourceConflict, need: float) -> bool:
-    "Return whether a device has room; `ResourceUnavailable` without one, `ValueError` for more than any can have"
-    if not (there := usable(conflict.allowed)): raise ResourceUnavailable(conflict.message, conflict)
-    check_capacity(need, largest_capacity(there), "mb", f"{need/2**20:g}")
-    return any(d.room >= need for d in there)
+def has_room(conflict: ResourceConflict, need: float, count: int = 1) -> bool:
+    "Return whether so many devices have room; `ResourceUnavailable` for too few, `ValueError` for more than they have"
+    if len(there := usable(conflict.allowed)) < count: raise ResourceUnavailable(conflict.message, conflict)
+    whose = "the largest device" if count == 1 else f"each of the {count} largest devices"
+    check_capacity(need, largest_capacity(there, count), "mb", f"{need/2**20:g}", whose)
+    return sum(d.room >= need for d in there) >= count
 
 # %% ../../nbs/core/freeing.ipynb #0a1fcf00
 def name_loaded(worker: WorkerState) -> str | None:
@@ -154,12 +156,15 @@ def choose_idle(
     conflict: ResourceConflict,
     gentle: Collection[int] = (),      # the PIDs of those that can unload
     made: RoomMade = RoomMade(),       # what was done before, for the error
+    count: int = 1,                    # of the devices that are to have room
 ) -> WorkerState:
     "Return the idle worker that goes next; `ResourceBusy` if all of them are not enough"
     there = usable(conflict.allowed)
-    if plan := plan_room(there, idle, need, gentle): return plan[0]
-    wanted, _ = compare_sizes(need, max(d.room for d in there))
-    text = f"{wanted} cannot be made free by stopping idle workers. {explain_free(there, need)}."
+    if plan := plan_room(there, idle, need, gentle, count): return plan[0]
+    short = there if count == 1 else [d for d in there if d.room < need]
+    wanted, _ = compare_sizes(need, max(d.room for d in short))
+    each = "" if count == 1 else f" on {count} GPUs"
+    text = f"{wanted} cannot be made free{each} by stopping idle workers. {explain_free(short, need)}."
     raise ResourceBusy(f"{text} {made}".rstrip(), conflict)
 
 # %% ../../nbs/core/freeing.ipynb #3e123130
@@ -230,7 +235,7 @@ def unload_idle(
     "Ask an idle worker to unload, and note what came of it"
     wanted = maker.wanted
     if not mark_unloading(maker.workers, worker, lease, needed): return
-    if has_room(before := wanted.check(), wanted.need): return use_again(maker.workers, worker, True)
+    if has_room(before := wanted.check(), wanted.need, wanted.count): return use_again(maker.workers, worker, True)
     maker.asked.add(worker.pid)
     trouble, used = ask_to_unload(call, wanted.grace), used_on(worker, before)
     left = used if trouble else await_unloaded(worker, used, wanted.check, UNLOADED_WITHIN)
@@ -252,7 +257,7 @@ def stop_idle(
     "Stop an idle worker, and note it"
     wanted = maker.wanted
     if not (ends := mark_idle(maker.workers, worker, lease, needed)): return
-    if has_room(before := wanted.check(), wanted.need): return
+    if has_room(before := wanted.check(), wanted.need, wanted.count): return
     end_worker(maker.workers, worker, worker.pid, ends, wanted.grace)
     what = f", {loaded}" if (loaded := name_loaded(worker)) else ""
     said = f"The {_name(worker, what)} was stopped"

@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['ALONE', 'TELL_AFTER', 'PluginNeeds', 'declared_needs', 'JobRequest', 'choose_alone', 'is_turn', 'is_loading',
            'name_turn', 'name_double', 'ActiveJob', 'put_back_left', 'end_job_of', 'await_turn', 'await_ram',
-           'find_learned', 'device_of_worker', 'find_alone', 'find_memory', 'name_unknown', 'tell_alone', 'poll',
-           'await_memory', 'decide', 'ask_validation', 'take_ready', 'await_decision', 'show_here', 'start', 'begin',
-           'base_of', 'watch_process', 'add_note', 'explain_error', 'find_lack', 'learn', 'finish', 'make_job']
+           'find_learned', 'device_of_worker', 'devices_of_worker', 'find_alone', 'find_memory', 'name_unknown',
+           'tell_alone', 'poll', 'await_memory', 'decide', 'ask_validation', 'take_ready', 'await_decision',
+           'show_here', 'start', 'begin', 'bases_of', 'watch_process', 'add_note', 'explain_error', 'find_lack',
+           'learn', 'finish', 'make_job']
 
 # %% ../../nbs/core/job.ipynb #466a9486
 import atexit
@@ -59,7 +60,7 @@ from .store import StoreError
 from .text import format_bytes
 from .threads import in_thread
 from .unloading import Unload, check_unload
-from .usage import Usage, other_holders, used_gpu_memory
+from .usage import Usage, other_holders, used_on_each
 
 if TYPE_CHECKING:
     from cjm_fasthtml_resources.core.manager import ResourceManager
@@ -73,12 +74,14 @@ _log = logging.getLogger(__name__)
 @dataclass(frozen=True)
 class PluginNeeds:
     "What one job of a plugin needs, as the plugin declares it"
-    gpu_memory_mb: float | None = None   # MiB on one device; 0: it uses no GPU; `None`: not known
+    gpu_memory_mb: float | None = None   # MiB on each device; 0: it uses no GPU; `None`: not known
     ram_mb: float = 0                    # MiB of the machine's memory
+    devices: int = 1                     # how many GPUs it uses at the same time
 
     def __post_init__(self) -> None:
         if self.gpu_memory_mb is not None: check_number(self.gpu_memory_mb, "gpu_memory_mb")
         check_number(self.ram_mb, "ram_mb")
+        check_pid(self.devices, "devices")
 
 # %% ../../nbs/core/job.ipynb #a55b61e7
 def declared_needs(
@@ -89,7 +92,7 @@ def declared_needs(
     if found is None or isinstance(found, PluginNeeds): return found or PluginNeeds()
     if not isinstance(found, Mapping):
         raise TypeError(f"needs must be a PluginNeeds or a mapping, not {type(found).__name__}")
-    return PluginNeeds(**check_config(found, ("gpu_memory_mb", "ram_mb")))
+    return PluginNeeds(**check_config(found, ("gpu_memory_mb", "ram_mb", "devices")))
 
 # %% ../../nbs/core/job.ipynb #24e7da69
 @dataclass(frozen=True, repr=False)
@@ -103,6 +106,7 @@ class JobRequest:
     worker_pid: int | None = None                 # the registered worker that does it
     worker_type: str = "job"
     device: int | str | GpuDevice | None = None
+    n: int | None = None                          # how many devices; `None`: as many as it needs
     timeout: float | None = None                  # seconds; `None`: no limit
     unknown: float | None = None                  # MiB to reserve for a need that is not known; `None`: a device
     concurrent: bool = False                      # whether its worker may have other jobs at the same time
@@ -116,10 +120,16 @@ class JobRequest:
             if not check_text(getattr(self, name), name): raise ValueError(f"{name} must not be empty")
         if self.timeout is not None: check_number(self.timeout, "timeout", 0, threading.TIMEOUT_MAX)
         if self.worker_pid is not None: check_pid(self.worker_pid, "worker")
+        if self.n is not None: check_pid(self.n, "n")
         for name in ("concurrent", "progress", "make_room"): check_flag(getattr(self, name), name)
         check_unload(self.unload)
         given = check_fields(plugin=self.plugin_name, resource=self.resource, config=self.config)
         object.__setattr__(self, "config", given["config"])   # a copy
+
+    @property
+    def count(self) -> int:
+        "How many devices it is for"
+        return self.needs.devices if self.n is None else self.n
 
     def __repr__(self) -> str:
         return shown_repr("JobRequest", {name: value for name, value in vars(self).items() if not callable(value)})
@@ -130,11 +140,13 @@ ALONE = 0.9   # the share of a device that a job asks for if its need is not kno
 # %% ../../nbs/core/job.ipynb #12f3f400
 def choose_alone(
     devices: list[DeviceStatus],   # that it may use
-) -> tuple[DeviceStatus, float] | None:  # the device, and the MiB to ask for; `None` without a device
-    "Return what a job asks for that is to be alone on a device"
+    count: int = 1,                # how many it is to have for itself
+) -> tuple[DeviceStatus, float] | None:  # the smallest of them, and the MiB to ask for on each; `None` for too few
+    "Return what a job asks for that is to be alone on a device, or on several"
     there = usable(devices)
     empty = [d for d in there if d.room >= ALONE*d.device.capacity]
-    best = max(empty or there, key=lambda d: d.device.capacity, default=None)
+    largest = sorted(empty if len(empty) >= count else there, key=lambda d: d.device.capacity, reverse=True)
+    best = largest[count - 1] if len(largest) >= count else None
     return None if best is None else (best, max(int(ALONE*best.device.capacity/2**20), 1))
 
 # %% ../../nbs/core/job.ipynb #fcbaf59f
@@ -186,18 +198,23 @@ class ActiveJob(StaysHere):
         reset_in_child(self)
 
     def __repr__(self) -> str:
-        held = f"{r.gpu_memory_mb:g} MiB on GPU {r.device.id}" if (r := self.reservation) else "no GPU"
+        devices = " and ".join(f"GPU {d.id}" for d in self.devices)
+        held = f"{r.gpu_memory_mb:g} MiB on {devices}" if (r := self.reservation) else "no GPU"
         return f"ActiveJob({shown_text(self.asked.job_id)!r}, {held if self.phase == 'running' else self.phase})"
 
     @property
     def job_id(self) -> str: return self.asked.job_id
     @property
     def device(self) -> GpuDevice | None:
-        "The device that it may use; `None`: none"
+        "The device that it may use, the first of several; `None`: none"
         return self.reservation.device if self.reservation else None
     @property
+    def devices(self) -> tuple[GpuDevice, ...]:
+        "The devices that it may use, in CUDA's order"
+        return self.reservation.devices if self.reservation else ()
+    @property
     def env(self) -> dict[str, str]:
-        "The environment variables with which a child process uses that device and no other; inside the block"
+        "The environment variables with which a child process uses those devices and no others; inside the block"
         self.must_run()
         return self.reservation.env if self.reservation else {}
     @property
@@ -359,12 +376,12 @@ def find_learned(job: ActiveJob) -> float | None:  # MiB; `None`: nothing is kno
     "Return what jobs of this kind took, with a margin, but no more than the largest device has"
     asked, manager = job.asked, job.manager
     if asked.plugin_name is None: return None
-    try: need = manager.expected_need(asked.plugin_name, asked.resource, asked.config)
+    try: need = manager.expected_need(asked.plugin_name, asked.resource, asked.config, devices=asked.count)
     except StoreError as error:
         _log.warning("what %s needs is not known: %s", shown_text(asked.plugin_name), error)
         return None
     if need is None or need.gpu_memory_mb is None: return None
-    most = largest_capacity(manager.check_gpu_availability(wake=True).allowed)
+    most = largest_capacity(manager.check_gpu_availability(wake=True).allowed, asked.count)
     return min(need.gpu_memory_mb, most/2**20) if most else need.gpu_memory_mb
 
 # %% ../../nbs/core/job.ipynb #7527f902
@@ -373,21 +390,33 @@ def device_of_worker(worker: WorkerState | None, devices: Sequence[DeviceStatus]
     held = held_by(worker, devices) if worker else {}
     return max((d.device for d in devices if d.device.id in held), key=lambda d: held[d.id], default=None)
 
+def devices_of_worker(
+    worker: WorkerState | None,
+    devices: Sequence[DeviceStatus],
+    count: int,                        # how many a job of it asks for
+) -> tuple[GpuDevice, ...] | None:
+    "Return the devices on which a worker has its memory, `None` if they are too few for a job"
+    held = held_by(worker, devices) if worker else {}
+    found = tuple(d.device for d in devices if d.device.id in held)
+    return found if len(found) >= count else None
+
 def find_alone(job: ActiveJob, device: Any, conflict: ResourceConflict) -> tuple[float, Any]:   # as for `find_memory`
     "Return what a job asks for whose need is not known: of GPUs that are alike, the first that becomes empty"
     if conflict.snapshot is None or not usable(conflict.allowed): raise ResourceUnavailable(conflict.message, conflict)
-    chosen = {device_key(d) for d in choose_devices(conflict.snapshot, device, 1, job.manager.judge)}
+    count = job.asked.count
+    chosen = {device_key(d) for d in choose_devices(conflict.snapshot, device, 1, job.manager.judge, count)}
     there = usable(d for d in conflict.allowed if device_key(d.device) in chosen)
-    if (found := choose_alone(there)) is None: raise ResourceUnavailable(conflict.message, conflict)
+    if (found := choose_alone(there, count)) is None: raise ResourceUnavailable(conflict.message, conflict)
     job.is_alone, (best, mb) = True, found
+    if count > 1: return mb, device
     are_alike = all(mb*2**20 <= d.device.capacity <= 1.05*best.device.capacity for d in there)
     return mb, device if are_alike else best.device
 
 def find_memory(job: ActiveJob) -> tuple[float, Any] | None:  # MiB and the device; `None`: it needs no GPU
     "Return what a job asks for: what was told, what was learned, or a device of its own"
     asked, decision = job.asked, job.decision
-    needed, device = asked.needs.gpu_memory_mb, asked.device
-    if decision and decision.current_worker and decision.device: device = decision.device
+    needed, count, device = asked.needs.gpu_memory_mb, asked.count, asked.device  # type: float | None, int, Any
+    if decision and decision.current_worker and decision.device and count == 1: device = decision.device
     if decision and decision.conflict and decision.conflict.resource_type is not ResourceType.GPU_MEMORY: return None
     if needed is None: needed = find_learned(job)
     if needed is None: needed = asked.unknown
@@ -395,7 +424,9 @@ def find_memory(job: ActiveJob) -> tuple[float, Any] | None:  # MiB and the devi
     if needed is not None and (device is not None or job.worker_pid is None): return needed, device
     conflict = job.manager.check_gpu_availability(wake=True)
     if device is None and job.worker_pid is not None:
-        device = device_of_worker(job.manager.get_worker_by_pid(job.worker_pid), conflict.allowed)
+        worker = job.manager.get_worker_by_pid(job.worker_pid)
+        device = (device_of_worker(worker, conflict.allowed) if count == 1
+                  else devices_of_worker(worker, conflict.allowed, count))
     return find_alone(job, device, conflict) if needed is None else (needed, device)
 
 # %% ../../nbs/core/job.ipynb #f4977624
@@ -404,7 +435,8 @@ TELL_AFTER = 5.0   # seconds after which a job that waits for a device of its ow
 def name_unknown(asked: JobRequest, asked_by: str = ActiveJob.asked_by) -> str:
     "Return why a job asks for a device of its own, in words"
     return (f"The need of {shown_text(asked.plugin_name or asked.job_id)} is unknown, so the job asks for "
-            f"{100*ALONE:.0f} % of a GPU. {asked_by} asks for less.")
+            f"{100*ALONE:.0f} % of {'a GPU' if asked.count == 1 else f'each of {asked.count} GPUs'}. "
+            f"{asked_by} asks for less.")
 
 def tell_alone(job: ActiveJob, request: Request) -> None:
     "Log that a job waits for a device of its own: nobody has asked for that much"
@@ -423,7 +455,7 @@ def await_memory(job: ActiveJob, mb: float, device: Any) -> Iterator[float]:
     "Wait in the queue for a job's memory; the errors are those of `reserve`"
     manager, left = job.manager, job.time_left
     timeout = None if left is None else job.asked.timeout if left > 0.99*(job.asked.timeout or 0) else round(left, 1)
-    request = manager.request(mb, device, timeout, pid=job.worker_pid)
+    request = manager.request(mb, device, timeout, pid=job.worker_pid, n=job.asked.count)
     request.covers = job.worker_pid is not None
     job.defer(request.withdraw)
     if job.asked.make_room: job.room = RoomForRequest(manager, request, unload=job.asked.unload)
@@ -495,7 +527,7 @@ def start(job: ActiveJob) -> None:
     job.started, job.since = time.monotonic(), since_boot()
     if job.before and job.before.snapshot and job.worker_pid is None:
         others = other_holders(manager, job.holder)
-        job.usage = Usage(used_gpu_memory(job.before.snapshot.devices, job.holder, others, job.device))
+        job.usage = Usage(used_on_each(job.before.snapshot.devices, job.holder, others, job.devices))
     job.defer(manager.job_looks.remove, job)
     manager.job_looks.add(job)
     job.finish_first()
@@ -515,13 +547,13 @@ def begin(job: ActiveJob) -> Iterator[float]:  # the seconds until its next step
     start(job)
 
 # %% ../../nbs/core/job.ipynb #00a1a4cb
-def base_of(job: ActiveJob, holder: ProcessId) -> int:  # bytes
-    "Return what a process uses on the job's device that is not part of its reservation"
+def bases_of(job: ActiveJob, holder: ProcessId) -> dict[str, int]:  # by key of a device, bytes
+    "Return what a process uses on the job's devices that is not part of its reservation"
+    keys = [device_key(d) for d in job.devices]
     is_younger = (holder.start_time or 0) >= math.floor(100*job.since)/100   # the kernel counts so
-    if job.device is None or is_younger: return 0
-    on_device = (use for use in read_use(job.manager.read().devices) if use.is_called(device_key(job.device)))
-    use = next(on_device, None)
-    return find_base(holder, use, []) if use else 0
+    uses = [] if not keys or is_younger else read_use(job.manager.read().devices)
+    found = {key: next((use for use in uses if use.is_called(key)), None) for key in keys}
+    return {key: find_base(holder, use, []) if use else 0 for key, use in found.items()}
 
 # %% ../../nbs/core/job.ipynb #f413f88a
 def _forget_worker(manager: Any, pid: int) -> None:
@@ -533,11 +565,11 @@ def watch_process(job: ActiveJob, pid: int) -> bool:  # False if it has ended al
     manager, asked = job.manager, job.asked
     if is_free(pid) or has_ended(*read_process(pid).lineage[0]): return False   # perhaps nobody has waited for it yet
     holder = find_holder(pid)
-    base = base_of(job, holder)
+    bases = bases_of(job, holder)
     if job.reservation and holder != job.holder:
         if job.request: job.request.holder, job.request.covers = holder, False   # first: it ends as another process's
-        job.reservation = job.reservation.hand_over(holder, base)
-    with holding(manager.job_looks.turn): job.holder, job.usage = holder, Usage(base)
+        job.reservation = job.reservation.hand_over(holder, bases)
+    with holding(manager.job_looks.turn): job.holder, job.usage = holder, Usage(tuple(bases.values()))
     if manager.get_worker_by_pid(pid) is None:
         job.defer(_forget_worker, manager, pid)
         manager.register_worker(pid, asked.worker_type, asked.job_id, plugin_name=asked.plugin_name,
@@ -563,6 +595,7 @@ def explain_error(
     "Add to an out-of-memory error who used the memory, and what helps"
     from cjm_fasthtml_resources.core.out_of_memory import explain_out_of_memory, find_out_of_memory
     if (found := find_out_of_memory(error)) is None: return None
+    job.manager.events.count("out_of_memory")
     pid = None if job.holder == this_process() else job.holder.pid
     text = explain_out_of_memory(error, job.manager, before=job.before, env=job.env, pid=pid)
     if text: add_note(error, text)
@@ -579,7 +612,8 @@ def learn(job: ActiveJob, error: BaseException | None, found: "OutOfMemory | Non
     "Remember what a job took, for the next one of its kind"
     asked, usage, level = job.asked, job.usage, job.usage.level
     if asked.plugin_name is None or usage.mixed: return
-    key, most = need_key(asked.plugin_name, asked.resource, asked.config), level.highest if level else 0
+    key = need_key(asked.plugin_name, asked.resource, asked.config, asked.count)
+    most = level.highest if level else 0
     job.manager.needs.record(JobRun(
         key, time.time(), time.monotonic() - job.started, gpu_highest=most or None, ram=usage.ram or None,
         succeeded=error is None, steady=level is not None and level.is_steady))
@@ -608,7 +642,8 @@ def _from_registry(manager: "ResourceManager", registry: Any, plugin_id: str, as
     check = partial(validate_resources_for_job, manager, registry, plugin_id, config, asked.worker_pid,
                     asked.worker_type, concurrent=asked.concurrent, job_id=asked.job_id)
     device = asked.device if asked.device is not None else device_place(wanted.device)
-    needs = PluginNeeds(need if wanted.uses_gpu else 0, max(asked.needs.ram_mb, declared.ram_mb))
+    needs = PluginNeeds(need if wanted.uses_gpu else 0, max(asked.needs.ram_mb, declared.ram_mb),
+                        max(asked.needs.devices, declared.devices))
     return replace(asked, needs=needs, plugin_name=name, resource=asked.resource or wanted.plugin_resource,
                    config=config, device=device, decide=check if plugin is None or wanted.is_local else None)
 

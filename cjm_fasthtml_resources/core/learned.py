@@ -59,6 +59,7 @@ def need_key(
     plugin_name: str,
     resource: str | None = None,                # `None`: the one that the configuration names
     config: Mapping[str, Any] | None = None,
+    devices: int = 1,                           # how many GPUs the job uses: a part of a model on each needs less there
 ) -> NeedKey:
     "Return the key of a job's need; `TypeError` or `ValueError` names a malformed text"
     import hashlib  # when it is needed: importing it takes long
@@ -68,7 +69,8 @@ def need_key(
         resource = get_plugin_resource_identifier(config)
     text = json.dumps(matter, sort_keys=True) if (matter := settings_that_matter(config)) else ""
     digest = hashlib.sha256(text.encode()).hexdigest()[:16] if text else ""
-    return NeedKey(shown_text(plugin_name), shown_text(resource or ""), digest)
+    name = shown_text(resource or "")
+    return NeedKey(shown_text(plugin_name), name if devices == 1 else f"{name} on {devices} GPUs".lstrip(), digest)
 
 # %% ../../nbs/core/learned.ipynb #0a9ea21d
 _LARGEST = 2**50   # bytes

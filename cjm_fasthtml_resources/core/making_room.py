@@ -78,7 +78,8 @@ class RoomForRequest:
     ) -> None:
         self.claims: Callable[[], list[Claim]] = manager.get_claims
         check = partial(check_for, request, partial(manager.check_gpu_availability, wake=True), self.claims)
-        self.maker = RoomMaker(manager.workers, RoomWanted(request.memory, check, grace, unload, self.claims))
+        wanted = RoomWanted(request.memory, check, grace, unload, self.claims, request.count)
+        self.maker = RoomMaker(manager.workers, wanted)
         self.not_before = self.settles_until = 0.0   # by `time.monotonic()`
         self.give_up, request.give_up = request.give_up, self
 

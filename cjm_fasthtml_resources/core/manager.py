@@ -24,6 +24,7 @@ from cjm_fasthtml_resources.core.arguments import (
 )
 from cjm_fasthtml_resources.core.requests import (
     acquire,
+    check_count,
     check_memory,
     check_ttl,
     choose_devices,
@@ -38,7 +39,8 @@ from .conflict import ResourceBusy, ResourceConflict, ResourceUnavailable
 from .copies import StaysHere
 from .devices import GpuChoice, device_place, select_devices
 from .display import repr_html
-from .gpu import GpuDevice, GpuSnapshot, read_gpus
+from .events import Events
+from .gpu import GpuDevice, GpuSnapshot, read_gpu_links, read_gpus
 from .ledger import Ledger, Waits
 from .needs import Needs, NeedsReader, needs_roster
 from .nvml_memory import has_unified_memory
@@ -79,7 +81,7 @@ class ResourceManager(StaysHere, WorkerRegistry, NeedsReader, JobStarter):
         self.gpu_memory_threshold_percent, self.gpu_timeout = gpu_memory_threshold_percent, gpu_timeout
         self.track_self, self.app = check_settings(track_self, app)
         self.workers, self.ledger, self.needs, self.checks = open_rooms(self.app, self.track_self)
-        self.job_looks = JobLooks(look_at_jobs)
+        self.job_looks, self.events = JobLooks(look_at_jobs), self.ledger.events   # what happened, for the metrics
 
     @classmethod
     def from_config(
@@ -137,61 +139,59 @@ class ResourceManager(StaysHere, WorkerRegistry, NeedsReader, JobStarter):
 
     def reserve(
         self,
-        gpu_memory_mb: float,                          # MiB on one device
+        gpu_memory_mb: float,                          # MiB on each device
         device: int | str | GpuDevice | None = None,   # a place among the visible ones, "cuda:1", a UUID; `None`: any
         timeout: float | None = None,                  # seconds to wait for room; 0: do not wait; `None`: no limit
         *,
         ttl: float | None = None,                      # seconds; `None`: until it is released or the holder ends
         pid: int | None = None,                        # the process whose tree it is for; `None`: this one
         progress: bool = False,                        # show a bar, with who uses the memory, while it waits
+        n: int = 1,                                    # how many whole GPUs, all or none, with so much memory on each
     ) -> Reservation:
         """Reserve GPU memory for a job, in a `with` block or until `release()`, in the order of asking.
         `ResourceBusy` after the timeout, `ResourceUnavailable` without a GPU, `ValueError` for more than any has,
         `StoreError` if the shared file fails"""
-        request = self.request(gpu_memory_mb, device, timeout, ttl=ttl, pid=pid)
+        request = self.request(gpu_memory_mb, device, timeout, ttl=ttl, pid=pid, n=n)
         return complete(request, self.check_gpu_availability, progress)
 
     def reserve_async(
         self, gpu_memory_mb: float, device: int | str | GpuDevice | None = None, timeout: float | None = None,
-        *, ttl: float | None = None, pid: int | None = None, progress: bool = False,
+        *, ttl: float | None = None, pid: int | None = None, progress: bool = False, n: int = 1,
     ) -> PendingReservation:
         "Reserve likewise with `await` or `async with`. A task that is cancelled leaves the queue"
-        make = partial(self.request, gpu_memory_mb, device, timeout, ttl=ttl, pid=pid)
+        make = partial(self.request, gpu_memory_mb, device, timeout, ttl=ttl, pid=pid, n=n)
         return PendingReservation(partial(acquire, make, self.check_gpu_availability, progress))
 
     def request(
         self, gpu_memory_mb: float, device: int | str | GpuDevice | None = None, timeout: float | None = None,
-        *, ttl: float | None = None, pid: int | None = None,
+        *, ttl: float | None = None, pid: int | None = None, n: int = 1,
     ) -> Request:
         "Return a request that enters the queue at its first `poll`, for programs that wait by themselves"
         memory, give_up = check_memory(gpu_memory_mb), make_give_up(timeout, self.check_gpu_availability)
-        choose = partial(choose_devices, wanted=device, memory=memory, judge=self.judge)
+        choose = partial(choose_devices, wanted=device, memory=memory, judge=self.judge, count=check_count(n))
         return Request(self.ledger, partial(self.read, wake=True), choose, find_holder(pid), memory, self.app or "",
-                       check_ttl(ttl), give_up)
+                       check_ttl(ttl), give_up, n, partial(read_gpu_links, timeout=self.gpu_timeout))
 
     def wait_for_gpu(
         self,
-        gpu_memory_mb: float,                          # MiB on one device
+        gpu_memory_mb: float,                          # MiB on each device
         device: int | str | GpuDevice | None = None,   # as for `reserve`
         timeout: float | None = None,                  # seconds; `None`: no limit
         *,
         progress: bool = False,                        # show a bar, with who uses the memory
+        n: int = 1,                                    # how many GPUs, each with so much room
     ) -> GpuChoice:
         "Wait in the same queue until a GPU has room, and reserve nothing: a moment later another program may have it"
-        reserve = partial(self.reserve, gpu_memory_mb, device, timeout, progress=progress)
-        with giving_back(reserve) as held: return GpuChoice((held.device,))
+        reserve = partial(self.reserve, gpu_memory_mb, device, timeout, progress=progress, n=n)
+        with giving_back(reserve) as held: return GpuChoice(held.devices)
 
     async def wait_for_gpu_async(
-        self,
-        gpu_memory_mb: float,
-        device: int | str | GpuDevice | None = None,
-        timeout: float | None = None,
-        *,
-        progress: bool = False,
+        self, gpu_memory_mb: float, device: int | str | GpuDevice | None = None, timeout: float | None = None,
+        *, progress: bool = False, n: int = 1,
     ) -> GpuChoice:
         "Wait likewise; the event loop goes on"
-        pending = self.reserve_async(gpu_memory_mb, device, timeout, progress=progress)
-        async with pending as held: return GpuChoice((held.device,))
+        pending = self.reserve_async(gpu_memory_mb, device, timeout, progress=progress, n=n)
+        async with pending as held: return GpuChoice(held.devices)
 
     @property
     def waits(self) -> Waits:
@@ -256,5 +256,6 @@ def open_rooms(
     store = Store(None if app is None else store_path())
     roster = None if app is None else Roster(store, app)
     if app is not None: store.prepare()   # a file that cannot be used is an error now, not later
-    workers, ledger, needs = Workers(roster), Ledger(store), Needs(needs_roster(roster))
+    events = Events(None if app is None else store_path().with_name(f"{app}.events"))
+    workers, ledger, needs = Workers(roster, events), Ledger(store, events), Needs(needs_roster(roster))
     return workers, ledger, needs, Checks(workers, ledger, needs, app or "", track_self)

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['STALE_AFTER', 'Subscription', 'mark_stale', 'next_due', 'read_patiently', 'newest_samples', 'TakesSamples',
-           'check_setting', 'ResourceMonitor', 'DevicePoint', 'History', 'Point', 'Sample', 'take_sample', 'to_point']
+           'check_setting', 'note_loss', 'ResourceMonitor', 'share_monitor', 'DevicePoint', 'History', 'Point',
+           'Sample', 'take_sample', 'to_point']
 
 # %% ../../nbs/core/monitor.ipynb #19d669e1
 import atexit
@@ -154,6 +155,16 @@ def _check_manager(manager: Any) -> ResourceManager | TakesSamples:
     if isinstance(manager, (ResourceManager, TakesSamples)): return manager
     raise TypeError(f"manager must be a ResourceManager, or a cluster's, not {type(manager).__name__}")
 
+# %% ../../nbs/core/monitor.ipynb #d21f0e11
+def note_loss(
+    manager: ResourceManager | TakesSamples,
+    before: Sample | None,
+    after: Sample,
+) -> None:
+    "Count it if the driver answered before, and does not any more"
+    if not before or not before.driver_answers or after.driver_answers: return
+    if isinstance(manager, ResourceManager): manager.events.count_once("driver_lost", within=30)
+
 # %% ../../nbs/core/monitor.ipynb #760ebf3d
 class ResourceMonitor(StaysHere):
     "Takes a sample in each interval while it has subscribers, and keeps the last samples' figures"
@@ -210,10 +221,15 @@ class ResourceMonitor(StaysHere):
         with self._changed:
             sample = replace(sample, number=(self._latest.number if self._latest else 0) + 1)
             point = to_point(sample)
+            note_loss(self.manager, self._latest, sample)
             self._latest = sample
             self._points.append(point)
             while self._points[0].taken < point.taken - self._kept_seconds: self._points.popleft()
         return sample
+
+    def keep_for(self, seconds: float) -> None:
+        "Keep figures for so long, at least"
+        self._kept_seconds = max(self._kept_seconds, check_setting("history", seconds))
 
     # Subscribe
 
@@ -324,6 +340,23 @@ class ResourceMonitor(StaysHere):
     def _tell(self, sample: Sample) -> None:
         if self._paused and not sample.stale: return  # paused while it was taken
         for subscription in self._subscriptions: subscription.tell(sample)
+
+# %% ../../nbs/core/monitor.ipynb #2ebbcb39
+_shared = weakref.WeakValueDictionary[int, ResourceMonitor]()   # by the manager's identity, which a monitor keeps alive
+
+def share_monitor(
+    manager: ResourceManager | TakesSamples,
+    interval: float | None = None,   # seconds between two samples; `None`: as it is, and 1 s for the first
+    history: float = 600.0,          # seconds for which figures are kept, at least
+) -> ResourceMonitor:
+    "Return the monitor that all callers with this manager share"
+    made = ResourceMonitor(manager, 1.0 if interval is None else interval, history)
+    monitor = _shared.setdefault(id(manager), made)
+    if monitor is not made:
+        monitor.keep_for(history)
+        if interval is not None: monitor.interval = interval
+        if monitor.paused: monitor.resume()
+    return monitor
 
 # %% ../../nbs/core/monitor.ipynb #aea72c28
 def _at_exit() -> None:

@@ -268,7 +268,9 @@ class NeedsReader:
         resource: str | None = None,                # `None`: the one that the configuration names
         config: Mapping[str, Any] | None = None,    # only jobs with these settings; `None`: with any
         margin_percent: float = 10.0,               # is added to the highest amount
+        *,
+        devices: int = 1,                           # how many GPUs a job uses; the need is that of one of them
     ) -> LearnedNeed | None:  # `None` if it is not known; its `gpu_memory_mb` is what to ask for
         "Return what jobs with this plugin, resource and settings took, with a margin"
         margin = check_number(margin_percent, "margin_percent", 0, 1000)
-        return self.needs.find(need_key(plugin_name, resource, config), config is None, margin)
+        return self.needs.find(need_key(plugin_name, resource, config, devices), config is None, margin)

@@ -220,6 +220,7 @@ class NvmlSession:
         self.driver_version: str | None = ask(pynvml, "nvmlSystemGetDriverVersion")
         self.facts: dict[str, dict[str, Any]] = {}   # UUID → what never changes
         self.told: dict[str, set[str]] = {}          # UUID → what the device has told before
+        self.near: dict[tuple[str, str], int] = {}   # UUIDs of a pair → its rank in `core.topology`
 
     @property
     def current(self) -> bool:

@@ -306,13 +306,10 @@ def find_devices(
 
 # %% ../../nbs/core/out_of_memory.ipynb #d73bd7a5
 def _as_worker(process: OwnedProcess, workers: Iterable[WorkerState]) -> str:
-    "Return which worker of the app a process belongs to"
+    "Return whether the worker is idle that a process belongs to"
     if process.owner != "app": return ""
     pid = process.parent_pid or process.pid
-    worker = next((w.shown() for w in workers if w.pid == pid), None)
-    if worker is None: return f", {process.parent_worker_type} worker" if process.parent_worker_type else ""
-    if is_idle(worker): return f", idle {worker.worker_type} worker"
-    return f", {worker.worker_type} worker" + (f" with {worker.job_id}" if worker.job_id else "")
+    return ", idle" if any(w.pid == pid and is_idle(w) for w in workers) else ""
 
 def name_users(
     scene: Scene,

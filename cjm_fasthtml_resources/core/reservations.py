@@ -13,21 +13,23 @@ import itertools
 import os
 import time
 import weakref
-from collections.abc import Awaitable, Callable, Generator, Iterable, Iterator
+from collections.abc import Awaitable, Callable, Collection, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from operator import attrgetter
 from typing import Any
 
 from .claims import Claim, DeviceUse, Pool, find_pools, find_promises, grant, read_use
-from .conflict import ResourceUnavailable
+from .conflict import ResourceBusy, ResourceUnavailable
 from .copies import StaysHere
 from .devices import device_key, env_by_index, find_ordinal, visible_env
+from .events import WAIT_BUCKETS
 from .gpu import GpuDevice, GpuSnapshot
 from .leases import new_lease
-from .ledger import WAIT_BUCKETS, Ledger, Waits
+from .ledger import Ledger, Waits
 from .process import ProcessId, has_ended, pid_namespace, this_process
 from .resources import Promise
 from .threads import in_thread
+from .topology import Links
 
 # %% ../../nbs/core/reservations.ipynb #db041ac9
 _all_ = ["Claim", "DeviceUse", "Pool", "Promise", "find_pools", "find_promises", "grant", "read_use", "device_key",
@@ -56,14 +58,16 @@ class Reservation(StaysHere, contextlib.AbstractContextManager["Reservation"]):
     instead = "Hold it here, and give its `env` to the other process."
     id: int
     device: GpuDevice = field(repr=False)   # as it was read when it was promised
-    gpu_memory_mb: float      # MiB
+    gpu_memory_mb: float      # MiB on each device
     holder: ProcessId         # the process whose tree it is reserved for
     lease: int = field(repr=False)          # the reservation counts as long as this is held
     _ledger: Ledger = field(repr=False, compare=False)
     _exit: contextlib.ExitStack = field(repr=False, compare=False, default_factory=contextlib.ExitStack)
+    devices: tuple[GpuDevice, ...] = field(repr=False, default=())   # all, in CUDA's order; `device` is the first
     _machine: tuple[GpuDevice, ...] = field(repr=False, compare=False, default=())   # every device, as it was read
 
     def __post_init__(self) -> None:
+        if not self.devices: object.__setattr__(self, "devices", (self.device,))
         for _ in range(2): self._exit.callback(self._ledger.give_back, self.lease, self.is_for_other)   # twice
 
     __exit__ = StackExit()
@@ -87,12 +91,12 @@ class Reservation(StaysHere, contextlib.AbstractContextManager["Reservation"]):
         return find_ordinal(self.device, self._machine, os.environ)
     @property
     def env(self) -> dict[str, str]:
-        "The environment variables with which a child process uses this device and no other"
-        return visible_env([self.device])
+        "The environment variables with which a child process uses these devices and no others"
+        return visible_env(self.devices)
     @property
     def env_by_index(self) -> dict[str, str]:
         "The same with numbers, for programs that cannot read UUIDs; `LookupError` for a MIG instance"
-        return env_by_index([self.device])
+        return env_by_index(self.devices)
 
     def release(self) -> bool:
         """Give the memory back after the job has freed it; False if the reservation was over
@@ -110,11 +114,12 @@ class Reservation(StaysHere, contextlib.AbstractContextManager["Reservation"]):
     def hand_over(
         self,
         holder: ProcessId,   # another process
-        base: int = 0,       # bytes that it uses on the device already, beside this reservation
+        base: int | Mapping[str, int] = 0,   # bytes that it uses there already, beside this; of several by `device_key`
     ) -> "Reservation":
         "Return the reservation for another process with its child processes; it ends with that process, or as before"
-        now = dict(holder=holder, base=base, for_other=True, covers=False, space=pid_namespace())
-        self._ledger.change(self.lease, **now)
+        now = dict(holder=holder, for_other=True, covers=False, space=pid_namespace())
+        bases = {key: base if isinstance(base, int) else base[key] for key in map(device_key, self.devices)}
+        self._ledger.change(self.lease, bases, **now)
         return replace(self, holder=holder, _exit=contextlib.ExitStack())
 
     def keep_over_exec(self) -> None:
@@ -137,9 +142,10 @@ class Request(StaysHere):
     _is_over = _has_entered = False
     _seen: tuple[str, ...] = ()   # the machine's devices when it settled last
     covers = False                # a worker's job: includes what the worker uses already, and ends with this process
-    _row: Claim | None = None     # as it was read last
+    _rows: Sequence[Claim] = ()   # its claims as they were read last: one, or one for each device of a group
     _mark: object = None          # of the ledger at that moment
     _machine: tuple[GpuDevice, ...] = ()   # every device, as it was read last
+    _links: Links | None = None   # how close its devices are to one another, if it asks for some of them
 
     def __init__(
         self,
@@ -147,13 +153,16 @@ class Request(StaysHere):
         look: Callable[[], GpuSnapshot],                # reads every device of the machine
         choose: Callable[[GpuSnapshot], Iterable[GpuDevice]],   # those that suit it; raises if there are none
         holder: ProcessId,
-        memory: int,                                    # bytes
+        memory: int,                                    # bytes, on each device
         app: str = "",
         ttl: float | None = None,                       # seconds for which the reservation holds, once given
         give_up: Callable[["Request"], None] = lambda request: None,   # called when it has to wait; raises in the end
+        count: int = 1,                                 # of the devices that it asks for together
+        find_links: Callable[[Collection[str]], Links] = lambda uuids: Links(),   # called for several devices alone
     ) -> None:
         self.ledger, self.look, self.choose, self.give_up = ledger, look, choose, give_up
         self.holder, self.memory, self.app, self.ttl = holder, memory, app, ttl
+        self.count, self.find_links = count, find_links
         self.devices: dict[str, GpuDevice] = {}          # those that suited it at the last reading, by key
         self.lease, self._asked = new_lease(), time.monotonic()
         self._known: dict[str, GpuDevice] = {}           # every device that ever suited it, by key
@@ -164,15 +173,22 @@ class Request(StaysHere):
 
     def poll(self) -> Reservation | None:
         "Return the reservation if it is given by now, else `None`; the first call enters the queue"
+        try: return self._poll()
+        except (ResourceBusy, ResourceUnavailable):
+            self.ledger.events.count("refused")
+            raise
+
+    def _poll(self) -> Reservation | None:
         if self._is_over: return None
-        claim = None
-        try: claim = self._check() if self._has_entered else self._enter()
+        claims: Sequence[Claim] = ()
+        try: claims = self._check() if self._has_entered else self._enter()
         finally:
             if self._is_over: self.withdraw()   # another thread gave it up, perhaps before it was entered
         if self._is_over: return None
-        if claim is None: self._ask_again()
-        elif claim.device is None: self.give_up(self)
-        return None if claim is None or claim.device is None else self._granted(claim, self._known[claim.device])
+        if not claims: self._ask_again()
+        elif claims[0].device is None: self.give_up(self)
+        else: return self._granted(claims)
+        return None
 
     def withdraw(self) -> None:
         "Leave the queue, and give back the reservation if it was given"
@@ -216,29 +232,34 @@ class Request(StaysHere):
             await surely(self.withdraw)
             raise
 
-    def _enter(self) -> Claim | None:
+    def _enter(self) -> Sequence[Claim]:
         "Enter the queue, and be given a device at once if there is room"
-        try: claim = self.ledger.settle(self._look, self._claim, self._allowed)[-1]
+        try: found = self.ledger.settle(self._look, self._claim, self._allowed)
         except ResourceUnavailable as error:
             if error.conflict is None or not error.conflict.is_late: raise
             self.give_up(self)   # else the driver can answer until the time is over
-            return None
+            return ()
         self._has_entered, self._seen = True, self.ledger.devices()
-        return claim
+        return [c for c in found if c.lease == self.lease]
 
     def _claim(self) -> Claim:
         return Claim(0, self.holder, self.memory, tuple(self.devices), app=self.app, ttl=self.ttl, lease=self.lease,
-                     for_other=self.is_for_other, covers=self.covers)
+                     for_other=self.is_for_other, covers=self.covers, count=self.count, links=self._links)
 
-    def _check(self) -> Claim | None:
-        "Read the request's own row; settle before that on its turn, or if the machine's devices have changed"
+    def _check(self) -> Sequence[Claim]:
+        "Read the request's own rows; settle before that on its turn, or if the machine's devices have changed"
         mark, is_due = self.ledger.glance()
-        if mark == self._mark and not is_due: return self._row   # nothing has happened since the last poll
+        if mark == self._mark and not is_due: return self._rows   # nothing has happened since the last poll
         if self.ledger.take_turn() or self.ledger.devices() != self._seen:
             self.ledger.settle(self._look, allowed=self._allowed)
             self._seen = self.ledger.devices()
-        self._mark, self._row = mark, self.ledger.find(self.lease)
-        return self._row
+        self._mark, self._rows = mark, self._read()
+        return self._rows
+
+    def _read(self) -> Sequence[Claim]:
+        first = self.ledger.find(self.lease)
+        if first is None: return ()
+        return (first,) if self.count == 1 or first.device is None else self.ledger.find_all(self.lease)
 
     def _ask_again(self) -> None:
         "Let the next poll ask again, because the row is gone; `ProcessLookupError` if the holder has ended"
@@ -246,12 +267,15 @@ class Request(StaysHere):
         if has_ended(*self.holder):
             raise ProcessLookupError(f"the process with PID {self.holder.pid} ended before it was given any GPU memory")
 
-    def _granted(self, claim: Claim, device: GpuDevice) -> Reservation:
+    def _granted(self, claims: Sequence[Claim]) -> Reservation:
         for end in self._forgotten: end.detach()
-        self.ledger.waits.observe(time.monotonic() - self._asked)
-        self.ledger.note_deadline(self.lease, claim.expires)
-        return Reservation(claim.id, device, self.memory/2**20, self.holder, self.lease, self.ledger,
-                           _machine=self._machine)
+        waited = time.monotonic() - self._asked
+        self.ledger.waits.observe(waited)
+        self.ledger.events.count("granted", waited)
+        self.ledger.note_deadline(self.lease, claims[0].expires)
+        devices = tuple(self._known[c.device] for c in claims if c.device is not None)
+        return Reservation(claims[0].id, devices[0], self.memory/2**20, self.holder, self.lease, self.ledger,
+                           devices=devices, _machine=self._machine)
 
     def _look(self) -> list[DeviceUse]:
         "Read the devices, and choose again: MIG can be divided by now, a lost GPU can be back"
@@ -262,7 +286,12 @@ class Request(StaysHere):
             if not self._known: raise   # once there was one, it waits until one is back
         self._known.update(self.devices)
         self._allowed[self.lease] = tuple(self.devices)
+        if 1 < self.count < len(self.devices): self._look_at_links([d.uuid for d in self.devices.values() if d.uuid])
         return read_use(snapshot.devices)
+
+    def _look_at_links(self, uuids: Collection[str]) -> None:
+        "Read how close the devices are to one another, once for the same devices"
+        if self._links is None or set(self._links.keys) != set(uuids): self._links = self.find_links(uuids)
 
 # %% ../../nbs/core/reservations.ipynb #f2befc18
 class PendingReservation(StaysHere):

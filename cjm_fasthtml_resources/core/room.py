@@ -32,9 +32,11 @@ def by_hope(device: DeviceStatus) -> tuple[int, int]:
 
 def largest_capacity(
     devices: Iterable[DeviceStatus],
-) -> int:   # bytes; 0 without a device
-    "Return the memory that programs can use on the largest usable device"
-    return max((d.device.capacity for d in usable(devices)), default=0)
+    count: int = 1,                   # of the devices that are to have so much
+) -> int:   # bytes; 0 without so many devices
+    "Return the memory that programs can use on the largest usable device, or on each of several"
+    sizes = sorted(d.device.capacity for d in usable(devices))
+    return sizes[-count] if len(sizes) >= count else 0
 
 # %% ../../nbs/core/room.ipynb #eb112682
 class TooMuchMemory(ValueError):
@@ -42,10 +44,13 @@ class TooMuchMemory(ValueError):
     name: str = ""       # of the argument
     wanted: float = 0    # bytes
     largest: float = 0   # bytes that there are
+    whose: str = "the largest device"
 
-    def with_amounts(self, name: str, wanted: float, largest: float) -> "TooMuchMemory":
+    def with_amounts(
+        self, name: str, wanted: float, largest: float, whose: str = "the largest device",
+    ) -> "TooMuchMemory":
         "Return the error with its amounts, which pickling keeps"
-        self.name, self.wanted, self.largest = name, wanted, largest
+        self.name, self.wanted, self.largest, self.whose = name, wanted, largest, whose
         return self
 
 # %% ../../nbs/core/room.ipynb #c6a41ddd
@@ -54,12 +59,13 @@ def check_capacity(
     largest: int,      # bytes that programs can have on the largest device
     name: str,         # the argument's name, for the message
     given: object,     # the argument as it was given
+    whose: str = "the largest device",   # has that, for the message
 ) -> None:
     "Raise `TooMuchMemory` for more memory than the largest device has"
     if memory > largest:
-        most = f"{largest//2**20}, which is what the largest device has"
+        most = f"{largest//2**20}, which is what {whose} has"
         text = f"{name} must be at most {most}, not {given}"
-        raise TooMuchMemory(text).with_amounts(name, memory, largest)
+        raise TooMuchMemory(text).with_amounts(name, memory, largest, whose)
 
 # %% ../../nbs/core/room.ipynb #9fac4d83
 def held_by(
@@ -148,8 +154,16 @@ def plan_room(
     idle: Sequence[WorkerState],         # the least recently used first
     need: float,                         # bytes
     gentle: Collection[int] = (),        # the PIDs of those that can unload instead
+    count: int = 1,                      # of the devices that are to have room
 ) -> list[WorkerState]:  # empty if all of them are not enough on any device
-    "Return the idle workers to unload or stop, so that a device has room"
+    "Return the idle workers to unload or stop, so that so many devices have room"
     in_turn = sorted(idle, key=lambda worker: worker.pid not in gentle)
-    plans = [plan for d in devices if (plan := plan_device(d, in_turn, need)) is not None]
-    return min(plans, key=lambda plan: (sum(w.pid not in gentle for w in plan), len(plan)), default=[])
+    left, gone = list(devices), list[WorkerState]()
+    for _ in range(count):
+        there = [worker for worker in in_turn if worker not in gone]
+        plans = [(d, plan_device(without_workers(d, gone), there, need)) for d in left]
+        found = [(d, plan) for d, plan in plans if plan is not None]
+        if not found: return []
+        best, plan = min(found, key=lambda pair: (sum(w.pid not in gentle for w in pair[1]), len(pair[1])))
+        left, gone = [d for d in left if d is not best], [*gone, *plan]
+    return gone

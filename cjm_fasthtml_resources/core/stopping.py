@@ -127,6 +127,7 @@ def end_worker(
         named = ", ".join(str(p.pid) for p in left)
         raise TimeoutError(f"of the worker with PID {pid}, these processes could not be ended: {named}")
     if state: workers.forget_if_same(state)
+    workers.events.count("stopped")
 
 # %% ../../nbs/core/stopping.ipynb #4ebeeef0
 def stop_worker(

@@ -17,6 +17,7 @@ from typing import Any
 
 from .arguments import UNCHANGED, check_fields, check_pid, shorten
 from .classify import find_owner, owned_process
+from .events import Events
 from .forks import reset_in_child
 from .leases import Leases
 from .process import ProcessId, ProcessInfo, has_ended, read_process
@@ -217,8 +218,9 @@ class Workers:
     def __init__(
         self,
         roster: Roster | None = None,   # the app's rows in a file; `None`: in memory alone
+        events: Events | None = None,   # where what happens is counted
     ) -> None:
-        self.roster, self.table = roster, WorkerTable()
+        self.roster, self.table, self.events = roster, WorkerTable(), events or Events()
         self.leases = roster.store.leases if roster else Leases()
         self._version: int | None = None          # of the roster, when it was last read
         self._made: tuple[TableChange, int | None] | None = None   # a change that the table is taking over

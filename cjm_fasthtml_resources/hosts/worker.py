@@ -70,7 +70,7 @@ class HostPlugin(WorkerPlugin):
         and the bytes that requests in its queue wait for"""
         self.manager.prune_dead_workers()
         sample = take_sample(self.manager)
-        waiting = sum(c.memory for c in self.manager.get_claims() if c.device is None)
+        waiting = sum(c.memory*c.count for c in self.manager.get_claims() if c.device is None)
         workers = tuple(w.shown() for w in sample.workers)
         return replace(sample, workers=workers), waiting
 

@@ -39,6 +39,7 @@ class Wanted:
     timeout: float | None = None          # seconds to wait before each try
     by_index: bool = False                # whether the command is told the device by number
     progress: bool = False
+    devices: int = 1                      # how many GPUs, with so much memory on each
 
 # %% ../../nbs/running/tries.ipynb #d5c40f8b
 _COLOUR = re.compile(r"\x1b\[[0-9;:?]*[ -/]*[@-~]|\x1b\][^\x07\x1b]*(?:\x07|\x1b\\)")
@@ -81,7 +82,7 @@ class Tried:
     "What came of one try"
     ended: Ended
     asked_mb: float = 0                # MiB that it had reserved
-    capacity: int = 0                  # bytes of its device
+    capacity: int = 0                  # bytes of its device, of several the smallest
     found: OutOfMemory | None = None   # what its error tells about memory that ran out
     explanation: str | None = None     # who used it
 
@@ -100,7 +101,7 @@ def try_once(
     say: Callable[[str], None] = lambda line: None,    # shows a line to the user
 ) -> Tried:
     "Run a command as a job; raises what a job raises that cannot begin, and what `run_inside` raises"
-    job = manager.job(wanted.name, mb, plugin=wanted.name, needs=PluginNeeds(ram_mb=wanted.ram_mb),
+    job = manager.job(wanted.name, mb, plugin=wanted.name, needs=PluginNeeds(None, wanted.ram_mb, wanted.devices),
                       worker_type="command", device=wanted.device, timeout=wanted.timeout, progress=wanted.progress,
                       make_room=make_room)
     job.asked_by = "--gpu-memory"
@@ -112,7 +113,8 @@ def try_once(
     except CommandFailed as failed: ended, found = failed.ended, find_out_of_memory(failed)
     manager.needs.write()   # the end of this process can be a signal
     held = job.reservation
-    return Tried(ended, held.gpu_memory_mb if held else 0, held.device.capacity if held else 0, found, job.explanation)
+    capacity = min((device.capacity for device in job.devices), default=0)
+    return Tried(ended, held.gpu_memory_mb if held else 0, capacity, found, job.explanation)
 
 # %% ../../nbs/running/tries.ipynb #e8685e88
 def more_memory(
@@ -127,8 +129,9 @@ def more_memory(
 def next_memory(manager: Any, wanted: Wanted, tried: Tried) -> float:   # MiB
     "Return what the next try asks for, from what is known"
     need, largest = None, tried.capacity
-    with contextlib.suppress(StoreError): need = manager.expected_need(wanted.name)
-    if wanted.device is None: largest = max(largest, largest_capacity(manager.check_gpu_availability().allowed))
+    with contextlib.suppress(StoreError): need = manager.expected_need(wanted.name, devices=wanted.devices)
+    allowed = manager.check_gpu_availability().allowed if wanted.device is None else ()
+    largest = max(largest, largest_capacity(allowed, wanted.devices))
     return more_memory(tried.asked_mb, (need.floor or 0)/2**20 if need else 0, largest)
 
 # %% ../../nbs/running/tries.ipynb #5c1e43c3

@@ -11,7 +11,7 @@ from typing import Any
 
 from ..core.sysfs import ListedGpu
 from .calls import NOT_FOUND, NOT_SUPPORTED, SUCCESS, write_number, write_text
-from .devices import DeviceCalls, LoadCalls, MigCalls
+from .devices import DeviceCalls, LoadCalls, MigCalls, TopologyCalls
 from .habits import Habits
 from .machine import SimulatedGpu
 from .memory import Allocations, ProcessCalls
@@ -73,7 +73,7 @@ def always(
     return function
 
 # %% ../../nbs/simulated/library.ipynb #146ddb07
-class Library(SystemCalls, DeviceCalls, LoadCalls, MigCalls, ProcessCalls):
+class Library(SystemCalls, DeviceCalls, LoadCalls, MigCalls, TopologyCalls, ProcessCalls):
     "The functions of libnvidia-ml, over a list of simulated GPUs"
     def __init__(self, gpus: list[SimulatedGpu], allocations: Allocations, habits: Habits | None = None) -> None:
         super().__init__(gpus, allocations, habits)

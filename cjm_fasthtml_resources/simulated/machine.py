@@ -17,6 +17,7 @@ from typing import Any, get_args, get_origin
 
 from ..core import memory, process, sysfs
 from ..core.arguments import shorten
+from ..core.command import show_command
 from ..core.copies import unfit_text
 from ..core.text import printable
 
@@ -95,6 +96,8 @@ class SimulatedGpu(Checked):
     compute_capability: str = "8.9"
     cuda_cores: int = 7424
     max_clock: int = 2040                    # MHz
+    numa_node: int | None = None             # `None`: the driver does not say how far it is from other GPUs
+    nvlink: int | None = None                # NVLink joins the GPUs that have the same number here
 
     def __post_init__(self) -> None:
         if self.addressing_mode not in (None, *ADDRESSING_MODES):
@@ -136,6 +139,8 @@ class SimulatedHostProcess(Checked):
     parent: int | None = None  # the parent's PID
     memory_mb: float = 0       # MiB of RAM
     container: str | None = None  # or "pod NAMESPACE/NAME" or "job NUMBER" that it is in
+    command: str | None = None    # its command line; `None`: it is not seen
+    age: float | None = None      # seconds that it has run before this module was imported; `None`: not known
 
 @dataclass
 class SimulatedMachine(Checked):
@@ -147,23 +152,28 @@ class SimulatedMachine(Checked):
     local_pids: bool = False        # whether the driver tells a container its own PIDs, as the open kernel modules do
 
 # %% ../../nbs/simulated/machine.ipynb #db03a79d
-def _above(pid: int, parents: Mapping[int, int | None]) -> Iterator[process.ProcessId]:
-    "Yield the processes above one, the nearest first and each once"
+def _above(pid: int, parents: Mapping[int, int | None]) -> Iterator[int]:
+    "Yield the PIDs above one, the nearest first and each once"
     seen = {pid}
     while (up := parents.get(pid)) is not None and up not in seen:
-        yield process.ProcessId(up, 1.0)
+        yield up
         seen.add(pid := up)
+
+_BEGAN = process.since_boot()   # so that a process has the same start in every driver
 
 def to_processes(machine: SimulatedMachine) -> process.SimulatedProcesses:
     "Return a machine's processes as `core.process` reads them"
     parents = {p.pid: p.parent for p in machine.processes}
+    starts = {p.pid: process.UNKNOWN_START if p.age is None else _BEGAN - p.age for p in machine.processes}
 
     def info(p: SimulatedHostProcess) -> process.ProcessInfo:
-        return process.ProcessInfo(p.pid, 1.0, printable(p.name), p.username, tuple(_above(p.pid, parents)),
+        above = tuple(process.ProcessId(up, starts.get(up, process.UNKNOWN_START)) for up in _above(p.pid, parents))
+        return process.ProcessInfo(p.pid, starts[p.pid], printable(p.name), p.username, above,
                                    container=None if p.container is None else printable(p.container))
 
     found = {p.pid: info(p) for p in machine.processes}
-    return process.SimulatedProcesses(found, machine.pid_namespace, machine.local_pids)
+    commands = {p.pid: show_command(p.command.split()) for p in machine.processes if p.command}
+    return process.SimulatedProcesses(found, machine.pid_namespace, machine.local_pids, commands)
 
 def to_memory(machine: SimulatedMachine) -> memory.SimulatedMemory:
     "Return a machine's RAM as `core.memory` reads it"

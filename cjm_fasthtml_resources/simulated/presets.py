@@ -14,20 +14,25 @@ import pynvml
 # %% ../../nbs/simulated/presets.ipynb #b94707fa
 Scenario = dict[str, Any]
 
+_HOUR = 3600
 _SERVER = [
-    dict(pid=4200100, name="python app.py", username="ada", memory_mb=900),
-    dict(pid=4200101, name="whisper-worker", username="ada", parent=4200100, memory_mb=2100),
-    dict(pid=4200102, name="vllm-worker", username="ada", parent=4200100, memory_mb=3000),
-    dict(pid=4200103, name="VLLM::EngineCore", username="ada", parent=4200102, memory_mb=6200),
+    dict(pid=4200100, name="python app.py", username="ada", memory_mb=900, age=50*_HOUR, command="python app.py"),
+    dict(pid=4200101, name="whisper-worker", username="ada", parent=4200100, memory_mb=2100, age=5.5*_HOUR,
+         command="whisper-worker --model large-v3"),
+    dict(pid=4200102, name="vllm-worker", username="ada", parent=4200100, memory_mb=3000, age=5.5*_HOUR,
+         command="vllm-worker --port 8000"),
+    dict(pid=4200103, name="VLLM::EngineCore", username="ada", parent=4200102, memory_mb=6200, age=5.5*_HOUR,
+         command="VLLM::EngineCore"),
 ]
 _WORKERS = [
     dict(pid=4200101, worker_type="transcription", plugin_name="whisper"),
     dict(pid=4200102, worker_type="llm", plugin_name="vllm"),
 ]
 _OTHERS = [
-    dict(pid=4200301, name="train.py", username="bob", memory_mb=18400),
-    dict(pid=4200302, name="Xorg", username="root", memory_mb=120),
-    dict(pid=4200303, name="jupyter-lab", username="cleo", memory_mb=1500),
+    dict(pid=4200301, name="train.py", username="bob", memory_mb=18400, age=30*_HOUR,
+         command="/usr/bin/python3 train.py --config configs/llama-8b.yaml --epochs 3"),
+    dict(pid=4200302, name="Xorg", username="root", memory_mb=120, age=220*_HOUR, command="/usr/lib/xorg/Xorg :0"),
+    dict(pid=4200303, name="jupyter-lab", username="cleo", memory_mb=1500, age=8.5*_HOUR, command="jupyter-lab"),
 ]
 
 def _machine(*processes: Scenario, used_mb: float = 34000) -> Scenario:
@@ -67,8 +72,10 @@ PRESETS["pair"] = lambda: dict(
 def _launched(g: int) -> list[Scenario]:
     "Return the launcher of a GPU, the ten engines that it started, and Bob's ten processes"
     launcher, first = 4202000 + g, 4203000 + 20*g
-    engine = dict(name="engine", username="ada", parent=launcher, memory_mb=1000)
-    training = dict(name="train.py", username="bob", memory_mb=1000)
+    engine = dict(name="engine", username="ada", parent=launcher, memory_mb=1000, age=3.5*_HOUR,
+                  command=f"engine --gpu {g} --model llama-70b --tensor-parallel 8")
+    training = dict(name="train.py", username="bob", memory_mb=1000, age=30*_HOUR,
+                    command=f"python3 train.py --config configs/mixtral.yaml --rank {g} --world-size 8")
     return [dict(pid=launcher, name="launcher", username="ada", parent=4201000 + g, memory_mb=200),
             *(dict(engine if i < 10 else training, pid=first + i) for i in range(20))]
 
@@ -76,7 +83,7 @@ def _h100(g: int, bob_mb: float) -> Scenario:
     "Return a GPU with its twenty processes; Bob's use so many MiB each"
     rows = [(4203000 + 20*g + i, 2600 if i < 10 else bob_mb) for i in range(20)]
     return dict(name="NVIDIA H100 80GB HBM3", memory_total_mb=81559, memory_reserved_mb=551, utilization=97,
-                temperature=61, power_usage=640, power_limit=700, processes=_processes(*rows))
+                temperature=61, power_usage=640, power_limit=700, processes=_processes(*rows), numa_node=g//4, nvlink=0)
 
 # %% ../../nbs/simulated/presets.ipynb #4c562f13
 def _eight() -> Scenario:

@@ -11,8 +11,10 @@ from typing import Any
 
 from .. import __version__
 from ..core.conflict import ResourceConflict
-from ..core.resources import DeviceStatus, MemoryStatus, WorkerState
+from ..core.process import process_age
+from ..core.resources import DeviceStatus, MemoryStatus, OwnedProcess, WorkerState
 from ..core.samples import Sample
+from ..core.totals import sum_by_app, sum_by_user
 
 # %% ../../nbs/ui/export.ipynb #a2de6cb4
 def _answer(conflict: ResourceConflict) -> dict[str, Any]:
@@ -21,6 +23,11 @@ def _answer(conflict: ResourceConflict) -> dict[str, Any]:
                 threshold_percent=conflict.threshold_percent,
                 app_pids=conflict.app_pids, external_pids=conflict.external_pids)
 
+# %% ../../nbs/ui/export.ipynb #81a262c3
+def _process(process: OwnedProcess) -> dict[str, Any]:
+    age = process_age(process.start_time)
+    return dict(asdict(process), age=None if age is None else round(age))
+
 # %% ../../nbs/ui/export.ipynb #6bac2e97
 def _device(d: DeviceStatus) -> dict[str, Any]:
     device = asdict(d.device)
@@ -28,12 +35,12 @@ def _device(d: DeviceStatus) -> dict[str, Any]:
     return dict(id=d.device.id, **device, status=d.status.value, reason=d.reason, estimated=d.estimated,
                 app_memory=d.app_memory, external_memory=d.external_memory,
                 unattributed_memory=d.unattributed_memory, ram_memory=d.ram_memory, room=d.room,
-                promises=[asdict(p) for p in d.promises], processes=[asdict(p) for p in d.processes])
+                promises=[asdict(p) for p in d.promises], processes=[_process(p) for p in d.processes])
 
 # %% ../../nbs/ui/export.ipynb #643ed4ad
 def _memory(m: MemoryStatus) -> dict[str, Any]:
     return dict(asdict(m.memory), app_memory=m.app_memory, external_memory=m.external_memory,
-                left_out=m.left_out, processes=[asdict(p) for p in m.processes])
+                left_out=m.left_out, processes=[_process(p) for p in m.processes])
 
 # %% ../../nbs/ui/export.ipynb #79fc5035
 _WORKER_FIELDS = ("pid", "worker_type", "status", "job_id", "plugin_id", "plugin_name",
@@ -42,6 +49,12 @@ _WORKER_FIELDS = ("pid", "worker_type", "status", "job_id", "plugin_id", "plugin
 def _worker(worker: WorkerState) -> dict[str, Any]:
     shown = worker.shown()
     return {name: getattr(shown, name) for name in _WORKER_FIELDS}
+
+# %% ../../nbs/ui/export.ipynb #792ae82b
+def _totals(conflict: ResourceConflict) -> dict[str, Any]:
+    "Return what each user and each app uses"
+    sums = dict(users=sum_by_user(conflict.allowed), apps=sum_by_app(conflict.allowed))
+    return {of: [asdict(total) for total in totals] for of, totals in sums.items()}
 
 # %% ../../nbs/ui/export.ipynb #2fcafdbe
 SCHEMA_VERSION = 1
@@ -52,8 +65,9 @@ def to_json(answer: Sample) -> dict[str, Any]:
     driver_version = snapshot.driver_version if snapshot else None
     devices, others = ([_device(d) for d in found] for found in (answer.gpu.devices, answer.gpu.other_instances))
     return dict(
-        schema_version=SCHEMA_VERSION, version=__version__, time=answer.time, simulated=answer.simulated,
-        status=answer.status.value, message=answer.message,
-        gpu=dict(_answer(answer.gpu), driver_version=driver_version, devices=devices, other_instances=others),
+        schema_version=SCHEMA_VERSION, version=__version__, time=answer.time, stale=answer.stale,
+        simulated=answer.simulated, status=answer.status.value, message=answer.message,
+        gpu=dict(_answer(answer.gpu), driver_version=driver_version, devices=devices, other_instances=others,
+                 waiting=[asdict(request) for request in answer.gpu.waiting], totals=_totals(answer.gpu)),
         memory=dict(_answer(answer.memory), **(_memory(memory) if memory else {})),
         workers=[_worker(worker) for worker in answer.workers])

@@ -10,6 +10,7 @@ import asyncio
 import hashlib
 import hmac
 import inspect
+import ipaddress
 import re
 import time
 from collections.abc import Callable
@@ -79,14 +80,15 @@ class Bounded:
 
 # %% ../../nbs/ui/gate.ipynb #d4f291da
 _NO_TOKEN = "This server needs its token: open it once with ?token=… at the end of the address."
-_LOOPBACK = ("localhost", "127.0.0.1", "[::1]")
 _HOST = re.compile(r"([a-z0-9.-]+|\[[0-9a-f:.]+\])(?::[0-9]+)?", re.IGNORECASE)   # a name or an address, and a port
 
 def _is_loopback(request: Request) -> bool:
     "Return whether it names this machine"
     # not by request.url, which has the server's own address where no host is named
     host = _HOST.fullmatch(request.headers.get("host", ""))
-    return bool(host and host[1].lower() in _LOOPBACK)
+    if host is None or host[1].lower() == "localhost": return host is not None
+    try: return ipaddress.ip_address(host[1].strip("[]")).is_loopback   # no name, so no other site can give it itself
+    except ValueError: return False
 
 def _equal(a: str, b: str) -> bool: return hmac.compare_digest(a.encode(errors="replace"), b.encode())
 

@@ -6,7 +6,7 @@
 __all__ = ['Line', 'Cell', 'PLAIN', 'Piece', 'line_of', 'plain', 'cell_len', 'cut', 'cut_line', 'pad', 'wrap', 'Terminal',
            'read_terminal', 'paint', 'to_text']
 
-# %% ../../nbs/ui/lines.ipynb #a73b893e
+# %% ../../nbs/ui/lines.ipynb #702bbf61
 import os
 import sys
 from collections.abc import Iterable, Sequence
@@ -15,7 +15,7 @@ from typing import IO, NamedTuple
 
 from ..core.text import printable
 
-# %% ../../nbs/ui/lines.ipynb #985822bf
+# %% ../../nbs/ui/lines.ipynb #9f8e7f2c
 class Piece(NamedTuple):
     "A text with a style, such as \"bold red\""
     text: str
@@ -24,7 +24,7 @@ class Piece(NamedTuple):
 Line = tuple[Piece, ...]
 Cell = str | Line   # a string is shown as it is
 
-# %% ../../nbs/ui/lines.ipynb #e82d12bc
+# %% ../../nbs/ui/lines.ipynb #3593aed9
 def line_of(cell: Cell) -> Line:
     "Return a text as a line without style"
     return (Piece(cell),) if isinstance(cell, str) else cell
@@ -33,19 +33,19 @@ def plain(line: Line) -> str:
     "Return the text of a line"
     return "".join(piece.text for piece in line)
 
-# %% ../../nbs/ui/lines.ipynb #be01ecf3
+# %% ../../nbs/ui/lines.ipynb #2f9b94db
 @lru_cache(maxsize=1024)
 def _cells(sign: str) -> int:
     import unicodedata  # when it is needed: most texts are ASCII
     if unicodedata.category(sign) in ("Mn", "Me", "Cf"): return 0
     return 2 if unicodedata.east_asian_width(sign) in "WF" else 1
 
-# %% ../../nbs/ui/lines.ipynb #9ed0e1b5
+# %% ../../nbs/ui/lines.ipynb #a3aa53fe
 def cell_len(text: str) -> int:
     "Return how many cells of a terminal a text takes"
     return len(text) if text.isascii() else sum(map(_cells, text))
 
-# %% ../../nbs/ui/lines.ipynb #2b071206
+# %% ../../nbs/ui/lines.ipynb #c277288c
 def cut(
     text: str,
     width: int,   # cells
@@ -56,7 +56,7 @@ def cut(
     while kept and cell_len(kept) > width - 1: kept = kept[:-1]
     return f"{kept}…" if width > 0 else ""
 
-# %% ../../nbs/ui/lines.ipynb #26a276bf
+# %% ../../nbs/ui/lines.ipynb #88795643
 def cut_line(line: Line, width: int) -> Line:
     "Return a line that takes at most so many cells"
     if sum(cell_len(piece.text) for piece in line) <= width: return line
@@ -67,7 +67,7 @@ def cut_line(line: Line, width: int) -> Line:
         kept.append(piece)
     return tuple(kept)
 
-# %% ../../nbs/ui/lines.ipynb #7dc3a8da
+# %% ../../nbs/ui/lines.ipynb #cd1a7191
 def pad(
     line: Line,
     width: int,           # cells
@@ -79,7 +79,7 @@ def pad(
     if not fill.text: return line
     return (fill, *line) if right else (*line, fill)
 
-# %% ../../nbs/ui/lines.ipynb #c6d6b21e
+# %% ../../nbs/ui/lines.ipynb #fc65fd8b
 def _broken(words: Iterable[str], width: int) -> Iterable[str]:
     "Yield words that fit in a line"
     for word in words:
@@ -90,7 +90,7 @@ def _broken(words: Iterable[str], width: int) -> Iterable[str]:
             word = word[len(head) or 1:]
         if word: yield word
 
-# %% ../../nbs/ui/lines.ipynb #ed3119dc
+# %% ../../nbs/ui/lines.ipynb #03d15cc2
 def wrap(
     text: str,
     width: int,   # cells
@@ -103,7 +103,7 @@ def wrap(
         else: lines.append(word)
     return lines if lines[0] else lines[1:]
 
-# %% ../../nbs/ui/lines.ipynb #59564328
+# %% ../../nbs/ui/lines.ipynb #bb6209ff
 class Terminal(NamedTuple):
     "What a terminal shows"
     width: int = 80        # cells
@@ -114,7 +114,7 @@ class Terminal(NamedTuple):
 
 PLAIN = Terminal()   # as a file of 80 columns
 
-# %% ../../nbs/ui/lines.ipynb #4a5c236b
+# %% ../../nbs/ui/lines.ipynb #3adc86b3
 def _size() -> tuple[int, int]:   # cells, lines
     "Return the size of the terminal that one of the standard streams is; without one 80 × 24"
     found = os.terminal_size((80, 24))
@@ -127,7 +127,7 @@ def _size() -> tuple[int, int]:   # cells, lines
                      for text, size in zip(asked, found, strict=True))
     return width or 80, height or 24
 
-# %% ../../nbs/ui/lines.ipynb #cef6cd2e
+# %% ../../nbs/ui/lines.ipynb #48ac8800
 def read_terminal(
     stream: IO[str] | None = None,   # `None`: standard output
 ) -> Terminal:
@@ -137,12 +137,12 @@ def read_terminal(
     is_ascii = not (getattr(stream, "encoding", None) or "ascii").lower().startswith("utf")
     return Terminal(*_size(), styled, styled and not env.get("NO_COLOR"), is_ascii)
 
-# %% ../../nbs/ui/lines.ipynb #a50bfbc8
+# %% ../../nbs/ui/lines.ipynb #7afeb33e
 _COLOURS = ("black", "red", "green", "yellow", "blue", "magenta", "cyan", "white")
 _CODES = dict(bold="1", dim="2", reverse="7", bright_black="90",
               **{name: str(30 + number) for number, name in enumerate(_COLOURS)})
 
-# %% ../../nbs/ui/lines.ipynb #0b3000b6
+# %% ../../nbs/ui/lines.ipynb #9f2348c6
 @lru_cache(maxsize=256)
 def _codes(style: str, colour: bool) -> str:
     return ";".join(code for name in style.split() if (code := _CODES[name]) and (colour or len(code) == 1))
@@ -152,7 +152,7 @@ def _paint_piece(piece: Piece, terminal: Terminal) -> str:
     codes = _codes(piece.style, terminal.colour) if terminal.styled and text else ""
     return f"\x1b[{codes}m{text}\x1b[0m" if codes else text
 
-# %% ../../nbs/ui/lines.ipynb #e897c3ca
+# %% ../../nbs/ui/lines.ipynb #d49d8f68
 def paint(
     line: Line,
     terminal: Terminal = PLAIN,
@@ -160,7 +160,7 @@ def paint(
     "Return what is written to a terminal for a line"
     return "".join(_paint_piece(piece, terminal) for piece in line).rstrip()
 
-# %% ../../nbs/ui/lines.ipynb #03420bd3
+# %% ../../nbs/ui/lines.ipynb #2809a01f
 def to_text(
     lines: Sequence[Line],
     terminal: Terminal = PLAIN,

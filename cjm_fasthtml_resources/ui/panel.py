@@ -6,15 +6,20 @@
 __all__ = ['open_panels', 'panel_slots', 'ResourcePanel']
 
 # %% ../../nbs/ui/panel.ipynb #bc91138b
+import contextlib
+import math
+import shutil
 import sys
 import threading
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
+from html import escape
 from typing import Any
 
 import ipywidgets as widgets
-from fastcore.xml import P
+from fastcore.xml import Div, P, Safe, Style
 
 from cjm_fasthtml_resources.ui.tables import (
     PROCESS_COLUMNS,
@@ -22,22 +27,26 @@ from cjm_fasthtml_resources.ui.tables import (
     Column,
     make_table,
     process_table,
+    to_row,
+    total_tables,
+    without_details,
     worker_table,
 )
 from ..core.copies import StaysHere
 from ..core.forks import reset_in_child
 from ..core.history import History
 from ..core.manager import ResourceManager
-from ..core.monitor import ResourceMonitor, TakesSamples
+from ..core.monitor import ResourceMonitor, Subscription, TakesSamples, share_monitor
 from ..core.resources import WorkerState
 from ..core.samples import Sample
 from ..core.text import printable
 from ..core.threads import NoThreadError, start_thread
+from .age import moment_of, name_time, picture_line, pulse
 from .assets import read_asset
-from .cards import CSS, overview
-from .controls import check_controls, find_asked
+from .cards import CSS, arrange, render_tables
+from .controls import check_controls, find_asked, name_question
 from .parts import to_html
-from .view import SORTS, View, render
+from .view import SORTS, View, render, render_reservations
 
 # %% ../../nbs/ui/panel.ipynb #b0f5ae54
 def _halves(
@@ -60,9 +69,12 @@ def panel_slots(
     view: View,
 ) -> dict[str, str]:  # slot → HTML
     "Return what each widget of a panel shows"
-    workers, processes = view.workers(sample), view.processes(view.devices(sample))
+    workers, (rows, more) = view.workers(sample), view.processes(view.devices(sample))
+    if not view.details: rows = without_details(rows)
+    totals = to_html(total_tables(view.devices(sample))) if view.totals else ""
     return {**render(sample, history, view), **_halves("workers", worker_table, WORKER_COLUMNS, *workers),
-            **_halves("processes", process_table, PROCESS_COLUMNS, *processes)}
+            **_halves("processes", process_table, PROCESS_COLUMNS, rows, more),
+            "reservations": render_reservations(sample, view), "totals": totals}
 
 # %% ../../nbs/ui/panel.ipynb #5b75fcbd
 def _close(widget: Any) -> None:
@@ -104,9 +116,12 @@ def _menu(text: str, options: Sequence[Any], value: Any, width: str) -> widgets.
     return widgets.Dropdown(description=text, options=options, value=value, layout=widgets.Layout(width=width),
                             style={"description_width": "auto"})
 
+def _interval_options(interval: float) -> list[tuple[str, float]]:
+    "Return the intervals of a menu; one that is not usual stands among them"
+    return [(f"{s:g} s", s) for s in sorted({*_INTERVALS, interval})]
+
 def _interval_menu(interval: float) -> widgets.Dropdown:
-    "Return a menu of intervals; one that is not usual stands among them"
-    return _menu("every", [(f"{s:g} s", s) for s in sorted({*_INTERVALS, interval})], interval, "9rem")
+    return _menu("every", _interval_options(interval), interval, "9rem")
 
 # %% ../../nbs/ui/panel.ipynb #a2b5bce0
 def _count_gpus(slots: Mapping[str, Any]) -> int: return sum(key.startswith("gpu") for key in slots)//2
@@ -124,25 +139,93 @@ def _tables(slots: Mapping[str, Any]) -> list[Any]:
 # %% ../../nbs/ui/panel.ipynb #196d2e7d
 open_panels: list[tuple[Any, Any, "ResourcePanel"]] = []   # cell, run, panel
 
-def _running_cell() -> tuple[Any, Any]:
-    "Return the cell that is running now, and this run of it; `None` outside a kernel"
+def _shell() -> Any:
+    "Return IPython's shell; `None` outside IPython"
     ipython = sys.modules.get("IPython")
-    kernel = getattr(ipython.get_ipython(), "kernel", None) if ipython else None
+    return ipython.get_ipython() if ipython else None
+
+def _running_cell() -> tuple[Any, Any]:
+    "Return the cell that is running now, and this run of it; `None` where that is not told"
+    kernel = getattr(_shell(), "kernel", None)
     parent = kernel.get_parent() if kernel else None
     if not parent: return None, None
-    cell = parent.get("metadata", {}).get("cellId") or parent.get("content", {}).get("code")
-    return cell, parent.get("header", {}).get("msg_id")
+    return parent.get("metadata", {}).get("cellId"), parent.get("header", {}).get("msg_id")
 
 def _replace_earlier(panel: "ResourcePanel", cell: Any, run: Any) -> None:
     "Close the panels of an earlier run of the cell"
     for earlier in [p for c, r, p in open_panels if cell is not None and c == cell and r != run]: earlier.close()
     open_panels.append((cell, run, panel))
 
+# %% ../../nbs/ui/panel.ipynb #0c5a03a4
+def _text_view(sample: Sample) -> str:
+    "Return a sample as in a terminal, with its time"
+    from cjm_fasthtml_resources.ui.lines import Terminal, to_text
+    from cjm_fasthtml_resources.ui.terminal import status_view
+    terminal = Terminal(max(shutil.get_terminal_size().columns, 60))
+    old = f", not of this moment: {sample.stale}" if sample.stale else ""
+    return f"{to_text(status_view(sample, terminal, 5))}\nData from {name_time(moment_of(sample))}{old}"
+
+# %% ../../nbs/ui/panel.ipynb #2ca08c49
+def _hide_picture(id: str) -> str:
+    "Return a style sheet that hides a panel's picture while the panel is shown, and what stands for a lost panel"
+    lost = f".jp-OutputArea-child:has(+ .jp-OutputArea-child .kept-{id}) .jupyter-widgets:not(:has(*))"
+    return f":root:has(.of-{id}) .kept-{id},{lost}{{display:none}}"
+
+def _picture(sample: Sample, history: History, view: View, id: str = "") -> str:
+    "Return a sample as HTML that needs nothing else, with its time"
+    slots = render(sample, history, view) | render_tables(sample, view)
+    style = Style(Safe(CSS + (_hide_picture(id) if id else "")))
+    return to_html(Div(style, picture_line(sample), arrange(slots), cls=f"cjm kept-{id}" if id else "cjm"))
+
+# %% ../../nbs/ui/panel.ipynb #dce1969c
+class _Kept:
+    "When a notebook is sent the picture of a panel that was displayed in it"
+    def __init__(self) -> None: self.since, self.at, self.number = math.inf, math.inf, 0
+
+    def begin(self) -> None:
+        "Note that it was displayed"
+        self.since = min(self.since, time.monotonic())
+
+    def is_due(self, sample: Sample, now: float) -> bool:
+        "Return whether it is time for the picture of another sample"
+        return now - self.at >= min(max(5.0, (now - self.since)/20), 60.0) and self.differs(sample)
+
+    def differs(self, sample: Sample) -> bool:
+        "Return whether a notebook has the picture of an earlier sample"
+        return self.since < math.inf and sample.number != self.number
+
+    def note(self, sample: Sample, now: float) -> None:
+        "Note what a notebook has"
+        self.at, self.number = now, sample.number
+
+# %% ../../nbs/ui/panel.ipynb #ebe19ce8
+def _display(data: Mapping[str, Any], **kw: Any) -> None:
+    "Publish data of several types; a notebook that is being closed takes none"
+    from IPython.display import display
+    with contextlib.suppress(OSError, RuntimeError): display(dict(data), raw=True, **kw)
+
+def _display_live(bundle: Any) -> None:
+    "Display a widget, from what its `_repr_mimebundle_` returns; a converter that cannot show it shows nothing"
+    data, metadata = bundle if isinstance(bundle, tuple) else (bundle, {})
+    shown = {kind: value for kind, value in data.items() if kind != "text/plain"}
+    _display({**shown, "text/html": ""}, metadata=metadata)
+    _keep_after_cells()
+
+def _keep_pictures(*_: Any) -> None:
+    "After a cell: have notebooks keep the last samples"
+    for _, _, panel in list(open_panels): panel._keep()
+
+def _keep_after_cells() -> None:
+    "Do so after each cell from now on"
+    events = getattr(_shell(), "events", None)
+    if events and _keep_pictures not in events.callbacks["post_run_cell"]:
+        events.register("post_run_cell", _keep_pictures)
+
 # %% ../../nbs/ui/panel.ipynb #52b30dd4
 def _ask_about(worker: WorkerState, now: WorkerState | None) -> str:
     "Return what is asked before a worker is stopped"
-    job = f", which is running {now.shown().job_id}" if now and now.job_id else ""
-    return f"Stop the {worker.shown().worker_type} worker with PID {worker.pid}{job}, with all that descends from it?"
+    row = to_row(now or worker)
+    return name_question(row.pid, row.type, row.status if now else "")
 
 def _on_thread(stop: Callable[[], None]) -> None:
     "Stop a worker without keeping the kernel from its other work, where a thread can be started"
@@ -158,9 +241,37 @@ def _stop_asked(manager: ResourceManager, worker: WorkerState) -> str:
     except (OSError, RuntimeError) as error: return f"The worker with PID {worker.pid} was not stopped: {error}"
     return f"Stopped the {worker.shown().worker_type} worker with PID {worker.pid}."
 
+# %% ../../nbs/ui/panel.ipynb #73c5b42d
+_EXPECT = 60.0   # seconds in which a panel should be shown
+
+class _Audience:
+    "Whether anybody sees a panel, as far as front ends tell"
+    def __init__(self) -> None: self.views, self.until, self.counts = 0, time.monotonic() + _EXPECT, False
+
+    def expect(self) -> None:
+        "Note that it is displayed, by a front end that counts views, or by none"
+        self.until = time.monotonic() + _EXPECT if self.counts else math.inf
+
+    def begin_again(self) -> None:
+        "Note that a front end has loaded it, whose views are counted from 0"
+        self.views, self.until = 0, time.monotonic() + _EXPECT
+
+    def count(self, views: int | None) -> None:
+        "Note how many views there are"
+        self.views = views or 0
+        if views: self.counts, self.until = True, 0.0
+
+    def is_there(self) -> bool:
+        "Return whether somebody sees it, or will soon"
+        return self.views > 0 or time.monotonic() < self.until
+
 # %% ../../nbs/ui/panel.ipynb #15c70f1f
-_STYLE = f"<style>{CSS}{read_asset('panel.css')}</style>"
+# a front end runs no <script> of an HTML widget; the style sheet's event is where the one for the tables begins
+_STYLE = f'<style onload="{escape(read_asset("tables.js"))}">{CSS}{read_asset("panel.css")}</style>'
+_FILTER = "<div data-cjm-filter></div>"
+_MORE = dict(totals="Show what each user and each app uses", details="Show age, command line and load of a process")
 _PAUSE_HELP = "Look no more until it is pressed again"
+_BEAT = 0.9   # seconds between two beginnings of the animation, at least
 
 # %% ../../nbs/ui/panel.ipynb #a8721c04
 class ResourcePanel(StaysHere, widgets.VBox):  # type: ignore[misc]  # ipywidgets has no types
@@ -170,82 +281,137 @@ class ResourcePanel(StaysHere, widgets.VBox):  # type: ignore[misc]  # ipywidget
     def __init__(
         self,
         manager: ResourceManager | TakesSamples,  # or what watches a cluster, a ClusterResources
-        interval: float = 1.0,                    # seconds between two looks
+        interval: float | None = None,            # seconds between two samples; `None`: 1, or as its other panels
         history: float = 600.0,                   # seconds that the small curves go back
         *,
         controls: bool = False,                   # show a button for each worker that stops it, after asking
         rows: int = 20,                           # processes and workers to show at most
-        monitor: ResourceMonitor | None = None,   # one to share, with its interval; `None`: the panel has its own
+        monitor: ResourceMonitor | None = None,   # one to share, with its interval; `None`: that of its other panels
     ) -> None:
         self._lock, self._closed = threading.RLock(), True   # until there is something to close
         check_controls(manager, controls)
         self.manager: Any = manager
-        self.monitor = monitor or ResourceMonitor(manager, interval, history)
+        self.monitor = monitor or share_monitor(manager, interval, history)
         self._view, self._controls, self._paused = View(rows=rows), controls, self.monitor.paused
         self._question: WorkerState | None = None   # the worker to stop, until that is answered
+        self._audience, self._kept, self._turn, self._beaten = _Audience(), _Kept(), 0, 0.0
+        self._subscription: Subscription | None = None
         self._sample = self.monitor.latest or self.monitor.take()
         self._make_widgets()
-        super().__init__(layout=widgets.Layout(width="100%"))
+        super().__init__(layout=widgets.Layout(width="100%"), _view_count=0)
         self._start()
 
     def after_fork(self) -> None:
         "Close the panel in a fork's child, without a message to the front end, which is the parent's"
-        self._lock, self._closed = threading.RLock(), True
+        self._lock, self._closed, self._subscription = threading.RLock(), True, None
         open_panels[:] = [entry for entry in open_panels if entry[2] is not self]
 
     def _make_widgets(self) -> None:
         self._pause = _toggle("Resume" if self._paused else "Pause", self._paused, _PAUSE_HELP)
         self._every = _interval_menu(self.monitor.interval)
         self._sort = _menu("sort by", list(SORTS), self._view.sort, "11rem")
+        self._more = {name: _toggle(name.capitalize(), False, text) for name, text in _MORE.items()}
         self._gpus, self._stops, self._asked = (_box(cls="controls") for _ in range(3))
-        self._style, self._said = widgets.HTML(_STYLE), widgets.HTML()
-        self._slots, self._boxes = dict[str, Any](), list[Any]()
+        self._style, self._pulse, self._said = widgets.HTML(_STYLE), widgets.HTML(), widgets.HTML()
+        self._slots, self._boxes, self._filter = dict[str, Any](), list[Any](), widgets.HTML(_FILTER)
 
     def _start(self) -> None:
-        self._closed = False
-        self.add_class("cjm")
-        acts = ((self._pause, self._on_pause), (self._every, self._on_interval), (self._sort, self._on_view))
-        for control, act in acts: control.observe(act, "value")
+        self._closed, self._id = False, self.model_id
+        for name in ("cjm", f"of-{self._id}"): self.add_class(name)
+        acts = ((self._on_pause, self._pause), (self._on_interval, self._every), (self._on_view, self._sort))
+        for act, control in (*acts, *((self._on_view, m) for m in self._more.values())): control.observe(act, "value")
+        self.observe(self._on_audience, "_view_count")
         _replace_earlier(reset_in_child(self), *_running_cell())
-        self._show(self._sample)
-        try: self._subscription = self.monitor.subscribe(self._show)
+        try:
+            self._show(self._sample)
+            self._follow_audience()
         except BaseException:
             self.close()
             raise
 
-    def __repr__(self) -> str:
-        closed = ", closed" if self._closed else ""
-        return f"ResourcePanel({len(self._sample.gpu.allowed)} GPUs, interval={self.monitor.interval:g}{closed})"
+    def __repr__(self) -> str: return _text_view(self.monitor.latest or self._sample)
 
     def _repr_html_(self) -> str:
         "Return the last sample as a picture, for where there is no kernel"
-        return to_html(overview(self._sample, self.monitor.history, self._view))
+        return _picture(self._sample, self.monitor.history, self._view, "" if self._closed else self._id)
+
+    def _ipython_display_(self) -> None:
+        "Show the panel, and below it the picture that a notebook keeps"
+        if not self._closed: _display_live(self._repr_mimebundle_())
+        self._kept.note(self._sample, time.monotonic())
+        _display({"text/html": self._repr_html_(), "text/plain": repr(self)}, display_id=f"cjm-{self._id}")
+        if self._closed: return
+        self._kept.begin()
+        self._audience.expect()
+        self._follow_audience()
+
+    def _keep(self) -> None:
+        "Have the notebook keep the last sample, if it shows the panel and has an earlier one"
+        if not self._kept.differs(self._sample): return
+        self._kept.note(self._sample, time.monotonic())
+        _display({"text/html": self._repr_html_()}, display_id=f"cjm-{self._id}", update=True)
 
     def close(self) -> None:
         "End the panel: its subscription, and with the last subscriber the monitor's thread, and its widgets"
         with self._lock:
             if self._closed: return
             self._closed = True
-            if hasattr(self, "_subscription"): self._subscription.close()
+            if self._subscription: self._subscription.close()
+        self._keep()
         open_panels[:] = [entry for entry in open_panels if entry[2] is not self]
         for widget in (*self._parts(), self): _close(widget)
+
+    # Whether it is shown
+
+    def get_state(self, key: Any = None, drop_defaults: bool = False) -> dict[str, Any]:
+        "Return what a front end loads; one that loads all of it has no view yet"
+        if key is None and not drop_defaults and self._audience.counts and not self._closed:
+            self._audience.begin_again()
+            self._view_count = 0
+        state: dict[str, Any] = super().get_state(key, drop_defaults)
+        return state
+
+    def _on_audience(self, change: Any) -> None:
+        if change["new"] or self._audience.views: self._audience.count(change["new"])
+        self._follow_audience()
+
+    def _follow_audience(self) -> None:
+        "Take samples as long as somebody sees them"
+        with self._lock:
+            if self._closed or self._audience.is_there() == (self._subscription is not None): return
+            if self._subscription is None: self._subscription = self.monitor.subscribe(self._show)
+            else:
+                self._subscription.close()
+                self._subscription = None
 
     def _parts(self) -> list[Any]:
         "Return every widget of it, those inside before their boxes"
         rows = (self._gpus, self._stops, self._asked)
         buttons = [button for row in rows for button in row.children]
-        single = (self._pause, self._every, self._sort, self._style, self._said)
+        single = (self._pause, self._every, self._sort, *self._more.values(), self._style, self._pulse, self._said,
+                  self._filter)
         return [*buttons, *rows, *single, *self._slots.values(), *self._boxes]
 
     # What is shown
-
     def _show(self, sample: Sample) -> None:
         "On the monitor's thread: put what changed into the widgets"
         with self._lock:
             if self._closed: return
             self._sample = sample
             if self._paused != self.monitor.paused: self._pause.value = self.monitor.paused  # paused from elsewhere
+            if self._every.value != self.monitor.interval: self._follow_interval()
+            self._beat()
             self._fill()
+            self._follow_audience()
+            if self._kept.is_due(sample, time.monotonic()): self._keep()
+
+    def _beat(self) -> None:
+        "Begin the animation again that greys the panel unless something newer comes"
+        now = time.monotonic()
+        if self._sample.stale: self._pulse.value = ""
+        elif now - self._beaten >= _BEAT or not self._pulse.value:
+            self._beaten, self._turn = now, self._turn + 1
+            self._pulse.value = pulse(f"of-{self._id}", self._sample, self.monitor.interval, self._turn)
 
     def _fill(self) -> None:
         slots = panel_slots(self._sample, self.monitor.history, self._view)
@@ -261,21 +427,31 @@ class ResourcePanel(StaysHere, widgets.VBox):  # type: ignore[misc]  # ipywidget
     def _lay_out(self) -> None:
         old, cards, (workers, processes) = self._boxes, _cards(self._slots), _tables(self._slots)
         grid = _box(*cards, cls="cjm-cards", kind=widgets.Box)
-        steering = _box(self._pause, self._every, self._sort, self._gpus, cls="controls")
+        steering = _box(self._pause, self._every, self._sort, *self._more.values(), self._gpus, cls="controls")
         self._boxes = [*cards, grid, steering, workers, processes]
         above = [self._slots[key] for key in ("state", "banner", "memory_banner", "notes")]
-        self.children = (self._style, steering, *above, grid, workers, self._stops, self._asked, self._said, processes)
+        self.children = (self._style, self._pulse, steering, *above, grid, self._filter, workers, self._stops,
+                         self._said, self._asked, processes, self._slots["reservations"], self._slots["totals"])
         for box in old: _close(box)
 
     # Controls; a front end may call these on any thread
-
     def _on_pause(self, change: Any) -> None:
         with self._lock:  # so that no sample of meanwhile sees the one without the other
             self._paused = change["new"]
             self._pause.description = "Resume" if self._paused else "Pause"
             if not self._closed: (self.monitor.pause if self._paused else self.monitor.resume)()
 
-    def _on_interval(self, change: Any) -> None: self.monitor.interval = change["new"]
+    def _on_interval(self, change: Any) -> None:
+        with self._lock:
+            self.monitor.interval, self._beaten = change["new"], 0.0
+            if not self._closed: self._beat()
+
+    def _follow_interval(self) -> None:
+        "Show the interval that was set elsewhere"
+        self._every.unobserve(self._on_interval, "value")
+        self._every.options = _interval_options(self.monitor.interval)
+        self._every.value = self.monitor.interval
+        self._every.observe(self._on_interval, "value")
 
     def _on_view(self, change: Any) -> None:
         with self._lock:
@@ -283,7 +459,8 @@ class ResourcePanel(StaysHere, widgets.VBox):  # type: ignore[misc]  # ipywidget
             buttons = self._gpus.children
             chosen = tuple(button.key for button in buttons if button.value)
             gpus = None if len(chosen) == len(buttons) else chosen
-            self._view = replace(self._view, sort=self._sort.value, gpus=gpus)
+            more = {name: button.value for name, button in self._more.items()}
+            self._view = replace(self._view, sort=self._sort.value, gpus=gpus, **more)
             self._fill()
 
     def _offer_gpus(self) -> None:
@@ -297,7 +474,6 @@ class ResourcePanel(StaysHere, widgets.VBox):  # type: ignore[misc]  # ipywidget
         return button
 
     # Stopping workers
-
     def _offer_stops(self) -> None:
         "A button for each worker that is shown"
         workers = [w for w in self._sample.workers if w.start_time is not None][:self._view.rows]

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['read_keys', 'Window', 'press', 'fit_verdict', 'Frame', 'compose', 'draw', 'paint_frame']
 
-# %% ../../nbs/ui/screen.ipynb #89b0547e
+# %% ../../nbs/ui/screen.ipynb #540949db
 import re
 import time
 from collections.abc import Sequence
@@ -19,13 +19,13 @@ from cjm_fasthtml_resources.ui.terminal import (
     name_simulated,
     name_versions,
     process_table,
-    user_table,
+    total_table,
     wrap_verdict,
 )
 from ..core.samples import Sample
 from .lines import Line, Piece, Terminal, cell_len, cut, cut_line, pad, paint, plain
 
-# %% ../../nbs/ui/screen.ipynb #ea19178e
+# %% ../../nbs/ui/screen.ipynb #5648f610
 _SEQUENCE = re.compile(rb"\x1b(?:\[[0-9;]*[A-Za-z~]|O[A-Za-z])|\x1b(?:\[[0-9;]*|O)?\Z|.", re.DOTALL)
 _NAMES = {b"A": "up", b"B": "down", b"H": "home", b"F": "end", b"1~": "home", b"4~": "end", b"5~": "page up",
           b"6~": "page down", b"7~": "home", b"8~": "end"}
@@ -38,15 +38,17 @@ def read_keys(
     rest = found.pop() if found and re.fullmatch(rb"\x1b(?:\[[0-9;]*|O)?", found[-1]) else b""
     return [_NAMES.get(key[2:], "") if key[:1] == b"\x1b" else key.decode("latin-1") for key in found], rest
 
-# %% ../../nbs/ui/screen.ipynb #f6c5c274
+# %% ../../nbs/ui/screen.ipynb #40a75153
 @dataclass(frozen=True)
 class Window:
     "How a watched screen is shown, as its keys have set it"
-    sort: str = "memory"    # one of `SORTS`
-    by_user: bool = False   # totals of users in place of processes
-    offset: int = 0         # lines of the tables that are scrolled away
+    sort: str = "memory"   # one of `SORTS`
+    fold: str = ""         # "user" or "app": their totals in place of processes
+    offset: int = 0        # lines of the tables that are scrolled away
 
-# %% ../../nbs/ui/screen.ipynb #7c5068d8
+# %% ../../nbs/ui/screen.ipynb #a6ee2b55
+_FOLDS = {"u": "user", "a": "app"}
+
 def press(
     window: Window,
     key: str,
@@ -56,12 +58,12 @@ def press(
     if key == "s":
         names = list(SORTS)
         return replace(window, sort=names[(names.index(window.sort) + 1) % len(names)])
-    if key == "u": return replace(window, by_user=not window.by_user, offset=0)
+    if key in _FOLDS: return replace(window, fold="" if window.fold == _FOLDS[key] else _FOLDS[key], offset=0)
     steps = {"up": -1, "k": -1, "down": 1, "j": 1, "page up": -page, "page down": page, " ": page,
              "home": -window.offset, "end": 1_000_000}
     return replace(window, offset=max(window.offset + steps.get(key, 0), 0))
 
-# %% ../../nbs/ui/screen.ipynb #42d8b9ce
+# %% ../../nbs/ui/screen.ipynb #44578c56
 def _title(answer: Sample, width: int) -> Line:
     "Return the first line, with the time of the figures"
     clock = time.strftime("%H:%M:%S", time.localtime(answer.time or time.time() - answer.age))
@@ -71,7 +73,7 @@ def _title(answer: Sample, width: int) -> Line:
     room = width - len(clock)
     return (*pad((Piece(cut(words, room - 2), style),), room), Piece(clock, "bold"))
 
-# %% ../../nbs/ui/screen.ipynb #eb9edf37
+# %% ../../nbs/ui/screen.ipynb #7438da71
 def _shorten(lines: Sequence[Line], count: int, width: int) -> list[Line]:
     "Return the first lines, and a … at their end if there are more"
     count = max(count, 1)
@@ -79,7 +81,7 @@ def _shorten(lines: Sequence[Line], count: int, width: int) -> list[Line]:
     *kept, last = lines[:count]
     return [*kept, (Piece(cut(f"{plain(last)[:width - 2]} …", width), last[0].style),)]
 
-# %% ../../nbs/ui/screen.ipynb #1a671165
+# %% ../../nbs/ui/screen.ipynb #f85864f6
 def fit_verdict(
     answer: Sample,
     width: int,      # cells
@@ -92,7 +94,7 @@ def fit_verdict(
     ram_kept = _shorten(ram, most - len(gpu), width)
     return [*_shorten(gpu, most - len(ram_kept), width), *ram_kept], left == 0 and not notes
 
-# %% ../../nbs/ui/screen.ipynb #83061276
+# %% ../../nbs/ui/screen.ipynb #1d76ce06
 _SMALL = 12   # lines
 
 def _longest(answer: Sample, rows: int, most: int) -> int:
@@ -102,12 +104,12 @@ def _longest(answer: Sample, rows: int, most: int) -> int:
     def lines(top: int) -> int: return sum(min(n, top) + (n > top) for n in counts) + len(counts) + more
     return next((top for top in range(min(most, max(rows, 1)), 1, -1) if lines(top) <= rows), 1)
 
-# %% ../../nbs/ui/screen.ipynb #f51d50b8
+# %% ../../nbs/ui/screen.ipynb #da72f59f
 def _body(answer: Sample, terminal: Terminal, window: Window, rows: int, most: int) -> list[Line]:
     "Return the lines of all tables; as long as nothing is scrolled, of what fits best"
     whole = window.offset > 0
-    if window.by_user:
-        processes = user_table(answer, terminal.width)
+    if window.fold:
+        processes = total_table(answer.gpu.allowed, terminal.width, window.fold)
         if rows < _SMALL and not whole: return [*processes, *list_tables(answer, terminal, (), dense=True)]
     else:
         room = rows - len(list_tables(answer, terminal, (), rows < _SMALL))
@@ -115,27 +117,27 @@ def _body(answer: Sample, terminal: Terminal, window: Window, rows: int, most: i
         processes = process_table(answer, top, terminal.width, window.sort)
     return list_tables(answer, terminal, processes, rows < _SMALL and not whole)
 
-# %% ../../nbs/ui/screen.ipynb #9f3ce3e2
+# %% ../../nbs/ui/screen.ipynb #012db077
 def _foot(terminal: Terminal, window: Window, place: str, keys: bool, interval: float) -> Line:
     "Return the last line: what the keys do, and which part of the tables is in sight"
     arrows = "arrows scroll" if terminal.ascii else "↑↓ scroll"
-    order = "" if window.by_user else f"s sort: {window.sort}"
-    fold = "u processes" if window.by_user else "u users"
-    known = filter(None, ["q quit", arrows, order, fold] if keys else ["Ctrl-C ends"])
+    order = "" if window.fold else f"s sort: {window.sort}"
+    folds = [f"{key} processes" if window.fold == whose else f"{key} {whose}s" for key, whose in _FOLDS.items()]
+    known = filter(None, ["q quit", arrows, order, *folds] if keys else ["Ctrl-C ends"])
     words, room = "", terminal.width - cell_len(place) - 2
     for part in (*known, f"every {interval:g} s"):
         longer = f"{words}  {part}" if words else part
         if cell_len(longer) <= room: words = longer
     return (*pad((Piece(words, "bright_black"),), room + 2), Piece(place, "bright_black"))
 
-# %% ../../nbs/ui/screen.ipynb #fd76851e
+# %% ../../nbs/ui/screen.ipynb #31da7a32
 class Frame(NamedTuple):
     "What a terminal shows, line by line"
     lines: list[Line]
     window: Window   # with the offset that there is
     page: int        # lines of the tables that are in sight
 
-# %% ../../nbs/ui/screen.ipynb #cb3ca42c
+# %% ../../nbs/ui/screen.ipynb #e8e181ca
 def _grey(line: Line) -> Line: return tuple(Piece(piece.text, "bright_black") for piece in line)
 
 def compose(
@@ -162,7 +164,7 @@ def compose(
     foot = _foot(terminal, window, place, keys, interval)
     return Frame([cut_line(line, width) for line in (_title(answer, width), *middle, foot)], window, rows)
 
-# %% ../../nbs/ui/screen.ipynb #4903b463
+# %% ../../nbs/ui/screen.ipynb #2d9527b7
 def draw(
     lines: Sequence[str],    # painted
     before: Sequence[str],   # what is there; empty: the window is cleared first
@@ -173,7 +175,7 @@ def draw(
         if not before or line != before[number - 1]: parts.append(f"\x1b[{number};1H{line}\x1b[K")
     return "".join(parts)
 
-# %% ../../nbs/ui/screen.ipynb #f8f8ef94
+# %% ../../nbs/ui/screen.ipynb #d9e78b85
 def paint_frame(frame: Frame, terminal: Terminal) -> list[str]:
     "Return the lines of a frame as they are written"
     return [paint(line, terminal) for line in frame.lines]

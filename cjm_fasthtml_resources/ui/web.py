@@ -9,6 +9,7 @@ __all__ = ['SCRIPT', 'ResourceCard', 'ResourceRoutes', 'resource_routes', 'make_
 # %% ../../nbs/ui/web.ipynb #eb2e54b7
 import asyncio
 import secrets
+import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as NotYet
@@ -16,47 +17,45 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from fastcore.xml import (
-                          H1,
-                          Body,
-                          Button,
-                          Details,
-                          Div,
-                          Form,
-                          Head,
-                          Html,
-                          Link,
-                          Main,
-                          Meta,
-                          P,
-                          Safe,
-                          Script,
-                          Style,
-                          Summary,
-                          Title,
-)
+from fastcore.xml import Button, Details, Div, Form, P, Safe, Script, Style, Summary
 from starlette.requests import Request
 from starlette.responses import HTMLResponse, PlainTextResponse, RedirectResponse, Response
 
-from ..core.arguments import check_text
+from cjm_fasthtml_resources.ui.stream import (
+    STREAMS,
+    Client,
+    EventStream,
+    Hub,
+    Places,
+    Slots,
+    change_event,
+    layout_event,
+    to_event,
+)
+from ..core.arguments import check_pid, check_text
 from ..core.manager import ResourceManager
 from ..core.monitor import ResourceMonitor, TakesSamples
+from ..core.store import StoreError
 from ..core.threads import NoThreadError, SharedCalls
+from ..sizes import parse_size
+from .age import not_live
 from .assets import read_asset
 from .cards import CSS, arrange
-from .controls import check_controls, find_asked
+from .controls import check_controls, find_asked, name_question
 from .gate import Bounded, Gate, ask_guard, is_same_origin
+from .headers import Headed
 from .links import current_base, find_base, note_bases
+from .page import page_html
 from .parts import to_html
-from .stream import Client, EventStream, Hub, Slots, change_event, layout_event, to_event
 from .tables import Column
 from .view import View
+from .wish import wish_events
 
 # %% ../../nbs/ui/web.ipynb #62e30b0d
 _all_ = ["Client", "EventStream", "Gate", "Hub", "Slots", "change_event", "is_same_origin", "layout_event", "to_event"]
 
 # %% ../../nbs/ui/web.ipynb #795432cc
-SCRIPT = read_asset("live.js")
+SCRIPT = f"{read_asset('tables.js')}\n{read_asset('live.js')}"
 
 _NOT_YET = "The driver has not answered yet."
 
@@ -67,11 +66,13 @@ def _component(
     prefix: str,           # where the routes begin in the app
     base: str,             # the same as the page names it
 ) -> Any:
-    lost = Div(cls="state", data_cjm_lost=True, role="status", aria_live="polite")
+    now = time.time()
+    lost = Div(not_live(now), cls="state", data_cjm_lost=True, role="status", aria_live="polite")
     place = Div(P(_NOT_YET, cls="note") if slots is None else arrange(slots), data_cjm_place=True)
     stop = Form(id=_form_id(prefix), method="post", action=f"{base}/stop", hidden=True)
     script = Script(src=f"{base}/live", defer=True)
-    return Div(Style(Safe(CSS)), lost, place, stop, script, cls="cjm", data_cjm_stream=f"{base}/stream")
+    return Div(Style(Safe(CSS)), lost, place, stop, script, cls="cjm ages", data_cjm_stream=f"{base}/stream",
+               data_cjm_now=f"{1000*now:.0f}")
 
 # %% ../../nbs/ui/web.ipynb #c3000543
 _LOOP_WAITS = 0.1   # seconds that a component may keep an event loop from its other work
@@ -100,11 +101,8 @@ def ResourceCard(
     return _component(_look(manager), prefix, current_base(prefix))
 
 # %% ../../nbs/ui/web.ipynb #e3728359
-def _page(slots: Slots, prefix: str, base: str) -> str:
-    head = Head(Meta(charset="utf-8"), Meta(name="viewport", content="width=device-width, initial-scale=1"),
-                Title("GPU and memory"), Link(rel="icon", href="data:,"), Style(Safe(read_asset("page.css"))))
-    body = Body(Main(H1("GPU and memory"), _component(slots, prefix, base)))
-    return "<!doctype html>" + to_html(Html(head, body, lang="en", doctype=False))
+def _page(hub: Hub, slots: Slots, prefix: str, base: str) -> str:
+    return page_html(hub.monitor, _component(slots, prefix, base), base)
 
 # %% ../../nbs/ui/web.ipynb #9bf9cef2
 def _stop_column(prefix: str) -> Column:
@@ -112,7 +110,8 @@ def _stop_column(prefix: str) -> Column:
         if row.start_time is None: return ""
         who = f"{row.pid}.{row.start_time}"  # a question about one process is never taken for one about another
         yes = Button(f"Yes, stop {row.pid}", name="worker", value=who, form=_form_id(prefix))
-        return Details(Summary("Stop …"), yes, data_key=who)
+        question = P(name_question(row.pid, row.type, row.status))
+        return Details(Summary("Stop …"), Div(question, yes, cls="question"), data_key=who)
     return Column("action", ask, width="w10")
 
 # %% ../../nbs/ui/web.ipynb #b2a55a78
@@ -121,6 +120,7 @@ def _stop(manager: Any, who: str) -> Response:
     pid, _, start = who.partition(".")
     try: worker = find_asked(manager, int(pid), start)
     except ValueError: return PlainTextResponse("worker must be a PID and a start time", 400)
+    except StoreError as error: return PlainTextResponse(f"the workers cannot be read: {error}", 503)
     if worker is None: return PlainTextResponse("this worker has ended meanwhile", 409)
     try: manager.stop_worker(worker.pid)
     except (OSError, RuntimeError) as error:
@@ -137,17 +137,38 @@ async def _answer(hub: Hub, write: Callable[[Slots], str]) -> Response:
     try: return HTMLResponse(write(await hub.current()), headers=_NEW)
     except NoThreadError as error: return _no_thread(error)
 
-def _reading_handlers(hub: Hub, prefix: str) -> dict[str, Callable[..., Any]]:  # path after the prefix → handler
-    "Return what only reads: the page, its fragment, its stream and its script"
+def _script(text: str) -> Callable[..., Any]:
+    async def script(req: Request) -> Any:
+        return Response(text, media_type="text/javascript", headers={"Cache-Control": "no-cache"})
+    return script
+
+def _picture_handlers(hub: Hub, prefix: str) -> dict[str, Callable[..., Any]]:  # path after the prefix → handler
+    "Return what shows one moment, and the scripts: the page, and its fragment"
     async def page(req: Request) -> Any:
-        return await _answer(hub, lambda slots: _page(slots, prefix, find_base(req, prefix)))
+        return await _answer(hub, lambda slots: _page(hub, slots, prefix, find_base(req, prefix)))
     async def fragment(req: Request) -> Any:
         return await _answer(hub, lambda slots: to_html(_component(slots, prefix, find_base(req, prefix))))
-    async def stream(req: Request) -> Any: return EventStream(hub.events())
-    async def live(req: Request) -> Any:
-        return Response(SCRIPT, media_type="text/javascript", headers={"Cache-Control": "no-cache"})
-    return {"": page, "/": page, "/fragment": fragment, "/stream": stream, "/live": live}
+    scripts = {"/live": _script(SCRIPT), "/page": _script(read_asset("page.js"))}
+    return {"": page, "/": page, "/fragment": fragment, **scripts}
 
+# %% ../../nbs/ui/web.ipynb #57ea3001
+_MOST_SECONDS, _LARGEST = 3600, 2**60   # that a visitor may ask for
+
+def _stream_handlers(hub: Hub, places: Places) -> dict[str, Callable[..., Any]]:  # path after the prefix → handler
+    "Return the streams: of changes, and of one wish"
+    async def stream(req: Request) -> Any:
+        try: every = float(req.query_params.get("every", "0"))
+        except ValueError: every = -1
+        if not 0 <= every <= _MOST_SECONDS: return PlainTextResponse(f"every must be 0 to {_MOST_SECONDS} seconds", 400)
+        return EventStream(hub.events(every), places)
+    async def room(req: Request) -> Any:
+        try: need = parse_size(req.query_params.get("size", ""))
+        except ValueError as error: return PlainTextResponse(f"size: {error}", 400)
+        if not 0 < need <= _LARGEST: return PlainTextResponse("size must be that of a GPU's memory", 400)
+        return EventStream(wish_events(hub.monitor, need), places)
+    return {"/stream": stream, "/room": room}
+
+# %% ../../nbs/ui/web.ipynb #57ea3002
 def _stop_handler(manager: Any, prefix: str, guard: Callable[..., Any]) -> Callable[..., Any]:
     calls = SharedCalls()
 
@@ -161,11 +182,11 @@ def _stop_handler(manager: Any, prefix: str, guard: Callable[..., Any]) -> Calla
         return RedirectResponse(find_base(req, prefix), 303) if answer.status_code == 204 else answer
     return stop
 
-def _metrics_handler(monitor: ResourceMonitor) -> Callable[..., Any]:
+def _metrics_handler(monitor: ResourceMonitor, processes: bool) -> Callable[..., Any]:
     from prometheus_client.exposition import choose_encoder  # the extra prometheus
 
     from cjm_fasthtml_resources.ui.metrics import ResourceCollector, exposition
-    collector, calls = ResourceCollector(monitor), SharedCalls()
+    collector, calls = ResourceCollector(monitor, processes), SharedCalls()
 
     async def scrape(req: Request) -> Any:
         accept = req.headers.get("accept", "")
@@ -177,11 +198,11 @@ def _metrics_handler(monitor: ResourceMonitor) -> Callable[..., Any]:
 
 # %% ../../nbs/ui/web.ipynb #ede4a538
 def _add(app: Any, path: str, handler: Callable[..., Any], method: str = "GET") -> None:
-    "Add a route, which is given requests that are no larger than a form"
+    "Add a route, which is given requests that are no larger than a form, and whose answers have the headers"
     name = f"resources_{handler.__name__}"
     app.route(path, methods=[method], name=name)(handler)
     route = next(r for r in reversed(app.router.routes) if getattr(r, "name", None) == name)
-    route.app = Bounded(route.app)
+    route.app = Headed(Bounded(route.app))
 
 def _check_guard(guard: Any, controls: bool) -> None:
     if controls and guard is None:
@@ -210,18 +231,23 @@ def resource_routes(
     controls: bool = False,                   # whether workers can be stopped
     guard: Callable[..., Any] | None = None,  # who may stop them: `None` lets pass, a response refuses
     metrics: str | None = None,               # where Prometheus finds metrics, as "/metrics" (extra `prometheus`)
+    process_metrics: bool = False,            # a metric for each process, too: labels without bound
+    streams: int = STREAMS,                   # that may be open at a time; each page has one
 ) -> ResourceRoutes:
-    """Add the page, its fragment, its stream and its script.
+    """Add the page, its fragment, its streams and its scripts.
 
     `ValueError` for controls without a guard, `ImportError` for metrics without the extra.
     """
     check_controls(manager, controls)
     _check_guard(guard, controls)
+    places = Places(check_pid(streams, "streams"))
     for name, path in (("prefix", prefix), ("metrics", metrics)): _check_path(name, path)
     monitor = monitor or ResourceMonitor(manager, interval)
-    scrape = _metrics_handler(monitor) if metrics else None   # before anything is added: it may not be installed
+    # before anything is added: it may not be installed
+    scrape = _metrics_handler(monitor, process_metrics) if metrics else None
     hub = Hub(monitor, view, (_stop_column(prefix),) if controls else ())
-    for path, handler in _reading_handlers(hub, prefix).items(): _add(app, f"{prefix}{path}", handler)
+    handlers = {**_picture_handlers(hub, prefix), **_stream_handlers(hub, places)}
+    for path, handler in handlers.items(): _add(app, f"{prefix}{path}", handler)
     if guard and controls: _add(app, f"{prefix}/stop", _stop_handler(manager, prefix, guard), "POST")
     if metrics and scrape: _add(app, metrics, scrape)
     note_bases(app, prefix)
@@ -233,12 +259,15 @@ def make_app(
     token: str | None = None,   # `None`: for loopback names only
     interval: float = 1.0,      # seconds between two looks
     metrics: bool = False,      # whether Prometheus finds metrics at /metrics (extra `prometheus`)
+    process_metrics: bool = False,   # with a metric for each process
+    streams: int = STREAMS,     # that may be open at a time; each page has one
 ) -> Gate:
     "Return an app with the page at /resources, and metrics if they are wanted"
     from fasthtml.core import FastHTML
     app = FastHTML(default_hdrs=False, secret_key=secrets.token_hex(16))  # it writes no key into the current folder
-    resource_routes(app, manager, interval=interval, metrics="/metrics" if metrics else None)
+    resource_routes(app, manager, interval=interval, metrics="/metrics" if metrics else None,
+                    process_metrics=process_metrics, streams=streams)
 
     async def home(req: Request) -> Any: return RedirectResponse(find_base(req, "/resources"))
-    app.route("/", methods=["GET"], name="home")(home)
+    _add(app, "/", home)
     return Gate(app, token)

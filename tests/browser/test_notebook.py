@@ -4,7 +4,7 @@ import re
 import time
 
 import pytest
-from helpers import jupyter, notebook, violations
+from helpers import CUT, jupyter, notebook, violations
 
 SETUP = """import subprocess, sys, threading, time
 from cjm_fasthtml_resources.core.manager import ResourceManager
@@ -15,7 +15,8 @@ def vary():
         gpus[0].utilization = (gpus[0].utilization + 1) % 100
         time.sleep(0.1)
 worker = subprocess.Popen(["cat"], stdin=subprocess.PIPE)   # ends with its parent
-gpus = [SimulatedGpu("NVIDIA L4", processes=[SimulatedProcess(worker.pid, 5000)]), SimulatedGpu("NVIDIA L40S")]
+on_gpu = [SimulatedProcess(worker.pid, 5000), SimulatedProcess(1, 3000)]
+gpus = [SimulatedGpu("NVIDIA L4", processes=on_gpu), SimulatedGpu("NVIDIA L40S")]
 SimulatedDriver(gpus).start()
 manager = ResourceManager()
 _ = manager.register_worker(worker.pid, "llm", job_id="job-1")
@@ -44,13 +45,13 @@ def open_notebook(request, chromium, tmp_path_factory):
 
 class Notebook:
     "An open notebook"
-    def __init__(self, page, url):
-        self.page = page
+    def __init__(self, page, url, cells=CELLS):
+        self.page, self.cells = page, cells
         page.goto(url)
-        page.locator(".jp-Notebook .jp-Cell").nth(len(CELLS) - 1).wait_for()
+        page.locator(".jp-Notebook .jp-Cell").nth(len(cells) - 1).wait_for()
         page.locator(".jp-Notebook-ExecutionIndicator[data-status=idle]").first.wait_for()
 
-    def cell(self, source): return self.page.locator(".jp-Notebook .jp-Cell").nth(CELLS.index(source))
+    def cell(self, source): return self.page.locator(".jp-Notebook .jp-Cell").nth(self.cells.index(source))
 
     def start(self, source):
         "Run a cell and do not wait for it"
@@ -114,7 +115,7 @@ def test_it_moves_while_a_cell_runs_and_a_click_is_honoured_once(open_notebook, 
     wait_until(lambda: book.output(BUSY) == "awake", 20)
     wait_until(lambda: not book.moves(1.5))
     assert book.tell()["paused"] is True
-    assert book.page.locator(".cjm .state").inner_text().endswith("not of this moment: paused")
+    assert book.page.locator(".cjm.widget-vbox .state").inner_text().endswith("not of this moment: paused")
     book.page.get_by_role("button", name="Resume").click()
     wait_until(lambda: book.moves(1))
     assert book.tell()["paused"] is False and book.output(SHOW).count("Error") == 0
@@ -135,14 +136,40 @@ def test_interval_run_again_and_close(open_notebook, new_page):
     assert book.tell()["threads"] == 0
 
 
+def test_tables_are_sorted_filtered_and_opened_while_they_move(open_notebook, new_page):
+    book = Notebook(new_page(width=1400, height=1600), open_notebook("tables"))
+    book.run(SETUP)
+    book.run(SHOW)
+    page = book.page
+
+    def shown(half=".processes"):
+        return page.locator(f".halves:has(.processes) {half} tbody tr:visible").all_inner_texts()
+
+    wait_until(lambda: len(shown()) == 2)
+    page.locator(".processes th button", has_text="PID").click()          # the largest first
+    assert [("llm worker" in row) for row in shown()] == [True, False]
+    page.locator(".processes th button", has_text="PID").press("Enter")
+    assert [("llm worker" in row) for row in shown()] == [False, True]
+    assert shown(".only") == ["2.9 GiB", "4.9 GiB"] and book.moves()      # the memory follows
+    page.locator(".only th button").first.click()
+    page.get_by_role("searchbox", name="Filter").press_sequentially("llm 4.9")
+    assert len(shown()) == 1 and shown(".only") == ["4.9 GiB"]
+    page.get_by_role("button", name="Totals").click()
+    page.locator(".totals td", has_text="this app").wait_for()
+    page.get_by_role("button", name="Details").click()
+    page.locator(".processes th", has_text="age").wait_for()
+    assert len(shown()) == 1 and shown(".only") == ["4.9 GiB"] and book.moves()
+    assert page.locator(".jp-Notebook .jp-Cell").count() == len(CELLS) and violations(page) == []
+
+
 def test_a_worker_is_stopped_after_a_question_and_a_selection_stays(open_notebook, new_page):
     book = Notebook(new_page(width=1400, height=1600), open_notebook("stop"))
     book.run(SETUP)
     book.run(SHOW)
     page = book.page
     page.evaluate("""() => getSelection().selectAllChildren(
-        [...document.querySelectorAll('.cjm .processes td')].find(td => td.textContent === 'cat'))""")
-    assert book.moves() and page.evaluate("getSelection().toString()") == "cat"
+        [...document.querySelectorAll('.cjm .processes td')].find(td => td.textContent === 'llm worker, job-1'))""")
+    assert book.moves() and page.evaluate("getSelection().toString()") == "llm worker, job-1"
     page.set_viewport_size(dict(width=1400, height=500))
     pane = page.wait_for_function("""() => [...document.querySelectorAll('*')].find(e =>
         e.querySelector('.cjm') && e.scrollHeight > e.clientHeight + 20
@@ -158,3 +185,18 @@ def test_a_worker_is_stopped_after_a_question_and_a_selection_stays(open_noteboo
     page.get_by_role("button", name="Stop it").dblclick()
     page.get_by_text("Stopped the llm worker").wait_for()
     assert book.tell()["ended"] == -15
+
+
+def test_nothing_of_the_panel_is_cut_in_a_narrow_window(open_notebook, new_page):
+    book = Notebook(new_page(width=1400, height=1600), open_notebook("narrow"))
+    book.run(SETUP)
+    book.run(SHOW)
+    book.page.get_by_role("button", name=re.compile("Stop llm")).click()
+    book.page.keyboard.press("Control+b")    # JupyterLab's side bar would take the room
+    found = {}
+    for width in (1400, 1100, 1000, 940, 880, 820, 760, 700, 640, 560, 480, 420):
+        book.page.set_viewport_size(dict(width=width, height=1600))
+        time.sleep(0.3)
+        room = book.page.locator(".cjm").first.bounding_box()["width"]
+        if room >= 320 and (said := book.page.evaluate(CUT)): found[width, room] = said
+    assert found == {}
