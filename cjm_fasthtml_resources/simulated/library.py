@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 from ..core.sysfs import ListedGpu
-from .calls import NOT_FOUND, NOT_SUPPORTED, SUCCESS, write_number, write_text
+from .calls import NOT_SUPPORTED, SUCCESS, write_number, write_text
 from .devices import DeviceCalls, LoadCalls, MigCalls, TopologyCalls
 from .habits import Habits
 from .machine import SimulatedGpu

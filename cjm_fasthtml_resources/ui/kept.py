@@ -7,7 +7,6 @@ __all__ = ['text_view', 'picture', 'find_shell', 'Kept']
 
 # %% ../../nbs/ui/kept.ipynb #1d8a0b42
 import contextlib
-import io
 import math
 import shutil
 import sys
@@ -30,15 +29,11 @@ def text_view(
     sample: Sample,
 ) -> str:
     "Return a sample as in a terminal, with its time"
-    from rich.console import Console
-
+    from cjm_fasthtml_resources.ui.lines import Terminal, to_text  # when it is used, as the next one
     from cjm_fasthtml_resources.ui.terminal import status_view
-    width, file = max(shutil.get_terminal_size().columns, 60), io.StringIO()
-    console = Console(file=file, width=width, color_system=None, force_terminal=False, force_jupyter=False)
-    console.print(status_view(sample, console, 5))
+    terminal = Terminal(max(shutil.get_terminal_size().columns, 60))
     old = f", not of this moment: {sample.stale}" if sample.stale else ""
-    lines = [*file.getvalue().splitlines(), f"Data from {name_time(moment_of(sample))}{old}"]
-    return "\n".join(line.rstrip() for line in lines)
+    return f"{to_text(status_view(sample, terminal, 5))}\nData from {name_time(moment_of(sample))}{old}"
 
 # %% ../../nbs/ui/kept.ipynb #4ee2fac0
 def _hiding(id: str) -> str:
