@@ -201,7 +201,7 @@ def test_a_longer_interval_is_that_of_one_tab(server, new_page):
         now = page.locator(".load").first.inner_text()
         if not seen or now != seen[-1]: seen.append(now)
         time.sleep(0.1)
-    assert 2 <= len(seen) <= 5
+    assert 2 <= len(seen) <= 8   # not the 28 of a tab that hears each sample
     assert page.locator("[data-cjm-lost]").inner_text() == ""          # and it is live all the time
 
 
