@@ -108,10 +108,11 @@ def development() -> list[Step]:
     "The notebooks, the modules, the README and the site"
     provide("chromium", "chromium", "chromium-browser", "google-chrome")
     provide("prometheus", "prometheus")
+    provide("nginx", "nginx", "/usr/sbin/nginx")
     provide("strace", "strace")
     provide("spin", "spin")
     provide("gcc", "cc", "gcc")   # spin writes a program in C
-    programs = environment("dev", "-e", ".[dev,web,prometheus,cluster,browser]")
+    programs = environment("dev", "-e", ".[dev,web,prometheus,cluster,browser,servers]")
     before = contents()
     # what makes the pages needs Python 3.11; with 3.10 all else is tested
     site = [run("site", programs, "python", "tools/docs.py")] if sys.version_info >= (3, 11) else []

@@ -22,6 +22,7 @@ from cjm_fasthtml_resources.ui.tables import (
     Column,
     make_table,
     process_table,
+    to_row,
     worker_table,
 )
 from ..core.copies import StaysHere
@@ -35,7 +36,7 @@ from ..core.text import printable
 from ..core.threads import NoThreadError, start_thread
 from .assets import read_asset
 from .cards import CSS, overview
-from .controls import check_controls, find_asked
+from .controls import check_controls, find_asked, name_question
 from .parts import to_html
 from .view import SORTS, View, render
 
@@ -141,8 +142,8 @@ def _replace_earlier(panel: "ResourcePanel", cell: Any, run: Any) -> None:
 # %% ../../nbs/ui/panel.ipynb #52b30dd4
 def _ask_about(worker: WorkerState, now: WorkerState | None) -> str:
     "Return what is asked before a worker is stopped"
-    job = f", which is running {now.shown().job_id}" if now and now.job_id else ""
-    return f"Stop the {worker.shown().worker_type} worker with PID {worker.pid}{job}, with all that descends from it?"
+    row = to_row(now or worker)
+    return name_question(row.pid, row.type, row.status if now else "")
 
 def _on_thread(stop: Callable[[], None]) -> None:
     "Stop a worker without keeping the kernel from its other work, where a thread can be started"
@@ -264,7 +265,7 @@ class ResourcePanel(StaysHere, widgets.VBox):  # type: ignore[misc]  # ipywidget
         steering = _box(self._pause, self._every, self._sort, self._gpus, cls="controls")
         self._boxes = [*cards, grid, steering, workers, processes]
         above = [self._slots[key] for key in ("state", "banner", "memory_banner", "notes")]
-        self.children = (self._style, steering, *above, grid, workers, self._stops, self._asked, self._said, processes)
+        self.children = (self._style, steering, *above, grid, workers, self._stops, self._said, self._asked, processes)
         for box in old: _close(box)
 
     # Controls; a front end may call these on any thread

@@ -11,7 +11,7 @@ import asyncio
 import contextlib
 import re
 import threading
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -219,6 +219,10 @@ async def _taken(send: Any, event: bytes, seconds: float, more: bool = True) -> 
     return True
 
 # %% ../../nbs/ui/stream.ipynb #e26448ba
+def _only_this(scope: Mapping[str, Any]) -> list[tuple[bytes, bytes]]:
+    "Return the header that ends the connection with the answer; HTTP/2 has no such header"
+    return [(b"connection", b"close")] if scope.get("http_version", "1.1").startswith("1") else []
+
 class EventStream(Response):
     "A response that goes on until the client leaves or takes nothing for too long, or the server shuts down"
     def __init__(self, events: AsyncGenerator[bytes, None]) -> None:
@@ -228,7 +232,7 @@ class EventStream(Response):
         self.events = events
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        await send(dict(type="http.response.start", status=200, headers=self.raw_headers))
+        await send(dict(type="http.response.start", status=200, headers=self.raw_headers + _only_this(scope)))
         with watch_shutdown() as ends:
             parts = (self._send_all(send), _until_gone(receive), ends.wait())
             tasks = [asyncio.ensure_future(part) for part in parts]

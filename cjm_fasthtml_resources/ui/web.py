@@ -44,7 +44,7 @@ from ..core.monitor import ResourceMonitor, TakesSamples
 from ..core.threads import NoThreadError, SharedCalls
 from .assets import read_asset
 from .cards import CSS, arrange
-from .controls import check_controls, find_asked
+from .controls import check_controls, find_asked, name_question
 from .gate import Bounded, Gate, ask_guard, is_same_origin
 from .links import current_base, find_base, note_bases
 from .parts import to_html
@@ -112,7 +112,8 @@ def _stop_column(prefix: str) -> Column:
         if row.start_time is None: return ""
         who = f"{row.pid}.{row.start_time}"  # a question about one process is never taken for one about another
         yes = Button(f"Yes, stop {row.pid}", name="worker", value=who, form=_form_id(prefix))
-        return Details(Summary("Stop …"), yes, data_key=who)
+        question = P(name_question(row.pid, row.type, row.status))
+        return Details(Summary("Stop …"), Div(question, yes, cls="question"), data_key=who)
     return Column("action", ask, width="w10")
 
 # %% ../../nbs/ui/web.ipynb #b2a55a78

@@ -65,9 +65,36 @@ def jupyter(app: str, folder: Path):
     with serving(command, f"http://127.0.0.1:{port}/api", folder/"log", env=env): yield f"http://127.0.0.1:{port}"
 
 
+def process_tree(pid: int) -> list[int]:
+    "The processes that descend from one, such as the kernels of a server"
+    import psutil
+    try: return [child.pid for child in psutil.Process(pid).children(recursive=True)]
+    except psutil.NoSuchProcess: return []
+
+
 def violations(page) -> list[str]:
     "What axe-core finds that is serious, in words"
     from axe_playwright_python.sync_playwright import Axe
     found = Axe().run(page, context=".cjm").response["violations"]
     serious = [v for v in found if v["impact"] in ("serious", "critical")]
     return [f"{v['id']}: {v['help']}: {[node['html'][:160] for node in v['nodes'][:3]]}" for v in serious]
+
+
+# What a person would be annoyed by: headers that are cut, columns that are squeezed to nothing, words over one another
+CUT = """() => {
+    const visible = (e) => e.getClientRects().length > 0 && getComputedStyle(e).visibility === 'visible';
+    const said = [];
+    if (document.documentElement.scrollWidth > innerWidth) said.push(`the page is ${document.documentElement.scrollWidth} px wide`);
+    for (const th of document.querySelectorAll('.cjm th')) {
+        if (!visible(th)) continue;
+        const name = th.textContent, box = th.getBoundingClientRect();
+        if (th.scrollWidth > th.clientWidth) said.push(`the header ${name} is cut`);
+        if (['process', 'type', 'status'].includes(name) && box.width < 44) said.push(`${name} has ${box.width} px`);
+    }
+    for (const name of ['type', 'status', 'process'])
+        if (![...document.querySelectorAll('.cjm th')].some((th) => th.textContent === name && visible(th)))
+            said.push(`no ${name}`);
+    for (const td of document.querySelectorAll('.cjm .n, .cjm .only td'))
+        if (visible(td) && td.scrollWidth > td.clientWidth + 1) said.push(`the figure ${td.textContent} is cut`);
+    return said;
+}"""

@@ -1,7 +1,8 @@
 """An app with the page and with simulated GPUs that a test can change: server.py PORT [PREFIX]
 
 With a prefix, the server stands for a proxy, too: it removes that, and the app does not learn of it.
-PUT /test?used=MIB fills the second GPU, /test says what the driver was asked and which threads there are.
+PUT /test?used=MIB fills the second GPU, ?workers=N has so many idle workers before the first one, ?job= ends its job;
+/test says what the driver was asked and which threads there are.
 """
 import subprocess
 import sys
@@ -41,9 +42,19 @@ def home(): return Titled("An app of one's own", ResourceCard(manager))
 def team(): return Titled("A page further down", ResourceCard(manager))
 
 
+def have_idle(count: int) -> None:
+    "Have so many workers that are idle, and come before the one that is not where all are"
+    for pid in range(4_200_301, 4_200_311): manager.unregister_worker(pid)
+    manager.unregister_worker(worker.pid)
+    for pid in range(4_200_301, 4_200_301 + count): manager.register_worker(pid, "whisper")
+    manager.register_worker(worker.pid, "llm", plugin_name="vllm", job_id="job-1")
+
+
 @app.route("/test", methods=["GET", "PUT"])
 def state(req):
     if "used" in req.query_params: gpus[1].memory_used_mb = float(req.query_params["used"])
+    if "workers" in req.query_params: have_idle(int(req.query_params["workers"]))
+    if "job" in req.query_params: manager.update_worker(worker.pid, job_id=req.query_params["job"] or None)
     if "temperature" in req.query_params: gpus[0].temperature = int(req.query_params["temperature"])
     threads = [t.name for t in threading.enumerate()]
     reads = driver.calls["nvmlDeviceGetCount_v2"]

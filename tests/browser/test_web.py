@@ -7,7 +7,7 @@ import urllib.request
 from pathlib import Path
 
 import pytest
-from helpers import free_port, serving, violations
+from helpers import CUT, free_port, serving, violations
 
 SERVER = Path(__file__).with_name("server.py")
 
@@ -138,12 +138,48 @@ def test_a_worker_is_stopped_after_a_question(server, new_page):
     assert ask(server)["ended"] is not None
 
 
+WIDTHS = (320, 360, 390, 480, 560, 600, 640, 680, 700, 720, 760, 800, 840, 900, 1000, 1280)
+
+
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-@pytest.mark.parametrize("width", [390, 1280])
+@pytest.mark.parametrize("width", [390, 700, 1280])
 def test_everybody_can_read_it(server, new_page, scheme, width):
     page = new_page(width=width, color_scheme=scheme)
     page.goto(f"{server}/resources")
     ask(server, "?used=30000")
     second(page).locator(".cjm-badge", has_text="▲ external busy").wait_for()
     assert violations(page) == []
-    assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")   # nothing sticks out
+    page.locator(".workers summary").click()
+    assert violations(page) == []                                    # with an open question, too
+
+
+@pytest.mark.parametrize("path", ["/resources", "/"], ids=["the page", "a page of one's own"])
+def test_nothing_is_cut_and_nothing_sticks_out_from_320_px_on(server, new_page, path):
+    page = new_page()
+    page.goto(server + path)
+    page.locator(".workers").wait_for()
+    found = {}
+    for is_open in (False, True):
+        if is_open: page.locator(".workers summary").click()
+        for width in WIDTHS:
+            page.set_viewport_size(dict(width=width, height=900))
+            if said := page.evaluate(CUT): found[width, is_open] = said
+    assert found == {}
+
+
+def test_a_question_names_the_worker_and_stays_open_while_rows_move(server, new_page):
+    page = new_page(width=390)
+    page.goto(f"{server}/resources")
+    page.locator(".workers summary").click()
+    question = page.locator(".workers details")
+    pid = ask(server)["worker"]
+    assert f"Stop worker {pid} (llm) and its child processes? It is running job-1." in question.inner_text()
+    page.evaluate("document.querySelector('.workers details button').focus()")
+    for others in (3, 1, 5):                       # idle workers come and go, and the one at work stays
+        ask(server, f"?workers={others}")
+        page.wait_for_function(f"document.querySelectorAll('.workers tbody tr').length === {others + 1}")
+    ask(server, "?job=")                           # it is idle now, too, so that its row goes to another place
+    page.wait_for_function("![...document.querySelectorAll('.workers td')].some(td => td.textContent.includes('job-1'))")
+    is_open = "[...document.querySelectorAll('.workers details')].map(d => d.open && d.dataset.key)"
+    assert [key for key in page.evaluate(is_open) if key] == [page.evaluate("document.activeElement.value")]
+    assert page.evaluate("document.activeElement.value").startswith(f"{pid}.")

@@ -3,25 +3,52 @@
 "use strict";
 
 // Make `node` hold what `wanted` holds. Only the nodes that differ are touched, so that a selection, a scroll position
-// and an open question stay. A `data-key` says which element is which, so that no question moves to another worker.
+// and an open question stay. A `data-key` says which element is which: it takes what is open in it to its new place.
 function patch(node, wanted) {
-  const have = [...node.childNodes];
-  [...wanted.childNodes].forEach((want, i) => {
-    const old = have[i];
-    if (!old) node.append(want);
-    else if (old.isEqualNode(want)) return;
-    else if (!isSame(old, want)) old.replaceWith(want);
-    else if (old instanceof Text) old.data = want.data;
+  const known = keyed(node);
+  const stays = keyed(wanted);
+  let at = node.firstChild;
+  for (const want of [...wanted.childNodes]) {
+    const old = known.get(want.dataset?.key) ?? at;
+    if (isSame(old, want)) {
+      if (old !== at) move(node, old, at);
+      update(old, want);
+      at = old.nextSibling;
+    } else if (!at || stays.has(at.dataset?.key)) node.insertBefore(want, at);
     else {
-      adopt(old, want);
-      patch(old, want);
+      at.replaceWith(want);
+      at = want.nextSibling;
     }
-  });
-  for (const old of have.slice(wanted.childNodes.length)) old.remove();
+  }
+  while (at) {
+    const next = at.nextSibling;
+    at.remove();
+    at = next;
+  }
+}
+
+function keyed(node) {
+  const found = [...node.children].filter((child) => child.dataset.key);
+  return new Map(found.map((child) => [child.dataset.key, child]));
+}
+
+// The newer way keeps the focus.
+function move(node, child, before) {
+  if (node.moveBefore) node.moveBefore(child, before);
+  else node.insertBefore(child, before);
+}
+
+function update(old, want) {
+  if (old.isEqualNode(want)) return;
+  if (old instanceof Text) old.data = want.data;
+  else {
+    adopt(old, want);
+    patch(old, want);
+  }
 }
 
 function isSame(old, want) {
-  return old.nodeName === want.nodeName && old.dataset?.key === want.dataset?.key;
+  return old && old.nodeName === want.nodeName && old.dataset?.key === want.dataset?.key;
 }
 
 // Take all attributes but `open`, which the reader sets.

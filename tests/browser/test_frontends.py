@@ -1,0 +1,149 @@
+"The panel where others run the notebook: Voilà, papermill, nbconvert's HTML without a network, marimo"
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from importlib.util import find_spec
+
+import pytest
+from helpers import JUPYTER_FOLDERS, free_port, notebook, process_tree, serving
+
+SETUP = """import subprocess, threading, time
+from cjm_fasthtml_resources.core.manager import ResourceManager
+from cjm_fasthtml_resources.simulate import SimulatedDriver, SimulatedGpu, SimulatedProcess
+from cjm_fasthtml_resources.ui.panel import ResourcePanel
+def vary():
+    while True:
+        gpus[0].utilization = (gpus[0].utilization + 1) % 100
+        time.sleep(0.1)
+gpus = [SimulatedGpu("NVIDIA L4", processes=[SimulatedProcess(4_200_101, 5000)]), SimulatedGpu("NVIDIA L40S")]
+SimulatedDriver(gpus).start()
+manager = ResourceManager()
+_ = manager.register_worker(4_200_101, "llm", job_id="job-1")
+threading.Thread(target=vary, daemon=True).start()"""
+SHOW = "ResourcePanel(manager, interval=0.2)"
+MARIMO = """import marimo
+app = marimo.App()
+
+@app.cell
+def _():
+{setup}
+    return ResourcePanel, manager
+
+@app.cell
+def _(ResourcePanel, manager):
+    panel = ResourcePanel(manager, interval=0.2)
+    panel
+    return
+
+if __name__ == "__main__": app.run()
+"""
+
+
+def need(*modules: str) -> None:
+    missing = [name for name in modules if find_spec(name) is None]
+    reason = f"no {' and no '.join(missing)}: pip install '.[browser]'"
+    if missing: (pytest.fail if os.environ.get("CI") else pytest.skip)(reason)
+
+
+def environment(folder) -> dict[str, str]:
+    "Where Jupyter's programs and marimo keep all of their own"
+    own = {name: str(folder/name.lower()) for name in (*JUPYTER_FOLDERS, "XDG_CONFIG_HOME", "XDG_STATE_HOME", "XDG_CACHE_HOME")}
+    return {**os.environ, **own}
+
+
+def tool(folder, *command: str) -> str:
+    "Run a program of Jupyter's to its end"
+    done = subprocess.run([sys.executable, "-m", *command], cwd=folder, env=environment(folder), timeout=120,
+                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    assert done.returncode == 0, done.stdout
+    return done.stdout
+
+
+def wait_until(condition, seconds=20.0):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it takes too long"
+        time.sleep(0.05)
+
+
+def loads(page) -> list[str]: return page.locator(".cjm .load").all_inner_texts()
+
+
+def moves(page, panel: int = 0) -> bool:
+    "Whether the figures of a panel change"
+    card, seen, end = page.locator(".cjm").nth(panel).locator(".load").first, set(), time.monotonic() + 5
+    while time.monotonic() < end and len(seen) < 3:
+        seen.add(card.inner_text())
+        time.sleep(0.1)
+    return len(seen) >= 3
+
+
+@pytest.fixture(scope="module")
+def executed(chromium, tmp_path_factory):
+    "A notebook with two cells of the same source, as papermill has run it"
+    need("papermill", "nbconvert")
+    folder = tmp_path_factory.mktemp("papermill")
+    last = "time.sleep(1)\ngpus[0].temperature = 77\ntime.sleep(1)\nprint('threads', threading.active_count())"
+    (folder/"in.ipynb").write_text(json.dumps(notebook([SETUP, SHOW, SHOW, last])))
+    tool(folder, "papermill", "in.ipynb", "out.ipynb")
+    return folder
+
+
+def test_nbconvert_shows_the_last_sample_without_a_network(executed, new_page):
+    tool(executed, "nbconvert", "--to", "html", "out.ipynb")
+    page = new_page()
+    page.context.set_offline(True)
+    page.route(re.compile("^https?:"), lambda route: route.abort())
+    page.goto(f"file://{executed}/out.html", wait_until="domcontentloaded")
+    page.locator(".cjm .cjm-card").first.wait_for()
+    assert page.locator(".cjm .cjm-card:visible", has_text="NVIDIA L4").count() >= 2   # two cells with one source are two
+    assert "77 °C" in loads(page)[0]                                                   # the last one
+    assert page.locator(".cjm .workers", has_text="job-1").count() == 2
+
+
+def test_voila_shows_it_live_and_ends_with_its_pages(chromium, new_page, tmp_path):
+    need("voila")
+    (tmp_path/"panel.ipynb").write_text(json.dumps(notebook([SETUP, SHOW, SHOW])))
+    port = free_port()
+    command = [sys.executable, "-m", "voila", "panel.ipynb", "--no-browser", "--ip=127.0.0.1", f"--port={port}"]
+    url = f"http://127.0.0.1:{port}/"
+    with serving(command, f"{url}voila/static/voila.js", tmp_path/"log", cwd=tmp_path, env=environment(tmp_path)) as process:
+        page = new_page()
+        page.goto(url)
+        page.locator(".cjm .cjm-card").first.wait_for()
+        assert page.locator(".cjm:visible").count() == 2 and moves(page, 0) and moves(page, 1)
+        assert len(process_tree(process.pid)) > 0
+        page.goto("about:blank")                                     # a closed page ends its kernel
+        wait_until(lambda: process_tree(process.pid) == [], 30)
+        page.goto(url)
+        page.locator(".cjm .cjm-card").first.wait_for()
+        kernels = process_tree(process.pid)
+        process.send_signal(signal.SIGINT if sys.platform == "win32" else signal.SIGTERM)   # with a page open
+        process.wait(10)
+        wait_until(lambda: not any(map(is_there, kernels)))
+
+
+def is_there(pid: int) -> bool:
+    try: os.kill(pid, 0)
+    except ProcessLookupError: return False
+    return True
+
+
+def test_marimo_shows_it(chromium, new_page, tmp_path):
+    need("marimo")
+    setup = "\n".join(f"    {line}" for line in SETUP.splitlines())
+    (tmp_path/"app.py").write_text(MARIMO.format(setup=setup))
+    port = free_port()
+    command = [sys.executable, "-m", "marimo", "-q", "-y", "run", "app.py", "--headless", "--no-token", "--host",
+               "127.0.0.1", "--port", str(port)]
+    with serving(command, f"http://127.0.0.1:{port}/health", tmp_path/"log", cwd=tmp_path, env=environment(tmp_path)) as process:
+        page = new_page()
+        page.goto(f"http://127.0.0.1:{port}/")
+        page.locator(".cjm .cjm-card").first.wait_for()
+        assert moves(page)
+        process.send_signal(signal.SIGTERM)                          # with a page open
+        process.wait(10)
