@@ -24,7 +24,9 @@ def trouble(folder) -> list[str]:
 def test_a_server_that_a_page_is_open_on_ends_when_it_is_told_to(name, number, tmp_path):
     with serving(need_server(name), tmp_path) as (process, url):
         tabs = [Tab(url) for _ in range(3)]
-        assert stop(process, number) < 3      # it takes about 0.3 s where the machine has nothing else to do
+        # it takes about 0.3 s where the machine has nothing else to do; gunicorn's own worker looks once a second, and
+        # waits 2 s for connections that are kept for a next request
+        assert stop(process, number) < (6 if "own" in name else 3)
         wait_until(lambda: all(tab.ended() for tab in tabs), 10)
         assert [tab.ended()[0] for tab in tabs] == [None]*3   # each stream ended as a whole answer does
         assert trouble(tmp_path) == []
@@ -40,7 +42,7 @@ def test_an_edit_is_served_while_a_page_is_open_and_the_page_goes_on_after_a_res
         write_app(tmp_path, port, "2nd")
         if "gunicorn" in name: process.send_signal(signal.SIGHUP)   # as `systemctl reload` does
         wait_until(lambda: "NVIDIA 2nd" in tab.text, 30, (tmp_path/"log").read_text)
-        assert answer(url, "/edition").endswith("2nd")
+        wait_until(lambda: answer(url, "/edition").endswith("2nd"), 10)   # old workers may answer for a moment
         stop(process, signal.SIGINT)
     write_app(tmp_path, port, "3rd")
     with serving(command, tmp_path, port): wait_until(lambda: "NVIDIA 3rd" in tab.text, 10)

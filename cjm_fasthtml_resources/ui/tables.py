@@ -38,15 +38,20 @@ def _header_html(name: str, classes: str) -> str:
     return to_html(Th(name, scope="col", cls=classes or None)).removesuffix("</th>")
 
 # %% ../../nbs/ui/tables.ipynb #33954094
+def _row_html(columns: Sequence[Column], row: Any, key: str) -> str:
+    start = f"<tr data-key={key}>" if key else "<tr>"
+    return start + "".join(_cell_html(c.cell(row), c.look) for c in columns)
+
 def make_table(
     name: str,                    # its class
     title: Any,                   # its caption
     columns: Sequence[Column],
     rows: Iterable[Any],
+    key: Callable[[Any], str] | None = None,   # of a row: what is open in it goes with it to another place
 ) -> Any:
     "Return a table with a caption and headers"
     head = "".join(_header_html(c.name, f"{c.look} {c.width}".strip()) for c in columns)
-    body = "".join("<tr>" + "".join(_cell_html(c.cell(row), c.look) for c in columns) for row in rows)
+    body = "".join(_row_html(columns, row, key(row) if key else "") for row in rows)
     return Table(Caption(title), Safe(f"<thead><tr>{head}<tbody>{body}"), cls=name)
 
 def _caption(title: str, extra: str) -> Any: return (f"{title} ", Small(extra)) if extra else title
@@ -148,4 +153,5 @@ def worker_table(
     columns: Sequence[Column] = WORKER_COLUMNS,
 ) -> Any:
     "Return a table of the app's workers, with what they do and hold"
-    return make_table("workers", _caption("Workers", extra), columns, rows)
+    return make_table("workers", _caption("Workers", extra), columns, rows,
+                      lambda row: f"{row.pid}.{row.start_time}")

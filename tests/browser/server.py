@@ -1,7 +1,7 @@
 """An app with the page and with simulated GPUs that a test can change: server.py PORT [PREFIX]
 
 With a prefix, the server stands for a proxy, too: it removes that, and the app does not learn of it.
-PUT /test?used=MIB fills the second GPU, ?workers=N has so many idle workers before the first one, ?job= ends its job;
+PUT /test?used=MIB fills the second GPU, ?workers=N has so many idle workers before the first one, ?idle ends its job;
 /test says what the driver was asked and which threads there are.
 """
 import subprocess
@@ -54,7 +54,7 @@ def have_idle(count: int) -> None:
 def state(req):
     if "used" in req.query_params: gpus[1].memory_used_mb = float(req.query_params["used"])
     if "workers" in req.query_params: have_idle(int(req.query_params["workers"]))
-    if "job" in req.query_params: manager.update_worker(worker.pid, job_id=req.query_params["job"] or None)
+    if "idle" in req.query_params: manager.update_worker_state(worker.pid, job_id=None, status="idle")
     if "temperature" in req.query_params: gpus[0].temperature = int(req.query_params["temperature"])
     threads = [t.name for t in threading.enumerate()]
     reads = driver.calls["nvmlDeviceGetCount_v2"]

@@ -178,7 +178,7 @@ def test_a_question_names_the_worker_and_stays_open_while_rows_move(server, new_
     for others in (3, 1, 5):                       # idle workers come and go, and the one at work stays
         ask(server, f"?workers={others}")
         page.wait_for_function(f"document.querySelectorAll('.workers tbody tr').length === {others + 1}")
-    ask(server, "?job=")                           # it is idle now, too, so that its row goes to another place
+    ask(server, "?idle=1")                           # it is idle now, too, so that its row goes to another place
     page.wait_for_function("![...document.querySelectorAll('.workers td')].some(td => td.textContent.includes('job-1'))")
     is_open = "[...document.querySelectorAll('.workers details')].map(d => d.open && d.dataset.key)"
     assert [key for key in page.evaluate(is_open) if key] == [page.evaluate("document.activeElement.value")]
