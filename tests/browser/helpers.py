@@ -82,7 +82,7 @@ def violations(page) -> list[str]:
 
 # What a person would be annoyed by: headers that are cut, columns that are squeezed to nothing, words over one another
 CUT = """() => {
-    const visible = (e) => e.getClientRects().length > 0 && getComputedStyle(e).visibility === 'visible';
+    const visible = (e) => e.checkVisibility({visibilityProperty: true});
     const said = [];
     if (document.documentElement.scrollWidth > innerWidth) said.push(`the page is ${document.documentElement.scrollWidth} px wide`);
     for (const th of document.querySelectorAll('.cjm th')) {

@@ -4,7 +4,7 @@ import re
 import time
 
 import pytest
-from helpers import jupyter, notebook, violations
+from helpers import CUT, jupyter, notebook, violations
 
 SETUP = """import subprocess, sys, threading, time
 from cjm_fasthtml_resources.core.manager import ResourceManager
@@ -158,3 +158,18 @@ def test_a_worker_is_stopped_after_a_question_and_a_selection_stays(open_noteboo
     page.get_by_role("button", name="Stop it").dblclick()
     page.get_by_text("Stopped the llm worker").wait_for()
     assert book.tell()["ended"] == -15
+
+
+def test_nothing_of_the_panel_is_cut_in_a_narrow_window(open_notebook, new_page):
+    book = Notebook(new_page(width=1400, height=1600), open_notebook("narrow"))
+    book.run(SETUP)
+    book.run(SHOW)
+    book.page.get_by_role("button", name=re.compile("Stop llm")).click()
+    book.page.keyboard.press("Control+b")    # JupyterLab's side bar would take the room
+    found = {}
+    for width in (1400, 1100, 1000, 940, 880, 820, 760, 700, 640, 560, 480, 420):
+        book.page.set_viewport_size(dict(width=width, height=1600))
+        time.sleep(0.3)
+        room = book.page.locator(".cjm").first.bounding_box()["width"]
+        if room >= 320 and (said := book.page.evaluate(CUT)): found[width, room] = said
+    assert found == {}
