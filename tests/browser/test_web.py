@@ -9,6 +9,11 @@ from pathlib import Path
 import pytest
 from helpers import CUT, free_port, serving, violations
 
+from cjm_fasthtml_resources.core.resources import OwnedProcess
+from cjm_fasthtml_resources.ui.cards import framed
+from cjm_fasthtml_resources.ui.parts import to_html
+from cjm_fasthtml_resources.ui.tables import process_table
+
 SERVER = Path(__file__).with_name("server.py")
 
 
@@ -164,6 +169,19 @@ def test_nothing_is_cut_and_nothing_sticks_out_from_320_px_on(server, new_page, 
         for width in WIDTHS:
             page.set_viewport_size(dict(width=width, height=900))
             if said := page.evaluate(CUT): found[width, is_open] = said
+    assert found == {}
+
+
+def test_a_table_of_many_hosts_and_containers_keeps_its_process_column(new_page):
+    process = OwnedProcess(4_200_101, "app", 2**30, "python3", "bob", parent_pid=4_200_100,
+                           parent_worker_type="transcription", container="whisper-container-name")
+    page, found = new_page(), {}
+    for place in (0, "gpu-host-12:1"):
+        page.set_content(to_html(framed(process_table([(place, process)]))))
+        for width in WIDTHS:
+            page.set_viewport_size(dict(width=width, height=900))
+            room = page.get_by_role("columnheader", name="process", exact=True).bounding_box()["width"]
+            if room < 44: found[place, width] = room
     assert found == {}
 
 
