@@ -265,7 +265,7 @@ class ResourcePanel(StaysHere, widgets.VBox):  # type: ignore[misc]  # ipywidget
         steering = _box(self._pause, self._every, self._sort, self._gpus, cls="controls")
         self._boxes = [*cards, grid, steering, workers, processes]
         above = [self._slots[key] for key in ("state", "banner", "memory_banner", "notes")]
-        self.children = (self._style, steering, *above, grid, workers, self._stops, self._said, self._asked, processes)
+        self.children = (self._style, steering, *above, grid, workers, self._said, self._asked, self._stops, processes)
         for box in old: _close(box)
 
     # Controls; a front end may call these on any thread

@@ -26,7 +26,8 @@ TELL = """threads = sum(t.name == 'resource-monitor' for t in threading.enumerat
 told = dict(threads=threads, paused=panel.monitor.paused, interval=panel.monitor.interval, ended=worker.poll())
 print(told, time.time())"""
 CLOSE = "panel.close(); time.sleep(0.5)"
-CELLS = [SETUP, SHOW, BUSY, TELL, CLOSE]
+CHECK = "manager.check_gpu_availability()"
+CELLS = [SETUP, SHOW, BUSY, TELL, CLOSE, CHECK]
 
 
 @pytest.fixture(scope="module", params=["jupyterlab", "notebook"])
@@ -43,6 +44,15 @@ def open_notebook(request, chromium, tmp_path_factory):
             return f"{server}/{place}/{name}.ipynb?token=t"
 
         yield write
+
+
+# How the cells of a table look
+LOOK = """table => [...table.querySelectorAll('th')].map(th => th.textContent).map((name, i) => [name,
+    ...[...table.querySelectorAll(`th:nth-child(${i + 1}), tr:first-child td:nth-child(${i + 1})`)].map(cell => {
+        const {textAlign, padding, fontSize, lineHeight, verticalAlign} = getComputedStyle(cell);
+        return [textAlign, padding, fontSize, lineHeight, verticalAlign,
+                getComputedStyle(cell.parentNode).backgroundColor].join(' ');
+    })])"""
 
 
 class Notebook:
@@ -154,7 +164,7 @@ def test_a_worker_is_stopped_after_a_question_and_a_selection_stays(open_noteboo
     assert place > 50 and book.moves() and page.evaluate("pane => pane.scrollTop", pane) == place
     page.set_viewport_size(dict(width=1400, height=1600))
     page.get_by_role("button", name=re.compile("Stop llm")).click()
-    page.get_by_text("which is running job-1").wait_for()
+    page.get_by_text("It is running job-1").wait_for()
     page.get_by_role("button", name="Keep it").click()
     assert book.tell()["ended"] is None
     page.get_by_role("button", name=re.compile("Stop llm")).click()
@@ -169,7 +179,10 @@ def test_everybody_can_read_the_panel_and_nothing_of_it_is_cut_in_a_narrow_windo
     book.run(SHOW)
     page = book.page
     page.get_by_role("button", name=re.compile("Stop llm")).click()
+    book.run(CHECK)
     page.keyboard.press("Control+b")         # JupyterLab's side bar would take the room
+    panel, check = (page.locator(".cjm .processes").nth(i).evaluate(LOOK) for i in range(2))
+    assert panel == check[:len(panel)] and check[-1][0] == "memory" and len(panel) > 3   # its memory is a table beside it
     found = {}
     for width in (1400, 1100, 1000, 940, 880, 820, 760, 700, 640, 560, 480, 420):
         page.set_viewport_size(dict(width=width, height=1600))
