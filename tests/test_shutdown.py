@@ -8,7 +8,18 @@ pytest.importorskip("fasthtml", reason="the extra web is not installed")
 pytest.importorskip("uvicorn")
 pytest.importorskip("httpx")
 
-from servers import RELOADING, SERVERS, Tab, answer, free_port, need_server, serving, stop, wait_until, write_app  # noqa: E402
+from servers import (  # noqa: E402
+    RELOADING,
+    SERVERS,
+    Tab,
+    answer,
+    free_port,
+    need_server,
+    serving,
+    stop,
+    wait_until,
+    write_app,
+)
 
 TROUBLE = ("Traceback", "Cancel", "ASGI callable returned", "Killing worker", "did not shut down", "WORKER TIMEOUT")
 

@@ -36,7 +36,7 @@ def open_notebook(request, chromium, tmp_path_factory):
     folder = tmp_path_factory.mktemp("notebooks")
     settings = folder/"jupyterlab_settings_dir"/"@jupyterlab"/"apputils-extension"
     settings.mkdir(parents=True)
-    (settings/"themes.jupyterlab-settings").write_text(json.dumps({"adaptive-theme": True}))   # light or dark, as the page
+    (settings/"themes.jupyterlab-settings").write_text(json.dumps({"adaptive-theme": True}))   # as the browser's
     with jupyter(request.param, folder) as server:
         def write(name):
             (folder/f"{name}.ipynb").write_text(json.dumps(notebook(CELLS)))
@@ -182,7 +182,7 @@ def test_everybody_can_read_the_panel_and_nothing_of_it_is_cut_in_a_narrow_windo
     book.run(CHECK)
     page.keyboard.press("Control+b")         # JupyterLab's side bar would take the room
     panel, check = (page.locator(".cjm .processes").nth(i).evaluate(LOOK) for i in range(2))
-    assert panel == check[:len(panel)] and check[-1][0] == "memory" and len(panel) > 3   # its memory is a table beside it
+    assert panel == check[:len(panel)] and len(panel) > 3 and check[-1][0] == "memory"   # a table beside it, in a panel
     found = {}
     for width in (1400, 1100, 1000, 940, 880, 820, 760, 700, 640, 560, 480, 420):
         page.set_viewport_size(dict(width=width, height=1600))

@@ -197,7 +197,8 @@ def test_a_question_names_the_worker_and_stays_open_while_rows_move(server, new_
         ask(server, f"?workers={others}")
         page.wait_for_function(f"document.querySelectorAll('.workers tbody tr').length === {others + 1}")
     ask(server, "?idle=1")                           # it is idle now, too, so that its row goes to another place
-    page.wait_for_function("![...document.querySelectorAll('.workers td')].some(td => td.textContent.includes('job-1'))")
+    cells = "[...document.querySelectorAll('.workers tr > td:nth-child(3)')]"
+    page.wait_for_function(f"{cells}.every(td => td.textContent === 'idle')")
     is_open = "[...document.querySelectorAll('.workers details')].map(d => d.open && d.dataset.key)"
     assert [key for key in page.evaluate(is_open) if key] == [page.evaluate("document.activeElement.value")]
     assert page.evaluate("document.activeElement.value").startswith(f"{pid}.")
