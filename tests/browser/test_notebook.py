@@ -18,7 +18,7 @@ worker = subprocess.Popen(["cat"], stdin=subprocess.PIPE)   # ends with its pare
 gpus = [SimulatedGpu("NVIDIA L4", processes=[SimulatedProcess(worker.pid, 5000)]), SimulatedGpu("NVIDIA L40S")]
 SimulatedDriver(gpus).start()
 manager = ResourceManager()
-_ = manager.register_worker(worker.pid, "llm", job_id="job-1")
+_ = manager.register_worker(worker.pid, "llm", job_id="job-1"), manager.register_worker(4_200_101, "transcription")
 threading.Thread(target=vary, daemon=True).start()"""
 SHOW = "panel = ResourcePanel(manager, interval=0.2, controls=True)\npanel"
 BUSY = "time.sleep(10)\nprint('awake')"
