@@ -92,6 +92,11 @@ CUT = """() => {
         if (th.scrollWidth > th.clientWidth) said.push(`the header ${name} is cut`);
         if (['process', 'type', 'status'].includes(name) && box.width < 44) said.push(`${name} has ${box.width} px`);
     }
+    for (const box of document.querySelectorAll('.cjm .halves')) {
+        const [left, right] = [...box.querySelectorAll('table')].map((table) =>
+            [...table.rows].map((tr) => Math.round(tr.getBoundingClientRect().top)).join());
+        if (left !== right) said.push(`rows beside each other are at ${left} and ${right}`);
+    }
     for (const name of ['type', 'status', 'process'])
         if (![...document.querySelectorAll('.cjm th')].some((th) => th.textContent === name && visible(th)))
             said.push(`no ${name}`);

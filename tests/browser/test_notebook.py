@@ -19,7 +19,7 @@ on_gpu = [SimulatedProcess(worker.pid, 5000), SimulatedProcess(1, 3000)]
 gpus = [SimulatedGpu("NVIDIA L4", processes=on_gpu), SimulatedGpu("NVIDIA L40S")]
 SimulatedDriver(gpus).start()
 manager = ResourceManager()
-_ = manager.register_worker(worker.pid, "llm", job_id="job-1")
+_ = manager.register_worker(worker.pid, "llm", job_id="job-1"), manager.register_worker(4_200_101, "transcription")
 threading.Thread(target=vary, daemon=True).start()"""
 SHOW = "panel = ResourcePanel(manager, interval=0.2, controls=True)\npanel"
 BUSY = "time.sleep(10)\nprint('awake')"
