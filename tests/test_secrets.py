@@ -313,7 +313,7 @@ def test_the_rest_is_described():
     config = {"api_key": "sk-" + "x"*48, "prompt": "Good morning", "pin": 1234, "layers": [1, 2], "raw": b"abc"}
     assert shown_config(config) == {
         "api_key": "<str, 51 characters>", "prompt": "<str, 12 characters>", "pin": "<int, hidden>",
-        "layers": "<list, 2 items>", "raw": "<bytes, 3 bytes>"}
+        "layers": [1, 2], "raw": "<bytes, 3 bytes>"}
     assert (describe(Open("x")), describe(10**30)) == ("<Open, hidden>", "<int, 100 bits>")
 
 

@@ -27,8 +27,11 @@ _VOLATILE = (   # the last word of a name; compiled when it is first used
     r"|host|port|time|timestamp|date|timeout|retries|inputs?|outputs?|prompt|language|temperature|top_p|top_k"
     r"|log_level|verbose|debug)$")
 
+_AMOUNTS = ("max_", "min_", "num_", "n_")   # begin the name of an amount, as max_inputs
+
 def _is_left_out(name: str, nested: bool) -> bool:
     if name in PLUGIN_RESOURCE_CONFIG_KEYS: return not nested
+    if name.startswith(_AMOUNTS): return False
     return is_description(name) or re.search(_VOLATILE, re.sub(_WORD_BEGINS, "_", name)) is not None
 
 def _pick(shown: Mapping[str, Any], nested: bool) -> dict[str, Any]:

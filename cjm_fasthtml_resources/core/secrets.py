@@ -121,20 +121,24 @@ _PLAIN_WORD = re.compile(
     r"[A-Z]?[a-z]{1,9}|[A-Z]{1,6}|[a-z]{2}[-_][A-Z]{2}"                              # auto, GPTQ, en-US
     r"|(?:(?:b?float|u?int|fp|bf|nf|tf)\d{1,2}(?:_e\dm\d|_)?)+|q\d_[a-z\d](?:_[a-z])?", re.ASCII)   # float16, q4_k_m
 
+_FEW = 8   # numbers in a list that is shown
+
 def shown_value(value: Any) -> Any:  # plain JSON
-    "Return a number, a boolean, `None` or a short word as it is, and a description of anything else"
+    "Return a number, a few of them, a boolean, `None` or a short word as it is, and a description of anything else"
     if value is None or type(value) is bool: return value
     if type(value) is int and abs(value) < 2**53: return value
     if type(value) is float and math.isfinite(value): return value
     if type(value) is str and _PLAIN_WORD.fullmatch(value): return value
+    if type(value) in (list, tuple) and len(value) <= _FEW and all(type(v) in (int, float, bool) for v in value):
+        return [shown_value(v) for v in value]   # a size such as [512, 512]
     return describe(value)
 
 # %% ../../nbs/core/secrets.ipynb #4cf9823b
 PLUGIN_RESOURCE_CONFIG_KEYS = ["resource_id", "model_id", "model", "model_name", "model_path"]
 
 _SECRET_NAME = (
-    r"(?i)key(?!board|word|frame)|token(?!s\b|i[sz])|secret|pass(?:w|phrase|code|\b|_)|pwd|cred|auth(?!ors?\b)"
-    r"|cookie|session|bearer|jwt|dsn|private|salt|signature|connection|mnemonic"
+    r"(?i)key(?!board|word|frame|_?value)|token(?!s\b|i[sz])|secret|pass(?:w|phrase|code|\b|_)|pwd|cred|auth(?!ors?\b)"
+    r"|cookie|session(?!_?len)|bearer|jwt|dsn|private|salt|signature|connection|mnemonic"
     r"|(?:^|[_-])(?:pin|pat|otp|sas|cert|pem)(?:[_-]|$)")
 _PLAIN_NAME = re.compile(r"[A-Za-z_][\w.-]{0,39}|-?\d{1,16}", re.ASCII)
 _DEEPEST = 8   # mappings within mappings that are shown

@@ -49,7 +49,6 @@ ANSWERS: dict[str, int | tuple[int, ...]] = {
     "nvmlDeviceGetDriverModel": NOT_SUPPORTED,
     "nvmlDeviceGetConfComputeMemSizeInfo": NOT_SUPPORTED,     # their presence tells the size of an entry in the
     "nvmlDeviceGetRunningProcessDetailList": NOT_SUPPORTED,   # lists of processes
-    "nvmlDeviceGetProcessUtilization": NOT_FOUND,
     "nvmlDeviceGetDisplayMode": (0,),
     "nvmlDeviceGetDisplayActive": (0,),
     "nvmlDeviceGetPersistenceMode": (1,),

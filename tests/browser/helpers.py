@@ -84,7 +84,8 @@ def violations(page, context=".cjm") -> list[str]:
 CUT = """() => {
     const visible = (e) => e.checkVisibility({visibilityProperty: true});
     const said = [];
-    if (document.documentElement.scrollWidth > innerWidth) said.push(`the page is ${document.documentElement.scrollWidth} px wide`);
+    const wide = document.documentElement.scrollWidth;
+    if (wide > innerWidth) said.push(`the page is ${wide} px wide`);
     for (const th of document.querySelectorAll('.cjm th')) {
         if (!visible(th)) continue;
         const name = th.textContent, box = th.getBoundingClientRect();
