@@ -49,7 +49,7 @@ class Terminal:
             for number, line in re.findall(r"\x1b\[(\d+);1H([^\x1b]*)\x1b\[K", text):
                 self.screen[int(number) - 1] = line
 
-    def until(self, *texts: str, seconds: float = 15) -> str:
+    def until(self, *texts: str, seconds: float = 40) -> str:
         "Wait until all of these are on the screen, and return it"
         end = time.monotonic() + seconds
         while not all(text in self.text for text in texts):
