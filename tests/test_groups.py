@@ -27,6 +27,7 @@ from cjm_fasthtml_resources.core.topology import Links
 from cjm_fasthtml_resources.simulate import SimulatedDriver, SimulatedGpu
 
 KEYS = ("GPU-0", "GPU-1", "GPU-2", "GPU-3")
+MORE = 20 if os.environ.get("HYPOTHESIS_PROFILE") == "long" else 1
 holders = st.integers(1, 3).map(lambda n: ProcessId(n, float(n)))
 
 # The arithmetic
@@ -56,7 +57,7 @@ def members(claim, claims): return [c for c in claims if claim.id <= c.id < clai
 
 
 @given(situations())
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=500*MORE, deadline=None)
 def test_a_group_gets_all_it_asks_for_or_nothing_and_nobody_who_fits_is_passed_over(situation):
     uses, claims = situation
     after = grant(claims, uses, choose=min)
@@ -81,7 +82,7 @@ def test_a_group_gets_all_it_asks_for_or_nothing_and_nobody_who_fits_is_passed_o
 
 
 @given(situations())
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200*MORE, deadline=None)
 def test_what_is_written_is_read_and_a_program_without_groups_changes_none(situation):
     uses, claims = situation
     rows = Rows(tuple(claims), 3, KEYS, 40)
@@ -104,7 +105,7 @@ def test_what_is_written_is_read_and_a_program_without_groups_changes_none(situa
 
 @given(st.lists(st.tuples(st.integers(1, 40), st.integers(1, 3)), min_size=12, max_size=60), st.integers(50, 100),
        st.integers(2, 3))
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150*MORE, deadline=None)
 def test_a_group_is_not_starved_by_small_ones(small, large, count):
     "Small ones come without end on three devices and hold for two rounds each; the group is served soon"
     me, claims, born, id = ProcessId(1, 1.0), [], {}, 1
@@ -214,7 +215,7 @@ class Groups(RuleBasedStateMachine):
 
 
 TestGroups = Groups.TestCase
-TestGroups.settings = settings(max_examples=60, stateful_step_count=30, deadline=None)
+TestGroups.settings = settings(max_examples=60*MORE, stateful_step_count=30, deadline=None)
 
 
 # The manager
