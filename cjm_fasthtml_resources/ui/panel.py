@@ -254,7 +254,6 @@ class ResourcePanel(StaysHere, SeenBox):
                   self._said, self._filter)
         return [*buttons, *rows, *single, *self._slots.values(), *self._boxes]
 
-    # What is shown
     def _show(self, sample: Sample) -> None:
         "On the monitor's thread: put what changed into the widgets"
         with self._lock:
@@ -283,9 +282,8 @@ class ResourcePanel(StaysHere, SeenBox):
         steering = _box(self._pause, self._every, self._sort, *self._more.values(), self._gpus, cls="controls")
         self._boxes = [*cards, grid, steering, workers, processes]
         above = [self._slots[key] for key in ("state", "banner", "memory_banner", "notes")]
-        head = (self._style, self.pulse.widget, steering)
-        self.children = (*head, *above, grid, self._filter, workers, self._said, self._asked, self._stops,
-                         processes, self._slots["reservations"], self._slots["totals"])
+        self.children = (self._style, self.pulse.widget, steering, *above, grid, self._filter, workers, self._said,
+                         self._asked, self._stops, processes, self._slots["reservations"], self._slots["totals"])
         for box in old: _close(box)
 
     # Controls; a front end may call these on any thread
