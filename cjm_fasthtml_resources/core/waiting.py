@@ -26,6 +26,7 @@ class ReservationRow:
     state: str
     memory: int    # bytes
 
+# %% ../../nbs/core/waiting.ipynb #42af4cc6
 def _holders(devices: Sequence[DeviceStatus]) -> dict[int, str]:
     "Return the names of the processes on devices, and of workers whose child processes are there, by PID"
     every = [p for d in devices for p in d.processes]
