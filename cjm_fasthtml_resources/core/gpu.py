@@ -152,11 +152,10 @@ class GpuReader:
         while True:
             callers = _next_calls(self._queue, driver)
             self._since = time.monotonic()
-            wake, loads = any(call.wake for call in callers), any(call.loads for call in callers)
-            if any(call.reads for call in callers): self._latest = driver.read(wake, loads)
+            if any(call.reads for call in callers):
+                self._latest = driver.read(any(call.wake for call in callers), any(call.loads for call in callers))
             elif not all(call.pairs for call in callers): driver.close()
-            for call in callers:
-                if call.pairs: call.found.append(driver.read_links(call.pairs))
+            for call in (call for call in callers if call.pairs): call.found.append(driver.read_links(call.pairs))
             self._since = math.inf
             for call in callers: call.answered.release()
 

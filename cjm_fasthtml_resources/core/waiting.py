@@ -14,6 +14,13 @@ from .resources import DeviceStatus, Promise, Waiting
 from .text import format_bytes
 from .totals import name_devices
 
+# %% ../../nbs/core/waiting.ipynb #0a5f5b89
+def _holders(devices: Sequence[DeviceStatus]) -> dict[int, str]:
+    "Return the names of the processes on devices, and of workers whose child processes are there, by PID"
+    every = [p for d in devices for p in d.processes]
+    workers = {p.parent_pid or p.pid: name_worker(p) for p in every if p.worker_type}
+    return {p.pid: p.name or "" for p in every} | workers
+
 # %% ../../nbs/core/waiting.ipynb #d56a476a
 @dataclass(frozen=True)
 class ReservationRow:
@@ -25,13 +32,6 @@ class ReservationRow:
     app: str
     state: str
     memory: int    # bytes
-
-# %% ../../nbs/core/waiting.ipynb #42af4cc6
-def _holders(devices: Sequence[DeviceStatus]) -> dict[int, str]:
-    "Return the names of the processes on devices, and of workers whose child processes are there, by PID"
-    every = [p for d in devices for p in d.processes]
-    workers = {p.parent_pid or p.pid: name_worker(p) for p in every if p.worker_type}
-    return {p.pid: p.name or "" for p in every} | workers
 
 def _reserved(place: int | str, promise: Promise, who: str) -> ReservationRow:
     state = f"{format_bytes(promise.unused)} unused" if promise.unused else "in use"
