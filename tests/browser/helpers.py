@@ -72,6 +72,14 @@ def process_tree(pid: int) -> list[int]:
     except psutil.NoSuchProcess: return []
 
 
+def wait_for(page, expression: str, timeout: float = 30_000) -> None:
+    "Wait until an expression is true in a page. Playwright's own way evaluates text there, which the page forbids"
+    end = time.monotonic() + timeout/1000
+    while not page.evaluate(expression):
+        assert time.monotonic() < end, f"not so in {timeout:g} ms: {expression}"
+        page.wait_for_timeout(50)
+
+
 def violations(page, context=".cjm") -> list[str]:
     "What axe-core finds that is serious, in words"
     from axe_playwright_python.sync_playwright import Axe

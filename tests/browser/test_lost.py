@@ -9,7 +9,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
-from helpers import free_port, serving, violations
+from helpers import free_port, serving, violations, wait_for
 from test_web import ask, second, wait_until
 
 SERVER = Path(__file__).with_name("ended.py")
@@ -88,7 +88,7 @@ class Proxy:
 def test_a_proxy_that_holds_the_stream_back_does_not_make_old_figures_look_live(server, new_page, seconds):
     proxy, page = Proxy(server, seconds), new_page()
     page.goto(f"{proxy.url}/resources")
-    page.wait_for_function("!document.querySelector('.cjm').matches('.ages')")   # the script runs
+    wait_for(page, "!document.querySelector('.cjm').matches('.ages')")   # the script runs
     wait_until(lambda: is_lost(page), 5)
     seen, end = [], time.monotonic() + 10
     while time.monotonic() < end:
@@ -108,7 +108,7 @@ def test_a_session_that_has_ended_asks_to_log_in_again(server, new_page):
         assert is_lost(page) and "Your session has ended: log in again." in page.locator("[data-cjm-lost]").inner_text()
         assert violations(page) == []
         ask(server, "?session=")                                    # somebody logged in, in another tab
-        page.wait_for_function("document.querySelector('[data-cjm-lost]').textContent === ''")
+        wait_for(page, "document.querySelector('[data-cjm-lost]').textContent === ''")
         assert not is_lost(page)
     ask(server, "?session=401")
     page.get_by_role("link", name="log in again").click()
@@ -127,5 +127,5 @@ def test_a_tab_that_comes_back_after_a_while_is_grey_until_there_are_new_figures
     time.sleep(4)
     page.route("**/resources/stream", lambda route: None)           # no answer comes
     page.evaluate(hide, False)
-    page.wait_for_function(GREY, timeout=1000)
+    wait_for(page, GREY, timeout=1000)
     page.unroute_all()

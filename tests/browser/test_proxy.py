@@ -4,7 +4,7 @@ import time
 from pathlib import Path
 
 import pytest
-from helpers import free_port, serving
+from helpers import free_port, serving, wait_for
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -33,7 +33,7 @@ def test_behind_nginx_it_is_live_and_a_worker_is_stopped(app, new_page, tmp_path
         page.locator(".workers summary").click()
         page.get_by_role("button", name=f"Yes, stop {pid}").click()
         page.wait_for_url(f"{url}/resources")
-        page.wait_for_function("!document.querySelector('.workers')")
+        wait_for(page, "!document.querySelector('.workers')")
 
 
 def test_a_proxy_that_holds_the_stream_back_is_said_to_be_no_live_view(app, new_page, tmp_path):

@@ -8,7 +8,7 @@ import urllib.request
 from pathlib import Path
 
 import pytest
-from helpers import CUT, free_port, serving, violations
+from helpers import CUT, free_port, serving, violations, wait_for
 
 from cjm_fasthtml_resources.core.resources import OwnedProcess
 from cjm_fasthtml_resources.ui.cards import framed
@@ -333,10 +333,10 @@ def test_a_question_names_the_worker_and_stays_open_while_rows_move(server, new_
     page.evaluate("document.querySelector('.workers details button').focus()")
     for others in (3, 1, 5):                       # idle workers come and go, and the one at work stays
         ask(server, f"?workers={others}")
-        page.wait_for_function(f"document.querySelectorAll('.workers tbody tr').length === {others + 1}")
+        wait_for(page, f"document.querySelectorAll('.workers tbody tr').length === {others + 1}")
     ask(server, "?idle=1")                           # it is idle now, too, so that its row goes to another place
     cells = "[...document.querySelectorAll('.workers tr > td:nth-child(3)')]"
-    page.wait_for_function(f"{cells}.every(td => td.textContent === 'idle')")
+    wait_for(page, f"{cells}.every(td => td.textContent === 'idle')")
     is_open = "[...document.querySelectorAll('.workers details')].map(d => d.open && d.dataset.key)"
     assert [key for key in page.evaluate(is_open) if key] == [page.evaluate("document.activeElement.value")]
     assert page.evaluate("document.activeElement.value").startswith(f"{pid}.")
