@@ -27,13 +27,16 @@ def _parse(
     return value
 
 # %% ../nbs/sizes.ipynb #86f43043
-_BYTES = {"": 2**20, "m": 2**20, "mib": 2**20, "g": 2**30, "gib": 2**30, "t": 2**40, "tib": 2**40,
+_BYTES = {"m": 2**20, "mib": 2**20, "g": 2**30, "gib": 2**30, "t": 2**40, "tib": 2**40,
           "mb": 10**6, "gb": 10**9}
 
 def parse_size(
-    text: str,  # "8GiB", "8.5G", "8192" (MiB)
+    text: str,  # "8GiB", "8.5G", "8192MiB"
 ) -> float:
     "Return a size in bytes; `ValueError` for other texts"
+    if (number := text.strip()).isdecimal() and len(number) <= 9:
+        if not int(number): return 0
+        raise ValueError(f"{text!r} needs a unit, such as {number}{'GiB' if int(number) < 1024 else 'MiB'}")
     return _parse(text, _BYTES, "size; write it like 8GiB, 8192MiB or 8.5G", 2**60)
 
 # %% ../nbs/sizes.ipynb #ab4f1c44

@@ -8,10 +8,14 @@ import sys
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 ROOT = Path(__file__).resolve().parent.parent
 MIB, GIB = 2**20, 2**30
 GONE = 2**22 + 1  # Linux gives no number as high as this
+
+settings.register_profile("any machine", deadline=None)   # a busy one takes longer
+settings.load_profile("any machine")
 
 # a shell's background job ignores Ctrl-C, and so would what the tests start: --watch would never end
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN: signal.signal(signal.SIGINT, signal.default_int_handler)

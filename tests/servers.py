@@ -64,7 +64,7 @@ def need_server(name: str) -> list[str]:
 
 def need_program(name: str, package: str) -> str:
     "A program of the system's packages, which the test command installs where it may"
-    found = shutil.which(name, path=f"{os.environ.get('PATH', '')}:/usr/sbin")
+    found = shutil.which(name, path=f"{os.environ.get('PATH', '')}{os.pathsep}/usr/sbin")
     if found: return found
     (pytest.fail if os.environ.get("CI") else pytest.skip)(f"no {name}: apt-get install {package}")
 
@@ -134,7 +134,8 @@ class Tab(threading.Thread):
     def __init__(self, url: str, path: str = "/resources/stream", **headers: str) -> None:
         super().__init__(daemon=True)
         self.url, self.headers = url + path, headers
-        self.text, self.events, self.errors, self.closed = "", list[tuple[float, str]](), list[Exception | None](), False
+        self.text, self.closed = "", False
+        self.events, self.errors = list[tuple[float, str]](), list[Exception | None]()   # when and what; how it ended
         self.start()
         wait_until(lambda: self.events, 20, lambda: f"no event: {self.errors}")
 

@@ -199,12 +199,16 @@ def test_wait_runs_the_command_on_that_gpu_and_passes_its_exit_code_on(command, 
 
 
 @pytest.mark.parametrize("args, code, message", [
-    (["--gpu-memory", "30GiB"], 2, "at most 24000"),
+    (["--gpu-memory", "30GiB"], 2, "30.0 GiB is more than the largest GPU has (23.4 GiB)"),
     (["--gpu-memory", "8GiB", "--device", "3"], 2, "one of the 1 that are visible"),
-    (["--gpu-memory", "1", "--app", "4 2"], 2, "app must be"),
-    (["--gpu-memory", "1", "/no/such"], 127, "No such file"),
-    (["--gpu-memory", "1", "/"], 126, "ermission denied"),
-    (["--gpu-memory", "1", "--timeout", "soon"], 2, "write it like 90s")])
+    (["--gpu-memory", "1MiB", "--app", "4 2"], 2, "app must be"),
+    (["--gpu-memory", "1MiB", "/no/such"], 127, "No such file"),
+    (["--gpu-memory", "1MiB", "/"], 126, "ermission denied"),
+    (["--gpu-memory", "8000"], 2, "'8000' needs a unit, such as 8000MiB"),
+    (["--gpu-memory", "8"], 2, "'8' needs a unit, such as 8GiB"),
+    (["--gpu-memory", "8GiB", "--timeot", "10m"], 2, "--timeout"),
+    (["--gpu-memory", "8GiB", "--simulate", "idle"], 2, "--simulate belongs before wait"),
+    (["--gpu-memory", "1MiB", "--timeout", "soon"], 2, "write it like 90s")])
 def test_what_is_wrong_is_said(command, folder, tmp_path, args, code, message):
     result = command(*simulated(tmp_path), "wait", *args)
     assert result.returncode == code and message in result.stderr and "Traceback" not in result.stderr
@@ -213,7 +217,7 @@ def test_what_is_wrong_is_said(command, folder, tmp_path, args, code, message):
 def test_the_promise_is_the_commands_and_ends_with_it(command, folder, tmp_path):
     machine = simulated(tmp_path)
     program = os.path.join(os.path.dirname(sys.executable), "cjm-resources")
-    waiting = [program, *machine, "wait", "--app", "night", "--gpu-memory", "20000", "--"]
+    waiting = [program, *machine, "wait", "--app", "night", "--gpu-memory", "20000MiB", "--"]
     job = [sys.executable, "-c", "print('on it', flush=True); input()"]
     job = subprocess.Popen([*waiting, *job], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     assert job.stdout.readline() == "on it\n"
@@ -225,11 +229,11 @@ def test_the_promise_is_the_commands_and_ends_with_it(command, folder, tmp_path)
     assert str(job.pid) in command(*machine, "--app", "night").stdout
     job.send_signal(signal.SIGTERM)  # reaches the command itself
     assert job.wait() == -signal.SIGTERM
-    assert command(*machine, "wait", "--gpu-memory", "20000", "--timeout", "0").returncode == 0
+    assert command(*machine, "wait", "--gpu-memory", "20000MiB", "--timeout", "0").returncode == 0
 
 
 def test_without_a_gpu_it_says_so_at_once(command, folder, tmp_path):
-    result = command(*simulated(tmp_path, gpus=0), "wait", "--gpu-memory", "1")
+    result = command(*simulated(tmp_path, gpus=0), "wait", "--gpu-memory", "1MiB")
     assert result.returncode == 69 and "sees no GPU" in result.stderr
 
 
@@ -237,7 +241,7 @@ def test_a_file_that_cannot_be_used_is_named(command, folder, tmp_path):
     folder.mkdir(mode=0o700)
     (folder/"elsewhere").touch()
     store_path().symlink_to(folder/"elsewhere")
-    for args in (["--app", "night"], ["wait", "--gpu-memory", "1"]):
+    for args in (["--app", "night"], ["wait", "--gpu-memory", "1MiB"]):
         result = command(*simulated(tmp_path), *args)
         assert result.returncode == 74 and f"{store_path()} is a symbolic link" in result.stderr, result
 

@@ -320,7 +320,7 @@ def test_a_file_that_is_too_deep_to_read_is_an_error_in_words(tmp_path):
 @pytest.mark.parametrize("args", [
     ["wait", "--gpu-memory", "9"*400], ["wait", "--gpu-memory", "9"*5000 + "GiB"],
     ["wait", "--gpu-memory", "1"*20 + "TiB"],
-    ["wait", "--gpu-memory", "1", "--timeout", "9"*400], ["wait", "--gpu-memory", "1", "--device", "9"*5000],
+    ["wait", "--gpu-memory", "1MiB", "--timeout", "9"*400], ["wait", "--gpu-memory", "1MiB", "--device", "9"*5000],
     ["--app", "9"*5000], ["--app", "4294967296"], ["--interval", "nan"], ["--threshold", "nan"], ["--top", "9"*5000]])
 def test_the_command_says_what_is_wrong_in_a_line(args, capsys, folder, monkeypatch):
     from cjm_fasthtml_resources.cli import main

@@ -39,7 +39,6 @@ def on_terminal(*args: str, keys: bytes = b"", wait: float = 0, **env: str) -> t
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), written.decode()
 
 
-
 def test_the_package_is_the_command_too():
     run = [[PROGRAM], [sys.executable, "-m", "cjm_fasthtml_resources"]]
     done = [subprocess.run([*program, "--simulate", "lost", "--exit-code"], capture_output=True, text=True)
@@ -91,11 +90,11 @@ def test_unavailable_is_12(command, tmp_path):
 
 
 def test_watch_refreshes_in_place_and_ends_cleanly():
-    code, written = on_terminal("--simulate", "pair", "--watch", "--interval", "0.2", keys=b"\x03", wait=2.5)
+    code, written = on_terminal("--simulate", "pair", "--watch", "--interval", "0.2", keys=b"q", wait=2.5)
     assert code == 0 and "Traceback" not in written and "Aborted" not in written
-    assert written.count("SIMULATED") >= 3 and "\x1b[1A" in written      # it went up and wrote over what was there
+    assert written.count("SIMULATED") >= 2 and "\x1b[1;1H" in written      # it wrote over what was there
     watch = ("--simulate", "shared", "--watch", "--interval", "0.2", "--exit-code")
-    assert on_terminal(*watch, keys=b"\x03", wait=2)[0] == 11
+    assert on_terminal(*watch, keys=b"q", wait=2)[0] == 11
 
 
 def test_watch_as_json_gives_a_line_each_time():
@@ -104,7 +103,7 @@ def test_watch_as_json_gives_a_line_each_time():
     lines = [json.loads(process.stdout.readline()) for _ in range(3)]
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=10)
-    assert (process.returncode, errors) == (0, "") and lines[0]["time"] < lines[2]["time"]
+    assert (process.returncode, errors) == (-signal.SIGINT, "") and lines[0]["time"] < lines[2]["time"]
 
 
 def test_ctrl_c_ends_the_page_quietly_as_soon_as_its_address_is_shown():
@@ -116,7 +115,74 @@ def test_ctrl_c_ends_the_page_quietly_as_soon_as_its_address_is_shown():
             shown = process.stdout.readline()
             process.send_signal(signal.SIGINT)
             written, errors = process.communicate(timeout=20)
-            assert shown.startswith("http://127.0.0.1:") and (written, errors, process.returncode) == ("", "", 0)
+            assert shown.startswith("http://127.0.0.1:")
+            assert (written, errors, process.returncode) == ("", "", -signal.SIGINT)
+
+
+def test_ctrl_c_ends_a_wait_as_by_the_signal_and_leaves_the_queue(command, folder, tmp_path):
+    from cjm_fasthtml_resources.core.manager import ResourceManager
+    from cjm_fasthtml_resources.simulate import SimulatedDriver, SimulatedGpu
+    path = tmp_path/"machine.json"
+    path.write_text(json.dumps(dict(gpus=[dict(memory_total_mb=24_000)])))
+    wait = [PROGRAM, "--simulate", str(path), "wait", "--gpu-memory", "8GiB", "--", "true"]
+    with SimulatedDriver([SimulatedGpu(memory_total_mb=24_000)]):
+        manager = ResourceManager(app="day")
+        with manager.reserve(20_000), subprocess.Popen(wait, stderr=subprocess.PIPE, text=True) as process:
+            end = time.monotonic() + 20
+            while len(manager.get_claims()) < 2 and time.monotonic() < end: time.sleep(0.05)
+            process.send_signal(signal.SIGINT)
+            assert process.wait(10) == -signal.SIGINT and "Traceback" not in process.stderr.read()
+            assert len(manager.get_claims()) == 1
+
+
+@pytest.mark.parametrize("args, message", [
+    (["wiat", "--gpu-memory", "8GiB"], "Did you mean 'wait'?"),
+    (["wait", "--timeot", "10m"], "--timeout"),
+    (["run", "--retires", "1", "true"], "--retries"),
+    (["wait", "--simulate", "idle"], "--simulate belongs before wait: cjm-resources --simulate … wait …"),
+    (["needs", "--watch"], "--watch belongs before needs"),
+    (["--gpu-memory", "8GiB", "wait"], "--gpu-memory belongs after wait or run"),
+    (["--port", "1", "serve"], "--port belongs after serve"),
+    (["--simulate", "shared", "wait", "--gpu-memory", "80GiB"], "80.0 GiB is more than the largest GPU has (47.4 GiB)"),
+])
+def test_an_option_that_is_wrong_is_answered_with_what_was_meant(command, args, message):
+    result = command(*args)
+    assert result.returncode == 2 and message in result.stderr, result.stderr
+
+
+@pytest.mark.parametrize("name", ["", "wait", "run", "needs", "serve"])
+def test_the_help_has_examples(command, name):
+    shown = command(*filter(None, [name]), "--help").stdout
+    below = shown.partition("Examples:")[2]
+    examples = re.findall(r"^ +((?:\w+=\S+ )?cjm-resources .*?)(?:   .*)?$", below, re.MULTILINE)
+    assert len(examples) >= 2 and (name or "--watch") in shown
+    from test_docs import check_command
+    for example in examples: check_command([w for w in example.split() if w.partition("=")[0] != "CJM_RESOURCES_TOKEN"])
+
+
+@pytest.mark.parametrize("typed, found", [
+    ("cjm-resources wa", "wait"), ("cjm-resources --simulate two", "two-cards"),
+    ("cjm-resources wait --gpu", "--gpu-memory"),
+    ("cjm-resources --simulate h200-mig-l", "h200-mig-load")])
+def test_the_shell_completes(command, typed, found):
+    words = typed.split()
+    result = command(_CJM_RESOURCES_COMPLETE="bash_complete", COMP_WORDS=typed, COMP_CWORD=str(len(words) - 1))
+    assert f"plain,{found}" in result.stdout.splitlines()
+    assert "complete -o nosort" in command(_CJM_RESOURCES_COMPLETE="bash_source").stdout or sys.platform == "darwin"
+
+
+def test_a_look_imports_what_it_needs():
+    code = ("import sys; from cjm_fasthtml_resources.cli import main\n"
+            "try: main(sys.argv[1:], prog_name='cjm-resources')\n"
+            "except SystemExit: pass\n"
+            "print(*sorted(name for name in sys.modules if '.' not in name or 'commands' in name or 'ui.' in name))")
+    def loaded(*args): return set(subprocess.run([sys.executable, "-c", code, *args], capture_output=True,
+                                                 text=True, check=True).stdout.splitlines()[-1].split())
+    heavy = {"rich", "asyncio", "tqdm", "psutil", "fastcore", "ipywidgets", "uvicorn", "pandas", "curses"}
+    assert not loaded() & (heavy | {"cjm_fasthtml_resources.commands.watch", "cjm_fasthtml_resources.commands.wait"})
+    assert not loaded("--json") & {"cjm_fasthtml_resources.ui.terminal"}
+    waited = loaded("--simulate", "idle", "wait", "--gpu-memory", "1GiB")
+    assert not waited & (heavy | {"cjm_fasthtml_resources.ui.terminal", "cjm_fasthtml_resources.commands.serve"})
 
 
 def test_a_reader_that_goes_away_is_no_traceback():

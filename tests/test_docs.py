@@ -179,3 +179,13 @@ def test_the_arrows_of_the_map_are_imports():
         return re.search(pattern, exported()[importer]) is not None
 
     assert [arrow for arrow in arrows if not imports(arrow[1], arrow[0])] == []
+
+
+def test_each_test_that_watch_it_live_names_is_there():
+    page = text(ROOT/"nbs"/"tutorials"/"live.ipynb")
+    rows = re.findall(r"^\|.*\|([^|]*`tests/[^|]*)\|$", page, re.MULTILINE)
+    assert len(rows) >= 8
+    for row in rows:
+        files = [ROOT/name for name in re.findall(r"`(tests/[\w/]+\.py)`", row)]
+        tests = re.findall(r"`(test_\w+)…`", row)
+        assert files and all(any(f"def {name}" in path.read_text() for path in files) for name in tests), row

@@ -120,8 +120,9 @@ def refused(answer: Any, folder: Path) -> bool:
 # What may happen to the files
 
 def of_kind(folder: Path, kind: str) -> list[Path]:
-    "The database, the lock file, or all that is there"
-    return [path for path in folder.iterdir() if kind == "all" or kind in path.name.rpartition(".")[2]]
+    "The database, the lock file, or all that is there but the counts of events, which promise nothing"
+    files = [path for path in folder.iterdir() if path.suffix != ".events"]
+    return [path for path in files if kind == "all" or kind in path.name.rpartition(".")[2]]
 
 
 def each(kind: str, act: Callable[[Path, Path], None]) -> Callable[[Path, Path], None]:

@@ -2,15 +2,18 @@
 import asyncio
 import os
 import subprocess
+import sys
 import threading
 import time
 from dataclasses import replace
 
 import pytest
+from click.testing import CliRunner
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
+from cjm_fasthtml_resources import cli
 from cjm_fasthtml_resources.core import ledger as ledgers
 from cjm_fasthtml_resources.core.claims import Claim, DeviceUse, find_pools, grant
 from cjm_fasthtml_resources.core.conflict import ResourceBusy, ResourceUnavailable
@@ -24,6 +27,7 @@ from cjm_fasthtml_resources.core.topology import Links
 from cjm_fasthtml_resources.simulate import SimulatedDriver, SimulatedGpu
 
 KEYS = ("GPU-0", "GPU-1", "GPU-2", "GPU-3")
+MORE = 20 if os.environ.get("HYPOTHESIS_PROFILE") == "long" else 1
 holders = st.integers(1, 3).map(lambda n: ProcessId(n, float(n)))
 
 # The arithmetic
@@ -53,7 +57,7 @@ def members(claim, claims): return [c for c in claims if claim.id <= c.id < clai
 
 
 @given(situations())
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=500*MORE, deadline=None)
 def test_a_group_gets_all_it_asks_for_or_nothing_and_nobody_who_fits_is_passed_over(situation):
     uses, claims = situation
     after = grant(claims, uses, choose=min)
@@ -78,7 +82,7 @@ def test_a_group_gets_all_it_asks_for_or_nothing_and_nobody_who_fits_is_passed_o
 
 
 @given(situations())
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200*MORE, deadline=None)
 def test_what_is_written_is_read_and_a_program_without_groups_changes_none(situation):
     uses, claims = situation
     rows = Rows(tuple(claims), 3, KEYS, 40)
@@ -101,7 +105,7 @@ def test_what_is_written_is_read_and_a_program_without_groups_changes_none(situa
 
 @given(st.lists(st.tuples(st.integers(1, 40), st.integers(1, 3)), min_size=12, max_size=60), st.integers(50, 100),
        st.integers(2, 3))
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150*MORE, deadline=None)
 def test_a_group_is_not_starved_by_small_ones(small, large, count):
     "Small ones come without end on three devices and hold for two rounds each; the group is served soon"
     me, claims, born, id = ProcessId(1, 1.0), [], {}, 1
@@ -142,14 +146,14 @@ class Groups(RuleBasedStateMachine):
     @precondition(lambda self: self.asked)
     @rule(data=st.data())
     def release(self, data):
-        lease = data.draw(st.sampled_from(sorted(self.asked)))
+        lease = self.any_of_them(data)
         del self.asked[lease]
         self.ledger.withdraw(lease)
 
     @precondition(lambda self: self.asked)
     @rule(data=st.data(), seconds=st.sampled_from([0, 60, None]))
     def renew(self, data, seconds):
-        lease = data.draw(st.sampled_from(sorted(self.asked)))
+        lease = self.any_of_them(data)
         if not any(c.device for c in self.ledger.find_all(lease)): return
         assert self.ledger.renew(lease, seconds)
         if seconds == 0:
@@ -172,6 +176,9 @@ class Groups(RuleBasedStateMachine):
         "The process ends, with all that it asked for"
         for lease in self.asked: self.ledger.leases.drop(lease)
         self.asked.clear()
+
+    def any_of_them(self, data):   # by its place: the lease itself is another one in each run
+        return list(self.asked)[data.draw(st.integers(0, len(self.asked) - 1))]
 
     def promised(self):
         return [sum(c.memory for c in self.ledger.claims() if c.device == key) for key in self.keys]
@@ -208,7 +215,7 @@ class Groups(RuleBasedStateMachine):
 
 
 TestGroups = Groups.TestCase
-TestGroups.settings = settings(max_examples=60, stateful_step_count=30, deadline=None)
+TestGroups.settings = settings(max_examples=60*MORE, stateful_step_count=30, deadline=None)
 
 
 # The manager
@@ -458,6 +465,23 @@ def test_a_fork_of_the_holder_neither_releases_nor_inherits_a_group(folder):
         with manager.reserve(8_000, n=2) as held:
             if (pid := os.fork()) == 0: os._exit(10*held.release() + len(manager.get_claims()))
             assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 2 and len(manager.get_claims()) == 2
+
+
+def test_the_command_waits_for_several_and_runs_on_several():
+    def ask(*words): return CliRunner().invoke(cli.main, words)
+    found = ask("--simulate", "eight-h100", "wait", "--gpu-memory", "2GiB", "--gpus", "4")
+    assert found.exit_code == 0 and found.stdout.count("GPU-") == 4
+    for words, said in ((["--gpus", "9"], "--gpus must be at most 8, which is how many GPUs this machine has, not 9"),
+                        (["--gpus", "2", "--device", "1"], "--device names one GPU, so it does not go with --gpus"),
+                        (["--gpus", "0"], "0 is not in the range")):
+        found = ask("--simulate", "eight-h100", "wait", "--gpu-memory", "2GiB", *words)
+        assert found.exit_code == 2 and said in found.stderr
+    found = ask("--simulate", "eight-h100", "wait", "--gpu-memory", "500GiB", "--gpus", "2")
+    assert found.exit_code == 2 and "is more than each of the 2 largest GPUs has (79.1 GiB)" in found.stderr
+    command = [sys.executable, "-m", "cjm_fasthtml_resources", "--simulate", "eight-h100", "run", "--gpus", "3",
+               "--gpu-memory", "2GiB", "--", "sh", "-c", "echo $CUDA_VISIBLE_DEVICES"]
+    ran = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert (ran.returncode, ran.stdout.count("GPU-")) == (0, 3), ran.stderr
 
 
 def test_a_claim_of_the_past_without_a_count_is_one_device():

@@ -12,7 +12,8 @@ from conftest import MIB, warned
 from cjm_fasthtml_resources.core import job as jobs
 from cjm_fasthtml_resources.core.conflict import ResourceBusy
 from cjm_fasthtml_resources.core.manager import ResourceManager
-from cjm_fasthtml_resources.simulate import SimulatedDriver, SimulatedGpu, SimulatedProcess
+from cjm_fasthtml_resources.simulate import SimulatedDriver, SimulatedGpu, SimulatedMachine, SimulatedProcess
+from cjm_fasthtml_resources.simulated.machine import use_ram
 
 
 @pytest.fixture
@@ -181,3 +182,37 @@ def test_of_two_jobs_that_choose_the_same_idle_worker_the_second_chooses_another
         assert manager.get_worker_by_pid(job.worker_pid).jobs == ("mine",)
     assert manager.get_worker_by_pid(taken[0]).jobs == ("other",)
     assert manager.get_worker_by_pid(job.worker_pid).status == "idle"
+
+
+def test_ram_is_looked_at_again_when_the_gpu_memory_is_granted(monkeypatch):
+    machine = SimulatedMachine(memory_total_mb=64_000, memory_used_mb=10_000)
+    gpu = SimulatedGpu("NVIDIA L4", processes=[SimulatedProcess(4200301, 20_000)])
+    with SimulatedDriver([gpu], machine=machine):
+        job = ResourceManager(track_self=False).job("job-1", 8_000, needs=dict(ram_mb=30_000), timeout=0.5)
+        wait, undo = jobs.await_memory, []
+
+        def late(*args):
+            "While it waits for the GPU, another program takes the RAM"
+            for pause in wait(*args):
+                undo.append(use_ram(45_000*MIB))
+                gpu.processes.clear()
+                yield pause
+
+        monkeypatch.setattr(jobs, "await_memory", late)
+        with pytest.raises(ResourceBusy, match="of RAM"): job.__enter__()
+        assert undo and job.manager.get_claims() == []
+
+
+def test_memory_of_a_unified_gpu_and_ram_are_one_pool_for_a_job():
+    machine = SimulatedMachine(memory_total_mb=120_000, memory_used_mb=80_000)
+    with SimulatedDriver([SimulatedGpu("NVIDIA GB10", unified=True)], machine=machine):
+        manager = ResourceManager(track_self=False)
+        both = manager.job("job-1", 30_000, needs=dict(ram_mb=30_000), timeout=0)
+        with pytest.raises(ResourceBusy, match="of RAM"): both.__enter__()
+        assert manager.get_claims() == []
+        with manager.job("job-2", 20_000, needs=dict(ram_mb=10_000), timeout=0) as job: assert job.device.unified
+
+
+def test_a_job_without_a_gpu_shows_its_child_none(gpu):
+    with ResourceManager().job("job-1", 0) as job:
+        assert job.env == job.env_by_index == {"CUDA_VISIBLE_DEVICES": ""}

@@ -39,6 +39,8 @@ NEEDS = dict(
     unknown=dict(),
     amount=dict(unknown=4_000),
     no_gpu=dict(gpu_memory_mb=0),
+    two=dict(gpu_memory_mb=2_500, n=2),
+    registry_two=dict(plugin="whisper", registry=Registry(needs=dict(gpu_memory_mb=2_500, devices=2))),
     registry=dict(plugin="whisper", registry=Registry(needs=dict(gpu_memory_mb=4_000))),
     registry_told=dict(plugin="whisper", gpu_memory_mb=4_000, registry=Registry()),
     registry_learned=dict(plugin="whisper", registry=Registry()),
@@ -46,9 +48,10 @@ NEEDS = dict(
 
 
 class World:
-    "A GPU, a manager with a worker, and what was there before"
+    "A GPU and a small one, a manager with a worker, and what was there before"
     def __init__(self, app: str | None) -> None:
         self.gpu = SimulatedGpu("NVIDIA L4", memory_total_mb=TOTAL, memory_reserved_mb=0)
+        self.small = SimulatedGpu("NVIDIA T400", memory_total_mb=3_000, memory_used_mb=400)
         self.manager, self.processes = ResourceManager(app=app), list[subprocess.Popen]()
         self.afterwards = []
         self.worker = self.start()
@@ -94,7 +97,7 @@ def nothing_is_left(world: World) -> None:
 @pytest.fixture(params=[None, "ends"], ids=["memory", "file"])
 def world(request, folder):
     found = World(request.param)
-    with SimulatedDriver([found.gpu]): yield found
+    with SimulatedDriver([found.gpu, found.small]): yield found
     found.close()
 
 
@@ -126,7 +129,8 @@ def watches_twice(world, job):
 def watches_two(world, job):
     first, second = world.start(), world.start()
     assert job.watch(first.pid) and job.watch(second.pid)
-    if job.reservation: assert [c.holder.pid for c in world.manager.get_claims()] == [second.pid]
+    held = [c.holder.pid for c in world.manager.get_claims()]
+    assert held == [second.pid]*len(job.devices)
 
 
 def watches_an_ended_one(world, job):
@@ -237,7 +241,7 @@ def test_a_worker_that_is_killed_in_the_block_leaves_nothing(world, need):
     assert world.manager.get_all_workers() == []
 
 
-@pytest.mark.parametrize("need", ["told", "mapping", "learned", "unknown", "amount", "registry"])
+@pytest.mark.parametrize("need", ["told", "mapping", "learned", "unknown", "amount", "registry", "two", "registry_two"])
 @pytest.mark.parametrize("seconds", [0, 0.05, 0.3])
 @pytest.mark.parametrize("is_async", [False, True], ids=["sync", "async"])
 def test_a_job_that_gives_up_leaves_nothing(world, need, seconds, is_async):

@@ -193,7 +193,7 @@ class Worker:
         found = (line.rpartition(" ") for line in lines if not line.startswith("#"))
         shared = ("_total", "_bucket", "_count", "_sum")
         return {name: float(value) for name, _, value in found
-                if name.partition("{")[0].endswith(shared) and "scrape_errors" not in name}
+                if name.partition("{")[0].endswith(shared)}
 
 
 def test_counters_never_go_backwards_whichever_process_of_an_app_is_scraped(folder, spawn):

@@ -12,7 +12,18 @@ pytest.importorskip("fasthtml", reason="the extra web is not installed")
 pytest.importorskip("uvicorn")
 httpx = pytest.importorskip("httpx")
 
-from servers import SERVERS, Tab, answer, free_port, need_program, running, serving, stop, wait_until, write_app  # noqa: E402
+from servers import (  # noqa: E402
+    SERVERS,
+    Tab,
+    answer,
+    free_port,
+    need_program,
+    running,
+    serving,
+    stop,
+    wait_until,
+    write_app,
+)
 
 # `gzip on` is what Debian's nginx.conf has; by default only pages are compressed
 CONFIG = """

@@ -482,16 +482,17 @@ def test_three_are_named_and_the_rest_counted():
 
 
 def test_workers_are_named_with_type_and_job():
-    child = a_process(4200103, 30, "app", parent=4200102)
+    child = replace(a_process(4200103, 30, "app", parent=4200102), worker_type="llm", job_id="job-7")
     worker = replace(make_state(4200102, "llm"), job_id="job-7", status="running")
     busy = scene_of(a_device(0, child, JOB), workers=(worker,))
-    assert "llm worker with job-7" in explain_found(LACK, busy)
+    assert "python of your llm worker, job-7 (PID 4200103, 30.0 GiB)" in explain_found(LACK, busy)
     assert "Other processes of this app use the rest" in explain_found(LACK, busy)
     assert "stop_worker" not in explain_found(LACK, busy)
     idle = replace(worker, job_id=None, status="idle", start_time=1.0)
     assert "stop_worker(4200102) frees 30.0 GiB" in explain_found(LACK, replace(busy, workers=(idle,)))
-    unlisted = replace(child, parent_worker_type="llm")   # its worker has ended
-    assert ", llm worker)" in explain_found(LACK, scene_of(a_device(0, unlisted, JOB)))
+    assert "30.0 GiB, idle)" in explain_found(LACK, replace(busy, workers=(idle,)))
+    unlisted = replace(child, worker_type=None, job_id=None, parent_worker_type="llm")
+    assert "python of your llm worker (PID" in explain_found(LACK, scene_of(a_device(0, unlisted, JOB)))
     me = replace(idle, pid=4200110)
     assert "stop_worker" not in explain_found(LACK, replace(busy, workers=(me,)))
 

@@ -1,7 +1,6 @@
 "Prometheus against gunicorn with three workers: each scrape reaches another process, and no counter goes back"
 import contextlib
 import json
-import time
 import urllib.parse
 import urllib.request
 
@@ -39,13 +38,15 @@ def value(port: int, expression: str) -> float | None:
 
 
 def test_counters_of_three_workers_never_go_back(tmp_path, folder):
-    command, program, port = need_server("gunicorn with three workers"), need_program("prometheus", "prometheus"), free_port()
+    command, program = need_server("gunicorn with three workers"), need_program("prometheus", "prometheus")
+    port = free_port()
     (tmp_path/"app").mkdir()
     (tmp_path/"app"/"page.py").write_text(APP.replace("track_self=False", "track_self=False, app='web'") + RESERVE)
     # as with a longer interval, when Prometheus finds its connection closed and comes to any of the workers
     with serving([*command, "--keep-alive", "0"], tmp_path) as (_, url):
         (tmp_path/"prometheus.yml").write_text(CONFIG.format(port=url.rpartition(":")[2]))
-        scraper = [program, "--config.file=prometheus.yml", "--storage.tsdb.path=data", f"--web.listen-address=127.0.0.1:{port}"]
+        scraper = [program, "--config.file=prometheus.yml", "--storage.tsdb.path=data",
+                   f"--web.listen-address=127.0.0.1:{port}"]
         with running(scraper, tmp_path, "prometheus.log"):
             wait_until(lambda: value(port, "count_over_time(up[1m])"), 30, (tmp_path/"prometheus.log").read_text)
             tab = Tab(url)                                      # a page is open meanwhile

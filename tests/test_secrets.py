@@ -4,7 +4,6 @@ Tokens of each kind are planted in random structures and in each field of a work
 writes a worker is searched for them.
 """
 import base64
-import io
 import json
 import logging
 import os
@@ -22,7 +21,6 @@ from typing import NamedTuple
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from rich.console import Console
 
 from cjm_fasthtml_resources.core.learned import need_key
 from cjm_fasthtml_resources.core.manager import ResourceManager
@@ -35,6 +33,7 @@ from cjm_fasthtml_resources.core.validation import validate_resources_for_job
 from cjm_fasthtml_resources.simulate import SimulatedDriver, SimulatedGpu
 from cjm_fasthtml_resources.ui.cards import overview, to_html
 from cjm_fasthtml_resources.ui.export import to_json
+from cjm_fasthtml_resources.ui.lines import Terminal, to_text
 from cjm_fasthtml_resources.ui.terminal import status_view
 
 LETTERS = string.ascii_letters + string.digits
@@ -179,11 +178,10 @@ def everything(worker) -> str:
         manager = ResourceManager(track_self=False)
         manager.workers.register(worker)
         sample = take_sample(manager)
-        terminal = Console(file=io.StringIO(), width=400)
-        terminal.print(status_view(sample, terminal, 20))
+        terminal = to_text(status_view(sample, Terminal(width=400), 20))
         return "\n".join([
             repr(worker), str(worker), f"{worker}", worker._repr_html_(), json.dumps(to_json(sample)),
-            to_row(WorkerRow(worker)), to_html(overview(sample)), terminal.file.getvalue(), repr(sample),
+            to_row(WorkerRow(worker)), to_html(overview(sample)), terminal, repr(sample),
             manager._repr_html_(), repr(worker.shown()), scraped(manager, sample)])
 
 
@@ -315,7 +313,7 @@ def test_the_rest_is_described():
     config = {"api_key": "sk-" + "x"*48, "prompt": "Good morning", "pin": 1234, "layers": [1, 2], "raw": b"abc"}
     assert shown_config(config) == {
         "api_key": "<str, 51 characters>", "prompt": "<str, 12 characters>", "pin": "<int, hidden>",
-        "layers": "<list, 2 items>", "raw": "<bytes, 3 bytes>"}
+        "layers": [1, 2], "raw": "<bytes, 3 bytes>"}
     assert (describe(Open("x")), describe(10**30)) == ("<Open, hidden>", "<int, 100 bits>")
 
 

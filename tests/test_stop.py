@@ -138,7 +138,7 @@ def test_idle_workers_go_in_the_order_of_their_last_use_and_no_more_than_needed(
 def test_a_worker_that_is_just_given_a_job_is_spared(spawn, monkeypatch):
     room = Room(spawn, 2)
 
-    def plan(devices, idle, need, gentle):
+    def plan(devices, idle, need, gentle, count=1):
         monkeypatch.setattr(freeing, "plan_room", plan_room)
         room.manager.update_worker_state(idle[0].pid, job_id="now", status="running")  # by another thread, just now
         return plan_room(devices, idle, need, gentle)

@@ -47,7 +47,8 @@ def environment(name: str, *requirements: str) -> Path:
 def run(title: str, programs: Path, *command: str, cwd: Path = ROOT) -> Step:
     "One step; it counts as one where it does not say how many passed and failed in it"
     print(f"\n== {title}: {' '.join(command)}", flush=True)
-    env = {**os.environ, "PATH": f"{programs}{os.pathsep}{os.environ.get('PATH', '')}"}
+    places = (programs, os.environ.get("PATH", ""), VENVS/"debian"/"usr"/"sbin")
+    env = {**os.environ, "PATH": os.pathsep.join(map(str, places))}
     process = subprocess.Popen([programs/command[0], *command[1:]], cwd=cwd, env=env, stdin=subprocess.DEVNULL,
                                stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace")
     output = ""
@@ -94,6 +95,19 @@ def provide(package: str, *programs: str) -> None:
         subprocess.run(command, env=env, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
 
 
+def unpack(package: str, *programs: str) -> None:
+    "A program of a Debian package in .venvs/debian, without being root; installed, it would be started as a service"
+    folder = VENVS/"debian"
+    if any(map(shutil.which, programs)) or (folder/"usr"/"sbin"/package).exists(): return
+    folder.mkdir(parents=True, exist_ok=True)
+    quiet = dict(cwd=folder, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    if shutil.which("apt-get") and os.geteuid() == 0: subprocess.run(["apt-get", "update", "-qq"], **quiet)
+    if shutil.which("apt-get"): subprocess.run(["apt-get", "download", "-qq", package], **quiet)
+    found = list(folder.glob(f"{package}_*.deb"))
+    for path in found: subprocess.run(["dpkg-deb", "--extract", path, folder], check=True)
+    if not found: print(f"no {package}, so what needs it is not tested: apt-get install {package}", flush=True)
+
+
 def static_checks(programs: Path) -> list[Step]:
     "The checks that read files and run none: Python first, then style sheets and scripts"
     biome = ["biome", "ci", "--colors=off"] if (programs/"biome").exists() else []   # a wheel for Linux on x86_64 alone
@@ -108,11 +122,11 @@ def development() -> list[Step]:
     "The notebooks, the modules, the README and the site"
     provide("chromium", "chromium", "chromium-browser", "google-chrome")
     provide("prometheus", "prometheus")
-    provide("nginx", "nginx", "/usr/sbin/nginx")
+    unpack("nginx", "nginx", "/usr/sbin/nginx")
     provide("strace", "strace")
     provide("spin", "spin")
     provide("gcc", "cc", "gcc")   # spin writes a program in C
-    programs = environment("dev", "-e", ".[dev,web,prometheus,cluster,browser,servers]")
+    programs = environment("dev", "-e", ".[dev,web,prometheus,cluster,browser,servers,notify]")
     before = contents()
     # what makes the pages needs Python 3.11; with 3.10 all else is tested
     site = [run("site", programs, "python", "tools/docs.py")] if sys.version_info >= (3, 11) else []

@@ -1,5 +1,6 @@
 #!/usr/bin/env python3
-"""Take the pictures of the documentation that are of a real browser: the panel in JupyterLab, and the page.
+"""Take the pictures of the documentation that are of a real browser: the panel in JupyterLab, and the page, each at
+three widths in light and dark.
 
     python tools/screenshots.py     writes nbs/images/panel-*.png and page-*.png
 
@@ -43,7 +44,7 @@ TO_TOP = """element => {
 }"""
 CELLS = ["from demo import manager, time   # an app's ResourceManager, on a simulated machine",
          "from cjm_fasthtml_resources import ResourcePanel\n\nResourcePanel(manager, interval=0.5, controls=True)",
-         "time.sleep(60)   # the panel goes on while this runs"]
+         "time.sleep(300)   # the panel goes on while this runs"]
 SERVE = SETUP + """
 import sys, uvicorn
 from cjm_fasthtml_resources.ui.web import make_app
@@ -51,44 +52,54 @@ app = make_app(manager, interval=0.5)
 uvicorn.run(app, host="127.0.0.1", port=int(sys.argv[1]), log_level="warning", timeout_graceful_shutdown=1)"""
 
 
+WIDTHS = dict(phone=390, tablet=700, desktop=1280)
+THEMES = ("light", "dark")
+
+
 def panel(browser, folder: Path) -> None:
-    "The panel in JupyterLab, light and dark, while a cell runs"
+    "The panel in JupyterLab while a cell runs"
     (folder/"demo.py").write_text(SETUP)
     settings = folder/"jupyterlab_settings_dir"/"@jupyterlab"/"apputils-extension"
     settings.mkdir(parents=True)
     quiet = dict(fetchNews="false", checkForUpdates=False)
     (settings/"notification.jupyterlab-settings").write_text(json.dumps(quiet))
-    for theme in ("Light", "Dark"):
-        (folder/"Train.ipynb").write_text(json.dumps(notebook(CELLS)))
-        (settings/"themes.jupyterlab-settings").write_text(json.dumps(dict(theme=f"JupyterLab {theme}")))
-        with jupyter("jupyterlab", folder) as server:
-            page = browser.new_page(viewport=dict(width=1100, height=900))
-            page.goto(f"{server}/lab/workspaces/{theme}/tree/Train.ipynb?token=t")
-            page.locator(".jp-Notebook-ExecutionIndicator[data-status=idle]").first.wait_for()
-            page.keyboard.press("Control+b")  # without the side bar
-            while not page.locator(".cjm .bar").count():  # what is run before the kernel is connected gets lost
-                page.get_by_role("menuitem", name="Run", exact=True).click()
-                page.get_by_text("Run All Cells", exact=True).click()
-                time.sleep(4)
-            time.sleep(20)
-            page.locator(".jp-Notebook").evaluate(TO_TOP)
-            time.sleep(1)
-            page.screenshot(path=IMAGES/f"panel-{theme.lower()}.png")
-            page.close()
+    (settings/"themes.jupyterlab-settings").write_text(json.dumps({"adaptive-theme": True}))   # as the browser's
+    (folder/"Train.ipynb").write_text(json.dumps(notebook(CELLS)))
+    with jupyter("jupyterlab", folder) as server:
+        page = browser.new_page(viewport=dict(width=1280, height=900))
+        page.goto(f"{server}/lab/tree/Train.ipynb?token=t")
+        page.locator(".jp-Notebook-ExecutionIndicator[data-status=idle]").first.wait_for()
+        page.keyboard.press("Control+b")  # without the side bar
+        while not page.locator(".cjm .bar").count():  # what is run before the kernel is connected gets lost
+            if page.locator(".jp-Dialog").count(): page.keyboard.press("Enter")   # which kernel: the usual one
+            page.get_by_role("menuitem", name="Run", exact=True).click()
+            page.get_by_text("Run All Cells", exact=True).click()
+            time.sleep(8)
+        time.sleep(20)
+        for theme in THEMES:
+            page.emulate_media(color_scheme=theme)
+            page.locator(f"body[data-jp-theme-light={str(theme == 'light').lower()}]").wait_for(state="attached")
+            for name, width in WIDTHS.items():
+                page.set_viewport_size(dict(width=width, height=900 if name == "desktop" else 1400))
+                time.sleep(1)
+                page.locator(".jp-Notebook").evaluate(TO_TOP)
+                time.sleep(1)
+                page.screenshot(path=IMAGES/("panel" + ("" if name == "desktop" else f"-{name}") + f"-{theme}.png"))
+        page.close()
 
 
 def page(browser, folder: Path) -> None:
-    "The page, at desktop and phone width, light and dark"
+    "The page"
     (folder/"serve.py").write_text(SERVE)
     port = free_port()
     url = f"http://127.0.0.1:{port}/resources"
     with serving([sys.executable, str(folder/"serve.py"), str(port)], url, folder/"page-log"):
         tabs = {}
-        for width, name in ((1100, "desktop"), (390, "phone")):
-            for scheme in ("light", "dark"):
-                tab = browser.new_page(viewport=dict(width=width, height=560), color_scheme=scheme)
+        for name, width in WIDTHS.items():
+            for theme in THEMES:
+                tab = browser.new_page(viewport=dict(width=width, height=560), color_scheme=theme)
                 tab.goto(url)
-                tabs[f"page-{name}-{scheme}.png"] = tab
+                tabs[f"page-{name}-{theme}.png"] = tab
         time.sleep(20)
         for name, tab in tabs.items(): tab.screenshot(path=IMAGES/name, full_page=True)
 

@@ -19,6 +19,7 @@ from cjm_fasthtml_resources.core.process import (
     ProcessInfo,
     driver_pid_reader,
     has_ended,
+    in_pid_namespace,
     pid_namespace,
     read_process,
     this_process,
@@ -213,7 +214,9 @@ class Checks:
         "Return the processes on a device with their owners"
         listed = device.processes or ()
         if read is None: return [OwnedProcess(p.pid, "unknown", p.memory_used, kind=p.kind) for p in listed]
-        return self.workers.name_owners([(read(p.pid), p.memory_used, p.kind) for p in listed], me)
+        owned = self.workers.name_owners([(read(p.pid), p.memory_used, p.kind) for p in listed], me)
+        if all(p.load is None for p in listed) or read is read_process and in_pid_namespace(): return owned
+        return [replace(own, load=p.load) for own, p in zip(owned, listed, strict=True)]
 
     def _find_claims(self, prepared: Prepared | None) -> LedgerReading | str:
         "Return the claims that count at a look, or why they cannot be read"

@@ -30,13 +30,11 @@ def show_command(
 _MOST = 8192   # bytes that are read
 
 @lru_cache(maxsize=4096)
-def _read(pid: int, start_time: float) -> str | None:
-    try:
-        with FileIO(f"/proc/{pid}/cmdline") as file: data = file.read(_MOST)
-    except OSError: return None
-    if process.read_start(pid) != start_time: return None   # another process has the number now
-    arguments = data.rstrip(b"\0 ").decode(errors="replace").split("\0")
-    return show_command(arguments) or None
+def _read(pid: int, start_time: float) -> str:
+    "Return a command line; `OSError` where there is none now, which is not kept: a program can be just starting"
+    with FileIO(f"/proc/{pid}/cmdline") as file: data = file.read(_MOST).rstrip(b"\0 ")
+    if not data or process.read_start(pid) != start_time: raise ProcessLookupError(pid)
+    return show_command(data.decode(errors="replace").split("\0"))
 
 def read_command(
     pid: int,
@@ -45,4 +43,5 @@ def read_command(
     "Return the command line of a process as it can be shown; it is read once"
     if start_time is None: return None
     if process.simulated_process(pid) is not None: return process.simulated_command(pid)
-    return _read(pid, start_time)
+    try: return _read(pid, start_time)
+    except OSError: return None

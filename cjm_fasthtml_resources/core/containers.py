@@ -58,6 +58,7 @@ def _on_path(path: str) -> tuple[Container, ...]:
         above = part
     return tuple(found)
 
+@lru_cache(maxsize=1000)   # many processes have the same text
 def parse_cgroup(
     text: str,  # the content of /proc/PID/cgroup
 ) -> tuple[Container, ...]:

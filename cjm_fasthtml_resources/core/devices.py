@@ -249,7 +249,7 @@ def select_devices(
     if isinstance(wanted, GpuDevice): wanted = device_key(wanted)
     if isinstance(wanted, bool) or not isinstance(wanted, (int, str)):
         raise TypeError(f"device must be a number, 'cuda:1', a UUID, a GpuDevice or None, not {shorten(wanted)}")
-    if (place := device_place(wanted)) is not None: found = list(devices[place:place + 1])
+    if (place := device_place(wanted)) is not None: found = list(devices[place:place + 1]) if place >= 0 else []
     else: found = [d for d in every if wanted in (d.uuid, str(d.id), "cuda", "gpu", "auto")]
     if found: return found
     visible = ", ".join(device_key(d) for d in devices)

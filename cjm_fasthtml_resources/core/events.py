@@ -22,7 +22,7 @@ from .forks import reset_in_child
 from .locking import holding
 
 # %% ../../nbs/core/events.ipynb #6ed30a2e
-EVENTS = ("granted", "refused", "ended", "stopped", "driver_lost", "out_of_memory")
+EVENTS = ("granted", "refused", "ended", "stopped", "driver_lost", "out_of_memory", "scrape_failed")
 WAIT_BUCKETS = (0.1, 1.0, 5.0, 15.0, 60.0, 300.0, 900.0, 3600.0, math.inf)   # seconds
 _log = logging.getLogger(__name__)
 

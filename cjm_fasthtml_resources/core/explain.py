@@ -29,16 +29,16 @@ def _cut(text: str) -> str: return text if len(text) <= 40 else f"{text[:39]}…
 def name_worker(
     process: OwnedProcess,   # of a worker
 ) -> str:
-    "Return the worker that a process is or belongs to: its type, plugin and job"
-    plugin = f" with {_cut(process.plugin)}" if process.plugin else ""
-    job = f", {_cut(process.job_id)}" if process.job_id else ""
-    return f"{_cut(process.worker_type or '')} worker{plugin}{job}"
+    "Return the worker that a process is or belongs to: its plugin, type and job"
+    kind = process.worker_type or process.parent_worker_type or ""
+    names = dict.fromkeys(_cut(name) for name in (process.plugin, kind) if name)
+    return " ".join([*names, "worker"]) + (f", {_cut(process.job_id)}" if process.job_id else "")
 
 def _who(process: OwnedProcess) -> str:
     "Return a process by name and user, or as the worker that it is or belongs to"
     if process.is_worker: return f"your {name_worker(process)}"
     name = process.name or "a process without a name"
-    if process.worker_type: return f"{name} of your {name_worker(process)}"
+    if process.worker_type or process.parent_worker_type: return f"{name} of your {name_worker(process)}"
     return f"{name} of {process.username}" if process.username else name
 
 def name_process(

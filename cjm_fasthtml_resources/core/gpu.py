@@ -70,12 +70,14 @@ class _Driver:
     def read(
         self,
         wake: bool = False,   # ask sleeping GPUs, too
+        loads: bool = False,  # ask how much each process computes
     ) -> GpuSnapshot:
         "Return the state of every device, now"
         try:
             sleeping = [] if wake else find_sleeping(listed_gpus())
             if sleeping and None not in sleeping: return self.let_sleep([gpu for gpu in sleeping if gpu])
             session = self.open()
+            session.wants_loads = loads
             devices = tuple(session.read(sleeping))
         except Exception as error:  # whatever a broken driver does, it costs the snapshot and not the program
             self.close()
@@ -116,6 +118,7 @@ class _Call(NamedTuple):
     reads: bool = True         # False: NVML is to be let go, if nobody reads
     pairs: tuple[str, ...] = ()   # UUIDs of GPUs: how close they are is asked instead
     found: list[Links] = []    # for the answer to that
+    loads: bool = False        # the loads of processes are to be asked for, too
 
 # %% ../../nbs/core/gpu.ipynb #9972c88d
 IDLE = 60.0   # seconds without a caller, after which NVML is let go
@@ -156,10 +159,10 @@ class GpuReader:
         while True:
             callers = _next_calls(self._queue, driver)
             self._since = time.monotonic()
-            if any(call.reads for call in callers): self._latest = driver.read(any(call.wake for call in callers))
+            if any(call.reads for call in callers):
+                self._latest = driver.read(any(call.wake for call in callers), any(call.loads for call in callers))
             elif not all(call.pairs for call in callers): driver.close()
-            for call in callers:
-                if call.pairs: call.found.append(driver.read_links(call.pairs))
+            for call in (call for call in callers if call.pairs): call.found.append(driver.read_links(call.pairs))
             self._since = math.inf
             for call in callers: call.answered.release()
 
@@ -172,6 +175,7 @@ class GpuReader:
         self,
         timeout: float = 5.0,  # seconds to wait for the driver
         wake: bool = False,    # ask GPUs that power management has suspended, too
+        loads: bool = False,   # ask how much each process computes, which takes longer than all the rest
     ) -> GpuSnapshot:  # with a `reason` and no devices when the driver took longer, or no thread can be started
         """Return the state of every device, read after this call began.
         `ValueError` if `timeout` is not a positive number"""
@@ -179,7 +183,7 @@ class GpuReader:
         try:
             if not self._is_running(): self._start()
         except NoThreadError as error: return GpuSnapshot(reason=f"the NVIDIA driver cannot be asked: {error}")
-        if self._is_answered(_Call(_taken_lock(), wake=wake), timeout): return self._latest
+        if self._is_answered(_Call(_taken_lock(), wake=wake, loads=loads), timeout): return self._latest
         return GpuSnapshot(reason=f"the NVIDIA driver did not answer within {timeout:g} s", late=True)
 
     def read_links(
@@ -218,9 +222,10 @@ _reader = GpuReader()
 def read_gpus(
     timeout: float = 5.0,  # seconds to wait for the driver
     wake: bool = False,    # ask GPUs that power management has suspended, too
+    loads: bool = False,   # ask how much each process computes, at most every ten seconds (see `core.loads`)
 ) -> GpuSnapshot:  # with a `reason` and no devices when there is nothing to read
     "Return the state of every NVIDIA device now, whatever the driver does"
-    return _reader.read(timeout, wake)
+    return _reader.read(timeout, wake, loads)
 
 def read_gpu_links(
     uuids: Collection[str],

@@ -21,15 +21,18 @@ from .secrets import PLUGIN_RESOURCE_CONFIG_KEYS, is_description, shown_config, 
 from .text import format_bytes
 
 # %% ../../nbs/core/learned.ipynb #5c9082e1
-_WORD_BEGINS = re.compile("(?<=[a-z0-9])(?=[A-Z])")   # in jobId
-_VOLATILE = re.compile(   # the last word of a name
+_WORD_BEGINS = "(?<=[a-z0-9])(?=[A-Z])"   # in jobId
+_VOLATILE = (   # the last word of a name; compiled when it is first used
     r"(?i)(?:^|[_.-])(?:ids?|uuid|pid|index|seed|name|title|tags?|label|user|path|file|dir|directory|folder|url|uri"
     r"|host|port|time|timestamp|date|timeout|retries|inputs?|outputs?|prompt|language|temperature|top_p|top_k"
     r"|log_level|verbose|debug)$")
 
+_AMOUNTS = ("max_", "min_", "num_", "n_")   # begin the name of an amount, as max_inputs
+
 def _is_left_out(name: str, nested: bool) -> bool:
     if name in PLUGIN_RESOURCE_CONFIG_KEYS: return not nested
-    return is_description(name) or _VOLATILE.search(_WORD_BEGINS.sub("_", name)) is not None
+    if name.startswith(_AMOUNTS): return False
+    return is_description(name) or re.search(_VOLATILE, re.sub(_WORD_BEGINS, "_", name)) is not None
 
 def _pick(shown: Mapping[str, Any], nested: bool) -> dict[str, Any]:
     from cjm_fasthtml_resources.core.plugins import device_kind  # when it is used, as below

@@ -67,7 +67,7 @@ class Rows(NamedTuple):
     ended: tuple[int, ...] = ()        # leases that are still held although their claims were deleted
 
 # %% ../../nbs/core/ledger.ipynb #47478dd0
-_GROUP = "group "   # begins what stands for the devices of a group
+_GROUP = "*"   # begins what stands for the devices of a group; no name of a device or a host begins with it
 
 def _to_row(claim: Claim) -> list[Any]:
     "Return a claim as it is written"

@@ -166,10 +166,12 @@ class ResourceManager(StaysHere, WorkerRegistry, NeedsReader, JobStarter):
         *, ttl: float | None = None, pid: int | None = None, n: int = 1,
     ) -> Request:
         "Return a request that enters the queue at its first `poll`, for programs that wait by themselves"
-        memory, give_up = check_memory(gpu_memory_mb), make_give_up(timeout, self.check_gpu_availability)
-        choose = partial(choose_devices, wanted=device, memory=memory, judge=self.judge, count=check_count(n))
-        return Request(self.ledger, partial(self.read, wake=True), choose, find_holder(pid), memory, self.app or "",
-                       check_ttl(ttl), give_up, n, partial(read_gpu_links, timeout=self.gpu_timeout))
+        memory, holder = check_memory(gpu_memory_mb), find_holder(pid)
+        choose = partial(choose_devices, wanted=device, memory=memory, judge=self.judge, count=check_count(n),
+                         holder=holder)
+        return Request(self.ledger, partial(self.read, wake=True), choose, holder, memory, self.app or "",
+                       check_ttl(ttl), make_give_up(timeout, self.check_gpu_availability), n,
+                       partial(read_gpu_links, timeout=self.gpu_timeout))
 
     def wait_for_gpu(
         self,

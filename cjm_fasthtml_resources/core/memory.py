@@ -141,23 +141,20 @@ def cgroup_memory(
     return None if not found else limit_room(min(found, key=lambda m: m.total), found)
 
 # %% ../../nbs/core/memory.ipynb #b4a278da
-def _machine_swap() -> tuple[int, int]:
-    "Return how much swap there is, and how much of it is used"
-    figures = _read_figures("/proc/meminfo")
-    if "SwapTotal:" in figures:
-        total, free = (figures.get(name, 0)*1024 for name in ("SwapTotal:", "SwapFree:"))
-        return total, max(total - free, 0)
-    import psutil
-    swap = psutil.swap_memory()
-    return swap.total, swap.used
+def _machine_by_psutil() -> HostMemory:
+    import psutil  # it takes longer to import than to read
+    machine, swap = psutil.virtual_memory(), psutil.swap_memory()
+    return HostMemory(machine.total, machine.total - machine.available, swap_total=swap.total, swap_used=swap.used)
 
 def read_machine() -> HostMemory:
     "Return the memory of this machine"
     if simulated: return replace(simulated.memory, cgroup=None)
-    import psutil
-    machine = psutil.virtual_memory()
-    total, used = _machine_swap()
-    return HostMemory(machine.total, machine.total - machine.available, swap_total=total, swap_used=used)
+    figures = {name: 1024*kib for name, kib in _read_figures("/proc/meminfo").items()}
+    names = ("MemTotal:", "MemAvailable:", "SwapTotal:", "SwapFree:")
+    if not figures.keys() >= set(names) or not 0 < figures["MemAvailable:"] <= figures["MemTotal:"]:
+        return _machine_by_psutil()
+    total, available, swap, swap_free = (figures[name] for name in names)
+    return HostMemory(total, total - available, swap_total=swap, swap_used=max(swap - swap_free, 0))
 
 def _limit_swap(group: HostMemory, machine: HostMemory) -> HostMemory:
     "Return a control group with no more swap than the machine has"

@@ -103,11 +103,11 @@ def read_patiently(
     on_late: Callable[[str], Any],    # called with the reason
 ) -> GpuSnapshot:
     "Read the driver, and report when that takes long"
-    if patience >= timeout: return read_gpus(timeout)
-    snapshot = read_gpus(patience)
+    if patience >= timeout: return read_gpus(timeout, loads=True)
+    snapshot = read_gpus(patience, loads=True)
     if not snapshot.late: return snapshot
     on_late(snapshot.reason or "")
-    return read_gpus(timeout)
+    return read_gpus(timeout, loads=True)
 
 # %% ../../nbs/core/monitor.ipynb #489a9a5a
 async def _wait_for(event: "asyncio.Event", timeout: float) -> None:
@@ -227,10 +227,6 @@ class ResourceMonitor(StaysHere):
             while self._points[0].taken < point.taken - self._kept_seconds: self._points.popleft()
         return sample
 
-    def keep_for(self, seconds: float) -> None:
-        "Keep figures for so long, at least"
-        self._kept_seconds = max(self._kept_seconds, check_setting("history", seconds))
-
     # Subscribe
 
     def subscribe(
@@ -341,7 +337,7 @@ class ResourceMonitor(StaysHere):
         if self._paused and not sample.stale: return  # paused while it was taken
         for subscription in self._subscriptions: subscription.tell(sample)
 
-# %% ../../nbs/core/monitor.ipynb #2ebbcb39
+# %% ../../nbs/core/monitor.ipynb #dbc72d18
 _shared = weakref.WeakValueDictionary[int, ResourceMonitor]()   # by the manager's identity, which a monitor keeps alive
 
 def share_monitor(
@@ -353,7 +349,7 @@ def share_monitor(
     made = ResourceMonitor(manager, 1.0 if interval is None else interval, history)
     monitor = _shared.setdefault(id(manager), made)
     if monitor is not made:
-        monitor.keep_for(history)
+        monitor._kept_seconds = max(monitor._kept_seconds, made._kept_seconds)
         if interval is not None: monitor.interval = interval
         if monitor.paused: monitor.resume()
     return monitor

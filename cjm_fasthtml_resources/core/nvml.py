@@ -20,6 +20,7 @@ from cjm_fasthtml_resources.core.nvml_memory import (
     read_figures,
     shares_memory,
 )
+from .loads import LoadReader, with_loads
 from .nvml_errors import ASLEEP, NO_MEMORY, OF_THE_DRIVER, ask, in_words
 from .nvml_processes import KINDS, GpuProcess, Listed, ProcessLists, lists_whole, merge_processes
 from .sysfs import ListedGpu, jetson_load, jetson_temperature
@@ -207,9 +208,18 @@ def share_memory(
     shared = [d for members in pools.values() for d in (_share(members) if len(members) > 1 else members)]
     return sorted(shared, key=lambda d: d.index)
 
+# %% ../../nbs/core/nvml.ipynb #fae58a68
+def _add_loads(device: GpuDevice, handle: Any, reader: LoadReader) -> GpuDevice:
+    "Return the device, with the loads of its processes"
+    if not device.uuid or not device.processes: return device
+    loads = reader.read(handle, device.uuid)
+    return replace(device, processes=with_loads(device.processes, loads, device.utilization))
+
 # %% ../../nbs/core/nvml.ipynb #40dfb4f5
 class NvmlSession:
     "NVML, initialised once. For one thread"
+    wants_loads = False   # whether the next reading is to have the processes' loads
+
     def __init__(
         self,
         before: "NvmlSession | None" = None,   # what a session with the same library was told still counts
@@ -218,7 +228,7 @@ class NvmlSession:
         self.nvml: Any = pynvml
         pynvml.nvmlInit()
         self.lib = pynvml.nvmlLib
-        self.lists = ProcessLists(pynvml)
+        self.lists, self.loads = ProcessLists(pynvml), LoadReader(pynvml)
         self.driver_version: str | None = ask(pynvml, "nvmlSystemGetDriverVersion")
         self.facts: dict[str, dict[str, Any]] = {}   # UUID → what never changes
         self.told = before.told if before and before.current else dict[str, set[str]]()   # UUID → what it has told
@@ -272,7 +282,8 @@ class NvmlSession:
     def read_device(self, handle: Any, **fixed: Any) -> GpuDevice:
         "Return one device, read now"
         told = self.told.setdefault(fixed["uuid"], set()) if fixed["uuid"] else set[str]()
-        return _read_device(self.nvml, self.lists, handle, told, **fixed)
+        device = _read_device(self.nvml, self.lists, handle, told, **fixed)
+        return _add_loads(device, handle, self.loads) if self.wants_loads else device
 
     def read_instances(self, parent: Any, parent_index: int) -> Iterator[GpuDevice]:
         "Return the MIG instances of a GPU, each with its own processes"

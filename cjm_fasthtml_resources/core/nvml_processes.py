@@ -20,6 +20,7 @@ class GpuProcess:
     pid: int                 # as the driver numbers it: the host's PID, even inside a container
     memory_used: int | None  # bytes; `None` where the driver does not report it, as under WSL and Windows' WDDM
     kind: str                # "compute", "graphics" or "mps"; "compute+graphics" for one that is both
+    load: int | None = None  # percent of the last seconds in which it computed; `None`: not asked for, or not told
 
 # %% ../../nbs/core/nvml_processes.ipynb #604a3550
 _UNTOUCHED = 0xA5          # ends no entry, which is the highest byte of a size or of an instance's number

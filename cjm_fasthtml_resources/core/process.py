@@ -10,6 +10,7 @@ __all__ = ['UNKNOWN_START', 'simulated', 'DRIVER_VERSION', 'DRIVER_MODULE', 'Pro
            'host_proc', 'to_local_pid', 'shown_by', 'driver_pid_reader']
 
 # %% ../../nbs/core/process.ipynb #85f59503
+import contextlib
 import os
 import re
 import time
@@ -144,6 +145,7 @@ class ProcessInfo:
 def find_ancestors(
     pid: int,
     stat: Stat | None = None,    # the process's own, if it was read already
+    found_before: Mapping[ProcessId, tuple[ProcessId, ...]] = {},   # the ancestors of others, of this moment
 ) -> tuple[ProcessId, ...]:  # the parent first; as far as can be seen
     "Walk up from a process to the first one of its PID namespace"
     found: list[ProcessId] = []
@@ -153,6 +155,7 @@ def find_ancestors(
         stat = read_stat(ppid)
         if stat and stat.start_time > child.start_time: break  # the parent ended, and its number went to a younger one
         found.append(ProcessId(ppid, stat.start_time if stat else None))
+        if stat and (above := found_before.get(found[-1])) is not None: return (*found, *above)
     return tuple(found)
 
 # %% ../../nbs/core/process.ipynb #b6d9f618
@@ -218,20 +221,53 @@ def could_be_read(
     return os.access(f"/proc/{pid}/stat", os.R_OK)
 
 # %% ../../nbs/core/process.ipynb #8dd28c09
-def _name_and_user(pid: int, stat: Stat) -> tuple[str, str | None]:
-    "Return the whole name of a process, and its user"
-    import psutil  # imported here because that takes longer than importing the rest of this library
-    name: str = stat.name
+def _read_bytes(pid: int, name: str) -> bytes:
+    with FileIO(f"/proc/{pid}/{name}") as file: return file.readall()
+
+def _whole_name(pid: int, name: str) -> str:
+    "Return the whole name of a process; `OSError` if its command line cannot be read"
+    if len(name.encode("utf-8", "replace")) < 15: return name
+    words = _read_bytes(pid, "cmdline").removesuffix(b"\0").split(b"\0")
+    if len(words) == 1: words = words[0].split(b" ")   # written by the process itself, as by setproctitle
+    longer = os.path.basename(words[0]).decode(errors="replace")
+    return longer if longer.startswith(name) else name
+
+@lru_cache(maxsize=1000)
+def _user_name(user: int) -> str:
+    import pwd  # Windows has none
+    return pwd.getpwuid(user).pw_name   # an error is not kept
+
+def _real_user(pid: int) -> str:
+    "Return a process's user; the number where it has no name. `OSError`, or `LookupError` for a line that is not there"
+    status = _read_bytes(pid, "status")
+    user = int(status[status.index(b"\nUid:") + 5:].split(None, 1)[0])
+    try: return _user_name(user)
+    except KeyError: return str(user)
+
+def _name_and_user_by_psutil(pid: int, name: str) -> tuple[str, str | None]:
+    import psutil
     try:
         process = psutil.Process(pid)
         name = process.name()
         return name, process.username()
     except (psutil.Error, KeyError, OSError): return name, None
 
-def _look_at(pid: int, stat: Stat) -> ProcessInfo:
+def _name_and_user(pid: int, stat: Stat) -> tuple[str, str | None]:
+    "Return the whole name of a process, and its user"
+    if not _HAS_PROC: return _name_and_user_by_psutil(pid, stat.name)
+    name = stat.name
+    with contextlib.suppress(OSError): name = _whole_name(pid, name)
+    try: return name, _real_user(pid)
+    except (OSError, ValueError, IndexError): return name, None
+
+_Found = dict[ProcessId, tuple[ProcessId, ...]]
+
+def _look_at(pid: int, stat: Stat, found: _Found | None = None) -> ProcessInfo:
     "Read what is kept about a process that was not known before"
     name, username = _name_and_user(pid, stat)
-    return ProcessInfo(pid, stat.start_time, printable(name), username, find_ancestors(pid, stat))
+    ancestors = find_ancestors(pid, stat, found or {})
+    if found is not None: found[ProcessId(pid, stat.start_time)] = ancestors
+    return ProcessInfo(pid, stat.start_time, printable(name), username, ancestors)
 
 def is_whole(info: ProcessInfo) -> bool:
     "Return whether nothing was left out that could be read at another moment, as with a free descriptor"
@@ -241,13 +277,15 @@ def is_whole(info: ProcessInfo) -> bool:
 # %% ../../nbs/core/process.ipynb #abd19f04
 def read_process(
     pid: int,
+    found: dict[ProcessId, tuple[ProcessId, ...]] | None = None,   # the ancestors that a reading of many has found
 ) -> ProcessInfo:  # with `start_time=None` if there is no such process, or it is hidden
     "Return what is known about the process that has this number now"
     if (info := simulated_process(pid)) is not None: return info
-    start, info = read_start(pid), _known.get(pid)
-    if info is not None and (info.start_time == start or start is None and not is_free(pid)): return info
-    if start is None or (stat := read_stat(pid)) is None: return ProcessInfo(pid)
-    info = _look_at(pid, stat)
+    if (info := _known.get(pid)) is not None:
+        start = read_start(pid)
+        if info.start_time == start or start is None and not is_free(pid): return info
+    if (stat := read_stat(pid)) is None: return ProcessInfo(pid)
+    info = _look_at(pid, stat, found)
     try: info = replace(info, container=read_container(pid))
     except OSError: return info   # no free descriptor
     if not is_whole(info): return info

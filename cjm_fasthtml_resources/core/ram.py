@@ -59,6 +59,7 @@ class RamReader:
     ) -> InRam:
         "Return the app's processes, and the largest of others; in a control group, of those in it"
         listed = list_resident(self.reader)
+        if me is None and _is_empty(workers): return self.read_others(listed, workers, cgroup)
         rows = list(zip(listed, self.names.identify(listed), strict=True))
         near = find_near(rows, workers, me)
         memory, whole = self.pages.count(near)
@@ -68,6 +69,24 @@ class RamReader:
         named = nlargest(_NAMED, others, key=lambda row: row[0].memory)
         found = workers.name_owners([(known.info, p.memory, None) for p, known in named], me)
         return InRam([*app, *found], len(others) - len(named), whole)
+
+    def read_others(
+        self,
+        listed: Iterable[ResidentProcess],
+        workers: Workers,                    # none
+        cgroup: str | None,
+    ) -> InRam:
+        "Return the largest processes where none can be the app's: who the others are is not read"
+        inside = None if cgroup is None else cgroup_pids(cgroup)
+        others = [p for p in listed if inside is None or p.pid in inside]
+        named = nlargest(_NAMED, others, key=lambda p: p.memory)
+        known = self.names.identify(named)
+        self.pages.count([])
+        found = workers.name_owners([(k.info, p.memory, None) for p, k in zip(named, known, strict=True)], None)
+        return InRam(found, len(others) - len(named), True)
+
+def _is_empty(workers: Workers) -> bool:
+    with workers.last_read() as table: return not table.workers and not table.children
 
 def _find_others(rows: Iterable[Row], app: set[int], cgroup: str | None) -> list[Row]:
     "Return the processes of other programs; in a control group, of those in it"

@@ -90,6 +90,10 @@ class Reservation(StaysHere, contextlib.AbstractContextManager["Reservation"]):
         `LookupError` if this process does not see it, or if it is not certain how CUDA counts"""
         return find_ordinal(self.device, self._machine, os.environ)
     @property
+    def ordinals(self) -> tuple[int, ...]:
+        "The same of each of its devices"
+        return tuple(find_ordinal(device, self._machine, os.environ) for device in self.devices)
+    @property
     def env(self) -> dict[str, str]:
         "The environment variables with which a child process uses these devices and no others"
         return visible_env(self.devices)
@@ -268,10 +272,10 @@ class Request(StaysHere):
             raise ProcessLookupError(f"the process with PID {self.holder.pid} ended before it was given any GPU memory")
 
     def _granted(self, claims: Sequence[Claim]) -> Reservation:
-        for end in self._forgotten: end.detach()
         waited = time.monotonic() - self._asked
         self.ledger.waits.observe(waited)
         self.ledger.events.count("granted", waited)
+        for end in self._forgotten: end.detach()
         self.ledger.note_deadline(self.lease, claims[0].expires)
         devices = tuple(self._known[c.device] for c in claims if c.device is not None)
         return Reservation(claims[0].id, devices[0], self.memory/2**20, self.holder, self.lease, self.ledger,

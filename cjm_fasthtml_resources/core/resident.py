@@ -17,7 +17,7 @@ from io import FileIO
 from pathlib import Path
 from typing import NamedTuple
 
-from .process import ProcessInfo, is_whole, read_process
+from .process import ProcessId, ProcessInfo, is_whole, read_process
 
 # %% ../../nbs/core/resident.ipynb #5886b190
 class ResidentProcess(NamedTuple):
@@ -131,14 +131,15 @@ class ProcessNames:
         processes: Sequence[ResidentProcess],   # all that there are
     ) -> list[KnownProcess]:
         "Return who they are; those that are not among them are forgotten"
-        before = self._known
-        found = [known if (known := before.get(p.pid)) and known.inode == p.inode else _look_up(p) for p in processes]
+        before, ancestors = self._known, dict[ProcessId, tuple[ProcessId, ...]]()
+        found = [known if (known := before.get(p.pid)) and known.inode == p.inode else _look_up(p, ancestors)
+                 for p in processes]
         self._known = {known.info.pid: known for known in found if known.inode}
         return found
 
-def _look_up(process: ResidentProcess) -> KnownProcess:
+def _look_up(process: ResidentProcess, ancestors: dict[ProcessId, tuple[ProcessId, ...]]) -> KnownProcess:
     "Identify a process that was not known before"
-    info = read_process(process.pid)
+    info = read_process(process.pid, ancestors)
     return KnownProcess(process.inode if is_whole(info) else 0, info, tuple(pid for pid, _ in info.lineage))
 
 # %% ../../nbs/core/resident.ipynb #d88765a2

@@ -53,7 +53,7 @@ def _mask_known(text: str) -> str:
     return text
 
 # %% ../../nbs/core/secrets.ipynb #667dc40f
-_NAMED_HASH = re.compile(
+_NAMED_HASH = (   # patterns are compiled when they are first used: that takes as long as some imports
     r"(?:(?<=/snapshots/)|(?<=@)|(?<=sha256[:-]))[0-9a-f]{40,64}(?![0-9a-zA-Z])"
     r"|(?<![0-9a-zA-Z])[0-9a-fA-F]{8}(?:-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}(?![0-9a-zA-Z])")   # a revision, a UUID
 
@@ -68,7 +68,7 @@ def _is_name(piece: str) -> bool:
     return "".join(parts) == piece and 3*len(parts) <= len(piece)
 
 def _is_random(word: str) -> bool:
-    pieces = re.findall(r"[A-Za-z0-9]+", _NAMED_HASH.sub("", word))
+    pieces = re.findall(r"[A-Za-z0-9]+", re.sub(_NAMED_HASH, "", word))
     if any(len(piece) >= 12 and not _is_name(piece) for piece in pieces): return True
     if any(re.fullmatch("[0-9a-fA-F]{32,}", piece) and not piece.isdigit() for piece in pieces): return True
     kinds = [_kind(char) for piece in pieces for char in piece]
@@ -121,20 +121,24 @@ _PLAIN_WORD = re.compile(
     r"[A-Z]?[a-z]{1,9}|[A-Z]{1,6}|[a-z]{2}[-_][A-Z]{2}"                              # auto, GPTQ, en-US
     r"|(?:(?:b?float|u?int|fp|bf|nf|tf)\d{1,2}(?:_e\dm\d|_)?)+|q\d_[a-z\d](?:_[a-z])?", re.ASCII)   # float16, q4_k_m
 
+_FEW = 8   # numbers in a list that is shown
+
 def shown_value(value: Any) -> Any:  # plain JSON
-    "Return a number, a boolean, `None` or a short word as it is, and a description of anything else"
+    "Return a number, a few of them, a boolean, `None` or a short word as it is, and a description of anything else"
     if value is None or type(value) is bool: return value
     if type(value) is int and abs(value) < 2**53: return value
     if type(value) is float and math.isfinite(value): return value
     if type(value) is str and _PLAIN_WORD.fullmatch(value): return value
+    if type(value) in (list, tuple) and len(value) <= _FEW and all(type(v) in (int, float, bool) for v in value):
+        return [shown_value(v) for v in value]   # a size such as [512, 512]
     return describe(value)
 
 # %% ../../nbs/core/secrets.ipynb #4cf9823b
 PLUGIN_RESOURCE_CONFIG_KEYS = ["resource_id", "model_id", "model", "model_name", "model_path"]
 
-_SECRET_NAME = re.compile(
-    r"(?i)key(?!board|word|frame)|token(?!s\b|i[sz])|secret|pass(?:w|phrase|code|\b|_)|pwd|cred|auth(?!ors?\b)"
-    r"|cookie|session|bearer|jwt|dsn|private|salt|signature|connection|mnemonic"
+_SECRET_NAME = (
+    r"(?i)key(?!board|word|frame|_?value)|token(?!s\b|i[sz])|secret|pass(?:w|phrase|code|\b|_)|pwd|cred|auth(?!ors?\b)"
+    r"|cookie|session(?!_?len)|bearer|jwt|dsn|private|salt|signature|connection|mnemonic"
     r"|(?:^|[_-])(?:pin|pat|otp|sas|cert|pem)(?:[_-]|$)")
 _PLAIN_NAME = re.compile(r"[A-Za-z_][\w.-]{0,39}|-?\d{1,16}", re.ASCII)
 _DEEPEST = 8   # mappings within mappings that are shown
@@ -145,7 +149,7 @@ def _shown_name(key: Any) -> str:
     return key if plain else describe(key)
 
 def _shown_field(key: Any, value: Any, depth: int) -> Any:
-    if isinstance(key, str) and _SECRET_NAME.search(key) and value is not None and type(value) is not bool:
+    if isinstance(key, str) and re.search(_SECRET_NAME, key) and value is not None and type(value) is not bool:
         return describe(value)
     if isinstance(value, Mapping): return shown_config(value, depth + 1) if depth < _DEEPEST else describe(value)
     named = key in PLUGIN_RESOURCE_CONFIG_KEYS or key == "device"
@@ -171,7 +175,7 @@ def shown_arguments(
     shown, hide = list[str](), False
     for argument in arguments:
         name, equals, value = argument.partition("=")
-        secret = bool(_SECRET_NAME.search(name)) and re.fullmatch(r"[\w.-]{1,60}", name) is not None
+        secret = bool(re.search(_SECRET_NAME, name)) and re.fullmatch(r"[\w.-]{1,60}", name) is not None
         if hide and not argument.startswith("-"): shown.append("***")
         else: shown.append(f"{name}=***" if secret and equals and value else argument)
         hide = secret and not equals and argument.startswith("-")

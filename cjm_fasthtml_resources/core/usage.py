@@ -28,7 +28,8 @@ from .secrets import shown_error
 from .threads import NoThreadError, start_thread
 
 if TYPE_CHECKING:
-    from cjm_fasthtml_resources.core.job import ActiveJob, PluginNeeds
+    from cjm_fasthtml_resources.core.job import ActiveJob
+    from cjm_fasthtml_resources.core.plugins import PluginNeeds
     from cjm_fasthtml_resources.core.unloading import Unload
 
 # %% ../../nbs/core/usage.ipynb #9cb9b0d0

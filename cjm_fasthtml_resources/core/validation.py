@@ -38,6 +38,7 @@ from cjm_fasthtml_resources.core.plugins import (
     PluginRegistry,
     PluginResourceRequirements,
     compare_plugin_resources,
+    declared_needs,
     device_kind,
     find_plugin,
     read_requirements,
@@ -578,7 +579,7 @@ def validate_resources_for_job(
     worker_pid: int | None = None,                   # the worker that the job is for; `None`: any, or a new one
     worker_type: str = "transcription",              # the type of worker that does such jobs
     *,
-    gpu_memory_mb: float | None = None,              # MiB that the job needs; `None`: what it was seen to use
+    gpu_memory_mb: float | None = None,              # MiB that the job needs; `None`: as declared, or as learned
     memory_threshold_percent: float = 90.0,          # of RAM; from this share on, it is short
     concurrent: bool = False,                        # whether it may share the model of a worker that runs another job
     cluster: ChecksHosts | None = None,              # a `ClusterResources`, to name another host where there is room
@@ -598,6 +599,8 @@ def validate_resources_for_job(
     except LookupError as error: result = _result(ValidationAction.ABORT, f"It cannot run: {shown_error(error)}.")
     else:
         requirements = read_requirements(plugin, config)
+        declared = declared_needs(plugin).gpu_memory_mb
+        if need is None and declared is not None: need = declared*2**20
         job = Job(plugin_id, name, config, requirements, worker_type, need, concurrent, job_id)
         _log.debug("%s needs %r", shown_text(plugin_id), job.needs)
         durations = known_durations(resource_manager)

@@ -14,6 +14,13 @@ from .resources import DeviceStatus, Promise, Waiting
 from .text import format_bytes
 from .totals import name_devices
 
+# %% ../../nbs/core/waiting.ipynb #0a5f5b89
+def _holders(devices: Sequence[DeviceStatus]) -> dict[int, str]:
+    "Return the names of the processes on devices, and of workers whose child processes are there, by PID"
+    every = [p for d in devices for p in d.processes]
+    workers = {p.parent_pid or p.pid: name_worker(p) for p in every if p.worker_type}
+    return {p.pid: p.name or "" for p in every} | workers
+
 # %% ../../nbs/core/waiting.ipynb #d56a476a
 @dataclass(frozen=True)
 class ReservationRow:
@@ -25,10 +32,6 @@ class ReservationRow:
     app: str
     state: str
     memory: int    # bytes
-
-def _holders(devices: Sequence[DeviceStatus]) -> dict[int, str]:
-    "Return the names of the processes on devices, by PID"
-    return {p.pid: name_worker(p) if p.is_worker else p.name or "" for d in devices for p in d.processes}
 
 def _reserved(place: int | str, promise: Promise, who: str) -> ReservationRow:
     state = f"{format_bytes(promise.unused)} unused" if promise.unused else "in use"
@@ -44,6 +47,6 @@ def reservation_rows(
     waiting: Iterable[Waiting] = (),   # in the order of asking
 ) -> list[ReservationRow]:
     "Return a row for each reservation on these devices, and then for each request that waits"
-    names = _holders(devices)
+    names = _holders(devices) if any(d.promises for d in devices) else {}
     kept = [_reserved(d.device.id, p, names.get(p.pid, "")) for d in devices for p in d.promises]
     return [*kept, *map(_waits, waiting)]

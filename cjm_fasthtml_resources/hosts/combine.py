@@ -95,7 +95,8 @@ def add_memory(
     swap, swapped = (sum(part or 0 for part in parts) for parts in zip((0, 0), *swaps, strict=True))
     memory = HostMemory(total, used, machines=max(len(states), 1), swap_total=swap, swap_used=swapped)
     left_out, estimated = sum(s.left_out for s in states), any(s.estimated for s in states)
-    return MemoryStatus(memory, tuple(processes), app, external, left_out, estimated)
+    promised = sum(s.promised for s in states)
+    return MemoryStatus(memory, tuple(processes), app, external, left_out, estimated, promised)
 
 # %% ../../nbs/hosts/combine.ipynb #ac772e6c
 def combine_memory(

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 from ..core.sysfs import ListedGpu
-from .calls import NOT_FOUND, NOT_SUPPORTED, SUCCESS, write_number, write_text
+from .calls import NOT_SUPPORTED, SUCCESS, write_number, write_text
 from .devices import DeviceCalls, LoadCalls, MigCalls, TopologyCalls
 from .habits import Habits
 from .machine import SimulatedGpu
@@ -49,7 +49,6 @@ ANSWERS: dict[str, int | tuple[int, ...]] = {
     "nvmlDeviceGetDriverModel": NOT_SUPPORTED,
     "nvmlDeviceGetConfComputeMemSizeInfo": NOT_SUPPORTED,     # their presence tells the size of an entry in the
     "nvmlDeviceGetRunningProcessDetailList": NOT_SUPPORTED,   # lists of processes
-    "nvmlDeviceGetProcessUtilization": NOT_FOUND,
     "nvmlDeviceGetDisplayMode": (0,),
     "nvmlDeviceGetDisplayActive": (0,),
     "nvmlDeviceGetPersistenceMode": (1,),

@@ -66,6 +66,7 @@ class SimulatedProcess(Checked):
     pid: int
     memory_mb: float | None = None  # MiB; `None`: the driver does not report it
     kind: str = "compute"           # "compute", "graphics", "mps", or several joined by "+"
+    load: int = 0                   # percent of the last seconds in which it computed
 
     def __post_init__(self) -> None:
         if not set(self.kind.split("+")) <= {"compute", "graphics", "mps"}:

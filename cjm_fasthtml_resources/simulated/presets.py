@@ -38,8 +38,8 @@ _OTHERS = [
 def _machine(*processes: Scenario, used_mb: float = 34000) -> Scenario:
     return dict(memory_total_mb=128*1024, memory_used_mb=used_mb, processes=list(processes))
 
-def _processes(*rows: tuple[int, float | None]) -> list[Scenario]:
-    return [dict(pid=pid, memory_mb=mb) for pid, mb in rows]
+def _processes(*rows: tuple[int, float | None], load: int = 0) -> list[Scenario]:
+    return [dict(pid=pid, memory_mb=mb, **(dict(load=load) if load else {})) for pid, mb in rows]
 
 # %% ../../nbs/simulated/presets.ipynb #02719a6b
 PRESETS: dict[str, Callable[[], Scenario]] = {}
@@ -63,9 +63,9 @@ PRESETS["shared"] = lambda: dict(
 PRESETS["pair"] = lambda: dict(
     description="Two GPUs that the app shares with other people: one has room, the other is taken",
     gpus=[dict(_RTX, memory_used_mb=15420, utilization=34, temperature=58, power_usage=141,
-               processes=[*_processes((4200101, 4100), (4200103, 10600)), _XORG]),
+               processes=[*_processes((4200101, 4100)), *_processes((4200103, 10600), load=34), _XORG]),
           dict(_RTX, memory_used_mb=39900, utilization=99, temperature=77, power_usage=288,
-               processes=_processes((4200301, 38200), (4200303, 1300)))],
+               processes=[*_processes((4200301, 38200), load=99), *_processes((4200303, 1300))])],
     machine=_machine(*_SERVER, *_OTHERS), workers=_WORKERS)
 
 # %% ../../nbs/simulated/presets.ipynb #09a4418a

@@ -16,11 +16,12 @@ from ..core.samples import Sample
 from ..core.text import printable
 from .parts import to_html
 
-# %% ../../nbs/ui/age.ipynb #7f09e8f2
+# %% ../../nbs/ui/age.ipynb #b17a3e13
 def moment_of(
-    sample: Sample,
+    sample: Sample | None = None,   # `None`: of now
 ) -> float:  # seconds since the epoch
     "Return when a sample was taken, also if the driver could not be read"
+    if sample is None: return time.time()
     return sample.time or time.time() - sample.age
 
 def name_time(

@@ -26,7 +26,7 @@ from prometheus_client.exposition import choose_encoder
 
 from ..core.claims import Claim
 from ..core.conflict import ResourceConflict
-from ..core.events import EVENTS, EventCounts
+from ..core.events import EVENTS, EventCounts, Events
 from ..core.manager import ResourceManager
 from ..core.monitor import ResourceMonitor
 from ..core.resources import DeviceStatus, ResourceStatus, WorkerState
@@ -129,7 +129,8 @@ _EVENTS = dict(
     ended=("reservations_ended", "Reservations that have ended: given back, run out, or with their process"),
     stopped=("workers_stopped", "Workers that were stopped"),
     driver_lost=("driver_losses", "Times that the driver gave no answer after it had given one"),
-    out_of_memory=("out_of_memory", "Jobs that ran out of memory"))
+    out_of_memory=("out_of_memory", "Jobs that ran out of memory"),
+    scrape_failed=("scrape_errors", "Scrapes that could not be answered in full"))
 
 def event_metrics(
     events: EventCounts,
@@ -220,7 +221,8 @@ class ResourceCollector:
         monitor: ResourceMonitor,
         processes: bool = False,   # a metric for each process, too: labels without bound
     ) -> None:
-        self.monitor, self.processes, self._errors, self._users = monitor, processes, 0, UserLabels()
+        self.monitor, self.processes, self._users, self._logged = monitor, processes, UserLabels(), False
+        self._events = monitor.manager.events if isinstance(monitor.manager, ResourceManager) else Events()
 
     def describe(self) -> list[Metric]:
         "Return nothing, so that registering does not ask the driver"
@@ -238,13 +240,17 @@ class ResourceCollector:
             if self.processes: found += process_metrics(sample.gpu.allowed)
             age = time.monotonic() - sample.taken
             found.append(_gauge("sample_age_seconds", "Time since the figures were read", [], [([], age)]))
-            if isinstance(manager, ResourceManager):
-                found += [*event_metrics(read_events(manager)), *reservation_metrics(manager.get_claims())]
+            events = read_events(manager) if isinstance(manager, ResourceManager) else self._events.read()
+            if isinstance(manager, ResourceManager): found += reservation_metrics(manager.get_claims())
         except Exception:  # a scrape is answered whatever breaks, and says that something did
-            if not self._errors: _log.exception("the metrics could not be collected; the same again is only counted")
-            self._errors += 1
-        return [*found, CounterMetricFamily(f"{_PREFIX}_scrape_errors", "Scrapes that could not be answered in full",
-                                            value=self._errors)]
+            if not self._logged: _log.exception("the metrics could not be collected; the same again is only counted")
+            self._logged = True
+            self._events.count("scrape_failed")
+            events = self._events.read()
+        known = [*event_metrics(events)]
+        if not isinstance(self.monitor.manager, ResourceManager):   # of a cluster, this alone is counted here
+            known = [metric for metric in known if metric.name == f"{_PREFIX}_scrape_errors"]
+        return [*found, *known]
 
 # %% ../../nbs/ui/metrics.ipynb #4464ae86
 def exposition(

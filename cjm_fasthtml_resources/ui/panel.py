@@ -6,13 +6,7 @@
 __all__ = ['open_panels', 'panel_slots', 'ResourcePanel']
 
 # %% ../../nbs/ui/panel.ipynb #bc91138b
-import contextlib
-import io
-import math
-import shutil
-import sys
 import threading
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -20,7 +14,7 @@ from html import escape
 from typing import Any
 
 import ipywidgets as widgets
-from fastcore.xml import Div, P, Safe, Style
+from fastcore.xml import P
 
 from cjm_fasthtml_resources.ui.tables import (
     PROCESS_COLUMNS,
@@ -37,16 +31,17 @@ from ..core.copies import StaysHere
 from ..core.forks import reset_in_child
 from ..core.history import History
 from ..core.manager import ResourceManager
-from ..core.monitor import ResourceMonitor, Subscription, TakesSamples, share_monitor
+from ..core.monitor import ResourceMonitor, TakesSamples, share_monitor
 from ..core.resources import WorkerState
 from ..core.samples import Sample
 from ..core.text import printable
 from ..core.threads import NoThreadError, start_thread
-from .age import moment_of, name_time, picture_line, pulse
 from .assets import read_asset
-from .cards import CSS, arrange, render_tables
+from .cards import CSS
 from .controls import check_controls, find_asked, name_question
+from .kept import find_shell, picture
 from .parts import to_html
+from .seen import SeenBox
 from .view import SORTS, View, render, render_reservations
 
 # %% ../../nbs/ui/panel.ipynb #b0f5ae54
@@ -124,6 +119,14 @@ def _interval_options(interval: float) -> list[tuple[str, float]]:
 def _interval_menu(interval: float) -> widgets.Dropdown:
     return _menu("every", _interval_options(interval), interval, "9rem")
 
+def _set_menu(menu: widgets.Dropdown, interval: float, act: Callable[[Any], None]) -> None:
+    "Show an interval that was set elsewhere, without acting on it"
+    if menu.value == interval: return
+    menu.unobserve(act, "value")
+    menu.options = _interval_options(interval)
+    menu.value = interval
+    menu.observe(act, "value")
+
 # %% ../../nbs/ui/panel.ipynb #a2b5bce0
 def _count_gpus(slots: Mapping[str, Any]) -> int: return sum(key.startswith("gpu") for key in slots)//2
 
@@ -140,14 +143,9 @@ def _tables(slots: Mapping[str, Any]) -> list[Any]:
 # %% ../../nbs/ui/panel.ipynb #196d2e7d
 open_panels: list[tuple[Any, Any, "ResourcePanel"]] = []   # cell, run, panel
 
-def _shell() -> Any:
-    "Return IPython's shell; `None` outside IPython"
-    ipython = sys.modules.get("IPython")
-    return ipython.get_ipython() if ipython else None
-
 def _running_cell() -> tuple[Any, Any]:
     "Return the cell that is running now, and this run of it; `None` where that is not told"
-    kernel = getattr(_shell(), "kernel", None)
+    kernel = getattr(find_shell(), "kernel", None)
     parent = kernel.get_parent() if kernel else None
     if not parent: return None, None
     return parent.get("metadata", {}).get("cellId"), parent.get("header", {}).get("msg_id")
@@ -156,76 +154,6 @@ def _replace_earlier(panel: "ResourcePanel", cell: Any, run: Any) -> None:
     "Close the panels of an earlier run of the cell"
     for earlier in [p for c, r, p in open_panels if cell is not None and c == cell and r != run]: earlier.close()
     open_panels.append((cell, run, panel))
-
-# %% ../../nbs/ui/panel.ipynb #0c5a03a4
-def _text_view(sample: Sample) -> str:
-    "Return a sample as in a terminal, with its time"
-    from rich.console import Console
-
-    from cjm_fasthtml_resources.ui.terminal import status_view
-    width = max(shutil.get_terminal_size().columns, 60)
-    file = io.StringIO()
-    console = Console(file=file, width=width, color_system=None, force_terminal=False, force_jupyter=False)
-    console.print(status_view(sample, console, 5))
-    old = f", not of this moment: {sample.stale}" if sample.stale else ""
-    lines = [*file.getvalue().splitlines(), f"Data from {name_time(moment_of(sample))}{old}"]
-    return "\n".join(line.rstrip() for line in lines)
-
-# %% ../../nbs/ui/panel.ipynb #2ca08c49
-def _hide_picture(id: str) -> str:
-    "Return a style sheet that hides a panel's picture while the panel is shown, and what stands for a lost panel"
-    lost = f".jp-OutputArea-child:has(+ .jp-OutputArea-child .kept-{id}) .jupyter-widgets:not(:has(*))"
-    return f":root:has(.of-{id}) .kept-{id},{lost}{{display:none}}"
-
-def _picture(sample: Sample, history: History, view: View, id: str = "") -> str:
-    "Return a sample as HTML that needs nothing else, with its time"
-    slots = render(sample, history, view) | render_tables(sample, view)
-    style = Style(Safe(CSS + (_hide_picture(id) if id else "")))
-    return to_html(Div(style, picture_line(sample), arrange(slots), cls=f"cjm kept-{id}" if id else "cjm"))
-
-# %% ../../nbs/ui/panel.ipynb #dce1969c
-class _Kept:
-    "When a notebook is sent the picture of a panel that was displayed in it"
-    def __init__(self) -> None: self.since, self.at, self.number = math.inf, math.inf, 0
-
-    def begin(self) -> None:
-        "Note that it was displayed"
-        self.since = min(self.since, time.monotonic())
-
-    def is_due(self, sample: Sample, now: float) -> bool:
-        "Return whether it is time for the picture of another sample"
-        return now - self.at >= min(max(5.0, (now - self.since)/20), 60.0) and self.differs(sample)
-
-    def differs(self, sample: Sample) -> bool:
-        "Return whether a notebook has the picture of an earlier sample"
-        return self.since < math.inf and sample.number != self.number
-
-    def note(self, sample: Sample, now: float) -> None:
-        "Note what a notebook has"
-        self.at, self.number = now, sample.number
-
-# %% ../../nbs/ui/panel.ipynb #ebe19ce8
-def _display(data: Mapping[str, Any], **kw: Any) -> None:
-    "Publish data of several types; a notebook that is being closed takes none"
-    from IPython.display import display
-    with contextlib.suppress(OSError, RuntimeError): display(dict(data), raw=True, **kw)
-
-def _display_live(bundle: Any) -> None:
-    "Display a widget, from what its `_repr_mimebundle_` returns; a converter that cannot show it shows nothing"
-    data, metadata = bundle if isinstance(bundle, tuple) else (bundle, {})
-    shown = {kind: value for kind, value in data.items() if kind != "text/plain"}
-    _display({**shown, "text/html": ""}, metadata=metadata)
-    _keep_after_cells()
-
-def _keep_pictures(*_: Any) -> None:
-    "After a cell: have notebooks keep the last samples"
-    for _, _, panel in list(open_panels): panel._keep()
-
-def _keep_after_cells() -> None:
-    "Do so after each cell from now on"
-    events = getattr(_shell(), "events", None)
-    if events and _keep_pictures not in events.callbacks["post_run_cell"]:
-        events.register("post_run_cell", _keep_pictures)
 
 # %% ../../nbs/ui/panel.ipynb #52b30dd4
 def _ask_about(worker: WorkerState, now: WorkerState | None) -> str:
@@ -247,40 +175,15 @@ def _stop_asked(manager: ResourceManager, worker: WorkerState) -> str:
     except (OSError, RuntimeError) as error: return f"The worker with PID {worker.pid} was not stopped: {error}"
     return f"Stopped the {worker.shown().worker_type} worker with PID {worker.pid}."
 
-# %% ../../nbs/ui/panel.ipynb #73c5b42d
-_EXPECT = 60.0   # seconds in which a panel should be shown
-
-class _Audience:
-    "Whether anybody sees a panel, as far as front ends tell"
-    def __init__(self) -> None: self.views, self.until, self.counts = 0, time.monotonic() + _EXPECT, False
-
-    def expect(self) -> None:
-        "Note that it is displayed, by a front end that counts views, or by none"
-        self.until = time.monotonic() + _EXPECT if self.counts else math.inf
-
-    def begin_again(self) -> None:
-        "Note that a front end has loaded it, whose views are counted from 0"
-        self.views, self.until = 0, time.monotonic() + _EXPECT
-
-    def count(self, views: int | None) -> None:
-        "Note how many views there are"
-        self.views = views or 0
-        if views: self.counts, self.until = True, 0.0
-
-    def is_there(self) -> bool:
-        "Return whether somebody sees it, or will soon"
-        return self.views > 0 or time.monotonic() < self.until
-
 # %% ../../nbs/ui/panel.ipynb #15c70f1f
 # a front end runs no <script> of an HTML widget; the style sheet's event is where the one for the tables begins
 _STYLE = f'<style onload="{escape(read_asset("tables.js"))}">{CSS}{read_asset("panel.css")}</style>'
 _FILTER = "<div data-cjm-filter></div>"
 _MORE = dict(totals="Show what each user and each app uses", details="Show age, command line and load of a process")
 _PAUSE_HELP = "Look no more until it is pressed again"
-_BEAT = 0.9   # seconds between two beginnings of the animation, at least
 
 # %% ../../nbs/ui/panel.ipynb #a8721c04
-class ResourcePanel(StaysHere, widgets.VBox):  # type: ignore[misc]  # ipywidgets has no types
+class ResourcePanel(StaysHere, SeenBox):
     "GPUs, memory, workers and processes, live. `close()` ends it; so does running its cell again"
     instead = "Make one there, of a manager there."
 
@@ -297,14 +200,11 @@ class ResourcePanel(StaysHere, widgets.VBox):  # type: ignore[misc]  # ipywidget
         self._lock, self._closed = threading.RLock(), True   # until there is something to close
         check_controls(manager, controls)
         self.manager: Any = manager
-        self.monitor = monitor or share_monitor(manager, interval, history)
-        self._view, self._controls, self._paused = View(rows=rows), controls, self.monitor.paused
+        self._view, self._controls = View(rows=rows), controls
         self._question: WorkerState | None = None   # the worker to stop, until that is answered
-        self._audience, self._kept, self._turn, self._beaten = _Audience(), _Kept(), 0, 0.0
-        self._subscription: Subscription | None = None
-        self._sample = self.monitor.latest or self.monitor.take()
+        super().__init__(monitor or share_monitor(manager, interval, history))
+        self._paused = self.monitor.paused
         self._make_widgets()
-        super().__init__(layout=widgets.Layout(width="100%"), _view_count=0)
         self._start()
 
     def after_fork(self) -> None:
@@ -318,106 +218,52 @@ class ResourcePanel(StaysHere, widgets.VBox):  # type: ignore[misc]  # ipywidget
         self._sort = _menu("sort by", list(SORTS), self._view.sort, "11rem")
         self._more = {name: _toggle(name.capitalize(), False, text) for name, text in _MORE.items()}
         self._gpus, self._stops, self._asked = (_box(cls="controls") for _ in range(3))
-        self._style, self._pulse, self._said = widgets.HTML(_STYLE), widgets.HTML(), widgets.HTML()
-        self._slots, self._boxes, self._filter = dict[str, Any](), list[Any](), widgets.HTML(_FILTER)
+        self._style, self._said, self._filter = widgets.HTML(_STYLE), widgets.HTML(), widgets.HTML(_FILTER)
+        self._slots, self._boxes = dict[str, Any](), list[Any]()
 
     def _start(self) -> None:
-        self._closed, self._id = False, self.model_id
-        for name in ("cjm", f"of-{self._id}"): self.add_class(name)
+        self._closed = False
         acts = ((self._on_pause, self._pause), (self._on_interval, self._every), (self._on_view, self._sort))
         for act, control in (*acts, *((self._on_view, m) for m in self._more.values())): control.observe(act, "value")
-        self.observe(self._on_audience, "_view_count")
         _replace_earlier(reset_in_child(self), *_running_cell())
         try:
             self._show(self._sample)
-            self._follow_audience()
+            self.follow_audience()
         except BaseException:
             self.close()
             raise
 
-    def __repr__(self) -> str: return _text_view(self.monitor.latest or self._sample)
-
     def _repr_html_(self) -> str:
         "Return the last sample as a picture, for where there is no kernel"
-        return _picture(self._sample, self.monitor.history, self._view, "" if self._closed else self._id)
-
-    def _ipython_display_(self) -> None:
-        "Show the panel, and below it the picture that a notebook keeps"
-        if not self._closed: _display_live(self._repr_mimebundle_())
-        self._kept.note(self._sample, time.monotonic())
-        _display({"text/html": self._repr_html_(), "text/plain": repr(self)}, display_id=f"cjm-{self._id}")
-        if self._closed: return
-        self._kept.begin()
-        self._audience.expect()
-        self._follow_audience()
-
-    def _keep(self) -> None:
-        "Have the notebook keep the last sample, if it shows the panel and has an earlier one"
-        if not self._kept.differs(self._sample): return
-        self._kept.note(self._sample, time.monotonic())
-        _display({"text/html": self._repr_html_()}, display_id=f"cjm-{self._id}", update=True)
+        return picture(self._sample, self.monitor.history, self._view, "" if self._closed else self.id)
 
     def close(self) -> None:
         "End the panel: its subscription, and with the last subscriber the monitor's thread, and its widgets"
         with self._lock:
             if self._closed: return
             self._closed = True
-            if self._subscription: self._subscription.close()
-        self._keep()
+            self.leave()
         open_panels[:] = [entry for entry in open_panels if entry[2] is not self]
         for widget in (*self._parts(), self): _close(widget)
-
-    # Whether it is shown
-
-    def get_state(self, key: Any = None, drop_defaults: bool = False) -> dict[str, Any]:
-        "Return what a front end loads; one that loads all of it has no view yet"
-        if key is None and not drop_defaults and self._audience.counts and not self._closed:
-            self._audience.begin_again()
-            self._view_count = 0
-        state: dict[str, Any] = super().get_state(key, drop_defaults)
-        return state
-
-    def _on_audience(self, change: Any) -> None:
-        if change["new"] or self._audience.views: self._audience.count(change["new"])
-        self._follow_audience()
-
-    def _follow_audience(self) -> None:
-        "Take samples as long as somebody sees them"
-        with self._lock:
-            if self._closed or self._audience.is_there() == (self._subscription is not None): return
-            if self._subscription is None: self._subscription = self.monitor.subscribe(self._show)
-            else:
-                self._subscription.close()
-                self._subscription = None
 
     def _parts(self) -> list[Any]:
         "Return every widget of it, those inside before their boxes"
         rows = (self._gpus, self._stops, self._asked)
         buttons = [button for row in rows for button in row.children]
-        single = (self._pause, self._every, self._sort, *self._more.values(), self._style, self._pulse, self._said,
-                  self._filter)
+        single = (self._pause, self._every, self._sort, *self._more.values(), self._style, self.pulse.widget,
+                  self._said, self._filter)
         return [*buttons, *rows, *single, *self._slots.values(), *self._boxes]
 
-    # What is shown
     def _show(self, sample: Sample) -> None:
         "On the monitor's thread: put what changed into the widgets"
         with self._lock:
             if self._closed: return
             self._sample = sample
             if self._paused != self.monitor.paused: self._pause.value = self.monitor.paused  # paused from elsewhere
-            if self._every.value != self.monitor.interval: self._follow_interval()
-            self._beat()
+            _set_menu(self._every, self.monitor.interval, self._on_interval)
+            self.beat()
             self._fill()
-            self._follow_audience()
-            if self._kept.is_due(sample, time.monotonic()): self._keep()
-
-    def _beat(self) -> None:
-        "Begin the animation again that greys the panel unless something newer comes"
-        now = time.monotonic()
-        if self._sample.stale: self._pulse.value = ""
-        elif now - self._beaten >= _BEAT or not self._pulse.value:
-            self._beaten, self._turn = now, self._turn + 1
-            self._pulse.value = pulse(f"of-{self._id}", self._sample, self.monitor.interval, self._turn)
+            self.follow_audience()
 
     def _fill(self) -> None:
         slots = panel_slots(self._sample, self.monitor.history, self._view)
@@ -436,8 +282,8 @@ class ResourcePanel(StaysHere, widgets.VBox):  # type: ignore[misc]  # ipywidget
         steering = _box(self._pause, self._every, self._sort, *self._more.values(), self._gpus, cls="controls")
         self._boxes = [*cards, grid, steering, workers, processes]
         above = [self._slots[key] for key in ("state", "banner", "memory_banner", "notes")]
-        self.children = (self._style, self._pulse, steering, *above, grid, self._filter, workers, self._stops,
-                         self._said, self._asked, processes, self._slots["reservations"], self._slots["totals"])
+        self.children = (self._style, self.pulse.widget, steering, *above, grid, self._filter, workers, self._said,
+                         self._asked, self._stops, processes, self._slots["reservations"], self._slots["totals"])
         for box in old: _close(box)
 
     # Controls; a front end may call these on any thread
@@ -449,15 +295,8 @@ class ResourcePanel(StaysHere, widgets.VBox):  # type: ignore[misc]  # ipywidget
 
     def _on_interval(self, change: Any) -> None:
         with self._lock:
-            self.monitor.interval, self._beaten = change["new"], 0.0
-            if not self._closed: self._beat()
-
-    def _follow_interval(self) -> None:
-        "Show the interval that was set elsewhere"
-        self._every.unobserve(self._on_interval, "value")
-        self._every.options = _interval_options(self.monitor.interval)
-        self._every.value = self.monitor.interval
-        self._every.observe(self._on_interval, "value")
+            self.monitor.interval = change["new"]
+            if not self._closed: self.beat(at_once=True)
 
     def _on_view(self, change: Any) -> None:
         with self._lock:
@@ -479,7 +318,6 @@ class ResourcePanel(StaysHere, widgets.VBox):  # type: ignore[misc]  # ipywidget
         button.observe(self._on_view, "value")
         return button
 
-    # Stopping workers
     def _offer_stops(self) -> None:
         "A button for each worker that is shown"
         workers = [w for w in self._sample.workers if w.start_time is not None][:self._view.rows]

@@ -52,7 +52,8 @@ def _steps() -> Iterator[tuple[str, FrameType]]:
 def find_uvicorn() -> Any:
     "Return the uvicorn server that runs the present event loop; `None` if another one does"
     kind = getattr(sys.modules.get("uvicorn"), "Server", None)
-    found = (frame.f_locals.get("self") for name, frame in _steps() if kind and name == "Server.serve")
+    if kind is None: return None
+    found = (frame.f_locals.get("self") for name, frame in _steps() if name == "Server.serve")
     return next((server for server in found if isinstance(server, kind)), None)
 
 def is_stopping(

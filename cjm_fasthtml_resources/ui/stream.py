@@ -115,7 +115,7 @@ def beat_event(
     sample: Sample | None = None,  # what is shown
 ) -> bytes:
     "Return a sign of life: in ms, the time after which a page takes the stream for lost, now, and when it was read"
-    now = time.time()
+    now = moment_of()
     read = moment_of(sample) if sample else now
     return to_event("beat", *(f"{1000*seconds:.0f}" for seconds in (3*pace(interval), now, read)))
 

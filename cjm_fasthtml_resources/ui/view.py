@@ -7,7 +7,7 @@ __all__ = ['SORTS', 'View', 'find_traces', 'render', 'render_reservations', 'ren
 
 # %% ../../nbs/ui/view.ipynb #4122c4ef
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
@@ -112,7 +112,8 @@ def _gpu_slots(status: DeviceStatus, trace: Sequence[float]) -> dict[str, str]:
     "Return the two slots of a device's card"
     d = status.device
     named = GpuDevice(d.index, d.uuid, d.name, mig_parent=d.mig_parent, host=d.host, asleep=d.asleep)   # what it shows
-    return dict(head=_head_html(named, status.status), live=_live_html(status, tuple(trace)))
+    figures = replace(status, device=replace(d, processes=None), processes=())   # which are many, and not shown here
+    return dict(head=_head_html(named, status.status), live=_live_html(figures, tuple(trace)))
 
 # %% ../../nbs/ui/view.ipynb #3886d469
 def _state(sample: Sample) -> Any:

@@ -9,7 +9,6 @@ __all__ = ['SCRIPT', 'ResourceCard', 'ResourceRoutes', 'resource_routes', 'make_
 # %% ../../nbs/ui/web.ipynb #eb2e54b7
 import asyncio
 import secrets
-import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as NotYet
@@ -38,7 +37,7 @@ from ..core.monitor import ResourceMonitor, TakesSamples
 from ..core.store import StoreError
 from ..core.threads import NoThreadError, SharedCalls
 from ..sizes import parse_size
-from .age import not_live
+from .age import moment_of, not_live
 from .assets import read_asset
 from .cards import CSS, arrange
 from .controls import check_controls, find_asked, name_question
@@ -66,7 +65,7 @@ def _component(
     prefix: str,           # where the routes begin in the app
     base: str,             # the same as the page names it
 ) -> Any:
-    now = time.time()
+    now = moment_of()
     lost = Div(not_live(now), cls="state", data_cjm_lost=True, role="status", aria_live="polite")
     place = Div(P(_NOT_YET, cls="note") if slots is None else arrange(slots), data_cjm_place=True)
     stop = Form(id=_form_id(prefix), method="post", action=f"{base}/stop", hidden=True)

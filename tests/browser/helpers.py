@@ -84,12 +84,18 @@ def violations(page, context=".cjm") -> list[str]:
 CUT = """() => {
     const visible = (e) => e.checkVisibility({visibilityProperty: true});
     const said = [];
-    if (document.documentElement.scrollWidth > innerWidth) said.push(`the page is ${document.documentElement.scrollWidth} px wide`);
+    const wide = document.documentElement.scrollWidth;
+    if (wide > innerWidth) said.push(`the page is ${wide} px wide`);
     for (const th of document.querySelectorAll('.cjm th')) {
         if (!visible(th)) continue;
         const name = th.textContent, box = th.getBoundingClientRect();
         if (th.scrollWidth > th.clientWidth) said.push(`the header ${name} is cut`);
         if (['process', 'type', 'status'].includes(name) && box.width < 44) said.push(`${name} has ${box.width} px`);
+    }
+    for (const box of document.querySelectorAll('.cjm .halves')) {
+        const [left, right] = [...box.querySelectorAll('table')].map((table) =>
+            [...table.rows].map((tr) => Math.round(tr.getBoundingClientRect().top)).join());
+        if (left !== right) said.push(`rows beside each other are at ${left} and ${right}`);
     }
     for (const name of ['type', 'status', 'process'])
         if (![...document.querySelectorAll('.cjm th')].some((th) => th.textContent === name && visible(th)))

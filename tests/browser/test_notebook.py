@@ -19,7 +19,7 @@ on_gpu = [SimulatedProcess(worker.pid, 5000), SimulatedProcess(1, 3000)]
 gpus = [SimulatedGpu("NVIDIA L4", processes=on_gpu), SimulatedGpu("NVIDIA L40S")]
 SimulatedDriver(gpus).start()
 manager = ResourceManager()
-_ = manager.register_worker(worker.pid, "llm", job_id="job-1")
+_ = manager.register_worker(worker.pid, "llm", job_id="job-1"), manager.register_worker(4_200_101, "transcription")
 threading.Thread(target=vary, daemon=True).start()"""
 SHOW = "panel = ResourcePanel(manager, interval=0.2, controls=True)\npanel"
 BUSY = "time.sleep(10)\nprint('awake')"
@@ -27,13 +27,17 @@ TELL = """threads = sum(t.name == 'resource-monitor' for t in threading.enumerat
 told = dict(threads=threads, paused=panel.monitor.paused, interval=panel.monitor.interval, ended=worker.poll())
 print(told, time.time())"""
 CLOSE = "panel.close(); time.sleep(0.5)"
-CELLS = [SETUP, SHOW, BUSY, TELL, CLOSE]
+CHECK = "manager.check_gpu_availability()"
+CELLS = [SETUP, SHOW, BUSY, TELL, CLOSE, CHECK]
 
 
 @pytest.fixture(scope="module", params=["jupyterlab", "notebook"])
 def open_notebook(request, chromium, tmp_path_factory):
     "Write a notebook, and give its address in JupyterLab or Notebook 7"
     folder = tmp_path_factory.mktemp("notebooks")
+    settings = folder/"jupyterlab_settings_dir"/"@jupyterlab"/"apputils-extension"
+    settings.mkdir(parents=True)
+    (settings/"themes.jupyterlab-settings").write_text(json.dumps({"adaptive-theme": True}))   # as the browser's
     with jupyter(request.param, folder) as server:
         def write(name):
             (folder/f"{name}.ipynb").write_text(json.dumps(notebook(CELLS)))
@@ -41,6 +45,15 @@ def open_notebook(request, chromium, tmp_path_factory):
             return f"{server}/{place}/{name}.ipynb?token=t"
 
         yield write
+
+
+# How the cells of a table look
+LOOK = """table => [...table.querySelectorAll('th')].map(th => th.textContent).map((name, i) => [name,
+    ...[...table.querySelectorAll(`th:nth-child(${i + 1}), tr:first-child td:nth-child(${i + 1})`)].map(cell => {
+        const {textAlign, padding, fontSize, lineHeight, verticalAlign} = getComputedStyle(cell);
+        return [textAlign, padding, fontSize, lineHeight, verticalAlign,
+                getComputedStyle(cell.parentNode).backgroundColor].join(' ');
+    })])"""
 
 
 class Notebook:
@@ -178,7 +191,7 @@ def test_a_worker_is_stopped_after_a_question_and_a_selection_stays(open_noteboo
     assert place > 50 and book.moves() and page.evaluate("pane => pane.scrollTop", pane) == place
     page.set_viewport_size(dict(width=1400, height=1600))
     page.get_by_role("button", name=re.compile("Stop llm")).click()
-    page.get_by_text("which is running job-1").wait_for()
+    page.get_by_text("It is running job-1").wait_for()
     page.get_by_role("button", name="Keep it").click()
     assert book.tell()["ended"] is None
     page.get_by_role("button", name=re.compile("Stop llm")).click()
@@ -187,16 +200,27 @@ def test_a_worker_is_stopped_after_a_question_and_a_selection_stays(open_noteboo
     assert book.tell()["ended"] == -15
 
 
-def test_nothing_of_the_panel_is_cut_in_a_narrow_window(open_notebook, new_page):
+def test_everybody_can_read_the_panel_and_nothing_of_it_is_cut_in_a_narrow_window(open_notebook, new_page):
     book = Notebook(new_page(width=1400, height=1600), open_notebook("narrow"))
     book.run(SETUP)
     book.run(SHOW)
-    book.page.get_by_role("button", name=re.compile("Stop llm")).click()
-    book.page.keyboard.press("Control+b")    # JupyterLab's side bar would take the room
+    page = book.page
+    page.get_by_role("button", name=re.compile("Stop llm")).click()
+    book.run(CHECK)
+    page.keyboard.press("Control+b")         # JupyterLab's side bar would take the room
+    panel, check = (page.locator(".cjm .processes").nth(i).evaluate(LOOK) for i in range(2))
+    assert panel == check[:len(panel)] and len(panel) > 3 and check[-1][0] == "memory"   # a table beside it, in a panel
     found = {}
     for width in (1400, 1100, 1000, 940, 880, 820, 760, 700, 640, 560, 480, 420):
-        book.page.set_viewport_size(dict(width=width, height=1600))
+        page.set_viewport_size(dict(width=width, height=1600))
         time.sleep(0.3)
-        room = book.page.locator(".cjm").first.bounding_box()["width"]
-        if room >= 320 and (said := book.page.evaluate(CUT)): found[width, room] = said
+        room = page.locator(".cjm").first.bounding_box()["width"]
+        if room >= 320 and (said := page.evaluate(CUT)): found[width, room] = said
     assert found == {}
+    for scheme in ("light", "dark"):
+        page.emulate_media(color_scheme=scheme)
+        page.locator(f"body[data-jp-theme-light={str(scheme == 'light').lower()}]").wait_for(state="attached")
+        for width in (390, 700, 1280):
+            page.set_viewport_size(dict(width=width, height=1600))
+            time.sleep(0.3)
+            assert violations(page) == [], (scheme, width)

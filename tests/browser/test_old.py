@@ -64,8 +64,7 @@ def delete(book, source):
     book.page.keyboard.press("Escape")
     book.page.keyboard.press("d")
     book.page.keyboard.press("d")
-    CELLS_LEFT = [cell for cell in book.cells if cell != source]
-    book.cells = CELLS_LEFT
+    book.cells = [cell for cell in book.cells if cell != source]
 
 
 def test_a_kernel_that_is_killed_or_suspended_leaves_figures_that_say_that_they_are_old(opened):
@@ -79,7 +78,8 @@ def test_a_kernel_that_is_killed_or_suspended_leaves_figures_that_say_that_they_
     began = time.monotonic()
     page.locator(f"{LIVE} .told").wait_for()
     assert 1.5 < time.monotonic() - began < 4.5 and page.evaluate(GREY)
-    assert re.match(r"Not live\. Showing data from \d{4}-\d\d-\d\d \d\d:\d\d:\d\d \w+", page.locator(f"{LIVE} .told").inner_text())
+    said = page.locator(f"{LIVE} .told").inner_text()
+    assert re.match(r"Not live\. Showing data from \d{4}-\d\d-\d\d \d\d:\d\d:\d\d \w+", said)
     os.kill(pid, signal.SIGCONT)
     wait_until(lambda: not page.evaluate(GREY) and not page.locator(f"{LIVE} .told").is_visible())
     os.kill(pid, signal.SIGKILL)
@@ -92,7 +92,8 @@ def test_paused_figures_are_grey_and_name_their_time(opened):
     book.run(SHOW)
     page.get_by_role("button", name="Pause").click()
     wait_until(lambda: page.evaluate(GREY))
-    assert re.search(r"data from \d{4}-.*, not of this moment: paused", page.locator(f"{LIVE} .state").first.inner_text())
+    said = page.locator(f"{LIVE} .state").first.inner_text()
+    assert re.search(r"data from \d{4}-.*, not of this moment: paused", said)
     page.get_by_role("button", name="Resume").click()
     wait_until(lambda: not page.evaluate(GREY))
 

@@ -86,6 +86,7 @@ function tell(header) {
   let timer;
   let lostAt = 0;
   let notice = "";
+  let latest = "";
 
   const say = (text) => {
     if (said.textContent !== text) said.textContent = text;
@@ -104,6 +105,7 @@ function tell(header) {
   };
   const wait = (text) => {
     lostAt = 0;
+    latest = text;
     say(`Waiting for ${form.elements.gib.value} GiB on one GPU. ${text} ${notice}`);
   };
   const lose = () => {
@@ -119,19 +121,20 @@ function tell(header) {
     source.onerror = lose;
     source.addEventListener("waiting", ({ data }) => wait(data));
     source.addEventListener("granted", ({ data }) => end("There is room", data));
-    source.addEventListener("ended", ({ data }) => end("Cannot be", data));
+    source.addEventListener("ended", ({ data }) => end("Not possible", data));
   };
 
+  // It waits at once: the browser's question may stay open for long.
   form.addEventListener("submit", async (event) => {
     event.preventDefault();
     close();
     document.title = title;
-    const allowed = await mayNotify();
-    notice = allowed ? "" : "This browser shows no notifications from here, so look at the title of this tab.";
-    lostAt = 0;
     wait("");
     stop.hidden = false;
     open();
+    const allowed = await mayNotify();
+    notice = allowed ? "" : "This browser shows no notifications from here, so look at the title of this tab.";
+    if (source) wait(latest);
   });
   stop.addEventListener("click", () => {
     close();

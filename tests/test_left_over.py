@@ -1,0 +1,137 @@
+"What a notebook without a browser keeps of a panel, what a terminal shows of it, and that nothing of it is left over"
+import gc
+import os
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+
+from cjm_fasthtml_resources.core.manager import ResourceManager
+from cjm_fasthtml_resources.core.monitor import ResourceMonitor, share_monitor
+from cjm_fasthtml_resources.simulate import SimulatedDriver, SimulatedGpu
+
+pytest.importorskip("ipywidgets")
+
+from cjm_fasthtml_resources.ui import seen  # noqa: E402
+from cjm_fasthtml_resources.ui.panel import ResourcePanel, open_panels  # noqa: E402
+
+SETUP = """import threading, time
+from cjm_fasthtml_resources.core.manager import ResourceManager
+from cjm_fasthtml_resources.simulate import SimulatedDriver, SimulatedGpu
+from cjm_fasthtml_resources.ui.panel import ResourcePanel
+gpus = [SimulatedGpu("NVIDIA L4", temperature=40)]
+SimulatedDriver(gpus).start()
+manager = ResourceManager(track_self=False)"""
+SHOW = "ResourcePanel(manager, interval=0.2)"
+WARM = "gpus[0].temperature = 77\ntime.sleep(1)"
+TELL = "print([t.name for t in threading.enumerate()].count('resource-monitor'))"
+
+
+def samplers() -> int: return sum(t.name == "resource-monitor" for t in threading.enumerate())
+
+
+def wait_until(condition, seconds=10.0):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it takes too long"
+        time.sleep(0.01)
+
+
+@pytest.fixture
+def manager():
+    with SimulatedDriver([SimulatedGpu("NVIDIA L4")]): yield ResourceManager(track_self=False)
+    for _, _, panel in list(open_panels): panel.close()
+    wait_until(lambda: samplers() == 0)
+
+
+def test_a_notebook_that_is_run_without_cell_ids_keeps_the_last_sample_of_each_panel(tmp_path):
+    "As papermill, nbconvert and `jupyter execute` do it"
+    nbclient, nbformat = pytest.importorskip("nbclient"), pytest.importorskip("nbformat")
+    pytest.importorskip("ipykernel")
+    v4 = nbformat.v4
+    nb = v4.new_notebook(cells=[v4.new_code_cell(source) for source in (SETUP, SHOW, SHOW, WARM, TELL)])
+    nbclient.NotebookClient(nb, timeout=120, resources=dict(metadata=dict(path=tmp_path))).execute()
+    for cell in nb.cells[1:3]:                                        # two cells with one source are two panels
+        kept = [output.data["text/html"] for output in cell.outputs if output.data.get("text/html")]
+        assert len(kept) == 1 and "77 °C" in kept[0] and "40 °C" not in kept[0]
+        assert "A picture, not live. Data from <time" in kept[0] and "<script" not in kept[0] and "http" not in kept[0]
+        assert [output.data for output in cell.outputs if "application/vnd.jupyter.widget-view+json" in output.data]
+    assert nb.cells[-1].outputs[0].text == "1\n"                      # and they share their sampler
+
+
+def test_panels_of_one_manager_share_a_sampler_and_those_of_others_do_not(manager):
+    panels = [ResourcePanel(manager, interval=interval) for interval in (5, 0.5, None)]
+    assert len({id(panel.monitor) for panel in panels}) == 1 and samplers() == 1
+    wait_until(lambda: {panel._every.value for panel in panels} == {0.5})     # each shows what holds
+    panels[0]._every.value = 0.2
+    wait_until(lambda: {panel._every.value for panel in panels} == {0.2})
+    other, own = ResourcePanel(ResourceManager(track_self=False)), ResourceMonitor(manager)
+    assert other.monitor is not panels[0].monitor and ResourcePanel(manager, monitor=own).monitor is own
+    for panel in panels[1:]: panel.close()
+    wait_until(lambda: not panels[0]._sample.stale and samplers() == 3)
+
+
+def test_a_monitor_that_was_shared_goes_with_the_last_panel(manager):
+    panel = ResourcePanel(manager, interval=7)
+    panel.close()
+    del panel
+    gc.collect()
+    assert share_monitor(manager).interval == 1.0
+
+
+def test_a_panel_without_a_view_ends_its_sampler_and_begins_again_with_one(manager):
+    panel = ResourcePanel(manager, interval=0.1)
+    for _ in range(3):
+        panel.set_state(dict(_view_count=1))                          # as a front end does
+        wait_until(lambda: samplers() == 1)
+        panel.set_state(dict(_view_count=0))
+        wait_until(lambda: samplers() == 0)
+    number = panel._sample.number
+    panel.set_state(dict(_view_count=1))
+    wait_until(lambda: panel._sample.number > number + 1 and not panel._sample.stale)
+
+
+def test_a_page_that_is_loaded_again_counts_its_views_from_nothing(manager):
+    panel = ResourcePanel(manager, interval=0.1)
+    panel.set_state(dict(_view_count=1))
+    assert panel.get_state()["_view_count"] == 0                      # what the new page is told
+    assert samplers() == 1                                            # it will show it
+    panel.set_state(dict(_view_count=1))
+    panel.set_state(dict(_view_count=0))                              # its cell is deleted
+    wait_until(lambda: samplers() == 0)
+    assert panel.get_state(drop_defaults=True) and samplers() == 0    # what is embedded in a page is no front end
+
+
+def test_a_panel_that_is_made_and_never_shown_ends_its_sampler(manager, monkeypatch):
+    "As one in a module that is loaded again"
+    monkeypatch.setattr(seen, "_EXPECT", 0.5)
+    panel = ResourcePanel(manager, interval=0.1)
+    assert samplers() == 1
+    wait_until(lambda: samplers() == 0)
+    assert panel._sample.number > 1 and not panel._closed
+
+
+SHELL = """
+from cjm_fasthtml_resources.simulate import load_scenario
+from cjm_fasthtml_resources import ResourceManager, ResourcePanel
+driver = load_scenario("pair").start()
+manager = ResourceManager(track_self=False)
+manager.check_gpu_availability()
+panel = ResourcePanel(manager); panel
+"""
+
+
+SHELLS = {"python": ["-i", "-q"], "ipython": ["-m", "IPython", "--simple-prompt", "--no-banner"]}
+
+
+@pytest.mark.parametrize("options", SHELLS.values(), ids=SHELLS)
+def test_in_a_terminal_a_check_and_a_panel_are_texts(options, tmp_path):
+    if "IPython" in options: pytest.importorskip("IPython")
+    environment = {**os.environ, "HOME": str(tmp_path), "IPYTHONDIR": str(tmp_path)}
+    out = subprocess.run([sys.executable, *options], input=SHELL, capture_output=True, text=True, timeout=120,
+                         env=environment)
+    assert "gpu_memory: available. A GPU job could start now: " in out.stdout, out.stdout + out.stderr
+    assert "GPU 1  NVIDIA RTX 6000" in out.stdout and "train.py" in out.stdout and "Data from 2" in out.stdout
+    assert "<div" not in out.stdout and "DeviceStatus(" not in out.stdout and "Traceback" not in out.stdout + out.stderr
