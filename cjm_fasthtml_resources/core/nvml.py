@@ -231,7 +231,7 @@ class NvmlSession:
         self.lists, self.loads = ProcessLists(pynvml), LoadReader(pynvml)
         self.driver_version: str | None = ask(pynvml, "nvmlSystemGetDriverVersion")
         self.facts: dict[str, dict[str, Any]] = {}   # UUID → what never changes
-        self.told = before.told if before and before.current else dict[str, set[str]]()   # UUID → what it has told
+        self.told: dict[str, set[str]] = before.told if before and before.current else {}   # UUID → what it has told
         self.divided = set[str]()                    # UUIDs of the GPUs that were divided at the last reading
         self.near: dict[tuple[str, str], int] = {}   # UUIDs of a pair → its rank in `core.topology`
 
