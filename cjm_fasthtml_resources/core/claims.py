@@ -15,6 +15,7 @@ from typing import Any
 
 from cjm_fasthtml_resources.core.process import (
     ProcessId,
+    ProcessInfo,
     driver_pid_reader,
     has_ended,
     pid_namespace,
@@ -22,7 +23,7 @@ from cjm_fasthtml_resources.core.process import (
     read_stat,
 )
 from .devices import device_key
-from .gpu import GpuDevice
+from .gpu import GpuDevice, GpuProcess
 from .resources import Promise
 from .topology import Links, choose_close
 
@@ -77,23 +78,25 @@ class DeviceUse:
     processes: tuple[tuple[tuple[ProcessId, ...], int], ...] | None  # lineage and bytes of each; `None`: not known
     whole: bool = True                       # `processes` has every process on the device
     others: frozenset[str] = frozenset()     # keys of the machine's other devices
-    sharing: frozenset[str] = frozenset()    # keys of those among them that share this one's memory
+    sharing: frozenset[str] = frozenset()    # names of those among them that share this one's memory, or can
     # a process and its ancestors, itself first; `None` if it is not seen from here
     lineage_of: Callable[[ProcessId], tuple[ProcessId, ...] | None] = field(
         default=lambda p: (p,), compare=False, repr=False)
+    in_doubt: bool = False                   # a name that no device has can be that of one that shares its memory
     key: str = field(init=False, repr=False, compare=False)      # the device's name in a claim
     number: str = field(init=False, repr=False, compare=False)   # its name for a program that cannot read its UUID
 
     def __post_init__(self) -> None:   # until Python 3.12 a `cached_property` has a lock, which a fork would copy
         if self.processes is None: object.__setattr__(self, "whole", False)
+        if self.device.uuid is None: object.__setattr__(self, "in_doubt", True)
         object.__setattr__(self, "key", device_key(self.device))
         object.__setattr__(self, "number", device_key(replace(self.device, uuid=None)))
 
     def is_called(self, key: str | None) -> bool:
         """Return whether a claim's `device` can be this one, or shares its memory:
-        by UUID or number; without UUID, also by any lost name"""
+        by UUID or number; in doubt, also by any lost name"""
         if key is None or key in (self.key, self.number) or key in self.sharing: return key is not None
-        return self.device.uuid is None and key not in self.others
+        return self.in_doubt and key not in self.others
 
 # %% ../../nbs/core/claims.ipynb #caf98103
 def no_less(
@@ -113,28 +116,59 @@ def _lineage_here(process: ProcessId) -> tuple[ProcessId, ...] | None:
     return found.lineage if process.start_time is not None and found.start_time == process.start_time else None
 
 # %% ../../nbs/core/claims.ipynb #f1c7ed62
+def _could_share(device: GpuDevice, other: GpuDevice) -> bool:
+    "Return whether two devices share their memory, or can, as far as the driver says it now"
+    if other.pool == device.pool: return True
+    same_gpu = device.mig_parent is not None and (device.host, device.mig_parent) == (
+        other.host, other.index if other.mig_mode else other.mig_parent)
+    if other.mig_mode: return same_gpu          # a promise can be from before the GPU was divided
+    if other.memory_total is not None: return False
+    return device.unified or same_gpu and other.gpu_instance is None
+
+def _near(device: GpuDevice, machine: Iterable[GpuDevice]) -> list[GpuDevice]:
+    "Return the other devices that could share a device's memory: none for a GPU that has its own"
+    if device.mig_parent is None and not device.unified: return []
+    return [d for d in machine if d is not device and _could_share(device, d)]
+
+def _names(device: GpuDevice) -> set[str]: return {device_key(device), device_key(replace(device, uuid=None))}
+
+def _listed_in(pool: Sequence[GpuDevice]) -> tuple[GpuProcess, ...] | None:
+    "Return the processes on devices that share their memory; `None` if a list is missing"
+    if any(d.processes is None for d in pool): return None
+    if len(pool) == 1: return pool[0].processes
+    every = sorted((p for d in pool for p in d.processes or ()), key=lambda p: p.memory_used or 0)
+    return tuple({p.pid: p for p in every}.values())   # what it uses on one of them at least
+
+# %% ../../nbs/core/claims.ipynb #9ff79152
 def read_use(
-    devices: Iterable[GpuDevice],
+    devices: Iterable[GpuDevice],   # every device of the machine
 ) -> list[DeviceUse]:  # without devices whose memory cannot be read
     "Return the processes on each device, as far as the driver shows them"
     devices = list(devices)
     read = driver_pid_reader(p.pid for d in devices for p in d.processes or ())
-    names = [device_key(d) for d in devices]
+    keys = frozenset(device_key(d) for d in devices)
 
-    def on(device: GpuDevice, key: str) -> DeviceUse:
-        others = frozenset(names) - {key}
-        sharing = frozenset(name for d, name in zip(devices, names, strict=True) if d.pool == device.pool) - {key}
-        if read is None or device.processes is None:
-            return DeviceUse(no_less(device), None, False, others, sharing, _lineage_here)
-        found = [(read(p.pid), p.memory_used) for p in device.processes]
-        known = [(info, used) for info, used in found
-                 if used is not None and (info.foreign or info.start_time is not None)]
-        processes = tuple((() if info.foreign else info.lineage, used) for info, used in known)
-        whole = device.processes_whole and len(known) == len(found)
-        return DeviceUse(no_less(device), processes, whole, others, sharing, _lineage_here)
+    def on(device: GpuDevice) -> DeviceUse:
+        near = _near(device, devices)
+        unread = [d for d in near if d.memory_total is None]
+        pool = [device, *(d for d in near if d.pool == device.pool)]
+        listed, complete = _listed_in(pool), all(d.processes_whole for d in pool) and not unread
+        names, in_doubt = frozenset(name for d in near for name in _names(d)), any(d.uuid is None for d in unread)
+        known, whole = (None, False) if read is None or listed is None else _identify(listed, complete, read)
+        key, device = {device_key(device)}, no_less(replace(device, processes=listed))
+        return DeviceUse(device, known, whole, keys - key, names - key, _lineage_here, in_doubt)
 
-    there = [(d, key) for d, key in zip(devices, names, strict=True) if d.memory_total and d.memory_used is not None]
-    return [on(d, key) for d, key in there if not d.mig_mode]
+    return [on(d) for d in devices if d.memory_total and d.memory_used is not None and not d.mig_mode]
+
+def _identify(
+    listed: Sequence[GpuProcess], complete: bool, read: Callable[[int], ProcessInfo],
+) -> tuple[tuple[tuple[tuple[ProcessId, ...], int], ...], bool]:   # and whether those are all
+    "Return lineage and bytes of the processes that are known; if others are missing, not of those that draw"
+    found = [(read(p.pid), p.memory_used if complete or "graphics" not in p.kind else None) for p in listed]
+    known = [(info, used) for info, used in found
+             if used is not None and (info.foreign or info.start_time is not None)]
+    lineages = tuple((() if info.foreign else info.lineage, used) for info, used in known)
+    return lineages, complete and len(known) == len(found)
 
 # %% ../../nbs/core/claims.ipynb #8cd4a19a
 @dataclass(frozen=True)
@@ -240,7 +274,8 @@ def lower_bases(
         use = next((use for use in whole if use.is_called(claim.device)), None) if claim.base else None
         if use is None or use.lineage_of(claim.holder) is None: return claim
         used = sum(memory for lineage, memory in use.processes or () if claim.holder in lineage)
-        return replace(claim, base=used) if used < claim.base else claim
+        most = used + max((use.device.memory_used or 0) - sum(memory for _, memory in use.processes or ()), 0)
+        return replace(claim, base=most) if most < claim.base else claim
 
     return [lowered(claim) for claim in claims]
 

@@ -52,7 +52,16 @@ class GpuSnapshot:
 # %% ../../nbs/core/gpu.ipynb #fa876573
 class _Driver:
     "Reads snapshots with one session, until it goes bad. For one thread"
-    def __init__(self) -> None: self.session: NvmlSession | None = None
+    def __init__(self) -> None:
+        self.session: NvmlSession | None = None
+        self.before: NvmlSession | None = None   # the last one, for what its devices have told
+
+    def open(self) -> NvmlSession:
+        "Return a session with the library that pynvml calls now"
+        if self.session and self.session.current: return self.session
+        self.session = None
+        self.session = self.before = NvmlSession(self.before)
+        return self.session
 
     def close(self) -> None:
         if self.session: self.session.close()
@@ -67,8 +76,7 @@ class _Driver:
         try:
             sleeping = [] if wake else find_sleeping(listed_gpus())
             if sleeping and None not in sleeping: return self.let_sleep([gpu for gpu in sleeping if gpu])
-            if self.session and not self.session.current: self.session = None
-            self.session = session = self.session or NvmlSession()
+            session = self.open()
             session.wants_loads = loads
             devices = tuple(session.read(sleeping))
         except Exception as error:  # whatever a broken driver does, it costs the snapshot and not the program
@@ -80,8 +88,7 @@ class _Driver:
     def read_links(self, uuids: Collection[str]) -> Links:
         "Return how close GPUs are to one another, nothing if that cannot be read"
         try:
-            if self.session and not self.session.current: self.session = None
-            self.session = session = self.session or NvmlSession()
+            session = self.open()
             return read_links(session.nvml, uuids, session.near)
         except Exception: return Links()
 

@@ -43,7 +43,6 @@ from .events import Events
 from .gpu import GpuDevice, GpuSnapshot, read_gpu_links, read_gpus
 from .ledger import Ledger, Waits
 from .needs import Needs, NeedsReader, needs_roster
-from .nvml_memory import has_unified_memory
 from .registry import WorkerRegistry
 from .reservations import PendingReservation, Request, Reservation
 from .resources import ResourceStatus, ResourceType, WorkerState
@@ -125,8 +124,8 @@ class ResourceManager(StaysHere, WorkerRegistry, NeedsReader, JobStarter):
         *, snapshot: GpuSnapshot | None = None,   # read already; `None`: the driver is read if a GPU uses this memory
     ) -> ResourceConflict:
         "Return who uses the memory of this machine, or of the control group that this process is in"
-        if snapshot is None and has_unified_memory(): snapshot = self.read()
-        return self.checks.memory(check_number(threshold_percent, "threshold_percent", 0, 100), snapshot)
+        limit = check_number(threshold_percent, "threshold_percent", 0, 100)
+        return self.checks.memory(limit, snapshot, self.read)
 
     def pick_gpus(
         self,

@@ -67,7 +67,8 @@ class GpuDevice:
 
     @property
     def pool(self) -> tuple[Any, ...]:
-        "What its memory is known by: compute instances of one GPU instance share theirs"
+        "What its memory is known by: compute instances of one GPU instance share theirs, and unified memory is one"
+        if self.unified: return self.host, "RAM"
         return self.id if self.gpu_instance is None else (self.host, self.mig_parent, self.gpu_instance),
 
     @property
@@ -88,7 +89,7 @@ def _read_memory(nvml: Any, handle: Any, name: str | None, could_share: bool) ->
     except nvml.NVMLError as error:
         if error.value in OF_THE_DRIVER: raise
         own = _Memory(None, trouble=error)
-    shares = could_share and (is_unified(name) or own.trouble and shares_memory(nvml, handle, own.trouble))
+    shares = could_share and (is_unified(name) or own.trouble and shares_memory(nvml, handle, own.trouble, name))
     return _Memory(machine_figures(), unified=True) if shares else own
 
 def _read_use(
@@ -103,7 +104,8 @@ def _read_use(
     if divided: return before, {}
     listed = {kind: lists.read(handle, kind) for kind in KINDS}
     after = _read_memory(nvml, handle, name, could_share)
-    return min(before, after, key=lambda memory: memory.figures.free if memory.figures else -1), listed
+    own = [memory for memory in (before, after) if not memory.unified]   # a GPU that has its own shares none
+    return min(own or (before, after), key=lambda memory: memory.figures.free if memory.figures else -1), listed
 
 # %% ../../nbs/core/nvml.ipynb #a9089e23
 def _load(nvml: Any, handle: Any, unified: bool) -> dict[str, Any]:
@@ -141,7 +143,7 @@ def _read_device(
     notes = [f"the driver listed a process with the impossible PID {pid}, which was left out" for pid in odd]
     if processes and memory.figures:
         processes, changed = possible_processes(processes, memory.figures)
-        notes += changed
+        notes, whole = notes + changed, whole and not changed
     return GpuDevice(**fixed, **_memory_fields(memory), **_load(nvml, handle, memory.unified),
                      processes=processes, processes_whole=whole, unified=memory.unified, notes=tuple(notes))
 
@@ -158,28 +160,25 @@ def _nameless(error: Exception) -> str:
     return f"it cannot be told from other GPUs, since its UUID could not be read: {in_words(error)}"
 
 # %% ../../nbs/core/nvml.ipynb #cb55b443
-def _mig_mode(nvml: Any, handle: Any) -> bool | None:
+def _mig_mode(
+    nvml: Any, handle: Any,
+    was_divided: bool = False,   # it has said so before
+) -> bool | None:
     "Return whether a GPU is divided; `None` for one that cannot be"
     lacking = nvml.NVMLError_NotSupported, nvml.NVMLError_FunctionNotFound
     try: return bool(nvml.nvmlDeviceGetMigMode(handle)[0])
     except lacking:
         try: instances = nvml.nvmlDeviceGetMaxMigDeviceCount(handle)
-        except lacking: return None
+        except lacking: instances = was_divided
         if instances: raise
         return None
 
 # %% ../../nbs/core/nvml.ipynb #a079c1ba
-def _instance_id(nvml: Any, handle: Any) -> int | None:
-    "Return the number of a MIG device's GPU instance, `None` where the driver has none; raises what NVML raises"
-    try: number: int = nvml.nvmlDeviceGetGpuInstanceId(handle)
-    except (nvml.NVMLError_NotSupported, nvml.NVMLError_FunctionNotFound): return None
-    return number
-
 def _fixed_facts(nvml: Any, handle: Any, is_instance: bool) -> dict[str, Any]:
     "Return what never changes as long as the device has this UUID; raises what NVML raises"
     name = ask(nvml, "nvmlDeviceGetName", handle)
     if is_instance:
-        return dict(name=name, gpu_instance=_instance_id(nvml, handle),
+        return dict(name=name, gpu_instance=nvml.nvmlDeviceGetGpuInstanceId(handle),
                     compute_instance=ask(nvml, "nvmlDeviceGetComputeInstanceId", handle))
     return dict(name=name, compute_capability=ask(nvml, "nvmlDeviceGetCudaComputeCapability", handle),
                 cuda_cores=ask(nvml, "nvmlDeviceGetNumGpuCores", handle),
@@ -219,16 +218,21 @@ def _add_loads(device: GpuDevice, handle: Any, reader: LoadReader) -> GpuDevice:
 # %% ../../nbs/core/nvml.ipynb #40dfb4f5
 class NvmlSession:
     "NVML, initialised once. For one thread"
-    def __init__(self) -> None:
+    wants_loads = False   # whether the next reading is to have the processes' loads
+
+    def __init__(
+        self,
+        before: "NvmlSession | None" = None,   # what a session with the same library was told still counts
+    ) -> None:
         import pynvml
         self.nvml: Any = pynvml
         pynvml.nvmlInit()
         self.lib = pynvml.nvmlLib
         self.lists, self.loads = ProcessLists(pynvml), LoadReader(pynvml)
-        self.wants_loads = False                     # whether the next reading is to have the processes' loads
         self.driver_version: str | None = ask(pynvml, "nvmlSystemGetDriverVersion")
         self.facts: dict[str, dict[str, Any]] = {}   # UUID → what never changes
-        self.told: dict[str, set[str]] = {}          # UUID → what the device has told before
+        self.told: dict[str, set[str]] = before.told if before and before.current else {}   # UUID → what it has told
+        self.divided = set[str]()                    # UUIDs of the GPUs that were divided at the last reading
         self.near: dict[tuple[str, str], int] = {}   # UUIDs of a pair → its rank in `core.topology`
 
     @property
@@ -268,11 +272,11 @@ class NvmlSession:
     def is_divided(self, handle: Any, uuid: str | None) -> bool | None:
         "Return whether a GPU is divided; if it does not say so now, what it said before"
         told = self.told.setdefault(uuid, set()) if uuid else set[str]()
-        try: divided = _mig_mode(self.nvml, handle)
+        try: divided = _mig_mode(self.nvml, handle, "instances" in told)
         except self.nvml.NVMLError:
-            if "instances" not in told: raise
+            if uuid not in self.divided: raise
             return True
-        (told.add if divided else told.discard)("instances")
+        for seen, name in (told, "instances"), (self.divided, uuid): (seen.add if divided else seen.discard)(name or "")
         return divided
 
     def read_device(self, handle: Any, **fixed: Any) -> GpuDevice:

@@ -50,6 +50,7 @@ def read_figures(
 
 # %% ../../nbs/core/nvml_memory.ipynb #fee9a2de
 _UNIFIED = re.compile(r"\b(GB10|Thor|Orin|Xavier|Tegra|N1X)\b|\(nvgpu\)")
+_OWN = re.compile(r"\bG[BH]\d00\b")   # ATS, and memory of their own
 _ATS = 2   # NVML_DEVICE_ADDRESSING_MODE_ATS
 
 def is_unified(
@@ -71,9 +72,10 @@ def machine_figures() -> Figures:
 def shares_memory(
     nvml: Any, handle: Any,
     error: Exception,   # of the attempt to read the device's memory
+    name: str | None = None,   # the product's
 ) -> bool:
     "Return whether a device has no figures because it uses the machine's memory"
-    if getattr(error, "value", None) != nvml.NVML_ERROR_NOT_SUPPORTED: return False
+    if getattr(error, "value", None) != nvml.NVML_ERROR_NOT_SUPPORTED or _OWN.search(name or ""): return False
     return bool(ask(nvml, "nvmlDeviceGetAddressingMode", handle) == _ATS)
 
 # %% ../../nbs/core/nvml_memory.ipynb #ed73329d

@@ -1,0 +1,217 @@
+"""Readings that are wrong or lack something: none of them makes room that is not there
+
+Each case reserves memory, disturbs a reading, and asks for more than is left.
+"""
+import os
+
+import pytest
+
+from cjm_fasthtml_resources.core.conflict import ResourceBusy, ResourceUnavailable
+from cjm_fasthtml_resources.core.gpu import release_driver
+from cjm_fasthtml_resources.core.manager import ResourceManager
+from cjm_fasthtml_resources.core.store import StoreError
+from cjm_fasthtml_resources.simulate import SimulatedDriver, SimulatedGpu, SimulatedMachine, SimulatedProcess
+
+GIB = 1024   # MiB
+NOT_SUPPORTED, UNKNOWN, LOST = 3, 999, 15
+MEMORY = "nvmlDeviceGetMemoryInfo", "nvmlDeviceGetMemoryInfo_v2"
+ME = os.getpid()
+
+
+def machine(*gpus): return SimulatedDriver(gpus, SimulatedMachine(memory_total_mb=120*GIB, memory_used_mb=20*GIB))
+def spark(name="NVIDIA GB10", **more): return SimulatedGpu(name=name, unified=True, **more)
+def room(manager): return [d.room >> 20 for d in manager.check_gpu_availability().allowed]
+def instances(manager): return [d for d in manager.read().devices if d.mig_parent is not None]
+
+
+def halves():
+    "A GPU with two compute instances that share 10 GiB"
+    return SimulatedGpu(memory_total_mb=40*GIB, mig=[SimulatedGpu(memory_total_mb=10*GIB, gpu_instance=1),
+                        SimulatedGpu(memory_total_mb=10*GIB, gpu_instance=1)])
+
+
+def refuses(manager, memory, **more):
+    "Assert that so much cannot be reserved now"
+    with pytest.raises((ResourceBusy, ResourceUnavailable)): manager.reserve(memory, timeout=0, **more)
+
+
+def test_a_promise_counts_on_a_compute_instance_whose_partner_is_not_visible(monkeypatch):
+    with machine(halves()):
+        manager = ResourceManager(track_self=False)
+        first, second = instances(manager)
+        with manager.reserve(8*GIB, device=second, timeout=0):
+            monkeypatch.setenv("CUDA_VISIBLE_DEVICES", first.uuid)
+            assert room(manager) == [2*GIB]
+            with pytest.raises(ResourceBusy): manager.pick_gpus(1, 8*GIB)
+
+
+@pytest.mark.parametrize("call, error, after", [
+    ("nvmlDeviceGetUUID", UNKNOWN, 2), ("nvmlDeviceGetMigDeviceHandleByIndex", UNKNOWN, 1),
+    ("nvmlDeviceGetGpuInstanceId", UNKNOWN, 1), ("nvmlDeviceGetMaxMigDeviceCount", UNKNOWN, 0)])
+def test_the_promises_on_an_instance_that_cannot_be_read_count_on_the_others(call, error, after):
+    with machine(halves()) as driver:
+        manager = ResourceManager(track_self=False)
+        first, second = instances(manager)
+        with manager.reserve(8*GIB, device=second, timeout=0):
+            driver.fail(call, error, after=after, times=1)
+            assert max(room(manager), default=0) <= 2*GIB
+            driver.recover()
+            driver.fail(call, error, after=after, times=1)
+            refuses(manager, 8*GIB)
+
+
+def test_all_gpus_that_use_the_machines_memory_share_it():
+    parts = [spark("NVIDIA Thor MIG 1g"), spark("NVIDIA Thor MIG 2g")]
+    for gpus in ([spark(), spark()], [spark("NVIDIA Thor", mig=parts)]):
+        with machine(*gpus):
+            manager = ResourceManager(track_self=False)
+            first, second = [d for d in manager.read().devices if not d.mig_mode]
+            with manager.reserve(80*GIB, device=first, timeout=0):
+                assert set(room(manager)) == {20*GIB}
+                refuses(manager, 80*GIB, device=second)
+            if len(gpus) > 1:
+                with pytest.raises(ResourceBusy): manager.pick_gpus(2, 60*GIB)
+                assert len(manager.pick_gpus(2, 50*GIB).devices) == 2
+
+
+def test_what_a_process_uses_on_one_of_them_is_used_of_its_promise_on_another():
+    gpus = [spark(), spark()]
+    with machine(*gpus):
+        manager = ResourceManager(track_self=False)
+        with manager.reserve(40*GIB, device=0, timeout=0):
+            gpus[1].processes = [SimulatedProcess(ME, 10*GIB)]
+            use = manager.check_memory_availability()
+            assert use.memory.promised >> 20 == 30*GIB
+
+
+def test_a_promise_on_a_whole_gpu_counts_on_its_instances_once_it_is_divided():
+    gpu = SimulatedGpu(memory_total_mb=24*GIB)
+    with machine(gpu):
+        manager = ResourceManager(track_self=False)
+        with manager.reserve(9*GIB, timeout=0):
+            gpu.mig = [SimulatedGpu(memory_total_mb=10*GIB)]
+            assert room(manager) == [GIB]
+            refuses(manager, 9*GIB)
+
+
+def test_a_list_that_lacks_a_process_for_a_moment_lowers_no_base():
+    gpu = SimulatedGpu(memory_total_mb=24*GIB, processes=[SimulatedProcess(ME, 5*GIB)])
+    with machine(gpu):
+        manager = ResourceManager(track_self=False)
+        with manager.reserve(10*GIB, timeout=0):
+            gpu.processes, gpu.memory_used_mb = [], 5*GIB
+            with manager.reserve(100, timeout=0): pass
+            gpu.processes, gpu.memory_used_mb = [SimulatedProcess(ME, 5*GIB)], None
+            assert room(manager) == [9*GIB]
+
+
+@pytest.mark.parametrize("kind", ["graphics", "compute+graphics"])
+def test_a_figure_that_was_cut_is_no_base(kind):
+    others = SimulatedProcess(1, 7*GIB, "graphics")
+    mine = SimulatedProcess(ME, 5*GIB, kind)
+    gpu = SimulatedGpu(memory_total_mb=24*GIB, memory_used_mb=6*GIB, processes=[mine, others])
+    with machine(gpu):
+        manager = ResourceManager(track_self=False)
+        with manager.reserve(10*GIB, timeout=0):
+            gpu.processes, gpu.memory_used_mb = [mine], 5*GIB + 512
+            assert room(manager)[0] <= 24*GIB - 5*GIB - 512 - 10*GIB
+
+
+def hang(driver): driver.hang("nvmlDeviceGetCount_v2")
+def lose_count(driver): driver.fail("nvmlDeviceGetCount_v2", UNKNOWN)
+def lose_uuid(driver): driver.fail("nvmlDeviceGetUUID", UNKNOWN)
+def lose_handle(driver): driver.fail("nvmlDeviceGetHandleByIndex_v2", LOST)
+def lose_nothing(driver): pass
+
+
+@pytest.mark.parametrize("disturb", [hang, lose_count, lose_uuid, lose_handle, lose_nothing])
+@pytest.mark.parametrize("name", ["NVIDIA GB10", "a GPU of 2027"])
+def test_what_a_gpu_of_unified_memory_has_promised_is_no_ram(name, disturb):
+    with machine(spark(name)) as driver:
+        manager = ResourceManager(track_self=False)
+        with manager.reserve(80*GIB, timeout=0):
+            manager.check_memory_availability()
+            disturb(driver)
+            if disturb is hang: manager.gpu_timeout = 0.5
+            found = manager.check_memory_availability()
+            assert found.memory.room >> 20 == 20*GIB and bool(found.notes) == (disturb is not lose_nothing)
+            with pytest.raises(ResourceBusy):
+                manager.job("a job", 0, needs=dict(ram_mb=50*GIB), timeout=0).__enter__()
+            driver.recover()
+
+
+def test_reservations_that_cannot_be_read_leave_no_ram_where_a_gpu_uses_it(monkeypatch):
+    for gpu, room in ((spark(), 0), (SimulatedGpu(), 100*GIB)):
+        with machine(gpu):
+            manager = ResourceManager(track_self=False)
+            def fail(*args): raise StoreError("it is damaged")
+            monkeypatch.setattr(manager.ledger, "read", fail)
+            found = manager.check_memory_availability()
+            assert found.memory.room >> 20 == room and "it is damaged" in found.notes[0]
+
+
+def test_a_check_of_ram_asks_other_gpus_once_if_at_all():
+    with machine(SimulatedGpu()) as driver:
+        manager = ResourceManager(track_self=False)
+        manager.check_memory_availability()
+        assert not driver.calls["nvmlDeviceGetCount_v2"]
+        with manager.reserve(80, timeout=0):
+            before = driver.calls["nvmlDeviceGetCount_v2"]
+            for _ in range(3): assert not manager.check_memory_availability().memory.promised
+            assert driver.calls["nvmlDeviceGetCount_v2"] == before + 1
+
+
+def grace(**more): return SimulatedGpu("NVIDIA GH200 480GB", memory_total_mb=96*GIB, memory_used_mb=90*GIB,
+                                       addressing_mode="ATS", **more)
+
+
+def test_a_gpu_that_is_known_to_have_memory_of_its_own_never_has_the_machines():
+    with machine(grace()) as driver:
+        for call in MEMORY: driver.fail(call, NOT_SUPPORTED)
+        manager = ResourceManager(track_self=False)
+        assert not any(d.unified for d in manager.read().devices)
+        refuses(manager, 90*GIB)
+
+
+def test_one_answer_out_of_two_is_enough_to_know_that():
+    gpu = SimulatedGpu("a GPU of 2027", memory_total_mb=200*GIB, addressing_mode="ATS")
+    for after in 0, 1:
+        with machine(gpu) as driver:
+            for call in MEMORY: driver.fail(call, NOT_SUPPORTED, after=after, times=1)
+            assert not ResourceManager(track_self=False).read().devices[0].unified
+
+
+def lose_session(driver, manager):
+    driver.fail("nvmlDeviceGetMemoryInfo_v2", LOST, gpu=1, times=1)
+    manager.read()
+def let_go(driver, manager): assert release_driver()
+
+
+@pytest.mark.parametrize("end", [lose_session, let_go])
+def test_what_a_gpu_has_told_outlives_the_connection(end):
+    gpu = SimulatedGpu(memory_total_mb=24*GIB, processes=[SimulatedProcess(ME, 5*GIB, "graphics")])
+    with machine(gpu, SimulatedGpu(memory_total_mb=GIB)) as driver:
+        manager = ResourceManager(track_self=False)
+        with manager.reserve(10*GIB, device=0, timeout=0):
+            end(driver, manager)
+            driver.fail("nvmlDeviceGetGraphicsRunningProcesses_v3", NOT_SUPPORTED)
+            with manager.reserve(100, device=0, timeout=0): pass
+            driver.recover()
+            assert room(manager)[0] == 9*GIB
+
+
+def test_an_instance_that_does_not_say_what_it_is_part_of_is_asked_again():
+    with machine(halves()) as driver:
+        driver.fail("nvmlDeviceGetGpuInstanceId", NOT_SUPPORTED, after=1, times=1)
+        manager = ResourceManager(track_self=False)
+        assert instances(manager)[1].memory_total is None
+        first, second = instances(manager)
+        with manager.reserve(8*GIB, device=second, timeout=0): refuses(manager, 8*GIB, device=first)
+
+
+def test_a_divided_gpu_that_seems_to_know_no_mig_stays_divided():
+    with machine(SimulatedGpu(memory_total_mb=40*GIB, mig=[SimulatedGpu(memory_total_mb=20*GIB)])) as driver:
+        manager = ResourceManager(track_self=False)
+        with manager.reserve(18*GIB, timeout=0):
+            for call in ("nvmlDeviceGetMigMode", "nvmlDeviceGetMaxMigDeviceCount"): driver.fail(call, NOT_SUPPORTED)
+            refuses(manager, 38*GIB)
