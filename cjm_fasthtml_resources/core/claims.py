@@ -42,7 +42,7 @@ class Claim:
     lease: int = 0                # the claim counts while this is held; 0: while the holder lives
     for_other: bool = False       # the holder is another process than the one that asked
     space: int | None = None      # the PID namespace that the holder's number is from
-    covers: bool = False          # whether `memory` includes what the holder uses already
+    covers: bool = False          # of a job: includes what the holder uses already, and then holds as long as its lease
     count: int = 1                # of the devices that it asks for together; a promise is one for each of them
     links: Links | None = None    # with a `count`: how close the devices are to one another
 
@@ -55,6 +55,7 @@ class Claim:
         if self.expires is not None and now >= self.expires: return True
         local = self.space == pid_namespace()   # else the holder's PID means another process here
         if self.lease and self.lease not in held: return not (self.for_other and local and is_alive(self.holder))
+        if self.covers and self.device is not None: return False   # the job's block goes on
         return (self.for_other or self.covers or not self.lease) and local and has_ended(*self.holder)
 
     @property

@@ -135,6 +135,7 @@ class Ledger:
         self._deadlines: dict[int, float] = {}   # lease → when a reservation of this process runs out
         _unended.discard(self)
         self._to_end = set[int]()                # leases of reservations for other processes that are not ended yet
+        self._kept = set[int]()                  # leases of reservations that this process keeps over `exec`
 
     def claims(self) -> list[Claim]:
         "Return those that are not over, in the order of asking; waits for no other process, and writes nothing"
@@ -184,15 +185,13 @@ class Ledger:
     def give_back(self, lease: int, for_other: bool = False) -> bool:
         "Withdraw a reservation, also one for another process, which can go on without its lease"
         was_held = lease in self.leases.held
-        if was_held and for_other: self._end(lease)
+        if was_held and (for_other or lease in self._kept): self._end(lease)
         return self.withdraw(lease)
 
     def renew(self, lease: int, ttl: float | None) -> bool:
         "Let a reservation hold for `ttl` seconds from now on (`None`: until released); False if it is over"
-        now = time.monotonic()
-        if lease not in self.leases.held or now >= self._deadlines.get(lease, math.inf): return False
-        expires = None if ttl is None else now + ttl
-        self.change(lease, ttl=ttl, expires=expires)
+        expires = None if ttl is None else time.monotonic() + ttl
+        if not self.change(lease, ttl=ttl, expires=expires): return False
         self.note_deadline(lease, expires)
         return True
 
@@ -283,20 +282,36 @@ class Ledger:
         "Write down that a claim for another process is over"
         self._to_end.add(lease)
         _unended.add(self)
-        try: self.change(lease, expires=0.0)
+        try: _write_end(self.store, lease)
         except StoreError as error:
             _log.warning("a reservation could not be given back now, and will be later: %s", error)
         else: _keep_unended(self, self._to_end - {lease})
 
-    def change(self, lease: int, bases: Mapping[str, int] = {}, **fields: Any) -> None:
-        "Change the claims with a lease, and the base of each by its device"
+    def change(self, lease: int, bases: Mapping[str, int] = {}, **fields: Any) -> bool:
+        "Change the claims with a lease, and the base of each by its device; False if this process does not hold them"
         with self.store.changing() as draft:
-            draft.data = to_bytes(_change(from_bytes(draft.data), lease, bases, fields))
+            rows = from_bytes(draft.data)
+            mine = [c for c in rows.claims if c.lease == lease]
+            is_held = lease in self.leases.held and bool(mine) and not self._find_over(mine)
+            if is_held: draft.data = to_bytes(_change(rows, lease, bases, fields))
+        return is_held
+
+    def keep_over_exec(self, lease: int) -> bool:
+        "Keep a reservation for the program that this process becomes by `os.exec…`; False if it is over"
+        self._kept.add(lease)   # first: from now on its end has to be written
+        if not self.change(lease, for_other=True): return False
+        self.leases.keep_over_exec(lease)
+        return True
 
 # %% ../../nbs/core/ledger.ipynb #f7ef5f4b
 def _change(rows: Rows, lease: int, bases: Mapping[str, int], fields: Mapping[str, Any]) -> Rows:
     def changed(claim: Claim) -> Claim: return replace(claim, base=bases.get(claim.device or "", claim.base), **fields)
     return rows._replace(claims=tuple(changed(c) if c.lease == lease else c for c in rows.claims))
+
+# %% ../../nbs/core/ledger.ipynb #0dc026e1
+def _write_end(store: Store, lease: int) -> None:
+    "Write that the claims with a lease are over, whoever holds it"
+    with store.changing() as draft: draft.data = to_bytes(_change(from_bytes(draft.data), lease, {}, dict(expires=0.0)))
 
 # %% ../../nbs/core/ledger.ipynb #ac8d11e7
 _unended: set[Ledger] = set()   # these have something that is over, and is not in the file yet
@@ -309,7 +324,7 @@ def _keep_unended(ledger: Ledger, leases: set[int]) -> None:
 def _end_at_exit() -> None:
     for ledger in [*_unended]:
         for lease in [*ledger._to_end]:
-            with contextlib.suppress(StoreError): ledger.change(lease, expires=0.0)
+            with contextlib.suppress(StoreError): _write_end(ledger.store, lease)
 
 # %% ../../nbs/core/ledger.ipynb #9e7ed5e9
 def _check_complete(rows: Rows, store: Store) -> None:
