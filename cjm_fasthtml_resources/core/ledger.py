@@ -26,8 +26,8 @@ from .events import WAIT_BUCKETS, Events
 from .forks import reset_in_child
 from .leases import Leases, hides_any
 from .locking import holding
-from .process import ProcessId, pid_namespace
-from .store import Draft, Store, StoreError
+from .process import ProcessId, machine_time, pid_namespace
+from .store import ChangedInside, Draft, Store, StoreError
 from .topology import Links
 
 # %% ../../nbs/core/ledger.ipynb #54fc6b84
@@ -121,6 +121,11 @@ def _counted(events: Events, claims: list[Claim], ended: list[Claim]) -> list[Cl
     for claim in ended: events.of(claim.app).count("ended")
     return claims
 
+# %% ../../nbs/core/ledger.ipynb #711f157e
+_Look = Callable[[], Sequence[DeviceUse]]
+_Ask = Callable[[], Claim | None]
+_Settled = tuple[list[Claim], list[Claim]]   # all that there are now, and the reservations that have ended
+
 # %% ../../nbs/core/ledger.ipynb #88e17b83
 class Ledger:
     "The requests and reservations of all processes that share a store"
@@ -180,7 +185,7 @@ class Ledger:
         deadline = self._deadlines.pop(lease, math.inf)
         if not self.leases.drop(lease): return False
         self.store.wake()
-        return time.monotonic() < deadline
+        return machine_time() < deadline
 
     def give_back(self, lease: int, for_other: bool = False) -> bool:
         "Withdraw a reservation, also one for another process, which can go on without its lease"
@@ -190,19 +195,19 @@ class Ledger:
 
     def renew(self, lease: int, ttl: float | None) -> bool:
         "Let a reservation hold for `ttl` seconds from now on (`None`: until released); False if it is over"
-        expires = None if ttl is None else time.monotonic() + ttl
+        expires = None if ttl is None else machine_time() + ttl
         if not self.change(lease, ttl=ttl, expires=expires): return False
         self.note_deadline(lease, expires)
         return True
 
     def note_deadline(self, lease: int, expires: float | None) -> None:
-        "Remember when a reservation of this process runs out, by `time.monotonic()`; `None`: never"
+        "Remember when a reservation of this process runs out, by `machine_time()`; `None`: never"
         self._deadlines[lease] = math.inf if expires is None else expires
 
     def glance(self) -> tuple[object, bool]:
         "Return what is the same as long as the ledger is, and whether it is time to look again; costs next to nothing"
         mark, looked_at = self.store.glance()
-        return mark, not time.monotonic() - LOOK_EVERY < looked_at <= time.monotonic()
+        return mark, not machine_time() - LOOK_EVERY < looked_at <= machine_time()
 
     def take_turn(self) -> bool:
         "Return whether the devices were not read for `LOOK_EVERY` seconds; the process that gets True has to read them"
@@ -218,14 +223,11 @@ class Ledger:
         until = time.monotonic() + SURE_SECONDS
         while True:
             try: return _counted(self.events, *self._settle(look, ask, allowed))
-            except HiddenClaims:
+            except (HiddenClaims, ChangedInside):
                 if time.monotonic() > until: raise
             time.sleep(0.02)
 
-    def _settle(
-        self, look: Callable[[], Sequence[DeviceUse]], ask: Callable[[], Claim | None],
-        allowed: Mapping[int, Collection[str]],
-    ) -> tuple[list[Claim], list[Claim]]:
+    def _settle(self, look: _Look, ask: _Ask, allowed: Mapping[int, Collection[str]]) -> _Settled:
         "Make the attempts of steps 1 to 5"
         for _ in range(3):
             before = self.rows()
@@ -236,10 +238,7 @@ class Ledger:
                     return self._hand_out(draft, rows, over, uses, ask(), allowed)
         return self._settle_inside(look, ask, allowed)
 
-    def _settle_inside(
-        self, look: Callable[[], Sequence[DeviceUse]], ask: Callable[[], Claim | None],
-        allowed: Mapping[int, Collection[str]],
-    ) -> tuple[list[Claim], list[Claim]]:
+    def _settle_inside(self, look: _Look, ask: _Ask, allowed: Mapping[int, Collection[str]]) -> _Settled:
         "Read the driver inside the change, where no other process can come in between (step 5)"
         with self.store.changing() as draft:
             rows = from_bytes(draft.data)
@@ -247,14 +246,9 @@ class Ledger:
             return self._hand_out(draft, rows, over, uses, ask(), allowed)
 
     def _hand_out(
-        self,
-        draft: Draft,
-        rows: Rows,
-        over: Collection[int],
-        uses: Sequence[DeviceUse],
-        asked: Claim | None,
+        self, draft: Draft, rows: Rows, over: Collection[int], uses: Sequence[DeviceUse], asked: Claim | None,
         allowed: Mapping[int, Collection[str]],
-    ) -> tuple[list[Claim], list[Claim]]:   # all that there are now, and the reservations that have ended
+    ) -> _Settled:
         "Steps 3 and 4, within a change"
         _check_complete(rows, self.store)
         ended = [c for c in rows.claims if c.id in over and c.device is not None]
@@ -269,11 +263,12 @@ class Ledger:
 
     def _find_over(self, claims: Collection[Claim]) -> set[int]:
         "Return the ids of those that are over by now"
-        now, held = time.monotonic(), self.leases.held_among([c.lease for c in claims])
+        now, held = machine_time(), self.leases.held_among([c.lease for c in claims])
         return {c.id for c in claims if c.is_over(now, held) or c.lease in self._to_end}
 
     def end_later(self, lease: int) -> None:
         "Withdraw what was forgotten, also for another process: here now, and in the file at the next use or at exit"
+        if lease not in self.leases.held: return   # also in a fork's child: it is the parent's
         self._to_end.add(lease)
         _unended.add(self)
         self.withdraw(lease)
@@ -363,7 +358,7 @@ def _enter(
     allowed: Mapping[int, Collection[str]],
 ) -> Rows:
     "Return the ledger after `grant`; requests of suspended processes are passed over"
-    before, now = list(rows.claims), time.monotonic()
+    before, now = list(rows.claims), machine_time()
     if asked: before.append(replace(asked, id=rows.last_id + 1, space=pid_namespace()))
     current = [replace(c, allowed=tuple(allowed[c.lease])) if c.lease in allowed else c for c in before]
     asleep = {c.id: c for c in current if c.device is None and c.is_suspended}

@@ -51,7 +51,7 @@ class StackExit(property):
         "End a block, as `type(instance).__exit__(instance, …)`"
         return instance._exit.__exit__(*error)
 
-# %% ../../nbs/core/reservations.ipynb #dea2317e
+# %% ../../nbs/core/reservations.ipynb #f80bc29b
 class ReservationOver(RuntimeError):
     "A reservation was released, has run out, or is not this process's"
     def __init__(self, reservation: "Reservation") -> None:
@@ -175,7 +175,7 @@ class Request(StaysHere):
         self.holder, self.memory, self.app, self.ttl = holder, memory, app, ttl
         self.count, self.find_links = count, find_links
         self.devices: dict[str, GpuDevice] = {}          # those that suited it at the last reading, by key
-        self.lease, self._asked = new_lease(), time.monotonic()
+        self.lease, self._asked, self._made_in = new_lease(), time.monotonic(), os.getpid()
         self._known: dict[str, GpuDevice] = {}           # every device that ever suited it, by key
         self._allowed: dict[int, tuple[str, ...]] = {}   # for the ledger: the devices that suit it now
         give_up_lease = ledger.end_later if self.is_for_other else ledger.withdraw
@@ -184,6 +184,7 @@ class Request(StaysHere):
 
     def poll(self) -> Reservation | None:
         "Return the reservation if it is given by now, else `None`; the first call enters the queue"
+        if os.getpid() != self._made_in: raise RuntimeError("this request is a parent process's: make one in this process")
         try: return self._poll()
         except (ResourceBusy, ResourceUnavailable):
             self.ledger.events.count("refused")
