@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['Claim', 'DeviceUse', 'no_less', 'read_use', 'Pool', 'used_by', 'find_pools', 'find_promises', 'find_base',
-           'find_covered', 'find_freed', 'lower_bases', 'drop', 'grant']
+           'find_covered', 'find_freed', 'lower_bases', 'drop', 'move', 'grant']
 
 # %% ../../nbs/core/claims.ipynb #effac725
 import random
-from collections.abc import Callable, Container, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from operator import attrgetter
 from typing import Any
@@ -262,30 +262,42 @@ _UNKNOWN_BASE = 2**62
 
 def drop(
     claims: Sequence[Claim],
-    over: Container[int],        # the ids of those that are over, found before the devices were read
+    over: Collection[int],       # the ids of those that are over, found before the devices were read
     uses: Sequence[DeviceUse],   # every device
 ) -> list[Claim]:
     "Return the claims that are not over, with bases so that none looks more used than before"
-    left = [c for c in claims if c.id not in over]
-    names = {c.device for c in claims if c.id in over and c.device}
+    return move(claims, dict.fromkeys(over), uses)
+
+def move(
+    claims: Sequence[Claim],
+    moved: Mapping[int, Claim | None],   # by id: with the new holder; `None`: it is over
+    uses: Sequence[DeviceUse],           # every device
+    spent: Mapping[int, int] = {},       # by id: the most of a claim that its holder can be using; left out: all
+) -> list[Claim]:
+    "Return the claims after some have left their holders, with bases so that no other looks more used than before"
+    after = [new for c in claims if (new := moved.get(c.id, c)) is not None]
+    names = {c.device for c in claims if c.id in moved and c.device}
     for use in uses:
-        if any(use.is_called(name) for name in names): left = _raise_bases(use, claims, left, over)
+        if any(use.is_called(name) for name in names): after = _raise_bases(use, claims, after, moved, spent)
     lost = {name for name in names if not any(use.is_called(name) for use in uses)}
-    return [replace(c, base=_UNKNOWN_BASE) if c.device in lost else c for c in left]
+    return [replace(c, base=_UNKNOWN_BASE) if c.device in lost else c for c in after]
 
 # %% ../../nbs/core/claims.ipynb #67d2d994
-def _raise_bases(use: DeviceUse, claims: Sequence[Claim], left: Sequence[Claim], over: Container[int]) -> list[Claim]:
+def _raise_bases(
+    use: DeviceUse, claims: Sequence[Claim], left: Sequence[Claim], moved: Container[int], spent: Mapping[int, int],
+) -> list[Claim]:
     "Return the claims that are left, with the bases that they have on this device from now on"
     before, after = find_pools(use, claims), find_pools(use, left)
-    lines = [use.lineage_of(use.holder_of(c)) for c in claims if c.id in over and use.is_called(c.device)]
+    lines = [use.lineage_of(use.holder_of(c)) for c in claims if c.id in moved and use.is_called(c.device)]
 
     def raised(claim: Claim) -> Claim:
         holder = use.holder_of(claim)
         concerned = any(line is None or holder in line for line in lines)
-        if not concerned or not use.is_called(claim.device): return claim
+        if claim.id in moved or not concerned or not use.is_called(claim.device): return claim
         was, now = before[holder], after[holder]
-        if use.whole and (was.promised, was.used) == (now.promised, now.used): return claim
-        kept = max(was.consumed - (was.promised - now.promised), 0)   # surely used of what is left
+        gone = sum(min(spent.get(c.id, c.memory), c.memory) for c in was.claims if c.id in moved)
+        if use.whole and not gone and was.used == now.used: return claim
+        kept = max(was.consumed - gone, 0)   # surely used of what is left
         return replace(claim, base=max(claim.base, _most_used(use, holder, now.used) - kept))
 
     return [raised(c) for c in left]

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['LOOK_EVERY', 'SURE_SECONDS', 'Waits', 'Rows', 'to_bytes', 'from_bytes', 'find_claim', 'HiddenClaims', 'LedgerReading',
-           'Ledger']
+           'Ledger', 'HandOver']
 
 # %% ../../nbs/core/ledger.ipynb #9a04c222
 import atexit
@@ -17,11 +17,11 @@ import math
 import threading
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from operator import attrgetter
 from typing import Any, NamedTuple
 
-from .claims import Claim, DeviceUse, drop, grant
+from .claims import Claim, DeviceUse, drop, grant, move
 from .events import WAIT_BUCKETS, Events
 from .forks import reset_in_child
 from .leases import Leases, hides_any
@@ -282,13 +282,13 @@ class Ledger:
             _log.warning("a reservation could not be given back now, and will be later: %s", error)
         else: _keep_unended(self, self._to_end - {lease})
 
-    def change(self, lease: int, bases: Mapping[str, int] = {}, **fields: Any) -> bool:
-        "Change the claims with a lease, and the base of each by its device; False if this process does not hold them"
+    def change(self, lease: int, changed: Callable[[Rows], Rows] | None = None, **fields: Any) -> bool:
+        "Change the claims with a lease, or all; False if that lease is over, or is not held by this process"
         with self.store.changing() as draft:
             rows = from_bytes(draft.data)
             mine = [c for c in rows.claims if c.lease == lease]
             is_held = lease in self.leases.held and bool(mine) and not self._find_over(mine)
-            if is_held: draft.data = to_bytes(_change(rows, lease, bases, fields))
+            if is_held: draft.data = to_bytes(changed(rows) if changed else _change(rows, lease, fields))
         return is_held
 
     def keep_over_exec(self, lease: int) -> bool:
@@ -299,14 +299,30 @@ class Ledger:
         return True
 
 # %% ../../nbs/core/ledger.ipynb #f7ef5f4b
-def _change(rows: Rows, lease: int, bases: Mapping[str, int], fields: Mapping[str, Any]) -> Rows:
-    def changed(claim: Claim) -> Claim: return replace(claim, base=bases.get(claim.device or "", claim.base), **fields)
-    return rows._replace(claims=tuple(changed(c) if c.lease == lease else c for c in rows.claims))
+def _change(rows: Rows, lease: int, fields: Mapping[str, Any]) -> Rows:
+    return rows._replace(claims=tuple(replace(c, **fields) if c.lease == lease else c for c in rows.claims))
+
+@dataclass(frozen=True)
+class HandOver:
+    "How a reservation goes to another process"
+    holder: ProcessId
+    bases: Mapping[str, int]            # by device: bytes that it uses there already, beside this
+    spent: Mapping[str, int] = field(default_factory=dict)   # by device: the most that the former holder can be using
+    uses: Sequence[DeviceUse] | None = None   # every device; `None`: the former holder's tree has no other reservation
+
+    def change(self, rows: Rows, lease: int) -> Rows:
+        "Return the ledger with the claims of a lease handed over"
+        now: dict[str, Any] = dict(holder=self.holder, for_other=True, covers=True, space=pid_namespace())
+        mine = {c.id: c.device or "" for c in rows.claims if c.lease == lease}
+        moved = {c.id: replace(c, base=self.bases.get(c.device or "", c.base), **now) for c in rows.claims if c.id in mine}
+        if self.uses is None: return rows._replace(claims=tuple(moved.get(c.id, c) for c in rows.claims))
+        spent = {id: self.spent[device] for id, device in mine.items() if device in self.spent}
+        return rows._replace(claims=tuple(move(rows.claims, moved, self.uses, spent)))
 
 # %% ../../nbs/core/ledger.ipynb #0dc026e1
 def _write_end(store: Store, lease: int) -> None:
     "Write that the claims with a lease are over, whoever holds it"
-    with store.changing() as draft: draft.data = to_bytes(_change(from_bytes(draft.data), lease, {}, dict(expires=0.0)))
+    with store.changing() as draft: draft.data = to_bytes(_change(from_bytes(draft.data), lease, dict(expires=0.0)))
 
 # %% ../../nbs/core/ledger.ipynb #ac8d11e7
 _unended: set[Ledger] = set()   # these have something that is over, and is not in the file yet

@@ -15,6 +15,7 @@ import time
 import weakref
 from collections.abc import Awaitable, Callable, Collection, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from operator import attrgetter
 from typing import Any
 
@@ -25,8 +26,8 @@ from .devices import device_key, env_by_index, find_ordinal, visible_env
 from .events import WAIT_BUCKETS
 from .gpu import GpuDevice, GpuSnapshot
 from .leases import new_lease
-from .ledger import Ledger, Waits
-from .process import ProcessId, has_ended, pid_namespace, this_process
+from .ledger import HandOver, Ledger, Waits
+from .process import ProcessId, has_ended, this_process
 from .resources import Promise
 from .threads import in_thread
 from .topology import Links
@@ -122,13 +123,15 @@ class Reservation(StaysHere, contextlib.AbstractContextManager["Reservation"]):
         self,
         holder: ProcessId,   # another process
         base: int | Mapping[str, int] = 0,   # bytes that it uses there already, beside this; of several by `device_key`
+        spent: Mapping[str, int] = {},       # the most of it that this process's tree uses, by `device_key`
+        uses: Sequence[DeviceUse] | None = None,   # every device, if that tree has another reservation
     ) -> "Reservation":
         """Return the reservation for another process with its child processes; `ReservationOver` if it is over
 
         It holds until it is released; if this process ends before that, until the other process ends."""
-        now = dict(holder=holder, for_other=True, covers=True, space=pid_namespace())
         bases = {key: base if isinstance(base, int) else base[key] for key in map(device_key, self.devices)}
-        if not self._ledger.change(self.lease, bases, **now): raise ReservationOver(self)
+        change = partial(HandOver(holder, bases, spent, uses).change, lease=self.lease)
+        if not self._ledger.change(self.lease, change): raise ReservationOver(self)
         return replace(self, holder=holder, _exit=contextlib.ExitStack())
 
     def keep_over_exec(self) -> None:
