@@ -179,3 +179,41 @@ def test_no_property_has_a_lock_of_its_own():
     "Until Python 3.12 a `cached_property` has one lock for all objects, which a fork's child finds taken for ever"
     sources = list(Path(cjm_fasthtml_resources.__file__).parent.rglob("*.py"))
     assert sources and not [str(path) for path in sources if "import cached_property" in path.read_text()]
+
+
+@pytest.mark.parametrize("entered", [False, True])
+def test_a_request_and_a_reservation_of_the_parent_are_nothing_in_the_child(tmp_path, monkeypatch, entered):
+    "Two processes would count on one reservation; a child's watched process would end its parent's"
+    monkeypatch.setenv("CJM_RESOURCES_DIR", str(tmp_path/"state"))
+    out = run(f"""
+import gc, os, subprocess, sys
+from cjm_fasthtml_resources import ResourceManager
+from cjm_fasthtml_resources.core.reservations import ReservationOver
+from cjm_fasthtml_resources.simulate import SimulatedDriver, SimulatedGpu
+
+def refused(call, *errors):
+    try: call()
+    except errors: return 1
+    return 0
+
+with SimulatedDriver([SimulatedGpu(memory_total_mb=24000)]):
+    manager, sleeper = ResourceManager(app="a"), subprocess.Popen(["sleep", "30"])
+    first = manager.reserve(20000, timeout=0)
+    request, theirs = manager.request(20000), manager.request(2000, pid=sleeper.pid)
+    if {entered}: request.poll()
+    assert theirs.poll() is None if {entered} else theirs.poll()
+    with manager.job("j", 1000, timeout=0) if not {entered} else first as job:
+        if os.fork() == 0:
+            held = job.reservation if not {entered} else job
+            done = refused(request.poll, RuntimeError) + refused(lambda: held.hand_over(held.holder), ReservationOver)
+            done += refused(held.keep_over_exec, ReservationOver) + (not held.renew(1) and not held.release())
+            if not {entered}: done += refused(lambda: job.watch(sleeper.pid), ReservationOver) - 1
+            del theirs
+            gc.collect()
+            sys.exit(done)
+        print(os.waitstatus_to_exitcode(os.wait()[1]), len(manager.get_claims()))
+    first.release()
+    print(request.wait().gpu_memory_mb)
+    sleeper.kill()
+""")
+    assert out.split() == ["4", "3", "20000.0"]

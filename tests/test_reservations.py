@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 
 import pytest
@@ -248,7 +249,8 @@ def test_a_file_that_is_locked_is_said_to_be(folder, monkeypatch, how):
     if how == "gate": named = f"{path.with_suffix('.lock')} is locked by the process with PID {os.getpid()} for 0.1 s"
     with SimulatedDriver([SimulatedGpu()]):
         for change in (lambda: manager.reserve(1_000), lambda: manager.register_worker(os.getpid(), "llm")):
-            with locked(how), pytest.raises(StoreError, match=re.escape(named)): change()
+            with locked(how), ThreadPoolExecutor(1) as other_thread, pytest.raises(StoreError, match=re.escape(named)):
+                other_thread.submit(change).result()
         assert manager.ledger.claims() == [] and manager.reserve(1_000).release()
 
 

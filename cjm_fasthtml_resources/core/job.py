@@ -7,8 +7,8 @@ __all__ = ['ALONE', 'TELL_AFTER', 'JobRequest', 'choose_alone', 'is_turn', 'is_l
            'put_back_left', 'end_job_of', 'await_turn', 'await_ram', 'find_learned', 'device_of_worker',
            'devices_of_worker', 'find_alone', 'find_memory', 'name_unknown', 'tell_alone', 'poll', 'await_memory',
            'decide', 'ask_validation', 'take_ready', 'await_decision', 'show_here', 'start', 'begin', 'bases_of',
-           'watch_process', 'add_note', 'explain_error', 'find_lack', 'learn', 'finish', 'make_job', 'PluginNeeds',
-           'declared_needs']
+           'spent_before', 'watch_process', 'add_note', 'explain_error', 'find_lack', 'learn', 'finish', 'make_job',
+           'PluginNeeds', 'declared_needs']
 
 # %% ../../nbs/core/job.ipynb #466a9486
 import atexit
@@ -39,7 +39,7 @@ from cjm_fasthtml_resources.core.process import (
     since_boot,
     this_process,
 )
-from .claims import find_base, read_use
+from .claims import DeviceUse, find_base, read_use, used_by
 from .conflict import ResourceBusy, ResourceConflict, ResourceUnavailable
 from .copies import StaysHere
 from .devices import device_key, device_place
@@ -540,6 +540,20 @@ def bases_of(job: ActiveJob, holder: ProcessId) -> dict[str, int]:  # by key of 
     found = {key: next((use for use in uses if use.is_called(key)), None) for key in keys}
     return {key: find_base(holder, use, []) if use else 0 for key, use in found.items()}
 
+# %% ../../nbs/core/job.ipynb #f26de13d
+def spent_before(job: ActiveJob) -> tuple[dict[str, int], list[DeviceUse] | None]:
+    """Return by device how much of a job's reservation its process itself can be using, and all devices' use;
+    `None` for that if the process and its ancestors have no other reservation, which the use could be for"""
+    lease, keys = job.reservation and job.reservation.lease, {device_key(d) for d in job.devices}
+    line, claims = read_process(job.holder.pid).lineage, job.manager.get_claims()
+    if not any(c.holder in line and c.device in keys and c.lease != lease for c in claims): return {}, None
+    holders = {job.holder, *(c.holder for c in claims)}
+    def used(uses: list[DeviceUse]) -> dict[str, int]:
+        return {use.key: used_by(use, holders).get(job.holder, 0) for use in uses if use.key in keys and use.whole}
+    now = read_use(job.manager.read().devices)
+    before = used(read_use(job.before.snapshot.devices)) if job.before and job.before.snapshot else {}
+    return {key: max(amount - before.get(key, 0), 0) for key, amount in used(now).items()}, now
+
 # %% ../../nbs/core/job.ipynb #f413f88a
 def _forget_worker(manager: Any, pid: int) -> None:
     if manager.get_worker_by_pid(pid) is not None: manager.unregister_worker(pid)
@@ -552,8 +566,9 @@ def watch_process(job: ActiveJob, pid: int) -> bool:  # False if it has ended al
     holder = find_holder(pid)
     bases = bases_of(job, holder)
     if job.reservation and holder != job.holder:
+        spent, uses = spent_before(job)
         if job.request: job.request.holder, job.request.covers = holder, False   # first: it ends as another process's
-        job.reservation = job.reservation.hand_over(holder, bases)
+        job.reservation = job.reservation.hand_over(holder, bases, spent, uses)
     with holding(manager.job_looks.turn): job.holder, job.usage = holder, Usage(tuple(bases.values()))
     if manager.get_worker_by_pid(pid) is None:
         job.defer(_forget_worker, manager, pid)

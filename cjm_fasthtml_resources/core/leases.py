@@ -72,22 +72,26 @@ def _mark(path: Path, lease: int = 0) -> int:
     "Return the byte of the folder above that stands for a lease in this folder"
     return (crc32(os.fsencode(path.parent.name)) + 1)*_SPAN + lease%_ENTERED
 
-def _open_above(path: Path) -> OpenFolder | None:
-    "Return the folder above; `None` if it cannot be opened"
-    try: return OpenFolder(path.parent.parent)
+def _mark_inside(lease: int) -> int:
+    "Return the byte of the folder itself that stands for a lease in it; below the marks of folders in it"
+    return lease%_ENTERED
+
+def _open_folder(path: Path) -> OpenFolder | None:
+    "Return a folder; `None` if it cannot be opened"
+    try: return OpenFolder(path)
     except OSError: return None
 
 def _is_marked(path: Path, first: int, length: int = 1) -> bool:
-    "Return whether bytes of the folder above are locked; False where it cannot be read"
-    above = _open_above(path)
-    if above is None: return False
-    with above, contextlib.suppress(OSError): return is_locked(above.fileno(), first, length)
+    "Return whether bytes of a folder are locked; False where it cannot be read"
+    folder = _open_folder(path)
+    if folder is None: return False
+    with folder, contextlib.suppress(OSError): return is_locked(folder.fileno(), first, length)
     return False
 
 # %% ../../nbs/core/leases.ipynb #3a3df2ab
 def is_used_elsewhere(path: Path) -> bool:
-    "Return whether leases are held in a folder of this name, or in a deleted one of the same name"
-    return _is_marked(path, _mark(path), _SPAN)
+    "Return whether leases are held in this folder, also under another path, or in a deleted one of the same name"
+    return _is_marked(path.parent.parent, _mark(path), _SPAN) or _is_marked(path.parent, 0, _SPAN)
 
 # %% ../../nbs/core/leases.ipynb #f0d9c16a
 def hides_any(
@@ -96,7 +100,7 @@ def hides_any(
 ) -> bool:
     "Return whether a claim was entered and is missing in the ledger now, while its lease is held"
     first = _mark(path) + _ENTERED
-    above = _open_above(path)
+    above = _open_folder(path.parent.parent)
     if above is None: return False
     with above, contextlib.suppress(OSError):
         marks = {first + lease%_ENTERED for lease in known}
@@ -114,6 +118,7 @@ class Leases:
         self.path, self.held = path, set[int]()
         self._file: FileIO | None = None           # opened with the first lease
         self._above: OpenFolder | None = None
+        self._folder: OpenFolder | None = None
         self._kept: list[FileIO | OpenFolder] = [] # for programs that this process becomes
         self._to_drop = set[int]()                 # leases that could not be unlocked
         self._opening = threading.RLock()
@@ -178,10 +183,11 @@ class Leases:
 
     def after_fork(self) -> None:
         "Close the copies of the parent's descriptors in a fork's child, which unlocks nothing"
-        for file in (self._file, self._above, *self._kept):
+        for file in (self._file, self._above, self._folder, *self._kept):
             if file is not None: file.close()
         for lease in self.held: _holding.pop(lease, None)
-        self.held, self._file, self._above, self._kept, self._to_drop = set(), None, None, [], set()
+        self.held, self._file, self._above, self._folder, self._kept = set(), None, None, None, []
+        self._to_drop = set()
         self._opening = threading.RLock()
 
     def _marks(self, lease: int) -> list[int]:
@@ -190,7 +196,8 @@ class Leases:
 
     def _keep(self, path: Path, lease: int) -> None:
         "Hold a lease with descriptors that `exec` does not close"
-        for file, locked in ((FileIO(path, "r+"), [lease]), (_open_above(path), self._marks(lease))):
+        for file, locked in ((FileIO(path, "r+"), [lease]), (_open_folder(path.parent.parent), self._marks(lease)),
+                             (_open_folder(path.parent), [_mark_inside(lease)])):
             if file is None: continue
             self._kept.append(file)
             for byte in locked: _quietly(lock_byte, file, byte)
@@ -198,8 +205,9 @@ class Leases:
 
     def _open(self, path: Path) -> None:
         if self._file is None or self.is_replaced() and not self.held:   # a new file, while this process held nothing
-            try: self._file, self._above = FileIO(path, "r+"), _open_above(path)
+            try: self._file, self._above = FileIO(path, "r+"), _open_folder(path.parent.parent)
             except OSError as error: raise StoreError(explain_os_error(path, error)) from error
+            self._folder = _open_folder(path.parent)
 
     def _lock(self, lease: int) -> None:
         if self._file is None or self.path is None: return
@@ -207,6 +215,7 @@ class Leases:
         except (OSError, ImportError, AttributeError) as error:
             raise StoreError(explain_os_error(self.path, error)) from error
         _quietly(lock_byte, self._above, _mark(self.path, lease))
+        _quietly(lock_byte, self._folder, _mark_inside(lease))
 
     def _unlock(self, lease: int) -> bool:
         "Unlock a lease and its marks; False if the kernel did not do it"
@@ -214,7 +223,8 @@ class Leases:
         entered, mark = self._marks(lease)
         for above in (self._above, *self._kept): _quietly(unlock_byte, above, entered)   # first: or it would seem lost
         done = [_quietly(unlock_byte, file, lease) for file in (self._file, *self._kept)]
-        return all([*done, *(_quietly(unlock_byte, above, mark) for above in (self._above, *self._kept))])
+        done += [_quietly(unlock_byte, above, mark) for above in (self._above, *self._kept)]
+        return all([*done, *(_quietly(unlock_byte, f, _mark_inside(lease)) for f in (self._folder, *self._kept))])
 
 # %% ../../nbs/core/leases.ipynb #83c49103
 _holding: dict[int, Leases] = {}   # by lease
@@ -234,4 +244,4 @@ def _find_held(path: Path, leases: Iterable[int]) -> set[int]:
     except FileNotFoundError: found = set()
     except (OSError, ImportError, AttributeError) as error:
         raise StoreError(explain_os_error(path, error)) from error
-    return found | {n for n in leases if n not in found and _is_marked(path, _mark(path, n))}
+    return found | {n for n in leases if n not in found and _is_marked(path.parent.parent, _mark(path, n))}

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['LOOK_EVERY', 'SURE_SECONDS', 'Waits', 'Rows', 'to_bytes', 'from_bytes', 'find_claim', 'HiddenClaims', 'LedgerReading',
-           'Ledger']
+           'Ledger', 'HandOver']
 
 # %% ../../nbs/core/ledger.ipynb #9a04c222
 import atexit
@@ -17,17 +17,17 @@ import math
 import threading
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from operator import attrgetter
 from typing import Any, NamedTuple
 
-from .claims import Claim, DeviceUse, drop, grant
+from .claims import Claim, DeviceUse, drop, grant, move
 from .events import WAIT_BUCKETS, Events
 from .forks import reset_in_child
 from .leases import Leases, hides_any
 from .locking import holding
-from .process import ProcessId, pid_namespace
-from .store import Draft, Store, StoreError
+from .process import ProcessId, machine_time, pid_namespace
+from .store import ChangedInside, Draft, Store, StoreError
 from .topology import Links
 
 # %% ../../nbs/core/ledger.ipynb #54fc6b84
@@ -121,6 +121,11 @@ def _counted(events: Events, claims: list[Claim], ended: list[Claim]) -> list[Cl
     for claim in ended: events.of(claim.app).count("ended")
     return claims
 
+# %% ../../nbs/core/ledger.ipynb #711f157e
+_Look = Callable[[], Sequence[DeviceUse]]
+_Ask = Callable[[], Claim | None]
+_Settled = tuple[list[Claim], list[Claim]]   # all that there are now, and the reservations that have ended
+
 # %% ../../nbs/core/ledger.ipynb #88e17b83
 class Ledger:
     "The requests and reservations of all processes that share a store"
@@ -135,6 +140,7 @@ class Ledger:
         self._deadlines: dict[int, float] = {}   # lease → when a reservation of this process runs out
         _unended.discard(self)
         self._to_end = set[int]()                # leases of reservations for other processes that are not ended yet
+        self._kept = set[int]()                  # leases of reservations that this process keeps over `exec`
 
     def claims(self) -> list[Claim]:
         "Return those that are not over, in the order of asking; waits for no other process, and writes nothing"
@@ -179,31 +185,29 @@ class Ledger:
         deadline = self._deadlines.pop(lease, math.inf)
         if not self.leases.drop(lease): return False
         self.store.wake()
-        return time.monotonic() < deadline
+        return machine_time() < deadline
 
     def give_back(self, lease: int, for_other: bool = False) -> bool:
         "Withdraw a reservation, also one for another process, which can go on without its lease"
         was_held = lease in self.leases.held
-        if was_held and for_other: self._end(lease)
+        if was_held and (for_other or lease in self._kept): self._end(lease)
         return self.withdraw(lease)
 
     def renew(self, lease: int, ttl: float | None) -> bool:
         "Let a reservation hold for `ttl` seconds from now on (`None`: until released); False if it is over"
-        now = time.monotonic()
-        if lease not in self.leases.held or now >= self._deadlines.get(lease, math.inf): return False
-        expires = None if ttl is None else now + ttl
-        self.change(lease, ttl=ttl, expires=expires)
+        expires = None if ttl is None else machine_time() + ttl
+        if not self.change(lease, ttl=ttl, expires=expires): return False
         self.note_deadline(lease, expires)
         return True
 
     def note_deadline(self, lease: int, expires: float | None) -> None:
-        "Remember when a reservation of this process runs out, by `time.monotonic()`; `None`: never"
+        "Remember when a reservation of this process runs out, by `machine_time()`; `None`: never"
         self._deadlines[lease] = math.inf if expires is None else expires
 
     def glance(self) -> tuple[object, bool]:
         "Return what is the same as long as the ledger is, and whether it is time to look again; costs next to nothing"
         mark, looked_at = self.store.glance()
-        return mark, not time.monotonic() - LOOK_EVERY < looked_at <= time.monotonic()
+        return mark, not machine_time() - LOOK_EVERY < looked_at <= machine_time()
 
     def take_turn(self) -> bool:
         "Return whether the devices were not read for `LOOK_EVERY` seconds; the process that gets True has to read them"
@@ -219,14 +223,11 @@ class Ledger:
         until = time.monotonic() + SURE_SECONDS
         while True:
             try: return _counted(self.events, *self._settle(look, ask, allowed))
-            except HiddenClaims:
+            except (HiddenClaims, ChangedInside):
                 if time.monotonic() > until: raise
             time.sleep(0.02)
 
-    def _settle(
-        self, look: Callable[[], Sequence[DeviceUse]], ask: Callable[[], Claim | None],
-        allowed: Mapping[int, Collection[str]],
-    ) -> tuple[list[Claim], list[Claim]]:
+    def _settle(self, look: _Look, ask: _Ask, allowed: Mapping[int, Collection[str]]) -> _Settled:
         "Make the attempts of steps 1 to 5"
         for _ in range(3):
             before = self.rows()
@@ -237,10 +238,7 @@ class Ledger:
                     return self._hand_out(draft, rows, over, uses, ask(), allowed)
         return self._settle_inside(look, ask, allowed)
 
-    def _settle_inside(
-        self, look: Callable[[], Sequence[DeviceUse]], ask: Callable[[], Claim | None],
-        allowed: Mapping[int, Collection[str]],
-    ) -> tuple[list[Claim], list[Claim]]:
+    def _settle_inside(self, look: _Look, ask: _Ask, allowed: Mapping[int, Collection[str]]) -> _Settled:
         "Read the driver inside the change, where no other process can come in between (step 5)"
         with self.store.changing() as draft:
             rows = from_bytes(draft.data)
@@ -248,14 +246,9 @@ class Ledger:
             return self._hand_out(draft, rows, over, uses, ask(), allowed)
 
     def _hand_out(
-        self,
-        draft: Draft,
-        rows: Rows,
-        over: Collection[int],
-        uses: Sequence[DeviceUse],
-        asked: Claim | None,
+        self, draft: Draft, rows: Rows, over: Collection[int], uses: Sequence[DeviceUse], asked: Claim | None,
         allowed: Mapping[int, Collection[str]],
-    ) -> tuple[list[Claim], list[Claim]]:   # all that there are now, and the reservations that have ended
+    ) -> _Settled:
         "Steps 3 and 4, within a change"
         _check_complete(rows, self.store)
         ended = [c for c in rows.claims if c.id in over and c.device is not None]
@@ -270,11 +263,12 @@ class Ledger:
 
     def _find_over(self, claims: Collection[Claim]) -> set[int]:
         "Return the ids of those that are over by now"
-        now, held = time.monotonic(), self.leases.held_among([c.lease for c in claims])
+        now, held = machine_time(), self.leases.held_among([c.lease for c in claims])
         return {c.id for c in claims if c.is_over(now, held) or c.lease in self._to_end}
 
     def end_later(self, lease: int) -> None:
         "Withdraw what was forgotten, also for another process: here now, and in the file at the next use or at exit"
+        if lease not in self.leases.held: return   # also in a fork's child: it is the parent's
         self._to_end.add(lease)
         _unended.add(self)
         self.withdraw(lease)
@@ -283,20 +277,53 @@ class Ledger:
         "Write down that a claim for another process is over"
         self._to_end.add(lease)
         _unended.add(self)
-        try: self.change(lease, expires=0.0)
+        try: _write_end(self.store, lease)
         except StoreError as error:
             _log.warning("a reservation could not be given back now, and will be later: %s", error)
         else: _keep_unended(self, self._to_end - {lease})
 
-    def change(self, lease: int, bases: Mapping[str, int] = {}, **fields: Any) -> None:
-        "Change the claims with a lease, and the base of each by its device"
+    def change(self, lease: int, changed: Callable[[Rows], Rows] | None = None, **fields: Any) -> bool:
+        "Change the claims with a lease, or all; False if that lease is over, or is not held by this process"
         with self.store.changing() as draft:
-            draft.data = to_bytes(_change(from_bytes(draft.data), lease, bases, fields))
+            rows = from_bytes(draft.data)
+            mine = [c for c in rows.claims if c.lease == lease]
+            is_held = lease in self.leases.held and bool(mine) and not self._find_over(mine)
+            if is_held: draft.data = to_bytes(changed(rows) if changed else _change(rows, lease, fields))
+        return is_held
+
+    def keep_over_exec(self, lease: int) -> bool:
+        "Keep a reservation for the program that this process becomes by `os.exec…`; False if it is over"
+        self._kept.add(lease)   # first: from now on its end has to be written
+        if not self.change(lease, for_other=True): return False
+        self.leases.keep_over_exec(lease)
+        return True
 
 # %% ../../nbs/core/ledger.ipynb #f7ef5f4b
-def _change(rows: Rows, lease: int, bases: Mapping[str, int], fields: Mapping[str, Any]) -> Rows:
-    def changed(claim: Claim) -> Claim: return replace(claim, base=bases.get(claim.device or "", claim.base), **fields)
-    return rows._replace(claims=tuple(changed(c) if c.lease == lease else c for c in rows.claims))
+def _change(rows: Rows, lease: int, fields: Mapping[str, Any]) -> Rows:
+    return rows._replace(claims=tuple(replace(c, **fields) if c.lease == lease else c for c in rows.claims))
+
+@dataclass(frozen=True)
+class HandOver:
+    "How a reservation goes to another process"
+    holder: ProcessId
+    bases: Mapping[str, int]            # by device: bytes that it uses there already, beside this
+    spent: Mapping[str, int] = field(default_factory=dict)   # by device: the most that the former holder can be using
+    uses: Sequence[DeviceUse] | None = None   # every device; `None`: the former holder's tree has no other reservation
+
+    def change(self, rows: Rows, lease: int) -> Rows:
+        "Return the ledger with the claims of a lease handed over"
+        now: dict[str, Any] = dict(holder=self.holder, for_other=True, covers=True, space=pid_namespace())
+        mine = {c.id: c.device or "" for c in rows.claims if c.lease == lease}
+        moved = {c.id: replace(c, base=self.bases.get(c.device or "", c.base), **now)
+                 for c in rows.claims if c.id in mine}
+        if self.uses is None: return rows._replace(claims=tuple(moved.get(c.id, c) for c in rows.claims))
+        spent = {id: self.spent[device] for id, device in mine.items() if device in self.spent}
+        return rows._replace(claims=tuple(move(rows.claims, moved, self.uses, spent)))
+
+# %% ../../nbs/core/ledger.ipynb #0dc026e1
+def _write_end(store: Store, lease: int) -> None:
+    "Write that the claims with a lease are over, whoever holds it"
+    with store.changing() as draft: draft.data = to_bytes(_change(from_bytes(draft.data), lease, dict(expires=0.0)))
 
 # %% ../../nbs/core/ledger.ipynb #ac8d11e7
 _unended: set[Ledger] = set()   # these have something that is over, and is not in the file yet
@@ -309,7 +336,7 @@ def _keep_unended(ledger: Ledger, leases: set[int]) -> None:
 def _end_at_exit() -> None:
     for ledger in [*_unended]:
         for lease in [*ledger._to_end]:
-            with contextlib.suppress(StoreError): ledger.change(lease, expires=0.0)
+            with contextlib.suppress(StoreError): _write_end(ledger.store, lease)
 
 # %% ../../nbs/core/ledger.ipynb #9e7ed5e9
 def _check_complete(rows: Rows, store: Store) -> None:
@@ -348,7 +375,7 @@ def _enter(
     allowed: Mapping[int, Collection[str]],
 ) -> Rows:
     "Return the ledger after `grant`; requests of suspended processes are passed over"
-    before, now = list(rows.claims), time.monotonic()
+    before, now = list(rows.claims), machine_time()
     if asked: before.append(replace(asked, id=rows.last_id + 1, space=pid_namespace()))
     current = [replace(c, allowed=tuple(allowed[c.lease])) if c.lease in allowed else c for c in before]
     asleep = {c.id: c for c in current if c.device is None and c.is_suspended}

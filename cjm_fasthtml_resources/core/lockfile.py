@@ -12,6 +12,7 @@ import math
 import os
 import stat
 import struct
+import threading
 import time
 from collections.abc import Iterator
 from functools import cache
@@ -97,7 +98,7 @@ class Header(NamedTuple):
     magic: bytes
     world: bytes
     counter: int
-    looked_at: float   # by `time.monotonic()`
+    looked_at: float   # by `machine_time()` of core.process
     pid: int
     serial: int        # how often the ledger was written
     offset: int
@@ -183,6 +184,16 @@ def _is_at(path: Path, file: FileIO) -> bool:
     try: return os.path.samestat(os.stat(path), os.fstat(file.fileno()))
     except FileNotFoundError: return False
 
+# %% ../../nbs/core/lockfile.ipynb #f89e19d6
+_inside: dict[int, _Gate] = {}   # by thread: the gate that it came to last
+
+def _forbid_nested(path: Path) -> None:
+    "Raise `StoreError` if this thread is in the gate of this file already"
+    gate = _inside.get(threading.get_ident())
+    if gate is None or gate.closed or not _is_at(path, gate): return
+    raise StoreError(f"{path} is being changed by this thread, which a signal handler or a finalizer has interrupted: "
+                     "change it outside of that")
+
 # %% ../../nbs/core/lockfile.ipynb #fe75bbe9
 def _open_new(path: str, flags: int) -> int:
     return os.open(path, flags | os.O_CREAT | os.O_NOFOLLOW, 0o600)
@@ -191,10 +202,11 @@ def _open_new(path: str, flags: int) -> int:
 def in_gate(path: Path) -> Iterator[FileIO]:
     "Open the lock file, made if it is missing, with its gate held for the block"
     file: _Gate | None = None
+    _forbid_nested(path)
     try:
         try:
             while file is None:
-                file = reset_in_child(_Gate(path, "r+", opener=_open_new))
+                file = _inside[threading.get_ident()] = reset_in_child(_Gate(path, "r+", opener=_open_new))
                 _pass(file, path)
                 if not _is_at(path, file):   # it was replaced while this process waited
                     file.leave()

@@ -1,0 +1,101 @@
+"Reservations that are seen from other PID and time namespaces, where numbers and clocks mean something else"
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+from cjm_fasthtml_resources import ResourceManager
+from cjm_fasthtml_resources.core.process import read_start
+from cjm_fasthtml_resources.simulate import SimulatedDriver, SimulatedGpu
+
+PID_NAMESPACE = ["unshare", "--pid", "--fork", "--kill-child", "--mount-proc"]
+AHEAD = ["unshare", "-T", "--fork", "--monotonic", "10000"]
+
+
+def allows(namespace) -> bool:
+    return bool(shutil.which("unshare")) and subprocess.run([*namespace, "true"], capture_output=True).returncode == 0
+
+
+needs_pids = pytest.mark.skipif(not allows(PID_NAMESPACE), reason="making a PID namespace needs root")
+needs_times = pytest.mark.skipif(not allows(AHEAD), reason="making a time namespace needs root and Linux 5.6")
+
+ASKS = """
+from cjm_fasthtml_resources import ResourceBusy, ResourceManager
+from cjm_fasthtml_resources.simulate import SimulatedDriver, SimulatedGpu
+with SimulatedDriver([SimulatedGpu(memory_total_mb=24000)]):
+    manager = ResourceManager(app="b")
+    found = len(manager.get_claims())
+    try: manager.reserve(20000, timeout=0).release()
+    except ResourceBusy: print(found, "busy")
+    else: print(found, "given")
+"""
+KILLED = """
+import sys
+from cjm_fasthtml_resources import ResourceManager
+from cjm_fasthtml_resources.simulate import SimulatedDriver, SimulatedGpu
+with SimulatedDriver([SimulatedGpu(memory_total_mb=24000)]):
+    held = ResourceManager(app="a").reserve(20000, timeout=0, pid=int(sys.argv[1]))
+    print("held", flush=True)
+    sys.stdin.readline()
+"""
+# A shift by half a tick, as a restored checkpoint has it
+SHIFTED = """
+import ctypes, os, sys
+assert ctypes.CDLL(None).unshare(0x80) == 0
+with open("/proc/self/timens_offsets", "w") as file: file.write("boottime 100 5000000\\n")
+if os.fork() == 0: os.execv(sys.executable, [sys.executable, "-c", *sys.argv[1:]])
+os.wait()
+"""
+ENDED = """
+import json, sys
+from cjm_fasthtml_resources.core.process import has_ended
+print([has_ended(*process) for process in json.loads(sys.argv[1])])
+"""
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path, monkeypatch): monkeypatch.setenv("CJM_RESOURCES_DIR", str(tmp_path/"state"))
+
+
+def run(*command: str) -> str:
+    out = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert out.returncode == 0, out.stderr
+    return out.stdout.strip()
+
+
+def python(script: str, *namespace: str) -> str: return run(*namespace, sys.executable, "-c", script)
+
+
+@needs_pids
+def test_a_process_that_cannot_be_seen_keeps_what_was_reserved_for_it(spawn):
+    process = spawn("input()")
+    asker = subprocess.Popen([sys.executable, "-c", KILLED, str(process.pid)], stdin=subprocess.PIPE,
+                             stdout=subprocess.PIPE, text=True)
+    with asker:
+        assert asker.stdout.readline() == "held\n"
+        asker.kill()
+    assert [python(ASKS), python(ASKS, *PID_NAMESPACE)] == ["1 busy", "1 busy"]
+    process.kill()
+    process.wait()
+    assert python(ASKS, *PID_NAMESPACE) == "1 busy"   # nothing tells that it has ended
+    assert python(ASKS) == "0 given"
+
+
+@needs_times
+def test_a_ttl_runs_out_at_the_same_moment_in_every_time_namespace():
+    with SimulatedDriver([SimulatedGpu(memory_total_mb=24000)]):
+        held = ResourceManager(app="a").reserve(20000, timeout=0, ttl=600)
+        assert python(ASKS, *AHEAD) == "1 busy"
+        assert held.renew(600) and python(ASKS, *AHEAD) == "1 busy"
+        held.release()
+
+
+@needs_times
+def test_a_shift_by_a_part_of_a_tick_ends_no_process(spawn):
+    pids = os.getpid(), os.getppid(), *(spawn("input()").pid for _ in range(4))
+    processes = [(pid, read_start(pid)) for pid in pids]
+    found = run(sys.executable, "-c", SHIFTED, ENDED, json.dumps(processes))
+    assert found == str([False]*len(processes))
