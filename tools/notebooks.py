@@ -29,11 +29,12 @@ def outputs(nb) -> list:
 
 
 def steady(output) -> dict:
-    "Take the time of day out of a panel's picture"
+    "Take the time of day and the start of processes out of a panel's picture"
     data = output.get("data", {})
     for kind, lines in data.items():
         text = re.sub(r"(?<=Data from )<time .*?</time>", "<time>12:00:00</time>", "".join(lines))
-        data[kind] = re.sub(r"(?<=Data from )\d.*", "12:00:00", text).splitlines(keepends=True)
+        text = re.sub(r"(?<=Data from )\d.*", "12:00:00", text)
+        data[kind] = re.sub(r"(?<=data-key=)(\d+)\.\d+\.\d+", r"\1.0", text).splitlines(keepends=True)
     return output
 
 
