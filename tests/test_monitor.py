@@ -302,8 +302,7 @@ def calls(path: Path) -> set[str]:
 
 
 def test_the_time_of_day_is_read_for_people_and_for_days_alone():
-    """A snapshot's time, and a point's where there is no snapshot; the day of a need; boot's, without a clock for it;
-    what a page says of its figures"""
+    "A snapshot's, a point's without a snapshot, a page's; the day of a need; boot's, without a clock for it"
     found = [path.name for path in Path(gpu.__file__).parents[1].rglob("*.py") if "time.time()" in calls(path)]
-    assert sorted(found) == ["cli.py", "gpu.py", "history.py", "job.py", "needs.py", "process.py", "stream.py",
-                             "web.py"]
+    assert sorted(found) == ["age.py", "gpu.py", "history.py", "job.py", "needs.py", "needs.py", "process.py",
+                             "screen.py"]

@@ -213,9 +213,7 @@ def test_a_worker_with_a_reservation_of_its_own_is_not_asked_but_stopped(machine
     process, = machine.workers(10_000)
     manager = ResourceManager()
     register(manager, process, plugin_name="llama", plugin_instance=Unloads(process))
-    request = manager.request(10_000, pid=process.pid)
-    request.covers = True
-    assert request.poll()
+    assert manager.request(10_000, pid=process.pid).poll()
     assert [w.pid for w in manager.free_gpu(20_000)] == [process.pid] and not lives(process)
     assert manager.get_claims() == []
 

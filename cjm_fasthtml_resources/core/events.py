@@ -16,6 +16,7 @@ import time
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from io import FileIO
 from pathlib import Path
 
 from .forks import reset_in_child
@@ -56,20 +57,20 @@ class _Tally:
 # %% ../../nbs/core/events.ipynb #1dc79788
 _FLAGS = os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK   # no link, and no waiting for a pipe's other end
 
+def _open(path: str, flags: int) -> int: return os.open(path, flags | _FLAGS, 0o600)
+
 def _append(path: Path, line: str) -> None:
     "Add a line at the end of a file"
-    fd = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | _FLAGS, 0o600)
-    try: os.write(fd, line.encode())
-    finally: os.close(fd)
+    with FileIO(path, "a", opener=_open) as file: file.write(line.encode())
 
 def _read_from(path: Path, at: int) -> tuple[int, list[str]]:
     "Return where the last whole line ends, and the lines from `at` on; a file that was made again begins at 0"
-    try: fd = os.open(path, os.O_RDONLY | _FLAGS)
+    try:
+        with FileIO(path, "r", opener=_open) as file:
+            if os.fstat(file.fileno()).st_size < at: at = 0
+            file.seek(at)
+            whole = file.readall().rpartition(b"\n")[0]
     except OSError: return at, []
-    with open(fd, "rb") as file:
-        if os.fstat(fd).st_size < at: at = 0
-        file.seek(at)
-        whole = file.read().rpartition(b"\n")[0]
     return at + len(whole) + bool(whole), whole.decode("ascii", errors="replace").splitlines()
 
 # %% ../../nbs/core/events.ipynb #f216b285

@@ -129,8 +129,9 @@ def shown_value(value: Any) -> Any:  # plain JSON
     if type(value) is int and abs(value) < 2**53: return value
     if type(value) is float and math.isfinite(value): return value
     if type(value) is str and _PLAIN_WORD.fullmatch(value): return value
-    if type(value) in (list, tuple) and len(value) <= _FEW and all(type(v) in (int, float, bool) for v in value):
-        return [shown_value(v) for v in value]   # a size such as [512, 512]
+    if type(value) in (list, tuple) and 0 < len(value) <= _FEW and all(type(v) in (int, float, bool) for v in value):
+        few = [shown_value(v) for v in value]   # a size such as [512, 512]
+        if not any(map(is_description, few)): return few
     return describe(value)
 
 # %% ../../nbs/core/secrets.ipynb #4cf9823b
