@@ -4,17 +4,14 @@
 
 # %% auto #0
 __all__ = ['LOOK_EVERY', 'SURE_SECONDS', 'Waits', 'Rows', 'to_bytes', 'from_bytes', 'find_claim', 'HiddenClaims', 'LedgerReading',
-           'Ledger', 'HandOver']
+           'Ledger', 'HandOver', 'WAIT_BUCKETS']
 
 # %% ../../nbs/core/ledger.ipynb #9a04c222
 import atexit
-import bisect
 import contextlib
-import itertools
 import json
 import logging
 import math
-import threading
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -25,37 +22,27 @@ from .claims import Claim, DeviceUse, drop, grant, move
 from .events import WAIT_BUCKETS, Events
 from .forks import reset_in_child
 from .leases import Leases, hides_any
-from .locking import holding
 from .process import ProcessId, machine_time, pid_namespace
 from .store import ChangedInside, Draft, Store, StoreError
 from .topology import Links
 
 # %% ../../nbs/core/ledger.ipynb #54fc6b84
+_all_ = ["WAIT_BUCKETS"]   # it stood here before
 _log = logging.getLogger(__name__)
 
 # %% ../../nbs/core/ledger.ipynb #b965f191
 class Waits:
-    "Count how long the requests of this process waited until they were granted; safe from any thread"
-    def __init__(self) -> None:
-        self._counts, self._total = [0]*len(WAIT_BUCKETS), 0.0
-        self.after_fork()
-        reset_in_child(self)
-
-    def after_fork(self) -> None:
-        "Make a new lock in a fork's child: a thread of the parent can have had the old one"
-        self._lock = threading.RLock()   # reentrant, since a signal handler can count, too
+    "How long requests waited until they were granted, as events count it"
+    def __init__(self, events: Events | None = None) -> None: self._events = events or Events()
 
     def observe(self, seconds: float) -> None:
         "Count one request that was granted"
-        with holding(self._lock):
-            self._counts[bisect.bisect_left(WAIT_BUCKETS, seconds)] += 1
-            self._total += seconds
+        self._events.count("granted", seconds)
 
     def read(self) -> tuple[list[tuple[float, int]], float]:
         "Return a histogram (for each bound, how many waited no longer), and the sum of all in seconds"
-        with holding(self._lock):
-            counts = itertools.accumulate(self._counts)
-            return list(zip(WAIT_BUCKETS, counts, strict=True)), self._total
+        found = self._events.read()
+        return list(found.waits), found.waited
 
 # %% ../../nbs/core/ledger.ipynb #3ea43477
 class Rows(NamedTuple):
@@ -130,7 +117,8 @@ _Settled = tuple[list[Claim], list[Claim]]   # all that there are now, and the r
 class Ledger:
     "The requests and reservations of all processes that share a store"
     def __init__(self, store: Store, events: Events | None = None) -> None:
-        self.store, self.leases, self.waits, self.events = store, store.leases, Waits(), events or Events()
+        self.store, self.leases, self.events = store, store.leases, events or Events()
+        self.waits = Waits(self.events)
         self._read = b"", Rows()   # the last reading, as bytes and as rows
         self.after_fork()
         reset_in_child(self)

@@ -289,7 +289,6 @@ class Request(StaysHere):
     def _granted(self, claims: Sequence[Claim]) -> Reservation:
         waited = time.monotonic() - self._asked
         self.ledger.waits.observe(waited)
-        self.ledger.events.count("granted", waited)
         for end in self._forgotten: end.detach()
         self.ledger.note_deadline(self.lease, claims[0].expires)
         devices = tuple(self._known[c.device] for c in claims if c.device is not None)
