@@ -15,7 +15,8 @@ from ..core.manager import ResourceManager
 from ..running import tries
 from ..running.child import CannotRun, Ended
 from ..running.names import name_command
-from ..sizes import parse_duration, parse_size
+from ..sizes import parse_size
+from . import options
 from .ending import end_as, fail, failing, say
 from .looking import Machine, simulated_machine
 from .options import Command, complete_files, converted, parse_name, parse_need
@@ -37,17 +38,14 @@ Examples:
               help="Use so many whole GPUs together, each with that much memory.")
 @click.option("--retries", type=click.IntRange(0, 100), default=0, show_default=True, metavar="N",
               help="Run COMMAND again so many times if GPU memory runs out, each time with a quarter more.")
-@click.option("--timeout", callback=converted(parse_duration), metavar="TIME",
-              help="Maximum time to wait, such as 10m. 0: do not wait. Default: no limit.")
-@click.option("--device", metavar="DEVICE",
-              help="Use only this GPU: its position among the visible GPUs (1 or cuda:1), or its UUID.")
+@options.timeout_option
+@options.device_option
 @click.option("--app", default="cjm-resources", show_default=True, metavar="NAME",
               help="The app for which it is reserved and learned.")
 @click.option("--name", metavar="NAME", callback=converted(parse_name),
               help="The name under which it is learned. Default: the first script in COMMAND (train.py), the module "
                    "after python -m, or the program.")
-@click.option("--env-by-index", is_flag=True,
-              help="Name the GPU by number, with CUDA_DEVICE_ORDER=PCI_BUS_ID, for a COMMAND that cannot read UUIDs.")
+@options.by_index_option
 @click.option("--ram", default="0", callback=converted(parse_size), metavar="SIZE",
               help="Wait until so much RAM is free, too, such as 16GiB. It is not reserved.")
 @click.argument("command", nargs=-1, required=True, type=click.UNPROCESSED, shell_complete=complete_files)

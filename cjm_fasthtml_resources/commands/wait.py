@@ -19,7 +19,7 @@ import click
 from ..core.manager import ResourceManager
 from ..core.reservations import Reservation
 from ..core.text import format_bytes
-from ..sizes import parse_duration
+from . import options
 from .ending import fail, failing
 from .looking import Machine, simulated_machine
 from .options import Command, complete_files, converted, parse_memory
@@ -80,14 +80,11 @@ def shows_progress() -> bool:
               help="GPU memory on one device, such as 8GiB.")
 @click.option("--gpus", type=click.IntRange(1, 4096), default=1, show_default=True, metavar="N",
               help="Wait for so many whole GPUs together, each with that much memory.")
-@click.option("--timeout", callback=converted(parse_duration), metavar="TIME",
-              help="Maximum time to wait, such as 10m. 0: do not wait. Default: no limit.")
-@click.option("--device", metavar="DEVICE",
-              help="Use only this GPU: its position among the visible GPUs (1 or cuda:1), or its UUID.")
+@options.timeout_option
+@options.device_option
 @click.option("--app", default="cjm-resources", show_default=True, metavar="NAME",
               help="The app for which it is reserved.")
-@click.option("--env-by-index", is_flag=True,
-              help="Name the GPU by number, with CUDA_DEVICE_ORDER=PCI_BUS_ID, for a COMMAND that cannot read UUIDs.")
+@options.by_index_option
 @click.option("--notify", "notifier", callback=_open_notifier, multiple=True, envvar="CJM_RESOURCES_NOTIFY",
               metavar="URL", help="Tell this service when the memory is granted, or the waiting ends without, such as "
                                   "ntfy://TOPIC or mailto://… (see Apprise). Repeat it for more. Better set as "

@@ -118,8 +118,7 @@ class Ledger:
     "The requests and reservations of all processes that share a store"
     def __init__(self, store: Store, events: Events | None = None) -> None:
         self.store, self.leases, self.events = store, store.leases, events or Events()
-        self.waits = Waits(self.events)
-        self._read = b"", Rows()   # the last reading, as bytes and as rows
+        self.waits, self._read = Waits(self.events), (b"", Rows())   # the last reading, as bytes and as rows
         self.after_fork()
         reset_in_child(self)
 
