@@ -5,6 +5,8 @@ import os
 import signal
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -19,6 +21,19 @@ settings.load_profile("any machine")
 
 # a shell's background job ignores Ctrl-C, and so would what the tests start: --watch would never end
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN: signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def samplers() -> int:
+    "How many monitors of this process take samples"
+    return sum(t.name == "resource-monitor" for t in threading.enumerate())
+
+
+def wait_until(condition, seconds=10.0):
+    "Wait until a condition holds, or fail"
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it takes too long"
+        time.sleep(0.01)
 
 
 def warned(caplog) -> list[str]:

@@ -3,10 +3,9 @@ import gc
 import os
 import subprocess
 import sys
-import threading
-import time
 
 import pytest
+from conftest import samplers, wait_until
 
 from cjm_fasthtml_resources.core.manager import ResourceManager
 from cjm_fasthtml_resources.core.monitor import ResourceMonitor, share_monitor
@@ -27,16 +26,6 @@ manager = ResourceManager(track_self=False)"""
 SHOW = "ResourcePanel(manager, interval=0.2)"
 WARM = "gpus[0].temperature = 77\ntime.sleep(1)"
 TELL = "print([t.name for t in threading.enumerate()].count('resource-monitor'))"
-
-
-def samplers() -> int: return sum(t.name == "resource-monitor" for t in threading.enumerate())
-
-
-def wait_until(condition, seconds=10.0):
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "it takes too long"
-        time.sleep(0.01)
 
 
 @pytest.fixture

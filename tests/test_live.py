@@ -10,6 +10,7 @@ import threading
 import time
 
 import pytest
+from conftest import samplers, wait_until
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -25,16 +26,6 @@ pytest.importorskip("fasthtml", reason="the extra web is not installed")
 
 from cjm_fasthtml_resources.ui import stream  # noqa: E402
 from cjm_fasthtml_resources.ui.panel import ResourcePanel  # noqa: E402
-
-
-def samplers() -> int: return sum(t.name == "resource-monitor" for t in threading.enumerate())
-
-
-def wait_until(condition, seconds=10.0):
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "it takes too long"
-        time.sleep(0.01)
 
 
 @pytest.fixture(autouse=True)
