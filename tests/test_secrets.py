@@ -28,7 +28,15 @@ from cjm_fasthtml_resources.core.monitor import ResourceMonitor
 from cjm_fasthtml_resources.core.resources import WorkerState
 from cjm_fasthtml_resources.core.roster import WorkerRow, from_row, to_row
 from cjm_fasthtml_resources.core.samples import take_sample
-from cjm_fasthtml_resources.core.secrets import describe, redact, shown_config, shown_error, shown_text
+from cjm_fasthtml_resources.core.secrets import (
+    SECRETS,
+    describe,
+    redact,
+    shown_config,
+    shown_error,
+    shown_text,
+    small_letters,
+)
 from cjm_fasthtml_resources.core.validation import validate_resources_for_job
 from cjm_fasthtml_resources.simulate import SimulatedDriver, SimulatedGpu
 from cjm_fasthtml_resources.ui.cards import overview, to_html
@@ -342,3 +350,24 @@ def test_random_words_are_known_for_such():
     def word(n, more): return "".join(rng.choice(LETTERS + more) for _ in range(n))
     words = [word(n, more) for more in ("", "-_", "+/") for n in (32, 40, 64) for _ in range(500)]
     assert sum(shown_text(w) == w for w in words) < 20     # of 4500
+
+
+def anywhere(pattern: str):
+    "Texts that a pattern matches; what it only looks at, before or behind them, is left out"
+    flags, rest = re.match(r"(\(\?[is]\))?(.*)", pattern, re.DOTALL).groups()
+    return st.from_regex((flags or "") + re.sub(r"\(\?<?[!=](?:[^()\\]|\\.|\[[^]]*\])*\)", "", rest))
+
+
+@pytest.mark.parametrize("place", range(len(SECRETS)))
+@given(st.data())
+def test_a_pattern_matches_no_text_without_one_of_its_parts(place, data):
+    parts, pattern, _ = SECRETS[place]
+    small = small_letters(data.draw(anywhere(pattern)))
+    assert any(part in small for part in parts), small
+
+
+def test_a_letter_that_a_pattern_takes_for_another_one_is_that_one():
+    every = "".join(map(chr, [*range(0xD800), *range(0xE000, 0x110000)]))
+    taken = {letter: re.findall(letter, every, re.IGNORECASE) for letter in string.ascii_lowercase}
+    assert len(taken["k"]) > 2 and len(taken["i"]) > 2
+    assert all(small_letters(char) == letter for letter, chars in taken.items() for char in chars)

@@ -169,8 +169,8 @@ class Checks:
         visible, others = found[:len(seen.visible)], each_memory_once(found)[len(seen.visible):]
         self.learn(found)
         notes += [*seen_notes(seen.complaint, visible, others), *hanging_notes(self.workers)]
-        answer = conclude(visible, threshold_percent, _why_none(snapshot, seen.complaint), notes, snapshot)
-        return replace(answer, other_instances=others, waiting=find_waiting(known, snapshot.devices, self.app))
+        return conclude(visible, threshold_percent, _why_none(snapshot, seen.complaint), notes, snapshot, others,
+                        find_waiting(known, snapshot.devices, self.app))
 
     def see(self, machine: Sequence[GpuDevice], known: LedgerReading, threshold_percent: float) -> Seen:
         "Return the devices that this process can use; of those that a number can mean, the worst"

@@ -9,9 +9,9 @@ __all__ = ['find_owner', 'owned_process', 'divide_rest', 'classify_device', 'gpu
            'redact', 'held_by', 'measure']
 
 # %% ../../nbs/core/classify.ipynb #ab3f3125
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import lru_cache
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from functools import lru_cache, partial
 from typing import Any
 
 from cjm_fasthtml_resources.core.resources import (
@@ -23,6 +23,7 @@ from cjm_fasthtml_resources.core.resources import (
     Promise,
     ResourceStatus,
     ResourceType,
+    Waiting,
     WorkerState,
     best_status,
 )
@@ -143,6 +144,16 @@ def gpu_process_dict(
     _add_parent(row, process)
     return row
 
+def _gpu_row(found: tuple[OwnedProcess, GpuDevice]) -> GpuProcessDict: return gpu_process_dict(*found)
+
+class _Rows:
+    "Makes dictionaries when they are asked for: after most checks nobody does"
+    def __init__(self, make: Callable[[Any], Any], found: Sequence[Any]) -> None: self.make, self.found = make, found
+
+    def __iter__(self) -> Iterator[Any]: return map(self.make, self.found)
+
+def _rows(make: Callable[[Any], Any], found: Sequence[Any]) -> Any: return _Rows(make, found)
+
 # %% ../../nbs/core/classify.ipynb #66955728
 def conclude(
     devices: Sequence[DeviceStatus],         # those that the app may use
@@ -150,6 +161,8 @@ def conclude(
     reason: str | None = None,               # why there are none, if there are none
     notes: Sequence[str] = (),
     snapshot: GpuSnapshot | None = None,
+    others: Sequence[DeviceStatus] = (),     # those that only another process can use
+    waiting: tuple[Waiting, ...] = (),       # the requests in the order of asking
 ) -> ResourceConflict:
     "Return one answer from the devices' own"
     status = best_status(d.status for d in devices)
@@ -158,12 +171,14 @@ def conclude(
         reason = reasons or reason or "there is no device"
     else: reason = None
     too_much = [d for d in devices if d.status is ResourceStatus.EXTERNAL_BUSY]
-    app = [gpu_process_dict(p, d.device) for d in devices for p in d.processes if p.owner == "app"]
-    external = [gpu_process_dict(p, d.device) for d in too_much for p in d.processes if p.owner == "external"]
-    return ResourceConflict(ResourceType.GPU_MEMORY, status, _pids(app), _pids(external), app, external, reason,
-                            tuple(devices), None, threshold_percent, tuple(notes), snapshot)
+    app = [(p, d.device) for d in devices for p in d.processes if p.owner == "app"]
+    external = [(p, d.device) for d in too_much for p in d.processes if p.owner == "external"]
+    return ResourceConflict(ResourceType.GPU_MEMORY, status, _pids(app), _pids(external), _rows(_gpu_row, app),
+                            _rows(_gpu_row, external), reason, tuple(devices), None, threshold_percent, tuple(notes),
+                            snapshot, tuple(others), waiting)
 
-def _pids(processes: Iterable[Any]) -> list[int]: return list(dict.fromkeys(p["pid"] for p in processes))
+def _pids(found: Iterable[tuple[OwnedProcess, GpuDevice]]) -> list[int]:
+    return list(dict.fromkeys(p.pid for p, _ in found))
 
 # %% ../../nbs/core/classify.ipynb #8958546a
 def memory_process_dict(
@@ -176,16 +191,6 @@ def memory_process_dict(
                             memory_mb=round(used/2**20, 2), memory_percent=round(100*used/total, 2) if total else 0.0)
     _add_parent(row, process)
     return row
-
-@dataclass(frozen=True)
-class _MemoryRows:
-    "Makes these dictionaries when they are asked for"
-    processes: Sequence[OwnedProcess]
-    total: int
-
-    def __iter__(self) -> Iterator[Any]: return (memory_process_dict(p, self.total) for p in self.processes)
-
-def _rows(processes: Sequence[OwnedProcess], memory: HostMemory) -> Any: return _MemoryRows(processes, memory.total)
 
 # %% ../../nbs/core/classify.ipynb #d42774af
 def classify_memory(
@@ -211,7 +216,8 @@ def classify_memory(
     else: status = ResourceStatus.EXTERNAL_BUSY
     named = large if status is ResourceStatus.EXTERNAL_BUSY else []
     state = MemoryStatus(memory, tuple(by_owner), app_memory, external_memory, left_out, estimated, mine + theirs)
+    make = partial(memory_process_dict, total=memory.total)
     return ResourceConflict(
         ResourceType.SYSTEM_MEMORY, status, [p.pid for p in app], [p.pid for p in named],
-        _rows(app, memory), _rows(named, memory),
+        _rows(make, app), _rows(make, named),
         memory=state, threshold_percent=threshold_percent, notes=tuple(notes))
