@@ -8,7 +8,6 @@ __all__ = ['REFRESH_AFTER', 'ANSWER_WITHIN', 'WRITTEN_WITHIN', 'ask_plugin', 'fi
            'refresh_stale', 'hanging_notes', 'estimate_cost', 'estimate_costs']
 
 # %% ../../nbs/core/asking.ipynb #234050da
-import logging
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -18,6 +17,7 @@ from typing import Any
 
 from .arguments import LARGEST_PID, check_number, check_text, shorten
 from .forks import reset_in_child
+from .logs import Log
 from .resources import WorkerState
 from .secrets import REMOTE_FIELDS, shown_error
 from .store import StoreError
@@ -25,7 +25,7 @@ from .threads import NoThreadError, start_thread
 from .workers import Workers, find_starts, read_starts
 
 # %% ../../nbs/core/asking.ipynb #4b1e84af
-_log = logging.getLogger(__name__)
+_log = Log(__name__)
 
 # %% ../../nbs/core/asking.ipynb #ea23d299
 def ask_plugin(

@@ -144,6 +144,7 @@ def gpu_process_dict(
     _add_parent(row, process)
     return row
 
+# %% ../../nbs/core/classify.ipynb #981e6428
 def _gpu_row(found: tuple[OwnedProcess, GpuDevice]) -> GpuProcessDict: return gpu_process_dict(*found)
 
 class _Rows:

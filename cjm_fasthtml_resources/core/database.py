@@ -8,7 +8,6 @@ __all__ = ['SCHEMA_VERSION', 'NO_WORLD', 'create_tables', 'add_needs_table', 'ha
 
 # %% ../../nbs/core/database.ipynb #918a6035
 import contextlib
-import logging
 import os
 import time
 from collections.abc import Iterator
@@ -29,12 +28,13 @@ from cjm_fasthtml_resources.core.lockfile import (
 from .forks import no_fork
 from .leases import StoreError, in_use, is_used_elsewhere
 from .locking import is_locked
+from .logs import Log
 
 if TYPE_CHECKING:
     import sqlite3
 
 # %% ../../nbs/core/database.ipynb #bf858362
-_log = logging.getLogger(__name__)
+_log = Log(__name__)
 
 # %% ../../nbs/core/database.ipynb #e4937c79
 SCHEMA_VERSION = 2

@@ -8,7 +8,6 @@ __all__ = ['EVENTS', 'WAIT_BUCKETS', 'EventCounts', 'Events']
 # %% ../../nbs/core/events.ipynb #abcac3ea
 import bisect
 import itertools
-import logging
 import math
 import os
 import threading
@@ -21,11 +20,12 @@ from pathlib import Path
 
 from .forks import reset_in_child
 from .locking import holding
+from .logs import Log
 
 # %% ../../nbs/core/events.ipynb #6ed30a2e
 EVENTS = ("granted", "refused", "ended", "stopped", "driver_lost", "out_of_memory", "scrape_failed")
 WAIT_BUCKETS = (0.1, 1.0, 5.0, 15.0, 60.0, 300.0, 900.0, 3600.0, math.inf)   # seconds
-_log = logging.getLogger(__name__)
+_log = Log(__name__)
 
 @dataclass(frozen=True)
 class EventCounts:

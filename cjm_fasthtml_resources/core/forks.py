@@ -9,7 +9,6 @@ __all__ = ['FORK_SECONDS', 'ResetsInChild', 'reset_in_child', 'free_imports', 'f
 # %% ../../nbs/core/forks.ipynb #0f874a1c
 import contextlib
 import importlib
-import logging
 import os
 import sys
 import threading
@@ -19,9 +18,10 @@ from functools import cache
 from typing import Any, Protocol, TypeVar
 
 from .locking import holding
+from .logs import Log
 
 # %% ../../nbs/core/forks.ipynb #258b8f0d
-_log = logging.getLogger(__name__)
+_log = Log(__name__)
 
 # %% ../../nbs/core/forks.ipynb #bce56c88
 class ResetsInChild(Protocol):

@@ -10,7 +10,6 @@ __all__ = ['LOOK_EVERY', 'SURE_SECONDS', 'Waits', 'Rows', 'to_bytes', 'from_byte
 import atexit
 import contextlib
 import json
-import logging
 import math
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -22,13 +21,14 @@ from .claims import Claim, DeviceUse, drop, grant, move
 from .events import WAIT_BUCKETS, Events
 from .forks import reset_in_child
 from .leases import Leases, hides_any
+from .logs import Log
 from .process import ProcessId, machine_time, pid_namespace
 from .store import ChangedInside, Draft, Store, StoreError
 from .topology import Links
 
 # %% ../../nbs/core/ledger.ipynb #54fc6b84
 _all_ = ["WAIT_BUCKETS"]   # it stood here before
-_log = logging.getLogger(__name__)
+_log = Log(__name__)
 
 # %% ../../nbs/core/ledger.ipynb #b965f191
 class Waits:

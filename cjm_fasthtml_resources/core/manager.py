@@ -22,17 +22,6 @@ from cjm_fasthtml_resources.core.arguments import (
     check_number,
     check_pid,
 )
-from cjm_fasthtml_resources.core.requests import (
-    acquire,
-    check_count,
-    check_memory,
-    check_ttl,
-    choose_devices,
-    complete,
-    find_holder,
-    giving_back,
-    make_give_up,
-)
 from .checks import Checks, Prepared, pick_devices
 from .claims import Claim
 from .conflict import ResourceBusy, ResourceConflict, ResourceUnavailable
@@ -40,11 +29,11 @@ from .copies import StaysHere
 from .devices import GpuChoice, device_place, select_devices
 from .display import repr_html
 from .events import Events
-from .gpu import GpuDevice, GpuSnapshot, read_gpu_links, read_gpus
+from .gpu import GpuDevice, GpuSnapshot, read_gpus
 from .ledger import Ledger, Waits
 from .needs import Needs, NeedsReader, needs_roster
 from .registry import WorkerRegistry
-from .reservations import PendingReservation, Request, Reservation
+from .requests import acquire, complete, giving_back, make_request, pend
 from .resources import ResourceStatus, ResourceType, WorkerState
 from .room import plan_room
 from .roster import Roster
@@ -56,6 +45,7 @@ from .workers import Workers
 
 if TYPE_CHECKING:
     from cjm_fasthtml_resources.core.freeing import RoomMade
+    from cjm_fasthtml_resources.core.reservations import PendingReservation, Request, Reservation
     from cjm_fasthtml_resources.core.unloading import Unload
 
 # %% ../../nbs/core/manager.ipynb #4c3e71ce
@@ -146,7 +136,7 @@ class ResourceManager(StaysHere, WorkerRegistry, NeedsReader, JobStarter):
         pid: int | None = None,                        # the process whose tree it is for; `None`: this one
         progress: bool = False,                        # show a bar, with who uses the memory, while it waits
         n: int = 1,                                    # how many whole GPUs, all or none, with so much memory on each
-    ) -> Reservation:
+    ) -> "Reservation":
         """Reserve GPU memory for a job, in a `with` block or until `release()`, in the order of asking.
         `ResourceBusy` after the timeout, `ResourceUnavailable` without a GPU, `ValueError` for more than any has,
         `StoreError` if the shared file fails"""
@@ -156,22 +146,17 @@ class ResourceManager(StaysHere, WorkerRegistry, NeedsReader, JobStarter):
     def reserve_async(
         self, gpu_memory_mb: float, device: int | str | GpuDevice | None = None, timeout: float | None = None,
         *, ttl: float | None = None, pid: int | None = None, progress: bool = False, n: int = 1,
-    ) -> PendingReservation:
+    ) -> "PendingReservation":
         "Reserve likewise with `await` or `async with`. A task that is cancelled leaves the queue"
         make = partial(self.request, gpu_memory_mb, device, timeout, ttl=ttl, pid=pid, n=n)
-        return PendingReservation(partial(acquire, make, self.check_gpu_availability, progress))
+        return pend(partial(acquire, make, self.check_gpu_availability, progress))
 
     def request(
         self, gpu_memory_mb: float, device: int | str | GpuDevice | None = None, timeout: float | None = None,
         *, ttl: float | None = None, pid: int | None = None, n: int = 1,
-    ) -> Request:
+    ) -> "Request":
         "Return a request that enters the queue at its first `poll`, for programs that wait by themselves"
-        memory, holder = check_memory(gpu_memory_mb), find_holder(pid)
-        choose = partial(choose_devices, wanted=device, memory=memory, judge=self.judge, count=check_count(n),
-                         holder=holder)
-        return Request(self.ledger, partial(self.read, wake=True), choose, holder, memory, self.app or "",
-                       check_ttl(ttl), make_give_up(timeout, self.check_gpu_availability), n,
-                       partial(read_gpu_links, timeout=self.gpu_timeout))
+        return make_request(self, gpu_memory_mb, device, timeout, ttl=ttl, pid=pid, n=n)
 
     def wait_for_gpu(
         self,

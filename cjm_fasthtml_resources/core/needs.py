@@ -9,7 +9,6 @@ __all__ = ['LOADING', 'RETRY_SECONDS', 'use_of_workers', 'measure', 'Watched', '
 # %% ../../nbs/core/needs.ipynb #5c51d4e5
 import atexit
 import contextlib
-import logging
 import os
 import threading
 import time
@@ -37,6 +36,7 @@ from cjm_fasthtml_resources.core.learned import (
 from .arguments import check_fields, check_number
 from .forks import reset_in_child
 from .locking import holding
+from .logs import Log
 from .resources import DeviceStatus, WorkerState
 from .roster import Roster
 from .secrets import shown_text
@@ -44,7 +44,7 @@ from .store import Store, StoreError, store_path
 from .threads import NoThreadError, start_thread
 
 # %% ../../nbs/core/needs.ipynb #de4747e5
-_log = logging.getLogger(__name__)
+_log = Log(__name__)
 
 # %% ../../nbs/core/needs.ipynb #30e0236d
 def use_of_workers(

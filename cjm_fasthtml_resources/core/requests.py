@@ -4,27 +4,31 @@
 
 # %% auto #0
 __all__ = ['SHOW_EVERY', 'check_memory', 'check_ttl', 'check_count', 'find_holder', 'read_environ', 'keep_seen', 'choose_devices',
-           'choose_several', 'find_shortage', 'make_give_up', 'show_progress', 'complete', 'giving_back', 'acquire']
+           'choose_several', 'find_shortage', 'make_give_up', 'make_request', 'pend', 'show_progress', 'complete',
+           'giving_back', 'acquire']
 
 # %% ../../nbs/core/requests.ipynb #d9afc2dc
 import contextlib
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .arguments import check_number, check_pid, shorten
 from .conflict import ResourceBusy, ResourceConflict, ResourceUnavailable
 from .devices import device_key, device_place, doubtful_places, explain_doubt, see_devices, select_devices
 from .explain import explain_shortage
-from .gpu import GpuDevice, GpuSnapshot
+from .gpu import GpuDevice, GpuSnapshot, read_gpu_links
 from .process import ProcessId, has_ended, is_free, read_process, this_process
-from .reservations import Request, Reservation
 from .room import check_capacity
 from .threads import in_thread
+
+if TYPE_CHECKING:
+    from cjm_fasthtml_resources.core.reservations import PendingReservation, Request, Reservation
 
 # %% ../../nbs/core/requests.ipynb #462bd457
 def check_memory(
@@ -151,7 +155,7 @@ def choose_several(
 
 # %% ../../nbs/core/requests.ipynb #afd00373
 def find_shortage(
-    request: Request,
+    request: "Request",
     check: Callable[[], ResourceConflict],   # checks the GPUs now
 ) -> tuple[str, ResourceConflict]:  # the reason in a sentence, and the check
     "Return why a request has to wait"
@@ -162,18 +166,42 @@ def find_shortage(
 def make_give_up(
     timeout: float | None,                   # seconds; `None`: never
     check: Callable[[], ResourceConflict],
-) -> Callable[[Request], None]:
+) -> "Callable[[Request], None]":
     "Return what a waiting request calls at each poll: it raises `ResourceBusy` when the time is over"
     if timeout is not None: check_number(timeout, "timeout", 0, threading.TIMEOUT_MAX)
     until = None if timeout is None else time.monotonic() + timeout
 
-    def give_up(request: Request) -> None:
+    def give_up(request: "Request") -> None:
         if until is None or time.monotonic() < until: return
         shortage, conflict = find_shortage(request, check)
         error = ResourceUnavailable if conflict.is_late else ResourceBusy
         raise error(f"{shortage} Gave up after {timeout:g} s.", conflict)
 
     return give_up
+
+# %% ../../nbs/core/requests.ipynb #0a5403bc
+def make_request(
+    manager: Any,                              # a `ResourceManager`
+    gpu_memory_mb: float,                      # MiB on each device
+    device: int | str | GpuDevice | None,      # as for `ResourceManager.reserve`, as what follows
+    timeout: float | None,
+    *, ttl: float | None, pid: int | None, n: int,
+) -> "Request":
+    "Return a request for GPU memory that is not in the queue yet; `TypeError` or `ValueError` for a wrong argument"
+    from cjm_fasthtml_resources.core.reservations import Request  # when it is used
+    memory, holder, count = check_memory(gpu_memory_mb), find_holder(pid), check_count(n)
+    choose = partial(choose_devices, wanted=device, memory=memory, judge=manager.judge, count=count, holder=holder)
+    return Request(manager.ledger, partial(manager.read, wake=True), choose, holder, memory, manager.app or "",
+                   check_ttl(ttl), make_give_up(timeout, manager.check_gpu_availability), count,
+                   partial(read_gpu_links, timeout=manager.gpu_timeout))
+
+# %% ../../nbs/core/requests.ipynb #5ac65871
+def pend(
+    begin: "Callable[[], Awaitable[Reservation]]",   # waits for it
+) -> "PendingReservation":
+    "Return what `await` and `async with` take"
+    from cjm_fasthtml_resources.core.reservations import PendingReservation  # when it is used
+    return PendingReservation(begin)
 
 # %% ../../nbs/core/requests.ipynb #1b1ad84d
 SHOW_EVERY = 0.5   # seconds
@@ -186,7 +214,7 @@ def _make_bar(memory: int) -> Any:
 
 @contextlib.contextmanager
 def show_progress(
-    request: Request,
+    request: "Request",
     check: Callable[[], ResourceConflict],
     wanted: bool = True,
 ) -> Iterator[Callable[[], None]]:
@@ -210,10 +238,10 @@ def show_progress(
 
 # %% ../../nbs/core/requests.ipynb #3650f1f5
 def complete(
-    request: Request,
+    request: "Request",
     check: Callable[[], ResourceConflict],
     progress: bool,
-) -> Reservation:
+) -> "Reservation":
     "Wait for a request's reservation; whatever ends the waiting, nothing stays reserved"
     try:
         with show_progress(request, check, progress) as show: return request.wait(show)
@@ -223,8 +251,8 @@ def complete(
 
 @contextlib.contextmanager
 def giving_back(
-    reserve: Callable[[], Reservation],
-) -> Iterator[Reservation]:
+    reserve: "Callable[[], Reservation]",
+) -> "Iterator[Reservation]":
     "Reserve for a block; released twice, since an interruption can come just before the first release"
     held: Reservation | None = None
     try:
@@ -238,10 +266,10 @@ def giving_back(
 
 # %% ../../nbs/core/requests.ipynb #2b1eef43
 async def acquire(
-    make: Callable[[], Request],
+    make: "Callable[[], Request]",
     check: Callable[[], ResourceConflict],
     progress: bool,
-) -> Reservation:
+) -> "Reservation":
     "Make a request and wait for its reservation; the event loop goes on"
     import asyncio  # when it is used
 

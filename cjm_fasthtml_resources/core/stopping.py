@@ -7,7 +7,6 @@ __all__ = ['RELEASE_WITHIN', 'find_ended', 'find_stoppable', 'with_lease', 'find
            'is_idle', 'find_waiting', 'find_used', 'find_idle', 'find_other', 'find_ends', 'mark_idle', 'await_release']
 
 # %% ../../nbs/core/stopping.ipynb #d6cb4540
-import logging
 import os
 import time
 from collections.abc import Callable, Collection, Iterable
@@ -25,13 +24,14 @@ from .classify import find_owner
 from .conflict import ResourceBusy, ResourceConflict
 from .ending import end_processes
 from .leases import new_lease
+from .logs import Log
 from .process import ProcessId, pid_namespace, read_process
 from .resources import WorkerState
 from .store import StoreError
 from .threads import NoThreadError, start_thread
 
 # %% ../../nbs/core/stopping.ipynb #19eeb138
-_log = logging.getLogger(__name__)
+_log = Log(__name__)
 
 # %% ../../nbs/core/stopping.ipynb #fceec5d3
 def find_ended(

@@ -7,18 +7,18 @@ __all__ = ['REFUSED', 'Unload', 'check_unload', 'has_loaded', 'find_unloader', '
 
 # %% ../../nbs/core/unloading.ipynb #48b26e93
 import inspect
-import logging
 from collections.abc import Callable
 from functools import partial
 from typing import Any, Protocol
 
 from .asking import AskedPlugin
+from .logs import Log
 from .resources import WorkerState
 from .secrets import shown_error
 from .threads import NoThreadError, start_thread
 
 # %% ../../nbs/core/unloading.ipynb #d38c56d5
-_log = logging.getLogger(__name__)
+_log = Log(__name__)
 
 # %% ../../nbs/core/unloading.ipynb #17feedbb
 class Unload(Protocol):

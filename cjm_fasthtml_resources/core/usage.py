@@ -9,7 +9,6 @@ __all__ = ['LOOK_EVERY', 'RAM_EVERY', 'Usage', 'Looked', 'JobLooks', 'used_gpu_m
 # %% ../../nbs/core/usage.ipynb #ead15563
 import contextlib
 import itertools
-import logging
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -22,6 +21,7 @@ from .forks import reset_in_child
 from .gpu import GpuDevice
 from .learned import Level
 from .locking import holding
+from .logs import Log
 from .process import ProcessId, read_process
 from .resources import MemoryStatus
 from .secrets import shown_error
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from cjm_fasthtml_resources.core.unloading import Unload
 
 # %% ../../nbs/core/usage.ipynb #9cb9b0d0
-_log = logging.getLogger(__name__)
+_log = Log(__name__)
 
 # %% ../../nbs/core/usage.ipynb #2e9d8404
 @dataclass(frozen=True)

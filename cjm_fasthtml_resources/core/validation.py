@@ -9,7 +9,6 @@ __all__ = ['ValidationAction', 'ValidationResult', 'owners_unknown', 'workers_on
            'with_options', 'known_durations', 'ChecksHosts', 'validate_resources_for_job', 'Option', 'OptionKind']
 
 # %% ../../nbs/core/validation.ipynb #000e449a
-import logging
 import os
 import time
 from collections.abc import Mapping, Sequence
@@ -50,6 +49,7 @@ from .copies import copy_config, handed_out
 from .devices import GpuChoice, device_place, doubtful_places, explain_doubt
 from .display import repr_html
 from .gpu import GpuDevice
+from .logs import Log
 from .manager import ResourceManager
 from .old_calls import refuse_old_validation
 from .process import has_ended
@@ -64,7 +64,7 @@ from .text import format_bytes
 _all_ = ["Option", "OptionKind"]   # of a result's `options`
 
 # %% ../../nbs/core/validation.ipynb #50743bae
-_log = logging.getLogger(__name__)
+_log = Log(__name__)
 
 # %% ../../nbs/core/validation.ipynb #289597a5
 class ValidationAction(Enum):

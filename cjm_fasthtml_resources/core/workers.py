@@ -8,7 +8,6 @@ __all__ = ['LAYERS', 'make_state', 'give_job', 'end_job', 'change_state', 'Worke
 
 # %% ../../nbs/core/workers.ipynb #8ad93228
 import contextlib
-import logging
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -20,12 +19,13 @@ from .classify import find_owner, owned_process
 from .events import Events
 from .forks import reset_in_child
 from .leases import Leases
+from .logs import Log
 from .process import ProcessId, ProcessInfo, has_ended, read_process
 from .resources import OwnedProcess, WorkerState
 from .roster import Roster, WorkerRow, from_row, to_row
 
 # %% ../../nbs/core/workers.ipynb #5d30bc8e
-_log = logging.getLogger(__name__)
+_log = Log(__name__)
 
 # %% ../../nbs/core/workers.ipynb #9c1fd7fd
 def make_state(
