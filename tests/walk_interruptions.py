@@ -455,11 +455,12 @@ class Walker:
         world.close()
         del world, scene
         gc.collect()
-        left = {fd: path for fd, path in descriptors().items() if before.get(fd) != path}
-        if left: wrong.append(f"left open: {sorted(left.values())}")
         until = time.monotonic() + 3
         while threading.active_count() > threads and time.monotonic() < until: time.sleep(0.01)   # they end soon
         if threading.active_count() > threads: wrong.append(f"{threading.active_count() - threads} threads are left")
+        gc.collect()   # what a thread has held, too
+        left = {fd: path for fd, path in descriptors().items() if before.get(fd) != path}
+        if left: wrong.append(f"left open: {sorted(left.values())}")
         if wrong: self.start_anew()
         elif name == "open": self.new_folder()
         return wrong
