@@ -164,6 +164,7 @@ def test_of_two_jobs_that_choose_the_same_idle_worker_the_second_chooses_another
     first, second = (spawn("import time; time.sleep(60)") for _ in range(2))
     for process in (first, second):
         manager.register_worker(process.pid, "llm", plugin_id="llama", plugin_name="llama", loaded_plugin_resource="7b")
+        gpu.processes.append(SimulatedProcess(process.pid, 5_000))
     decide = jobs.decide
     taken = []
 

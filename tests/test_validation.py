@@ -393,8 +393,14 @@ class Case:
         mine = self.gpus[i].keys() & self.states.keys()
         return "B" if mine or self.promised(i) else "A"
 
+    def there(self):
+        named = int(self.device[5:]) if ":" in self.device else None
+        return [i for i in range(len(self.gpus)) if named in (None, i)]
+
     def loaded(self, pid):
-        return (self.states[pid]["plugin_id"], self.states[pid]["loaded_plugin_resource"]) == ("whisper", "large")
+        holds = self.need is None or any(pid in self.gpus[i] for i in self.there())
+        said = self.states[pid]["plugin_id"], self.states[pid]["loaded_plugin_resource"]
+        return said == ("whisper", "large") and holds
 
     def at_work(self, pid): return self.word(pid) != "idle"
     def word(self, pid): return self.statuses.get(pid) or ("running" if self.states[pid]["job_id"] else "idle")
@@ -421,9 +427,7 @@ class Case:
 
 def expected(case):  # noqa: C901 - the rows of the table, from above
     "The action that the table has for a case"
-    named = int(case.device[5:]) if ":" in case.device else None
-    there = [i for i in range(len(case.gpus)) if named in (None, i)]
-    workers, need = list(case.states), case.need
+    there, workers, need = case.there(), list(case.states), case.need
     if not there: return ABORT
 
     def would_do(i, freed): return case.status(i) != "E" if need is None else case.room(i) + freed >= need

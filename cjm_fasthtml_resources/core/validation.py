@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['ValidationAction', 'ValidationResult', 'owners_unknown', 'workers_on', 'describe_worker', 'free_device',
-           'could_have_room', 'only_device', 'decide_on_cpu', 'Job', 'free_for', 'decide_for_worker',
-           'decide_by_workers', 'decide_without_workers', 'decide_by_device', 'decide_on_gpu', 'find_ways_out',
-           'with_options', 'known_durations', 'ChecksHosts', 'validate_resources_for_job', 'Option', 'OptionKind']
+           'could_have_room', 'only_device', 'decide_on_cpu', 'Job', 'free_for', 'holds_nothing', 'has_loaded',
+           'decide_for_worker', 'decide_by_workers', 'decide_without_workers', 'decide_by_device', 'decide_on_gpu',
+           'find_ways_out', 'with_options', 'known_durations', 'ChecksHosts', 'validate_resources_for_job', 'Option',
+           'OptionKind']
 
 # %% ../../nbs/core/validation.ipynb #000e449a
 import os
@@ -285,6 +286,24 @@ def free_for(worker: WorkerState, job: Job) -> WorkerState:
     is_its_own = job.job_id is not None and worker.job_id == job.job_id
     return replace(worker, job_id=None, status="idle") if is_its_own else worker
 
+# %% ../../nbs/core/validation.ipynb #3c787d63
+def holds_nothing(
+    worker: WorkerState,
+    devices: Sequence[DeviceStatus],
+) -> bool:
+    "Tell whether the driver shows none of a worker's processes on these devices; False where that is not known"
+    if worker.is_remote or worker.gpu_memory_mb: return False
+    whole = all(d.device.processes is not None and d.device.processes_whole for d in devices)
+    return whole and not any(map(owners_unknown, devices)) and not held_by(worker, devices)
+
+def has_loaded(
+    job: Job,
+    worker: WorkerState,
+    devices: Sequence[DeviceStatus],   # those in question
+) -> bool:
+    "Tell whether a worker has loaded just what a job needs, and its memory with it where that is known"
+    return job.loaded_on(worker) and not (job.memory and holds_nothing(worker, devices))
+
 # %% ../../nbs/core/validation.ipynb #208c26e2
 def _device_of(worker: WorkerState, conflict: ResourceConflict) -> GpuDevice | None:
     "Return the device on which a worker uses most"
@@ -310,11 +329,12 @@ def decide_for_worker(
     conflict: ResourceConflict,     # of `check_gpu_availability`
 ) -> ValidationResult | None:  # `None`: the devices decide
     "Decide whether the worker that a job is for may take it"
-    if job.may_share(worker): return _already_loaded(worker, conflict)
+    ready = has_loaded(job, worker, conflict.devices)
+    if ready and job.may_share(worker): return _already_loaded(worker, conflict)
     if is_at_work(worker):
         message = f"Its worker is not idle: {describe_worker(worker, conflict.devices)}."
         return _result(ValidationAction.WAIT_FOR_JOB, message, conflict, worker)
-    if job.loaded_on(worker): return _already_loaded(worker, conflict)
+    if ready: return _already_loaded(worker, conflict)
     if worker.plugin_id is None and worker.plugin_name is None: return None
     return _reload(job, worker, conflict) if could_have_room(conflict.devices, job.memory, [worker]) else None
 
@@ -390,7 +410,7 @@ def decide_by_device(
 ) -> ValidationResult:
     "Decide whether a job may start on a worker that has it loaded, or on a device"
     devices, need = conflict.devices, job.memory
-    ready = [w for w in workers if w.worker_type == job.worker_type and job.loaded_on(w)]
+    ready = [w for w in workers if w.worker_type == job.worker_type and has_loaded(job, w, devices)]
     if able := [w for w in ready if not is_at_work(w)] or [w for w in ready if job.may_share(w)]:
         return _already_loaded(able[0], conflict)
     using = workers_on(workers, devices)
