@@ -70,7 +70,7 @@ def failing() -> Iterator[None]:
     except (StoreError, OSError) as error: fail(str(error), os.EX_IOERR)
     except TooMuchMemory as error:
         most = error.whose.replace("device", "GPU")   # "the largest GPU", or each of several
-        option, most = ("--ram", "this machine") if error.name == "ram_mb" else ("--gpu-memory", most)
+        option, most = ("--ram", "this machine") if error.name == "memory_mb" else ("--gpu-memory", most)
         text = f"{format_bytes(error.wanted)} is more than {most} has ({format_bytes(error.largest)})"
         raise click.BadParameter(text, param_hint=option) from None
     except ValueError as error: raise click.UsageError(_as_options(str(error))) from None

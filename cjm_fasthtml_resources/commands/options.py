@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['converted', 'parse_memory', 'parse_need', 'parse_name', 'parse_positive', 'check_nan', 'read_apps', 'options_of',
-           'Command', 'timeout_option', 'device_option', 'by_index_option', 'complete_machines', 'complete_files']
+           'Command', 'timeout_option', 'device_option', 'ram_option', 'priority_option', 'by_index_option',
+           'complete_machines', 'complete_files']
 
 # %% ../../nbs/commands/options.ipynb #ad180b08
 import threading
@@ -37,7 +38,8 @@ def parse_memory(text: str) -> float:   # bytes
     return size
 
 def parse_need(text: str) -> float | None:   # bytes; `None`: as learned
-    "Return an amount of GPU memory, or `None` for \"auto\""
+    "Return an amount of GPU memory, or `None` for \"auto\"; 0 for \"none\""
+    if text == "none": return 0.0
     return None if text == "auto" else parse_memory(text)
 
 # %% ../../nbs/commands/options.ipynb #b3b9cbe0
@@ -97,6 +99,17 @@ def device_option(function: _Function) -> _Function:
     "Add `--device`: the one GPU that may be used, as it was written"
     return click.option("--device", metavar="DEVICE", help="Use only this GPU: its position among the visible GPUs "
                                                            "(1 or cuda:1), or its UUID.")(function)
+
+def ram_option(function: _Function) -> _Function:
+    "Add `--ram`: bytes of RAM to reserve, 0 without it"
+    return click.option("--ram", default="0", callback=converted(parse_size), metavar="SIZE",
+                        help="Wait for so much RAM, such as 16GiB, and reserve it together with the GPU.")(function)
+
+def priority_option(function: _Function) -> _Function:
+    "Add `--priority`: a place in the queue"
+    return click.option("--priority", type=click.IntRange(-20, 19), default=0, show_default=True, metavar="N",
+                        help="Who is next: smaller numbers first, as nice has it. Each step is worth ten places in the "
+                             "queue.")(function)
 
 def by_index_option(function: _Function) -> _Function:
     "Add `--env-by-index`, a flag: whether a GPU is named by its number"

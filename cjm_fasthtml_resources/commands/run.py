@@ -15,7 +15,6 @@ from ..core.manager import ResourceManager
 from ..running import tries
 from ..running.child import CannotRun, Ended
 from ..running.names import name_command
-from ..sizes import parse_size
 from . import options
 from .ending import end_as, fail, failing, say
 from .looking import Machine, simulated_machine
@@ -31,14 +30,16 @@ Examples:
 
 # %% ../../nbs/commands/run.ipynb #983d3764
 @click.command("run", cls=Command, context_settings=dict(allow_interspersed_args=False), epilog=_EXAMPLES)
-@click.option("--gpu-memory", default="auto", show_default=True, callback=converted(parse_need), metavar="auto|SIZE",
+@click.option("--gpu-memory", default="auto", show_default=True, callback=converted(parse_need), metavar="auto|none|SIZE",
               help="GPU memory on one device, such as 8GiB. auto: what COMMAND took before, with 10 % more; the first "
-                   "time, a device of its own.")
+                   "time, a device of its own. none: it uses no GPU.")
+@options.ram_option
 @click.option("--gpus", type=click.IntRange(1, 4096), default=1, show_default=True, metavar="N",
               help="Use so many whole GPUs together, each with that much memory.")
 @click.option("--retries", type=click.IntRange(0, 100), default=0, show_default=True, metavar="N",
               help="Run COMMAND again so many times if GPU memory runs out, each time with a quarter more.")
 @options.timeout_option
+@options.priority_option
 @options.device_option
 @click.option("--app", default="cjm-resources", show_default=True, metavar="NAME",
               help="The app for which it is reserved and learned.")
@@ -46,12 +47,10 @@ Examples:
               help="The name under which it is learned. Default: the first script in COMMAND (train.py), the module "
                    "after python -m, or the program.")
 @options.by_index_option
-@click.option("--ram", default="0", callback=converted(parse_size), metavar="SIZE",
-              help="Wait until so much RAM is free, too, such as 16GiB. It is not reserved.")
 @click.argument("command", nargs=-1, required=True, type=click.UNPROCESSED, shell_complete=complete_files)
 @click.pass_obj
-def command(machine: Machine, gpu_memory: float | None, gpus: int, retries: int, timeout: float | None,
-            device: str | None, app: str, name: str | None, env_by_index: bool, ram: float,
+def command(machine: Machine, gpu_memory: float | None, ram: float, gpus: int, retries: int, timeout: float | None,
+            priority: int, device: str | None, app: str, name: str | None, env_by_index: bool,
             command: tuple[str, ...]) -> None:
     """Run COMMAND as a job: wait for a GPU, reserve it, and learn what COMMAND takes.
 
@@ -63,7 +62,8 @@ def command(machine: Machine, gpu_memory: float | None, gpus: int, retries: int,
     74 when the shared file cannot be used, 126 or 127 when COMMAND cannot be run, 2 when an argument is wrong.
     """
     wanted = tries.Wanted(command, name_command(command) if name is None else name, gpu_memory and gpu_memory/2**20,
-                          ram/2**20, retries, device, timeout, env_by_index, shows_progress(), gpus)
+                          ram/2**20, retries, device, timeout, env_by_index, shows_progress(), gpus,
+                          priority)
     ended = Ended(-signal.SIGINT, signals=(signal.SIGINT,))   # Ctrl-C before there is a command
     with contextlib.suppress(KeyboardInterrupt), failing():
         manager = ResourceManager(track_self=False, app=app, gpu_timeout=machine.driver_timeout)

@@ -61,7 +61,8 @@ def _open_notifier(context: click.Context, option: click.Parameter, addresses: S
 def _what_was_granted(held: Reservation, command: Sequence[str]) -> str:
     "Return what is told of a reservation: the name of the program, without its arguments"
     from cjm_fasthtml_resources.running.names import name_command
-    what = f"{format_bytes(held.gpu_memory_mb*2**20)} on GPU {held.device.id}"
+    parts = [f"{format_bytes(held.gpu_memory_mb*2**20)} on GPU {held.device.id}"] if held.devices else []
+    what = " and ".join([*parts, *([f"{format_bytes(held.memory_mb*2**20)} of RAM"] if held.memory_mb else [])])
     return f"{what}, reserved for {name_command(command)}." if command else f"{what}. Nothing stays reserved."
 
 # %% ../../nbs/commands/wait.ipynb #96abcfe4
@@ -76,11 +77,13 @@ def shows_progress() -> bool:
 
 # %% ../../nbs/commands/wait.ipynb #374ad637
 @click.command("wait", cls=Command, context_settings=dict(allow_interspersed_args=False), epilog=_EXAMPLES)
-@click.option("--gpu-memory", required=True, callback=converted(parse_memory), metavar="SIZE",
+@click.option("--gpu-memory", callback=converted(parse_memory), metavar="SIZE",
               help="GPU memory on one device, such as 8GiB.")
+@options.ram_option
 @click.option("--gpus", type=click.IntRange(1, 4096), default=1, show_default=True, metavar="N",
               help="Wait for so many whole GPUs together, each with that much memory.")
 @options.timeout_option
+@options.priority_option
 @options.device_option
 @click.option("--app", default="cjm-resources", show_default=True, metavar="NAME",
               help="The app for which it is reserved.")
@@ -91,20 +94,23 @@ def shows_progress() -> bool:
                                   "CJM_RESOURCES_NOTIFY, for other users can see a command's arguments.")
 @click.argument("command", nargs=-1, type=click.UNPROCESSED, shell_complete=complete_files)
 @click.pass_obj
-def command(machine: Machine, gpu_memory: float, gpus: int, timeout: float | None, device: str | None, app: str,
-            env_by_index: bool, notifier: Any, command: tuple[str, ...]) -> None:
+def command(machine: Machine, gpu_memory: float | None, ram: float, gpus: int, timeout: float | None, priority: int,
+            device: str | None, app: str, env_by_index: bool, notifier: Any, command: tuple[str, ...]) -> None:
     """Wait until a GPU has room, reserve it, and run COMMAND on it.
 
-    COMMAND sees that GPU alone (CUDA_VISIBLE_DEVICES). Without COMMAND, print the variable and reserve nothing.
+    COMMAND sees that GPU alone (CUDA_VISIBLE_DEVICES). Without COMMAND, print the variable and reserve nothing. With
+    --ram and no --gpu-memory only RAM is reserved, and COMMAND sees no GPU.
 
     Exits as COMMAND does; with 75 when the time is over, 69 when there is no GPU, 74 when the shared file cannot
     be used, 126 or 127 when COMMAND cannot be run, 2 when an argument is wrong. A notification that fails changes
     nothing of that.
     """
+    if gpu_memory is None and not ram: raise click.UsageError("Missing option '--gpu-memory', or --ram for RAM alone.")
     with failing(), notifier.telling_end():
         manager = ResourceManager(track_self=False, app=app, gpu_timeout=machine.driver_timeout)
         with (simulated_machine(machine.simulate, manager),
-              manager.reserve(gpu_memory/2**20, device, timeout, progress=shows_progress(), n=gpus) as held):
+              manager.reserve((gpu_memory or 0)/2**20, device, timeout, progress=shows_progress(), n=gpus,
+                              memory_mb=ram/2**20, priority=priority) as held):
             env = _child_env(held, env_by_index)
             notifier.granted(_what_was_granted(held, command))
             if not command: click.echo("\n".join(f"{name}={value}" for name, value in env.items()))

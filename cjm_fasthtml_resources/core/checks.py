@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['CONTAINER_NOTE', 'SILENT_NOTE', 'NO_INSTANCE', 'LISTS_NOTE', 'SHARED_NOTE', 'UNSEEN_NOTE', 'UNREAD_NOTE',
-           'estimate_notes', 'seen_notes', 'each_memory_once', 'tell_unified', 'unseen_promises', 'stand_in',
-           'Prepared', 'Checks', 'promises_on', 'count_reported', 'find_waiting', 'pick_devices']
+           'UNREAD_RAM_NOTE', 'estimate_notes', 'seen_notes', 'each_memory_once', 'tell_unified', 'unseen_promises',
+           'stand_in', 'least_left', 'Prepared', 'Checks', 'promises_on', 'count_reported', 'find_waiting',
+           'pick_devices']
 
 # %% ../../nbs/core/checks.ipynb #2e3507fe
 import os
@@ -25,7 +26,7 @@ from cjm_fasthtml_resources.core.process import (
     this_process,
 )
 from .asking import hanging_notes, refresh_stale
-from .claims import Claim, DeviceUse, drop, find_promises, no_less, read_use
+from .claims import Claim, DeviceUse, asks_for_ram, drop, find_promises, in_queue, is_ram, no_less, read_use
 from .classify import classify_device, classify_memory, conclude
 from .conflict import ResourceBusy, ResourceConflict, ResourceUnavailable
 from .devices import GpuChoice, Seen, device_key, see_devices
@@ -96,6 +97,7 @@ def each_memory_once(
 # %% ../../nbs/core/checks.ipynb #0b3c5380
 UNSEEN_NOTE = "A GPU that uses this memory cannot be read now, so what is reserved on it counts in full"
 UNREAD_NOTE = "The reservations on a GPU that uses this memory cannot be read, so no memory counts as free"
+UNREAD_RAM_NOTE = "The reservations cannot be read, so no memory counts as free"
 
 def tell_unified(
     snapshot: GpuSnapshot,
@@ -108,7 +110,8 @@ def tell_unified(
 def unseen_promises(machine: Sequence[GpuDevice], known: LedgerReading, app: str) -> list[Promise]:
     "Return what is reserved on devices that cannot be read"
     keys = {device_key(d) for d in machine if d.memory_total is not None}
-    lost = [c for c in known.claims if c.device and c.device not in keys and c.id not in known.over]
+    lost = [c for c in known.claims
+            if c.device and c.device not in keys and c.id not in known.over and not is_ram(c.device)]
     uses = read_use(machine) if lost else []
     return [Promise(c.holder.pid, "app" if c.app == app else "external", c.memory, c.memory, c.app)
             for c in lost if not any(use.is_called(c.device) for use in uses)]
@@ -118,6 +121,19 @@ def stand_in(promises: Sequence[Promise]) -> DeviceStatus:
     return DeviceStatus(GpuDevice(0, unified=True), ResourceStatus.UNAVAILABLE, promises=tuple(promises))
 
 # %% ../../nbs/core/checks.ipynb #56d3d33d
+def least_left(
+    found: Sequence[tuple[int, Sequence[Promise]]],   # of RAM and of each control group: bytes free, and promises
+    available: int,                                   # the least that is free in one of them
+) -> list[Promise]:
+    "Return the promises where least is left, so that they leave as much of what is available"
+    def left(pair: tuple[int, Sequence[Promise]]) -> int: return pair[0] - sum(p.unused for p in pair[1])
+
+    tight = min(found, key=left)
+    unused, takes = tight[0] - left(tight), max(available - max(left(tight), 0), 0)
+    if takes >= unused: return list(tight[1])
+    return [replace(p, unused=-(-p.unused*takes//unused)) for p in tight[1]]
+
+# %% ../../nbs/core/checks.ipynb #64c39aa4
 class Prepared(NamedTuple):
     "What is read just before the devices are"
     claims: LedgerReading = LedgerReading()
@@ -197,13 +213,20 @@ class Checks:
         "Return each device by the owners of its processes"
         read, me = driver_pid_reader(p.pid for d in devices for p in d.processes or ()), self.me()
         reported, found = count_reported(self.workers) if read is None else None, list[DeviceStatus]()
-        uses = read_use(machine) if known.claims else []
+        uses = self.use(machine, known) if known.claims else []
         claims = drop(known.claims, known.over, uses)
         for device in map(no_less, devices):
             processes, promises = self.own(device, read, me), promises_on(device, uses, claims, self.app)
             found.append(classify_device(device, processes, threshold_percent, reported, promises))
             if reported is not None: reported = max(reported - found[-1].app_memory, 0)
         return found, estimate_notes(found, matched=read is not None)
+
+    def use(self, machine: Sequence[GpuDevice], known: LedgerReading) -> Sequence[DeviceUse]:
+        "Return the use of all devices, with RAM where a GPU uses it and some of it is reserved"
+        uses = read_use(machine)
+        if not any(u.device.unified for u in uses) or not any(map(asks_for_ram, known.claims)): return uses
+        from cjm_fasthtml_resources.core.ram_use import see_ram  # when it is used
+        return see_ram(uses, known.claims)
 
     def own(
         self,
@@ -241,15 +264,35 @@ class Checks:
         if snapshot is None and read and self.asks_gpus(prepared.claims): snapshot = read()
         memory, trouble = read_memory(), prepared.trouble
         gpus, notes = self.on_this_memory(snapshot, prepared, memory.available)
+        promises = self.reserved_ram(snapshot, prepared, memory.available)
         found = self.ram.read(self.workers, self.me(), memory.cgroup)
         if trouble: notes.insert(0, f"The app's workers are those of an earlier moment: {trouble}")
         if not found.whole: notes.append(SHARED_NOTE)
         notes += hanging_notes(self.workers)
-        return classify_memory(memory, found.processes, threshold_percent, found.left_out, not found.whole, notes, gpus)
+        if trouble and not gpus: notes.append(UNREAD_RAM_NOTE)
+        return classify_memory(memory, found.processes, threshold_percent, found.left_out, not found.whole, notes, gpus,
+                               promises)
+
+    def reserved_ram(
+        self,
+        snapshot: GpuSnapshot | None,
+        prepared: Prepared,
+        available: int,   # bytes
+    ) -> list[Promise] | None:   # `None`: none is reserved, but perhaps on a GPU
+        "Return what is reserved of RAM: of the machine's or of a control group's, whichever has less left"
+        if prepared.trouble: return [Promise(0, "external", available, available)]
+        if not any(map(asks_for_ram, prepared.claims.claims)): return None
+        known = self._find_claims(prepared)
+        if isinstance(known, str): return [Promise(0, "external", available, available)]
+        from cjm_fasthtml_resources.core.ram_use import see_ram  # when it is used
+        uses = see_ram(read_use(snapshot.devices) if snapshot else [], known.claims, bool(self.unified))
+        claims = drop(known.claims, known.over, uses)
+        return least_left([(use.device.memory_free or 0, find_promises(use, claims, self.app))
+                           for use in uses if is_ram(use.key)], available)
 
     def asks_gpus(self, known: LedgerReading) -> bool:
         "Return whether a check of RAM needs the GPUs: they use it, or memory is reserved and none was read yet"
-        may_share = self.unified is None and any(c.device for c in known.claims)
+        may_share = self.unified is None and any(c.device and not is_ram(c.device) for c in known.claims)
         return has_unified_memory() or bool(self.unified) or may_share
 
     def on_this_memory(
@@ -298,15 +341,16 @@ def find_waiting(
     devices: Sequence[GpuDevice],
     app: str,                    # its name, which its requests have
 ) -> tuple[Waiting, ...]:
-    "Return the requests that wait, in the order of asking; the first 20 with the names of their processes"
-    waiting = [c for c in known.claims if c.device is None and c.id not in known.over]
+    "Return the requests that wait, in the order of the queue; the first 20 with the names of their processes"
+    waiting = in_queue(c for c in known.claims if c.id not in known.over)
     ids = {device_key(d): d.id for d in devices} if waiting else {}
 
     def row(position: int, claim: Claim) -> Waiting:
         suits = tuple(ids[key] for key in claim.allowed if key in ids)
         names = _name_holder(claim) if position <= _NAMED else (None, None)
         owner = "app" if claim.app == app else "external"
-        return Waiting(claim.holder.pid, owner, claim.memory, position, suits, claim.app, *names)
+        ram = max((size for _, size in claim.beside), default=0)
+        return Waiting(claim.holder.pid, owner, claim.memory, position, suits, claim.app, *names, ram, claim.priority)
 
     return tuple(row(position, claim) for position, claim in enumerate(waiting, 1))
 

@@ -202,6 +202,7 @@ def classify_memory(
     estimated: bool = False,             # whether some of the app's can have pages that others have, too
     notes: Sequence[str] = (),
     gpus: Sequence[DeviceStatus] = (),   # those that use this memory: what is used there is not in `processes`
+    promises: Sequence[Promise] | None = None,   # all that is reserved of it, also on them; `None`: only on them
 ) -> ResourceConflict:
     "Return the use of system memory by owner, and what that means for a job"
     by_owner = sorted(processes, key=by_size)
@@ -210,13 +211,15 @@ def classify_memory(
     large = others[:1] + [p for p in others[1:] if 100*(p.memory_used or 0) >= memory.total]
     app_memory = min(sum(p.memory_used or 0 for p in app) + sum(d.app_memory for d in gpus), memory.used)
     external_memory = memory.used - app_memory
-    mine, theirs = (sum(d.promised(owner) for d in gpus) for owner in ("app", "external"))
+    known = [p for d in gpus for p in d.promises] if promises is None else promises
+    mine, theirs = (sum(p.unused for p in known if p.owner == owner) for owner in ("app", "external"))
     taken = replace(memory, used=memory.used + mine + theirs)
     if taken.used_percent < threshold_percent: status = ResourceStatus.AVAILABLE
     elif app_memory + mine > external_memory + theirs: status = ResourceStatus.APP_BUSY
     else: status = ResourceStatus.EXTERNAL_BUSY
     named = large if status is ResourceStatus.EXTERNAL_BUSY else []
-    state = MemoryStatus(memory, tuple(by_owner), app_memory, external_memory, left_out, estimated, mine + theirs)
+    state = MemoryStatus(memory, tuple(by_owner), app_memory, external_memory, left_out, estimated, mine + theirs,
+                         tuple(promises or ()))
     make = partial(memory_process_dict, total=memory.total)
     return ResourceConflict(
         ResourceType.SYSTEM_MEMORY, status, [p.pid for p in app], [p.pid for p in named],

@@ -230,6 +230,13 @@ def name_swap(
     return f"{used} of {format_bytes(memory.swap_total)} swap"
 
 # %% ../../nbs/core/explain.ipynb #f0cb928f
+def _reserved_by(state: MemoryStatus) -> str:
+    "Return for whom RAM is reserved; without reservations of RAM, that it is on the GPU"
+    if not state.promises: return " on the GPU"
+    found = sorted((p for p in state.promises if p.unused and p.pid), key=lambda p: -p.unused)
+    names = [f"PID {p.pid}" + (f" of the app {p.app}" if p.owner == "external" and p.app else "") for p in found]
+    return f" for {list_names(names)}" if names else ""   # it could not be read for whom
+
 def explain_memory(
     status: ResourceStatus,
     state: MemoryStatus,
@@ -237,7 +244,7 @@ def explain_memory(
 ) -> str:
     "Return the result of a check of system memory as a sentence"
     free = f"{format_bytes(state.room)} of {format_bytes(state.memory.total)} free"
-    if state.promised: free += f" beside {format_bytes(state.promised)} reserved on the GPU"
+    if state.promised: free += f" beside {format_bytes(state.promised)} reserved{_reserved_by(state)}"
     about = " (an estimate)" if state.estimated else ""
     swap = f", {words} in use" if (words := name_swap(state.memory)) and state.memory.swap_used else ""
     match status:

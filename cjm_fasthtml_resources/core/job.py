@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['ALONE', 'TELL_AFTER', 'JobRequest', 'choose_alone', 'is_turn', 'is_loading', 'name_turn', 'name_double', 'ActiveJob',
-           'put_back_left', 'end_job_of', 'await_turn', 'await_ram', 'find_learned', 'device_of_worker',
+           'put_back_left', 'end_job_of', 'await_turn', 'ask_for_ram', 'find_learned', 'device_of_worker',
            'devices_of_worker', 'find_alone', 'find_memory', 'name_unknown', 'tell_alone', 'poll', 'await_memory',
-           'decide', 'ask_validation', 'take_ready', 'await_decision', 'show_here', 'start', 'begin', 'bases_of',
-           'spent_before', 'watch_process', 'add_note', 'explain_error', 'find_lack', 'learn', 'finish', 'make_job',
-           'PluginNeeds', 'declared_needs']
+           'decide', 'ask_validation', 'take_ready', 'await_decision', 'show_here', 'start', 'begin', 'read_all_use',
+           'bases_of', 'spent_before', 'watch_process', 'add_note', 'explain_error', 'find_lack', 'learn', 'finish',
+           'make_job', 'PluginNeeds', 'declared_needs']
 
 # %% ../../nbs/core/job.ipynb #466a9486
 import atexit
@@ -39,7 +39,7 @@ from cjm_fasthtml_resources.core.process import (
     since_boot,
     this_process,
 )
-from .claims import DeviceUse, find_base, read_use, used_by
+from .claims import DeviceUse, asks_for_ram, find_base, read_use, used_by
 from .conflict import ResourceBusy, ResourceConflict, ResourceUnavailable
 from .copies import StaysHere
 from .devices import device_key, device_place
@@ -50,13 +50,12 @@ from .learned import JobRun, need_key
 from .locking import holding
 from .making_room import RoomForRequest
 from .plugins import PluginNeeds, declared_needs, find_plugin, read_requirements
-from .requests import choose_devices, find_holder, find_shortage, show_progress
+from .requests import check_priority, choose_devices, find_holder, find_shortage, show_progress
 from .reservations import Request, Reservation, StackExit, pauses, surely
 from .resources import DeviceStatus, ResourceType, WorkerState
-from .room import TooMuchMemory, held_by, largest_capacity, usable
+from .room import held_by, largest_capacity, usable
 from .secrets import shown_error, shown_repr, shown_text
 from .store import StoreError
-from .text import format_bytes
 from .threads import in_thread
 from .unloading import Unload, check_unload
 from .usage import Usage, other_holders, used_on_each
@@ -85,6 +84,7 @@ class JobRequest:
     worker_type: str = "job"
     device: int | str | GpuDevice | None = None
     n: int | None = None                          # how many devices; `None`: as many as it needs
+    priority: int = 0                             # a smaller one is further ahead in the queue
     timeout: float | None = None                  # seconds; `None`: no limit
     unknown: float | None = None                  # MiB to reserve for a need that is not known; `None`: a device
     concurrent: bool = False                      # whether its worker may have other jobs at the same time
@@ -99,6 +99,7 @@ class JobRequest:
         if self.timeout is not None: check_number(self.timeout, "timeout", 0, threading.TIMEOUT_MAX)
         if self.worker_pid is not None: check_pid(self.worker_pid, "worker")
         if self.n is not None: check_pid(self.n, "n")
+        check_priority(self.priority)
         for name in ("concurrent", "progress", "make_room"): check_flag(getattr(self, name), name)
         check_unload(self.unload)
         given = check_fields(plugin=self.plugin_name, resource=self.resource, config=self.config)
@@ -156,7 +157,7 @@ def name_double(worker: WorkerState, job_id: str) -> str:
 class ActiveJob(StaysHere):
     "A job in a `with` or `async with` block: its memory is held until the end of the block"
     instead = "Make the job where it runs, or give its `env` to the other process."
-    reservation: Reservation | None = None           # `None` before the block, and for a job without a GPU
+    reservation: Reservation | None = None           # `None` before the block, and for a job that needs no memory
     decision: "ValidationResult | None" = None       # with a registry: what has to happen first, as to load a plugin
     before: ResourceConflict | None = None           # who was there when it began
     request: Request | None = None                   # the one that its reservation came from
@@ -177,7 +178,8 @@ class ActiveJob(StaysHere):
 
     def __repr__(self) -> str:
         devices = " and ".join(f"GPU {d.id}" for d in self.devices)
-        held = f"{r.gpu_memory_mb:g} MiB on {devices}" if (r := self.reservation) else "no GPU"
+        held = f"{r.gpu_memory_mb:g} MiB on {devices}" if (r := self.reservation) and devices else "no GPU"
+        if r and r.memory_mb: held += f", {r.memory_mb:g} MiB of RAM"
         return f"ActiveJob({shown_text(self.asked.job_id)!r}, {held if self.phase == 'running' else self.phase})"
 
     @property
@@ -185,7 +187,7 @@ class ActiveJob(StaysHere):
     @property
     def device(self) -> GpuDevice | None:
         "The device that it may use, the first of several; `None`: none"
-        return self.reservation.device if self.reservation else None
+        return self.devices[0] if self.devices else None
     @property
     def devices(self) -> tuple[GpuDevice, ...]:
         "The devices that it may use, in CUDA's order"
@@ -206,7 +208,7 @@ class ActiveJob(StaysHere):
         """CUDA's number of that device in this process, as in `torch.device("cuda", job.ordinal)`; inside the block.
         `LookupError` without a device, if this process does not see it, or if it is not certain how CUDA counts"""
         self.must_run()
-        if self.reservation is None: raise LookupError(f"the job {shorten(self.job_id)} has no GPU")
+        if self.reservation is None or not self.devices: raise LookupError(f"the job {shorten(self.job_id)} has no GPU")
         return self.reservation.ordinal
     @property
     def ordinals(self) -> tuple[int, ...]:
@@ -340,19 +342,9 @@ def await_turn(job: ActiveJob, pid: int) -> Iterator[float]:
         yield pause
 
 # %% ../../nbs/core/job.ipynb #e72802ef
-def await_ram(job: ActiveJob) -> Iterator[float]:
-    "Wait until the machine has as much RAM as the job needs; `ResourceBusy` when the time is over"
-    need = job.asked.needs.ram_mb*2**20
-    for pause in pauses():
-        conflict = job.manager.check_memory_availability() if need else None
-        if conflict is None or conflict.memory is None or conflict.memory.room >= need: return
-        if need > (total := conflict.memory.memory.total):
-            text = f"ram_mb must be at most {total/2**20:.0f}, which is what there is, not {need/2**20:g}"
-            raise TooMuchMemory(text).with_amounts("ram_mb", need, total)
-        if job.time_left == 0:
-            raise ResourceBusy(f"The job needs {format_bytes(need)} of RAM. {conflict.message} "
-                               f"Gave up after {job.asked.timeout:g} s.", conflict)
-        yield pause
+def ask_for_ram(job: ActiveJob) -> tuple[float | None, Any] | None:
+    "Return what a job asks for that needs no GPU: RAM alone, or nothing"
+    return (None, None) if job.asked.needs.ram_mb else None
 
 # %% ../../nbs/core/job.ipynb #09473692
 def find_learned(job: ActiveJob) -> float | None:  # MiB; `None`: nothing is known
@@ -434,14 +426,15 @@ def poll(job: ActiveJob, request: Request) -> Reservation | None:
         raise
 
 # %% ../../nbs/core/job.ipynb #4614b945
-def await_memory(job: ActiveJob, mb: float, device: Any) -> Iterator[float]:
-    "Wait in the queue for a job's memory; the errors are those of `reserve`"
+def await_memory(job: ActiveJob, mb: float | None, device: Any) -> Iterator[float]:
+    "Wait in the queue for a job's memory, of the GPU and RAM together; the errors are those of `reserve`"
     manager, left = job.manager, job.time_left
     timeout = None if left is None else job.asked.timeout if left > 0.99*(job.asked.timeout or 0) else round(left, 1)
-    request = manager.request(mb, device, timeout, pid=job.worker_pid, n=job.asked.count)
+    request = manager.request(mb, device, timeout, pid=job.worker_pid, n=job.asked.count,
+                              memory_mb=job.asked.needs.ram_mb, priority=job.asked.priority)
     request.covers = job.worker_pid is not None
     job.defer(request.withdraw)
-    if job.asked.make_room: job.room = RoomForRequest(manager, request, unload=job.asked.unload)
+    if job.asked.make_room and request.count: job.room = RoomForRequest(manager, request, unload=job.asked.unload)
     tell_at = time.monotonic() + TELL_AFTER if job.is_alone else math.inf
     with show_progress(request, manager.check_gpu_availability, job.asked.progress) as show:
         for pause in pauses():
@@ -506,7 +499,7 @@ def show_here(job: ActiveJob) -> None:
 def start(job: ActiveJob) -> None:
     "Begin to look at what a job uses, beside what its process uses already"
     manager, job.phase = job.manager, "running"
-    if job.reservation: job.before = manager.check_gpu_availability()
+    if job.devices: job.before = manager.check_gpu_availability()
     job.started, job.since = time.monotonic(), since_boot()
     if job.before and job.before.snapshot and job.worker_pid is None:
         others = other_holders(manager, job.holder)
@@ -517,7 +510,7 @@ def start(job: ActiveJob) -> None:
 
 # %% ../../nbs/core/job.ipynb #bd9f5e0c
 def begin(job: ActiveJob) -> Iterator[float]:  # the seconds until its next step
-    "Begin a job: its worker's turn, the validation, RAM, and GPU memory"
+    "Begin a job: its worker's turn, the validation, and its memory"
     put_back_left()
     job.started = time.monotonic()
     if job.worker_pid is not None:
@@ -525,18 +518,30 @@ def begin(job: ActiveJob) -> Iterator[float]:  # the seconds until its next step
         yield from await_turn(job, job.worker_pid)
     yield from await_decision(job)
     show_here(job)
-    yield from await_ram(job)
-    if found := find_memory(job):
-        yield from await_memory(job, *found)
-        yield from await_ram(job)   # others can have taken it meanwhile; a GPU that uses it, too
+    if found := find_memory(job) or ask_for_ram(job): yield from await_memory(job, *found)
     start(job)
 
 # %% ../../nbs/core/job.ipynb #00a1a4cb
+def _keys_of(job: ActiveJob) -> list[str]:
+    "Return what a job's memory is called in the ledger: its devices, and RAM"
+    return [*map(device_key, job.devices), *(job.reservation.ram if job.reservation else ())]
+
+def read_all_use(
+    job: ActiveJob,
+    *holders: ProcessId,   # of memory to be, beside those who hold some
+) -> list[DeviceUse]:
+    "Read the use of all devices, and of RAM where it is reserved"
+    uses, claims = read_use(job.manager.read().devices), job.manager.get_claims()
+    if not any(map(asks_for_ram, claims)): return uses
+    from cjm_fasthtml_resources.core.ram_use import see_ram  # when it is used
+    return see_ram(uses, [*claims, *(replace(c, holder=h) for h in holders for c in claims if asks_for_ram(c))])
+
+# %% ../../nbs/core/job.ipynb #6b20a32a
 def bases_of(job: ActiveJob, holder: ProcessId) -> dict[str, int]:  # by key of a device, bytes
     "Return what a process uses on the job's devices that is not part of its reservation"
-    keys = [device_key(d) for d in job.devices]
+    keys = _keys_of(job)
     is_younger = (holder.start_time or 0) >= math.floor(100*job.since)/100   # the kernel counts so
-    uses = [] if not keys or is_younger else read_use(job.manager.read().devices)
+    uses = [] if not keys or is_younger else read_all_use(job, holder)
     found = {key: next((use for use in uses if use.is_called(key)), None) for key in keys}
     return {key: find_base(holder, use, []) if use else 0 for key, use in found.items()}
 
@@ -544,13 +549,13 @@ def bases_of(job: ActiveJob, holder: ProcessId) -> dict[str, int]:  # by key of 
 def spent_before(job: ActiveJob) -> tuple[dict[str, int], list[DeviceUse] | None]:
     """Return by device how much of a job's reservation its process itself can be using, and all devices' use;
     `None` for that if the process and its ancestors have no other reservation, which the use could be for"""
-    lease, keys = job.reservation and job.reservation.lease, {device_key(d) for d in job.devices}
+    lease, keys = job.reservation and job.reservation.lease, set(_keys_of(job))
     line, claims = read_process(job.holder.pid).lineage, job.manager.get_claims()
     if not any(c.holder in line and c.device in keys and c.lease != lease for c in claims): return {}, None
     holders = {job.holder, *(c.holder for c in claims)}
     def used(uses: list[DeviceUse]) -> dict[str, int]:
         return {use.key: used_by(use, holders).get(job.holder, 0) for use in uses if use.key in keys and use.whole}
-    now = read_use(job.manager.read().devices)
+    now = read_all_use(job)
     before = used(read_use(job.before.snapshot.devices)) if job.before and job.before.snapshot else {}
     return {key: max(amount - before.get(key, 0), 0) for key, amount in used(now).items()}, now
 
@@ -655,6 +660,7 @@ def make_job(
     needs: Any,                   # as for `declared_needs`
     unknown: float | str,
     registry: Any,
+    memory_mb: float | None = None,
     **asked: Any,                 # fields of `JobRequest`
 ) -> ActiveJob:
     "Return a job; `TypeError` or `ValueError` names the argument that is wrong"
@@ -662,6 +668,7 @@ def make_job(
         raise ValueError(f"unknown must be 'alone' or an amount in MiB, not {shorten(unknown)}")
     told = declared_needs(dict(needs=needs))
     if gpu_memory_mb is not None: told = replace(told, gpu_memory_mb=gpu_memory_mb)
+    if memory_mb is not None: told = replace(told, ram_mb=check_number(memory_mb, "memory_mb"))
     amount = None if isinstance(unknown, str) else check_number(unknown, "unknown", 1)
     request = JobRequest(job_id, told, unknown=amount, **asked)
     if registry is None: return ActiveJob(manager, request)

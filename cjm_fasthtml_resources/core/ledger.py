@@ -17,7 +17,7 @@ from dataclasses import dataclass, field, replace
 from operator import attrgetter
 from typing import Any, NamedTuple
 
-from .claims import Claim, DeviceUse, drop, grant, move
+from .claims import Claim, DeviceUse, asks_for_ram, drop, grant, is_ram, move
 from .events import WAIT_BUCKETS, Events
 from .forks import reset_in_child
 from .leases import Leases, hides_any
@@ -54,21 +54,25 @@ class Rows(NamedTuple):
     ended: tuple[int, ...] = ()        # leases that are still held although their claims were deleted
 
 # %% ../../nbs/core/ledger.ipynb #47478dd0
-_GROUP = "*"   # begins what stands for the devices of a group; no name of a device or a host begins with it
+# begin what stands for the devices of a request that is more than its devices; no name of a device or a host begins so
+_GROUP, _MORE = "*", "+"
 
 def _to_row(claim: Claim) -> list[Any]:
     "Return a claim as it is written"
-    *values, count, links = vars(claim).values()
+    *values, count, links, beside, priority = vars(claim).values()
     row = [list(value) if isinstance(value, tuple) else value for value in values]
-    if count > 1: row[3] = [_GROUP + json.dumps([count, claim.allowed, *((links.keys, links.ranks) if links else ())])]
+    group = [count, claim.allowed, *((links.keys, links.ranks) if links else ())]
+    if beside or priority or not count: row[3] = [_MORE + json.dumps([beside, priority, group])]
+    elif count > 1: row[3] = [_GROUP + json.dumps(group)]
     return row
 
 def _to_claim(id: int, holder: list[Any], memory: int, allowed: list[str], *others: Any) -> Claim:
     claim = Claim(id, ProcessId(*holder), memory, tuple(allowed), *others)
-    if len(allowed) != 1 or not allowed[0].startswith(_GROUP): return claim
-    count, devices, *links = json.loads(allowed[0].removeprefix(_GROUP))
-    found = Links(tuple(links[0]), links[1]) if links else None
-    return replace(claim, allowed=tuple(devices), count=count, links=found)
+    if len(allowed) != 1 or not allowed[0].startswith((_GROUP, _MORE)): return claim
+    found = json.loads(allowed[0][1:])
+    beside, priority, (count, devices, *links) = found if allowed[0].startswith(_MORE) else ((), 0, found)
+    return replace(claim, allowed=tuple(devices), count=count, links=Links(tuple(links[0]), links[1]) if links else None,
+                   beside=tuple((key, size) for key, size in beside), priority=priority)
 
 def to_bytes(rows: Rows) -> bytes:
     "Return a ledger as it is written"
@@ -119,6 +123,7 @@ class Ledger:
     def __init__(self, store: Store, events: Events | None = None) -> None:
         self.store, self.leases, self.events = store, store.leases, events or Events()
         self.waits, self._read = Waits(self.events), (b"", Rows())   # the last reading, as bytes and as rows
+        self.unified = False   # whether a GPU was seen that uses the machine's memory
         self.after_fork()
         reset_in_child(self)
 
@@ -218,19 +223,27 @@ class Ledger:
         "Make the attempts of steps 1 to 5"
         for _ in range(3):
             before = self.rows()
-            over, uses = self._find_over(before.claims), look()
+            over, uses, asked = self._find_over(before.claims), *self._see(look, ask, before.claims)
             with self.store.changing() as draft:
                 rows = from_bytes(draft.data)
                 if rows.version == before.version and self._find_over(rows.claims) == over:
-                    return self._hand_out(draft, rows, over, uses, ask(), allowed)
+                    return self._hand_out(draft, rows, over, uses, asked, allowed)
         return self._settle_inside(look, ask, allowed)
 
     def _settle_inside(self, look: _Look, ask: _Ask, allowed: Mapping[int, Collection[str]]) -> _Settled:
         "Read the driver inside the change, where no other process can come in between (step 5)"
         with self.store.changing() as draft:
             rows = from_bytes(draft.data)
-            over, uses = self._find_over(rows.claims), look()
-            return self._hand_out(draft, rows, over, uses, ask(), allowed)
+            over, uses, asked = self._find_over(rows.claims), *self._see(look, ask, rows.claims)
+            return self._hand_out(draft, rows, over, uses, asked, allowed)
+
+    def _see(self, look: _Look, ask: _Ask, claims: Sequence[Claim]) -> tuple[Sequence[DeviceUse], Claim | None]:
+        "Read the devices, and RAM if a claim is for it; then ask"
+        uses, asked = look(), ask()
+        self.unified = self.unified or any(use.device.unified for use in uses)
+        if not any(map(asks_for_ram, claims if asked is None else (*claims, asked))): return uses, asked
+        from cjm_fasthtml_resources.core.ram_use import see_ram  # when it is used
+        return see_ram(uses, claims if asked is None else (*claims, asked), self.unified), asked
 
     def _hand_out(
         self, draft: Draft, rows: Rows, over: Collection[int], uses: Sequence[DeviceUse], asked: Claim | None,
@@ -370,10 +383,10 @@ def _enter(
     held = {c.id for c in current if c.device is not None}
     given = {c.id for c in after if c.device is not None and c.id not in held}
     after = [_start_ttl(c, now) if c.id in given else c for c in after]
-    devices = tuple(sorted(use.key for use in uses))
+    devices = tuple(sorted(use.key for use in uses if not is_ram(use.key)))
     every = sorted((*after, *asleep.values()), key=attrgetter("id"))
     return rows._replace(claims=tuple(every), version=rows.version + bool(given), devices=devices,
-                         last_id=rows.last_id + (asked.count if asked else 0))
+                         last_id=rows.last_id + (asked.size if asked else 0))
 
 # %% ../../nbs/core/ledger.ipynb #72e609b2
 def _start_ttl(claim: Claim, now: float) -> Claim:

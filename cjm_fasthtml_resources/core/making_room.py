@@ -13,7 +13,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from .claims import Claim, find_covered, read_use
+from .claims import Claim, find_covered, in_queue, read_use
 from .conflict import ResourceBusy, ResourceConflict
 from .devices import device_key
 from .freeing import RoomMade, RoomMaker, RoomWanted
@@ -31,10 +31,10 @@ def is_first(
     claims: Iterable[Claim],  # all, in the order of asking
 ) -> bool:
     "Return whether no request that can use one of its devices is before it"
-    waiting = [c for c in claims if c.device is None]
+    waiting = in_queue(claims)
     mine = next((c for c in waiting if c.lease == lease), None)
     if mine is None: return False
-    before = [c for c in waiting if c.id < mine.id and set(c.allowed) & set(mine.allowed)]
+    before = [c for c in waiting[:waiting.index(mine)] if set(c.allowed) & set(mine.allowed)]
     return all(c.is_suspended for c in before)
 
 # %% ../../nbs/core/making_room.ipynb #73ea1dea

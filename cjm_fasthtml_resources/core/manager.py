@@ -22,6 +22,17 @@ from cjm_fasthtml_resources.core.arguments import (
     check_number,
     check_pid,
 )
+from cjm_fasthtml_resources.core.requests import (
+    acquire,
+    check_asked,
+    check_priority,
+    check_ttl,
+    choose_devices,
+    complete,
+    find_holder,
+    giving_back,
+    make_give_up,
+)
 from .checks import Checks, Prepared, pick_devices
 from .claims import Claim
 from .conflict import ResourceBusy, ResourceConflict, ResourceUnavailable
@@ -29,11 +40,11 @@ from .copies import StaysHere
 from .devices import GpuChoice, device_place, select_devices
 from .display import repr_html
 from .events import Events
-from .gpu import GpuDevice, GpuSnapshot, read_gpus
+from .gpu import GpuDevice, GpuSnapshot, read_gpu_links, read_gpus
 from .ledger import Ledger, Waits
 from .needs import Needs, NeedsReader, needs_roster
 from .registry import WorkerRegistry
-from .requests import acquire, complete, giving_back, make_request, pend
+from .reservations import PendingReservation, Request, Reservation
 from .resources import ResourceStatus, ResourceType, WorkerState
 from .room import plan_room
 from .roster import Roster
@@ -45,7 +56,6 @@ from .workers import Workers
 
 if TYPE_CHECKING:
     from cjm_fasthtml_resources.core.freeing import RoomMade
-    from cjm_fasthtml_resources.core.reservations import PendingReservation, Request, Reservation
     from cjm_fasthtml_resources.core.unloading import Unload
 
 # %% ../../nbs/core/manager.ipynb #4c3e71ce
@@ -128,7 +138,7 @@ class ResourceManager(StaysHere, WorkerRegistry, NeedsReader, JobStarter):
 
     def reserve(
         self,
-        gpu_memory_mb: float,                          # MiB on each device
+        gpu_memory_mb: float | None = None,            # MiB on each device; `None` or 0, with RAM: no GPU
         device: int | str | GpuDevice | None = None,   # a place among the visible ones, "cuda:1", a UUID; `None`: any
         timeout: float | None = None,                  # seconds to wait for room; 0: do not wait; `None`: no limit
         *,
@@ -136,27 +146,39 @@ class ResourceManager(StaysHere, WorkerRegistry, NeedsReader, JobStarter):
         pid: int | None = None,                        # the process whose tree it is for; `None`: this one
         progress: bool = False,                        # show a bar, with who uses the memory, while it waits
         n: int = 1,                                    # how many whole GPUs, all or none, with so much memory on each
-    ) -> "Reservation":
-        """Reserve GPU memory for a job, in a `with` block or until `release()`, in the order of asking.
-        `ResourceBusy` after the timeout, `ResourceUnavailable` without a GPU, `ValueError` for more than any has,
+        memory_mb: float = 0,                          # MiB of RAM, together with the GPUs or alone
+        priority: int = 0,                             # -20 to 19: smaller ones first, ten places for each step
+    ) -> Reservation:
+        """Reserve GPU memory and RAM for a job, in a `with` block or until `release()`, in the order of asking.
+        `ResourceBusy` after the timeout, `ResourceUnavailable` without a GPU, `ValueError` for more than there is,
         `StoreError` if the shared file fails"""
-        request = self.request(gpu_memory_mb, device, timeout, ttl=ttl, pid=pid, n=n)
+        request = self.request(gpu_memory_mb, device, timeout, ttl=ttl, pid=pid, n=n, memory_mb=memory_mb,
+                               priority=priority)
         return complete(request, self.check_gpu_availability, progress)
 
     def reserve_async(
-        self, gpu_memory_mb: float, device: int | str | GpuDevice | None = None, timeout: float | None = None,
-        *, ttl: float | None = None, pid: int | None = None, progress: bool = False, n: int = 1,
-    ) -> "PendingReservation":
+        self, gpu_memory_mb: float | None = None, device: int | str | GpuDevice | None = None,
+        timeout: float | None = None, *, ttl: float | None = None, pid: int | None = None, progress: bool = False,
+        n: int = 1, memory_mb: float = 0, priority: int = 0,
+    ) -> PendingReservation:
         "Reserve likewise with `await` or `async with`. A task that is cancelled leaves the queue"
-        make = partial(self.request, gpu_memory_mb, device, timeout, ttl=ttl, pid=pid, n=n)
-        return pend(partial(acquire, make, self.check_gpu_availability, progress))
+        make = partial(self.request, gpu_memory_mb, device, timeout, ttl=ttl, pid=pid, n=n, memory_mb=memory_mb,
+                       priority=priority)
+        return PendingReservation(partial(acquire, make, self.check_gpu_availability, progress))
 
     def request(
-        self, gpu_memory_mb: float, device: int | str | GpuDevice | None = None, timeout: float | None = None,
-        *, ttl: float | None = None, pid: int | None = None, n: int = 1,
-    ) -> "Request":
+        self, gpu_memory_mb: float | None = None, device: int | str | GpuDevice | None = None,
+        timeout: float | None = None, *, ttl: float | None = None, pid: int | None = None, n: int = 1,
+        memory_mb: float = 0, priority: int = 0,
+    ) -> Request:
         "Return a request that enters the queue at its first `poll`, for programs that wait by themselves"
-        return make_request(self, gpu_memory_mb, device, timeout, ttl=ttl, pid=pid, n=n)
+        asked, holder = check_asked(gpu_memory_mb, memory_mb, n), find_holder(pid)
+        choose = partial(choose_devices, wanted=device, memory=asked.memory, judge=self.judge, count=asked.devices,
+                         holder=holder, ram=asked.ram)
+        return Request(self.ledger, partial(self.read, wake=True), choose, holder, asked.memory, self.app or "",
+                       check_ttl(ttl), make_give_up(timeout, self.check_gpu_availability), asked.devices,
+                       partial(read_gpu_links, timeout=self.gpu_timeout), asked.beside, check_priority(priority),
+                       self.check_memory_availability)
 
     def wait_for_gpu(
         self,

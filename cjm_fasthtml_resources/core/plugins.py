@@ -65,7 +65,7 @@ class CloudAwarePlugin(Protocol):
 class PluginNeeds:
     "What one job of a plugin needs, as the plugin declares it"
     gpu_memory_mb: float | None = None   # MiB on each device; 0: it uses no GPU; `None`: not known
-    ram_mb: float = 0                    # MiB of the machine's memory
+    ram_mb: float = 0                    # MiB of RAM, which is reserved together with the GPUs
     devices: int = 1                     # how many GPUs it uses at the same time
 
     def __post_init__(self) -> None:

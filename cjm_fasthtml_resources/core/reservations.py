@@ -19,8 +19,8 @@ from functools import partial
 from operator import attrgetter
 from typing import Any
 
-from .claims import Claim, DeviceUse, Pool, find_pools, find_promises, grant, read_use
-from .conflict import ResourceBusy, ResourceUnavailable
+from .claims import Claim, DeviceUse, Pool, find_pools, find_promises, grant, is_ram, read_use
+from .conflict import ResourceBusy, ResourceConflict, ResourceUnavailable
 from .copies import StaysHere
 from .devices import device_key, env_by_index, find_ordinal, visible_env
 from .events import WAIT_BUCKETS
@@ -62,20 +62,20 @@ class ReservationOver(RuntimeError):
 # %% ../../nbs/core/reservations.ipynb #41b9ace7
 @dataclass(frozen=True)
 class Reservation(StaysHere, contextlib.AbstractContextManager["Reservation"]):
-    "GPU memory that is reserved for a process, until it is released or the process ends"
+    "Memory that is reserved for a process, until it is released or the process ends"
     instead = "Hold it here, and give its `env` to the other process."
     id: int
-    device: GpuDevice = field(repr=False)   # as it was read when it was promised
+    devices: tuple[GpuDevice, ...] = field(repr=False)   # in CUDA's order, as they were read when they were promised
     gpu_memory_mb: float      # MiB on each device
     holder: ProcessId         # the process whose tree it is reserved for
     lease: int = field(repr=False)          # the reservation counts as long as this is held
     _ledger: Ledger = field(repr=False, compare=False)
     _exit: contextlib.ExitStack = field(repr=False, compare=False, default_factory=contextlib.ExitStack)
-    devices: tuple[GpuDevice, ...] = field(repr=False, default=())   # all, in CUDA's order; `device` is the first
     _machine: tuple[GpuDevice, ...] = field(repr=False, compare=False, default=())   # every device, as it was read
+    memory_mb: float = 0      # MiB of RAM
+    ram: tuple[str, ...] = field(repr=False, default=())   # the names of that RAM in the ledger
 
     def __post_init__(self) -> None:
-        if not self.devices: object.__setattr__(self, "devices", (self.device,))
         for _ in range(2): self._exit.callback(self._ledger.give_back, self.lease, self.is_for_other)   # twice
 
     __exit__ = StackExit()
@@ -84,6 +84,11 @@ class Reservation(StaysHere, contextlib.AbstractContextManager["Reservation"]):
     def is_for_other(self) -> bool:
         "Whether it is for another process than this one"
         return self.holder != this_process()
+    @property
+    def device(self) -> GpuDevice:
+        "The device, the first of several; `LookupError` if only RAM is reserved"
+        if self.devices: return self.devices[0]
+        raise LookupError(f"{self!r} is for RAM alone")
     @property
     def index(self) -> int:
         "NVML's index of the device"
@@ -104,7 +109,7 @@ class Reservation(StaysHere, contextlib.AbstractContextManager["Reservation"]):
     @property
     def env(self) -> dict[str, str]:
         "The environment variables with which a child process uses these devices and no others"
-        return visible_env(self.devices)
+        return visible_env(self.devices)   # without one, that no GPU is visible
     @property
     def env_by_index(self) -> dict[str, str]:
         "The same with numbers, for programs that cannot read UUIDs; `LookupError` for a MIG instance"
@@ -133,7 +138,8 @@ class Reservation(StaysHere, contextlib.AbstractContextManager["Reservation"]):
         """Return the reservation for another process with its child processes; `ReservationOver` if it is over
 
         It holds until it is released; if this process ends before that, until the other process ends."""
-        bases = {key: base if isinstance(base, int) else base[key] for key in map(device_key, self.devices)}
+        keys = (*map(device_key, self.devices), *self.ram)
+        bases = {key: base if isinstance(base, int) else base[key] for key in keys}
         change = partial(HandOver(holder, bases, spent, uses).change, lease=self.lease)
         if not self._ledger.change(self.lease, change): raise ReservationOver(self)
         return replace(self, holder=holder, _exit=contextlib.ExitStack())
@@ -175,12 +181,16 @@ class Request(StaysHere):
         app: str = "",
         ttl: float | None = None,                       # seconds for which the reservation holds, once given
         give_up: Callable[["Request"], None] = lambda request: None,   # called when it has to wait; raises in the end
-        count: int = 1,                                 # of the devices that it asks for together
+        count: int = 1,                                 # of the devices that it asks for together; 0: RAM alone
         find_links: Callable[[Collection[str]], Links] = lambda uuids: Links(),   # called for several devices alone
+        beside: tuple[tuple[str, int], ...] = (),       # bytes of RAM, as a `Claim` has it
+        priority: int = 0,                              # a smaller one is further ahead in the queue
+        check_ram: Callable[[], ResourceConflict] | None = None,   # checks RAM, to say why it waits for that
     ) -> None:
         self.ledger, self.look, self.choose, self.give_up = ledger, look, choose, give_up
         self.holder, self.memory, self.app, self.ttl = holder, memory, app, ttl
-        self.count, self.find_links = count, find_links
+        self.count, self.find_links, self.beside, self.priority = count, find_links, beside, priority
+        self.check_ram = check_ram
         self.devices: dict[str, GpuDevice] = {}          # those that suited it at the last reading, by key
         self.lease, self._asked, self._made_in = new_lease(), time.monotonic(), os.getpid()
         self._known: dict[str, GpuDevice] = {}           # every device that ever suited it, by key
@@ -214,6 +224,11 @@ class Request(StaysHere):
         self._is_over = True
         self.ledger.give_back(self.lease, self.is_for_other)
         for end in self._forgotten: end.detach()
+
+    @property
+    def ram(self) -> int:
+        "The bytes of RAM that it asks for"
+        return max((size for _, size in self.beside), default=0)
 
     @property
     def is_for_other(self) -> bool:
@@ -263,7 +278,8 @@ class Request(StaysHere):
 
     def _claim(self) -> Claim:
         return Claim(0, self.holder, self.memory, tuple(self.devices), app=self.app, ttl=self.ttl, lease=self.lease,
-                     for_other=self.is_for_other, covers=self.covers, count=self.count, links=self._links)
+                     for_other=self.is_for_other, covers=self.covers, count=self.count, links=self._links,
+                     beside=self.beside, priority=self.priority)
 
     def _check(self) -> Sequence[Claim]:
         "Read the request's own rows; settle before that on its turn, or if the machine's devices have changed"
@@ -278,7 +294,8 @@ class Request(StaysHere):
     def _read(self) -> Sequence[Claim]:
         first = self.ledger.find(self.lease)
         if first is None: return ()
-        return (first,) if self.count == 1 or first.device is None else self.ledger.find_all(self.lease)
+        is_one = self.count == 1 and not self.beside or first.device is None
+        return (first,) if is_one else self.ledger.find_all(self.lease)
 
     def _ask_again(self) -> None:
         "Let the next poll ask again, because the row is gone; `ProcessLookupError` if the holder has ended"
@@ -291,15 +308,17 @@ class Request(StaysHere):
         self.ledger.waits.observe(waited)
         for end in self._forgotten: end.detach()
         self.ledger.note_deadline(self.lease, claims[0].expires)
-        devices = tuple(self._known[c.device] for c in claims if c.device is not None)
-        return Reservation(claims[0].id, devices[0], self.memory/2**20, self.holder, self.lease, self.ledger,
-                           devices=devices, _machine=self._machine)
+        keys = [c.device for c in claims if c.device is not None]
+        ram = tuple(key for key in keys if is_ram(key))
+        return Reservation(claims[0].id, tuple(self._known[key] for key in keys if key not in ram), self.memory/2**20,
+                           self.holder, self.lease, self.ledger, _machine=self._machine, memory_mb=self.ram/2**20,
+                           ram=ram)
 
     def _look(self) -> list[DeviceUse]:
         "Read the devices, and choose again: MIG can be divided by now, a lost GPU can be back"
         snapshot = self.look()
         self._machine = snapshot.devices
-        try: self.devices = {device_key(d): d for d in self.choose(snapshot)}
+        try: self.devices = {device_key(d): d for d in self.choose(snapshot)} if self.count else {}
         except (ResourceUnavailable, ValueError):
             if not self._known: raise   # once there was one, it waits until one is back
         self._known.update(self.devices)

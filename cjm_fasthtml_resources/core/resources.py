@@ -93,15 +93,17 @@ class Promise:
 # %% ../../nbs/core/resources.ipynb #fd30f6ec
 @dataclass(frozen=True)
 class Waiting:
-    "A request that waits for GPU memory"
+    "A request that waits for GPU memory, or for RAM"
     pid: int
     owner: str                           # "app" or "external"
-    memory: int                          # bytes
+    memory: int                          # bytes on each device; 0: it waits for RAM alone
     position: int                        # its place in the queue, from 1
     devices: tuple[int | str, ...] = ()  # ids of those that suit it, as far as they are seen
     app: str = ""                        # the app's name
     name: str | None = None              # of the process; `None` if it is not seen from here
     username: str | None = None
+    ram: int = 0                         # bytes of RAM that it waits for, too
+    priority: int = 0                    # a smaller one is further ahead
 
 # %% ../../nbs/core/resources.ipynb #5a65063d
 @dataclass(frozen=True)
@@ -153,7 +155,8 @@ class MemoryStatus:
     external_memory: int = 0                   # bytes: the rest of what is in use
     left_out: int = 0                          # processes of other programs that are not listed, all smaller
     estimated: bool = False                    # what the app's processes share could not all be read
-    promised: int = 0                          # bytes reserved, and not in use yet, on a GPU that uses this memory
+    promised: int = 0                          # bytes reserved, and not in use yet, also on a GPU that uses this memory
+    promises: tuple[Promise, ...] = ()         # these reservations, where RAM itself is reserved
 
     @property
     def shares(self) -> dict[str, int]:

@@ -178,6 +178,8 @@ class JobStarter:
         gpu_memory_mb: float | None = None,            # MiB on each device; `None`: as declared, or as learned
         *,
         n: int | None = None,                          # how many whole GPUs, all or none; `None`: as declared, else one
+        memory_mb: float | None = None,                # MiB of RAM; `None`: as declared
+        priority: int = 0,                             # as for `reserve`
         plugin: str | None = None,                     # its name, for what is learned; with a registry its id
         resource: str | None = None,                   # the model or other resource that it loads
         config: Mapping[str, Any] | None = None,       # the plugin's configuration
@@ -196,7 +198,8 @@ class JobStarter:
         """Return a job for a `with` or `async with` block, which waits for its memory and gives it back at the end.
         The block raises what `reserve` and `raise_if_blocked` raise; `ProcessLookupError` if its worker ends"""
         from cjm_fasthtml_resources.core.job import make_job  # when it is used
-        return make_job(self, job_id, gpu_memory_mb, needs, unknown, registry, n=n, plugin_name=plugin,
+        return make_job(self, job_id, gpu_memory_mb, needs, unknown, registry, memory_mb, n=n, plugin_name=plugin,
+                        priority=priority,
                         resource=resource, config=config, worker_pid=worker, worker_type=worker_type,
                         device=device, timeout=timeout, concurrent=concurrent, progress=progress,
                         make_room=make_room, unload=unload)

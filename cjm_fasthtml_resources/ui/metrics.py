@@ -24,7 +24,7 @@ from prometheus_client.core import (
 )
 from prometheus_client.exposition import choose_encoder
 
-from ..core.claims import Claim
+from ..core.claims import Claim, is_ram
 from ..core.conflict import ResourceConflict
 from ..core.events import EVENTS, EventCounts, Events
 from ..core.manager import ResourceManager
@@ -114,7 +114,7 @@ def reservation_metrics(
     claims: Iterable[Claim],
 ) -> Iterator[Metric]:
     "Yield how many reservations there are, and for how much memory; those that wait are the queue"
-    claims = list(claims)
+    claims = [c for c in claims if c.memory and not is_ram(c.device)]   # without RAM
     found = dict(held=[c.memory for c in claims if c.device is not None],
                  waiting=[c.memory for c in claims if c.device is None])
     yield _gauge("reservations", "Reservations of GPU memory, of all apps that share them", ["state"],
