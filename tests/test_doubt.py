@@ -2,7 +2,9 @@
 
 Each case reserves memory, disturbs a reading, and asks for more than is left.
 """
+import asyncio
 import os
+import time
 
 import pytest
 
@@ -73,6 +75,7 @@ def test_all_gpus_that_use_the_machines_memory_share_it():
             if len(gpus) > 1:
                 with pytest.raises(ResourceBusy): manager.pick_gpus(2, 60*GIB)
                 assert len(manager.pick_gpus(2, 50*GIB).devices) == 2
+                with pytest.raises(ValueError, match="n must be at most 1, .*share it"): manager.reserve(10, n=2)
 
 
 def test_what_a_process_uses_on_one_of_them_is_used_of_its_promise_on_another():
@@ -229,10 +232,16 @@ def test_a_divided_gpu_that_seems_to_know_no_mig_stays_divided():
 
 
 def three_cards(): return [SimulatedGpu(name, 24*GIB) for name in ("A", "B", "C")]
+
+
+@pytest.fixture
+def bus_order(monkeypatch): monkeypatch.setenv("CUDA_DEVICE_ORDER", "PCI_BUS_ID")
+
+
 def room_by_name(manager): return {d.device.name: d.room >> 20 for d in manager.check_gpu_availability().devices}
 
 
-def test_a_promise_on_a_gpu_without_uuid_stays_on_it_when_another_one_goes():
+def test_a_promise_on_a_gpu_without_uuid_stays_on_it_when_another_one_goes(bus_order):
     with machine(*three_cards()) as driver:
         driver.fail("nvmlDeviceGetUUID", NOT_SUPPORTED)
         manager = ResourceManager(track_self=False)
@@ -243,7 +252,7 @@ def test_a_promise_on_a_gpu_without_uuid_stays_on_it_when_another_one_goes():
 
 
 @pytest.mark.parametrize("before", [True, False])
-def test_a_promise_stays_on_its_gpu_when_the_uuid_comes_or_goes(before):
+def test_a_promise_stays_on_its_gpu_when_the_uuid_comes_or_goes(before, bus_order):
     with machine(*three_cards()) as driver:
         if before: driver.fail("nvmlDeviceGetUUID", NOT_SUPPORTED)
         manager = ResourceManager(track_self=False)
@@ -294,3 +303,27 @@ def test_a_total_that_no_gpu_has_is_none():
         manager = ResourceManager(track_self=False)
         assert "more than any GPU has" in manager.check_gpu_availability().message
         refuses(manager, 10)
+
+
+@pytest.mark.parametrize("progress", [False, True])
+def test_a_driver_that_hangs_takes_no_more_than_the_callers_time(progress):
+    with machine(SimulatedGpu()) as driver:
+        manager, took = ResourceManager(track_self=False, gpu_timeout=60), []
+        driver.hang("nvmlDeviceGetCount_v2")
+        async def reserve(): await manager.reserve_async(10, timeout=0.4, progress=progress)
+        for attempt in (lambda: manager.reserve(10, timeout=0.4, progress=progress), lambda: asyncio.run(reserve())):
+            started = time.monotonic()
+            with pytest.raises(ResourceUnavailable, match="did not answer"): attempt()
+            took.append(time.monotonic() - started)
+        assert max(took) < 5
+
+
+def test_a_driver_that_begins_to_hang_while_a_request_waits_takes_no_more_than_its_time():
+    with machine(SimulatedGpu(memory_total_mb=GIB, memory_used_mb=1000)) as driver:
+        manager = ResourceManager(track_self=False, gpu_timeout=60)
+        request = manager.request(500, timeout=1)
+        assert request.poll() is None
+        driver.hang("nvmlDeviceGetCount_v2")
+        started = time.monotonic()
+        with pytest.raises(ResourceBusy, match="GPU 0 has 24 MiB free"): request.wait()   # what it said last
+        assert time.monotonic() - started < 5

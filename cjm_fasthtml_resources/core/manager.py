@@ -10,7 +10,7 @@ __all__ = ['ResourceManager', 'check_settings', 'check_snapshot', 'open_rooms', 
 # %% ../../nbs/core/manager.ipynb #988cfa97
 import inspect
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -32,6 +32,8 @@ from cjm_fasthtml_resources.core.requests import (
     find_holder,
     giving_back,
     make_give_up,
+    time_for_driver,
+    within,
 )
 from .checks import Checks, Prepared, pick_devices
 from .claims import Claim
@@ -96,19 +98,21 @@ class ResourceManager(StaysHere, WorkerRegistry, NeedsReader, JobStarter):
 
     def _repr_html_(self) -> str | None: return repr_html(self)
 
-    def read(self, wake: bool = False) -> GpuSnapshot:
-        "Read the driver now, for at most `gpu_timeout` seconds; `wake` GPUs that power management has suspended"
-        return read_gpus(self.gpu_timeout, wake)
+    def read(self, wake: bool = False, timeout: float | None = None) -> GpuSnapshot:
+        """Read the driver now, for at most so many seconds (`None`: `gpu_timeout`).
+        `wake` GPUs that power management has suspended"""
+        return read_gpus(self.gpu_timeout if timeout is None else timeout, wake)
 
     def check_gpu_availability(
         self,
         *,
         snapshot: GpuSnapshot | None = None,   # read already; `None`: read the driver now
         wake: bool = False,                    # ask GPUs that power management has suspended, too
+        timeout: float | None = None,          # seconds to wait for the driver; `None`: `gpu_timeout`
     ) -> ResourceConflict:
         "Return who uses the memory of the GPUs that this app may use, and whether a job could start"
         prepared = self.checks.prepare()
-        return self.judge(self.read(wake) if snapshot is None else snapshot, prepared)
+        return self.judge(self.read(wake, timeout) if snapshot is None else snapshot, prepared)
 
     def judge(
         self,
@@ -151,7 +155,7 @@ class ResourceManager(StaysHere, WorkerRegistry, NeedsReader, JobStarter):
         `ResourceBusy` after the timeout, `ResourceUnavailable` without a GPU, `ValueError` for more than any has,
         `StoreError` if the shared file fails"""
         request = self.request(gpu_memory_mb, device, timeout, ttl=ttl, pid=pid, n=n)
-        return complete(request, self.check_gpu_availability, progress)
+        return complete(request, within(self._time_for_driver(timeout), self.check_gpu_availability), progress)
 
     def reserve_async(
         self, gpu_memory_mb: float, device: int | str | GpuDevice | None = None, timeout: float | None = None,
@@ -159,19 +163,23 @@ class ResourceManager(StaysHere, WorkerRegistry, NeedsReader, JobStarter):
     ) -> PendingReservation:
         "Reserve likewise with `await` or `async with`. A task that is cancelled leaves the queue"
         make = partial(self.request, gpu_memory_mb, device, timeout, ttl=ttl, pid=pid, n=n)
-        return PendingReservation(partial(acquire, make, self.check_gpu_availability, progress))
+        check = within(self._time_for_driver(timeout), self.check_gpu_availability)
+        return PendingReservation(partial(acquire, make, check, progress))
 
     def request(
         self, gpu_memory_mb: float, device: int | str | GpuDevice | None = None, timeout: float | None = None,
         *, ttl: float | None = None, pid: int | None = None, n: int = 1,
     ) -> Request:
         "Return a request that enters the queue at its first `poll`, for programs that wait by themselves"
-        memory, holder = check_memory(gpu_memory_mb), find_holder(pid)
+        memory, holder, seconds = check_memory(gpu_memory_mb), find_holder(pid), self._time_for_driver(timeout)
         choose = partial(choose_devices, wanted=device, memory=memory, judge=self.judge, count=check_count(n),
                          holder=holder)
-        return Request(self.ledger, partial(self.read, wake=True), choose, holder, memory, self.app or "",
-                       check_ttl(ttl), make_give_up(timeout, self.check_gpu_availability), n,
-                       partial(read_gpu_links, timeout=self.gpu_timeout))
+        give_up = make_give_up(timeout, within(seconds, self.check_gpu_availability), self.judge)
+        return Request(self.ledger, within(seconds, partial(self.read, True)), choose, holder, memory, self.app or "",
+                       check_ttl(ttl), give_up, n, within(seconds, read_gpu_links))
+
+    def _time_for_driver(self, timeout: float | None) -> Callable[[], float]:
+        return time_for_driver(timeout, lambda: self.gpu_timeout)
 
     def wait_for_gpu(
         self,
