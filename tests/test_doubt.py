@@ -2,7 +2,9 @@
 
 Each case reserves memory, disturbs a reading, and asks for more than is left.
 """
+import asyncio
 import os
+import time
 
 import pytest
 
@@ -13,7 +15,7 @@ from cjm_fasthtml_resources.core.store import StoreError
 from cjm_fasthtml_resources.simulate import SimulatedDriver, SimulatedGpu, SimulatedMachine, SimulatedProcess
 
 GIB = 1024   # MiB
-NOT_SUPPORTED, UNKNOWN, LOST = 3, 999, 15
+NOT_SUPPORTED, NOT_FOUND, UNKNOWN, LOST = 3, 6, 999, 15
 MEMORY = "nvmlDeviceGetMemoryInfo", "nvmlDeviceGetMemoryInfo_v2"
 ME = os.getpid()
 
@@ -47,6 +49,7 @@ def test_a_promise_counts_on_a_compute_instance_whose_partner_is_not_visible(mon
 
 @pytest.mark.parametrize("call, error, after", [
     ("nvmlDeviceGetUUID", UNKNOWN, 2), ("nvmlDeviceGetMigDeviceHandleByIndex", UNKNOWN, 1),
+    ("nvmlDeviceGetMigDeviceHandleByIndex", NOT_FOUND, 1),
     ("nvmlDeviceGetGpuInstanceId", UNKNOWN, 1), ("nvmlDeviceGetMaxMigDeviceCount", UNKNOWN, 0)])
 def test_the_promises_on_an_instance_that_cannot_be_read_count_on_the_others(call, error, after):
     with machine(halves()) as driver:
@@ -72,6 +75,7 @@ def test_all_gpus_that_use_the_machines_memory_share_it():
             if len(gpus) > 1:
                 with pytest.raises(ResourceBusy): manager.pick_gpus(2, 60*GIB)
                 assert len(manager.pick_gpus(2, 50*GIB).devices) == 2
+                with pytest.raises(ValueError, match="n must be at most 1, .*share it"): manager.reserve(10, n=2)
 
 
 def test_what_a_process_uses_on_one_of_them_is_used_of_its_promise_on_another():
@@ -103,6 +107,16 @@ def test_a_list_that_lacks_a_process_for_a_moment_lowers_no_base():
             with manager.reserve(100, timeout=0): pass
             gpu.processes, gpu.memory_used_mb = [SimulatedProcess(ME, 5*GIB)], None
             assert room(manager) == [9*GIB]
+
+
+def test_an_empty_list_at_the_reservation_is_no_base():
+    gpu = SimulatedGpu(memory_total_mb=24*GIB, memory_used_mb=5*GIB)
+    with machine(gpu):
+        manager = ResourceManager(track_self=False)
+        with manager.reserve(10*GIB, timeout=0):
+            gpu.processes, gpu.memory_used_mb = [SimulatedProcess(ME, 5*GIB)], None
+            assert room(manager) == [9*GIB]
+            refuses(manager, 13*GIB)
 
 
 @pytest.mark.parametrize("kind", ["graphics", "compute+graphics"])
@@ -215,3 +229,101 @@ def test_a_divided_gpu_that_seems_to_know_no_mig_stays_divided():
         with manager.reserve(18*GIB, timeout=0):
             for call in ("nvmlDeviceGetMigMode", "nvmlDeviceGetMaxMigDeviceCount"): driver.fail(call, NOT_SUPPORTED)
             refuses(manager, 38*GIB)
+
+
+def three_cards(): return [SimulatedGpu(name, 24*GIB) for name in ("A", "B", "C")]
+
+
+@pytest.fixture
+def bus_order(monkeypatch): monkeypatch.setenv("CUDA_DEVICE_ORDER", "PCI_BUS_ID")
+
+
+def room_by_name(manager): return {d.device.name: d.room >> 20 for d in manager.check_gpu_availability().devices}
+
+
+def test_a_promise_on_a_gpu_without_uuid_stays_on_it_when_another_one_goes(bus_order):
+    with machine(*three_cards()) as driver:
+        driver.fail("nvmlDeviceGetUUID", NOT_SUPPORTED)
+        manager = ResourceManager(track_self=False)
+        with manager.reserve(20*GIB, device=1, timeout=0):
+            driver.gpus.pop(0)
+            assert room_by_name(manager) == {"B": 4*GIB, "C": 24*GIB}
+            refuses(manager, 20*GIB, device=manager.read().devices[0])
+
+
+@pytest.mark.parametrize("before", [True, False])
+def test_a_promise_stays_on_its_gpu_when_the_uuid_comes_or_goes(before, bus_order):
+    with machine(*three_cards()) as driver:
+        if before: driver.fail("nvmlDeviceGetUUID", NOT_SUPPORTED)
+        manager = ResourceManager(track_self=False)
+        with manager.reserve(20*GIB, device=1, timeout=0):
+            if before: driver.recover()
+            else: driver.fail("nvmlDeviceGetUUID", NOT_SUPPORTED)
+            driver.gpus.reverse()
+            found = room_by_name(manager)
+            # without a UUID a promise under one can be on any GPU
+            assert found == {"A": 24*GIB, "B": 4*GIB, "C": 24*GIB} if before else found["B"] == 4*GIB
+
+
+def test_a_gpu_that_has_neither_uuid_nor_address_is_not_reservable():
+    with machine(SimulatedGpu()) as driver:
+        for call in ("nvmlDeviceGetUUID", "nvmlDeviceGetPciInfo_v3"): driver.fail(call, NOT_SUPPORTED)
+        manager = ResourceManager(track_self=False)
+        with pytest.raises(ResourceUnavailable, match="neither its UUID nor"): manager.reserve(10, timeout=0)
+        driver.recover()
+        driver.fail("nvmlDeviceGetPciInfo_v3", NOT_SUPPORTED)   # a UUID is enough
+        manager.reserve(10, timeout=0).release()
+
+
+def test_the_address_is_asked_for_once():
+    with machine(*three_cards()) as driver:
+        manager = ResourceManager(track_self=False)
+        for _ in range(3): manager.check_gpu_availability()
+        assert driver.calls["nvmlDeviceGetPciInfo_v3"] == 3
+        driver.fail("nvmlDeviceGetPciInfo_v3", UNKNOWN)   # of no importance now
+        assert manager.read().devices[0].pci == "0000:01:00.0"
+
+
+@pytest.mark.parametrize("before, now", [(24, 24_000), (24, 48), (24, 23)])
+def test_a_total_that_changes_makes_no_room(before, now):
+    gpu = SimulatedGpu(memory_total_mb=before*GIB, memory_used_mb=20*GIB)
+    with machine(gpu):
+        manager = ResourceManager(track_self=False)
+        manager.read()
+        gpu.memory_total_mb = now*GIB
+        found = manager.check_gpu_availability()
+        assert room(manager)[0] <= 4*GIB and (found.notes or found.devices[0].reason)
+        refuses(manager, 22*GIB)
+        gpu.memory_total_mb = before*GIB
+        assert room(manager) == [4*GIB] and not manager.check_gpu_availability().notes
+
+
+def test_a_total_that_no_gpu_has_is_none():
+    with machine(SimulatedGpu(memory_total_mb=2**43)):
+        manager = ResourceManager(track_self=False)
+        assert "more than any GPU has" in manager.check_gpu_availability().message
+        refuses(manager, 10)
+
+
+@pytest.mark.parametrize("progress", [False, True])
+def test_a_driver_that_hangs_takes_no_more_than_the_callers_time(progress):
+    with machine(SimulatedGpu()) as driver:
+        manager, took = ResourceManager(track_self=False, gpu_timeout=60), []
+        driver.hang("nvmlDeviceGetCount_v2")
+        async def reserve(): await manager.reserve_async(10, timeout=0.4, progress=progress)
+        for attempt in (lambda: manager.reserve(10, timeout=0.4, progress=progress), lambda: asyncio.run(reserve())):
+            started = time.monotonic()
+            with pytest.raises(ResourceUnavailable, match="did not answer"): attempt()
+            took.append(time.monotonic() - started)
+        assert max(took) < 5
+
+
+def test_a_driver_that_begins_to_hang_while_a_request_waits_takes_no_more_than_its_time():
+    with machine(SimulatedGpu(memory_total_mb=GIB, memory_used_mb=1000)) as driver:
+        manager = ResourceManager(track_self=False, gpu_timeout=60)
+        request = manager.request(500, timeout=1)
+        assert request.poll() is None
+        driver.hang("nvmlDeviceGetCount_v2")
+        started = time.monotonic()
+        with pytest.raises(ResourceBusy, match="GPU 0 has 24 MiB free"): request.wait()   # what it said last
+        assert time.monotonic() - started < 5

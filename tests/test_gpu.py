@@ -323,7 +323,7 @@ def test_a_device_is_read_whole():
     processes = (GpuProcess(4_300_001, 100*MIB, "graphics"), GpuProcess(4_300_002, 700*MIB, "compute"),
                  GpuProcess(4_300_003, None, "mps"))
     device = GpuDevice(0, "GPU-a", "NVIDIA L4", 24_000*MIB, 800*MIB, 22_900*MIB, 300*MIB, 37, 61, 51.25, 72.0,
-                       processes, compute_capability=(8, 9), cuda_cores=7424, max_clock=2040)
+                       processes, compute_capability=(8, 9), cuda_cores=7424, max_clock=2040, pci="0000:01:00.0")
     assert snapshot == GpuSnapshot((device,), None, "580.105.08 (simulated)", snapshot.time)
     assert abs(snapshot.time - time.time()) < 5 and snapshot.simulated and not snapshot.late
     assert snapshot.pids == {4_300_001, 4_300_002, 4_300_003}

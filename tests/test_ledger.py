@@ -29,11 +29,19 @@ def given(claims, *uses):
 
 
 def test_the_device_with_the_most_room_is_handed_out():
+    half, more, nearly = (on_device(n, free, ((OTHER,), 1_000 - free)) for n, free in ((0, 500), (1, 490), (1, 489)))
     # nearly equal, within one percent: at random
-    with pytest.raises(KeyError, match="GPU-0\\+GPU-1"): given([asked(1, 10)], on_device(0, 500), on_device(1, 490))
-    assert given([asked(1, 10)], on_device(0, 500), on_device(1, 489)) == [("GPU-0", 0)]
-    assert given([asked(1, 500)], on_device(0, 500)) == [("GPU-0", 0)]
-    assert given([asked(1, 501)], on_device(0, 500)) == [(None, 0)]
+    with pytest.raises(KeyError, match="GPU-0\\+GPU-1"): given([asked(1, 10)], half, more)
+    assert given([asked(1, 10)], half, nearly) == [("GPU-0", 0)]
+    assert given([asked(1, 500)], half) == [("GPU-0", 0)]
+    assert given([asked(1, 501)], half) == [(None, 0)]
+
+
+def test_an_empty_list_while_memory_is_in_use_is_not_known():
+    assert given([asked(1, 10)], on_device(0, 400)) == [("GPU-0", 600)]
+    assert given([asked(1, 10)], on_device(0, 1_000)) == [("GPU-0", 0)]
+    # what the machine uses is no process's on the GPU
+    assert given([asked(1, 10)], on_device(0, 400, unified=True)) == [("GPU-0", 0)]
 
 
 def test_who_waits_keeps_a_device_where_it_may_be_served_first():

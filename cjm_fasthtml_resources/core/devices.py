@@ -223,8 +223,8 @@ def _environ(value: str | None, order: str | None) -> dict[str, str]:
 
 # %% ../../nbs/core/devices.ipynb #d08551aa
 def device_key(device: GpuDevice) -> str:
-    "Return what a device is called in a reservation, the same in every process"
-    key = device.uuid or str(device.id)
+    "Return what a device is called in a reservation, the same in every process: its UUID, or its address without one"
+    key = device.uuid or device.address or str(device.id)
     return key if device.host is None else f"{device.host} {key}"
 
 # %% ../../nbs/core/devices.ipynb #ad4e2073
@@ -250,7 +250,7 @@ def select_devices(
     if isinstance(wanted, bool) or not isinstance(wanted, (int, str)):
         raise TypeError(f"device must be a number, 'cuda:1', a UUID, a GpuDevice or None, not {shorten(wanted)}")
     if (place := device_place(wanted)) is not None: found = list(devices[place:place + 1]) if place >= 0 else []
-    else: found = [d for d in every if wanted in (d.uuid, str(d.id), "cuda", "gpu", "auto")]
+    else: found = [d for d in every if wanted in (d.uuid, device_key(d), str(d.id), "cuda", "gpu", "auto")]
     if found: return found
     visible = ", ".join(device_key(d) for d in devices)
     if others: visible += "; for a child process also " + ", ".join(device_key(d) for d in others)

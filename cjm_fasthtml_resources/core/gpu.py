@@ -19,7 +19,7 @@ from .arguments import shorten
 from .devices import visible_devices, visible_env
 from .display import repr_html
 from .forks import reset_in_child
-from .nvml import GpuDevice, GpuProcess, NvmlSession, find_sleeping, in_words, merge_processes
+from .nvml import NO_NAME, GpuDevice, GpuProcess, NvmlSession, find_sleeping, in_words, merge_processes
 from .nvml_errors import ASLEEP, NO_MEMORY
 from .sysfs import listed_gpus, module_version
 from .threads import NoThreadError, start_thread
@@ -82,7 +82,7 @@ class _Driver:
         except Exception as error:  # whatever a broken driver does, it costs the snapshot and not the program
             self.close()
             return GpuSnapshot(reason=in_words(error))
-        if any(d.reason not in (None, NO_MEMORY, ASLEEP) for d in devices): self.close()
+        if any(d.reason not in (None, NO_MEMORY, NO_NAME, ASLEEP) for d in devices): self.close()
         return GpuSnapshot(devices, None if devices else "the NVIDIA driver sees no GPU", session.driver_version)
 
     def read_links(self, uuids: Collection[str]) -> Links:

@@ -22,17 +22,6 @@ from cjm_fasthtml_resources.core.arguments import (
     check_number,
     check_pid,
 )
-from cjm_fasthtml_resources.core.requests import (
-    acquire,
-    check_asked,
-    check_priority,
-    check_ttl,
-    choose_devices,
-    complete,
-    find_holder,
-    giving_back,
-    make_give_up,
-)
 from .checks import Checks, Prepared, pick_devices
 from .claims import Claim
 from .conflict import ResourceBusy, ResourceConflict, ResourceUnavailable
@@ -40,11 +29,11 @@ from .copies import StaysHere
 from .devices import GpuChoice, device_place, select_devices
 from .display import repr_html
 from .events import Events
-from .gpu import GpuDevice, GpuSnapshot, read_gpu_links, read_gpus
+from .gpu import GpuDevice, GpuSnapshot, read_gpus
 from .ledger import Ledger, Waits
 from .needs import Needs, NeedsReader, needs_roster
 from .registry import WorkerRegistry
-from .reservations import PendingReservation, Request, Reservation
+from .requests import acquire, complete, giving_back, make_check, make_request, pend
 from .resources import ResourceStatus, ResourceType, WorkerState
 from .room import plan_room
 from .roster import Roster
@@ -56,6 +45,7 @@ from .workers import Workers
 
 if TYPE_CHECKING:
     from cjm_fasthtml_resources.core.freeing import RoomMade
+    from cjm_fasthtml_resources.core.reservations import PendingReservation, Request, Reservation
     from cjm_fasthtml_resources.core.unloading import Unload
 
 # %% ../../nbs/core/manager.ipynb #4c3e71ce
@@ -96,19 +86,21 @@ class ResourceManager(StaysHere, WorkerRegistry, NeedsReader, JobStarter):
 
     def _repr_html_(self) -> str | None: return repr_html(self)
 
-    def read(self, wake: bool = False) -> GpuSnapshot:
-        "Read the driver now, for at most `gpu_timeout` seconds; `wake` GPUs that power management has suspended"
-        return read_gpus(self.gpu_timeout, wake)
+    def read(self, wake: bool = False, timeout: float | None = None) -> GpuSnapshot:
+        """Read the driver now, for at most so many seconds (`None`: `gpu_timeout`).
+        `wake` GPUs that power management has suspended"""
+        return read_gpus(self.gpu_timeout if timeout is None else timeout, wake)
 
     def check_gpu_availability(
         self,
         *,
         snapshot: GpuSnapshot | None = None,   # read already; `None`: read the driver now
         wake: bool = False,                    # ask GPUs that power management has suspended, too
+        timeout: float | None = None,          # seconds to wait for the driver; `None`: `gpu_timeout`
     ) -> ResourceConflict:
         "Return who uses the memory of the GPUs that this app may use, and whether a job could start"
         prepared = self.checks.prepare()
-        return self.judge(self.read(wake) if snapshot is None else snapshot, prepared)
+        return self.judge(self.read(wake, timeout) if snapshot is None else snapshot, prepared)
 
     def judge(
         self,
@@ -148,37 +140,32 @@ class ResourceManager(StaysHere, WorkerRegistry, NeedsReader, JobStarter):
         n: int = 1,                                    # how many whole GPUs, all or none, with so much memory on each
         memory_mb: float = 0,                          # MiB of RAM, together with the GPUs or alone
         priority: int = 0,                             # -20 to 19: smaller ones first, ten places for each step
-    ) -> Reservation:
+    ) -> "Reservation":
         """Reserve GPU memory and RAM for a job, in a `with` block or until `release()`, in the order of asking.
         `ResourceBusy` after the timeout, `ResourceUnavailable` without a GPU, `ValueError` for more than there is,
         `StoreError` if the shared file fails"""
         request = self.request(gpu_memory_mb, device, timeout, ttl=ttl, pid=pid, n=n, memory_mb=memory_mb,
                                priority=priority)
-        return complete(request, self.check_gpu_availability, progress)
+        return complete(request, make_check(self, timeout), progress)
 
     def reserve_async(
         self, gpu_memory_mb: float | None = None, device: int | str | GpuDevice | None = None,
         timeout: float | None = None, *, ttl: float | None = None, pid: int | None = None, progress: bool = False,
         n: int = 1, memory_mb: float = 0, priority: int = 0,
-    ) -> PendingReservation:
+    ) -> "PendingReservation":
         "Reserve likewise with `await` or `async with`. A task that is cancelled leaves the queue"
         make = partial(self.request, gpu_memory_mb, device, timeout, ttl=ttl, pid=pid, n=n, memory_mb=memory_mb,
                        priority=priority)
-        return PendingReservation(partial(acquire, make, self.check_gpu_availability, progress))
+        return pend(partial(acquire, make, make_check(self, timeout), progress))
 
     def request(
         self, gpu_memory_mb: float | None = None, device: int | str | GpuDevice | None = None,
         timeout: float | None = None, *, ttl: float | None = None, pid: int | None = None, n: int = 1,
         memory_mb: float = 0, priority: int = 0,
-    ) -> Request:
+    ) -> "Request":
         "Return a request that enters the queue at its first `poll`, for programs that wait by themselves"
-        asked, holder = check_asked(gpu_memory_mb, memory_mb, n), find_holder(pid)
-        choose = partial(choose_devices, wanted=device, memory=asked.memory, judge=self.judge, count=asked.devices,
-                         holder=holder, ram=asked.ram)
-        return Request(self.ledger, partial(self.read, wake=True), choose, holder, asked.memory, self.app or "",
-                       check_ttl(ttl), make_give_up(timeout, self.check_gpu_availability), asked.devices,
-                       partial(read_gpu_links, timeout=self.gpu_timeout), asked.beside, check_priority(priority),
-                       self.check_memory_availability)
+        return make_request(self, gpu_memory_mb, device, timeout, ttl=ttl, pid=pid, n=n, memory_mb=memory_mb,
+                            priority=priority)
 
     def wait_for_gpu(
         self,

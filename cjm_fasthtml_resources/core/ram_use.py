@@ -127,7 +127,7 @@ def _join(use: DeviceUse, beside: Sequence[DeviceUse], gpu: DeviceUse | None, ra
     device = replace(use.device, memory_used=(use.device.memory_total or 0) - (least.memory_free or 0),
                      memory_free=least.memory_free)
     rows, slack = _overlap((gpu.processes if gpu else ()) or (), ram.processes or ())
-    names = frozenset(name for u in beside for name in (u.key, u.number, *u.sharing)) | use.sharing
+    names = frozenset(name for u in beside for name in (u.key, u.address, *u.sharing) if name) | use.sharing
     return replace(use, device=device, processes=rows, slack=slack, whole=ram.whole and (gpu is None or gpu.whole),
                    sharing=names - {use.key})
 

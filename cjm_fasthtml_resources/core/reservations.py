@@ -169,6 +169,7 @@ class Request(StaysHere):
     _rows: Sequence[Claim] = ()   # its claims as they were read last: one, or one for each device of a group
     _mark: object = None          # of the ledger at that moment
     _machine: tuple[GpuDevice, ...] = ()   # every device, as it was read last
+    snapshot: GpuSnapshot | None = None   # what the driver said last
     _links: Links | None = None   # how close its devices are to one another, if it asks for some of them
 
     def __init__(
@@ -317,7 +318,7 @@ class Request(StaysHere):
     def _look(self) -> list[DeviceUse]:
         "Read the devices, and choose again: MIG can be divided by now, a lost GPU can be back"
         snapshot = self.look()
-        self._machine = snapshot.devices
+        self._machine, self.snapshot = snapshot.devices, snapshot if snapshot.devices else self.snapshot
         try: self.devices = {device_key(d): d for d in self.choose(snapshot)} if self.count else {}
         except (ResourceUnavailable, ValueError):
             if not self._known: raise   # once there was one, it waits until one is back

@@ -42,6 +42,7 @@ class Handles:
         gpus: list[SimulatedGpu],  # in NVML's order; can be changed while the library is in use
     ) -> None:
         self.gpus = gpus
+        self.slots = [*gpus]                          # by address, also those that were taken out
         self._structures: dict[int, Any] = {}         # id of a GPU → the structure that its handle points at
         self._at: dict[int, SimulatedGpu] = {}        # address of that structure → GPU
 

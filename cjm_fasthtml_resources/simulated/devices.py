@@ -34,6 +34,12 @@ class DeviceCalls(Handles):
         "Return the UUID of a GPU or an instance"
         return gpu.uuid or make_uuid(*self.place(gpu))
 
+    def pci(self, gpu: SimulatedGpu) -> str:
+        "Return the address of a GPU, which it keeps when others come or go"
+        if not any(gpu is other for other in self.slots): self.slots.append(gpu)
+        number = next(n for n, other in enumerate(self.slots, 1) if gpu is other)
+        return gpu.pci or f"0000:{number:02x}:00.0"
+
     def nvmlDeviceGetCount_v2(self, ref: Any) -> int: return write_number(ref, len(self.gpus))
 
     def nvmlDeviceGetHandleByIndex_v2(self, index: Any, ref: Any) -> int:
@@ -57,8 +63,10 @@ class DeviceCalls(Handles):
         return write_number(ref, index if number is None else number)
 
     def nvmlDeviceGetPciInfo_v3(self, handle: Any, ref: Any) -> int:
-        info, bus = ref._obj, self.place(self.gpu(handle))[0] + 1
-        info.bus, info.busId, info.busIdLegacy = bus, b"00000000:%02X:00.0" % bus, b"0000:%02X:00.0" % bus
+        address = self.pci(self.gpus[self.place(self.gpu(handle))[0]]).upper()
+        domain, bus, slot = address.split(":")
+        info, info.domain, info.bus, info.device = ref._obj, int(domain, 16), int(bus, 16), int(slot[:2], 16)
+        info.busId, info.busIdLegacy = f"0000{address}".encode(), address.encode()
         return SUCCESS
 
     def nvmlDeviceGetCudaComputeCapability(self, handle: Any, major: Any, minor: Any) -> int:

@@ -80,8 +80,7 @@ class Library(SystemCalls, DeviceCalls, LoadCalls, MigCalls, TopologyCalls, Proc
 
     def listed(self) -> list[ListedGpu]:
         "Return the GPUs as Linux lists them"
-        return [ListedGpu(f"0000:{index + 1:02x}:00.0", gpu.name, self.uuid(gpu), gpu.asleep)
-                for index, gpu in enumerate(self.gpus)]
+        return [ListedGpu(self.pci(gpu), gpu.name, self.uuid(gpu), gpu.asleep) for gpu in self.gpus]
 
 for _name, _answer in ANSWERS.items(): setattr(Library, _name, always(_answer))
 

@@ -99,11 +99,14 @@ class SimulatedGpu(Checked):
     max_clock: int = 2040                    # MHz
     numa_node: int | None = None             # `None`: the driver does not say how far it is from other GPUs
     nvlink: int | None = None                # NVLink joins the GPUs that have the same number here
+    pci: str | None = None                   # its address, such as "0000:01:00.0"; `None`: by its place at the start
 
     def __post_init__(self) -> None:
         if self.addressing_mode not in (None, *ADDRESSING_MODES):
             raise ScenarioError(f"SimulatedGpu.addressing_mode must be one of {', '.join(ADDRESSING_MODES)}, "
                                 f"not {shorten(self.addressing_mode)}")
+        if self.pci is not None and not re.fullmatch(r"[0-9a-f]{4}:[0-9a-f]{2}:[0-9a-f]{2}\.[0-7]", self.pci):
+            raise ScenarioError(f"SimulatedGpu.pci must be like '0000:01:00.0', not {shorten(self.pci)}")
         if not re.fullmatch(r"\d{1,2}\.\d", self.compute_capability):
             raise ScenarioError("SimulatedGpu.compute_capability must be like '8.9', "
                                 f"not {shorten(self.compute_capability)}")
