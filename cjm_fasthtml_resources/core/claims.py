@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Claim', 'DeviceUse', 'no_less', 'read_use', 'Pool', 'used_by', 'find_pools', 'find_promises', 'find_base',
-           'find_covered', 'find_freed', 'lower_bases', 'drop', 'move', 'grant']
+           'find_covered', 'find_freed', 'lower_bases', 'drop', 'move', 'grant', 'find_most_used', 'observe']
 
 # %% ../../nbs/core/claims.ipynb #effac725
 import random
@@ -25,6 +25,7 @@ from cjm_fasthtml_resources.core.process import (
 )
 from .devices import device_key
 from .gpu import GpuDevice, GpuProcess
+from .receipts import Receipt
 from .resources import Promise
 from .topology import Links, choose_close
 
@@ -47,6 +48,7 @@ class Claim:
     covers: bool = False          # of a job: includes what the holder uses already, and then holds as long as its lease
     count: int = 1                # of the devices that it asks for together; a promise is one for each of them
     links: Links | None = None    # with a `count`: how close the devices are to one another
+    receipt: Receipt | None = None   # who asked and when, and what was seen of its use; `None`: not known
 
     def is_over(
         self,
@@ -406,3 +408,28 @@ def _grant_one(claim: Claim, rooms: Mapping[str, _Room], after: dict[int, Claim]
     elif len(hopeful) >= claim.count:
         best = sorted(hopeful.values(), key=lambda room: room.free, reverse=True)
         for room in [room for room in best if not room.blocked][:claim.count]: room.blocked = True
+
+# %% ../../nbs/core/claims.ipynb #8ad99fa5
+def find_most_used(claim: Claim, use: DeviceUse, claims: Iterable[Claim]) -> int:  # bytes
+    "Return the most of a promise that its holder can be using, beside its other promises on the device"
+    holder = use.holder_of(claim)
+    pool = find_pools(use, claims)[holder]
+    return max(min(_most_used(use, holder, pool.used) - (pool.promised - claim.memory), claim.memory), 0)
+
+def observe(
+    claims: Sequence[Claim],
+    uses: Iterable[DeviceUse],
+    now: float,                  # by `machine_time()`
+) -> list[Claim]:
+    "Return the claims, with receipts of the promises that this reading shows"
+    on, seen = dict[str | None, list[Claim]](), dict[int, Receipt]()
+    for claim in claims: on.setdefault(claim.device, []).append(claim)
+    for use in uses:
+        for holder, pool in find_pools(use, on.get(use.key, ())).items():
+            most = _most_used(use, holder, pool.used)
+            for c in pool.claims:
+                if c.receipt is None: continue
+                beside = pool.promised - c.memory   # of its other promises: as much can be theirs
+                part = most if not beside else min(most, -(-most*c.memory//pool.promised))
+                seen[c.id] = c.receipt.seen(min(part, c.memory), pool.consumed > 0, now)
+    return [replace(c, receipt=seen[c.id]) if c.id in seen else c for c in claims]
