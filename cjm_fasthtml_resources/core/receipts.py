@@ -43,6 +43,16 @@ class Receipt(NamedTuple):
         "Return the bytes that were never seen in use, of a reservation that was used; 0 where that is not known"
         return max(memory - self.most_used, 0) if self.most_used and self.unused_since is None else 0
 
+    def joined(
+        self,
+        other: "Receipt",   # of the same request, on another device
+    ) -> "Receipt":
+        "Return the receipt of both: the most that was used on one of them, and unused where both are"
+        most = None if self.most_used is None or other.most_used is None else max(self.most_used, other.most_used)
+        both = None not in (self.unused_since, other.unused_since)
+        unused_since = max(self.unused_since or 0.0, other.unused_since or 0.0) if both else None
+        return self._replace(most_used=most, unused_since=unused_since)
+
     def explain(
         self,
         memory: int,   # bytes that are reserved now
