@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['CONTAINER_NOTE', 'SILENT_NOTE', 'NO_INSTANCE', 'LISTS_NOTE', 'SHARED_NOTE', 'UNSEEN_NOTE', 'UNREAD_NOTE',
            'UNREAD_RAM_NOTE', 'estimate_notes', 'seen_notes', 'each_memory_once', 'tell_unified', 'unseen_promises',
-           'stand_in', 'least_left', 'Prepared', 'Checks', 'promises_on', 'count_reported', 'find_waiting',
-           'pick_devices']
+           'stand_in', 'least_left', 'Prepared', 'Checks', 'promises_on', 'count_reported', 'name_holder',
+           'find_waiting', 'pick_devices']
 
 # %% ../../nbs/core/checks.ipynb #2e3507fe
 import os
@@ -327,7 +327,7 @@ def count_reported(workers: Workers) -> int:
     return sum(int((w.gpu_memory_mb or 0)*2**20) for w in workers.some().values() if not has_ended(w.pid, w.start_time))
 
 # %% ../../nbs/core/checks.ipynb #eedc5864
-def _name_holder(claim: Claim) -> tuple[str | None, str | None]:
+def name_holder(claim: Claim) -> tuple[str | None, str | None]:
     "Return the name and the user of the process that a request is for, if it is seen from here"
     if claim.space != pid_namespace(): return None, None
     found = read_process(claim.holder.pid)
@@ -347,7 +347,7 @@ def find_waiting(
 
     def row(position: int, claim: Claim) -> Waiting:
         suits = tuple(ids[key] for key in claim.allowed if key in ids)
-        names = _name_holder(claim) if position <= _NAMED else (None, None)
+        names = name_holder(claim) if position <= _NAMED else (None, None)
         owner = "app" if claim.app == app else "external"
         ram = max((size for _, size in claim.beside), default=0)
         return Waiting(claim.holder.pid, owner, claim.memory, position, suits, claim.app, *names, ram, claim.priority)

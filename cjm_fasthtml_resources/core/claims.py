@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['RAM', 'PLACES', 'Claim', 'is_ram', 'asks_for_ram', 'has_partners', 'DeviceUse', 'no_less', 'lineage_here', 'read_use',
            'Pool', 'used_by', 'find_pools', 'find_promises', 'find_base', 'find_covered', 'find_freed', 'lower_bases',
-           'drop', 'move', 'in_queue', 'grant']
+           'drop', 'move', 'in_queue', 'grant', 'find_most_used', 'observe']
 
 # %% ../../nbs/core/claims.ipynb #effac725
 import random
@@ -27,6 +27,7 @@ from cjm_fasthtml_resources.core.process import (
 )
 from .devices import device_key
 from .gpu import GpuDevice, GpuProcess
+from .receipts import Receipt
 from .resources import Promise
 from .topology import Links, choose_close
 
@@ -51,6 +52,7 @@ class Claim:
     links: Links | None = None    # with a `count`: how close the devices are to one another
     beside: tuple[tuple[str, int], ...] = ()   # what it asks for together with them: bytes by name, as ("RAM", 10)
     priority: int = 0             # while it waits: a smaller one is `PLACES` places further ahead in the queue
+    receipt: Receipt | None = None   # who asked and when, and what was seen of its use; `None`: not known
 
     @property
     def size(self) -> int:
@@ -483,3 +485,28 @@ def _grant_one(claim: Claim, rooms: Mapping[str, _Room], after: dict[int, Claim]
         best = sorted(hopeful.values(), key=lambda room: room.free, reverse=True)
         for room in [room for room in best if not room.blocked][:claim.count]: room.blocked = True
         for share in named: share.room.blocked = True
+
+# %% ../../nbs/core/claims.ipynb #8ad99fa5
+def find_most_used(claim: Claim, use: DeviceUse, claims: Iterable[Claim]) -> int:  # bytes
+    "Return the most of a promise that its holder can be using, beside its other promises on the device"
+    holder = use.holder_of(claim)
+    pool = find_pools(use, claims)[holder]
+    return max(min(_most_used(use, holder, pool.used) - (pool.promised - claim.memory), claim.memory), 0)
+
+def observe(
+    claims: Sequence[Claim],
+    uses: Iterable[DeviceUse],
+    now: float,                  # by `machine_time()`
+) -> list[Claim]:
+    "Return the claims, with receipts of the promises that this reading shows"
+    on, seen = dict[str | None, list[Claim]](), dict[int, Receipt]()
+    for claim in claims: on.setdefault(claim.device, []).append(claim)
+    for use in uses:
+        for holder, pool in find_pools(use, on.get(use.key, ())).items():
+            most = _most_used(use, holder, pool.used)
+            for c in pool.claims:
+                if c.receipt is None: continue
+                beside = pool.promised - c.memory   # of its other promises: as much can be theirs
+                part = most if not beside else min(most, -(-most*c.memory//pool.promised))
+                seen[c.id] = c.receipt.seen(min(part, c.memory), pool.consumed > 0, now)
+    return [replace(c, receipt=seen[c.id]) if c.id in seen else c for c in claims]

@@ -17,12 +17,13 @@ from dataclasses import dataclass, field, replace
 from operator import attrgetter
 from typing import Any, NamedTuple
 
-from .claims import Claim, DeviceUse, asks_for_ram, drop, grant, is_ram, move
+from .claims import Claim, DeviceUse, asks_for_ram, drop, grant, is_ram, move, observe
 from .events import WAIT_BUCKETS, Events
 from .forks import reset_in_child
 from .leases import Leases, hides_any
 from .logs import Log
 from .process import ProcessId, machine_time, pid_namespace
+from .receipts import Receipt, from_text, is_receipt, machine_user, to_text
 from .store import ChangedInside, Draft, Store, StoreError
 from .topology import Links
 
@@ -59,19 +60,22 @@ _GROUP, _MORE = "*", "+"
 
 def _to_row(claim: Claim) -> list[Any]:
     "Return a claim as it is written"
-    *values, count, links, beside, priority = vars(claim).values()
+    *values, count, links, beside, priority, receipt = vars(claim).values()
     row = [list(value) if isinstance(value, tuple) else value for value in values]
     group = [count, claim.allowed, *((links.keys, links.ranks) if links else ())]
     if beside or priority or not count: row[3] = [_MORE + json.dumps([beside, priority, group])]
     elif count > 1: row[3] = [_GROUP + json.dumps(group)]
+    if receipt is not None: row[3] = [*row[3], to_text(receipt)]
     return row
 
 def _to_claim(id: int, holder: list[Any], memory: int, allowed: list[str], *others: Any) -> Claim:
-    claim = Claim(id, ProcessId(*holder), memory, tuple(allowed), *others)
+    last: dict[str, Any] = dict(receipt=from_text(allowed.pop())) if allowed and is_receipt(allowed[-1]) else {}
+    claim = Claim(id, ProcessId(*holder), memory, tuple(allowed), *others, **last)
     if len(allowed) != 1 or not allowed[0].startswith((_GROUP, _MORE)): return claim
     found = json.loads(allowed[0][1:])
     beside, priority, (count, devices, *links) = found if allowed[0].startswith(_MORE) else ((), 0, found)
-    return replace(claim, allowed=tuple(devices), count=count, links=Links(tuple(links[0]), links[1]) if links else None,
+    near = Links(tuple(links[0]), links[1]) if links else None
+    return replace(claim, allowed=tuple(devices), count=count, links=near,
                    beside=tuple((key, size) for key, size in beside), priority=priority)
 
 def to_bytes(rows: Rows) -> bytes:
@@ -376,19 +380,22 @@ def _enter(
 ) -> Rows:
     "Return the ledger after `grant`; requests of suspended processes are passed over"
     before, now = list(rows.claims), machine_time()
-    if asked: before.append(replace(asked, id=rows.last_id + 1, space=pid_namespace()))
+    if asked:
+        receipt = Receipt(machine_user(), now, asked=asked.memory)
+        before.append(replace(asked, id=rows.last_id + 1, space=pid_namespace(), receipt=receipt))
     current = [replace(c, allowed=tuple(allowed[c.lease])) if c.lease in allowed else c for c in before]
     asleep = {c.id: c for c in current if c.device is None and c.is_suspended}
     after = grant([c for c in current if c.id not in asleep], uses)
     held = {c.id for c in current if c.device is not None}
     given = {c.id for c in after if c.device is not None and c.id not in held}
-    after = [_start_ttl(c, now) if c.id in given else c for c in after]
+    after = observe([_start(c, now) if c.id in given else c for c in after], uses, now)
     devices = tuple(sorted(use.key for use in uses if not is_ram(use.key)))
     every = sorted((*after, *asleep.values()), key=attrgetter("id"))
     return rows._replace(claims=tuple(every), version=rows.version + bool(given), devices=devices,
                          last_id=rows.last_id + (asked.size if asked else 0))
 
 # %% ../../nbs/core/ledger.ipynb #72e609b2
-def _start_ttl(claim: Claim, now: float) -> Claim:
-    "Return a claim that was just given a device with the time when it runs out"
-    return claim if claim.ttl is None else replace(claim, expires=now + claim.ttl)
+def _start(claim: Claim, now: float) -> Claim:
+    "Return a claim that was just given a device, with the time from which it holds, and when it runs out"
+    receipt = claim.receipt and claim.receipt._replace(since=now)
+    return replace(claim, receipt=receipt, expires=claim.expires if claim.ttl is None else now + claim.ttl)

@@ -1,0 +1,261 @@
+"""`cjm-resources queue`, `release` and `cancel` with real processes of two apps that hold and wait on a simulated GPU:
+what is shown of each, who ended it, holders that are killed, wrong IDs, and what belongs to another user"""
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from conftest import GIB, wait_until
+
+from cjm_fasthtml_resources.core.ledger import Ledger, Rows, from_bytes, to_bytes
+from cjm_fasthtml_resources.core.store import Store, store_path
+
+DRIVER = """
+import os
+from cjm_fasthtml_resources.simulate import SimulatedDriver, SimulatedGpu
+driver = SimulatedDriver([SimulatedGpu("NVIDIA L4")], shared=os.environ["GPUS"])
+driver.start()
+"""
+
+COMMAND = DRIVER + """
+from cjm_fasthtml_resources.cli import main
+main(prog_name="cjm-resources")
+"""
+
+HOLDER = DRIVER + """
+import sys
+from cjm_fasthtml_resources import ResourceManager
+from cjm_fasthtml_resources.core.conflict import ResourceBusy
+app, size = sys.argv[1], float(sys.argv[2])*1024
+def tell(*words): print(*words, flush=True)
+try: held = ResourceManager(app=app, track_self=False).reserve(size, timeout=60)
+except ResourceBusy as error:
+    tell(type(error).__name__, error)
+    sys.exit(3)
+tell("has it")
+kept = []
+for line in sys.stdin:
+    word, *numbers = line.split()
+    try:
+        if word == "use":
+            kept.append(driver.allocate(float(numbers[0])*1024))
+            kept[-1].__enter__()
+            tell("uses it")
+        if word == "shrink": held = held.shrink(float(numbers[0])*1024)
+        if word == "shrink": tell("shrunk")
+        if word == "receipt": tell("receipt", held.receipt.explain(int(held.gpu_memory_mb*2**20)))
+        if word == "keep": held.keep_over_exec()
+        if word == "release": tell(held.release(), held.ended_by)
+    except (RuntimeError, ValueError) as error: tell(type(error).__name__, error)
+"""
+
+
+class Rig:
+    "The command, and processes that hold or wait"
+    def __init__(self, folder: Path) -> None:
+        self.env = {**os.environ, "GPUS": str(folder/"gpus"), "PYTHONUNBUFFERED": "1", "COLUMNS": "140"}
+        self.words = {}
+        for name, code in (("command", COMMAND), ("holder", HOLDER)):
+            (folder/f"{name}.py").write_text(code)
+            self.words[name] = [sys.executable, str(folder/f"{name}.py")]
+        self.started = []
+
+    def run(self, *args: str, **env: str) -> subprocess.CompletedProcess:
+        words = [*self.words["command"], *map(str, args)]
+        return subprocess.run(words, env={**self.env, **env}, capture_output=True, text=True, timeout=60)
+
+    def rows(self, *args: str) -> list[dict]:
+        found = self.run("queue", "--json", *args)
+        assert found.returncode == 0, found.stderr
+        return json.loads(found.stdout)["queue"]
+
+    def start(self, app: str, gib: float) -> subprocess.Popen:
+        pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        self.started.append(subprocess.Popen([*self.words["holder"], app, str(gib)], env=self.env, **pipes))
+        return self.started[-1]
+
+    def hold(self, app: str, gib: float) -> subprocess.Popen:
+        process = self.start(app, gib)
+        assert process.stdout.readline() == "has it\n"
+        return process
+
+    def wait(self, app: str, gib: float) -> tuple[subprocess.Popen, dict]:
+        "Start a process that has to wait; the process and its row"
+        process = self.start(app, gib)
+        found = wait_until_any(lambda: [row for row in self.rows() if row["pid"] == process.pid])
+        assert found[0]["state"] == "waiting"
+        return process, found[0]
+
+
+def wait_until_any(find):
+    found = []
+    wait_until(lambda: found.extend(find()) or found, 30)
+    return found
+
+
+def ask(process: subprocess.Popen, *words: object) -> str:
+    process.stdin.write(" ".join(map(str, words)) + "\n")
+    process.stdin.flush()
+    return process.stdout.readline().strip()
+
+
+@pytest.fixture
+def rig(folder, tmp_path):
+    made = Rig(tmp_path)
+    yield made
+    for process in made.started:
+        process.kill()
+        process.communicate()
+
+
+def test_who_has_what_and_who_waits_behind_whom(rig):
+    holder = rig.hold("speech", 16)
+    assert ask(holder, "use", 11) == "uses it"
+    first, _ = rig.wait("train", 20)
+    second, _ = rig.wait("train", 21)
+    held, large, larger = rig.rows()
+    assert (held["state"], held["app"], held["pid"], held["devices"]) == ("held", "speech", holder.pid, [0])
+    assert (held["memory"], held["used"]) == (16*GIB, 11*GIB) and 0 <= held["seconds"] < 60
+    assert "5.0 GiB can be given back" in held["why"]
+    assert (large["pid"], large["behind"], larger["pid"], larger["behind"]) == (
+        first.pid, None, second.pid, large["id"])
+    assert "20.0 GiB of GPU memory are wanted" in large["why"] and 0 <= large["seconds"] < 60
+    assert [row["pid"] for row in rig.rows("--app", "train")] == [first.pid, second.pid]
+    text = rig.run("queue").stdout
+    assert re.search(rf"{held['id']} +0 +16.0 GiB +11.0 GiB +held .*speech", text), text
+    assert f"waits behind {large['id']}" in text and f"{held['id']}: At most 11.0 GiB of 16.0 GiB" in text
+
+
+def test_a_small_one_waits_for_the_memory_that_a_large_one_asked_for_first(rig):
+    rig.hold("speech", 10)
+    _, large = rig.wait("train", 20)
+    _, small = rig.wait("speech", 2)
+    assert small["behind"] == large["id"] and f"kept for {large['id']}" in small["why"]
+
+
+def test_a_killed_holder_is_gone_and_the_next_has_it(rig):
+    holder = rig.hold("speech", 16)
+    waiting, _ = rig.wait("train", 20)
+    holder.kill()
+    holder.wait()
+    assert waiting.stdout.readline() == "has it\n"
+    assert [(row["pid"], row["state"]) for row in rig.rows()] == [(waiting.pid, "held")]
+
+
+def test_release_gives_the_memory_to_the_next_and_tells_the_holder(rig):
+    holder = rig.hold("speech", 16)
+    waiting, _ = rig.wait("train", 20)
+    released = rig.run("release", rig.rows()[0]["id"])
+    assert released.returncode == 0 and f"16.0 GiB of GPU memory for PID {holder.pid}, app speech" in released.stdout
+    assert waiting.stdout.readline() == "has it\n" and holder.poll() is None
+    said = ask(holder, "keep")
+    assert said.startswith("ReservationOver") and re.search(r"it was released by \w+ \(PID \d+\)", said), said
+    assert re.fullmatch(r"False \w+ \(PID \d+\)", ask(holder, "release"))
+    assert "it was released by" in holder.communicate()[1]   # the log
+    assert rig.run("release", rig.rows()[0]["id"] + 100).returncode == 2
+
+
+def test_cancel_ends_the_waiting_and_no_other(rig):
+    holder = rig.hold("speech", 16)
+    waiting, row = rig.wait("train", 20)
+    _, other = rig.wait("train", 21)
+    wrong = rig.run("release", row["id"])
+    assert wrong.returncode == 2 and "cancel it" in wrong.stderr
+    assert "release it" in rig.run("cancel", rig.rows()[0]["id"]).stderr
+    assert rig.run("cancel", row["id"]).returncode == 0
+    assert re.fullmatch(r"RequestCancelled .* cancelled by \w+ \(PID \d+\)\.\n", waiting.stdout.readline())
+    assert waiting.wait(30) == 3
+    assert [row["pid"] for row in rig.rows()] == [holder.pid, other["pid"]]
+
+
+@pytest.mark.parametrize("name", ["wait", "run"])
+def test_a_command_that_is_cancelled_ends_with_75(rig, name):
+    rig.hold("speech", 16)
+    words = [*rig.words["command"], name, "--gpu-memory", "20GiB", "--", "true"]
+    process = subprocess.Popen(words, env=rig.env, stderr=subprocess.PIPE, text=True)
+    row = wait_until_any(lambda: [row for row in rig.rows() if row["pid"] == process.pid])[0]
+    assert rig.run("cancel", row["id"]).returncode == 0
+    assert "cancelled by" in process.communicate(timeout=30)[1] and process.returncode == os.EX_TEMPFAIL
+
+
+def test_a_suspended_request_says_so(rig):
+    rig.hold("speech", 16)
+    waiting, row = rig.wait("train", 20)
+    waiting.send_signal(signal.SIGSTOP)
+    assert "suspended" in rig.rows()[1]["why"]
+    assert rig.run("cancel", row["id"]).returncode == 0
+    waiting.send_signal(signal.SIGCONT)
+    assert waiting.stdout.readline().startswith("RequestCancelled")
+
+
+def test_shrink_and_the_receipt(rig):
+    holder = rig.hold("speech", 16)
+    ask(holder, "use", 11)
+    assert ask(holder, "receipt") == "receipt At most 11.0 GiB of 16.0 GiB were seen in use: 5.0 GiB can be given back."
+    waiting, _ = rig.wait("train", 12)
+    assert "at least 11264" in ask(holder, "shrink", 10) and "at most 16384" in ask(holder, "shrink", 17)
+    assert ask(holder, "shrink", 11) == "shrunk"
+    assert waiting.stdout.readline() == "has it\n"
+    held, _ = rig.rows()
+    assert (held["memory"], held["asked"], held["why"]) == (11*GIB, 16*GIB, "")
+
+
+def test_wrong_ids_and_apps(rig):
+    rig.hold("speech", 16)
+    for name in ("release", "cancel"):
+        assert [rig.run(name, given).returncode for given in ("99", "0", "x")] == [2, 2, 2]
+    for args in (("queue", "--app", "nosuch"), ("--app", "nosuch")):
+        found = rig.run(*args)
+        assert found.returncode == 2 and "no app 'nosuch'" in found.stderr and "Known: speech" in found.stderr
+    assert rig.run("--app", "speech").returncode == 0
+
+
+def write_user(change) -> None:
+    "Change the receipts in the file, as if somebody else had asked"
+    with Store(store_path()).changing() as draft:
+        rows = from_bytes(draft.data)
+        draft.data = to_bytes(rows._replace(claims=tuple(map(change, rows.claims))))
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may end anybody's")
+def test_what_is_another_users_stays(rig):
+    holder = rig.hold("speech", 16)
+    write_user(lambda c: replace(c, receipt=c.receipt._replace(user=os.geteuid() + 1)))
+    found = rig.run("release", rig.rows()[0]["id"])
+    assert found.returncode == os.EX_NOPERM and "only" in found.stderr
+    assert [row["pid"] for row in rig.rows()] == [holder.pid]
+
+
+def test_root_ends_anybodys_and_a_row_without_a_receipt_is_the_holders(rig):
+    holder = rig.hold("speech", 16)
+    write_user(lambda c: replace(c, receipt=None))
+    row, = rig.rows()
+    assert (row["seconds"], row["most_used"], row["pid"]) == (None, None, holder.pid)   # not known, and not refused
+    if os.geteuid() == 0: write_user(lambda c: replace(c, receipt=None, space=1))
+    assert rig.run("release", row["id"]).returncode == 0 and rig.rows() == []
+
+
+def test_a_file_that_cannot_be_used_is_74(rig):
+    assert rig.run("queue").stdout == "Nothing is reserved, and no request waits.\n"
+    (store_path().parent).mkdir(exist_ok=True, parents=True)
+    os.chmod(store_path().parent, 0o777)
+    for args in (("queue",), ("release", "1"), ("cancel", "1")):
+        assert rig.run(*args).returncode == os.EX_IOERR, args
+
+
+def test_a_program_without_receipts_leaves_them_where_they_are(rig, monkeypatch):
+    holder = rig.hold("speech", 16)
+    rows = Ledger(Store(store_path())).rows()
+    from cjm_fasthtml_resources.core import ledger as ledgers
+    monkeypatch.setattr(ledgers, "is_receipt", lambda text: False)
+    seen = from_bytes(to_bytes(rows))
+    assert seen.claims[0].receipt is None and len(seen.claims[0].allowed) == 2
+    again = to_bytes(Rows(seen.claims, *rows[1:]))
+    monkeypatch.undo()
+    assert from_bytes(again) == rows and rows.claims[0].receipt.asked == 16*GIB
+    assert holder.poll() is None
