@@ -21,6 +21,7 @@ from ..core.manager import ResourceManager
 from ..core.needs import Needs
 from ..core.process import has_ended, is_free, read_process
 from ..core.samples import Sample, take_sample
+from ..core.sharing import check_owner
 from ..core.store import Store, StoreError, store_path
 from .ending import fail, say
 
@@ -33,7 +34,8 @@ class Machine(NamedTuple):
 def _watch_reservations(manager: ResourceManager) -> None:
     "Count the reservations of this machine from now on, although the manager names no app"
     try:
-        if not store_path().exists(): return
+        check_owner(store_path().parent)
+        if not store_path().with_suffix(".lock").exists(): return
     except (StoreError, OSError) as error: say(f"Reservations cannot be read: {error}")
     else: manager.ledger = manager.checks.ledger = Ledger(Store(store_path()))
 
