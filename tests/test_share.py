@@ -68,7 +68,7 @@ class Machine:
     def start(self, place: Place, code: str, *arguments: str, shell: tuple[str, ...] = (),
               **env: str | None) -> subprocess.Popen[str]:
         "Start Python code there"
-        lines = ["set -e", "umask 077", *self._shows_python(), *shell]
+        lines = ["set -e", *self._shows_python(), *shell, "umask 077"]
         if place.container: lines.append(f"mount --bind {self.queue} {self.elsewhere}")
         groups = f"--groups {GROUP}" if place.member else "--clear-groups"
         become = f"setpriv --reuid {place.user} --regid {place.user} {groups}"
@@ -108,7 +108,7 @@ PROGRAM = """if True:
         return "granted"
     def release(): return [one.release() for one in held]
     def claims(): return [c.memory//2**20 for c in use().get_claims()]
-    def promises(): return [[p.owner, p.app, p.memory//2**20] for d in use().check_gpu_availability().devices
+    def promises(): return [[p.owner, p.app, p.memory//2**20, p.pid > 0] for d in use().check_gpu_availability().devices
                             for p in d.promises]
     def work(): return use().register_worker(os.getpid(), "llm", "job") and None
     def workers(): return len(use().get_all_workers())
@@ -171,7 +171,7 @@ def test_what_one_has_reserved_is_external_for_all_others_and_stays_its_own(mach
     if place.rootless and not can_be_rootless(machine): pytest.skip("this kernel gives users no namespaces")
     holder, other = program(HOSTS[0], "speech"), program(place, "llm")
     assert holder.do("reserve", 20_000) == "granted"
-    assert other.do("promises") == [["external", "speech", 20_000]]
+    assert other.do("promises") == [["external", "speech", 20_000, not place.container]]   # no number of elsewhere
     assert "ResourceBusy" in other.do("reserve", 5_000)
     assert other.do("attack") == "nothing was done"
     assert holder.do("claims") == other.do("claims") == [20_000]
@@ -385,9 +385,10 @@ def test_a_crowd_of_users_and_containers_shares_one_device(machine):
         logs[path] = place, time.monotonic()
         assert process.returncode == 0, f"{place.name}: {errors}"
     held = {path: read_log(path, killed) for path, (_, killed) in logs.items()}
-    assert most_at_once([h for found in held.values() for h in found]) <= TOTAL
+    assert TOTAL/2 < (most := most_at_once([h for found in held.values() for h in found])) <= TOTAL, most
     for place in places:
         mine = [h for path, found in held.items() if logs[path][0] == place for h in found]
+        print(f"{place.name}: {len(mine)} times, {max(h.since - h.asked for h in mine):.1f} s at most")
         assert len(mine) >= SECONDS/2, f"{place.name} was granted {len(mine)} times"
         assert max(h.since - h.asked for h in mine) < 10, f"{place.name} waited too long"
     with contextlib.closing(machine.start(HOSTS[0], PROGRAM, "late").stdin): pass
