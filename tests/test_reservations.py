@@ -19,6 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cjm_fasthtml_resources.core import database, host, lockfile
+from cjm_fasthtml_resources.core import folder as places
 from cjm_fasthtml_resources.core.claims import Claim, DeviceUse, find_pools, grant, read_use
 from cjm_fasthtml_resources.core.conflict import ResourceBusy
 from cjm_fasthtml_resources.core.devices import device_key
@@ -431,7 +432,7 @@ def test_after_a_restart_of_the_machine_nothing_is_promised(folder, spawn, monke
     # where no folder is set, there is a new one
     monkeypatch.delenv("CJM_RESOURCES_DIR")
     before = store_path()
-    monkeypatch.setattr(lockfile, "boot_id", lambda: "another")
+    monkeypatch.setattr(places, "boot_id", lambda: "another")
     assert store_path() != before and store_path().name == before.name
 
 

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 from conftest import GONE, Server, warned
 
-from cjm_fasthtml_resources.core import asking, database, lockfile, store
+from cjm_fasthtml_resources.core import asking, database, store
+from cjm_fasthtml_resources.core import folder as places
 from cjm_fasthtml_resources.core import process as proc
 from cjm_fasthtml_resources.core.manager import ResourceManager
 from cjm_fasthtml_resources.core.resources import ResourceStatus, WorkerState
@@ -38,7 +39,7 @@ def test_the_files_are_the_users_for_one_run_of_the_machine_whatever_the_environ
     assert store.store_path() == expected
     monkeypatch.setattr(proc, "_namespace", lambda *where: 4711)
     assert store.store_path() == expected
-    monkeypatch.setattr(lockfile, "boot_id", lambda: "another")
+    monkeypatch.setattr(places, "boot_id", lambda: "another")
     assert store.store_path() == expected.parent.parent/"another"/"resources.sqlite"
 
 

@@ -24,6 +24,7 @@ from ..core.needs import Needs, needs_path
 from ..core.process import has_ended, is_free, read_process
 from ..core.roster import read_needs
 from ..core.samples import Sample, take_sample
+from ..core.sharing import check_owner
 from ..core.store import Store, StoreError, store_path
 from .ending import fail, say
 
@@ -51,7 +52,8 @@ class Machine(NamedTuple):
 def _watch_reservations(manager: ResourceManager) -> None:
     "Count the reservations of this machine from now on, although the manager names no app"
     try:
-        if not store_path().exists(): return
+        check_owner(store_path().parent)
+        if not store_path().with_suffix(".lock").exists(): return
     except (StoreError, OSError) as error: say(f"Reservations cannot be read: {error}")
     else: manager.ledger = manager.checks.ledger = Ledger(Store(store_path()))
 

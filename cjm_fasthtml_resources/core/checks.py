@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['CONTAINER_NOTE', 'SILENT_NOTE', 'NO_INSTANCE', 'LISTS_NOTE', 'SHARED_NOTE', 'UNSEEN_NOTE', 'UNREAD_NOTE',
-           'UNREAD_RAM_NOTE', 'estimate_notes', 'seen_notes', 'each_memory_once', 'tell_unified', 'unseen_promises',
-           'stand_in', 'least_left', 'Prepared', 'Checks', 'promises_on', 'count_reported', 'name_holder',
-           'find_waiting', 'pick_devices']
+           'UNREAD_RAM_NOTE', 'estimate_notes', 'seen_notes', 'each_memory_once', 'tell_unified', 'number_here',
+           'unseen_promises', 'stand_in', 'least_left', 'Prepared', 'Checks', 'promises_on', 'count_reported',
+           'name_holder', 'find_waiting', 'pick_devices']
 
 # %% ../../nbs/core/checks.ipynb #2e3507fe
 import os
@@ -107,13 +107,17 @@ def tell_unified(
     lacking = [d for d in snapshot.devices if d.memory_total is None and not d.mig_mode and d.reason != NO_MEMORY]
     return None if snapshot.reason or lacking else False
 
+def number_here(claim: Claim) -> int:
+    "Return the PID of a claim's holder; 0 if it is of another PID namespace, where numbers are others"
+    return claim.holder.pid if claim.space == pid_namespace() else 0
+
 def unseen_promises(machine: Sequence[GpuDevice], known: LedgerReading, app: str) -> list[Promise]:
     "Return what is reserved on devices that cannot be read"
     keys = {device_key(d) for d in machine if d.memory_total is not None}
     lost = [c for c in known.claims
             if c.device and c.device not in keys and c.id not in known.over and not is_ram(c.device)]
     uses = read_use(machine) if lost else []
-    return [Promise(c.holder.pid, "app" if c.app == app else "external", c.memory, c.memory, c.app)
+    return [Promise(number_here(c), "app" if c.app == app else "external", c.memory, c.memory, c.app)
             for c in lost if not any(use.is_called(c.device) for use in uses)]
 
 def stand_in(promises: Sequence[Promise]) -> DeviceStatus:
@@ -350,7 +354,7 @@ def find_waiting(
         names = name_holder(claim) if position <= _NAMED else (None, None)
         owner = "app" if claim.app == app else "external"
         ram = max((size for _, size in claim.beside), default=0)
-        return Waiting(claim.holder.pid, owner, claim.memory, position, suits, claim.app, *names, ram, claim.priority)
+        return Waiting(number_here(claim), owner, claim.memory, position, suits, claim.app, *names, ram, claim.priority)
 
     return tuple(row(position, claim) for position, claim in enumerate(waiting, 1))
 

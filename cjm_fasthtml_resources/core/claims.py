@@ -273,7 +273,7 @@ def find_promises(
 ) -> tuple[Promise, ...]:
     "Return the promises on a device; those of one holder share its use in proportion to their size"
     return tuple(
-        Promise(c.holder.pid, "app" if c.app == app else "external", c.memory,
+        Promise(max(use.holder_of(c).pid, 0), "app" if c.app == app else "external", c.memory,
                 -(-pool.unused*c.memory//pool.promised), c.app)   # rounded up: in sum at least the pool's
         for pool in find_pools(use, claims).values() for c in pool.claims)
 

@@ -21,6 +21,7 @@ from pathlib import Path
 from .forks import reset_in_child
 from .locking import holding
 from .logs import Log
+from .sharing import open_made
 
 # %% ../../nbs/core/events.ipynb #6ed30a2e
 EVENTS = ("granted", "refused", "ended", "stopped", "driver_lost", "out_of_memory", "scrape_failed")
@@ -57,11 +58,13 @@ class _Tally:
 # %% ../../nbs/core/events.ipynb #1dc79788
 _FLAGS = os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK   # no link, and no waiting for a pipe's other end
 
-def _open(path: str, flags: int) -> int: return os.open(path, flags | _FLAGS, 0o600)
+def _open(path: str, flags: int) -> int: return os.open(path, flags | _FLAGS)
+
+def _open_made(path: str, flags: int) -> int: return open_made(path, flags | _FLAGS)
 
 def _append(path: Path, line: str) -> None:
     "Add a line at the end of a file"
-    with FileIO(path, "a", opener=_open) as file: file.write(line.encode())
+    with FileIO(path, "a", opener=_open_made) as file: file.write(line.encode())
 
 def _read_from(path: Path, at: int) -> tuple[int, list[str]]:
     "Return where the last whole line ends, and the lines from `at` on; a file that was made again begins at 0"

@@ -14,7 +14,7 @@ from math import ceil
 from typing import NamedTuple
 
 from .memory import HostMemory
-from .resources import DeviceStatus, MemoryStatus, OwnedProcess, ResourceStatus
+from .resources import DeviceStatus, MemoryStatus, OwnedProcess, Promise, ResourceStatus
 from .room import roomiest
 from .text import format_bytes, list_names, printable
 
@@ -81,8 +81,11 @@ def reservation_causes(
 ) -> list[Cause]:
     "Return each reservation that is not used yet, with its device and holder"
     rows = [(p, d.device.id) for d in devices for p in d.promises if p.unused and owner in (None, p.owner)]
-    return [Cause(p.unused, f"{format_bytes(p.unused)} on GPU {device} promised to PID {p.pid}"
+    return [Cause(p.unused, f"{format_bytes(p.unused)} on GPU {device} promised to {_name_holder(p)}"
                             + (f" of the app {p.app}" if p.owner == "external" else "")) for p, device in rows]
+
+def _name_holder(promise: Promise) -> str:
+    return f"PID {promise.pid}" if promise.pid else "a process of another PID namespace"
 
 def name_processes(
     devices: Iterable[DeviceStatus],

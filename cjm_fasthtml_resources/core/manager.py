@@ -39,7 +39,7 @@ from .room import plan_room
 from .roster import Roster
 from .secrets import PLUGIN_RESOURCE_CONFIG_KEYS
 from .settings import MANAGER_SCHEMA, Setting
-from .store import Store, store_path
+from .store import Store, open_tables, store_path
 from .usage import JobLooks, JobStarter, look_at_jobs
 from .workers import Workers
 
@@ -249,8 +249,7 @@ def open_rooms(
 ) -> tuple[Workers, Ledger, Needs, Checks]:
     "Return the parts of a manager; `StoreError` if the file cannot be used"
     store = Store(None if app is None else store_path())
-    roster = None if app is None else Roster(store, app)
-    if app is not None: store.prepare()   # a file that cannot be used is an error now, not later
+    roster = None if app is None else Roster(open_tables(store), app)
     events = Events(None if app is None else store_path().with_name(f"{app}.events"))
     workers, ledger, needs = Workers(roster, events), Ledger(store, events), Needs(needs_roster(roster))
     return workers, ledger, needs, Checks(workers, ledger, needs, app or "", track_self)

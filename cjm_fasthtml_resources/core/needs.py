@@ -34,13 +34,14 @@ from cjm_fasthtml_resources.core.learned import (
     need_key,
 )
 from .arguments import check_fields, check_number
+from .folder import chosen_folder
 from .forks import reset_in_child
 from .locking import holding
 from .logs import Log
 from .resources import DeviceStatus, WorkerState
 from .roster import Roster
 from .secrets import shown_text
-from .store import Store, StoreError, store_path
+from .store import Store, StoreError, store_path, tables_path
 from .threads import NoThreadError, start_thread
 
 # %% ../../nbs/core/needs.ipynb #de4747e5
@@ -117,9 +118,8 @@ def machine_id() -> str:
 # %% ../../nbs/core/needs.ipynb #8adf4a11
 def needs_path() -> Path:
     "Return the path of the database with what jobs need; `StoreError` if the user has no home folder"
-    folder = store_path().parent
-    if os.environ.get("CJM_RESOURCES_DIR") or not (machine := machine_id()): return store_path()
-    return folder.parent/f"needs-{machine}"/store_path().name
+    if chosen_folder() or not (machine := machine_id()): return tables_path()
+    return store_path().parent.parent/f"needs-{machine}"/store_path().name
 
 def needs_roster(
     roster: Roster | None,   # of the app's workers

@@ -84,7 +84,7 @@ class OwnedProcess:
 @dataclass(frozen=True)
 class Promise:
     "Memory that is reserved for a process on a device"
-    pid: int
+    pid: int          # 0: of another PID namespace, where numbers are others
     owner: str        # "app" or "external"
     memory: int       # bytes
     unused: int       # bytes of it that are not in use yet
@@ -94,7 +94,7 @@ class Promise:
 @dataclass(frozen=True)
 class Waiting:
     "A request that waits for GPU memory, or for RAM"
-    pid: int
+    pid: int                             # 0: of another PID namespace, where numbers are others
     owner: str                           # "app" or "external"
     memory: int                          # bytes on each device; 0: it waits for RAM alone
     position: int                        # its place in the queue, from 1

@@ -190,7 +190,7 @@ def worker_table(
 # %% ../../nbs/ui/tables.ipynb #82ea00af
 RESERVATION_COLUMNS = (
     Column("GPU", lambda row: _place(row.place), width="w4"),
-    Column("PID", lambda row: row.pid, "n"),
+    Column("PID", lambda row: row.pid or "", "n"),
     Column("owner", lambda row: _owner(row.owner, "xx"), "xx", "w6"),
     Column("process", lambda row: printable(row.who)),
     Column("app", lambda row: _long(printable(row.app), 12, "x"), "x", "w6"),

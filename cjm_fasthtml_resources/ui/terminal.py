@@ -296,7 +296,7 @@ def worker_table(
 # %% ../../nbs/ui/terminal.ipynb #3589ba0e
 _PROMISE_COLUMNS: Sequence[Column[ReservationRow]] = (
     Column("reserved", lambda row: f"GPU {row.place}" if row.place else "GPU"),
-    Column("PID", lambda row: str(row.pid), "right"),
+    Column("PID", lambda row: str(row.pid or ""), "right"),
     Column("owner", lambda row: _owner(row.owner)),
     Column("memory", lambda row: format_bytes(row.memory), "right"),
     Column("state", lambda row: row.state),

@@ -1,0 +1,395 @@
+"""A folder that a group shares: several users and containers in one queue, tried as root with the kernel's own means
+
+The crowd runs for 10 s; `SHARE_SECONDS=60 pytest tests/test_share.py` makes it longer."""
+import contextlib
+import itertools
+import json
+import os
+import random
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+
+SECONDS = float(os.environ.get("SHARE_SECONDS", "10"))
+GROUP, TOTAL = 54_300, 24_000   # the group's number, which needs no entry; MiB of the device
+ALICE, BOB, CLEO, DORA = 54_321, 54_322, 54_323, 54_324   # Dora is not in the group
+
+
+def allows() -> bool:
+    if os.geteuid() or not shutil.which("unshare") or not shutil.which("setpriv"): return False
+    command = ["unshare", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc", "true"]
+    return subprocess.run(command, capture_output=True).returncode == 0
+
+
+pytestmark = pytest.mark.skipif(not allows(), reason="needs root, unshare and setpriv: to be several users")
+
+
+class Place(NamedTuple):
+    "Where a program runs"
+    name: str
+    user: int
+    container: bool = False    # with PIDs of its own, and the folder at another path
+    rootless: bool = False     # a container of a user who is not root, as Podman starts it
+    member: bool = True
+
+
+HOSTS = [Place("alice", ALICE), Place("bob", BOB), Place("cleo", CLEO)]
+CONTAINERS = [Place("container of bob", BOB, container=True), Place("container of root", 0, container=True)]
+ROOTLESS = Place("rootless container of cleo", CLEO, container=True, rootless=True)
+
+
+class Machine:
+    "A folder for programs, and the folder that the group shares, as `cjm-resources share` makes it"
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.queue, self.elsewhere, self.keep = (folder, *(folder/n for n in ("queue", "mnt", "python")))
+        for path in (self.elsewhere, self.keep): path.mkdir()
+        folder.chmod(0o755)
+        self.logs = folder/"logs"
+        self.logs.mkdir()
+        self.logs.chmod(0o777)
+        share = ("from cjm_fasthtml_resources.commands.share import Group, make_folder; from pathlib import Path; "
+                 f"make_folder(Path({str(self.queue)!r}), Group('gpu', {GROUP}))")
+        subprocess.run([sys.executable, "-c", share], check=True)
+
+    def _shows_python(self) -> list[str]:
+        "Let other users read Python where it lies in a folder that is closed to them, as /root"
+        above = [path for path in Path(sys.base_prefix).parents if not path.stat().st_mode & 0o001]
+        if not above: return []
+        return [f"mount --bind {sys.base_prefix} {self.keep}", f"mount -t tmpfs -o mode=755 none {above[-1]}",
+                f"mkdir -p {sys.base_prefix}", f"mount --bind {self.keep} {sys.base_prefix}"]
+
+    def start(self, place: Place, code: str, *arguments: str, shell: tuple[str, ...] = (),
+              **env: str | None) -> subprocess.Popen[str]:
+        "Start Python code there"
+        lines = ["set -e", *self._shows_python(), *shell, "umask 077"]
+        if place.container: lines.append(f"mount --bind {self.queue} {self.elsewhere}")
+        groups = f"--groups {GROUP}" if place.member else "--clear-groups"
+        become = f"setpriv --reuid {place.user} --regid {place.user} {groups}"
+        if not place.user: become += " --bounding-set -all --inh-caps -all"
+        if place.rootless: become += " unshare --user --map-root-user --pid --fork --kill-child"
+        namespaces = ["unshare", "--mount", "--propagation", "private"]
+        if place.container: namespaces += ["--pid", "--fork", "--kill-child", "--mount-proc"]
+        path = self.elsewhere if place.container else self.queue
+        given = {**os.environ, "CJM_RESOURCES_DIR": str(path), "HOME": "/", **env}
+        return subprocess.Popen([*namespaces, "sh", "-c", "; ".join([*lines, f'exec {become} "$@"']), "sh",
+                                 sys.executable, "-c", code, *arguments], stdin=subprocess.PIPE, text=True,
+                                stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd="/",
+                                env={name: value for name, value in given.items() if value is not None})
+
+
+@pytest.fixture
+def machine() -> Iterator[Machine]:
+    with tempfile.TemporaryDirectory(dir="/tmp") as folder: yield Machine(Path(folder))
+
+
+# A program that does what it is told
+
+PROGRAM = """if True:
+    import json, os, sys
+    from dataclasses import asdict
+    from cjm_fasthtml_resources import ResourceBusy, ResourceManager
+    from cjm_fasthtml_resources.core.ledger import HandOver
+    from cjm_fasthtml_resources.core.process import this_process
+    from cjm_fasthtml_resources.core.store import StoreError
+    from cjm_fasthtml_resources.simulate import SimulatedDriver, SimulatedGpu
+    driver = SimulatedDriver([SimulatedGpu(memory_total_mb=24_000)]).start()
+    app, held = sys.argv[1], []
+
+    def use(): return ResourceManager(app=app)
+    def reserve(memory, **given):
+        held.append(use().reserve(memory, timeout=0, **given))
+        return "granted"
+    def release(): return [one.release() for one in held]
+    def claims(): return [c.memory//2**20 for c in use().get_claims()]
+    def promises(): return [[p.owner, p.app, p.memory//2**20, p.pid > 0] for d in use().check_gpu_availability().devices
+                            for p in d.promises]
+    def work(): return use().register_worker(os.getpid(), "llm", "job") and None
+    def workers(): return len(use().get_all_workers())
+    def attack():
+        "Try all that the library has to end or take a reservation, with what the ledger tells about others'"
+        mine = use()
+        ledger, me = mine.ledger, this_process()
+        for claim in mine.get_claims():
+            over = HandOver(me, {})
+            for act in (lambda n: ledger.withdraw(n), lambda n: ledger.give_back(n, for_other=True),
+                        lambda n: ledger.renew(n, 0.001), lambda n: ledger.change(n, expires=0.0),
+                        lambda n: ledger.change(n, holder=me), lambda n: ledger.end_later(n),
+                        lambda n: ledger.keep_over_exec(n), lambda n: ledger.leases.drop(n),
+                        lambda n: ledger.change(n, lambda rows: over.change(rows, n))):
+                if act(claim.lease): return f"it did something to {claim}"
+        ledger.settle(lambda: [])
+        return "nothing was done"
+
+    for line in sys.stdin:
+        name, given, named = json.loads(line)
+        try: answer = globals()[name](*given, **named)
+        except (StoreError, ResourceBusy) as error: answer = f"{type(error).__name__}: {error}"
+        except BaseException as error: answer = f"no words: {type(error).__name__}: {error}"
+        print(json.dumps(answer), flush=True)
+"""
+
+
+class Program:
+    def __init__(self, process: subprocess.Popen[str]) -> None: self.process = process
+
+    def do(self, name: str, *arguments: Any, **named: Any) -> Any:
+        self.process.stdin.write(json.dumps([name, arguments, named]) + "\n")
+        self.process.stdin.flush()
+        line = self.process.stdout.readline()
+        return json.loads(line) if line else f"it ended: {self.process.stderr.read()}"
+
+    def end(self) -> None:
+        self.process.kill()
+        self.process.communicate()
+
+
+@pytest.fixture
+def program(machine: Machine) -> Iterator[Callable[..., Program]]:
+    started: list[Program] = []
+
+    def start(place: Place, app: str = "app", **given: Any) -> Program:
+        started.append(Program(machine.start(place, PROGRAM, app, **given)))
+        return started[-1]
+
+    yield start
+    for one in started: one.end()
+
+
+def can_be_rootless(machine: Machine) -> bool:
+    with machine.start(ROOTLESS, "print(1)") as process: return process.communicate()[0] == "1\n"
+
+
+@pytest.mark.parametrize("place", [*HOSTS[1:], *CONTAINERS, ROOTLESS], ids=lambda place: place.name)
+def test_what_one_has_reserved_is_external_for_all_others_and_stays_its_own(machine, program, place):
+    if place.rootless and not can_be_rootless(machine): pytest.skip("this kernel gives users no namespaces")
+    holder, other = program(HOSTS[0], "speech"), program(place, "llm")
+    assert holder.do("reserve", 20_000) == "granted"
+    assert other.do("promises") == [["external", "speech", 20_000, not place.container]]   # no number of elsewhere
+    assert "ResourceBusy" in other.do("reserve", 5_000)
+    assert other.do("attack") == "nothing was done"
+    assert holder.do("claims") == other.do("claims") == [20_000]
+    assert other.do("reserve", 4_000) == "granted" and holder.do("attack").startswith("nothing")
+    assert sorted(holder.do("claims")) == [4_000, 20_000]
+    assert holder.do("release") == [True] and other.do("claims") == [4_000]
+    assert other.do("release") == [True]
+    assert holder.do("reserve", TOTAL - 1_000) == "granted"
+    holder.end()                      # however it ends
+    assert other.do("reserve", TOTAL - 1_000) == "granted"
+
+
+def test_a_reservation_for_another_process_is_nobody_elses_to_end(machine, program):
+    asker, other, contained = program(HOSTS[0]), program(HOSTS[1]), program(CONTAINERS[0])
+    sleeper = subprocess.Popen(["sleep", "600"])
+    try:
+        assert asker.do("reserve", 20_000, pid=sleeper.pid) == "granted"
+        asker.end()
+        for who in (other, contained):
+            assert who.do("attack") == "nothing was done" and who.do("claims") == [20_000]
+            assert "ResourceBusy" in who.do("reserve", 5_000)
+    finally:
+        sleeper.kill()
+        sleeper.wait()
+    assert other.do("reserve", 20_000) == "granted"
+
+
+def test_workers_stay_with_their_user_and_its_containers(program):
+    "Also where two users have chosen the same name for an app"
+    alice, bob, contained, root = map(program, (HOSTS[0], HOSTS[1], CONTAINERS[0], CONTAINERS[1]))
+    assert alice.do("work") is None
+    assert [who.do("workers") for who in (alice, bob, contained, root)] == [1, 0, 0, 0]
+    assert contained.do("work") is None   # it is bob's
+    assert [who.do("workers") for who in (alice, bob, contained, root)] == [1, 1, 1, 0]
+
+
+def test_files_are_for_the_group_and_for_nobody_else_whatever_the_umask(machine, program):
+    for path in machine.queue.iterdir(): path.unlink()   # so that a member makes them
+    for place in (HOSTS[0], CONTAINERS[0]):
+        one = program(place)
+        assert one.do("work") is None and one.do("reserve", 100) == "granted" and one.do("release") == [True]
+    shared = [path for path in machine.queue.iterdir() if path.is_file()]
+    assert {path.name for path in shared} >= {"resources.lock", "app.events"}
+    for path in shared:
+        found = path.stat()
+        assert (found.st_gid, found.st_mode & 0o777) == (GROUP, 0o660), path
+    own = machine.queue/f"user-{ALICE}"
+    assert (own.stat().st_uid, own.stat().st_mode & 0o777) == (ALICE, 0o700)
+
+
+# What is wrong is said in words
+
+def said(machine: Machine, place: Place, **given: Any) -> str:
+    one = Program(machine.start(place, PROGRAM, "app", **given))
+    try: return str(one.do("reserve", 100))
+    finally: one.end()
+
+
+def test_who_is_not_in_the_group_is_told_what_to_ask_for(machine):
+    text = said(machine, Place("dora", DORA, member=False))
+    assert text.startswith("StoreError") and f"UID {DORA} is not in it" in text
+    assert f"sudo usermod -aG GID {GROUP}" in text and f"--group-add {GROUP}" in text
+    contained = said(machine, Place("container of dora", DORA, container=True, member=False))
+    assert f"--group-add {GROUP}" in contained, contained
+
+
+HARMS: dict[str, tuple[Callable[[Path], Any], str]] = {
+    "open to all": (lambda queue: queue.chmod(0o2777), "sudo chmod o-rwx"),
+    "readable by all": (lambda queue: queue.chmod(0o2775), "sudo chmod o-rwx"),
+    "of a stranger": (lambda queue: os.chown(queue, DORA, GROUP), "sudo chown root"),
+    "without setgid": (lambda queue: queue.chmod(0o770), "belongs to another user"),
+    "not for the group": (lambda queue: queue.chmod(0o2720), "sudo chmod 2770"),
+    "a link": (lambda queue: (queue.rename(queue.with_name("real")), queue.symlink_to(queue.with_name("real"))),
+               "symbolic link"),
+    "a file for all": (lambda queue: (queue/"resources.lock").chmod(0o666), "chmod o-rwx"),
+    "a file for its owner": (lambda queue: (queue/"resources.lock").chmod(0o600), "chmod g+rw"),
+    "a file of another group": (lambda queue: os.chown(queue/"resources.lock", DORA, DORA), "does not belong to the group"),
+    "a link in place of a file": (lambda queue: ((queue/"resources.lock").unlink(),
+                                                 (queue/"resources.lock").symlink_to("/etc/passwd")), "symbolic link"),
+}
+
+
+@pytest.mark.parametrize("name", HARMS)
+def test_a_folder_that_is_not_safe_is_refused_in_words(machine, name):
+    harm, words = HARMS[name]
+    harm(machine.queue)
+    text = said(machine, HOSTS[0])
+    assert text.startswith("StoreError") and words in text and str(machine.queue) in text, text
+
+
+def test_a_folder_that_is_mounted_read_only_is_refused_in_words(machine):
+    shell = (f"mount --bind {machine.queue} {machine.queue}", f"mount -o remount,bind,ro {machine.queue}")
+    assert "read-only" in said(machine, HOSTS[0], shell=shell)
+
+
+@pytest.mark.parametrize("name", ["lock", "all", "folder"])
+def test_files_that_are_deleted_by_hand_give_no_second_yes(machine, program, name):
+    holder, early = program(HOSTS[0]), program(CONTAINERS[0])
+    assert holder.do("reserve", 20_000) == "granted" and early.do("claims") == [20_000]
+    if name == "folder":
+        shutil.rmtree(machine.queue)
+        machine.queue.mkdir()
+        os.chown(machine.queue, 0, GROUP)
+        machine.queue.chmod(0o2770)
+    else:
+        for path in machine.queue.glob("*.lock" if name == "lock" else "resources*"): path.unlink()
+    late = [program(HOSTS[1])] if name == "folder" else [program(HOSTS[1]), program(CONTAINERS[1]), early]
+    for who in late: assert "StoreError" in (answer := who.do("reserve", 5_000)), answer
+    holder.end()
+    for who in late: who.end()
+    if name != "folder": assert program(HOSTS[2]).do("reserve", TOTAL) == "granted"
+
+
+# The machine's settings
+
+def test_the_machines_settings_name_the_folder(machine, program):
+    shutil.copytree("/etc", machine.folder/"etc", symlinks=True, ignore=shutil.ignore_patterns("*.d", "ssl"))
+    settings = machine.folder/"etc/cjm-resources.toml"
+    settings.write_text(f'folder = "{machine.queue}"\n')
+    settings.chmod(0o644)
+    shell = (f"mount --bind {machine.folder/'etc'} /etc",)
+    one, other = (program(place, shell=shell, CJM_RESOURCES_DIR=None) for place in HOSTS[:2])
+    assert one.do("reserve", 20_000) == "granted" and other.do("claims") == [20_000]
+    assert program(HOSTS[2]).do("claims") == [20_000]   # with the environment's variable
+    settings.chmod(0o666)
+    assert "belong to root" in said(machine, HOSTS[2], shell=shell, CJM_RESOURCES_DIR=None)
+    settings.chmod(0o644)
+    settings.write_text('folder = "/not/there"\n')
+    assert "share /not/there" in said(machine, HOSTS[2], shell=shell, CJM_RESOURCES_DIR=None)
+
+
+# The command
+
+def test_root_makes_the_folder_and_others_get_the_lines(machine):
+    command = [sys.executable, "-m", "cjm_fasthtml_resources", "share", str(place := machine.folder/"gpu"), "--group"]
+    group = subprocess.run([*command, "daemon"], capture_output=True, text=True)
+    assert group.returncode == 0 and f"-v {place}:{place}" in group.stdout, group.stderr
+    assert (place.stat().st_uid, place.stat().st_mode & 0o7777) == (0, 0o2770)
+    (place/"resources.lock").chmod(0o600)
+    assert subprocess.run([*command, "daemon"], capture_output=True).returncode == 0
+    assert (place/"resources.lock").stat().st_mode & 0o777 == 0o660
+    (place/"other").touch()
+    refused = subprocess.run([*command, "daemon"], capture_output=True, text=True)
+    assert refused.returncode == 2 and "other files" in refused.stderr
+
+
+# The crowd
+
+MEMBER = """if True:
+    import random, sys, time
+    from cjm_fasthtml_resources import ResourceManager
+    from cjm_fasthtml_resources.simulate import SimulatedDriver, SimulatedGpu
+    log, name, until = open(sys.argv[1], "w", buffering=1), sys.argv[2], float(sys.argv[3])
+    with SimulatedDriver([SimulatedGpu(memory_total_mb=24_000)]):
+        manager = ResourceManager(app=name)
+        while (asked := time.monotonic()) < until:
+            memory = random.choice([2_000, 6_000, 11_000, 13_000, 20_000])
+            with manager.reserve(memory, timeout=30):
+                print("granted", memory, asked, time.monotonic(), file=log)
+                time.sleep(random.uniform(0, 0.05))
+                print("released", time.monotonic(), file=log)
+"""
+
+
+class Held(NamedTuple):
+    memory: int
+    asked: float
+    since: float
+    until: float
+
+
+def read_log(path: Path, killed: float) -> list[Held]:
+    "What a member has held: for less time than it really did, so that nothing seems to overlap that did not"
+    found: list[Held] = []
+    words = [line.split() for line in path.read_text().splitlines()]
+    for line, after in itertools.zip_longest(words, words[1:]):
+        if line[0] != "granted" or len(line) != 4: continue
+        memory, asked, since = int(line[1]), float(line[2]), float(line[3])
+        until = float(after[1]) if after and after[0] == "released" and len(after) == 2 else killed
+        found.append(Held(memory, asked, since, until))
+    return found
+
+
+def most_at_once(held: list[Held]) -> int:
+    changes = sorted([(h.since, h.memory) for h in held] + [(h.until, -h.memory) for h in held if h.until > h.since])
+    return max(itertools.accumulate(change for _, change in changes), default=0)
+
+
+def test_a_crowd_of_users_and_containers_shares_one_device(machine):
+    places = [*HOSTS, *CONTAINERS, *([ROOTLESS] if can_be_rootless(machine) else [])]
+    until, count = time.monotonic() + SECONDS, itertools.count()
+    logs: dict[Path, tuple[Place, float]] = {}
+
+    def start(place: Place) -> tuple[subprocess.Popen[str], Path]:
+        path = machine.logs/str(next(count))
+        path.touch()
+        path.chmod(0o666)
+        return machine.start(place, MEMBER, str(path), place.name.replace(" ", "-"), str(until)), path
+
+    running = {place: start(place) for place in places}
+    while time.monotonic() < until - 2:
+        time.sleep(random.uniform(0.3, 1.0))
+        place = random.choice(places)
+        process, path = running.pop(place)
+        logs[path] = place, time.monotonic()
+        process.kill()
+        process.communicate()
+        running[place] = start(place)
+    for place, (process, path) in running.items():
+        _, errors = process.communicate(timeout=60)
+        logs[path] = place, time.monotonic()
+        assert process.returncode == 0, f"{place.name}: {errors}"
+    held = {path: read_log(path, killed) for path, (_, killed) in logs.items()}
+    assert TOTAL/2 < (most := most_at_once([h for found in held.values() for h in found])) <= TOTAL, most
+    for place in places:
+        mine = [h for path, found in held.items() if logs[path][0] == place for h in found]
+        print(f"{place.name}: {len(mine)} times, {max(h.since - h.asked for h in mine):.1f} s at most")
+        assert len(mine) >= SECONDS/2, f"{place.name} was granted {len(mine)} times"
+        assert max(h.since - h.asked for h in mine) < 10, f"{place.name} waited too long"
+    with contextlib.closing(machine.start(HOSTS[0], PROGRAM, "late").stdin): pass
+    assert said(machine, HOSTS[0]) == "granted"   # and nothing is left
