@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 from zlib import crc32
 
-from .folder import StoreError, explain_os_error
 from cjm_fasthtml_resources.core.locking import (
     OpenFolder,
     holding,
@@ -26,6 +25,7 @@ from cjm_fasthtml_resources.core.locking import (
     locked_ranges,
     unlock_byte,
 )
+from .folder import StoreError, explain_os_error
 from .forks import reset_in_child
 from .sharing import is_shared
 
