@@ -163,6 +163,6 @@ def main(context: click.Context, apps: list[int | str], as_json: bool, watch: bo
     manager = make_manager(apps, threshold, machine)
     with simulated_machine(simulate, manager) as simulated:
         register_apps(manager, apps)
-        answer = _show(partial(look_once, manager, simulated, wake), watch, as_json, top, interval)
+        answer = _show(partial(look_once, manager, simulated, wake, watch), watch, as_json, top, interval)
     gc.freeze()   # or Python searches all that was imported once more before it ends
     sys.exit(EXIT_CODES[answer.status] if as_exit_code else 0)

@@ -1,6 +1,7 @@
 "`cjm-resources --watch` on real terminals: each size, the keys, the signals, and how the terminal is left"
 import contextlib
 import fcntl
+import json
 import os
 import pty
 import re
@@ -103,6 +104,18 @@ def test_the_answer_and_the_last_line_are_there_in_any_window(preset, verdict, c
 
 def test_load_temperature_and_power_at_80_columns():
     with Terminal(*SHARED) as terminal: assert re.search(r"99 % \d+ °C \d+ W", terminal.until("q quit", "train.py"))
+
+
+def test_the_load_of_a_process(tmp_path):
+    bob = dict(pid=4_200_301, name="train.py", username="bob", age=90_000, command="train.py --config a/long/one.yaml")
+    gpu = dict(processes=[dict(pid=bob["pid"], memory_mb=5000, load=63)])
+    (tmp_path/"busy.json").write_text(json.dumps(dict(gpus=[gpu], machine=dict(processes=[bob]))))
+    watching = ("--simulate", str(tmp_path/"busy.json"), "--watch", "--interval", "0.2")
+    for columns, parts in ((80, ["age", "load"]), (60, ["user"])):
+        with Terminal(*watching, columns=columns) as terminal:
+            terminal.until("q quit", "train.py")
+            head = next(line for line in terminal.screen if line.startswith("where"))
+            assert head.split()[-len(parts):] == parts and ("63 %" in terminal.text) == ("load" in parts)
 
 
 def test_keys_sort_fold_and_scroll():

@@ -18,6 +18,7 @@ from typing import NamedTuple
 import click
 
 from ..core.arguments import shorten
+from ..core.gpu import read_gpus
 from ..core.ledger import Ledger
 from ..core.manager import ResourceManager
 from ..core.needs import Needs, needs_path
@@ -99,9 +100,10 @@ def look_once(
     manager: ResourceManager,
     simulated: str | None = None,   # describes what is simulated
     wake: bool = False,             # GPUs that power management has suspended
+    loads: bool = False,            # read how much each process computes, which takes longer
 ) -> Sample:
     "Check the GPUs and RAM"
-    sample = take_sample(manager, manager.read(wake))
+    sample = take_sample(manager, read_gpus(manager.gpu_timeout, wake, loads))
     return replace(sample, simulated=simulated, workers=sample.workers if manager.app else ())
 
 # %% ../../nbs/commands/looking.ipynb #4312170c

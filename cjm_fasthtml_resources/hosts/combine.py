@@ -14,6 +14,7 @@ from cjm_fasthtml_resources.core.resources import (
     MemoryStatus,
     ResourceStatus,
     ResourceType,
+    Waiting,
     WorkerState,
     best_status,
 )
@@ -54,6 +55,12 @@ class HostAnswer:
         return tuple(replace(d, device=replace(d.device, host=self.host)) for d in gpu.devices)
 
     @property
+    def requests(self) -> tuple[Waiting, ...]:
+        "The requests that wait there, with the host's devices; their places are those of its own queue"
+        waiting = self.sample.gpu.waiting if self.sample else ()
+        return tuple(replace(w, devices=tuple(f"{self.host}:{i}" for i in w.devices) or (self.host,)) for w in waiting)
+
+    @property
     def usable(self) -> list[DeviceStatus]:
         "Its devices that a job can use"
         return usable(self.devices)
@@ -81,7 +88,8 @@ def combine_gpus(
     notes = dict.fromkeys(f"{host}: {note}" for host, gpu in checks for note in gpu.notes)
     threshold = checks[0][1].threshold_percent if checks else None
     reason = None if answers else "the cluster has no workers"
-    return conclude(devices, 45.0 if threshold is None else threshold, reason, tuple(notes))
+    waiting = tuple(request for a in answers for request in a.requests)
+    return conclude(devices, 45.0 if threshold is None else threshold, reason, tuple(notes), waiting=waiting)
 
 # %% ../../nbs/hosts/combine.ipynb #dce570b4
 def add_memory(

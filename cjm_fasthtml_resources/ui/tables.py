@@ -125,9 +125,9 @@ def _with_sometimes(columns: Sequence[Column], rows: Iterable[ProcessRow]) -> Se
 # %% ../../nbs/ui/tables.ipynb #7db837aa
 _FOR_HOSTS: dict[str, dict[str, Any]] = {"GPU": dict(width="w13"), "PID": dict(look="n xx")}
 
-def _fit(columns: Sequence[Column], rows: Iterable[ProcessRow]) -> Sequence[Column]:
+def _fit(columns: Sequence[Column], places: Iterable[int | str]) -> Sequence[Column]:
     "Return the columns with room for the ids of devices"
-    if not any(isinstance(place, str) and len(place) > 5 for place, _ in rows): return columns
+    if not any(isinstance(place, str) and len(place) > 5 for place in places): return columns
     return [replace(c, **_FOR_HOSTS.get(c.name, {})) for c in columns]
 
 def process_table(
@@ -138,7 +138,7 @@ def process_table(
     "Return a table of processes on GPUs, with their owners"
     rows = list(rows)
     return make_table("processes", _caption("Processes on GPUs", extra),
-                      _fit(_with_sometimes(columns, rows), rows), rows)
+                      _fit(_with_sometimes(columns, rows), (place for place, _ in rows)), rows)
 
 # %% ../../nbs/ui/tables.ipynb #b8902d2f
 @dataclass(frozen=True)
@@ -204,7 +204,7 @@ def reservation_table(
     "Return a table of what is reserved and of who waits"
     left = len(rows) - most
     return make_table("reservations", _caption("Reservations", f"and {left} more" if left > 0 else ""),
-                      RESERVATION_COLUMNS, rows[:most])
+                      _fit(RESERVATION_COLUMNS, (row.place for row in rows)), rows[:most])
 
 # %% ../../nbs/ui/tables.ipynb #d8c234c5
 def _total_columns(of: str) -> Sequence[Column]:

@@ -75,16 +75,21 @@ def _bar(
     return tuple(Piece(part.mark(is_ascii)*count, part.style) for part, count in zip(_PARTS, counts, strict=True))
 
 # %% ../../nbs/ui/terminal.ipynb #dacf20ea
-def _legend(
+def _signs(
     is_ascii: bool,         # ASCII signs only
     unified: bool = False,  # a GPU uses the machine's memory
+) -> Line:
+    "Return what the parts of a bar mean"
+    parts = [part for part in _PARTS if part.name != "ram" or unified]
+    return tuple(Piece(f"{part.mark(is_ascii)} {part.name}  ", part.style) for part in parts)
+
+def _legend(
+    signs: Line,            # empty where no bar is shown
     kept: str = "",         # what the drivers keep for themselves
     width: int = 80,        # cells
 ) -> list[Line]:
-    parts = [part for part in _PARTS if part.name != "ram" or unified]
-    signs = tuple(Piece(f"{part.mark(is_ascii)} {part.name}  ", part.style) for part in parts)
-    if cell_len(plain(signs) + kept) <= width: return [(*signs, Piece(kept))]
-    return [signs, *(line_of(line) for line in wrap(kept, width))]
+    if signs and cell_len(plain(signs) + kept) <= width: return [(*signs, Piece(kept))]
+    return [*([signs] if signs else []), *(line_of(line) for line in wrap(kept, width) if line)]
 
 # %% ../../nbs/ui/terminal.ipynb #3431b5ae
 def name_kept(devices: Sequence[DeviceStatus]) -> str:
@@ -196,6 +201,8 @@ def _resources(answer: Sample) -> list[_Resource]:
     return [*rows, _ram(answer.memory.memory, answer.memory.status)] if answer.memory.memory else rows
 
 # %% ../../nbs/ui/terminal.ipynb #c6afa318
+_BAR = "memory"   # the heading of the bars
+
 def resource_table(
     answer: Sample,
     terminal: Terminal,
@@ -206,7 +213,7 @@ def resource_table(
         Column("", lambda row: row.place),
         Column("device", lambda row: row.name, shrinks=True, least=11),
         Column("status", lambda row: _status(row.status, row.words)),
-        Column("memory", lambda row: _bar(row.shares, row.total, width, is_ascii), leaves=2),
+        Column(_BAR, lambda row: _bar(row.shares, row.total, width, is_ascii), leaves=2),
         Column("used", _used, "right"),
         Column("load", lambda row: row.load, leaves=1)]
     return make_table(columns, [_resources(answer)], terminal.width)
@@ -225,6 +232,7 @@ def _worker(p: OwnedProcess) -> str: return "" if p.parent_pid is None else f"{p
 
 def _what(p: OwnedProcess) -> str: return name_worker(p) if p.is_worker else p.command or p.name or "?"
 def _age(p: OwnedProcess) -> str: return format_age(process_age(p.start_time))
+def _percent(p: OwnedProcess) -> str: return "" if p.load is None else f"{p.load} %"
 
 def _container(p: OwnedProcess) -> str:
     name = p.container or ""
@@ -239,7 +247,11 @@ _PROCESS_COLUMNS: Sequence[Column[_PlacedProcess]] = (
     Column("user", lambda row: row.process.username or "", leaves=1),
     Column("container", lambda row: _container(row.process), leaves=2),   # shown if a process is in one
     Column("age", lambda row: _age(row.process), "right", leaves=3),      # shown if one is known
-    Column("child of worker", lambda row: _worker(row.process), leaves=4))
+    Column("load", lambda row: _percent(row.process), "right", leaves=4),  # shown if the driver tells one
+    Column("child of worker", lambda row: _worker(row.process), leaves=5))
+
+# without a value, the column is left out
+_SOMETIMES = {"container": _container, "age": _age, "load": _percent, "child of worker": _worker}
 
 # %% ../../nbs/ui/terminal.ipynb #b832327f
 def _size(row: _PlacedProcess) -> int: return -(row.process.memory_used or 0)
@@ -269,7 +281,7 @@ def process_table(
     "Return a table of the processes on the GPUs, and of those with the most RAM"
     groups = [sorted(rows, key=SORTS[sort]) for rows in list_processes(answer)]
     shown = [row.process for rows in groups for row in rows[:top]]
-    hidden = {name for name, of in (("container", _container), ("age", _age)) if not any(map(of, shown))}
+    hidden = {name for name, of in _SOMETIMES.items() if not any(map(of, shown))}
     columns = [c for c in _PROCESS_COLUMNS if c.name not in hidden]
     ram = answer.memory.memory
     return make_table(columns, groups, width, top, ram.left_out if ram else 0)
@@ -345,8 +357,10 @@ def list_tables(
 ) -> list[Line]:
     "Return all tables, with an empty line between two"
     devices, width = answer.gpu.allowed, terminal.width
-    legend = _legend(terminal.ascii, any(d.device.unified for d in devices), name_kept(devices), width)
-    tables = [[*resource_table(answer, terminal), *([] if dense else legend)], processes]
+    first = resource_table(answer, terminal)
+    bars = _BAR in plain(first[0])   # no room for them in a narrow terminal
+    signs = _signs(terminal.ascii, any(d.device.unified for d in devices)) if bars else ()
+    tables = [[*first, *([] if dense else _legend(signs, name_kept(devices), width))], processes]
     if answer.workers: tables.append(worker_table(answer.workers, width))
     if answer.gpu.waiting or any(d.promises for d in devices):
         tables.append(promise_table(devices, width, answer.gpu.waiting))
