@@ -25,13 +25,10 @@ from cjm_fasthtml_resources.core.arguments import (
 from cjm_fasthtml_resources.core.requests import (
     acquire,
     check_asked,
-    check_priority,
-    check_ttl,
-    choose_devices,
     complete,
     find_holder,
     giving_back,
-    make_give_up,
+    make_request,
 )
 from .checks import Checks, Prepared, pick_devices
 from .claims import Claim
@@ -40,7 +37,7 @@ from .copies import StaysHere
 from .devices import GpuChoice, device_place, select_devices
 from .display import repr_html
 from .events import Events
-from .gpu import GpuDevice, GpuSnapshot, read_gpu_links, read_gpus
+from .gpu import GpuDevice, GpuSnapshot, read_gpus
 from .ledger import Ledger, Waits
 from .needs import Needs, NeedsReader, needs_roster
 from .registry import WorkerRegistry
@@ -124,8 +121,7 @@ class ResourceManager(StaysHere, WorkerRegistry, NeedsReader, JobStarter):
         *, snapshot: GpuSnapshot | None = None,   # read already; `None`: the driver is read if a GPU uses this memory
     ) -> ResourceConflict:
         "Return who uses the memory of this machine, or of the control group that this process is in"
-        limit = check_number(threshold_percent, "threshold_percent", 0, 100)
-        return self.checks.memory(limit, snapshot, self.read)
+        return self.checks.memory(check_number(threshold_percent, "threshold_percent", 0, 100), snapshot, self.read)
 
     def pick_gpus(
         self,
@@ -150,8 +146,7 @@ class ResourceManager(StaysHere, WorkerRegistry, NeedsReader, JobStarter):
         priority: int = 0,                             # -20 to 19: smaller ones first, ten places for each step
     ) -> Reservation:
         """Reserve GPU memory and RAM for a job, in a `with` block or until `release()`, in the order of asking.
-        `ResourceBusy` after the timeout, `ResourceUnavailable` without a GPU, `ValueError` for more than there is,
-        `StoreError` if the shared file fails"""
+        `ResourceBusy` after the timeout, `ResourceUnavailable`, `ValueError` for more than there is, `StoreError`"""
         request = self.request(gpu_memory_mb, device, timeout, ttl=ttl, pid=pid, n=n, memory_mb=memory_mb,
                                priority=priority)
         return complete(request, self.check_gpu_availability, progress)
@@ -172,13 +167,8 @@ class ResourceManager(StaysHere, WorkerRegistry, NeedsReader, JobStarter):
         memory_mb: float = 0, priority: int = 0,
     ) -> Request:
         "Return a request that enters the queue at its first `poll`, for programs that wait by themselves"
-        asked, holder = check_asked(gpu_memory_mb, memory_mb, n), find_holder(pid)
-        choose = partial(choose_devices, wanted=device, memory=asked.memory, judge=self.judge, count=asked.devices,
-                         holder=holder, ram=asked.ram)
-        return Request(self.ledger, partial(self.read, wake=True), choose, holder, asked.memory, self.app or "",
-                       check_ttl(ttl), make_give_up(timeout, self.check_gpu_availability), asked.devices,
-                       partial(read_gpu_links, timeout=self.gpu_timeout), asked.beside, check_priority(priority),
-                       self.check_memory_availability)
+        asked = check_asked(gpu_memory_mb, memory_mb, n)
+        return make_request(self, asked, device, timeout, find_holder(pid), ttl, priority)
 
     def wait_for_gpu(
         self,
