@@ -30,9 +30,10 @@ Examples:
 
 # %% ../../nbs/commands/run.ipynb #983d3764
 @click.command("run", cls=Command, context_settings=dict(allow_interspersed_args=False), epilog=_EXAMPLES)
-@click.option("--gpu-memory", default="auto", show_default=True, callback=converted(parse_need), metavar="auto|none|SIZE",
-              help="GPU memory on one device, such as 8GiB. auto: what COMMAND took before, with 10 % more; the first "
-                   "time, a device of its own. none: it uses no GPU.")
+@click.option("--gpu-memory", default="auto", show_default=True, callback=converted(parse_need),
+              metavar="auto|none|SIZE", help="GPU memory on one device, such as 8GiB. auto: what COMMAND took before, "
+                                             "with 10 % more; the first time, a device of its own. none: it uses no "
+                                             "GPU.")
 @options.ram_option
 @click.option("--gpus", type=click.IntRange(1, 4096), default=1, show_default=True, metavar="N",
               help="Use so many whole GPUs together, each with that much memory.")
@@ -49,8 +50,9 @@ Examples:
 @options.by_index_option
 @click.argument("command", nargs=-1, required=True, type=click.UNPROCESSED, shell_complete=complete_files)
 @click.pass_obj
-def command(machine: Machine, gpu_memory: float | None, ram: float, gpus: int, retries: int, timeout: float | None,
-            priority: int, device: str | None, app: str, name: str | None, env_by_index: bool,
+def command(machine: Machine, gpu_memory: float | None, ram: float, gpus: int, retries: int,
+            timeout: float | None, priority: int, device: str | None, app: str, name: str | None,
+            env_by_index: bool,
             command: tuple[str, ...]) -> None:
     """Run COMMAND as a job: wait for a GPU, reserve it, and learn what COMMAND takes.
 

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['CONTAINER_NOTE', 'SILENT_NOTE', 'NO_INSTANCE', 'LISTS_NOTE', 'SHARED_NOTE', 'UNSEEN_NOTE', 'UNREAD_NOTE',
            'UNREAD_RAM_NOTE', 'estimate_notes', 'seen_notes', 'each_memory_once', 'tell_unified', 'number_here',
-           'unseen_promises', 'stand_in', 'least_left', 'Prepared', 'Checks', 'promises_on', 'count_reported',
-           'name_holder', 'find_waiting', 'pick_devices']
+           'unseen_promises', 'stand_in', 'reserves_ram', 'least_left', 'Prepared', 'Checks', 'promises_on',
+           'count_reported', 'name_holder', 'find_waiting', 'pick_devices']
 
 # %% ../../nbs/core/checks.ipynb #2e3507fe
 import os
@@ -125,6 +125,10 @@ def stand_in(promises: Sequence[Promise]) -> DeviceStatus:
     return DeviceStatus(GpuDevice(0, unified=True), ResourceStatus.UNAVAILABLE, promises=tuple(promises))
 
 # %% ../../nbs/core/checks.ipynb #56d3d33d
+def reserves_ram(known: LedgerReading) -> bool:
+    "Return whether RAM is reserved, or a request waits for it"
+    return any(asks_for_ram(c) for c in known.claims if c.id not in known.over)
+
 def least_left(
     found: Sequence[tuple[int, Sequence[Promise]]],   # of RAM and of each control group: bytes free, and promises
     available: int,                                   # the least that is free in one of them
@@ -137,7 +141,7 @@ def least_left(
     if takes >= unused: return list(tight[1])
     return [replace(p, unused=-(-p.unused*takes//unused)) for p in tight[1]]
 
-# %% ../../nbs/core/checks.ipynb #64c39aa4
+# %% ../../nbs/core/checks.ipynb #ce3d980e
 class Prepared(NamedTuple):
     "What is read just before the devices are"
     claims: LedgerReading = LedgerReading()
@@ -228,7 +232,7 @@ class Checks:
     def use(self, machine: Sequence[GpuDevice], known: LedgerReading) -> Sequence[DeviceUse]:
         "Return the use of all devices, with RAM where a GPU uses it and some of it is reserved"
         uses = read_use(machine)
-        if not any(u.device.unified for u in uses) or not any(map(asks_for_ram, known.claims)): return uses
+        if not any(u.device.unified for u in uses) or not reserves_ram(known): return uses
         from cjm_fasthtml_resources.core.ram_use import see_ram  # when it is used
         return see_ram(uses, known.claims)
 
@@ -270,10 +274,8 @@ class Checks:
         gpus, notes = self.on_this_memory(snapshot, prepared, memory.available)
         promises = self.reserved_ram(snapshot, prepared, memory.available)
         found = self.ram.read(self.workers, self.me(), memory.cgroup)
-        if trouble: notes.insert(0, f"The app's workers are those of an earlier moment: {trouble}")
-        if not found.whole: notes.append(SHARED_NOTE)
-        notes += hanging_notes(self.workers)
-        if trouble and not gpus: notes.append(UNREAD_RAM_NOTE)
+        if trouble: notes = [f"The app's workers are those of an earlier moment: {trouble}", *(notes or [UNREAD_RAM_NOTE])]
+        notes += [*([] if found.whole else [SHARED_NOTE]), *hanging_notes(self.workers)]
         return classify_memory(memory, found.processes, threshold_percent, found.left_out, not found.whole, notes, gpus,
                                promises)
 
@@ -285,7 +287,7 @@ class Checks:
     ) -> list[Promise] | None:   # `None`: none is reserved, but perhaps on a GPU
         "Return what is reserved of RAM: of the machine's or of a control group's, whichever has less left"
         if prepared.trouble: return [Promise(0, "external", available, available)]
-        if not any(map(asks_for_ram, prepared.claims.claims)): return None
+        if not reserves_ram(prepared.claims): return None
         known = self._find_claims(prepared)
         if isinstance(known, str): return [Promise(0, "external", available, available)]
         from cjm_fasthtml_resources.core.ram_use import see_ram  # when it is used

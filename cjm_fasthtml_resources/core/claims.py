@@ -412,7 +412,7 @@ _Choose = Callable[[Sequence[Any]], Any]
 
 def _choose_together(claim: Claim, fitting: Mapping[str, _Room], choose: _Choose) -> list[str]:
     "Return the devices for a group: those with the most room, and of nearly equal ones those that are close together"
-    if not claim.count: return []
+    if not claim.count: return []   # it asks for RAM alone
     once = {id(room): key for key, room in fitting.items()}   # of devices that share their memory one
     keys = sorted(once.values(), key=lambda key: fitting[key].free, reverse=True)
     least = fitting[keys[claim.count - 1]].free
@@ -429,7 +429,7 @@ def in_queue(
 ) -> list[Claim]:
     "Return the requests that wait, the next one first: by priority and by the order of asking"
     waiting = [c for c in claims if c.device is None]
-    return sorted(waiting, key=lambda c: (c.id + PLACES*c.priority, c.id)) if any(c.priority for c in waiting) else waiting
+    return sorted(waiting, key=lambda c: (c.id + PLACES*c.priority, c.id))
 
 # %% ../../nbs/core/claims.ipynb #1e0801d6
 @dataclass(frozen=True)

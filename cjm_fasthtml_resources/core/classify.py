@@ -4,13 +4,12 @@
 
 # %% auto #0
 __all__ = ['find_owner', 'owned_process', 'divide_rest', 'classify_device', 'gpu_process_dict', 'conclude', 'memory_process_dict',
-           'classify_memory', 'ResourceType', 'ResourceStatus', 'OwnedProcess', 'DeviceStatus', 'MemoryStatus',
-           'GpuProcessDict', 'MemoryProcessDict', 'ResourceConflict', 'WorkerState', 'Promise', 'explain_shortage',
-           'redact', 'held_by', 'measure']
+           'judge_memory', 'find_large', 'classify_memory', 'ResourceType', 'ResourceStatus', 'OwnedProcess',
+           'DeviceStatus', 'MemoryStatus', 'GpuProcessDict', 'MemoryProcessDict', 'ResourceConflict', 'WorkerState',
+           'Promise', 'explain_shortage', 'redact', 'held_by', 'measure']
 
 # %% ../../nbs/core/classify.ipynb #ab3f3125
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
 from functools import lru_cache, partial
 from typing import Any
 
@@ -193,6 +192,26 @@ def memory_process_dict(
     _add_parent(row, process)
     return row
 
+# %% ../../nbs/core/classify.ipynb #1a57cdb7
+def judge_memory(
+    total: int,                 # bytes
+    app: int,                   # bytes that this app uses or has reserved
+    external: int,              # bytes that other programs do
+    threshold_percent: float,   # of the total
+) -> ResourceStatus:
+    "Return whether RAM is available, and if not, who has more of it"
+    if 100*(app + external) < threshold_percent*total: return ResourceStatus.AVAILABLE
+    return ResourceStatus.APP_BUSY if app > external else ResourceStatus.EXTERNAL_BUSY
+
+# %% ../../nbs/core/classify.ipynb #7d95c31c
+def find_large(
+    by_owner: Sequence[OwnedProcess],   # the largest first
+    total: int,                         # bytes
+) -> list[OwnedProcess]:
+    "Return the processes of other programs that have 1 % of the total, and in any case the largest"
+    others = [p for p in by_owner if p.owner != "app"]
+    return others[:1] + [p for p in others[1:] if 100*(p.memory_used or 0) >= total]
+
 # %% ../../nbs/core/classify.ipynb #d42774af
 def classify_memory(
     memory: HostMemory,
@@ -207,17 +226,12 @@ def classify_memory(
     "Return the use of system memory by owner, and what that means for a job"
     by_owner = sorted(processes, key=by_size)
     app = [p for p in by_owner if p.owner == "app"]
-    others = [p for p in by_owner if p.owner != "app"]
-    large = others[:1] + [p for p in others[1:] if 100*(p.memory_used or 0) >= memory.total]
     app_memory = min(sum(p.memory_used or 0 for p in app) + sum(d.app_memory for d in gpus), memory.used)
     external_memory = memory.used - app_memory
     known = [p for d in gpus for p in d.promises] if promises is None else promises
     mine, theirs = (sum(p.unused for p in known if p.owner == owner) for owner in ("app", "external"))
-    taken = replace(memory, used=memory.used + mine + theirs)
-    if taken.used_percent < threshold_percent: status = ResourceStatus.AVAILABLE
-    elif app_memory + mine > external_memory + theirs: status = ResourceStatus.APP_BUSY
-    else: status = ResourceStatus.EXTERNAL_BUSY
-    named = large if status is ResourceStatus.EXTERNAL_BUSY else []
+    status = judge_memory(memory.total, app_memory + mine, external_memory + theirs, threshold_percent)
+    named = find_large(by_owner, memory.total) if status is ResourceStatus.EXTERNAL_BUSY else []
     state = MemoryStatus(memory, tuple(by_owner), app_memory, external_memory, left_out, estimated, mine + theirs,
                          tuple(promises or ()))
     make = partial(memory_process_dict, total=memory.total)

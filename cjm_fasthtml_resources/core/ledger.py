@@ -55,7 +55,7 @@ class Rows(NamedTuple):
     ended: tuple[int, ...] = ()        # leases that are still held although their claims were deleted
 
 # %% ../../nbs/core/ledger.ipynb #47478dd0
-# begin what stands for the devices of a request that is more than its devices; no name of a device or a host begins so
+# these begin what stands for the devices of a group, or of a request for more: no name of a device does
 _GROUP, _MORE = "*", "+"
 
 def _to_row(claim: Claim) -> list[Any]:
@@ -125,9 +125,8 @@ _Settled = tuple[list[Claim], list[Claim]]   # all that there are now, and the r
 class Ledger:
     "The requests and reservations of all processes that share a store"
     def __init__(self, store: Store, events: Events | None = None) -> None:
-        self.store, self.leases, self.events = store, store.leases, events or Events()
+        self.store, self.leases, self.events, self.unified = store, store.leases, events or Events(), False
         self.waits, self._read = Waits(self.events), (b"", Rows())   # the last reading, as bytes and as rows
-        self.unified = False   # whether a GPU was seen that uses the machine's memory
         self.after_fork()
         reset_in_child(self)
 
@@ -227,7 +226,7 @@ class Ledger:
         "Make the attempts of steps 1 to 5"
         for _ in range(3):
             before = self.rows()
-            over, uses, asked = self._find_over(before.claims), *self._see(look, ask, before.claims)
+            over, uses, asked = self._find_over(before.claims), *_see(self, look, ask, before.claims)
             with self.store.changing() as draft:
                 rows = from_bytes(draft.data)
                 if rows.version == before.version and self._find_over(rows.claims) == over:
@@ -238,16 +237,8 @@ class Ledger:
         "Read the driver inside the change, where no other process can come in between (step 5)"
         with self.store.changing() as draft:
             rows = from_bytes(draft.data)
-            over, uses, asked = self._find_over(rows.claims), *self._see(look, ask, rows.claims)
+            over, uses, asked = self._find_over(rows.claims), *_see(self, look, ask, rows.claims)
             return self._hand_out(draft, rows, over, uses, asked, allowed)
-
-    def _see(self, look: _Look, ask: _Ask, claims: Sequence[Claim]) -> tuple[Sequence[DeviceUse], Claim | None]:
-        "Read the devices, and RAM if a claim is for it; then ask"
-        uses, asked = look(), ask()
-        self.unified = self.unified or any(use.device.unified for use in uses)
-        if not any(map(asks_for_ram, claims if asked is None else (*claims, asked))): return uses, asked
-        from cjm_fasthtml_resources.core.ram_use import see_ram  # when it is used
-        return see_ram(uses, claims if asked is None else (*claims, asked), self.unified), asked
 
     def _hand_out(
         self, draft: Draft, rows: Rows, over: Collection[int], uses: Sequence[DeviceUse], asked: Claim | None,
@@ -303,6 +294,18 @@ class Ledger:
         return True
 
 # %% ../../nbs/core/ledger.ipynb #f7ef5f4b
+def _see(
+    ledger: Ledger, look: _Look, ask: _Ask, claims: Sequence[Claim],
+) -> tuple[Sequence[DeviceUse], Claim | None]:
+    "Read the devices, and RAM if a claim is for it; return the new claim, too"
+    uses, asked = look(), ask()
+    ledger.unified = ledger.unified or any(use.device.unified for use in uses)   # also if that GPU is lost later
+    every = claims if asked is None else (*claims, asked)
+    if not any(map(asks_for_ram, every)): return uses, asked
+    from cjm_fasthtml_resources.core.ram_use import see_ram  # when it is used
+    return see_ram(uses, every, ledger.unified), asked
+
+# %% ../../nbs/core/ledger.ipynb #f24d5519
 def _change(rows: Rows, lease: int, fields: Mapping[str, Any]) -> Rows:
     return rows._replace(claims=tuple(replace(c, **fields) if c.lease == lease else c for c in rows.claims))
 

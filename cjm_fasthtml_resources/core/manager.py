@@ -116,8 +116,7 @@ class ResourceManager(StaysHere, WorkerRegistry, NeedsReader, JobStarter):
         *, snapshot: GpuSnapshot | None = None,   # read already; `None`: the driver is read if a GPU uses this memory
     ) -> ResourceConflict:
         "Return who uses the memory of this machine, or of the control group that this process is in"
-        limit = check_number(threshold_percent, "threshold_percent", 0, 100)
-        return self.checks.memory(limit, snapshot, self.read)
+        return self.checks.memory(check_number(threshold_percent, "threshold_percent", 0, 100), snapshot, self.read)
 
     def pick_gpus(
         self,
@@ -142,8 +141,7 @@ class ResourceManager(StaysHere, WorkerRegistry, NeedsReader, JobStarter):
         priority: int = 0,                             # -20 to 19: smaller ones first, ten places for each step
     ) -> "Reservation":
         """Reserve GPU memory and RAM for a job, in a `with` block or until `release()`, in the order of asking.
-        `ResourceBusy` after the timeout, `ResourceUnavailable` without a GPU, `ValueError` for more than there is,
-        `StoreError` if the shared file fails"""
+        `ResourceBusy` after the timeout, `ResourceUnavailable`, `ValueError` for more than there is, `StoreError`"""
         request = self.request(gpu_memory_mb, device, timeout, ttl=ttl, pid=pid, n=n, memory_mb=memory_mb,
                                priority=priority)
         return complete(request, make_check(self, timeout), progress)

@@ -9,7 +9,6 @@ __all__ = ['LOADING', 'RETRY_SECONDS', 'use_of_workers', 'measure', 'Watched', '
 # %% ../../nbs/core/needs.ipynb #5c51d4e5
 import atexit
 import contextlib
-import os
 import threading
 import time
 from collections.abc import Iterable, Mapping

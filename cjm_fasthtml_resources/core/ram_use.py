@@ -6,7 +6,7 @@
 __all__ = ['Figures', 'group_name', 'read_limits', 'ram_needs', 'most_ram', 'read_anonymous', 'list_anonymous', 'read_ram',
            'add_ram', 'see_ram']
 
-# %% ../../nbs/core/ram_use.ipynb #d06f549f
+# %% ../../nbs/core/ram_use.ipynb #274cf4ab
 import os
 from collections.abc import Collection, Sequence
 from dataclasses import replace
@@ -20,7 +20,7 @@ from .nvml_memory import has_unified_memory
 from .process import ProcessId, is_free, pid_namespace, read_process, read_stat
 from .resident import is_fork
 
-# %% ../../nbs/core/ram_use.ipynb #66704613
+# %% ../../nbs/core/ram_use.ipynb #daf4469f
 def group_name(
     folder: str,   # of a control group, as `HostMemory.cgroup` gives it
 ) -> str:
@@ -28,8 +28,9 @@ def group_name(
     try: return f"{RAM}:{os.stat(folder).st_ino}"
     except OSError: return f"{RAM}:{folder}"
 
+# %% ../../nbs/core/ram_use.ipynb #d0a06e15
 def read_limits() -> dict[str, HostMemory]:
-    "Return what limits the RAM of this process, by name: the machine's memory, and that of its control groups"
+    "Return what limits the RAM of this process, by name: the machine's memory and that of its control groups"
     groups = [memory.simulated.memory] if memory.simulated else memory.cgroup_limits()
     return {RAM: memory.read_machine(), **{group_name(m.cgroup): m for m in groups if m.cgroup}}
 
@@ -43,7 +44,7 @@ def most_ram() -> int:
     "Return the bytes of RAM that this process could have if it were alone"
     return min(m.total for m in read_limits().values())
 
-# %% ../../nbs/core/ram_use.ipynb #57632ad4
+# %% ../../nbs/core/ram_use.ipynb #ea567334
 def read_anonymous(
     pid: int,
     proc: str = "/proc",   # where the process file system is mounted
@@ -55,12 +56,12 @@ def read_anonymous(
     _, found, rest = text.partition(b"\nRssAnon:")   # since Linux 4.5
     return int(rest.split(None, 1)[0])*1024 if found else None
 
-# %% ../../nbs/core/ram_use.ipynb #f173cc6f
+# %% ../../nbs/core/ram_use.ipynb #5ac9534a
 Figures = tuple[tuple[tuple[ProcessId, ...], int], ...]   # lineage and bytes of processes, as a `DeviceUse` has them
 
 def _list_pids() -> list[int]:
     try: return [int(name) for name in os.listdir("/proc") if name.isdigit()]
-    except OSError: return []
+    except OSError: return []   # on systems without /proc
 
 def _find_tree(holders: Collection[ProcessId]) -> tuple[list[tuple[ProcessId, ...]], bool]:
     "Return the lineage of each process of the holders' trees, and whether each process could be read"
@@ -77,6 +78,7 @@ def _find_tree(holders: Collection[ProcessId]) -> tuple[list[tuple[ProcessId, ..
     lines = [line for line in map(lineage, stats) if not set(holders).isdisjoint(line)]
     return lines, all(stat or is_free(pid) for pid, stat in found.items())
 
+# %% ../../nbs/core/ram_use.ipynb #7e468db8
 def list_anonymous(
     holders: Collection[ProcessId],
 ) -> tuple[Figures, bool]:   # False: a process could not be read
@@ -89,7 +91,7 @@ def list_anonymous(
     known = tuple((line, size) for line, size in found if size is not None)
     return known, whole and all(size is not None or is_free(line[0].pid) for line, size in found)
 
-# %% ../../nbs/core/ram_use.ipynb #3d93dfc3
+# %% ../../nbs/core/ram_use.ipynb #f066f8b6
 def _less_available(before: HostMemory, after: HostMemory | None) -> HostMemory:
     return before if after is None or before.available <= after.available else after
 
@@ -97,6 +99,7 @@ def _stand_in(name: str, found: HostMemory) -> GpuDevice:
     "Return RAM as a device; the machine's can be that of a GPU, too"
     return GpuDevice(-1, name, "RAM", found.total, found.used, found.available, unified=name == RAM)
 
+# %% ../../nbs/core/ram_use.ipynb #e662c859
 def read_ram(
     holders: Collection[ProcessId],   # of all claims for RAM
 ) -> list[DeviceUse]:
@@ -113,7 +116,7 @@ def read_ram(
 
     return [use(name, _less_available(m, after.get(name))) for name, m in before.items()]
 
-# %% ../../nbs/core/ram_use.ipynb #d67f6e0f
+# %% ../../nbs/core/ram_use.ipynb #f52ad174
 def _overlap(on_gpu: Figures, in_ram: Figures) -> tuple[Figures, dict[ProcessId, int]]:
     "Return the processes with the larger of their figures, and the smaller ones"
     ram = dict(in_ram)
@@ -121,14 +124,15 @@ def _overlap(on_gpu: Figures, in_ram: Figures) -> tuple[Figures, dict[ProcessId,
     larger = [(line, max(sizes)) for line, *sizes in both]
     return (*larger, *ram.items()), {line[0]: min(sizes) for line, *sizes in both if line}
 
-def _join(use: DeviceUse, beside: Sequence[DeviceUse], gpu: DeviceUse | None, ram: DeviceUse) -> DeviceUse:
+# %% ../../nbs/core/ram_use.ipynb #1795bc0f
+def _join(use: DeviceUse, beside: Sequence[DeviceUse], gpu: DeviceUse, ram: DeviceUse) -> DeviceUse:
     "Return one of the devices with the same memory, with what is known of all of them"
     least = min((use, *beside), key=lambda u: u.device.memory_free or 0).device
     device = replace(use.device, memory_used=(use.device.memory_total or 0) - (least.memory_free or 0),
                      memory_free=least.memory_free)
-    rows, slack = _overlap((gpu.processes if gpu else ()) or (), ram.processes or ())
+    rows, slack = _overlap(gpu.processes or (), ram.processes or ())
     names = frozenset(name for u in beside for name in (u.key, u.address, *u.sharing) if name) | use.sharing
-    return replace(use, device=device, processes=rows, slack=slack, whole=ram.whole and (gpu is None or gpu.whole),
+    return replace(use, device=device, processes=rows, slack=slack, whole=ram.whole and gpu.whole,
                    sharing=names - {use.key})
 
 def add_ram(
@@ -139,12 +143,13 @@ def add_ram(
     "Return the GPUs and RAM; what shares the machine's memory, as one"
     ram, groups = next(u for u in rams if u.key == RAM), [u for u in rams if u.key != RAM]
     shared, others = [u for u in uses if u.device.unified], [u for u in uses if not u.device.unified]
-    ram = replace(ram, others=frozenset(u.key for u in others), in_doubt=unified or bool(shared) or has_unified_memory())
+    is_one = unified or bool(shared) or has_unified_memory()
+    ram = replace(ram, others=frozenset(u.key for u in others), in_doubt=is_one)
     one = [*shared, ram] if shared else []
     joined = [_join(use, [u for u in one if u is not use], shared[0], ram) for use in one]
     return [*others, *(joined or [ram]), *groups]
 
-# %% ../../nbs/core/ram_use.ipynb #59743888
+# %% ../../nbs/core/ram_use.ipynb #79cf0efd
 def see_ram(
     uses: Sequence[DeviceUse],    # of the GPUs
     claims: Collection[Claim],    # all

@@ -248,10 +248,9 @@ class Request(StaysHere):
         priority: int = 0,                              # a smaller one is further ahead in the queue
         check_ram: Callable[[], ResourceConflict] | None = None,   # checks RAM, to say why it waits for that
     ) -> None:
-        self.ledger, self.look, self.choose, self.give_up = ledger, look, choose, give_up
+        self.ledger, self.look, self.choose, self.give_up, self.check_ram = ledger, look, choose, give_up, check_ram
         self.holder, self.memory, self.app, self.ttl = holder, memory, app, ttl
         self.count, self.find_links, self.beside, self.priority = count, find_links, beside, priority
-        self.check_ram = check_ram
         self.devices: dict[str, GpuDevice] = {}          # those that suited it at the last reading, by key
         self.lease, self._asked, self._made_in = new_lease(), time.monotonic(), os.getpid()
         self._known: dict[str, GpuDevice] = {}           # every device that ever suited it, by key
