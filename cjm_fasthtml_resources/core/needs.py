@@ -10,7 +10,6 @@ __all__ = ['LOADING', 'RETRY_SECONDS', 'use_of_workers', 'measure', 'Watched', '
 import atexit
 import contextlib
 import logging
-import os
 import threading
 import time
 from collections.abc import Iterable, Mapping
