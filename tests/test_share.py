@@ -6,6 +6,7 @@ import itertools
 import json
 import os
 import random
+import select
 import shutil
 import subprocess
 import sys
@@ -248,7 +249,8 @@ HARMS: dict[str, tuple[Callable[[Path], Any], str]] = {
                "symbolic link"),
     "a file for all": (lambda queue: (queue/"resources.lock").chmod(0o666), "chmod o-rwx"),
     "a file for its owner": (lambda queue: (queue/"resources.lock").chmod(0o600), "chmod g+rw"),
-    "a file of another group": (lambda queue: os.chown(queue/"resources.lock", DORA, DORA), "does not belong to the group"),
+    "a file of another group": (lambda queue: os.chown(queue/"resources.lock", DORA, DORA),
+                                "does not belong to the group"),
     "a link in place of a file": (lambda queue: ((queue/"resources.lock").unlink(),
                                                  (queue/"resources.lock").symlink_to("/etc/passwd")), "symbolic link"),
 }
@@ -316,6 +318,27 @@ def test_root_makes_the_folder_and_others_get_the_lines(machine):
     (place/"other").touch()
     refused = subprocess.run([*command, "daemon"], capture_output=True, text=True)
     assert refused.returncode == 2 and "other files" in refused.stderr
+
+
+RUNS = "import sys; from cjm_fasthtml_resources.cli import main; main(sys.argv[1:], 'cjm-resources')"
+
+
+def test_a_command_in_one_container_waits_for_that_in_another(machine):
+    "Programs that do not know this library take part, as Ollama in one container and Whisper in another"
+    def serve(place: Place, app: str, timeout: str = "30s") -> subprocess.Popen[str]:
+        line = ["--simulate", "idle", "run", "--gpu-memory", "16GiB", "--timeout", timeout, "--app", app]
+        return machine.start(place, RUNS, *line, "--", "sh", "-c", "echo serving; read line")
+
+    ollama, whisper = serve(CONTAINERS[0], "ollama"), serve(CONTAINERS[1], "whisper")
+    with ollama, whisper:
+        first, second = (ollama, whisper) if select.select([ollama.stdout, whisper.stdout], [], [], 30)[0] == [
+            ollama.stdout] else (whisper, ollama)
+        assert first.stdout.readline() == "serving\n"
+        with serve(HOSTS[0], "speech", "0s") as refused: assert refused.wait(30) == os.EX_TEMPFAIL
+        assert not select.select([second.stdout], [], [], 0.5)[0]
+        first.communicate("\n", timeout=30)
+        assert second.communicate("\n", timeout=30)[0] == "serving\n"
+        assert (first.returncode, second.returncode) == (0, 0)
 
 
 # The crowd

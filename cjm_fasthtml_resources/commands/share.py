@@ -38,7 +38,7 @@ def find_group(
         raise ValueError(f"there is no group {text}. Make it with: sudo groupadd {text}") from None
     return Group(found.gr_name, found.gr_gid, tuple(found.gr_mem))
 
-# %% ../../nbs/commands/share.ipynb #8b88982c
+# %% ../../nbs/commands/share.ipynb #55f5b401
 _OURS = ("resources.", "user-")
 
 def explain_place(
@@ -49,9 +49,9 @@ def explain_place(
     for above in path.parents:
         if not above.is_dir(): return f"{above} is not a folder. Make it with: sudo mkdir -p {above}"
         found = above.stat()
-        if found.st_uid: return f"{above} does not belong to root: its owner could put another folder in place of {path}"
+        if found.st_uid: return f"{above} does not belong to root: its owner could exchange {path}"
         if found.st_mode & 0o022 and not found.st_mode & stat.S_ISVTX:
-            return f"{above} can be written by others, who could put another folder in place of {path}"
+            return f"{above} can be written by others, who could exchange {path}"
     if not path.exists(): return None
     if not path.is_dir(): return f"{path} is not a folder"
     others = [p.name for p in path.iterdir() if not p.name.startswith(_OURS) and p.suffix not in (".events", ".new")]
@@ -127,7 +127,7 @@ Examples:
   sudo groupadd gpu
   sudo cjm-resources share /srv/gpu --group gpu"""
 
-# %% ../../nbs/commands/share.ipynb #455b3f1f
+# %% ../../nbs/commands/share.ipynb #9f60e575
 @click.command("share", cls=Command, epilog=_EXAMPLES)
 @click.argument("folder", metavar="FOLDER", type=click.Path())
 @click.option("--group", "group_name", required=True, metavar="GROUP", help="Its members share the folder.")
@@ -147,8 +147,8 @@ def command(folder: str, group_name: str) -> None:
             if problem := explain_place(path): raise click.UsageError(problem)
             make_folder(path, group)
         elif not is_shared(path) or path.stat().st_gid != group.number:
-            fail(f"only root can make a folder for several users. Ask the administrator: sudo cjm-resources share {path} "
-                 f"--group {group.name}", os.EX_NOPERM)
+            fail("only root can make a folder for several users. Ask the administrator: "
+                 f"sudo cjm-resources share {path} --group {group.name}", os.EX_NOPERM)
         check_owner(path)
     except StoreError as error: fail(str(error), os.EX_IOERR)
     except OSError as error: fail(explain_os_error(path, error), os.EX_IOERR)

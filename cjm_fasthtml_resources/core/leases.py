@@ -210,7 +210,8 @@ class Leases:
         if self._file is None: return True
         if self.path is None: return True
         above, inside = _marks(self.path, lease)
-        places = [(self._above, above), (self._folder, inside), *((f, both) for f in self._kept for both in (above, inside))]
+        kept = [(file, marks) for file in self._kept for marks in (above, inside)]
+        places = [(self._above, above), (self._folder, inside), *kept]
         for folder, (entered, _) in places: _quietly(unlock_byte, folder, entered)   # first: or it would seem lost
         done = [_quietly(unlock_byte, file, lease) for file in (self._file, *self._kept)]
         return all([*done, *(_quietly(unlock_byte, folder, mark) for folder, (_, mark) in places)])

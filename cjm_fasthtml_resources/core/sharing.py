@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['is_shared', 'explain_refusal', 'check_owner', 'open_made', 'outer_user', 'own_folder']
 
-# %% ../../nbs/core/sharing.ipynb #4825bbc6
+# %% ../../nbs/core/sharing.ipynb #4b6fcc5c
 import contextlib
 import os
 import stat
@@ -13,7 +13,7 @@ from pathlib import Path
 
 from .folder import StoreError, is_hidden
 
-# %% ../../nbs/core/sharing.ipynb #8865e678
+# %% ../../nbs/core/sharing.ipynb #b817c8b8
 def _shares(found: os.stat_result) -> bool:
     return stat.S_ISDIR(found.st_mode) and bool(found.st_mode & stat.S_ISGID) and bool(found.st_mode & stat.S_IWGRP)
 
@@ -24,7 +24,7 @@ def is_shared(
     try: return _shares(folder.lstat())
     except OSError: return False
 
-# %% ../../nbs/core/sharing.ipynb #4209d1a3
+# %% ../../nbs/core/sharing.ipynb #e440414f
 def _name(kind: str, number: int) -> str:
     "Return the name of a user or a group, else its number"
     import grp
@@ -55,7 +55,7 @@ def explain_refusal(
     return (f"is shared by the group {group}, and {user} is not in it. Ask the administrator: sudo usermod -aG {group} "
             f"{user}, and log in again; in a container, start it with --group-add {found.st_gid}")
 
-# %% ../../nbs/core/sharing.ipynb #88ba55a6
+# %% ../../nbs/core/sharing.ipynb #775903c7
 def _problem_of_shared(path: Path, found: os.stat_result) -> str | None:
     "Return what is wrong with a shared folder, `None` if nothing is"
     if found.st_mode & stat.S_IRWXO:
@@ -71,12 +71,13 @@ def _problem_in_shared(path: Path, found: os.stat_result) -> str | None:
     if not stat.S_ISREG(found.st_mode): return "is not a file, and is not used: somebody put it there"
     if found.st_gid != path.parent.lstat().st_gid:
         return "does not belong to the group that shares its folder, and is not used: somebody put it there"
-    if found.st_mode & stat.S_IRWXO: return "is open to users outside of its group, and is not used; chmod o-rwx mends it"
+    if found.st_mode & stat.S_IRWXO:
+        return "is open to users outside of its group, and is not used; chmod o-rwx mends it"
     if not found.st_mode & stat.S_IRGRP or not found.st_mode & stat.S_IWGRP:
         return f"cannot be used by its group; {_name('UID', found.st_uid)} can mend it with chmod g+rw"
     return None
 
-# %% ../../nbs/core/sharing.ipynb #cfc7598c
+# %% ../../nbs/core/sharing.ipynb #6335cfa8
 def check_owner(
     path: Path,   # a file or a folder, which can be missing
 ) -> None:
@@ -95,7 +96,7 @@ def _problem(path: Path, found: os.stat_result) -> str | None:
     if not mine: return f"belongs to another user (UID {found.st_uid}), and is not used"
     return "can be written by other users, and is not used; chmod go-w mends it"
 
-# %% ../../nbs/core/sharing.ipynb #9b3927d9
+# %% ../../nbs/core/sharing.ipynb #83f4a070
 def _make_shared(path: Path) -> None:
     "Make an empty file that its group can use, unless another process is first"
     new = f"{path}.{os.getpid()}-{os.urandom(4).hex()}.new"
@@ -117,7 +118,7 @@ def open_made(
         try: return os.open(path, flags & ~os.O_CREAT | os.O_NOFOLLOW)
         except FileNotFoundError: _make_shared(Path(path))
 
-# %% ../../nbs/core/sharing.ipynb #9df1a9ed
+# %% ../../nbs/core/sharing.ipynb #17965c04
 def outer_user(
     user: int,
     uid_map: str,   # the content of /proc/self/uid_map
