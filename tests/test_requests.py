@@ -170,7 +170,7 @@ def test_a_number_that_can_mean_another_gpu_is_answered_for_the_worse_one(monkey
 def test_a_position_that_can_mean_another_gpu_is_refused_in_words(monkeypatch):
     manager = ResourceManager(track_self=False)
     with SimulatedDriver(different()):
-        with pytest.raises(ValueError, match="device 'cuda:1' can mean GPU 0 \\(One\\) or"): manager.reserve(10, "cuda:1")
+        with pytest.raises(ValueError, match="'cuda:1' can mean GPU 0 \\(One\\) or"): manager.reserve(10, "cuda:1")
         assert manager.get_claims() == []
         with manager.reserve(10, "GPU-b") as held: assert held.device.notes == ()
         monkeypatch.setenv("CUDA_DEVICE_ORDER", "PCI_BUS_ID")

@@ -341,10 +341,10 @@ def await_turn(job: ActiveJob, pid: int) -> Iterator[float]:
 
 # %% ../../nbs/core/job.ipynb #e72802ef
 def await_ram(job: ActiveJob) -> Iterator[float]:
-    "Wait until the machine has as much RAM as the job needs; `ResourceBusy` when the time is over"
+    "Wait until the machine, or its worker's control group, has as much RAM as the job needs; else `ResourceBusy`"
     need = job.asked.needs.ram_mb*2**20
     for pause in pauses():
-        conflict = job.manager.check_memory_availability() if need else None
+        conflict = job.manager.check_memory_availability(pid=job.worker_pid) if need else None
         if conflict is None or conflict.memory is None or conflict.memory.room >= need: return
         if need > (total := conflict.memory.memory.total):
             text = f"ram_mb must be at most {total/2**20:.0f}, which is what there is, not {need/2**20:g}"

@@ -10,7 +10,7 @@ __all__ = ['ResourceManager', 'check_settings', 'check_snapshot', 'open_rooms', 
 # %% ../../nbs/core/manager.ipynb #988cfa97
 import inspect
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -22,19 +22,6 @@ from cjm_fasthtml_resources.core.arguments import (
     check_number,
     check_pid,
 )
-from cjm_fasthtml_resources.core.requests import (
-    acquire,
-    check_count,
-    check_memory,
-    check_ttl,
-    choose_devices,
-    complete,
-    find_holder,
-    giving_back,
-    make_give_up,
-    time_for_driver,
-    within,
-)
 from .checks import Checks, Prepared, pick_devices
 from .claims import Claim
 from .conflict import ResourceBusy, ResourceConflict, ResourceUnavailable
@@ -42,10 +29,11 @@ from .copies import StaysHere
 from .devices import GpuChoice, device_place, select_devices
 from .display import repr_html
 from .events import Events
-from .gpu import GpuDevice, GpuSnapshot, read_gpu_links, read_gpus
+from .gpu import GpuDevice, GpuSnapshot, read_gpus
 from .ledger import Ledger, Waits
 from .needs import Needs, NeedsReader, needs_roster
 from .registry import WorkerRegistry
+from .requests import acquire, complete, giving_back, make_check, make_request
 from .reservations import PendingReservation, Request, Reservation
 from .resources import ResourceStatus, ResourceType, WorkerState
 from .room import plan_room
@@ -126,10 +114,11 @@ class ResourceManager(StaysHere, WorkerRegistry, NeedsReader, JobStarter):
         self,
         threshold_percent: float = 90.0,       # RAM is low when this share is in use
         *, snapshot: GpuSnapshot | None = None,   # read already; `None`: the driver is read if a GPU uses this memory
+        pid: int | None = None,                # the process whose control group counts, as a worker; `None`: this one
     ) -> ResourceConflict:
-        "Return who uses the memory of this machine, or of the control group that this process is in"
+        "Return who uses the memory of this machine, or of the control group that a process is in"
         limit = check_number(threshold_percent, "threshold_percent", 0, 100)
-        return self.checks.memory(limit, snapshot, self.read)
+        return self.checks.memory(limit, snapshot, self.read, None if pid is None else check_pid(pid))
 
     def pick_gpus(
         self,
@@ -155,7 +144,7 @@ class ResourceManager(StaysHere, WorkerRegistry, NeedsReader, JobStarter):
         `ResourceBusy` after the timeout, `ResourceUnavailable` without a GPU, `ValueError` for more than any has,
         `StoreError` if the shared file fails"""
         request = self.request(gpu_memory_mb, device, timeout, ttl=ttl, pid=pid, n=n)
-        return complete(request, within(self._time_for_driver(timeout), self.check_gpu_availability), progress)
+        return complete(request, make_check(self, timeout), progress)
 
     def reserve_async(
         self, gpu_memory_mb: float, device: int | str | GpuDevice | None = None, timeout: float | None = None,
@@ -163,23 +152,14 @@ class ResourceManager(StaysHere, WorkerRegistry, NeedsReader, JobStarter):
     ) -> PendingReservation:
         "Reserve likewise with `await` or `async with`. A task that is cancelled leaves the queue"
         make = partial(self.request, gpu_memory_mb, device, timeout, ttl=ttl, pid=pid, n=n)
-        check = within(self._time_for_driver(timeout), self.check_gpu_availability)
-        return PendingReservation(partial(acquire, make, check, progress))
+        return PendingReservation(partial(acquire, make, make_check(self, timeout), progress))
 
     def request(
         self, gpu_memory_mb: float, device: int | str | GpuDevice | None = None, timeout: float | None = None,
         *, ttl: float | None = None, pid: int | None = None, n: int = 1,
     ) -> Request:
         "Return a request that enters the queue at its first `poll`, for programs that wait by themselves"
-        memory, holder, seconds = check_memory(gpu_memory_mb), find_holder(pid), self._time_for_driver(timeout)
-        choose = partial(choose_devices, wanted=device, memory=memory, judge=self.judge, count=check_count(n),
-                         holder=holder)
-        give_up = make_give_up(timeout, within(seconds, self.check_gpu_availability), self.judge)
-        return Request(self.ledger, within(seconds, partial(self.read, True)), choose, holder, memory, self.app or "",
-                       check_ttl(ttl), give_up, n, within(seconds, read_gpu_links))
-
-    def _time_for_driver(self, timeout: float | None) -> Callable[[], float]:
-        return time_for_driver(timeout, lambda: self.gpu_timeout)
+        return make_request(self, gpu_memory_mb, device, timeout, ttl=ttl, pid=pid, n=n)
 
     def wait_for_gpu(
         self,

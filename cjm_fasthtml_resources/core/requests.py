@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['LEAST_TIME', 'SHOW_EVERY', 'check_memory', 'check_ttl', 'check_count', 'find_holder', 'read_environ', 'keep_seen',
            'choose_devices', 'choose_several', 'find_shortage', 'check_timeout', 'make_give_up', 'time_for_driver',
-           'within', 'show_progress', 'complete', 'giving_back', 'acquire']
+           'within', 'make_check', 'make_request', 'show_progress', 'complete', 'giving_back', 'acquire']
 
 # %% ../../nbs/core/requests.ipynb #d9afc2dc
 import contextlib
@@ -13,6 +13,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -20,7 +21,7 @@ from .arguments import check_number, check_pid, shorten
 from .conflict import ResourceBusy, ResourceConflict, ResourceUnavailable
 from .devices import device_key, device_place, doubtful_places, explain_doubt, see_devices, select_devices
 from .explain import explain_shortage
-from .gpu import GpuDevice, GpuSnapshot
+from .gpu import GpuDevice, GpuSnapshot, read_gpu_links
 from .process import ProcessId, has_ended, is_free, read_process, this_process
 from .reservations import Request, Reservation
 from .room import check_capacity
@@ -187,7 +188,7 @@ def make_give_up(
 
     return give_up
 
-# %% ../../nbs/core/requests.ipynb #0c511d89
+# %% ../../nbs/core/requests.ipynb #2d37edee
 LEAST_TIME = 0.2   # seconds that a reading always gets
 
 def time_for_driver(
@@ -206,6 +207,28 @@ def within(
 ) -> Callable[..., _Answer]:
     "Return the same function with its `timeout`, which is asked for at each call"
     return lambda *args: call(*args, timeout=seconds())
+
+# %% ../../nbs/core/requests.ipynb #0fdff7de
+def make_check(
+    manager: Any,              # a ResourceManager
+    timeout: float | None,     # seconds for which the caller waits, from now on; `None`: no limit
+) -> Callable[[], ResourceConflict]:
+    "Return a check of the GPUs within the caller's time"
+    return within(time_for_driver(timeout, lambda: manager.gpu_timeout), manager.check_gpu_availability)
+
+def make_request(
+    manager: Any,              # a ResourceManager
+    gpu_memory_mb: float, device: Any, timeout: float | None,   # as for `reserve`, and so the others
+    *, ttl: float | None, pid: int | None, n: int,
+) -> Request:
+    "Return a request that enters the queue at its first `poll`; raises what `reserve` does for a malformed argument"
+    memory, holder = check_memory(gpu_memory_mb), find_holder(pid)
+    choose = partial(choose_devices, wanted=device, memory=memory, judge=manager.judge, count=check_count(n),
+                     holder=holder)
+    seconds = time_for_driver(timeout, lambda: manager.gpu_timeout)
+    give_up = make_give_up(timeout, make_check(manager, timeout), manager.judge)
+    return Request(manager.ledger, within(seconds, partial(manager.read, True)), choose, holder, memory,
+                   manager.app or "", check_ttl(ttl), give_up, n, within(seconds, read_gpu_links))
 
 # %% ../../nbs/core/requests.ipynb #1b1ad84d
 SHOW_EVERY = 0.5   # seconds
