@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['simulated', 'HostMemory', 'SimulatedMemory', 'limit_room', 'cgroup_memory', 'read_machine', 'read_memory',
-           'sees_cgroup', 'process_memory', 'list_resident', 'resident_memory', 'in_cgroup', 'cgroup_pids']
+           'sees_cgroup', 'find_cgroup', 'process_memory', 'list_resident', 'resident_memory', 'in_cgroup',
+           'cgroup_pids']
 
 # %% ../../nbs/core/memory.ipynb #e85bd37d
 import os
@@ -171,7 +172,7 @@ def read_memory() -> HostMemory:
     "Return the memory of this machine or of its control group, whichever has less"
     return simulated.memory if simulated else _smaller(read_machine(), cgroup_memory())
 
-# %% ../../nbs/core/memory.ipynb #e091eda4
+# %% ../../nbs/core/memory.ipynb #3186faa6
 def sees_cgroup(
     pid: int,
     root: str = "/sys/fs/cgroup",  # where control groups are mounted
@@ -182,10 +183,15 @@ def sees_cgroup(
     if group == _own_cgroup(proc): return True
     return ".." not in group[1].split("/") and os.path.isdir(_folders(root, *group)[0])
 
+def find_cgroup(pid: int) -> HostMemory | None:   # `None`: without a limit, or it cannot be read
+    "Return the memory of a process's control group"
+    if simulated: return simulated.memory if simulated.memory.cgroup else None
+    return cgroup_memory(pid=pid) if sees_cgroup(pid) else None
+
 def process_memory(pid: int) -> HostMemory | None:   # `None`: its control group cannot be read
     "Return the memory of this machine or of a process's control group, whichever has less"
     if simulated: return simulated.memory
-    return _smaller(read_machine(), cgroup_memory(pid=pid)) if sees_cgroup(pid) else None
+    return _smaller(read_machine(), find_cgroup(pid)) if sees_cgroup(pid) else None
 
 # %% ../../nbs/core/memory.ipynb #55ce49c7
 def list_resident(

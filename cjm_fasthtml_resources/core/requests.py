@@ -22,6 +22,7 @@ from .conflict import ResourceBusy, ResourceConflict, ResourceUnavailable
 from .devices import device_key, device_place, doubtful_places, explain_doubt, see_devices, select_devices
 from .explain import explain_shortage
 from .gpu import GpuDevice, GpuSnapshot, read_gpu_links
+from .memory import find_cgroup
 from .process import ProcessId, has_ended, is_free, read_process, this_process
 from .reservations import Request, Reservation
 from .room import check_capacity
@@ -106,8 +107,13 @@ def choose_devices(
     instead = doubtful_places(snapshot.devices, os.environ) if is_place else ()
     if any(d in instead for d in found): raise ValueError(explain_doubt(f"device {shorten(wanted)}", instead))
     found = keep_seen(found, snapshot, judge, holder)
-    check_capacity(memory, max(d.capacity for d in found), "gpu_memory_mb", f"{memory/2**20:g}")
+    check_capacity(memory, max(_capacity(d, holder) for d in found), "gpu_memory_mb", f"{memory/2**20:g}")
     return found
+
+def _capacity(device: GpuDevice, holder: ProcessId | None) -> int:
+    "Return the bytes that a process can have on a device: no more RAM than its control group's limit"
+    group = find_cgroup(holder.pid if holder else os.getpid()) if device.unified else None
+    return min(device.capacity, group.total) if group else device.capacity
 
 # %% ../../nbs/core/requests.ipynb #04c28ed9
 _ONE_INSTANCE = "a process can use one MIG instance, and then no other device"
@@ -188,7 +194,7 @@ def make_give_up(
 
     return give_up
 
-# %% ../../nbs/core/requests.ipynb #2d37edee
+# %% ../../nbs/core/requests.ipynb #0c511d89
 LEAST_TIME = 0.2   # seconds that a reading always gets
 
 def time_for_driver(
@@ -208,7 +214,7 @@ def within(
     "Return the same function with its `timeout`, which is asked for at each call"
     return lambda *args: call(*args, timeout=seconds())
 
-# %% ../../nbs/core/requests.ipynb #0fdff7de
+# %% ../../nbs/core/requests.ipynb #75c2be41
 def make_check(
     manager: Any,              # a ResourceManager
     timeout: float | None,     # seconds for which the caller waits, from now on; `None`: no limit
