@@ -119,7 +119,7 @@ def stand_in(promises: Sequence[Promise]) -> DeviceStatus:
     "Return what stands for the GPUs that cannot be read"
     return DeviceStatus(GpuDevice(0, unified=True), ResourceStatus.UNAVAILABLE, promises=tuple(promises))
 
-# %% ../../nbs/core/checks.ipynb #ad08b75b
+# %% ../../nbs/core/checks.ipynb #d78518cb
 def memory_for(
     pid: int | None,   # `None`: this process
 ) -> tuple[HostMemory, list[str]]:   # and a note if it is this process's, because the other's cannot be read

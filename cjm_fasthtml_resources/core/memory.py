@@ -172,7 +172,7 @@ def read_memory() -> HostMemory:
     "Return the memory of this machine or of its control group, whichever has less"
     return simulated.memory if simulated else _smaller(read_machine(), cgroup_memory())
 
-# %% ../../nbs/core/memory.ipynb #2d264280
+# %% ../../nbs/core/memory.ipynb #3186faa6
 def sees_cgroup(
     pid: int,
     root: str = "/sys/fs/cgroup",  # where control groups are mounted

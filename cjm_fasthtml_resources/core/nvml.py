@@ -118,14 +118,14 @@ def _read_use(
     own = [memory for memory in (before, after) if not memory.unified]   # a GPU that has its own shares none
     return min(own or (before, after), key=lambda memory: memory.figures.free if memory.figures else -1), listed
 
-# %% ../../nbs/core/nvml.ipynb #52fbd409
+# %% ../../nbs/core/nvml.ipynb #85483d91
 @dataclass
 class _Told:
     "What a device has told before"
     what: set[str] = field(default_factory=set)   # kinds of processes; "memory", "instances"
     total: int | None = None                      # bytes of memory, the first time
 
-# %% ../../nbs/core/nvml.ipynb #3350d300
+# %% ../../nbs/core/nvml.ipynb #8b05942a
 def _add_total(memory: _Memory, told: _Told) -> tuple[_Memory, list[str]]:   # and what is wrong, in words
     "Return the memory with a total that is no more than before, and remember the first one"
     if memory.figures is None or memory.unified: return memory, []
@@ -188,7 +188,7 @@ def _nameless(error: Exception) -> str:
     if getattr(error, "value", None) in OF_THE_DRIVER: return in_words(error)
     return f"it cannot be told from other GPUs, since its UUID could not be read: {in_words(error)}"
 
-# %% ../../nbs/core/nvml.ipynb #b0df544c
+# %% ../../nbs/core/nvml.ipynb #d96b8f03
 _ADDRESS = re.compile(r"([0-9a-f]+):([0-9a-f]+:[0-9a-f]+\.[0-9a-f]+)")
 _ZEROS = "0000:00:00.0"   # integrated GPUs
 

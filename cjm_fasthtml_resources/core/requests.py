@@ -194,7 +194,7 @@ def make_give_up(
 
     return give_up
 
-# %% ../../nbs/core/requests.ipynb #2d37edee
+# %% ../../nbs/core/requests.ipynb #0c511d89
 LEAST_TIME = 0.2   # seconds that a reading always gets
 
 def time_for_driver(
@@ -214,7 +214,7 @@ def within(
     "Return the same function with its `timeout`, which is asked for at each call"
     return lambda *args: call(*args, timeout=seconds())
 
-# %% ../../nbs/core/requests.ipynb #0fdff7de
+# %% ../../nbs/core/requests.ipynb #75c2be41
 def make_check(
     manager: Any,              # a ResourceManager
     timeout: float | None,     # seconds for which the caller waits, from now on; `None`: no limit

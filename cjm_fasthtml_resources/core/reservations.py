@@ -155,7 +155,7 @@ def pauses() -> Iterator[float]:
     "Return the seconds between two polls of a request: 0.02 at first, 0.18 at last"
     for number in itertools.count(): yield min(0.02*1.05**min(number, 50), 0.18)
 
-# %% ../../nbs/core/reservations.ipynb #85b850ff
+# %% ../../nbs/core/reservations.ipynb #02bbc3f3
 def _has_room(device: GpuDevice, memory: int, holder: ProcessId, covers: bool, group: HostMemory) -> bool:
     used = sum(p.memory_used or 0 for p in device.processes or () if covers and p.pid == holder.pid)
     return not device.unified or group.available >= memory - used
