@@ -3,6 +3,7 @@ import asyncio
 import os
 import subprocess
 import sys
+import threading
 import time
 
 import psutil
@@ -10,7 +11,7 @@ import pytest
 from conftest import MIB, warned
 
 from cjm_fasthtml_resources.core import job as jobs
-from cjm_fasthtml_resources.core.conflict import ResourceBusy
+from cjm_fasthtml_resources.core.conflict import ResourceBusy, ResourceUnavailable
 from cjm_fasthtml_resources.core.manager import ResourceManager
 from cjm_fasthtml_resources.simulate import SimulatedDriver, SimulatedGpu, SimulatedMachine, SimulatedProcess
 from cjm_fasthtml_resources.simulated.machine import use_ram
@@ -217,3 +218,16 @@ def test_memory_of_a_unified_gpu_and_ram_are_one_pool_for_a_job():
 def test_a_job_without_a_gpu_shows_its_child_none(gpu):
     with ResourceManager().job("job-1", 0) as job:
         assert job.env == job.env_by_index == {"CUDA_VISIBLE_DEVICES": ""}
+
+
+def test_a_driver_that_begins_to_hang_holds_a_job_no_longer_than_its_time():
+    with SimulatedDriver([SimulatedGpu(memory_total_mb=1000, memory_used_mb=900)]) as driver:
+        manager = ResourceManager(gpu_timeout=60)
+        job = manager.job("a job", 500, timeout=1)
+        def hang(): driver.hang("nvmlDeviceGetCount_v2")
+        timer = threading.Timer(0.3, hang)
+        timer.start()
+        began = time.monotonic()
+        with pytest.raises((ResourceBusy, ResourceUnavailable)): job.__enter__()
+        timer.join()
+        assert time.monotonic() - began < 5

@@ -16,6 +16,7 @@ from cjm_fasthtml_resources.core import memory, ram, resident
 from cjm_fasthtml_resources.core.manager import ResourceManager
 from cjm_fasthtml_resources.core.memory import HostMemory
 from cjm_fasthtml_resources.core.resources import ResourceStatus
+from cjm_fasthtml_resources.simulate import SimulatedDriver, SimulatedGpu
 
 linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs /proc")
 root = pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() != 0, reason="needs root")
@@ -323,6 +324,33 @@ def test_in_a_real_control_group_file_cache_is_available_and_shared_memory_is_no
     begin, cached, own, shared, locked = used = [look["used"]/MIB for look in looks]
     assert abs(cached - begin) < 15 and 40 < own - cached < 65 and 30 < shared - own < 55, used
     assert 20 < locked - shared < 40, used
+
+
+@linux
+@root
+def test_a_workers_job_has_the_ram_of_the_workers_control_group(control_group):
+    worker = subprocess.Popen(["sleep", "60"])
+    (control_group/"cgroup.procs").write_text(str(worker.pid))
+    try:
+        with SimulatedDriver([SimulatedGpu()]):
+            manager = ResourceManager()
+            manager.register_worker(worker.pid, "llm")
+            of_worker = manager.check_memory_availability(pid=worker.pid).memory.memory
+            assert (of_worker.total, of_worker.cgroup) == (400*MIB, str(control_group))
+            assert manager.check_memory_availability().memory.memory.total > 400*MIB
+            with pytest.raises(ValueError, match="at most 400"):
+                manager.job("too much", 0, worker=worker.pid, needs=dict(ram_mb=1024), timeout=0).__enter__()
+            with manager.job("a job", 0, worker=worker.pid, needs=dict(ram_mb=100), timeout=0): pass
+    finally:
+        worker.kill()
+        worker.wait()
+
+
+def test_a_control_group_that_cannot_be_read_is_said_to_be(monkeypatch):
+    monkeypatch.setattr(memory, "sees_cgroup", lambda pid: False)
+    found = ResourceManager().check_memory_availability(pid=os.getpid())
+    assert any("cannot be read from here" in note for note in found.notes)
+    assert found.memory.memory.total == memory.read_memory().total
 
 
 def write_group(folder: Path, **files: object) -> None:

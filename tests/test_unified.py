@@ -2,8 +2,10 @@
 import pynvml
 import pytest
 
+from cjm_fasthtml_resources.core import requests, reservations
 from cjm_fasthtml_resources.core.conflict import ResourceBusy
 from cjm_fasthtml_resources.core.manager import ResourceManager
+from cjm_fasthtml_resources.core.memory import HostMemory
 from cjm_fasthtml_resources.core.resources import ResourceStatus
 from cjm_fasthtml_resources.core.validation import ValidationAction, validate_resources_for_job
 from cjm_fasthtml_resources.simulate import SimulatedDriver, SimulatedGpu, SimulatedMachine, SimulatedProcess
@@ -95,3 +97,17 @@ def test_a_gpu_that_had_memory_of_its_own_keeps_it():
         for call in ("nvmlDeviceGetMemoryInfo", "nvmlDeviceGetMemoryInfo_v2"):
             driver.fail(call, pynvml.NVML_ERROR_NOT_SUPPORTED)
         assert manager.check_gpu_availability().status is ResourceStatus.UNAVAILABLE
+
+
+def test_no_other_process_gives_a_request_what_its_control_group_lacks(monkeypatch):
+    group = HostMemory(60_000*MIB, 50_000*MIB, "/cg")
+    for module in (requests, reservations): monkeypatch.setattr(module, "find_cgroup", lambda pid: group)
+    with machine(spark()):
+        one, other = ResourceManager(app="one"), ResourceManager(app="other")
+        with pytest.raises(ValueError, match="at most 60000"): one.reserve(60_001)
+        request = one.request(40_000)
+        for _ in range(3):
+            assert request.poll() is None
+            with other.reserve(1_000, timeout=0): pass   # it settles for all
+        group = HostMemory(60_000*MIB, 20_000*MIB, "/cg")
+        with request.wait(): assert other.check_gpu_availability().devices[0].promised() == 40_000*MIB

@@ -39,6 +39,14 @@ from cjm_fasthtml_resources.core.process import (
     since_boot,
     this_process,
 )
+from cjm_fasthtml_resources.core.requests import (
+    check_priority,
+    choose_devices,
+    find_holder,
+    find_shortage,
+    make_check,
+    show_progress,
+)
 from .claims import DeviceUse, asks_for_ram, find_base, read_use, used_by
 from .conflict import ResourceBusy, ResourceConflict, ResourceUnavailable
 from .copies import StaysHere
@@ -50,7 +58,6 @@ from .learned import JobRun, need_key
 from .locking import holding
 from .making_room import RoomForRequest
 from .plugins import PluginNeeds, declared_needs, find_plugin, read_requirements
-from .requests import check_priority, choose_devices, find_holder, find_shortage, show_progress
 from .reservations import Request, Reservation, StackExit, pauses, surely
 from .resources import DeviceStatus, ResourceType, WorkerState
 from .room import held_by, largest_capacity, usable
@@ -428,15 +435,15 @@ def poll(job: ActiveJob, request: Request) -> Reservation | None:
 # %% ../../nbs/core/job.ipynb #4614b945
 def await_memory(job: ActiveJob, mb: float | None, device: Any) -> Iterator[float]:
     "Wait in the queue for a job's memory, of the GPU and RAM together; the errors are those of `reserve`"
-    manager, left = job.manager, job.time_left
-    timeout = None if left is None else job.asked.timeout if left > 0.99*(job.asked.timeout or 0) else round(left, 1)
+    manager, left, asked = job.manager, job.time_left, job.asked.timeout
+    timeout = None if left is None else asked if not asked or left > 0.99*asked else max(round(left, 1), 0.1)
     request = manager.request(mb, device, timeout, pid=job.worker_pid, n=job.asked.count,
                               memory_mb=job.asked.needs.ram_mb, priority=job.asked.priority)
     request.covers = job.worker_pid is not None
     job.defer(request.withdraw)
     if job.asked.make_room and request.count: job.room = RoomForRequest(manager, request, unload=job.asked.unload)
     tell_at = time.monotonic() + TELL_AFTER if job.is_alone else math.inf
-    with show_progress(request, manager.check_gpu_availability, job.asked.progress) as show:
+    with show_progress(request, make_check(manager, timeout), job.asked.progress) as show:
         for pause in pauses():
             if found := poll(job, request):
                 job.reservation, job.request, job.holder = found, request, found.holder

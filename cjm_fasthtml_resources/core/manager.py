@@ -114,9 +114,11 @@ class ResourceManager(StaysHere, WorkerRegistry, NeedsReader, JobStarter):
         self,
         threshold_percent: float = 90.0,       # RAM is low when this share is in use
         *, snapshot: GpuSnapshot | None = None,   # read already; `None`: the driver is read if a GPU uses this memory
+        pid: int | None = None,                # the process whose control group counts, as a worker; `None`: this one
     ) -> ResourceConflict:
-        "Return who uses the memory of this machine, or of the control group that this process is in"
-        return self.checks.memory(check_number(threshold_percent, "threshold_percent", 0, 100), snapshot, self.read)
+        "Return who uses the memory of this machine, or of the control group that a process is in"
+        limit = check_number(threshold_percent, "threshold_percent", 0, 100)
+        return self.checks.memory(limit, snapshot, self.read, None if pid is None else check_pid(pid))
 
     def pick_gpus(
         self,

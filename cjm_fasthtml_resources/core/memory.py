@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['simulated', 'HostMemory', 'SimulatedMemory', 'limit_room', 'cgroup_limits', 'cgroup_memory', 'read_machine',
-           'read_memory', 'list_resident', 'resident_memory', 'in_cgroup', 'cgroup_pids']
+           'read_memory', 'sees_cgroup', 'find_cgroup', 'process_memory', 'list_resident', 'resident_memory',
+           'in_cgroup', 'cgroup_pids']
 
 # %% ../../nbs/core/memory.ipynb #e85bd37d
 import os
@@ -132,9 +133,10 @@ def limit_room(
 def cgroup_limits(
     root: str = "/sys/fs/cgroup",  # where control groups are mounted
     proc: str = "/proc",           # the process file system
+    pid: int | str = "self",
 ) -> list[HostMemory]:
-    "Return the memory of each control group with a limit that this process is in, the innermost first"
-    if (own := _own_cgroup(proc)) is None: return []
+    "Return the memory of each control group with a limit that a process is in, the innermost first"
+    if (own := _own_cgroup(proc, pid)) is None: return []
     files, path = own
     limits = [(_read_bytes(folder, files.limit), folder) for folder in _folders(root, files, path)]
     return [m for limit, folder in limits if limit is not None and (m := _read_cgroup(folder, files, limit))]
@@ -142,9 +144,10 @@ def cgroup_limits(
 def cgroup_memory(
     root: str = "/sys/fs/cgroup",  # where control groups are mounted
     proc: str = "/proc",           # the process file system
+    pid: int | str = "self",
 ) -> HostMemory | None:  # `None` if no group sets a limit
-    "Return the smallest memory limit of this process, with no more available than each of its other limits leaves"
-    found = cgroup_limits(root, proc)
+    "Return the smallest memory limit of a process, with no more available than each of its other limits leaves"
+    found = cgroup_limits(root, proc, pid)
     return None if not found else limit_room(min(found, key=lambda m: m.total), found)
 
 # %% ../../nbs/core/memory.ipynb #b4a278da
@@ -168,12 +171,35 @@ def _limit_swap(group: HostMemory, machine: HostMemory) -> HostMemory:
     totals = [m.swap_total for m in (group, machine) if m.swap_total is not None]
     return replace(group, swap_total=min(totals, default=None), swap_used=group.swap_used if any(totals) else 0)
 
-def read_memory() -> HostMemory:
-    "Return the memory of this machine or of its control group, whichever has less"
-    if simulated: return simulated.memory
-    machine, group = read_machine(), cgroup_memory()
+def _smaller(machine: HostMemory, group: HostMemory | None) -> HostMemory:
+    "Return the memory of a machine or of a control group on it, whichever has less"
     if not group or group.total >= machine.total: return limit_room(machine, [group] if group else [])
     return limit_room(_limit_swap(group, machine), [machine])
+
+def read_memory() -> HostMemory:
+    "Return the memory of this machine or of its control group, whichever has less"
+    return simulated.memory if simulated else _smaller(read_machine(), cgroup_memory())
+
+# %% ../../nbs/core/memory.ipynb #3186faa6
+def sees_cgroup(
+    pid: int,
+    root: str = "/sys/fs/cgroup",  # where control groups are mounted
+    proc: str = "/proc",           # the process file system
+) -> bool:
+    "Return whether the limits of a process's control group can be read: it is this process's, or seen from here"
+    if (group := _own_cgroup(proc, pid)) is None: return False
+    if group == _own_cgroup(proc): return True
+    return ".." not in group[1].split("/") and os.path.isdir(_folders(root, *group)[0])
+
+def find_cgroup(pid: int) -> HostMemory | None:   # `None`: without a limit, or it cannot be read
+    "Return the memory of a process's control group"
+    if simulated: return simulated.memory if simulated.memory.cgroup else None
+    return cgroup_memory(pid=pid) if sees_cgroup(pid) else None
+
+def process_memory(pid: int) -> HostMemory | None:   # `None`: its control group cannot be read
+    "Return the memory of this machine or of a process's control group, whichever has less"
+    if simulated: return simulated.memory
+    return _smaller(read_machine(), find_cgroup(pid)) if sees_cgroup(pid) else None
 
 # %% ../../nbs/core/memory.ipynb #55ce49c7
 def list_resident(

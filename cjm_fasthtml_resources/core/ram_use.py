@@ -29,20 +29,22 @@ def group_name(
     except OSError: return f"{RAM}:{folder}"
 
 # %% ../../nbs/core/ram_use.ipynb #d0a06e15
-def read_limits() -> dict[str, HostMemory]:
-    "Return what limits the RAM of this process, by name: the machine's memory and that of its control groups"
-    groups = [memory.simulated.memory] if memory.simulated else memory.cgroup_limits()
+def read_limits(*pids: int | str) -> dict[str, HostMemory]:
+    "Return what limits the RAM of processes, by name: the machine's memory and that of their control groups"
+    if memory.simulated: groups = [memory.simulated.memory]
+    else: groups = [group for pid in dict.fromkeys(pids) for group in memory.cgroup_limits(pid=pid)]
     return {RAM: memory.read_machine(), **{group_name(m.cgroup): m for m in groups if m.cgroup}}
 
 def ram_needs(
     size: int,   # bytes
+    pid: int | str = "self",   # of the process that it is for
 ) -> tuple[tuple[str, int], ...]:
     "Return what a request for so much RAM asks for `beside` its devices; nothing for 0"
-    return tuple((name, size) for name in read_limits()) if size else ()
+    return tuple((name, size) for name in read_limits(pid)) if size else ()
 
-def most_ram() -> int:
-    "Return the bytes of RAM that this process could have if it were alone"
-    return min(m.total for m in read_limits().values())
+def most_ram(pid: int | str = "self") -> int:
+    "Return the bytes of RAM that a process could have if it were alone"
+    return min(m.total for m in read_limits(pid).values())
 
 # %% ../../nbs/core/ram_use.ipynb #ea567334
 def read_anonymous(
@@ -103,9 +105,10 @@ def _stand_in(name: str, found: HostMemory) -> GpuDevice:
 def read_ram(
     holders: Collection[ProcessId],   # of all claims for RAM
 ) -> list[DeviceUse]:
-    "Return the machine's memory and that of this process's control groups, with what the holders use of it"
-    before = read_limits()
-    (rows, whole), after, space = list_anonymous(holders), read_limits(), pid_namespace()
+    "Return the machine's memory and that of this process's and the holders' control groups, with what they use of it"
+    pids: list[int | str] = ["self", *(holder.pid for holder in holders)]
+    before = read_limits(*pids)
+    (rows, whole), after, space = list_anonymous(holders), read_limits(*pids), pid_namespace()
 
     def use(name: str, found: HostMemory) -> DeviceUse:
         is_all = found.cgroup is None or memory.simulated is not None

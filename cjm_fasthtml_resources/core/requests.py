@@ -23,6 +23,7 @@ from .conflict import ResourceBusy, ResourceConflict, ResourceUnavailable
 from .devices import device_key, device_place, doubtful_places, explain_doubt, see_devices, select_devices
 from .explain import explain_free, explain_shortage
 from .gpu import GpuDevice, GpuSnapshot, read_gpu_links
+from .memory import find_cgroup
 from .process import ProcessId, has_ended, is_free, read_process, this_process
 from .room import check_capacity
 from .text import format_bytes
@@ -71,14 +72,16 @@ def check_asked(
     gpu_memory_mb: Any,   # MiB on each device; `None` or 0 with RAM: no GPU
     memory_mb: Any,       # MiB of RAM
     n: Any,               # how many devices
+    pid: int | None = None,   # the process that it is for; `None`: this one
 ) -> Asked:
     "Return the memory of a request; `TypeError` or `ValueError`, `TooMuchMemory` for more RAM than there is"
     ram, count = int(check_number(memory_mb, "memory_mb")*2**20), check_count(n)
     if not ram: return Asked(check_memory(gpu_memory_mb), count, ())
     from cjm_fasthtml_resources.core.ram_use import most_ram, ram_needs  # when it is used
-    check_capacity(ram, most_ram(), "memory_mb", f"{memory_mb:g}", "this machine or its control group")
-    if gpu_memory_mb in (None, 0): return Asked(0, 0, ram_needs(ram))
-    return Asked(check_memory(gpu_memory_mb), count, ram_needs(ram))
+    where = "self" if pid is None else pid
+    check_capacity(ram, most_ram(where), "memory_mb", f"{memory_mb:g}", "this machine or its control group")
+    if gpu_memory_mb in (None, 0): return Asked(0, 0, ram_needs(ram, where))
+    return Asked(check_memory(gpu_memory_mb), count, ram_needs(ram, where))
 
 # %% ../../nbs/core/requests.ipynb #2a06e1be
 def find_holder(
@@ -162,9 +165,15 @@ def choose_devices(
     instead = doubtful_places(snapshot.devices, os.environ) if is_place else ()
     if any(d in instead for d in found): raise ValueError(explain_doubt(f"device {shorten(wanted)}", instead))
     found = keep_seen(found, snapshot, judge, holder)
-    check_capacity(memory, max(capacity_beside(d, ram) for d in found), "gpu_memory_mb", f"{memory/2**20:g}",
+    check_capacity(memory, max(_capacity(d, ram, holder) for d in found), "gpu_memory_mb", f"{memory/2**20:g}",
                    whose_beside("the largest device", found, ram))
     return found
+
+def _capacity(device: GpuDevice, ram: int, holder: ProcessId | None) -> int:
+    "Return the bytes that a process can have on a device: no more RAM than its control group's limit"
+    group = find_cgroup(holder.pid if holder else os.getpid()) if device.unified else None
+    beside = capacity_beside(device, ram)
+    return min(beside, group.total - ram) if group else beside
 
 # %% ../../nbs/core/requests.ipynb #04c28ed9
 _ONE_INSTANCE = "a process can use one MIG instance, and then no other device"
@@ -289,7 +298,7 @@ def make_request(
 ) -> "Request":
     "Return a request that is not in the queue yet; raises what `reserve` raises for a wrong argument"
     from cjm_fasthtml_resources.core.reservations import Request  # when it is used
-    asked, holder = check_asked(gpu_memory_mb, memory_mb, n), find_holder(pid)
+    holder, asked = find_holder(pid), check_asked(gpu_memory_mb, memory_mb, n, pid)
     seconds = time_for_driver(timeout, lambda: manager.gpu_timeout)
     choose = partial(choose_devices, wanted=device, memory=asked.memory, judge=manager.judge, count=asked.devices,
                      holder=holder, ram=asked.ram)

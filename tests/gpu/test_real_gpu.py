@@ -64,6 +64,12 @@ def holding(mib, depth=0, env=None, *more, within=()):
         process.wait(20)
 
 
+def test_each_gpu_has_the_address_that_linux_lists():
+    listed = Path("/proc/driver/nvidia/gpus")
+    if not listed.is_dir(): pytest.skip("the kernel module lists no GPU here, as under WSL")
+    assert {d.pci for d in SNAPSHOT.devices} <= set(os.listdir(listed))
+
+
 def nearly(mib, allocated): return allocated <= mib <= allocated + OVERHEAD_MIB
 
 
