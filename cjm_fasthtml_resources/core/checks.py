@@ -110,7 +110,7 @@ def unseen_promises(machine: Sequence[GpuDevice], known: LedgerReading, app: str
     keys = {device_key(d) for d in machine if d.memory_total is not None}
     lost = [c for c in known.claims if c.device and c.device not in keys and c.id not in known.over]
     uses = read_use(machine) if lost else []
-    return [Promise(c.holder.pid, "app" if c.app == app else "external", c.memory, c.memory, c.app)
+    return [Promise(c.holder.pid, "app" if c.app == app else "external", c.memory, c.memory, c.app, c.id)
             for c in lost if not any(use.is_called(c.device) for use in uses)]
 
 def stand_in(promises: Sequence[Promise]) -> DeviceStatus:
@@ -306,7 +306,8 @@ def find_waiting(
         suits = tuple(ids[key] for key in claim.allowed if key in ids)
         names = name_holder(claim) if position <= _NAMED else (None, None)
         owner = "app" if claim.app == app else "external"
-        return Waiting(claim.holder.pid, owner, claim.memory, position, suits, claim.app, *names)
+        since = claim.receipt and claim.receipt.asked_at
+        return Waiting(claim.holder.pid, owner, claim.memory, position, suits, claim.app, *names, claim.id, since)
 
     return tuple(row(position, claim) for position, claim in enumerate(waiting, 1))
 

@@ -89,6 +89,8 @@ class Promise:
     memory: int       # bytes
     unused: int       # bytes of it that are not in use yet
     app: str = ""     # the app's name
+    id: int = 0       # as `cjm-resources queue` shows it; 0: not known
+    since: float | None = None   # when it was granted, by `machine_time()`
 
 # %% ../../nbs/core/resources.ipynb #fd30f6ec
 @dataclass(frozen=True)
@@ -102,6 +104,8 @@ class Waiting:
     app: str = ""                        # the app's name
     name: str | None = None              # of the process; `None` if it is not seen from here
     username: str | None = None
+    id: int = 0                          # as `cjm-resources queue` shows it; 0: not known
+    since: float | None = None           # when it entered the queue, by `machine_time()`
 
 # %% ../../nbs/core/resources.ipynb #5a65063d
 @dataclass(frozen=True)
