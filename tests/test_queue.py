@@ -12,8 +12,12 @@ from pathlib import Path
 import pytest
 from conftest import GIB, wait_until
 
+from cjm_fasthtml_resources import ResourceManager
+from cjm_fasthtml_resources.core.endings import end_claim
 from cjm_fasthtml_resources.core.ledger import Ledger, Rows, from_bytes, to_bytes
+from cjm_fasthtml_resources.core.reservations import ReservationOver
 from cjm_fasthtml_resources.core.store import Store, store_path
+from cjm_fasthtml_resources.simulate import SimulatedDriver, SimulatedGpu
 
 DRIVER = """
 import os
@@ -156,7 +160,7 @@ def test_release_gives_the_memory_to_the_next_and_tells_the_holder(rig):
     said = ask(holder, "keep")
     assert said.startswith("ReservationOver") and re.search(r"it was released by \w+ \(PID \d+\)", said), said
     assert re.fullmatch(r"False \w+ \(PID \d+\)", ask(holder, "release"))
-    assert "it was released by" in holder.communicate()[1]   # the log
+    assert "had ended it" in holder.communicate()[1]   # the log
     assert rig.run("release", rig.rows()[0]["id"] + 100).returncode == 2
 
 
@@ -183,6 +187,22 @@ def test_a_command_that_is_cancelled_ends_with_75(rig, name):
     assert "cancelled by" in process.communicate(timeout=30)[1] and process.returncode == os.EX_TEMPFAIL
 
 
+def name_of(pid: int) -> str: return Path(f"/proc/{pid}/comm").read_text().strip()
+
+
+@pytest.mark.parametrize("name", ["wait", "run"])
+def test_a_command_goes_on_when_its_memory_is_released(rig, name):
+    "It is not stopped; `run`, which gives the memory back in the end, says who did it before"
+    words = [*rig.words["command"], name, "--gpu-memory", "16GiB", "--", "sh", "-c", "read line; exit 5"]
+    process = subprocess.Popen(words, env=rig.env, stdin=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    row = wait_until_any(lambda: [row for row in rig.rows() if row["state"] == "held"])[0]
+    wait_until(lambda: name_of(rig.rows()[0]["pid"]) == "sh")
+    assert rig.run("release", row["id"]).returncode == 0 and rig.rows() == []
+    assert rig.hold("speech", 20).poll() is None   # the memory is free
+    said = process.communicate("\n", timeout=30)[1]
+    assert process.returncode == 5 and ("had ended it" in said) == (name == "run"), said
+
+
 def test_a_suspended_request_says_so(rig):
     rig.hold("speech", 16)
     waiting, row = rig.wait("train", 20)
@@ -203,6 +223,20 @@ def test_shrink_and_the_receipt(rig):
     assert waiting.stdout.readline() == "has it\n"
     held, _ = rig.rows()
     assert (held["memory"], held["asked"], held["why"]) == (11*GIB, 16*GIB, "")
+
+
+def test_a_group_is_released_as_one_and_shrinks_on_each_device(folder):
+    with SimulatedDriver([SimulatedGpu("NVIDIA L4", uuid=f"GPU-{n}") for n in "ab"]) as driver:
+        manager = ResourceManager(app="train")
+        with manager.reserve(16*1024, n=2, timeout=0) as held, driver.allocate(11*1024, gpu=1):
+            assert held.receipt.most_used == 11*GIB and held.receipt.unused_since is None
+            with pytest.raises(ValueError, match="at least 11264"): held.shrink(10*1024)
+            assert held.shrink(12*1024).gpu_memory_mb == 12*1024
+            first, second = manager.get_claims()
+            assert {first.memory, second.memory} == {12*GIB} and first.lease == second.lease
+            end_claim(manager.ledger, second.id)
+            assert manager.get_claims() == [] and held.ended_by
+            with pytest.raises(ReservationOver, match="released by"): held.shrink(11*1024)
 
 
 def test_wrong_ids_and_apps(rig):

@@ -56,6 +56,7 @@ def format_wait(
     "Return a time in seconds below a minute, and then as an age"
     return format_age(seconds) if seconds is None or seconds >= 60 else f"{seconds:.0f} s"
 
+# %% ../../nbs/commands/queue.ipynb #10c31702
 def _state(row: QueueRow) -> str:
     if row.state == "waiting": return "waits" if row.behind is None else f"waits behind {row.behind}"
     return "held" if row.unused_seconds is None else "not used yet" if not row.most_used else "not in use"
@@ -63,6 +64,7 @@ def _state(row: QueueRow) -> str:
 def _used(row: QueueRow) -> str:
     return "" if row.state == "waiting" else "?" if row.used is None else format_bytes(row.used)
 
+# %% ../../nbs/commands/queue.ipynb #8ec35691
 _QUEUE_COLUMNS: Sequence[Column[QueueRow]] = (
     Column("ID", lambda row: str(row.id), "right"),
     Column("GPU", lambda row: name_devices(row.devices).removeprefix("GPU ")),
@@ -75,6 +77,7 @@ _QUEUE_COLUMNS: Sequence[Column[QueueRow]] = (
     Column("app", lambda row: row.app, leaves=3),
     Column("process", lambda row: row.process or "", shrinks=True, least=10))
 
+# %% ../../nbs/commands/queue.ipynb #e6082a04
 def queue_lines(
     rows: Sequence[QueueRow],
     width: int,   # of the terminal
@@ -100,8 +103,8 @@ Examples:
 def command(machine: Machine, as_json: bool, app: str | None) -> None:
     """Show who has reserved GPU memory, and who waits for it.
 
-    Each row has an ID, for cjm-resources release and cancel. "Used" is the part of a reservation that is in use now, "?"
-    where not every process is seen. Below the table stands why each request waits, behind whom, and which
+    Each row has an ID, for cjm-resources release and cancel. "Used" is the part of a reservation that is in use now, or
+    "?" where not every process is seen. Below the table stands why each request waits, behind whom, and which
     reservation is larger than what was seen in use.
 
     Exits with 74 when the shared file cannot be used, 2 when there is no such app.

@@ -118,7 +118,7 @@ def unseen_promises(machine: Sequence[GpuDevice], known: LedgerReading, app: str
     lost = [c for c in known.claims
             if c.device and c.device not in keys and c.id not in known.over and not is_ram(c.device)]
     uses = read_use(machine) if lost else []
-    return [Promise(number_here(c), "app" if c.app == app else "external", c.memory, c.memory, c.app)
+    return [Promise(number_here(c), "app" if c.app == app else "external", c.memory, c.memory, c.app, c.id)
             for c in lost if not any(use.is_called(c.device) for use in uses)]
 
 def stand_in(promises: Sequence[Promise]) -> DeviceStatus:
@@ -367,7 +367,9 @@ def find_waiting(
         names = name_holder(claim) if position <= _NAMED else (None, None)
         owner = "app" if claim.app == app else "external"
         ram = max((size for _, size in claim.beside), default=0)
-        return Waiting(number_here(claim), owner, claim.memory, position, suits, claim.app, *names, ram, claim.priority)
+        since = claim.receipt and claim.receipt.asked_at
+        return Waiting(number_here(claim), owner, claim.memory, position, suits, claim.app, *names, ram, claim.priority,
+                       claim.id, since)
 
     return tuple(row(position, claim) for position, claim in enumerate(waiting, 1))
 

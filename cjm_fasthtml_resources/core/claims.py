@@ -274,7 +274,8 @@ def find_promises(
     "Return the promises on a device; those of one holder share its use in proportion to their size"
     return tuple(
         Promise(max(use.holder_of(c).pid, 0), "app" if c.app == app else "external", c.memory,
-                -(-pool.unused*c.memory//pool.promised), c.app)   # rounded up: in sum at least the pool's
+                -(-pool.unused*c.memory//pool.promised), c.app, c.id,   # rounded up: in sum at least the pool's
+                c.receipt and c.receipt.since)
         for pool in find_pools(use, claims).values() for c in pool.claims)
 
 # %% ../../nbs/core/claims.ipynb #e754f8b2

@@ -134,5 +134,5 @@ def give_back(
     "Give a reservation back, as `Ledger.give_back`; log who has ended it before"
     by = find_ending(ledger, lease) if lease in ledger.leases.held else None
     was_there = ledger.give_back(lease, for_other)
-    if was_there and by: _log.warning("a reservation was over before it was given back: it was released by %s", by)
+    if was_there and by: _log.warning("reserved GPU memory was over before it was given back: %s had ended it", by)
     return was_there and by is None

@@ -240,7 +240,7 @@ def find_suiting(
 # %% ../../nbs/core/reservations.ipynb #5f5ab342
 class Request(StaysHere):
     "A request in the queue: it enters at the first `poll` and leaves by `withdraw`, both from any thread"
-    _is_over = _has_entered = False
+    _is_over = _has_entered = _is_cancelled = False
     _seen: tuple[str, ...] = ()   # the machine's devices when it settled last
     covers = False                # a worker's job: includes what the worker uses already, and ends with this process
     _rows: Sequence[Claim] = ()   # its claims as they were read last: one, or one for each device of a group
@@ -300,7 +300,8 @@ class Request(StaysHere):
     def withdraw(self) -> None:
         "Leave the queue, and give back the reservation if it was given"
         self._is_over = True
-        self.ledger.give_back(self.lease, self.is_for_other)
+        if self._is_cancelled: self.ledger.give_back(self.lease, self.is_for_other)
+        else: give_back(self.ledger, self.lease, self.is_for_other)   # it logs who has ended it
         for end in self._forgotten: end.detach()
 
     @property
@@ -380,6 +381,7 @@ class Request(StaysHere):
         `RequestCancelled` if another process has ended it"""
         by = find_ending(self.ledger, self.lease)
         if by or is_cancelled:
+            self._is_cancelled = True
             self.withdraw()
             raise RequestCancelled(by)
         self._has_entered = False

@@ -89,6 +89,8 @@ class Promise:
     memory: int       # bytes
     unused: int       # bytes of it that are not in use yet
     app: str = ""     # the app's name
+    id: int = 0       # as `cjm-resources queue` shows it; 0: not known
+    since: float | None = None   # when it was granted, by `machine_time()`
 
 # %% ../../nbs/core/resources.ipynb #fd30f6ec
 @dataclass(frozen=True)
@@ -104,6 +106,8 @@ class Waiting:
     username: str | None = None
     ram: int = 0                         # bytes of RAM that it waits for, too
     priority: int = 0                    # a smaller one is further ahead
+    id: int = 0                          # as `cjm-resources queue` shows it; 0: not known
+    since: float | None = None           # when it entered the queue, by `machine_time()`
 
 # %% ../../nbs/core/resources.ipynb #5a65063d
 @dataclass(frozen=True)

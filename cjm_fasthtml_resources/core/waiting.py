@@ -10,8 +10,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from .explain import name_worker
+from .process import machine_time
 from .resources import DeviceStatus, Promise, Waiting
-from .text import format_bytes
+from .text import format_age, format_bytes
 from .totals import name_devices
 
 # %% ../../nbs/core/waiting.ipynb #0a5f5b89
@@ -32,15 +33,23 @@ class ReservationRow:
     app: str
     state: str
     memory: int    # bytes
+    id: int = 0    # as `cjm-resources queue` shows it
+    age: str = ""  # since when, from a minute on
+
+def _age(since: float | None) -> str:
+    "Return for how long something is so, from a minute on"
+    seconds = 0.0 if since is None else machine_time() - since
+    return format_age(seconds) if seconds >= 60 else ""
 
 def _reserved(place: int | str, promise: Promise, who: str) -> ReservationRow:
     state = f"{format_bytes(promise.unused)} unused" if promise.unused else "in use"
-    return ReservationRow(str(place), promise.pid, promise.owner, who, promise.app, state, promise.memory)
+    return ReservationRow(str(place), promise.pid, promise.owner, who, promise.app, state, promise.memory,
+                          promise.id, _age(promise.since))
 
 def _waits(request: Waiting) -> ReservationRow:
     devices = name_devices(request.devices).removeprefix("GPU ")
     return ReservationRow(devices, request.pid, request.owner, request.name or "", request.app,
-                          f"waits, no. {request.position}", request.memory)
+                          f"waits, no. {request.position}", request.memory, request.id, _age(request.since))
 
 def reservation_rows(
     devices: Sequence[DeviceStatus],

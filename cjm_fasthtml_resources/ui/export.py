@@ -11,8 +11,8 @@ from typing import Any
 
 from .. import __version__
 from ..core.conflict import ResourceConflict
-from ..core.process import process_age
-from ..core.resources import DeviceStatus, MemoryStatus, OwnedProcess, WorkerState
+from ..core.process import machine_time, process_age
+from ..core.resources import DeviceStatus, MemoryStatus, OwnedProcess, Promise, Waiting, WorkerState
 from ..core.samples import Sample
 from ..core.totals import sum_by_app, sum_by_user
 
@@ -29,13 +29,19 @@ def _process(process: OwnedProcess) -> dict[str, Any]:
     return dict(asdict(process), age=None if age is None else round(age))
 
 # %% ../../nbs/ui/export.ipynb #6bac2e97
+def _since(row: Promise | Waiting) -> dict[str, Any]:
+    "Return a reservation or a request, with the seconds for which it is held or waits"
+    found = asdict(row)
+    since = found.pop("since")
+    return dict(found, seconds=None if since is None else round(max(machine_time() - since, 0)))
+
 def _device(d: DeviceStatus) -> dict[str, Any]:
     device = asdict(d.device)
     del device["processes"], device["reason"]
     return dict(id=d.device.id, **device, status=d.status.value, reason=d.reason, estimated=d.estimated,
                 app_memory=d.app_memory, external_memory=d.external_memory,
                 unattributed_memory=d.unattributed_memory, ram_memory=d.ram_memory, room=d.room,
-                promises=[asdict(p) for p in d.promises], processes=[_process(p) for p in d.processes])
+                promises=[_since(p) for p in d.promises], processes=[_process(p) for p in d.processes])
 
 # %% ../../nbs/ui/export.ipynb #643ed4ad
 def _memory(m: MemoryStatus) -> dict[str, Any]:
@@ -68,6 +74,6 @@ def to_json(answer: Sample) -> dict[str, Any]:
         schema_version=SCHEMA_VERSION, version=__version__, time=answer.time, stale=answer.stale,
         simulated=answer.simulated, status=answer.status.value, message=answer.message,
         gpu=dict(_answer(answer.gpu), driver_version=driver_version, devices=devices, other_instances=others,
-                 waiting=[asdict(request) for request in answer.gpu.waiting], totals=_totals(answer.gpu)),
+                 waiting=[_since(request) for request in answer.gpu.waiting], totals=_totals(answer.gpu)),
         memory=dict(_answer(answer.memory), **(_memory(memory) if memory else {})),
         workers=[_worker(worker) for worker in answer.workers])

@@ -189,12 +189,14 @@ def worker_table(
 
 # %% ../../nbs/ui/tables.ipynb #82ea00af
 RESERVATION_COLUMNS = (
+    Column("ID", lambda row: row.id or "", "n xx"),
     Column("GPU", lambda row: _place(row.place), width="w4"),
     Column("PID", lambda row: row.pid or "", "n"),
     Column("owner", lambda row: _owner(row.owner, "xx"), "xx", "w6"),
     Column("process", lambda row: printable(row.who)),
     Column("app", lambda row: _long(printable(row.app), 12, "x"), "x", "w6"),
     Column("state", lambda row: row.state, "two", "w9"),
+    Column("for", lambda row: row.age, "n xx"),
     Column("memory", lambda row: _size(row.memory), "n"))
 
 def reservation_table(

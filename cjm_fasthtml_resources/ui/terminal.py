@@ -307,11 +307,13 @@ def worker_table(
 
 # %% ../../nbs/ui/terminal.ipynb #3589ba0e
 _PROMISE_COLUMNS: Sequence[Column[ReservationRow]] = (
+    Column("ID", lambda row: str(row.id or ""), "right", leaves=1),
     Column("reserved", lambda row: f"GPU {row.place}" if row.place else "GPU"),
     Column("PID", lambda row: str(row.pid or ""), "right"),
     Column("owner", lambda row: _owner(row.owner)),
     Column("memory", lambda row: format_bytes(row.memory), "right"),
     Column("state", lambda row: row.state),
+    Column("for", lambda row: row.age, "right", leaves=2),
     Column("app", lambda row: row.app, shrinks=True))
 
 def promise_table(
