@@ -177,8 +177,10 @@ def _stop_asked(manager: ResourceManager, worker: WorkerState) -> str:
 
 # %% ../../nbs/ui/panel.ipynb #15c70f1f
 # a front end runs no <script> of an HTML widget; the style sheet's event is where the one for the tables begins
-_STYLE = f'<style onload="{escape(read_asset("tables.js"))}">{CSS}{read_asset("panel.css")}</style>'
+_SCRIPTS = escape("\n".join(map(read_asset, ("tables.js", "sign.js"))))
+_STYLE = f'<style onload="{_SCRIPTS}">{CSS}{read_asset("panel.css")}</style>'
 _FILTER = "<div data-cjm-filter></div>"
+_BELOW = ("reservations", "totals")   # the slots at the end
 _MORE = dict(totals="Show what each user and each app uses", details="Show age, command line and load of a process")
 _PAUSE_HELP = "Look no more until it is pressed again"
 
@@ -251,7 +253,7 @@ class ResourcePanel(StaysHere, SeenBox):
         rows = (self._gpus, self._stops, self._asked)
         buttons = [button for row in rows for button in row.children]
         single = (self._pause, self._every, self._sort, *self._more.values(), self._style, self.pulse.widget,
-                  self._said, self._filter)
+                  self.sign, self._said, self._filter)
         return [*buttons, *rows, *single, *self._slots.values(), *self._boxes]
 
     def _show(self, sample: Sample) -> None:
@@ -282,8 +284,8 @@ class ResourcePanel(StaysHere, SeenBox):
         steering = _box(self._pause, self._every, self._sort, *self._more.values(), self._gpus, cls="controls")
         self._boxes = [*cards, grid, steering, workers, processes]
         above = [self._slots[key] for key in ("state", "banner", "memory_banner", "notes")]
-        self.children = (self._style, self.pulse.widget, steering, *above, grid, self._filter, workers, self._said,
-                         self._asked, self._stops, processes, self._slots["reservations"], self._slots["totals"])
+        self.children = (self._style, self.pulse.widget, self.sign, steering, *above, grid, self._filter, workers,
+                         self._said, self._asked, self._stops, processes, *(self._slots[key] for key in _BELOW))
         for box in old: _close(box)
 
     # Controls; a front end may call these on any thread

@@ -9,6 +9,7 @@ __all__ = ['Audience', 'Pulse', 'SeenBox']
 import math
 import threading
 import time
+from collections.abc import Callable
 from typing import Any
 
 import ipywidgets as widgets
@@ -16,6 +17,7 @@ import ipywidgets as widgets
 from ..core.monitor import ResourceMonitor, Subscription
 from ..core.samples import Sample
 from .age import pulse
+from .heard import SIGN, Hearing
 from .kept import Kept, picture, text_view
 
 # %% ../../nbs/ui/seen.ipynb #f6282058
@@ -64,6 +66,12 @@ class Pulse:
             self.widget.value = pulse(name, sample, interval, self.turn)
 
 # %% ../../nbs/ui/seen.ipynb #f56df2dc
+def _make_sign(act: Callable[[Any], None]) -> widgets.Button:
+    "Return the button that the panel's script presses; it names the seconds between two times"
+    sign = widgets.Button(description=f"{SIGN:g}").add_class("cjm-sign")
+    sign.on_click(act)
+    return sign
+
 class SeenBox(widgets.VBox):  # type: ignore[misc]  # ipywidgets has no types
     "A box that listens to a monitor while a front end shows it, and whose last picture a notebook keeps"
     def __init__(
@@ -73,12 +81,13 @@ class SeenBox(widgets.VBox):  # type: ignore[misc]  # ipywidgets has no types
         self._lock, self._closed, self.monitor = threading.RLock(), True, monitor
         self._subscription: Subscription | None = None
         self._sample = monitor.latest or monitor.take()
-        self.audience, self.pulse = Audience(), Pulse()
+        self.audience, self.pulse, self.hearing = Audience(), Pulse(), Hearing()
         super().__init__(layout=widgets.Layout(width="100%"), _view_count=0)
         self.id = self.model_id
         self.kept = Kept(f"cjm-{self.id}", lambda: self._sample, self._repr_html_)
         for name in ("cjm", f"of-{self.id}"): self.add_class(name)
         self.observe(self._on_views, "_view_count")
+        self.sign = _make_sign(self._on_sign)
 
     def __repr__(self) -> str: return text_view(self.monitor.latest or self._sample)
 
@@ -103,7 +112,8 @@ class SeenBox(widgets.VBox):  # type: ignore[misc]  # ipywidgets has no types
     def follow_audience(self) -> None:
         "Listen as long as somebody sees it. `NoThreadError` where the sampler cannot be started"
         with self._lock:
-            if self._closed or self.audience.is_there() == (self._subscription is not None): return
+            there = self.audience.is_there() and not self.hearing.is_silent()
+            if self._closed or there == (self._subscription is not None): return
             if self._subscription is None: self._subscription = self.monitor.subscribe(self._show)
             else: self.leave()
 
@@ -117,10 +127,17 @@ class SeenBox(widgets.VBox):  # type: ignore[misc]  # ipywidgets has no types
         "Return what a front end loads; one that loads all of it has no view yet"
         if key is None and not drop_defaults and self.audience.counts and not self._closed:
             self.audience.begin_again()
+            self.hearing.forget()
             self._view_count = 0
         state: dict[str, Any] = super().get_state(key, drop_defaults)
         return state
 
     def _on_views(self, change: Any) -> None:
         if change["new"] or self.audience.views: self.audience.count(change["new"])
+        if change["new"]: self.hearing.forget()
+        self.follow_audience()
+
+    def _on_sign(self, _: Any) -> None:
+        "A page has pressed the button that no reader sees: it shows the panel"
+        self.hearing.hear()
         self.follow_audience()

@@ -9,7 +9,7 @@ import time
 from importlib.util import find_spec
 
 import pytest
-from helpers import JUPYTER_FOLDERS, free_port, notebook, process_tree, serving
+from helpers import COUNT, JUPYTER_FOLDERS, free_port, notebook, process_tree, serving
 
 SETUP = """import subprocess, threading, time
 from cjm_fasthtml_resources.core.manager import ResourceManager
@@ -148,6 +148,29 @@ def test_voila_shows_it_live_and_ends_with_its_pages(chromium, new_page, tmp_pat
         wait_until(lambda: not any(map(is_there, kernels)))
 
 
+# Kernels without a page are ended after a while: the other way, which needs no such setting
+CULLS = ("--MappingKernelManager.cull_idle_timeout=3", "--MappingKernelManager.cull_interval=1")
+
+
+def test_voila_ends_the_sampler_of_a_closed_page_and_so_its_kernel(chromium, new_page, tmp_path):
+    need("voila")
+    (tmp_path/"panel.ipynb").write_text(json.dumps(notebook([SETUP, COUNT.replace("NAME", "samplers"), SHOW])))
+    port, told = free_port(), tmp_path/"samplers"
+    command = [sys.executable, "-m", "voila", "panel.ipynb", "--no-browser", "--ip=127.0.0.1", f"--port={port}", *CULLS]
+    url = f"http://127.0.0.1:{port}/"
+    own = dict(cwd=tmp_path, env=environment(tmp_path))
+    with serving(command, f"{url}voila/static/voila.js", tmp_path/"log", **own) as process:
+        page = new_page()
+        page.goto(url)
+        page.locator(".cjm:visible .cjm-card").first.wait_for()
+        time.sleep(10)                                               # longer than any of the limits
+        assert moves(page) and told.read_text() == "1"
+        kernel = process_tree(process.pid)
+        page.goto("about:blank")
+        wait_until(lambda: told.read_text() == "0", 30)              # nobody sees it
+        wait_until(lambda: not any(map(is_there, kernel)), 30)
+
+
 def is_there(pid: int) -> bool:
     try: os.kill(pid, 0)
     except ProcessLookupError: return False
@@ -156,8 +179,9 @@ def is_there(pid: int) -> bool:
 
 def test_marimo_shows_it(chromium, new_page, tmp_path):
     need("marimo")
-    setup = "\n".join(f"    {line}" for line in SETUP.splitlines())
-    (tmp_path/"app.py").write_text(MARIMO.format(setup=setup))
+    told = tmp_path/"samplers"
+    cell = "\n".join(f"    {line}" for line in (SETUP + "\n" + COUNT.replace("NAME", str(told))).splitlines())
+    (tmp_path/"app.py").write_text(MARIMO.format(setup=cell))
     port = free_port()
     command = [sys.executable, "-m", "marimo", "-q", "-y", "run", "app.py", "--headless", "--no-token", "--host",
                "127.0.0.1", "--port", str(port)]
@@ -169,5 +193,6 @@ def test_marimo_shows_it(chromium, new_page, tmp_path):
         panel = page.locator(".cjm").first
         assert "A picture, not live. Data from" in panel.inner_text() or moves(page)   # old figures never look live
         assert moves(page, 1)                                        # what marimo itself shows again each second
+        wait_until(lambda: told.read_text() == "0", 30)              # the picture takes no samples
         process.send_signal(signal.SIGTERM)                          # with a page open
         process.wait(10)

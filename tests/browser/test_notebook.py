@@ -4,7 +4,7 @@ import re
 import time
 
 import pytest
-from helpers import CUT, jupyter, notebook, violations
+from helpers import COUNT, CUT, jupyter, notebook, violations
 
 SETUP = """import subprocess, sys, threading, time
 from cjm_fasthtml_resources.core.manager import ResourceManager
@@ -39,11 +39,12 @@ def open_notebook(request, chromium, tmp_path_factory):
     settings.mkdir(parents=True)
     (settings/"themes.jupyterlab-settings").write_text(json.dumps({"adaptive-theme": True}))   # as the browser's
     with jupyter(request.param, folder) as server:
-        def write(name):
-            (folder/f"{name}.ipynb").write_text(json.dumps(notebook(CELLS)))
+        def write(name, cells=CELLS):
+            (folder/f"{name}.ipynb").write_text(json.dumps(notebook(cells)))
             place = f"lab/workspaces/{name}/tree" if request.param == "jupyterlab" else "notebooks"
             return f"{server}/{place}/{name}.ipynb?token=t"
 
+        write.folder = folder
         yield write
 
 
@@ -68,6 +69,7 @@ class Notebook:
 
     def start(self, source):
         "Run a cell and do not wait for it"
+        if self.page.locator(".jp-Dialog").count(): self.page.keyboard.press("Enter")   # which kernel: the usual one
         self.cell(source).locator(".jp-InputPrompt").first.click()
         self.page.keyboard.press("Control+Enter")
 
@@ -198,6 +200,28 @@ def test_a_worker_is_stopped_after_a_question_and_a_selection_stays(open_noteboo
     page.get_by_role("button", name="Stop it").dblclick()
     page.get_by_text("Stopped the llm worker").wait_for()
     assert book.tell()["ended"] == -15
+
+
+def test_a_closed_page_ends_the_sampler_and_one_that_is_opened_begins_it(open_notebook, new_page):
+    name = f"closed-{time.monotonic_ns()}"
+    cells = [SETUP, COUNT.replace("NAME", name), SHOW, "time.sleep(15)"]
+    url = open_notebook(name, cells)
+    book = Notebook(new_page(width=1400, height=1600), url, cells)
+    for source in cells[:3]: book.run(source)
+    told = open_notebook.folder/name
+    wait_until(lambda: told.read_text() == "1" and book.moves())
+    book.start(cells[3])                             # a kernel that is at work hears no page
+    end = time.monotonic() + 12
+    while time.monotonic() < end: assert told.read_text() == "1" and book.moves(1)
+    time.sleep(10)
+    assert told.read_text() == "1" and book.moves(1)
+    book.page.keyboard.press("Control+s")
+    wait_until(lambda: "widget-view+json" in (open_notebook.folder/f"{name}.ipynb").read_text())
+    book.page.goto("about:blank")
+    wait_until(lambda: told.read_text() == "0", 30)
+    book.page.goto(url)
+    book.page.locator(".cjm.widget-vbox .load").first.wait_for()
+    wait_until(lambda: told.read_text() == "1" and book.moves(1), 30)
 
 
 def test_everybody_can_read_the_panel_and_nothing_of_it_is_cut_in_a_narrow_window(open_notebook, new_page):
