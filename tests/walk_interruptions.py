@@ -30,6 +30,7 @@ from typing import Any
 from lines import Lines, Point, describe
 
 from cjm_fasthtml_resources.core.conflict import ResourceBusy
+from cjm_fasthtml_resources.core.endings import end_claim
 from cjm_fasthtml_resources.core.manager import ResourceManager
 from cjm_fasthtml_resources.core.process import read_start
 from cjm_fasthtml_resources.simulate import SimulatedDriver, SimulatedGpu
@@ -173,6 +174,25 @@ def renew(world: World) -> Scene:
     yield lambda: held.renew(600)
     world.check(bool(world.manager.get_claims()), "a promise was lost while it was renewed")
     held.release()
+
+
+def shrink(world: World) -> Scene:
+    "Give a part back, and look how much was used"
+    held = world.manager.reserve(WHOLE, timeout=0)
+    def call() -> None: held.shrink(held.receipt.most_used/2**20 + 1_000)
+    yield call
+    sizes = [claim.memory >> 20 for claim in world.manager.get_claims()]
+    world.check(sizes in ([WHOLE], [1_000]), f"a promise was lost, or is a part: {sizes}")
+    held.release()
+
+
+def release_by_id(world: World) -> Scene:
+    "Release it as another program does"
+    held = world.manager.reserve(WHOLE, timeout=0)
+    yield lambda: end_claim(world.manager.ledger, held.id)
+    left = len(world.manager.get_claims())
+    world.check(left == 0 or world.interrupted, "it is not released")
+    world.check(held.release() is (left == 1), "the holder is not told whether it still had it")
 
 
 def refused(world: World) -> Scene:
@@ -386,6 +406,7 @@ def stop_again(world: World, worker: subprocess.Popen) -> None:
 CALLS: dict[str, Callable[[World], Scene]] = dict(
     open=open_file, reserve=reserve, reserve_two=reserve_two, wait_for_three=wait_for_three, release=release_it,
     with_block=with_block, with_ttl=with_ttl, renew=renew,
+    shrink=shrink, release_by_id=release_by_id,
     job=job, job_in_worker=job_in_worker, job_of_child=job_of_child, job_async=job_async,
     refused=refused, handed_over=handed_over, reserve_async=reserve_async, wait_for_gpu=wait_for_gpu, check=check,
     check_memory=check_memory, register=register, update=update, unregister=unregister, stop_worker=stop_worker,
