@@ -406,6 +406,8 @@ def test_the_commands_reserve_ram():
     assert found.exit_code == 2 and "--ram" in found.output and "more than this machine" in found.output
     assert command("wait").exit_code == 2 and "--ram" in command("wait").output
     assert command("wait", "--ram", "1GiB", "--priority", "20").exit_code == 2
+    found = command("wait", "--gpu-memory", "all", "--timeout", "0")
+    assert found.exit_code == 75 and "All of a GPU is wanted" in found.output   # others use both of the pair
 
 
 
@@ -427,5 +429,4 @@ def test_a_benchmark_gets_an_empty_gpu_for_itself(manager):
             manager.job("benchmark", "all", timeout=0).__enter__()
         with manager.job("benchmark", needs=dict(gpu_memory_mb="all", devices=2), timeout=0) as job:
             assert len(job.devices) == 2
-        assert command("wait", "--gpu-memory", "all").exit_code == 0
-        with pytest.raises(ValueError, match="gpu_memory_mb"): manager.reserve("much", timeout=0)
+        with pytest.raises(TypeError, match="gpu_memory_mb"): manager.reserve("much", timeout=0)
