@@ -1,11 +1,12 @@
 """Many processes that reserve and use GPU memory at random: a program of its own
 
-    crowd.py FOLDER PROCESSES SECONDS KILLS [--stops N] [--interrupts N] [--busy N]
+    crowd.py FOLDER PROCESSES SECONDS KILLS [--stops N] [--interrupts N] [--busy N] [--priorities N]
 
 They share four simulated GPUs and one file. A quarter of the requests are for two of the GPUs, or for all. Each
 allocates what it was promised, and the simulated driver refuses what is not there. So many times a second one of them
 is killed and replaced, stopped for a moment (SIGSTOP), or interrupted wherever it is (SIGINT), after which half of
-them go on and half of them end and are replaced. With --busy, so many processes beside them do nothing but run.
+them go on and half of them end and are replaced. With --busy, so many processes beside them do nothing but run. With
+--priorities half of the requests have a priority of N or -N.
 Prints what happened as JSON.
 """
 import argparse
@@ -17,6 +18,7 @@ import signal
 import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
 
 from cjm_fasthtml_resources.core.ledger import Ledger
@@ -52,7 +54,7 @@ class Interrupts:
             finally: self.armed = False
 
 
-def member(driver: SimulatedDriver, report: int, until: float, patience: float, seed: int) -> int:
+def member(driver: SimulatedDriver, report: int, until: float, patience: float, seed: int, step: int) -> int:
     "Reserve, use, release, again and again; the exit code"
     chance, interrupts = random.Random(seed), Interrupts()
     random.seed(seed)
@@ -62,7 +64,8 @@ def member(driver: SimulatedDriver, report: int, until: float, patience: float, 
         asked = time.monotonic()
         try:
             interrupts.armed = True
-            with manager.reserve(memory, timeout=patience, n=count) as held:
+            priority = chance.choice([0, 0, step, -step])
+            with manager.reserve(memory, timeout=patience, n=count, priority=priority) as held:
                 os.write(report, f"{memory} {count} {time.monotonic() - asked:.3f}\n".encode())
                 gpus = {device.index for device in held.devices}
                 if len(gpus) != count: raise AssertionError(f"{gpus} instead of {count}")
@@ -89,15 +92,16 @@ def run_for_nothing() -> int:
 
 class Crowd:
     "The members that live, and what happened to those that ended"
-    def __init__(self, driver: SimulatedDriver, report: int, until: float, patience: float) -> None:
-        self.driver, self.report, self.until, self.patience = driver, report, until, patience
+    def __init__(self, driver: SimulatedDriver, report: int, until: float, patience: float, step: int) -> None:
+        self.driver, self.report, self.until, self.patience, self.step = driver, report, until, patience, step
         self.living, self.doomed, self.stopped = set(), set(), dict[int, float]()
         self.failed = self.killed = self.stops = self.interrupted = self.seed = 0
 
     def add(self) -> None:
         self.seed += 1
         seed = self.seed - 1
-        self.living.add(start(lambda: member(self.driver, self.report, self.until, self.patience, seed)))
+        act = partial(member, self.driver, self.report, self.until, self.patience, seed, self.step)
+        self.living.add(start(act))
 
     def bury(self) -> None:
         "Forget those that ended, and replace those that were interrupted; one that ended badly by itself has failed"
@@ -161,14 +165,14 @@ def watch(crowd: Crowd, ledger: Ledger, rates: dict[Callable[[], None], float]) 
 
 
 def main(asked: argparse.Namespace) -> None:
-    folder, began, patience = asked.folder, time.monotonic(), 60 + 5*asked.busy
+    folder, began, patience = asked.folder, time.monotonic(), 60 + 5*asked.busy + 10*asked.priorities
     os.environ["CJM_RESOURCES_DIR"] = f"{folder}/state"
     os.environ.pop("CUDA_VISIBLE_DEVICES", None)
     ledger = Ledger(Store(store_path()))
     report = os.open(f"{folder}/report", os.O_CREAT | os.O_WRONLY | os.O_APPEND, 0o600)
     gpus = [SimulatedGpu(memory_total_mb=TOTAL_MB) for _ in range(GPUS)]
     with SimulatedDriver(gpus, shared=f"{folder}/gpus") as driver:
-        crowd = Crowd(driver, report, began + asked.seconds, patience)
+        crowd = Crowd(driver, report, began + asked.seconds, patience, asked.priorities)
         busy = [start(run_for_nothing) for _ in range(asked.busy)]
         try:
             for _ in range(asked.processes): crowd.add()
@@ -196,5 +200,5 @@ if __name__ == "__main__":
     parser.add_argument("seconds", type=float)
     parser.add_argument("kills", type=float)
     for option in ("--stops", "--interrupts"): parser.add_argument(option, type=float, default=0)
-    parser.add_argument("--busy", type=int, default=0)
+    for option in ("--busy", "--priorities"): parser.add_argument(option, type=int, default=0)
     main(parser.parse_args())

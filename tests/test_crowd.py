@@ -17,7 +17,10 @@ from cjm_fasthtml_resources.simulate import SimulatedDriver, SimulatedGpu
 CROWD = Path(__file__).with_name("crowd.py")
 
 
-@pytest.mark.parametrize("harm", [[0], [5, "--stops", 2, "--interrupts", 5]], ids=["unharmed", "harmed"])
+HARM = [5, "--stops", 2, "--interrupts", 5, "--priorities", 3]
+
+
+@pytest.mark.parametrize("harm", [[0], HARM], ids=["unharmed", "harmed"])
 def test_a_crowd_never_holds_more_than_there_is_and_nobody_waits_for_ever(tmp_path, harm):
     crowd = [sys.executable, CROWD, tmp_path, 200, 20, *harm]
     out = subprocess.run(map(str, crowd), capture_output=True, text=True, timeout=200)

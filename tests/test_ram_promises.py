@@ -26,7 +26,7 @@ from cjm_fasthtml_resources.core.ram_use import group_name
 from cjm_fasthtml_resources.core.room import TooMuchMemory
 from cjm_fasthtml_resources.core.store import StoreError
 from cjm_fasthtml_resources.core.validation import decide_on_cpu
-from cjm_fasthtml_resources.simulate import SimulatedDriver, SimulatedGpu, SimulatedMachine
+from cjm_fasthtml_resources.simulate import SimulatedDriver, SimulatedGpu, SimulatedMachine, SimulatedProcess
 
 MIB, GIB = 2**20, 1024   # bytes, MiB
 MACHINE = SimulatedMachine(memory_total_mb=64*GIB, memory_used_mb=10*GIB)
@@ -278,7 +278,7 @@ def test_ram_goes_with_a_job_to_its_process(spawn):
 
 MEMBER = """import random, sys, time
 from cjm_fasthtml_resources.core.manager import ResourceManager
-from cjm_fasthtml_resources.simulate import SimulatedDriver, SimulatedGpu, SimulatedMachine
+from cjm_fasthtml_resources.simulate import SimulatedDriver, SimulatedGpu, SimulatedMachine, SimulatedProcess
 random.seed(int(sys.argv[1]))
 with SimulatedDriver([SimulatedGpu(memory_total_mb=24_000)]*2, SimulatedMachine(64*1024, 10*1024)):
     manager = ResourceManager(app="crowd")
@@ -406,5 +406,27 @@ def test_the_commands_reserve_ram():
     assert found.exit_code == 2 and "--ram" in found.output and "more than this machine" in found.output
     assert command("wait").exit_code == 2 and "--ram" in command("wait").output
     assert command("wait", "--ram", "1GiB", "--priority", "20").exit_code == 2
+    found = command("wait", "--gpu-memory", "all", "--timeout", "0")
+    assert found.exit_code == 75 and "All of a GPU is wanted" in found.output   # others use both of the pair
 
 
+
+
+# A device for itself
+
+
+def test_a_benchmark_gets_an_empty_gpu_for_itself(manager):
+    "As a need, not as a flag: it asks for all of a device"
+    with SimulatedDriver([SimulatedGpu(memory_total_mb=24_000, processes=[SimulatedProcess(4200301, 500)]),
+                          SimulatedGpu(memory_total_mb=24_000)],
+                         machine=MACHINE):
+        with manager.reserve("all", timeout=0) as first, manager.reserve("all", timeout=0) as second:
+            assert {first.index, second.index} == {0, 1} and first.gpu_memory_mb + second.gpu_memory_mb == 47_500
+            with pytest.raises(ResourceBusy): manager.reserve(1, timeout=0)
+        with manager.reserve(1, 0, timeout=0), manager.reserve("all", timeout=0) as alone: assert alone.index == 1
+        with (manager.reserve(1, 0, timeout=0), manager.reserve(1, 1, timeout=0),
+              pytest.raises(ResourceBusy, match="All of a GPU is wanted.*promised to PID")):
+            manager.job("benchmark", "all", timeout=0).__enter__()
+        with manager.job("benchmark", needs=dict(gpu_memory_mb="all", devices=2), timeout=0) as job:
+            assert len(job.devices) == 2
+        with pytest.raises(TypeError, match="gpu_memory_mb"): manager.reserve("much", timeout=0)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['converted', 'parse_memory', 'parse_need', 'parse_name', 'parse_positive', 'check_nan', 'read_apps', 'options_of',
-           'Command', 'timeout_option', 'device_option', 'ram_option', 'priority_option', 'by_index_option',
+           'Command', 'timeout_option', 'device_option', 'to_mib', 'ram_option', 'priority_option', 'by_index_option',
            'complete_machines', 'complete_files']
 
 # %% ../../nbs/commands/options.ipynb #ad180b08
@@ -31,13 +31,14 @@ def converted(
     return convert
 
 # %% ../../nbs/commands/options.ipynb #a726e4e8
-def parse_memory(text: str) -> float:   # bytes
+def parse_memory(text: str) -> float | str:   # bytes, or "all"
     "Return an amount of GPU memory; `ValueError` for less than 1 MiB"
+    if text == "all": return text
     size = parse_size(text)
     if size < 2**20: raise ValueError(f"it must be at least 1 MiB, not {text}")
     return size
 
-def parse_need(text: str) -> float | None:   # bytes; `None`: as learned
+def parse_need(text: str) -> float | str | None:   # bytes, or "all"; `None`: as learned
     "Return an amount of GPU memory, or `None` for \"auto\"; 0 for \"none\""
     if text == "none": return 0.0
     return None if text == "auto" else parse_memory(text)
@@ -99,6 +100,12 @@ def device_option(function: _Function) -> _Function:
     "Add `--device`: the one GPU that may be used, as it was written"
     return click.option("--device", metavar="DEVICE", help="Use only this GPU: its position among the visible GPUs "
                                                            "(1 or cuda:1), or its UUID.")(function)
+
+def to_mib(
+    memory: float | str | None,   # bytes, or a word
+) -> float | str | None:
+    "Return an amount in MiB, and a word as it is"
+    return memory if memory is None or isinstance(memory, str) else memory/2**20
 
 def ram_option(function: _Function) -> _Function:
     "Add `--ram`: bytes of RAM to reserve, 0 without it"

@@ -31,9 +31,9 @@ Examples:
 # %% ../../nbs/commands/run.ipynb #983d3764
 @click.command("run", cls=Command, context_settings=dict(allow_interspersed_args=False), epilog=_EXAMPLES)
 @click.option("--gpu-memory", default="auto", show_default=True, callback=converted(parse_need),
-              metavar="auto|none|SIZE", help="GPU memory on one device, such as 8GiB. auto: what COMMAND took before, "
-                                             "with 10 % more; the first time, a device of its own. none: it uses no "
-                                             "GPU.")
+              metavar="auto|all|none|SIZE",
+              help="GPU memory on one device, such as 8GiB. auto: what COMMAND took before, with 10 % more; the first "
+                   "time, a device of its own. all: an empty one for COMMAND alone. none: it uses no GPU.")
 @options.ram_option
 @click.option("--gpus", type=click.IntRange(1, 4096), default=1, show_default=True, metavar="N",
               help="Use so many whole GPUs together, each with that much memory.")
@@ -50,10 +50,9 @@ Examples:
 @options.by_index_option
 @click.argument("command", nargs=-1, required=True, type=click.UNPROCESSED, shell_complete=complete_files)
 @click.pass_obj
-def command(machine: Machine, gpu_memory: float | None, ram: float, gpus: int, retries: int,
+def command(machine: Machine, gpu_memory: float | str | None, ram: float, gpus: int, retries: int,
             timeout: float | None, priority: int, device: str | None, app: str, name: str | None,
-            env_by_index: bool,
-            command: tuple[str, ...]) -> None:
+            env_by_index: bool, command: tuple[str, ...]) -> None:
     """Run COMMAND as a job: wait for a GPU, reserve it, and learn what COMMAND takes.
 
     COMMAND sees that GPU alone (CUDA_VISIBLE_DEVICES). Its input, output and signals are its own. If it runs out of
@@ -63,7 +62,7 @@ def command(machine: Machine, gpu_memory: float | None, ram: float, gpus: int, r
     Exits as COMMAND does, with 128 + N if signal N ended it; with 75 when the time is over, 69 when there is no GPU,
     74 when the shared file cannot be used, 126 or 127 when COMMAND cannot be run, 2 when an argument is wrong.
     """
-    wanted = tries.Wanted(command, name_command(command) if name is None else name, gpu_memory and gpu_memory/2**20,
+    wanted = tries.Wanted(command, name_command(command) if name is None else name, options.to_mib(gpu_memory),
                           ram/2**20, retries, device, timeout, env_by_index, shows_progress(), gpus,
                           priority)
     ended = Ended(-signal.SIGINT, signals=(signal.SIGINT,))   # Ctrl-C before there is a command

@@ -77,8 +77,8 @@ def shows_progress() -> bool:
 
 # %% ../../nbs/commands/wait.ipynb #374ad637
 @click.command("wait", cls=Command, context_settings=dict(allow_interspersed_args=False), epilog=_EXAMPLES)
-@click.option("--gpu-memory", callback=converted(parse_memory), metavar="SIZE",
-              help="GPU memory on one device, such as 8GiB.")
+@click.option("--gpu-memory", callback=converted(parse_memory), metavar="all|SIZE",
+              help="GPU memory on one device, such as 8GiB. all: an empty one for COMMAND alone.")
 @options.ram_option
 @click.option("--gpus", type=click.IntRange(1, 4096), default=1, show_default=True, metavar="N",
               help="Wait for so many whole GPUs together, each with that much memory.")
@@ -94,8 +94,9 @@ def shows_progress() -> bool:
                                   "CJM_RESOURCES_NOTIFY, for other users can see a command's arguments.")
 @click.argument("command", nargs=-1, type=click.UNPROCESSED, shell_complete=complete_files)
 @click.pass_obj
-def command(machine: Machine, gpu_memory: float | None, ram: float, gpus: int, timeout: float | None, priority: int,
-            device: str | None, app: str, env_by_index: bool, notifier: Any, command: tuple[str, ...]) -> None:
+def command(machine: Machine, gpu_memory: float | str | None, ram: float, gpus: int, timeout: float | None,
+            priority: int, device: str | None, app: str, env_by_index: bool, notifier: Any,
+            command: tuple[str, ...]) -> None:
     """Wait until a GPU has room, reserve it, and run COMMAND on it.
 
     COMMAND sees that GPU alone (CUDA_VISIBLE_DEVICES). Without COMMAND, print the variable and reserve nothing. With
@@ -109,7 +110,7 @@ def command(machine: Machine, gpu_memory: float | None, ram: float, gpus: int, t
     with failing(), notifier.telling_end():
         manager = ResourceManager(track_self=False, app=app, gpu_timeout=machine.driver_timeout)
         with (simulated_machine(machine.simulate, manager),
-              manager.reserve((gpu_memory or 0)/2**20, device, timeout, progress=shows_progress(), n=gpus,
+              manager.reserve(options.to_mib(gpu_memory), device, timeout, progress=shows_progress(), n=gpus,
                               memory_mb=ram/2**20, priority=priority) as held):
             env = _child_env(held, env_by_index)
             notifier.granted(_what_was_granted(held, command))

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['CONTAINER_NOTE', 'SILENT_NOTE', 'NO_INSTANCE', 'LISTS_NOTE', 'SHARED_NOTE', 'GROUP_NOTE', 'UNSEEN_NOTE',
-           'UNREAD_NOTE', 'UNREAD_RAM_NOTE', 'estimate_notes', 'seen_notes', 'each_memory_once', 'tell_unified',
-           'number_here', 'unseen_promises', 'stand_in', 'memory_for', 'reserves_ram', 'least_left', 'Prepared',
-           'Checks', 'promises_on', 'count_reported', 'name_holder', 'find_waiting', 'pick_devices']
+           'UNREAD_NOTE', 'EARLIER_NOTE', 'UNREAD_RAM_NOTE', 'estimate_notes', 'seen_notes', 'each_memory_once',
+           'tell_unified', 'number_here', 'unseen_promises', 'stand_in', 'memory_for', 'reserves_ram', 'least_left',
+           'Prepared', 'Checks', 'promises_on', 'count_reported', 'name_holder', 'find_waiting', 'pick_devices']
 
 # %% ../../nbs/core/checks.ipynb #2e3507fe
 import os
@@ -98,6 +98,7 @@ def each_memory_once(
 # %% ../../nbs/core/checks.ipynb #0b3c5380
 UNSEEN_NOTE = "A GPU that uses this memory cannot be read now, so what is reserved on it counts in full"
 UNREAD_NOTE = "The reservations on a GPU that uses this memory cannot be read, so no memory counts as free"
+EARLIER_NOTE = "The app's workers are those of an earlier moment: {}"
 UNREAD_RAM_NOTE = "The reservations cannot be read, so no memory counts as free"
 
 def tell_unified(
@@ -150,7 +151,7 @@ def least_left(
     if takes >= unused: return list(tight[1])
     return [replace(p, unused=-(-p.unused*takes//unused)) for p in tight[1]]
 
-# %% ../../nbs/core/checks.ipynb #ce3d980e
+# %% ../../nbs/core/checks.ipynb #64c39aa4
 class Prepared(NamedTuple):
     "What is read just before the devices are"
     claims: LedgerReading = LedgerReading()
@@ -285,7 +286,7 @@ class Checks:
         promises = self.reserved_ram(snapshot, prepared, memory.available)
         notes += unknown
         found = self.ram.read(self.workers, self.me(), memory.cgroup)
-        if trouble: notes = [f"The app's workers are those of an earlier moment: {trouble}", *(notes or [UNREAD_RAM_NOTE])]
+        if trouble: notes = [EARLIER_NOTE.format(trouble), *(notes or [UNREAD_RAM_NOTE])]
         notes += [*([] if found.whole else [SHARED_NOTE]), *hanging_notes(self.workers)]
         return classify_memory(memory, found.processes, threshold_percent, found.left_out, not found.whole, notes, gpus,
                                promises)

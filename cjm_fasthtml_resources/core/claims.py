@@ -52,6 +52,7 @@ class Claim:
     links: Links | None = None    # with a `count`: how close the devices are to one another
     beside: tuple[tuple[str, int], ...] = ()   # what it asks for together with them: bytes by name, as ("RAM", 10)
     priority: int = 0             # while it waits: a smaller one is `PLACES` places further ahead in the queue
+    share: float = 0              # while it waits: of each device's capacity, which it is to have for itself
     receipt: Receipt | None = None   # who asked and when, and what was seen of its use; `None`: not known
 
     @property
@@ -394,13 +395,17 @@ class _Room:
     free: int         # neither used nor promised
     hoped: int        # the same if every promise were released
     blocked: bool = False
+    shared: bool = False   # a part of it is promised
+
+    def take(self, memory: int) -> None: self.free, self.shared = self.free - memory, True
 
 # %% ../../nbs/core/claims.ipynb #930733a6
 def _measure_room(use: DeviceUse, claims: Iterable[Claim]) -> _Room:
     "Return the room of a device beside these claims"
     pools, free = find_pools(use, claims).values(), use.device.memory_free or 0
     used = sum(p.consumed if use.whole else p.promised for p in pools)   # this can come back; at most, if not known
-    return _Room(use, free - sum(p.unused for p in pools), free + min(used, use.device.memory_used or 0))
+    return _Room(use, free - sum(p.unused for p in pools), free + min(used, use.device.memory_used or 0),
+                 shared=bool(pools))
 
 # %% ../../nbs/core/claims.ipynb #4d6ded8e
 def _most_nearly(rooms: Mapping[str, _Room]) -> list[str]:
@@ -432,7 +437,7 @@ def in_queue(
     waiting = [c for c in claims if c.device is None]
     return sorted(waiting, key=lambda c: (c.id + PLACES*c.priority, c.id))
 
-# %% ../../nbs/core/claims.ipynb #1e0801d6
+# %% ../../nbs/core/claims.ipynb #72888c22
 @dataclass(frozen=True)
 class _Share:
     "What a request takes of one room, in bytes"
@@ -441,20 +446,27 @@ class _Share:
     missing: int      # what its holder does not use already
     taken: int        # and what other promises have unused again
 
+def _whole_of(claim: Claim, room: _Room, beside: Sequence[Claim]) -> Claim:
+    "Return a request for a device of its own with all that it can have there, and no less than its share"
+    capacity = room.use.device.capacity
+    covered = find_covered(replace(claim, memory=capacity), room.use, beside)
+    return replace(claim, memory=max(int(claim.share*capacity), room.free + covered, 1), share=0)
+
 def _share(claim: Claim, key: str, room: _Room, beside: Sequence[Claim]) -> _Share:
     "Return what a request takes of a room beside all other claims"
+    if claim.share: claim = _whole_of(claim, room, beside)
     missing = claim.memory - find_covered(claim, room.use, beside)
     base = find_base(room.use.holder_of(claim), room.use, beside) - (claim.memory - missing)
-    given = replace(claim, device=key, base=base, count=1, links=None, beside=(), priority=0)
+    given = replace(claim, device=key, base=base, count=1, links=None, beside=(), priority=0, share=0)
     return _Share(given, room, missing, missing + find_freed(claim, room.use, beside))
 
 def _named_shares(claim: Claim, rooms: Mapping[str, _Room], beside: Sequence[Claim]) -> list[_Share]:
     "Return what a request takes of the rooms that it names, as of RAM; without those that are not seen from here"
-    named = [(replace(claim, memory=memory, id=claim.id + claim.count + number), key)
+    named = [(replace(claim, memory=memory, id=claim.id + claim.count + number, share=0), key)
              for number, (key, memory) in enumerate(claim.beside)]
     return [_share(asked, key, rooms[key], beside) for asked, key in named if key in rooms]
 
-# %% ../../nbs/core/claims.ipynb #1ce92d14
+# %% ../../nbs/core/claims.ipynb #ea3be96b
 def grant(
     claims: Sequence[Claim],                                 # all, waiting or promised, in the order of asking
     uses: Sequence[DeviceUse],                               # every device of the machine
@@ -474,14 +486,15 @@ def _grant_one(claim: Claim, rooms: Mapping[str, _Room], after: dict[int, Claim]
     beside += [s.claim for s in named]
     shares = {key: _share(claim, key, rooms[key], beside) for key in claim.allowed if key in rooms}
     fitting = {key: s.room for key, s in shares.items()
-               if not s.room.blocked and s.room.free >= s.taken + owed.get(id(s.room), 0)}
+               if not s.room.blocked and s.room.free >= s.taken + owed.get(id(s.room), 0)
+               and not (claim.share and s.room.shared)}
     hopeful = {id(s.room): s.room for s in shares.values() if s.room.hoped >= s.missing + needed.get(id(s.room), 0)}
     fits = len(named) == len(claim.beside) and all(not s.room.blocked and s.room.free >= s.taken for s in named)
     if fits and len({id(room) for room in fitting.values()}) >= claim.count:
         keys = [choose(_most_nearly(fitting))] if claim.count == 1 else _choose_together(claim, fitting, choose)
         given = [replace(shares[key].claim, id=claim.id + number) for number, key in enumerate(keys)]
         after.update((c.id, c) for c in (*given, *(s.claim for s in named)))
-        for share in (*(shares[key] for key in keys), *named): share.room.free -= share.taken
+        for share in (*(shares[key] for key in keys), *named): share.room.take(share.taken)
     elif len(hopeful) >= claim.count and all(s.room.hoped >= s.missing for s in named):
         best = sorted(hopeful.values(), key=lambda room: room.free, reverse=True)
         for room in [room for room in best if not room.blocked][:claim.count]: room.blocked = True

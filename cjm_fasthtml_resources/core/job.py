@@ -349,7 +349,7 @@ def await_turn(job: ActiveJob, pid: int) -> Iterator[float]:
         yield pause
 
 # %% ../../nbs/core/job.ipynb #e72802ef
-def ask_for_ram(job: ActiveJob) -> tuple[float | None, Any] | None:
+def ask_for_ram(job: ActiveJob) -> tuple[None, Any] | None:
     "Return what a job asks for that needs no GPU: RAM alone, or nothing"
     return (None, None) if job.asked.needs.ram_mb else None
 
@@ -394,10 +394,10 @@ def find_alone(job: ActiveJob, device: Any, conflict: ResourceConflict) -> tuple
     are_alike = all(mb*2**20 <= d.device.capacity <= 1.05*best.device.capacity for d in there)
     return mb, device if are_alike else best.device
 
-def find_memory(job: ActiveJob) -> tuple[float, Any] | None:  # MiB and the device; `None`: it needs no GPU
+def find_memory(job: ActiveJob) -> tuple[float | str, Any] | None:  # MiB and the device; `None`: it needs no GPU
     "Return what a job asks for: what was told, what was learned, or a device of its own"
     asked, decision = job.asked, job.decision
-    needed, count, device = asked.needs.gpu_memory_mb, asked.count, asked.device  # type: float | None, int, Any
+    needed, count, device = asked.needs.gpu_memory_mb, asked.count, asked.device  # type: float | str | None, int, Any
     if decision and decision.current_worker and decision.device and count == 1: device = decision.device
     if decision and decision.conflict and decision.conflict.resource_type is not ResourceType.GPU_MEMORY: return None
     if needed is None: needed = find_learned(job)
@@ -433,7 +433,7 @@ def poll(job: ActiveJob, request: Request) -> Reservation | None:
         raise
 
 # %% ../../nbs/core/job.ipynb #4614b945
-def await_memory(job: ActiveJob, mb: float | None, device: Any) -> Iterator[float]:
+def await_memory(job: ActiveJob, mb: float | str | None, device: Any) -> Iterator[float]:
     "Wait in the queue for a job's memory, of the GPU and RAM together; the errors are those of `reserve`"
     manager, left, asked = job.manager, job.time_left, job.asked.timeout
     timeout = None if left is None else asked if not asked or left > 0.99*asked else max(round(left, 1), 0.1)
@@ -460,7 +460,7 @@ def decide(job: ActiveJob) -> "ValidationResult":
     from cjm_fasthtml_resources.core.validation import ValidationAction
     need, ask = job.asked.needs.gpu_memory_mb, job.asked.decide
     assert ask is not None
-    job.decision = ask(gpu_memory_mb=find_learned(job) if need is None else need)
+    job.decision = ask(gpu_memory_mb=find_learned(job) if need is None or isinstance(need, str) else need)
     return job.decision.raise_if_blocked() if job.decision.action is ValidationAction.ABORT else job.decision
 
 def ask_validation(job: ActiveJob) -> bool:
@@ -663,7 +663,7 @@ def _from_registry(manager: "ResourceManager", registry: Any, plugin_id: str, as
 def make_job(
     manager: Any,                 # a ResourceManager
     job_id: str,
-    gpu_memory_mb: float | None,
+    gpu_memory_mb: float | str | None,
     needs: Any,                   # as for `declared_needs`
     unknown: float | str,
     registry: Any,

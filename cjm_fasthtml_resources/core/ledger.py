@@ -60,10 +60,10 @@ _GROUP, _MORE = "*", "+"
 
 def _to_row(claim: Claim) -> list[Any]:
     "Return a claim as it is written"
-    *values, count, links, beside, priority, receipt = vars(claim).values()
+    *values, count, links, beside, priority, share, receipt = vars(claim).values()
     row = [list(value) if isinstance(value, tuple) else value for value in values]
     group = [count, claim.allowed, *((links.keys, links.ranks) if links else ())]
-    if beside or priority or not count: row[3] = [_MORE + json.dumps([beside, priority, group])]
+    if beside or priority or share or not count: row[3] = [_MORE + json.dumps([group, beside, priority, share])]
     elif count > 1: row[3] = [_GROUP + json.dumps(group)]
     if receipt is not None: row[3] = [*row[3], to_text(receipt)]
     return row
@@ -73,10 +73,11 @@ def _to_claim(id: int, holder: list[Any], memory: int, allowed: list[str], *othe
     claim = Claim(id, ProcessId(*holder), memory, tuple(allowed), *others, **last)
     if len(allowed) != 1 or not allowed[0].startswith((_GROUP, _MORE)): return claim
     found = json.loads(allowed[0][1:])
-    beside, priority, (count, devices, *links) = found if allowed[0].startswith(_MORE) else ((), 0, found)
-    near = Links(tuple(links[0]), links[1]) if links else None
-    return replace(claim, allowed=tuple(devices), count=count, links=near,
-                   beside=tuple((key, size) for key, size in beside), priority=priority)
+    if allowed[0].startswith(_GROUP): found = found, (), 0, 0
+    (count, devices, *links), beside, priority, share = found
+    close = Links(tuple(links[0]), links[1]) if links else None
+    return replace(claim, allowed=tuple(devices), count=count, links=close,
+                   beside=tuple((key, size) for key, size in beside), priority=priority, share=share)
 
 def to_bytes(rows: Rows) -> bytes:
     "Return a ledger as it is written"
@@ -305,7 +306,7 @@ def _see(
     from cjm_fasthtml_resources.core.ram_use import see_ram  # when it is used
     return see_ram(uses, every, ledger.unified), asked
 
-# %% ../../nbs/core/ledger.ipynb #f24d5519
+# %% ../../nbs/core/ledger.ipynb #77340d16
 def _change(rows: Rows, lease: int, fields: Mapping[str, Any]) -> Rows:
     return rows._replace(claims=tuple(replace(c, **fields) if c.lease == lease else c for c in rows.claims))
 

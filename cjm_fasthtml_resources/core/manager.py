@@ -131,7 +131,7 @@ class ResourceManager(StaysHere, WorkerRegistry, NeedsReader, JobStarter):
 
     def reserve(
         self,
-        gpu_memory_mb: float | None = None,            # MiB on each device; `None` or 0, with RAM: no GPU
+        gpu_memory_mb: float | str | None = None,      # MiB on each device, or "all"; `None` or 0, with RAM: no GPU
         device: int | str | GpuDevice | None = None,   # a place among the visible ones, "cuda:1", a UUID; `None`: any
         timeout: float | None = None,                  # seconds to wait for room; 0: do not wait; `None`: no limit
         *,
@@ -149,7 +149,7 @@ class ResourceManager(StaysHere, WorkerRegistry, NeedsReader, JobStarter):
         return complete(request, make_check(self, timeout), progress)
 
     def reserve_async(
-        self, gpu_memory_mb: float | None = None, device: int | str | GpuDevice | None = None,
+        self, gpu_memory_mb: float | str | None = None, device: int | str | GpuDevice | None = None,
         timeout: float | None = None, *, ttl: float | None = None, pid: int | None = None, progress: bool = False,
         n: int = 1, memory_mb: float = 0, priority: int = 0,
     ) -> "PendingReservation":
@@ -159,7 +159,7 @@ class ResourceManager(StaysHere, WorkerRegistry, NeedsReader, JobStarter):
         return pend(partial(acquire, make, make_check(self, timeout), progress))
 
     def request(
-        self, gpu_memory_mb: float | None = None, device: int | str | GpuDevice | None = None,
+        self, gpu_memory_mb: float | str | None = None, device: int | str | GpuDevice | None = None,
         timeout: float | None = None, *, ttl: float | None = None, pid: int | None = None, n: int = 1,
         memory_mb: float = 0, priority: int = 0,
     ) -> "Request":
@@ -169,7 +169,7 @@ class ResourceManager(StaysHere, WorkerRegistry, NeedsReader, JobStarter):
 
     def wait_for_gpu(
         self,
-        gpu_memory_mb: float,                          # MiB on each device
+        gpu_memory_mb: float | str,                    # MiB on each device, or "all" for an empty one
         device: int | str | GpuDevice | None = None,   # as for `reserve`
         timeout: float | None = None,                  # seconds; `None`: no limit
         *,
@@ -181,7 +181,7 @@ class ResourceManager(StaysHere, WorkerRegistry, NeedsReader, JobStarter):
         with giving_back(reserve) as held: return GpuChoice(held.devices)
 
     async def wait_for_gpu_async(
-        self, gpu_memory_mb: float, device: int | str | GpuDevice | None = None, timeout: float | None = None,
+        self, gpu_memory_mb: float | str, device: int | str | GpuDevice | None = None, timeout: float | None = None,
         *, progress: bool = False, n: int = 1,
     ) -> GpuChoice:
         "Wait likewise; the event loop goes on"

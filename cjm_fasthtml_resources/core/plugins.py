@@ -64,12 +64,12 @@ class CloudAwarePlugin(Protocol):
 @dataclass(frozen=True)
 class PluginNeeds:
     "What one job of a plugin needs, as the plugin declares it"
-    gpu_memory_mb: float | None = None   # MiB on each device; 0: it uses no GPU; `None`: not known
+    gpu_memory_mb: float | str | None = None   # MiB on each device, or "all"; 0: it uses no GPU; `None`: not known
     ram_mb: float = 0                    # MiB of RAM, which is reserved together with the GPUs
     devices: int = 1                     # how many GPUs it uses at the same time
 
     def __post_init__(self) -> None:
-        if self.gpu_memory_mb is not None: check_number(self.gpu_memory_mb, "gpu_memory_mb")
+        if self.gpu_memory_mb not in (None, "all"): check_number(self.gpu_memory_mb, "gpu_memory_mb")
         check_number(self.ram_mb, "ram_mb")
         check_pid(self.devices, "devices")
 

@@ -265,10 +265,11 @@ class Request(StaysHere):
         beside: tuple[tuple[str, int], ...] = (),       # bytes of RAM, as a `Claim` has it
         priority: int = 0,                              # a smaller one is further ahead in the queue
         check_ram: Callable[[], ResourceConflict] | None = None,   # checks RAM, to say why it waits for that
+        share: float = 0,                               # of each device, as a `Claim` has it
     ) -> None:
         self.ledger, self.look, self.choose, self.give_up, self.check_ram = ledger, look, choose, give_up, check_ram
         self.holder, self.memory, self.app, self.ttl = holder, memory, app, ttl
-        self.count, self.find_links, self.beside, self.priority = count, find_links, beside, priority
+        self.count, self.find_links, self.beside, self.priority, self.share = count, find_links, beside, priority, share
         self.devices: dict[str, GpuDevice] = {}          # those that suited it at the last reading, by key
         self.lease, self._asked, self._made_in = new_lease(), time.monotonic(), os.getpid()
         self._known: dict[str, GpuDevice] = {}           # every device that ever suited it, by key
@@ -358,7 +359,7 @@ class Request(StaysHere):
     def _claim(self) -> Claim:
         return Claim(0, self.holder, self.memory, self._suiting, app=self.app, ttl=self.ttl, lease=self.lease,
                      for_other=self.is_for_other, covers=self.covers, count=self.count, links=self._links,
-                     beside=self.beside, priority=self.priority)
+                     beside=self.beside, priority=self.priority, share=self.share)
 
     def _check(self) -> Sequence[Claim]:
         "Read the request's own rows; settle before that on its turn, or if the machine's devices have changed"
@@ -395,7 +396,8 @@ class Request(StaysHere):
         self.ledger.note_deadline(self.lease, claims[0].expires)
         keys = [c.device for c in claims if c.device is not None]
         ram = tuple(key for key in keys if is_ram(key))
-        return Reservation(claims[0].id, tuple(self._known[key] for key in keys if key not in ram), self.memory/2**20,
+        least = min((c.memory for c in claims if c.device not in ram), default=0)
+        return Reservation(claims[0].id, tuple(self._known[key] for key in keys if key not in ram), least/2**20,
                            self.holder, self.lease, self.ledger, _machine=self._machine, memory_mb=self.ram/2**20,
                            ram=ram, _look=self.look)
 
@@ -407,6 +409,7 @@ class Request(StaysHere):
         except (ResourceUnavailable, ValueError):
             if not self._known: raise   # once there was one, it waits until one is back
         self._known.update(self.devices)
+        if self.share: self.memory = int(self.share*min((d.capacity for d in self.devices.values()), default=0))
         self._allowed[self.lease] = self._suiting = find_suiting(self.devices, self.memory, self.holder, self.covers)
         if 1 < self.count < len(self.devices): self._look_at_links([d.uuid for d in self.devices.values() if d.uuid])
         return read_use(snapshot.devices)

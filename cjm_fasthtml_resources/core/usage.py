@@ -175,7 +175,7 @@ class JobStarter:
     def job(
         self,
         job_id: str,
-        gpu_memory_mb: float | None = None,            # MiB on each device; `None`: as declared, or as learned
+        gpu_memory_mb: float | str | None = None,      # MiB on each device, or "all"; `None`: as declared or learned
         *,
         n: int | None = None,                          # how many whole GPUs, all or none; `None`: as declared, else one
         memory_mb: float | None = None,                # MiB of RAM; `None`: as declared

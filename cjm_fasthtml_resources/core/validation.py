@@ -620,7 +620,7 @@ def validate_resources_for_job(
     else:
         requirements = read_requirements(plugin, config)
         declared = declared_needs(plugin).gpu_memory_mb
-        if need is None and declared is not None: need = declared*2**20
+        if need is None and not isinstance(declared, str | None): need = declared*2**20
         job = Job(plugin_id, name, config, requirements, worker_type, need, concurrent, job_id)
         _log.debug("%s needs %r", shown_text(plugin_id), job.needs)
         durations = known_durations(resource_manager)

@@ -32,7 +32,7 @@ class Wanted:
     "What was asked of `cjm-resources run`"
     command: tuple[str, ...]
     name: str                             # what it needs is learned under this name
-    gpu_memory_mb: float | None = None    # MiB; `None`: as learned, or a device of its own
+    gpu_memory_mb: float | str | None = None   # MiB, or "all"; `None`: as learned, or a device of its own
     ram_mb: float = 0
     retries: int = 0                      # after memory ran out
     device: str | None = None
@@ -97,7 +97,7 @@ class Tried:
 def try_once(
     manager: Any,             # a ResourceManager
     wanted: Wanted,
-    mb: float | None,                                  # MiB to ask for; `None`: as learned
+    mb: float | str | None,                            # MiB to ask for, or "all"; `None`: as learned
     make_room: bool = False,                           # with idle workers of the same app
     say: Callable[[str], None] = lambda line: None,    # shows a line to the user
 ) -> Tried:

@@ -10,6 +10,9 @@
    lease ends it without the gate, at any moment: by a release, after which it may keep its memory for a while, or by dying,
    after which the driver needs a while to take its memory back. Both are the same here.
 
+   RAM is one more device: a request for a GPU and RAM is one for both of them together. Its processes can be read or not, as
+   those of a GPU.
+
    Not in it: two promises of one holder on one device (each process has one row, for one device or for all), order and
    waiting, time, MIG.
 
