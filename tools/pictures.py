@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.terminal_theme import TerminalTheme
 from rich.text import Text
 
+from cjm_fasthtml_resources.core.gpu import read_gpus
 from cjm_fasthtml_resources.core.manager import ResourceManager
 from cjm_fasthtml_resources.core.samples import Sample, take_sample
 from cjm_fasthtml_resources.simulate import load_scenario
@@ -60,12 +61,12 @@ role="img" aria-label="TITLE">
 """
 
 
-def look(preset: str) -> Sample:
+def look(preset: str, loads: bool = False) -> Sample:
     "A simulated machine, at a time that is always the same"
     with load_scenario(preset) as driver:
         manager = ResourceManager(track_self=False)
         for worker in driver.workers: manager.register_worker(**worker)
-        sample = take_sample(manager)
+        sample = take_sample(manager, read_gpus(loads=loads))
     gpu = replace(sample.gpu, snapshot=replace(sample.gpu.snapshot, time=TIME))
     return replace(sample, gpu=gpu, workers=(), simulated=driver.description)
 
@@ -76,7 +77,7 @@ def once(terminal: Terminal) -> list[Line]: return status_view(look("pair"), ter
 def watched(terminal: Terminal) -> list[Line]:
     os.environ["TZ"] = "UTC"
     time.tzset()
-    return compose(look("pair"), terminal, Window()).lines
+    return compose(look("pair", loads=True), terminal, Window()).lines
 
 
 def picture(name: str, title: str, show: Callable[[Terminal], list[Line]], theme: TerminalTheme, width: int,

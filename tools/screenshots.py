@@ -53,6 +53,7 @@ uvicorn.run(app, host="127.0.0.1", port=int(sys.argv[1]), log_level="warning", t
 
 
 WIDTHS = dict(phone=390, tablet=700, desktop=1280)
+HEIGHTS = dict(phone=1730, tablet=1240, desktop=900)   # of the panel: so much that all of it is there
 THEMES = ("light", "dark")
 
 
@@ -80,7 +81,7 @@ def panel(browser, folder: Path) -> None:
             page.emulate_media(color_scheme=theme)
             page.locator(f"body[data-jp-theme-light={str(theme == 'light').lower()}]").wait_for(state="attached")
             for name, width in WIDTHS.items():
-                page.set_viewport_size(dict(width=width, height=900 if name == "desktop" else 1400))
+                page.set_viewport_size(dict(width=width, height=HEIGHTS[name]))
                 time.sleep(1)
                 page.locator(".jp-Notebook").evaluate(TO_TOP)
                 time.sleep(1)

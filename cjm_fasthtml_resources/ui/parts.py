@@ -63,7 +63,7 @@ def memory_key(
     "Return the figures of a bar in words: together they are the total"
     words = dict(ram="other RAM")
     rows = [Span(f"{words.get(owner, owner)} {format_bytes(n)}", cls=owner) for owner, n in shares.items() if n > 0]
-    driver = f" (driver: {_gib(kept)})" if kept else ""
+    driver = f" (driver:\N{NO-BREAK SPACE}{_gib(kept)})" if kept else ""
     return Div(*rows, Span(f"free {_gib(free)} of {_gib(total)} GiB{driver}", cls="free"), cls="key")
 
 # %% ../../nbs/ui/parts.ipynb #3bb2984a

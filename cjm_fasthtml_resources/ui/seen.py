@@ -72,6 +72,7 @@ def _make_sign(act: Callable[[Any], None]) -> widgets.Button:
     sign.on_click(act)
     return sign
 
+# %% ../../nbs/ui/seen.ipynb #c2e93a56
 class SeenBox(widgets.VBox):  # type: ignore[misc]  # ipywidgets has no types
     "A box that listens to a monitor while a front end shows it, and whose last picture a notebook keeps"
     def __init__(

@@ -2,7 +2,8 @@
 // does not say so. The button names the seconds; in a tab that is hidden, a browser makes a minute of them.
 function cjmSign(root) {
   const press = () => {
-    if (root.isConnected) root.querySelector(".cjm-sign")?.click();
+    // only the button itself is told, and nothing around it
+    if (root.isConnected) root.querySelector(".cjm-sign")?.dispatchEvent(new MouseEvent("click"));
     else clearInterval(root.cjmSigns);
   };
   clearInterval(root.cjmSigns);
