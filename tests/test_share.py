@@ -186,18 +186,20 @@ def test_what_one_has_reserved_is_external_for_all_others_and_stays_its_own(mach
 
 
 def test_a_reservation_for_another_process_is_nobody_elses_to_end(machine, program):
+    hides = ("mount -t proc -o hidepid=2 proc /proc",)
     asker, other, contained = program(HOSTS[0]), program(HOSTS[1]), program(CONTAINERS[0])
+    blind = program(HOSTS[2], shell=hides)   # sees no process of another user
     sleeper = subprocess.Popen(["sleep", "600"])
     try:
         assert asker.do("reserve", 20_000, pid=sleeper.pid) == "granted"
         asker.end()
-        for who in (other, contained):
+        for who in (other, contained, blind):
             assert who.do("attack") == "nothing was done" and who.do("claims") == [20_000]
             assert "ResourceBusy" in who.do("reserve", 5_000)
     finally:
         sleeper.kill()
         sleeper.wait()
-    assert other.do("reserve", 20_000) == "granted"
+    assert blind.do("reserve", 20_000) == "granted"
 
 
 def test_workers_stay_with_their_user_and_its_containers(program):

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['is_shared', 'explain_refusal', 'check_owner', 'open_made', 'outer_user', 'own_folder']
 
-# %% ../../nbs/core/sharing.ipynb #4b6fcc5c
+# %% ../../nbs/core/sharing.ipynb #4825bbc6
 import contextlib
 import os
 import stat
@@ -13,18 +13,20 @@ from pathlib import Path
 
 from .folder import StoreError, is_hidden
 
-# %% ../../nbs/core/sharing.ipynb #b817c8b8
+# %% ../../nbs/core/sharing.ipynb #d982d34b
+_KIND = 0o170000 | stat.S_ISGID | stat.S_IWGRP
+
 def _shares(found: os.stat_result) -> bool:
-    return stat.S_ISDIR(found.st_mode) and bool(found.st_mode & stat.S_ISGID) and bool(found.st_mode & stat.S_IWGRP)
+    return found.st_mode & _KIND == stat.S_IFDIR | stat.S_ISGID | stat.S_IWGRP
 
 def is_shared(
-    folder: Path,
+    folder: str | Path,
 ) -> bool:  # False for one that is missing
     "Return whether a folder is one that a group shares"
-    try: return _shares(folder.lstat())
+    try: return _shares(os.lstat(folder))
     except OSError: return False
 
-# %% ../../nbs/core/sharing.ipynb #e440414f
+# %% ../../nbs/core/sharing.ipynb #4209d1a3
 def _name(kind: str, number: int) -> str:
     "Return the name of a user or a group, else its number"
     import grp
@@ -55,7 +57,7 @@ def explain_refusal(
     return (f"is shared by the group {group}, and {user} is not in it. Ask the administrator: sudo usermod -aG {group} "
             f"{user}, and log in again; in a container, start it with --group-add {found.st_gid}")
 
-# %% ../../nbs/core/sharing.ipynb #775903c7
+# %% ../../nbs/core/sharing.ipynb #ef7fdc9d
 def _problem_of_shared(path: Path, found: os.stat_result) -> str | None:
     "Return what is wrong with a shared folder, `None` if nothing is"
     if found.st_mode & stat.S_IRWXO:
@@ -77,12 +79,12 @@ def _problem_in_shared(path: Path, found: os.stat_result) -> str | None:
         return f"cannot be used by its group; {_name('UID', found.st_uid)} can mend it with chmod g+rw"
     return None
 
-# %% ../../nbs/core/sharing.ipynb #6335cfa8
+# %% ../../nbs/core/sharing.ipynb #f058da1b
 def check_owner(
     path: Path,   # a file or a folder, which can be missing
 ) -> None:
     "Raise `StoreError` for a file or folder that another user could have put there, or that this user may not use"
-    try: found = path.lstat()
+    try: found = os.lstat(path)
     except FileNotFoundError: return
     if problem := _problem(path, found): raise StoreError(f"{path} {problem}")
 
@@ -96,7 +98,7 @@ def _problem(path: Path, found: os.stat_result) -> str | None:
     if not mine: return f"belongs to another user (UID {found.st_uid}), and is not used"
     return "can be written by other users, and is not used; chmod go-w mends it"
 
-# %% ../../nbs/core/sharing.ipynb #83f4a070
+# %% ../../nbs/core/sharing.ipynb #e17f6506
 def _make_shared(path: Path) -> None:
     "Make an empty file that its group can use, unless another process is first"
     new = f"{path}.{os.getpid()}-{os.urandom(4).hex()}.new"
@@ -113,12 +115,12 @@ def open_made(
     flags: int,   # of `os.open`
 ) -> int:  # the descriptor
     "Open a file, made if it is missing, with the rights that its folder asks for; an `opener` for `open`"
-    if not is_shared(Path(path).parent): return os.open(path, flags | os.O_CREAT | os.O_NOFOLLOW, 0o600)
+    if not is_shared(os.path.dirname(path)): return os.open(path, flags | os.O_CREAT | os.O_NOFOLLOW, 0o600)
     while True:
         try: return os.open(path, flags & ~os.O_CREAT | os.O_NOFOLLOW)
         except FileNotFoundError: _make_shared(Path(path))
 
-# %% ../../nbs/core/sharing.ipynb #17965c04
+# %% ../../nbs/core/sharing.ipynb #9df1a9ed
 def outer_user(
     user: int,
     uid_map: str,   # the content of /proc/self/uid_map
