@@ -245,7 +245,7 @@ HARMS: dict[str, tuple[Callable[[Path], Any], str]] = {
     "open to all": (lambda queue: queue.chmod(0o2777), "sudo chmod o-rwx"),
     "readable by all": (lambda queue: queue.chmod(0o2775), "sudo chmod o-rwx"),
     "of a stranger": (lambda queue: os.chown(queue, DORA, GROUP), "sudo chown root"),
-    "without setgid": (lambda queue: queue.chmod(0o770), "belongs to another user"),
+    "without setgid": (lambda queue: queue.chmod(0o770), "sudo cjm-resources share"),
     "not for the group": (lambda queue: queue.chmod(0o2720), "sudo chmod 2770"),
     "a link": (lambda queue: (queue.rename(queue.with_name("real")), queue.symlink_to(queue.with_name("real"))),
                "symbolic link"),
@@ -320,6 +320,16 @@ def test_root_makes_the_folder_and_others_get_the_lines(machine):
     (place/"other").touch()
     refused = subprocess.run([*command, "daemon"], capture_output=True, text=True)
     assert refused.returncode == 2 and "other files" in refused.stderr
+
+
+def test_a_command_without_the_right_says_what_to_ask_for(machine):
+    dora = Place("dora", DORA, member=False)
+    with machine.start(dora, RUNS) as looks: out, errors = looks.communicate(timeout=60)
+    assert looks.returncode == 0 and "RAM" in out
+    assert errors.startswith("Reservations cannot be read") and "sudo usermod" in errors
+    with machine.start(dora, RUNS, "--simulate", "idle", "wait", "--gpu-memory", "1GiB") as waits:
+        _, errors = waits.communicate(timeout=60)
+    assert waits.returncode == os.EX_IOERR and "sudo usermod" in errors
 
 
 RUNS = "import sys; from cjm_fasthtml_resources.cli import main; main(sys.argv[1:], 'cjm-resources')"

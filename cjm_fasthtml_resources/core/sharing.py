@@ -5,15 +5,16 @@
 # %% auto #0
 __all__ = ['is_shared', 'explain_refusal', 'check_owner', 'open_made', 'outer_user', 'own_folder']
 
-# %% ../../nbs/core/sharing.ipynb #4825bbc6
+# %% ../../nbs/core/sharing.ipynb #38716a61
 import contextlib
 import os
 import stat
+from io import FileIO
 from pathlib import Path
 
 from .folder import StoreError, is_hidden
 
-# %% ../../nbs/core/sharing.ipynb #d982d34b
+# %% ../../nbs/core/sharing.ipynb #bd4eaeec
 _KIND = 0o170000 | stat.S_ISGID | stat.S_IWGRP
 
 def _shares(found: os.stat_result) -> bool:
@@ -26,7 +27,7 @@ def is_shared(
     try: return _shares(os.lstat(folder))
     except OSError: return False
 
-# %% ../../nbs/core/sharing.ipynb #4209d1a3
+# %% ../../nbs/core/sharing.ipynb #e440414f
 def _name(kind: str, number: int) -> str:
     "Return the name of a user or a group, else its number"
     import grp
@@ -57,7 +58,7 @@ def explain_refusal(
     return (f"is shared by the group {group}, and {user} is not in it. Ask the administrator: sudo usermod -aG {group} "
             f"{user}, and log in again; in a container, start it with --group-add {found.st_gid}")
 
-# %% ../../nbs/core/sharing.ipynb #ef7fdc9d
+# %% ../../nbs/core/sharing.ipynb #775903c7
 def _problem_of_shared(path: Path, found: os.stat_result) -> str | None:
     "Return what is wrong with a shared folder, `None` if nothing is"
     if found.st_mode & stat.S_IRWXO:
@@ -79,7 +80,7 @@ def _problem_in_shared(path: Path, found: os.stat_result) -> str | None:
         return f"cannot be used by its group; {_name('UID', found.st_uid)} can mend it with chmod g+rw"
     return None
 
-# %% ../../nbs/core/sharing.ipynb #f058da1b
+# %% ../../nbs/core/sharing.ipynb #ba8d6658
 def check_owner(
     path: Path,   # a file or a folder, which can be missing
 ) -> None:
@@ -95,20 +96,24 @@ def _problem(path: Path, found: os.stat_result) -> str | None:
     mine = found.st_uid == os.geteuid()
     if mine and not found.st_mode & 0o022: return None
     if not stat.S_ISDIR(found.st_mode) and is_shared(path.parent): return _problem_in_shared(path, found)
-    if not mine: return f"belongs to another user (UID {found.st_uid}), and is not used"
+    if not mine:
+        share = f". The administrator can share it: sudo cjm-resources share {path} --group GROUP"
+        return f"belongs to another user (UID {found.st_uid}), and is not used{share*stat.S_ISDIR(found.st_mode)}"
     return "can be written by other users, and is not used; chmod go-w mends it"
 
-# %% ../../nbs/core/sharing.ipynb #e17f6506
+# %% ../../nbs/core/sharing.ipynb #a6529dd9
 def _make_shared(path: Path) -> None:
     "Make an empty file that its group can use, unless another process is first"
     new = f"{path}.{os.getpid()}-{os.urandom(4).hex()}.new"
     try:
-        fd = os.open(new, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_NOFOLLOW | os.O_CLOEXEC, 0o660)
-        try: os.fchmod(fd, 0o660)
-        finally: os.close(fd)
-        with contextlib.suppress(FileExistsError): os.link(new, path)
-    finally:
-        with contextlib.suppress(OSError): os.unlink(new)
+        try:
+            with FileIO(new, "x") as file: os.fchmod(file.fileno(), 0o660)
+            with contextlib.suppress(FileExistsError): os.link(new, path)
+        finally: _remove(new)
+    finally: _remove(new)   # if an interruption came just before the first
+
+def _remove(path: str) -> None:
+    with contextlib.suppress(OSError): os.unlink(path)
 
 def open_made(
     path: str,
@@ -120,7 +125,7 @@ def open_made(
         try: return os.open(path, flags & ~os.O_CREAT | os.O_NOFOLLOW)
         except FileNotFoundError: _make_shared(Path(path))
 
-# %% ../../nbs/core/sharing.ipynb #9df1a9ed
+# %% ../../nbs/core/sharing.ipynb #17965c04
 def outer_user(
     user: int,
     uid_map: str,   # the content of /proc/self/uid_map
