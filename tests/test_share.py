@@ -186,18 +186,20 @@ def test_what_one_has_reserved_is_external_for_all_others_and_stays_its_own(mach
 
 
 def test_a_reservation_for_another_process_is_nobody_elses_to_end(machine, program):
+    hides = ("mount -t proc -o hidepid=2 proc /proc",)
     asker, other, contained = program(HOSTS[0]), program(HOSTS[1]), program(CONTAINERS[0])
+    blind = program(HOSTS[2], shell=hides)   # sees no process of another user
     sleeper = subprocess.Popen(["sleep", "600"])
     try:
         assert asker.do("reserve", 20_000, pid=sleeper.pid) == "granted"
         asker.end()
-        for who in (other, contained):
+        for who in (other, contained, blind):
             assert who.do("attack") == "nothing was done" and who.do("claims") == [20_000]
             assert "ResourceBusy" in who.do("reserve", 5_000)
     finally:
         sleeper.kill()
         sleeper.wait()
-    assert other.do("reserve", 20_000) == "granted"
+    assert blind.do("reserve", 20_000) == "granted"
 
 
 def test_workers_stay_with_their_user_and_its_containers(program):
@@ -243,7 +245,7 @@ HARMS: dict[str, tuple[Callable[[Path], Any], str]] = {
     "open to all": (lambda queue: queue.chmod(0o2777), "sudo chmod o-rwx"),
     "readable by all": (lambda queue: queue.chmod(0o2775), "sudo chmod o-rwx"),
     "of a stranger": (lambda queue: os.chown(queue, DORA, GROUP), "sudo chown root"),
-    "without setgid": (lambda queue: queue.chmod(0o770), "belongs to another user"),
+    "without setgid": (lambda queue: queue.chmod(0o770), "sudo cjm-resources share"),
     "not for the group": (lambda queue: queue.chmod(0o2720), "sudo chmod 2770"),
     "a link": (lambda queue: (queue.rename(queue.with_name("real")), queue.symlink_to(queue.with_name("real"))),
                "symbolic link"),
@@ -318,6 +320,16 @@ def test_root_makes_the_folder_and_others_get_the_lines(machine):
     (place/"other").touch()
     refused = subprocess.run([*command, "daemon"], capture_output=True, text=True)
     assert refused.returncode == 2 and "other files" in refused.stderr
+
+
+def test_a_command_without_the_right_says_what_to_ask_for(machine):
+    dora = Place("dora", DORA, member=False)
+    with machine.start(dora, RUNS) as looks: out, errors = looks.communicate(timeout=60)
+    assert looks.returncode == 0 and "RAM" in out
+    assert errors.startswith("Reservations cannot be read") and "sudo usermod" in errors
+    with machine.start(dora, RUNS, "--simulate", "idle", "wait", "--gpu-memory", "1GiB") as waits:
+        _, errors = waits.communicate(timeout=60)
+    assert waits.returncode == os.EX_IOERR and "sudo usermod" in errors
 
 
 RUNS = "import sys; from cjm_fasthtml_resources.cli import main; main(sys.argv[1:], 'cjm-resources')"

@@ -1,6 +1,6 @@
 """Every system call on the state folder x what can happen to it: a program of its own, which needs Linux and strace
 
-    walk_syscalls.py [--sample N] [--seed S] [--jobs N] [--fates F,F…] [PROGRAM …]
+    walk_syscalls.py [--sample N] [--seed S] [--jobs N] [--fates F,F…] [--shared] [PROGRAM …]
 
 A program opens the folder for the first time, reserves and releases, on one device or on several, waits until it is
 granted, or registers a worker and changes it. strace shows which system calls it makes on the folder and the files in
@@ -10,7 +10,8 @@ a promise.
 
 While it is stopped, look-ups do not wait for it. Where a call failed once, the program says so in words or does its
 work all the same, and its second attempt succeeds. Afterwards a new program works at once; the third process has its
-promise, and nobody else has any. With --sample, so many of all of them. Prints what is wrong, and where; closes with
+promise, and nobody else has any. With --shared, the folder is one that a group shares. With --sample, so many of all
+of them. Prints what is wrong, and where; closes with
 'N points, N wrong'.
 """
 import argparse
@@ -280,6 +281,9 @@ class Walk:
         self.stop()
         self.number += 1
         self.folder = self.top/f"state-{self.number}"
+        if os.environ.get("WALK_SHARED"):
+            self.folder.mkdir()
+            self.folder.chmod(0o2770)
         if not kept: return
         self.keeper = Child(self.folder, keep)
         self.keeper.go()
@@ -381,9 +385,11 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--fates", default=",".join(FATES))
+    parser.add_argument("--shared", action="store_true")
     parser.add_argument("--walk", help=argparse.SUPPRESS)
     asked = parser.parse_args()
     os.environ.pop("CUDA_VISIBLE_DEVICES", None)
+    if asked.shared: os.environ["WALK_SHARED"] = "1"   # also for the processes that walk
     if not shutil.which("strace"): sys.exit("no strace: apt-get install strace (as root)")
     if asked.walk:
         points, names = json.loads(Path(asked.walk).read_text())

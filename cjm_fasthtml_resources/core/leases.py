@@ -29,7 +29,7 @@ from .folder import StoreError, explain_os_error
 from .forks import reset_in_child
 from .sharing import is_shared
 
-# %% ../../nbs/core/leases.ipynb #81cb3c2f
+# %% ../../nbs/core/leases.ipynb #b632c189
 _all_ = ["StoreError", "explain_os_error"]   # they stood here before
 
 # %% ../../nbs/core/leases.ipynb #c9cd1dc3
@@ -60,16 +60,17 @@ def _marks(path: Path, lease: int) -> tuple[tuple[int, int], tuple[int, int]]:
     above, inside = _mark(path, lease), _mark_inside(lease)
     return (above + _ENTERED, above), (inside + _ENTERED, inside)
 
-def _witness(path: Path) -> tuple[Path, int]:
+def _witness(path: Path) -> tuple[str, int]:
     "Return the folder whose marks are believed, and the first of them"
-    return (path.parent, 0) if is_shared(path.parent) else (path.parent.parent, _mark(path))
+    folder = os.path.dirname(path)
+    return (folder, 0) if is_shared(folder) else (os.path.dirname(folder), _mark(path))
 
-def _open_folder(path: Path) -> OpenFolder | None:
+def _open_folder(path: str | Path) -> OpenFolder | None:
     "Return a folder; `None` if it cannot be opened"
     try: return OpenFolder(path)
     except OSError: return None
 
-def _is_marked(path: Path, first: int, length: int = 1) -> bool:
+def _is_marked(path: str | Path, first: int, length: int = 1) -> bool:
     "Return whether bytes of a folder are locked; False where it cannot be read"
     folder = _open_folder(path)
     if folder is None: return False
@@ -127,7 +128,7 @@ class Leases:
         "Lock the mark of a lease's claim; call it just before the claim is written"
         if lease not in self.held or self.path is None: return
         above, inside = _marks(self.path, lease)
-        if is_shared(self.path.parent): _quietly(lock_byte, self._folder, inside[0])
+        if is_shared(os.path.dirname(self.path)): _quietly(lock_byte, self._folder, inside[0])
         else: _quietly(lock_byte, self._above, above[0])
 
     def drop(self, lease: int) -> bool:

@@ -23,7 +23,7 @@ from .folder import StoreError, boot_id, explain_os_error, state_folder
 from .forks import reset_in_child
 from .leases import in_use, is_used_elsewhere
 from .locking import is_locked, lock_byte, unlock_byte
-from .sharing import check_owner, open_made
+from .sharing import check_owner, is_shared, open_made
 
 # %% ../../nbs/core/lockfile.ipynb #718dad0e
 _all_ = ["boot_id", "state_folder", "check_owner"]   # they stood here before
@@ -122,7 +122,8 @@ def _pass(file: FileIO, path: Path) -> None:
             if not place: place = _queue_up(fd)
             free_since = math.inf if is_locked(fd, 0) else min(free_since, time.monotonic())
             if time.monotonic() > until:
-                raise StoreError(f"{path} is locked by the process with PID {read_header(file).pid} "
+                where = " in its own container" if is_shared(path.parent) else ""
+                raise StoreError(f"{path} is locked by the process with PID {read_header(file).pid}{where} "
                                  f"for {BUSY_SECONDS:g} s now. It may be suspended (Ctrl-Z): resume it or end it")
             time.sleep(pause)
             pause = min(1.5*pause, 5e-3)

@@ -80,11 +80,12 @@ def locked_ranges(fd: int, start: int, length: int) -> list[tuple[int, int]]:
     return found
 
 # %% ../../nbs/core/locking.ipynb #40c0a136
+_FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
+
 class OpenFolder:
     "A descriptor of a folder, closed with the last reference to this object"
     def __init__(self, path: str | os.PathLike[str]) -> None:
-        flags = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
-        self._closing = weakref.finalize(self, os.closerange, fd := os.open(path, flags), fd + 1)
+        self._closing = weakref.finalize(self, os.closerange, fd := os.open(path, _FOLDER), fd + 1)   # ignores errors
         self._closing.atexit = False
 
     def fileno(self) -> int:

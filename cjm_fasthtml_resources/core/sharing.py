@@ -5,23 +5,26 @@
 # %% auto #0
 __all__ = ['is_shared', 'explain_refusal', 'check_owner', 'open_made', 'outer_user', 'own_folder']
 
-# %% ../../nbs/core/sharing.ipynb #4b6fcc5c
+# %% ../../nbs/core/sharing.ipynb #38716a61
 import contextlib
 import os
 import stat
+from io import FileIO
 from pathlib import Path
 
 from .folder import StoreError, is_hidden
 
-# %% ../../nbs/core/sharing.ipynb #b817c8b8
+# %% ../../nbs/core/sharing.ipynb #bd4eaeec
+_KIND = 0o170000 | stat.S_ISGID | stat.S_IWGRP
+
 def _shares(found: os.stat_result) -> bool:
-    return stat.S_ISDIR(found.st_mode) and bool(found.st_mode & stat.S_ISGID) and bool(found.st_mode & stat.S_IWGRP)
+    return found.st_mode & _KIND == stat.S_IFDIR | stat.S_ISGID | stat.S_IWGRP
 
 def is_shared(
-    folder: Path,
+    folder: str | Path,
 ) -> bool:  # False for one that is missing
     "Return whether a folder is one that a group shares"
-    try: return _shares(folder.lstat())
+    try: return _shares(os.lstat(folder))
     except OSError: return False
 
 # %% ../../nbs/core/sharing.ipynb #e440414f
@@ -77,12 +80,12 @@ def _problem_in_shared(path: Path, found: os.stat_result) -> str | None:
         return f"cannot be used by its group; {_name('UID', found.st_uid)} can mend it with chmod g+rw"
     return None
 
-# %% ../../nbs/core/sharing.ipynb #6335cfa8
+# %% ../../nbs/core/sharing.ipynb #ba8d6658
 def check_owner(
     path: Path,   # a file or a folder, which can be missing
 ) -> None:
     "Raise `StoreError` for a file or folder that another user could have put there, or that this user may not use"
-    try: found = path.lstat()
+    try: found = os.lstat(path)
     except FileNotFoundError: return
     if problem := _problem(path, found): raise StoreError(f"{path} {problem}")
 
@@ -93,27 +96,31 @@ def _problem(path: Path, found: os.stat_result) -> str | None:
     mine = found.st_uid == os.geteuid()
     if mine and not found.st_mode & 0o022: return None
     if not stat.S_ISDIR(found.st_mode) and is_shared(path.parent): return _problem_in_shared(path, found)
-    if not mine: return f"belongs to another user (UID {found.st_uid}), and is not used"
+    if not mine:
+        share = f". The administrator can share it: sudo cjm-resources share {path} --group GROUP"
+        return f"belongs to another user (UID {found.st_uid}), and is not used{share*stat.S_ISDIR(found.st_mode)}"
     return "can be written by other users, and is not used; chmod go-w mends it"
 
-# %% ../../nbs/core/sharing.ipynb #83f4a070
+# %% ../../nbs/core/sharing.ipynb #a6529dd9
 def _make_shared(path: Path) -> None:
     "Make an empty file that its group can use, unless another process is first"
     new = f"{path}.{os.getpid()}-{os.urandom(4).hex()}.new"
     try:
-        fd = os.open(new, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_NOFOLLOW | os.O_CLOEXEC, 0o660)
-        try: os.fchmod(fd, 0o660)
-        finally: os.close(fd)
-        with contextlib.suppress(FileExistsError): os.link(new, path)
-    finally:
-        with contextlib.suppress(OSError): os.unlink(new)
+        try:
+            with FileIO(new, "x") as file: os.fchmod(file.fileno(), 0o660)
+            with contextlib.suppress(FileExistsError): os.link(new, path)
+        finally: _remove(new)
+    finally: _remove(new)   # if an interruption came just before the first
+
+def _remove(path: str) -> None:
+    with contextlib.suppress(OSError): os.unlink(path)
 
 def open_made(
     path: str,
     flags: int,   # of `os.open`
 ) -> int:  # the descriptor
     "Open a file, made if it is missing, with the rights that its folder asks for; an `opener` for `open`"
-    if not is_shared(Path(path).parent): return os.open(path, flags | os.O_CREAT | os.O_NOFOLLOW, 0o600)
+    if not is_shared(os.path.dirname(path)): return os.open(path, flags | os.O_CREAT | os.O_NOFOLLOW, 0o600)
     while True:
         try: return os.open(path, flags & ~os.O_CREAT | os.O_NOFOLLOW)
         except FileNotFoundError: _make_shared(Path(path))

@@ -260,12 +260,13 @@ def _read_ledger(path: Path, lock_path: Path, known: tuple[Header, bytes]) -> tu
             forbid_new(lock_path, file, str(error))
             return NO_HEADER, b""
 
-# %% ../../nbs/core/store.ipynb #9c8805ff
+# %% ../../nbs/core/store.ipynb #9fb3b500
 def open_tables(
     store: Store,   # with the ledger
 ) -> Store:
     "Return the store with this user's tables, its files made; `StoreError` if one of both cannot be used"
-    tables = store if store.path == tables_path() else Store(tables_path())
-    if tables is not store: store.read()
+    path = None if store.path is None else own_folder(store.path.parent)/store.path.name
+    tables = store if path == store.path else Store(path)
+    if tables is not store: store.read()   # a file that cannot be used is an error now, not later
     tables.prepare()
     return tables
