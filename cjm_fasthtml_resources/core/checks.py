@@ -284,10 +284,9 @@ class Checks:
         (memory, unknown), trouble = memory_for(pid), prepared.trouble
         gpus, notes = self.on_this_memory(snapshot, prepared, memory.available)
         promises = self.reserved_ram(snapshot, prepared, memory.available)
-        notes += unknown
         found = self.ram.read(self.workers, self.me(), memory.cgroup)
         if trouble: notes = [EARLIER_NOTE.format(trouble), *(notes or [UNREAD_RAM_NOTE])]
-        notes += [*([] if found.whole else [SHARED_NOTE]), *hanging_notes(self.workers)]
+        notes += [*unknown, *([] if found.whole else [SHARED_NOTE]), *hanging_notes(self.workers)]
         return classify_memory(memory, found.processes, threshold_percent, found.left_out, not found.whole, notes, gpus,
                                promises)
 

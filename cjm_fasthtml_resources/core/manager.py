@@ -62,8 +62,7 @@ class ResourceManager(StaysHere, WorkerRegistry, NeedsReader, JobStarter):
     def __init__(
         self,
         gpu_memory_threshold_percent: float = 45.0,  # a GPU is busy when other programs use this share of it
-        *,
-        track_self: bool = True,     # whether this process and its child processes are the app's
+        *, track_self: bool = True,  # whether this process and its child processes are the app's
         gpu_timeout: float = 5.0,    # seconds to wait for the driver
         app: str | None = None,      # a name: its processes (of this user) share workers, and all apps queue together
     ) -> None:
@@ -164,17 +163,14 @@ class ResourceManager(StaysHere, WorkerRegistry, NeedsReader, JobStarter):
         memory_mb: float = 0, priority: int = 0,
     ) -> "Request":
         "Return a request that enters the queue at its first `poll`, for programs that wait by themselves"
-        return make_request(self, gpu_memory_mb, device, timeout, ttl=ttl, pid=pid, n=n, memory_mb=memory_mb,
-                            priority=priority)
+        return make_request(self, gpu_memory_mb, device, timeout, ttl, pid, n, memory_mb, priority)
 
     def wait_for_gpu(
         self,
         gpu_memory_mb: float | str,                    # MiB on each device, or "all" for an empty one
         device: int | str | GpuDevice | None = None,   # as for `reserve`
         timeout: float | None = None,                  # seconds; `None`: no limit
-        *,
-        progress: bool = False,                        # show a bar, with who uses the memory
-        n: int = 1,                                    # how many GPUs, each with so much room
+        *, progress: bool = False, n: int = 1,         # as for `reserve`
     ) -> GpuChoice:
         "Wait in the same queue until a GPU has room, and reserve nothing: a moment later another program may have it"
         reserve = partial(self.reserve, gpu_memory_mb, device, timeout, progress=progress, n=n)

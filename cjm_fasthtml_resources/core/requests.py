@@ -309,7 +309,7 @@ def make_check(
 def make_request(
     manager: Any,                                              # a `ResourceManager`
     gpu_memory_mb: Any, device: Any, timeout: float | None,    # as for `ResourceManager.reserve`, as what follows
-    *, ttl: float | None, pid: int | None, n: int, memory_mb: float, priority: int,
+    ttl: float | None, pid: int | None, n: int, memory_mb: float, priority: int,
 ) -> "Request":
     "Return a request that is not in the queue yet; raises what `reserve` raises for a wrong argument"
     from cjm_fasthtml_resources.core.reservations import Request  # when it is used
