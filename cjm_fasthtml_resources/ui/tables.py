@@ -93,7 +93,7 @@ PROCESS_COLUMNS = (
     Column("GPU", lambda row: _place(row[0]), width="w4"),
     Column("PID", lambda row: row[1].pid, "n"),
     Column("owner", lambda row: _owner(row[1].owner), width="w6"),
-    Column("process", lambda row: _what(row[1])),
+    Column("process", lambda row: _what(row[1]), "who"),
     Column("user", lambda row: printable(row[1].username or ""), "x", "w6"),
     Column("memory", lambda row: _size(row[1].memory_used), "n"))
 
@@ -173,10 +173,10 @@ def to_row(
 # %% ../../nbs/ui/tables.ipynb #bc784217
 WORKER_COLUMNS = (
     Column("PID", lambda row: row.pid, "n"),
-    Column("type", lambda row: row.type),
+    Column("type", lambda row: row.type, "who"),
     Column("status", lambda row: row.status),
     Column("plugin", lambda row: row.plugin, "x"),
-    Column("memory", lambda row: row.held, "n", "w12"))
+    Column("memory", lambda row: row.held, "n held", "w12"))
 
 def worker_table(
     rows: Iterable[WorkerRow],
@@ -193,7 +193,7 @@ RESERVATION_COLUMNS = (
     Column("GPU", lambda row: _place(row.place), width="w4"),
     Column("PID", lambda row: row.pid or "", "n"),
     Column("owner", lambda row: _owner(row.owner, "xx"), "xx", "w6"),
-    Column("process", lambda row: printable(row.who)),
+    Column("process", lambda row: printable(row.who), "who"),
     Column("app", lambda row: _long(printable(row.app), 12, "x"), "x", "w6"),
     Column("state", lambda row: row.state, "two", "w9"),
     Column("for", lambda row: row.age, "n xx"),

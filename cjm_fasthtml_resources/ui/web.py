@@ -111,7 +111,7 @@ def _stop_column(prefix: str) -> Column:
         yes = Button(f"Yes, stop {row.pid}", name="worker", value=who, form=_form_id(prefix))
         question = P(name_question(row.pid, row.type, row.status))
         return Details(Summary("Stop …"), Div(question, yes, cls="question"), data_key=who)
-    return Column("action", ask, width="w10")
+    return Column("action", ask, "act", "w10")
 
 # %% ../../nbs/ui/web.ipynb #b2a55a78
 def _stop(manager: Any, who: str) -> Response:
