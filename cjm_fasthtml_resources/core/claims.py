@@ -419,7 +419,7 @@ def in_queue(
     waiting = [c for c in claims if c.device is None]
     return sorted(waiting, key=lambda c: (c.id + PLACES*c.priority, c.id))
 
-# %% ../../nbs/core/claims.ipynb #fc621def
+# %% ../../nbs/core/claims.ipynb #4e87a636
 class _Share(NamedTuple):
     "What a request takes of one room, in bytes"
     claim: Claim      # the request, for this room alone
@@ -436,6 +436,7 @@ def _whole_of(claim: Claim, room: _Room, beside: Sequence[Claim]) -> Claim:
 
 def _share(claim: Claim, key: str, room: _Room, beside: Sequence[Claim]) -> _Share:
     "Return what a request takes of a room beside all other claims"
+    if not (claim.share or claim.covers): return _Share(claim, key, room, claim.memory, claim.memory)   # most are so
     if claim.share: claim = _whole_of(claim, room, beside)
     missing = claim.memory - find_covered(claim, room.use, beside)
     return _Share(claim, key, room, missing, missing + find_freed(claim, room.use, beside))
@@ -453,7 +454,7 @@ def _give(shares: Iterable[_Share], first: int, after: dict[int, Claim]) -> None
         after[id] = replace(claim, id=id, device=key, base=base, count=1, links=None, beside=(), priority=0, share=0)
         room.take(taken)
 
-# %% ../../nbs/core/claims.ipynb #7be70c18
+# %% ../../nbs/core/claims.ipynb #65814f5d
 def grant(
     claims: Sequence[Claim],                                 # all, waiting or promised, in the order of asking
     uses: Sequence[DeviceUse],                               # every device of the machine
@@ -468,8 +469,9 @@ def grant(
 
 def _grant_one(claim: Claim, rooms: Mapping[str, _Room], after: dict[int, Claim], choose: _Choose) -> None:
     "Give a request all that it asks for, let it block as much, or pass it over; `after` gets the claims given"
-    named = _named_shares(claim, rooms, beside := list(after.values()))
-    owed, needed = ({id(s.room): amount(s) for s in named} for amount in (attrgetter("taken"), attrgetter("missing")))
+    beside = list(after.values())
+    named = _named_shares(claim, rooms, beside) if claim.beside else []
+    owed, needed = {id(s.room): s.taken for s in named}, {id(s.room): s.missing for s in named}
     beside += [replace(s.claim, device=s.key) for s in named]
     shares = {key: _share(claim, key, rooms[key], beside) for key in claim.allowed if key in rooms}
     fitting = {key: s.room for key, s in shares.items()
