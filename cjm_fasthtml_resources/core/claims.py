@@ -13,7 +13,7 @@ import re
 from collections.abc import Callable, Collection, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from operator import attrgetter
-from typing import Any
+from typing import Any, NamedTuple
 
 from cjm_fasthtml_resources.core.process import (
     ProcessId,
@@ -79,7 +79,7 @@ class Claim:
         stat = read_stat(self.holder.pid)
         return stat is not None and stat.state in ("T", "t") and stat.start_time == self.holder.start_time
 
-# %% ../../nbs/core/claims.ipynb #c4bee6b1
+# %% ../../nbs/core/claims.ipynb #31499c64
 RAM = "RAM"   # the machine's; no device has this name
 
 def is_ram(
@@ -437,11 +437,11 @@ def in_queue(
     waiting = [c for c in claims if c.device is None]
     return sorted(waiting, key=lambda c: (c.id + PLACES*c.priority, c.id))
 
-# %% ../../nbs/core/claims.ipynb #72888c22
-@dataclass(frozen=True)
-class _Share:
+# %% ../../nbs/core/claims.ipynb #4e87a636
+class _Share(NamedTuple):
     "What a request takes of one room, in bytes"
-    claim: Claim      # as it is with that room given
+    claim: Claim      # the request, for this room alone
+    key: str          # the device's
     room: _Room
     missing: int      # what its holder does not use already
     taken: int        # and what other promises have unused again
@@ -450,23 +450,29 @@ def _whole_of(claim: Claim, room: _Room, beside: Sequence[Claim]) -> Claim:
     "Return a request for a device of its own with all that it can have there, and no less than its share"
     capacity = room.use.device.capacity
     covered = find_covered(replace(claim, memory=capacity), room.use, beside)
-    return replace(claim, memory=max(int(claim.share*capacity), room.free + covered, 1), share=0)
+    return replace(claim, memory=max(int(claim.share*capacity), room.free + covered, 1))
 
 def _share(claim: Claim, key: str, room: _Room, beside: Sequence[Claim]) -> _Share:
     "Return what a request takes of a room beside all other claims"
+    if not (claim.share or claim.covers): return _Share(claim, key, room, claim.memory, claim.memory)   # most are so
     if claim.share: claim = _whole_of(claim, room, beside)
     missing = claim.memory - find_covered(claim, room.use, beside)
-    base = find_base(room.use.holder_of(claim), room.use, beside) - (claim.memory - missing)
-    given = replace(claim, device=key, base=base, count=1, links=None, beside=(), priority=0, share=0)
-    return _Share(given, room, missing, missing + find_freed(claim, room.use, beside))
+    return _Share(claim, key, room, missing, missing + find_freed(claim, room.use, beside))
 
 def _named_shares(claim: Claim, rooms: Mapping[str, _Room], beside: Sequence[Claim]) -> list[_Share]:
     "Return what a request takes of the rooms that it names, as of RAM; without those that are not seen from here"
-    named = [(replace(claim, memory=memory, id=claim.id + claim.count + number, share=0), key)
-             for number, (key, memory) in enumerate(claim.beside)]
-    return [_share(asked, key, rooms[key], beside) for asked, key in named if key in rooms]
+    named = [(replace(claim, memory=memory, share=0), key) for key, memory in claim.beside if key in rooms]
+    return [_share(asked, key, rooms[key], beside) for asked, key in named]
 
-# %% ../../nbs/core/claims.ipynb #ea3be96b
+# %% ../../nbs/core/claims.ipynb #526b42f3
+def _give(shares: Iterable[_Share], first: int, after: dict[int, Claim]) -> None:
+    "Give a request its shares, as claims with ids from `first` on"
+    for id, (claim, key, room, missing, taken) in enumerate(shares, first):
+        base = find_base(room.use.holder_of(claim), room.use, list(after.values())) - (claim.memory - missing)
+        after[id] = replace(claim, id=id, device=key, base=base, count=1, links=None, beside=(), priority=0, share=0)
+        room.take(taken)
+
+# %% ../../nbs/core/claims.ipynb #65814f5d
 def grant(
     claims: Sequence[Claim],                                 # all, waiting or promised, in the order of asking
     uses: Sequence[DeviceUse],                               # every device of the machine
@@ -481,9 +487,10 @@ def grant(
 
 def _grant_one(claim: Claim, rooms: Mapping[str, _Room], after: dict[int, Claim], choose: _Choose) -> None:
     "Give a request all that it asks for, let it block as much, or pass it over; `after` gets the claims given"
-    named = _named_shares(claim, rooms, beside := list(after.values()))
-    owed, needed = ({id(s.room): amount(s) for s in named} for amount in (attrgetter("taken"), attrgetter("missing")))
-    beside += [s.claim for s in named]
+    beside = list(after.values())
+    named = _named_shares(claim, rooms, beside) if claim.beside else []
+    owed, needed = {id(s.room): s.taken for s in named}, {id(s.room): s.missing for s in named}
+    beside += [replace(s.claim, device=s.key) for s in named]
     shares = {key: _share(claim, key, rooms[key], beside) for key in claim.allowed if key in rooms}
     fitting = {key: s.room for key, s in shares.items()
                if not s.room.blocked and s.room.free >= s.taken + owed.get(id(s.room), 0)
@@ -492,9 +499,7 @@ def _grant_one(claim: Claim, rooms: Mapping[str, _Room], after: dict[int, Claim]
     fits = len(named) == len(claim.beside) and all(not s.room.blocked and s.room.free >= s.taken for s in named)
     if fits and len({id(room) for room in fitting.values()}) >= claim.count:
         keys = [choose(_most_nearly(fitting))] if claim.count == 1 else _choose_together(claim, fitting, choose)
-        given = [replace(shares[key].claim, id=claim.id + number) for number, key in enumerate(keys)]
-        after.update((c.id, c) for c in (*given, *(s.claim for s in named)))
-        for share in (*(shares[key] for key in keys), *named): share.room.take(share.taken)
+        _give([*(shares[key] for key in keys), *named], claim.id, after)
     elif len(hopeful) >= claim.count and all(s.room.hoped >= s.missing for s in named):
         best = sorted(hopeful.values(), key=lambda room: room.free, reverse=True)
         for room in [room for room in best if not room.blocked][:claim.count]: room.blocked = True
