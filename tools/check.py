@@ -153,7 +153,7 @@ print(installed.__file__, 'with fastcore', fastcore.__version__)"""
 
 
 # long, and the same wherever the package is: they have run in the folder
-NOT_OF_A_WHEEL = ("crowd", "forks", "model", "nginx", "scrapes", "shutdown", "soak", "walks")
+NOT_OF_A_WHEEL = ("crowd", "forks", "model", "nginx", "scrapes", "share", "shutdown", "soak", "walks")
 
 
 def as_installed() -> list[Step]:
