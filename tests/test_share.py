@@ -18,6 +18,9 @@ from typing import Any, NamedTuple
 
 import pytest
 
+import cjm_fasthtml_resources
+
+ROOT = Path(cjm_fasthtml_resources.__file__).parents[1]
 SECONDS = float(os.environ.get("SHARE_SECONDS", "10"))
 GROUP, TOTAL = 54_300, 24_000   # the group's number, which needs no entry; MiB of the device
 ALICE, BOB, CLEO, DORA = 54_321, 54_322, 54_323, 54_324   # Dora is not in the group
@@ -60,11 +63,16 @@ class Machine:
         subprocess.run([sys.executable, "-c", share], check=True)
 
     def _shows_python(self) -> list[str]:
-        "Let other users read Python where it lies in a folder that is closed to them, as /root"
-        above = [path for path in Path(sys.base_prefix).parents if not path.stat().st_mode & 0o001]
-        if not above: return []
-        return [f"mount --bind {sys.base_prefix} {self.keep}", f"mount -t tmpfs -o mode=755 none {above[-1]}",
-                f"mkdir -p {sys.base_prefix}", f"mount --bind {self.keep} {sys.base_prefix}"]
+        "Let other users read Python and the library where they lie in a folder that is closed to them, as /root"
+        places = {str(Path(place).resolve()) for place in (sys.prefix, sys.base_prefix, ROOT)}
+        closed = {place: [str(above) for above in Path(place).parents if not above.stat().st_mode & 0o001]
+                  for place in places}
+        hidden = sorted(place for place, above in closed.items() if above)
+        kept = {place: self.keep/str(number) for number, place in enumerate(hidden)}
+        tops = sorted({closed[place][-1] for place in hidden})
+        return [*(f"mkdir -p {kept[place]}; mount --bind {place} {kept[place]}" for place in hidden),
+                *(f"mount -t tmpfs -o mode=755 none {top}" for top in tops),
+                *(f"mkdir -p {place}; mount --bind {kept[place]} {place}" for place in hidden)]
 
     def start(self, place: Place, code: str, *arguments: str, shell: tuple[str, ...] = (),
               **env: str | None) -> subprocess.Popen[str]:

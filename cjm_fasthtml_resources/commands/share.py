@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Group', 'find_group', 'explain_place', 'make_folder', 'explain_use']
 
-# %% ../../nbs/commands/share.ipynb #bf6c18be
+# %% ../../nbs/commands/share.ipynb #7fed6560
 import os
 import stat
 from pathlib import Path
@@ -20,7 +20,7 @@ from ..core.store import Store
 from .ending import fail
 from .options import Command
 
-# %% ../../nbs/commands/share.ipynb #7d35d2b0
+# %% ../../nbs/commands/share.ipynb #aa386438
 class Group(NamedTuple):
     "A group of users"
     name: str
@@ -38,7 +38,7 @@ def find_group(
         raise ValueError(f"there is no group {text}. Make it with: sudo groupadd {text}") from None
     return Group(found.gr_name, found.gr_gid, tuple(found.gr_mem))
 
-# %% ../../nbs/commands/share.ipynb #55f5b401
+# %% ../../nbs/commands/share.ipynb #6914d7d8
 _OURS = ("resources.", "user-")
 
 def explain_place(
@@ -57,7 +57,7 @@ def explain_place(
     others = [p.name for p in path.iterdir() if not p.name.startswith(_OURS) and p.suffix not in (".events", ".new")]
     return f"{path} has other files in it, such as {min(others)}: name a new folder" if others else None
 
-# %% ../../nbs/commands/share.ipynb #8a888480
+# %% ../../nbs/commands/share.ipynb #c2176588
 def _set_rights(path: Path, group: int, mode: int, flags: int = 0, owner: int = -1) -> None:
     "Give a file or a folder its group and mode, whatever is put into its place meanwhile"
     fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK | flags)
@@ -80,7 +80,7 @@ def make_folder(
     check_owner(path)
     with Store(path/"resources.sqlite").changing(): pass   # tries the locks, and makes the file
 
-# %% ../../nbs/commands/share.ipynb #3ceb1f29
+# %% ../../nbs/commands/share.ipynb #d886741b
 _LINES = Template("""\
 $members
 
@@ -118,16 +118,16 @@ def explain_use(
     "Return the lines with which programs use a shared folder"
     add = f"sudo usermod -aG {group.name} USER"
     named = f"Users of {group.name}: {', '.join(group.members)}. One more: {add}"
-    members = named if group.members else f"Nobody is in the group {group.name} yet. Add each user: {add}"
+    members = named if group.members else f"The group {group.name} has no users yet. Add each: {add}"
     return _LINES.substitute(members=members, folder=path, gid=group.number, settings=SETTINGS_FILE)
 
-# %% ../../nbs/commands/share.ipynb #c6857f99
+# %% ../../nbs/commands/share.ipynb #60e8113e
 _EXAMPLES = """\b
 Examples:
   sudo groupadd gpu
   sudo cjm-resources share /srv/gpu --group gpu"""
 
-# %% ../../nbs/commands/share.ipynb #9f60e575
+# %% ../../nbs/commands/share.ipynb #99880f06
 @click.command("share", cls=Command, epilog=_EXAMPLES)
 @click.argument("folder", metavar="FOLDER", type=click.Path())
 @click.option("--group", "group_name", required=True, metavar="GROUP", help="Its members share the folder.")

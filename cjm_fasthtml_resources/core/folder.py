@@ -6,7 +6,7 @@
 __all__ = ['SETTINGS_FILE', 'StoreError', 'explain_os_error', 'boot_id', 'home_folder', 'is_hidden', 'folder_in', 'read_settings',
            'chosen_folder', 'state_folder']
 
-# %% ../../nbs/core/folder.ipynb #d9029545
+# %% ../../nbs/core/folder.ipynb #849cb66f
 import errno
 import os
 import re
@@ -15,7 +15,7 @@ from functools import cache
 from io import FileIO
 from pathlib import Path
 
-# %% ../../nbs/core/folder.ipynb #2cd9e6f4
+# %% ../../nbs/core/folder.ipynb #24590e81
 class StoreError(RuntimeError):
     "The shared file cannot be used; the message names it, the reason and what to do"
 
@@ -28,7 +28,7 @@ _ADVICE = {
     (errno.EMFILE, errno.ENFILE): "cannot be opened, this process has no free file descriptor (ulimit -n)",
 }
 
-# %% ../../nbs/core/folder.ipynb #af049743
+# %% ../../nbs/core/folder.ipynb #8b2f8ffd
 def explain_os_error(
     path: Path,
     error: Exception,   # of the operating system, or of Python where a call of `core.locking` is missing
@@ -40,7 +40,7 @@ def explain_os_error(
     advice = next((text for numbers, text in _ADVICE.items() if number in numbers), "cannot be used: {reason}")
     return f"{path} {advice.replace('{reason}', reason)}"
 
-# %% ../../nbs/core/folder.ipynb #f88923b5
+# %% ../../nbs/core/folder.ipynb #117c0987
 @cache
 def boot_id() -> str:
     "Return a text that identifies this boot of the machine"
@@ -50,7 +50,7 @@ def boot_id() -> str:
 
         return str(round(psutil.boot_time(), -1))
 
-# %% ../../nbs/core/folder.ipynb #4be34c8f
+# %% ../../nbs/core/folder.ipynb #92bf1891
 def home_folder() -> Path:
     "Return the folder in this user's home, existing or not; `StoreError` if there is no home"
     import pwd  # Windows has none
@@ -62,7 +62,7 @@ def home_folder() -> Path:
                          ) from None
     return Path(home)/".local/state/cjm-fasthtml-resources"/boot_id()
 
-# %% ../../nbs/core/folder.ipynb #aa7e4816
+# %% ../../nbs/core/folder.ipynb #83550c3b
 SETTINGS_FILE = Path("/etc/cjm-resources.toml")
 _ALL_USERS = 2**32 - 1
 _LINE = re.compile(r"""^\s*folder\s*=\s*(?:"([^"\\]*)"|'([^']*)')\s*(?:#.*)?$""")
@@ -80,7 +80,7 @@ def _overflow() -> str:
     try: return Path("/proc/sys/fs/overflowuid").read_text().strip()
     except OSError: return "65534"
 
-# %% ../../nbs/core/folder.ipynb #6facce0a
+# %% ../../nbs/core/folder.ipynb #0a21a19b
 def folder_in(
     text: str,   # the content of the settings file
 ) -> str | None:
@@ -112,7 +112,7 @@ def read_settings(
                          f"sudo cjm-resources share {folder} --group GROUP")
     return None if folder is None else Path(folder)
 
-# %% ../../nbs/core/folder.ipynb #1ab647dc
+# %% ../../nbs/core/folder.ipynb #935f8539
 @cache
 def _resolve(folder: str) -> Path: return Path(os.path.abspath(folder))
 

@@ -25,7 +25,7 @@ from .leases import in_use, is_used_elsewhere
 from .locking import is_locked, lock_byte, unlock_byte
 from .sharing import check_owner, is_shared, open_made
 
-# %% ../../nbs/core/lockfile.ipynb #718dad0e
+# %% ../../nbs/core/lockfile.ipynb #5f0f2680
 _all_ = ["boot_id", "state_folder", "check_owner"]   # they stood here before
 
 # %% ../../nbs/core/lockfile.ipynb #ebb7bd37

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['is_shared', 'explain_refusal', 'check_owner', 'open_made', 'outer_user', 'own_folder']
 
-# %% ../../nbs/core/sharing.ipynb #38716a61
+# %% ../../nbs/core/sharing.ipynb #69dac0a5
 import contextlib
 import os
 import stat
@@ -14,7 +14,7 @@ from pathlib import Path
 
 from .folder import StoreError, is_hidden
 
-# %% ../../nbs/core/sharing.ipynb #bd4eaeec
+# %% ../../nbs/core/sharing.ipynb #d982d34b
 _KIND = 0o170000 | stat.S_ISGID | stat.S_IWGRP
 
 def _shares(found: os.stat_result) -> bool:
@@ -27,7 +27,7 @@ def is_shared(
     try: return _shares(os.lstat(folder))
     except OSError: return False
 
-# %% ../../nbs/core/sharing.ipynb #e440414f
+# %% ../../nbs/core/sharing.ipynb #4209d1a3
 def _name(kind: str, number: int) -> str:
     "Return the name of a user or a group, else its number"
     import grp
@@ -58,7 +58,7 @@ def explain_refusal(
     return (f"is shared by the group {group}, and {user} is not in it. Ask the administrator: sudo usermod -aG {group} "
             f"{user}, and log in again; in a container, start it with --group-add {found.st_gid}")
 
-# %% ../../nbs/core/sharing.ipynb #775903c7
+# %% ../../nbs/core/sharing.ipynb #ef7fdc9d
 def _problem_of_shared(path: Path, found: os.stat_result) -> str | None:
     "Return what is wrong with a shared folder, `None` if nothing is"
     if found.st_mode & stat.S_IRWXO:
@@ -80,7 +80,7 @@ def _problem_in_shared(path: Path, found: os.stat_result) -> str | None:
         return f"cannot be used by its group; {_name('UID', found.st_uid)} can mend it with chmod g+rw"
     return None
 
-# %% ../../nbs/core/sharing.ipynb #ba8d6658
+# %% ../../nbs/core/sharing.ipynb #5bb1ee06
 def check_owner(
     path: Path,   # a file or a folder, which can be missing
 ) -> None:
@@ -101,7 +101,7 @@ def _problem(path: Path, found: os.stat_result) -> str | None:
         return f"belongs to another user (UID {found.st_uid}), and is not used{share*stat.S_ISDIR(found.st_mode)}"
     return "can be written by other users, and is not used; chmod go-w mends it"
 
-# %% ../../nbs/core/sharing.ipynb #a6529dd9
+# %% ../../nbs/core/sharing.ipynb #2c4d34f1
 def _make_shared(path: Path) -> None:
     "Make an empty file that its group can use, unless another process is first"
     new = f"{path}.{os.getpid()}-{os.urandom(4).hex()}.new"
@@ -125,7 +125,7 @@ def open_made(
         try: return os.open(path, flags & ~os.O_CREAT | os.O_NOFOLLOW)
         except FileNotFoundError: _make_shared(Path(path))
 
-# %% ../../nbs/core/sharing.ipynb #17965c04
+# %% ../../nbs/core/sharing.ipynb #9df1a9ed
 def outer_user(
     user: int,
     uid_map: str,   # the content of /proc/self/uid_map
