@@ -26,7 +26,7 @@ from cjm_fasthtml_resources.core.process import (
     this_process,
 )
 from .asking import hanging_notes, refresh_stale
-from .claims import Claim, DeviceUse, asks_for_ram, drop, find_promises, in_queue, is_ram, no_less, read_use
+from .claims import Claim, DeviceUse, asks_for_ram, drop, find_promises, in_queue, is_ram, no_less, owner_of, read_use
 from .classify import classify_device, classify_memory, conclude
 from .conflict import ResourceBusy, ResourceConflict, ResourceUnavailable
 from .devices import GpuChoice, Seen, device_key, see_devices
@@ -119,7 +119,7 @@ def unseen_promises(machine: Sequence[GpuDevice], known: LedgerReading, app: str
     lost = [c for c in known.claims
             if c.device and c.device not in keys and c.id not in known.over and not is_ram(c.device)]
     uses = read_use(machine) if lost else []
-    return [Promise(number_here(c), "app" if c.app == app else "external", c.memory, c.memory, c.app, c.id)
+    return [Promise(number_here(c), owner_of(c, app), c.memory, c.memory, c.app, c.id)
             for c in lost if not any(use.is_called(c.device) for use in uses)]
 
 def stand_in(promises: Sequence[Promise]) -> DeviceStatus:
@@ -365,7 +365,7 @@ def find_waiting(
     def row(position: int, claim: Claim) -> Waiting:
         suits = tuple(ids[key] for key in claim.allowed if key in ids)
         names = name_holder(claim) if position <= _NAMED else (None, None)
-        owner = "app" if claim.app == app else "external"
+        owner = owner_of(claim, app)
         ram = max((size for _, size in claim.beside), default=0)
         since = claim.receipt and claim.receipt.asked_at
         return Waiting(number_here(claim), owner, claim.memory, position, suits, claim.app, *names, ram, claim.priority,

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['RAM', 'PLACES', 'Claim', 'is_ram', 'asks_for_ram', 'has_partners', 'DeviceUse', 'no_less', 'lineage_here', 'read_use',
-           'Pool', 'used_by', 'find_pools', 'find_promises', 'find_base', 'find_covered', 'find_freed', 'lower_bases',
-           'drop', 'move', 'in_queue', 'grant', 'find_most_used', 'observe']
+           'Pool', 'used_by', 'find_pools', 'owner_of', 'find_promises', 'find_base', 'find_covered', 'find_freed',
+           'lower_bases', 'drop', 'move', 'in_queue', 'grant', 'find_most_used', 'observe']
 
 # %% ../../nbs/core/claims.ipynb #effac725
 import random
@@ -27,7 +27,7 @@ from cjm_fasthtml_resources.core.process import (
 )
 from .devices import device_key
 from .gpu import GpuDevice, GpuProcess
-from .receipts import Receipt
+from .receipts import Receipt, machine_user
 from .resources import Promise
 from .topology import Links, choose_close
 
@@ -266,6 +266,15 @@ def find_pools(
     used = used_by(use, holders) if holders else {}
     return {holder: Pool(tuple(found), used.get(holder, 0)) for holder, found in holders.items()}
 
+# %% ../../nbs/core/claims.ipynb #8c945d15
+def owner_of(
+    claim: Claim,
+    app: str,   # the name of this app
+) -> str:   # "app" or "external"
+    "Return whose a request or a reservation is"
+    user = claim.receipt.user if claim.receipt else None
+    return "app" if claim.app == app and user in (None, machine_user()) else "external"
+
 # %% ../../nbs/core/claims.ipynb #76adbb60
 def find_promises(
     use: DeviceUse,
@@ -274,7 +283,7 @@ def find_promises(
 ) -> tuple[Promise, ...]:
     "Return the promises on a device; those of one holder share its use in proportion to their size"
     return tuple(
-        Promise(max(use.holder_of(c).pid, 0), "app" if c.app == app else "external", c.memory,
+        Promise(max(use.holder_of(c).pid, 0), owner_of(c, app), c.memory,
                 -(-pool.unused*c.memory//pool.promised), c.app, c.id,   # rounded up: in sum at least the pool's
                 c.receipt and c.receipt.since)
         for pool in find_pools(use, claims).values() for c in pool.claims)
