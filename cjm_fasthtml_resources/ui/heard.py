@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['running_cells', 'SIGN', 'SILENCE', 'RunningCells', 'Hearing']
 
-# %% ../../nbs/ui/heard.ipynb #d76318a3
+# %% ../../nbs/ui/heard.ipynb #58fcc46f
 import asyncio
 import time
 import weakref
@@ -13,7 +13,7 @@ from typing import Any
 
 from .kept import find_shell
 
-# %% ../../nbs/ui/heard.ipynb #4ac0c76a
+# %% ../../nbs/ui/heard.ipynb #af6db2e0
 class RunningCells:
     "Counts the cells that are running; one can run another"
     def __init__(self) -> None:
@@ -39,7 +39,13 @@ class RunningCells:
 
 running_cells = RunningCells()
 
-# %% ../../nbs/ui/heard.ipynb #a86fcd3b
+# %% ../../nbs/ui/heard.ipynb #27244f38
+def _find_loop() -> asyncio.AbstractEventLoop | None:
+    "Return the event loop that takes a front end's clicks, on its thread"
+    try: return asyncio.get_running_loop()
+    except RuntimeError: return None
+
+# %% ../../nbs/ui/heard.ipynb #6274a4d5
 SIGN = 20.0       # seconds between two signs of a page
 SILENCE = 180.0   # seconds; a browser calls the script of a hidden page once a minute
 
@@ -74,8 +80,3 @@ class Hearing:
         self.loop.call_soon_threadsafe(self._answer)
 
     def _answer(self) -> None: self._free = True
-
-def _find_loop() -> asyncio.AbstractEventLoop | None:
-    "Return the event loop that takes a front end's clicks, on its thread"
-    try: return asyncio.get_running_loop()
-    except RuntimeError: return None
