@@ -5,17 +5,20 @@
 # %% auto #0
 __all__ = ['running_cells', 'SIGN', 'SILENCE', 'RunningCells', 'Hearing']
 
-# %% ../../nbs/ui/heard.ipynb #fe9ffa87
+# %% ../../nbs/ui/heard.ipynb #58fcc46f
 import asyncio
 import time
+import weakref
 from typing import Any
 
 from .kept import find_shell
 
-# %% ../../nbs/ui/heard.ipynb #765eecfe
+# %% ../../nbs/ui/heard.ipynb #af6db2e0
 class RunningCells:
     "Counts the cells that are running; one can run another"
-    def __init__(self) -> None: self.count, self._events = 0, None
+    def __init__(self) -> None:
+        self.count, self._events = 0, None
+        self.told = weakref.WeakSet[Any]()   # whose `on_work` is called with whether the kernel is at work
 
     def follow(self, shell: Any) -> None:
         "Follow IPython's shell from now on"
@@ -27,12 +30,22 @@ class RunningCells:
         events.register("pre_run_cell", self._begin)
         events.register("post_run_cell", self._end)
 
-    def _begin(self, *_: Any) -> None: self.count += 1
-    def _end(self, *_: Any) -> None: self.count = max(self.count - 1, 0)
+    def _begin(self, *_: Any) -> None: self._set(self.count + 1)
+    def _end(self, *_: Any) -> None: self._set(max(self.count - 1, 0))
+
+    def _set(self, count: int) -> None:
+        self.count = count
+        for each in list(self.told): each.on_work(count > 0)
 
 running_cells = RunningCells()
 
-# %% ../../nbs/ui/heard.ipynb #dd7f5dff
+# %% ../../nbs/ui/heard.ipynb #27244f38
+def _find_loop() -> asyncio.AbstractEventLoop | None:
+    "Return the event loop that takes a front end's clicks, on its thread"
+    try: return asyncio.get_running_loop()
+    except RuntimeError: return None
+
+# %% ../../nbs/ui/heard.ipynb #6274a4d5
 SIGN = 20.0       # seconds between two signs of a page
 SILENCE = 180.0   # seconds; a browser calls the script of a hidden page once a minute
 
@@ -67,8 +80,3 @@ class Hearing:
         self.loop.call_soon_threadsafe(self._answer)
 
     def _answer(self) -> None: self._free = True
-
-def _find_loop() -> asyncio.AbstractEventLoop | None:
-    "Return the event loop that takes a front end's clicks, on its thread"
-    try: return asyncio.get_running_loop()
-    except RuntimeError: return None

@@ -17,7 +17,7 @@ import ipywidgets as widgets
 from ..core.monitor import ResourceMonitor, Subscription
 from ..core.samples import Sample
 from .age import pulse
-from .heard import SIGN, Hearing
+from .heard import SIGN, Hearing, running_cells
 from .kept import Kept, picture, text_view
 
 # %% ../../nbs/ui/seen.ipynb #f6282058
@@ -66,13 +66,14 @@ class Pulse:
             self.widget.value = pulse(name, sample, interval, self.turn)
 
 # %% ../../nbs/ui/seen.ipynb #f56df2dc
-def _make_sign(act: Callable[[Any], None]) -> widgets.Button:
+def _make_sign(box: Any, act: Callable[[Any], None]) -> widgets.Button:
     "Return the button that the panel's script presses; it names the seconds between two times"
     sign = widgets.Button(description=f"{SIGN:g}").add_class("cjm-sign")
     sign.on_click(act)
+    running_cells.told.add(box)
     return sign
 
-# %% ../../nbs/ui/seen.ipynb #c2e93a56
+# %% ../../nbs/ui/seen.ipynb #187af873
 class SeenBox(widgets.VBox):  # type: ignore[misc]  # ipywidgets has no types
     "A box that listens to a monitor while a front end shows it, and whose last picture a notebook keeps"
     def __init__(
@@ -88,7 +89,7 @@ class SeenBox(widgets.VBox):  # type: ignore[misc]  # ipywidgets has no types
         self.kept = Kept(f"cjm-{self.id}", lambda: self._sample, self._repr_html_)
         for name in ("cjm", f"of-{self.id}"): self.add_class(name)
         self.observe(self._on_views, "_view_count")
-        self.sign = _make_sign(self._on_sign)
+        self.sign = _make_sign(self, self._on_sign)
 
     def __repr__(self) -> str: return text_view(self.monitor.latest or self._sample)
 
@@ -137,6 +138,10 @@ class SeenBox(widgets.VBox):  # type: ignore[misc]  # ipywidgets has no types
         if change["new"] or self.audience.views: self.audience.count(change["new"])
         if change["new"]: self.hearing.forget()
         self.follow_audience()
+
+    def on_work(self, at_work: bool) -> None:
+        "Have the page give no sign while a cell runs"
+        self.sign.disabled = at_work and self.hearing.silence is not None and not self._closed
 
     def _on_sign(self, _: Any) -> None:
         "A page has pressed the button that no reader sees: it shows the panel"

@@ -212,7 +212,9 @@ def test_a_closed_page_ends_the_sampler_and_one_that_is_opened_begins_it(open_no
     wait_until(lambda: told.read_text() == "1" and book.moves())
     book.start(cells[3])                             # a kernel that is at work hears no page
     end = time.monotonic() + 12
-    while time.monotonic() < end: assert told.read_text() == "1" and book.moves(1)
+    while time.monotonic() < end:
+        assert told.read_text() == "1" and book.moves(1)
+        assert book.page.locator(".jp-Notebook-ExecutionIndicator[data-status=idle]").count() == 0
     time.sleep(10)
     assert told.read_text() == "1" and book.moves(1)
     book.page.keyboard.press("Control+s")

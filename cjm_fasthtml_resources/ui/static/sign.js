@@ -2,8 +2,8 @@
 // does not say so. The button names the seconds; in a tab that is hidden, a browser makes a minute of them.
 function cjmSign(root) {
   const press = () => {
-    // only the button itself is told, and nothing around it
-    if (root.isConnected) root.querySelector(".cjm-sign")?.dispatchEvent(new MouseEvent("click"));
+    // only the button itself is told, and nothing around it; it is disabled while the kernel runs a cell
+    if (root.isConnected) root.querySelector(".cjm-sign:enabled")?.dispatchEvent(new MouseEvent("click"));
     else clearInterval(root.cjmSigns);
   };
   clearInterval(root.cjmSigns);
