@@ -56,7 +56,8 @@ def read_anonymous(
         with FileIO(f"{proc}/{pid}/status") as file: text = file.readall()
     except OSError: return None
     _, found, rest = text.partition(b"\nRssAnon:")   # since Linux 4.5
-    return int(rest.split(None, 1)[0])*1024 if found else None
+    if not found: return None if b"\nVmRSS:" in text else 0   # one that has ended, and was not waited for, has none
+    return int(rest.split(None, 1)[0])*1024
 
 # %% ../../nbs/core/ram_use.ipynb #5ac9534a
 Figures = tuple[tuple[tuple[ProcessId, ...], int], ...]   # lineage and bytes of processes, as a `DeviceUse` has them
