@@ -79,7 +79,7 @@ class Lines:
 def lines_of(call: Callable[[], Any], turns: int = 1, **options: Any) -> list[Turn]:
     "Every line that a call runs, for its first turns; `options` are those of `Lines`"
     with Lines(**options) as lines: call()
-    return [(point, turn) for point, count in list(lines.counts.items()) for turn in range(1, min(count, turns) + 1)]
+    return [(point, turn) for point, count in dict(lines.counts).items() for turn in range(1, min(count, turns) + 1)]
 
 
 @contextlib.contextmanager

@@ -38,7 +38,8 @@ SCENARIO = dict(
 NEWER = ("nvmlDeviceGetMemoryInfo_v2", "nvmlDeviceGetComputeRunningProcesses_v3",
          "nvmlDeviceGetGraphicsRunningProcesses_v3", "nvmlDeviceGetMPSComputeRunningProcesses_v3")
 ASKED_ONCE = ("nvmlDeviceGetName", "nvmlDeviceGetCudaComputeCapability", "nvmlDeviceGetNumGpuCores",
-              "nvmlDeviceGetMaxClockInfo", "nvmlDeviceGetGpuInstanceId", "nvmlDeviceGetComputeInstanceId")
+              "nvmlDeviceGetMaxClockInfo", "nvmlDeviceGetGpuInstanceId", "nvmlDeviceGetComputeInstanceId",
+              "nvmlDeviceGetPciInfo_v3")
 GOOD = {"0": EXTERNAL, "1:0": EXTERNAL, "1:1": AVAILABLE, "2": AVAILABLE}
 
 

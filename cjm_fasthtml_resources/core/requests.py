@@ -17,11 +17,13 @@ from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from weakref import WeakSet
 
 from .arguments import check_number, check_pid, shorten
 from .conflict import ResourceBusy, ResourceConflict, ResourceUnavailable
 from .devices import device_key, device_place, doubtful_places, explain_doubt, see_devices, select_devices
 from .explain import explain_free, explain_shortage
+from .forks import reset_in_child
 from .gpu import GpuDevice, GpuSnapshot, read_gpu_links
 from .memory import find_cgroup
 from .process import ProcessId, has_ended, is_free, read_process, this_process
@@ -334,10 +336,21 @@ def pend(
 # %% ../../nbs/core/requests.ipynb #1b1ad84d
 SHOW_EVERY = 0.5   # seconds
 
+class _BarLock:
+    "The lock of this process's bars"
+    def __init__(self) -> None:
+        self.after_fork()
+        reset_in_child(self)
+
+    def after_fork(self) -> None: self.lock = threading.RLock()
+
+_bar_lock = _BarLock()
+
 def _make_bar(memory: int, kind: str) -> Any:
     from tqdm.auto import tqdm  # when it is used
 
-    return tqdm(total=memory/2**30, desc=f"waiting for {kind}", unit="GiB", dynamic_ncols=True,
+    bar: Any = type("tqdm", (tqdm,), dict(_lock=_bar_lock.lock, _instances=WeakSet(), monitor_interval=0))
+    return bar(total=memory/2**30, desc=f"waiting for {kind}", unit="GiB", dynamic_ncols=True,
                 bar_format="{desc}: {bar} {n:.1f} of {total:.1f} GiB free, {elapsed}{postfix}")
 
 def _find_room(request: "Request", conflict: ResourceConflict) -> int:
