@@ -171,7 +171,7 @@ def test_the_cards_of_the_page(case):
     assert {place for place, *_ in shown} == set(devices)
     for place, total, taken, key in shown:
         d, reserved = devices[place].device, (devices[place].device.memory_reserved or 0)/GIB
-        free, of, kept = re.search(r"free ([\d.]+) of ([\d.]+) GiB(?: \(driver: ([\d.]+)\))?", key).groups()
+        free, of, kept = re.search(r"free ([\d.]+) of ([\d.]+) GiB(?: \(driver:\s([\d.]+)\))?", key).groups()
         assert abs(float(kept or 0) - reserved) <= ROUNDING
         assert of == total == f"{d.memory_total/GIB:.1f}" and taken == f"{d.memory_used/GIB:.1f}"
         assert abs(float(taken) + float(free) + reserved - float(total)) <= 3*ROUNDING

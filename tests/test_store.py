@@ -180,7 +180,8 @@ def test_a_file_that_cannot_be_read_is_named_in_every_answer(folder, caplog, mon
         assert found.reason == "what is promised cannot be read: /a is read-only"
         assert found.snapshot.devices and found.threshold_percent == 45.0 and found.devices == ()
         assert manager.check_memory_availability().notes == (
-            "The app's workers are those of an earlier moment: /a is read-only",)
+            "The app's workers are those of an earlier moment: /a is read-only",
+            "The reservations cannot be read, so no memory counts as free")
         path.rename(f"{path}.away")
         gone = f"{path} was removed while other programs use it; end them, and it is made anew"
         assert manager.check_gpu_availability().reason == f"what is promised cannot be read: {gone}"
