@@ -32,11 +32,14 @@ routes = resource_routes(app, manager, interval=0.2, controls=True, guard=lambda
 def reserve():
     with manager.reserve(100): return JSONResponse(os.getpid())
 
+failing = threading.Lock()   # or of two at once, the second would put back what the first has broken
+
 @app.get("/fail")
 def fail():
-    take, manager.get_claims = manager.get_claims, None
-    try: list(routes_collector.collect())
-    finally: manager.get_claims = take
+    with failing:
+        take, manager.get_claims = manager.get_claims, None
+        try: list(routes_collector.collect())
+        finally: manager.get_claims = take
     return JSONResponse(os.getpid())
 
 @app.get("/work")
