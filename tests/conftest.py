@@ -16,6 +16,19 @@ ROOT = Path(__file__).resolve().parent.parent
 MIB, GIB = 2**20, 2**30
 GONE = 2**22 + 1  # Linux gives no number as high as this
 
+# how programs begin that share one simulated GPU, which the variable GPUS names, and the command among them
+DRIVER = """
+import os
+from cjm_fasthtml_resources.simulate import SimulatedDriver, SimulatedGpu
+driver = SimulatedDriver([SimulatedGpu("NVIDIA L4")], shared=os.environ["GPUS"])
+driver.start()
+"""
+
+COMMAND = DRIVER + """
+from cjm_fasthtml_resources.cli import main
+main(prog_name="cjm-resources")
+"""
+
 settings.register_profile("any machine", deadline=None)   # a busy one takes longer
 settings.load_profile("any machine")
 

@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from conftest import GIB, wait_until
+from conftest import COMMAND, DRIVER, GIB, wait_until
 
 from cjm_fasthtml_resources import ResourceManager
 from cjm_fasthtml_resources.core.endings import end_claim
@@ -18,18 +18,6 @@ from cjm_fasthtml_resources.core.ledger import Ledger, Rows, from_bytes, to_byte
 from cjm_fasthtml_resources.core.reservations import ReservationOver
 from cjm_fasthtml_resources.core.store import Store, store_path
 from cjm_fasthtml_resources.simulate import SimulatedDriver, SimulatedGpu
-
-DRIVER = """
-import os
-from cjm_fasthtml_resources.simulate import SimulatedDriver, SimulatedGpu
-driver = SimulatedDriver([SimulatedGpu("NVIDIA L4")], shared=os.environ["GPUS"])
-driver.start()
-"""
-
-COMMAND = DRIVER + """
-from cjm_fasthtml_resources.cli import main
-main(prog_name="cjm-resources")
-"""
 
 HOLDER = DRIVER + """
 import sys

@@ -14,22 +14,10 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import GIB
+from conftest import COMMAND, DRIVER, GIB
 
 from cjm_fasthtml_resources import ResourceManager
 from cjm_fasthtml_resources.simulate import SimulatedDriver, SimulatedGpu
-
-DRIVER = """
-import os
-from cjm_fasthtml_resources.simulate import SimulatedDriver, SimulatedGpu
-driver = SimulatedDriver([SimulatedGpu("NVIDIA L4")], shared=os.environ["GPUS"])
-driver.start()
-"""
-
-COMMAND = DRIVER + """
-from cjm_fasthtml_resources.cli import main
-main(prog_name="cjm-resources")
-"""
 
 TRAIN = DRIVER + """
 import sys, time

@@ -134,8 +134,8 @@ Examples:
 def command(folder: str, group_name: str) -> None:
     """Make a folder in which several users and containers queue together for the GPUs.
 
-    Prints how programs, containers and pods take part. For a folder that is there, root mends its rights, and other
-    users get the lines.
+    Prints how programs, containers and pods take part. Root also repairs the rights of a folder that exists; other
+    users only get the lines.
 
     Exits with 77 where only root can do it, 74 when the folder cannot be used, 2 when an argument is wrong.
     """
