@@ -134,6 +134,7 @@ def test_a_panel_that_nobody_sees_ends_its_sampler_and_panels_of_one_manager_sha
     time.sleep(0.5)
     assert samplers(book) == 1                         # one is still there
     page.keyboard.press("Control+s")
+    wait_until(lambda: SHOW not in (kept := book.path.read_text()) and "widget-view" in kept)
     page.reload()
     page.locator(LIVE).first.wait_for()                # it goes on, and counts its views again
     wait_until(lambda: not page.evaluate(GREY))
