@@ -139,7 +139,8 @@ def development() -> list[Step]:
         *static_checks(programs),
         run("notebooks", programs, "python", "tools/notebooks.py"),
         run("nbdev's own tests", programs, "nbdev_test", "--n_workers", "2"),
-        run("tests", programs, "python", "-m", "pytest", "-q", "tests", "--ignore=tests/browser"),
+        run("tests", programs, "python", "-m", "pytest", "-q", "tests", "--ignore=tests/browser",
+            "--ignore=tests/test_examples.py"),   # the notebooks' cells; they run once more against the wheel
         run("in a browser", programs, "python", "-m", "pytest", "-q", "tests/browser"),
         run("the saved figures", programs, "python", "benchmarks/run.py", "--short"),
         unchanged(before)]
@@ -154,7 +155,7 @@ print(installed.__file__, 'with fastcore', fastcore.__version__)"""
 
 # what can differ where it is installed: every notebook's examples, what comes along as data, commands, pages, metrics
 OF_A_WHEEL = ("app", "arguments", "cli", "cluster", "examples", "job_app", "live", "metrics", "package", "pickle",
-              "prefix", "report", "run", "settings", "states", "watch")
+              "prefix", "report", "settings", "states")
 
 
 def as_installed() -> list[Step]:
