@@ -43,7 +43,7 @@ HOSTILE = "\x1b]0;owned\x07<script>alert(1)</script>\n\u202e"
 def row_at(when: float, seconds: float = 1.0, processes: int = 1) -> Row:
     "A row of a GPU with so many processes, whose names do not compress well"
     shares = tuple(Share(1000 + n, n*7.31, "external", os.urandom(20).hex(), "ada", GIB, GIB) for n in range(processes))
-    gpu = Place("GPU-1", 0, "NVIDIA L4", "available", 24*GIB, GIB, GIB, 0, 0, 5, 40, 30.0, shares)
+    gpu = Place("GPU-1", 0, "NVIDIA L4", "available", 24*GIB, GIB, GIB, 0, GIB, 0, 0, 5, 40, 30.0, shares)
     return Row(when, seconds, (gpu,))
 
 

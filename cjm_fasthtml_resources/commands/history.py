@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['POINTS', 'AROUND', 'change_lines', 'places_of', 'stretch_view', 'Held', 'moment_view']
 
-# %% ../../nbs/commands/history.ipynb #b03f9264
+# %% ../../nbs/commands/history.ipynb #29d8d38d
 import csv
 import json
 import os
@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 import click
 
+from ..core.arguments import shorten
 from ..core.folder import StoreError
 from ..core.text import format_bytes
 from ..recorded.changes import Change
@@ -49,16 +50,19 @@ def change_lines(
         yield (Piece(clock, "bold"), Piece(f"  {first}"))
         yield from ((Piece(" "*(len(clock) + 2) + line),) for line in more)
 
-# %% ../../nbs/commands/history.ipynb #077a228f
+# %% ../../nbs/commands/history.ipynb #a30cff09
 def places_of(
     rows: Sequence[Row],
     gpu: str | None = None,   # only this one, as tables show it; `None`: every GPU and RAM
 ) -> list[Place]:
-    "Return the places that the rows are about, as they were last"
+    "Return the places that the rows are about, as they were last; `ValueError` if the GPU is none of them"
     last = {place.key: place for row in rows for place in row.places}
-    return [place for place in last.values() if gpu is None or str(place.id) == gpu]
+    found = [place for place in last.values() if gpu is None or str(place.id) == gpu]
+    if found or not last: return found
+    raise ValueError(f"{shorten(gpu)} is none of those that were recorded then: "
+                     f"{', '.join(str(place.id) for place in last.values())}")
 
-# %% ../../nbs/commands/history.ipynb #4118ea2e
+# %% ../../nbs/commands/history.ipynb #f31d9ff2
 POINTS = 500   # rows at most behind a chart, where coarser ones are there
 
 def stretch_view(
@@ -68,7 +72,7 @@ def stretch_view(
     gpu: str | None = None,   # only this one; `None`: every GPU, and RAM
 ) -> Iterator[Line]:
     "Yield a chart for each place, and what happened"
-    rows = history.between(*stretch, width=(stretch.until - stretch.since)/POINTS)
+    rows = history.figures(*stretch, width=(stretch.until - stretch.since)/POINTS)
     for place in places_of(rows, gpu):
         name = f" ({place.name})" if place.name else ""
         yield (Piece(place.label, "bold"), Piece(f"{name}, {place.status.replace('_', ' ')} at the end"))
@@ -114,10 +118,11 @@ def moment_view(
         yield ()
         yield from change_lines(changes, width)
 
-# %% ../../nbs/commands/history.ipynb #fa482780
+# %% ../../nbs/commands/history.ipynb #77a0fe19
 _EXAMPLES = """\b
 Examples:
   cjm-resources history --since 8h --gpu 0
+  cjm-resources history --since 30m --until 03:30
   cjm-resources history --at 03:12
   cjm-resources history --since 7d --csv > week.csv"""
 
@@ -133,10 +138,12 @@ def _write(rows: Sequence[Row], changes: Sequence[tuple[float, Change]], as_csv:
     writer.writeheader()
     writer.writerows(records)
 
-# %% ../../nbs/commands/history.ipynb #ba55d2cd
+# %% ../../nbs/commands/history.ipynb #6d0bd724
 @click.command("history", cls=Command, epilog=_EXAMPLES)
 @click.option("--since", default="1h", show_default=True, callback=converted(parse_positive), metavar="TIME",
               help="How far back to look, such as 90m, 8h or 7d.")
+@click.option("--until", callback=converted(to_seconds), metavar="TIME",
+              help="The end of what is shown, written as for --at. Default: now.")
 @click.option("--at", "moment", callback=converted(to_seconds), metavar="TIME",
               help="Show this moment instead: 03:12 is the last time that a clock showed it, 2026-11-26T03:12 has a "
                    "day.")
@@ -146,7 +153,7 @@ def _write(rows: Sequence[Row], changes: Sequence[tuple[float, Change]], as_csv:
 @click.option("--csv", "as_csv", is_flag=True, help="Print a line of CSV for each process of each row.")
 @click.option("--file", "path", type=click.Path(path_type=Path), metavar="FILE",
               help="The file to read. Default: this user's history on this machine.")
-def command(since: float, moment: float | None, gpu: str | None, as_json: bool, as_csv: bool,
+def command(since: float, until: float | None, moment: float | None, gpu: str | None, as_json: bool, as_csv: bool,
             path: Path | None) -> None:
     """Show who used GPU memory and RAM, as cjm-resources record, or an app's recorder, has kept it.
 
@@ -155,11 +162,15 @@ def command(since: float, moment: float | None, gpu: str | None, as_json: bool, 
     Exits with 66 when nothing was recorded then, with 74 when the file cannot be used.
     """
     history, terminal = RecordedHistory(path), read_terminal()
-    stretch = Stretch(time.time() - since, time.time()) if moment is None else Stretch(moment, moment)
+    end = time.time() if until is None else until
+    stretch = Stretch(end - since, end) if moment is None else Stretch(moment, moment)
     try:
         if as_json or as_csv: return _write(history.between(*stretch), history.changes(*stretch), as_csv)
         shown = [*(stretch_view(history, stretch, terminal, gpu) if moment is None
                    else moment_view(history, moment, terminal.width, gpu))]
     except (StoreError, OSError) as error: fail(str(error), os.EX_IOERR)
-    if not shown: fail(f"nothing was recorded then in {history.file}. cjm-resources record does it", os.EX_NOINPUT)
+    except ValueError as error: raise click.BadParameter(str(error), param_hint="--gpu") from None
+    if not shown:
+        fail(f"nothing was recorded then in {history.file}. cjm-resources record does it, and writes every ten seconds",
+             os.EX_NOINPUT)
     print(to_text(shown, terminal))

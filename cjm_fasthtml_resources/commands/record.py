@@ -5,11 +5,12 @@
 # %% auto #0
 __all__ = ['unit_text']
 
-# %% ../../nbs/commands/record.ipynb #1eb8a975
+# %% ../../nbs/commands/record.ipynb #3b9ae276
 import os
 import select
 import signal
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 
 import click
@@ -19,8 +20,8 @@ from ..core.monitor import ResourceMonitor
 from ..recorded.recorder import Recorder
 from ..running.child import catching
 from .ending import end_by, fail
-from .looking import Machine, make_manager, simulated_machine
-from .options import Command, check_nan
+from .looking import Machine, make_manager, register_apps, simulated_machine
+from .options import Command, check_nan, read_apps
 
 # %% ../../nbs/commands/record.ipynb #0db998e2
 _UNIT = """\
@@ -52,22 +53,24 @@ def _wait_for_end() -> int:
         select.select([signals], [], [])
         return os.read(signals, 1)[0]
 
-# %% ../../nbs/commands/record.ipynb #c972293e
+# %% ../../nbs/commands/record.ipynb #a6484f6a
 _EXAMPLES = """\b
 Examples:
-  cjm-resources record
+  cjm-resources record --app studio
   cjm-resources record --unit > ~/.config/systemd/user/cjm-resources.service
   systemctl --user enable --now cjm-resources"""
 
-# %% ../../nbs/commands/record.ipynb #c9519a1d
+# %% ../../nbs/commands/record.ipynb #0ee9290f
 @click.command("record", cls=Command, epilog=_EXAMPLES)
+@click.option("--app", "apps", callback=read_apps, multiple=True, metavar="NAME|PID",
+              help="As for cjm-resources: keep what this app's workers, jobs and reservations do, too.")
 @click.option("--interval", type=click.FloatRange(0.1, 3600), default=1.0, show_default=True, callback=check_nan,
               metavar="SECONDS", help="Time between two looks.")
 @click.option("--file", "path", type=click.Path(path_type=Path), metavar="FILE",
               help="Where to keep it. Default: this user's history on this machine.")
 @click.option("--unit", is_flag=True, help="Print a systemd unit that does this, and end.")
 @click.pass_obj
-def command(machine: Machine, interval: float, path: Path | None, unit: bool) -> None:
+def command(machine: Machine, apps: list[int | str], interval: float, path: Path | None, unit: bool) -> None:
     """Keep what happens on this machine until Ctrl-C: who had how much memory, and when programs came and went.
 
     Each second is kept for an hour, each minute for a day, each quarter of an hour for 90 days; at most 64 MB.
@@ -78,11 +81,13 @@ def command(machine: Machine, interval: float, path: Path | None, unit: bool) ->
     if unit: return click.echo(unit_text(sys.executable, interval))
     if machine.simulate and path is None:
         raise click.UsageError("--simulate needs --file FILE: what is simulated is not kept with what happened")
-    manager = make_manager((), 45.0, machine)
+    manager = make_manager(apps, 45.0, machine)
     try:
-        with simulated_machine(machine.simulate, manager), Recorder(ResourceMonitor(manager, interval), path) as made:
+        with simulated_machine(machine.simulate, manager), ExitStack() as ending:
+            register_apps(manager, apps)
+            made = ending.enter_context(Recorder(ResourceMonitor(manager, interval), path))
             waits = "" if made.records else " Another recorder writes there now; this one goes on when it ends."
-            click.echo(f"Recording to {made.path}. Ctrl-C ends it.{waits}", err=True)
+            click.echo(f"Recording to {made.path}. Ctrl-C ends it.{waits}")
             number = _wait_for_end()
     except (StoreError, OSError) as error: fail(str(error), os.EX_IOERR)
     end_by(number)

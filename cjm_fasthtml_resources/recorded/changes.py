@@ -6,12 +6,12 @@
 __all__ = ['KINDS', 'Known', 'GROWS_BY', 'Change', 'known_processes', 'name_share', 'process_changes', 'worker_changes',
            'reservation_changes', 'status_changes']
 
-# %% ../../nbs/recorded/changes.ipynb #b1cb9ff6
+# %% ../../nbs/recorded/changes.ipynb #6c929015
 from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
 from ..core.devices import device_key
-from ..core.resources import DeviceStatus, Promise, WorkerState
+from ..core.resources import DeviceStatus, Promise, ResourceStatus, WorkerState
 from ..core.samples import Sample
 from ..core.text import format_bytes, printable
 from ..core.totals import name_devices
@@ -28,7 +28,7 @@ class Change(NamedTuple):
 KINDS = ("started", "ended", "grew", "registered", "unregistered", "job_began", "job_ended", "reserved", "released",
          "requested", "status", "driver_lost", "driver_back", "out_of_memory", "recording", "clock")
 
-# %% ../../nbs/recorded/changes.ipynb #e8894b00
+# %% ../../nbs/recorded/changes.ipynb #1b271c50
 Known = dict[tuple[str, int, float | None], Share]   # by GPU and process: its share when it was last mentioned
 
 def known_processes(
@@ -38,6 +38,7 @@ def known_processes(
     return {(device_key(d.device), p.pid, p.start_time): to_share(p)
             for d in sample.gpu.allowed for p in d.processes}
 
+# %% ../../nbs/recorded/changes.ipynb #d1f1e065
 def name_share(share: Share) -> str:
     "Return a process in words"
     return f"{share.name} (PID {share.pid}{f', {share.user}' if share.user else ''})"
@@ -45,7 +46,10 @@ def name_share(share: Share) -> str:
 def _place_names(sample: Sample) -> dict[str, str]:
     return {device_key(d.device): f"GPU {d.device.id}" for d in sample.gpu.allowed}
 
-# %% ../../nbs/recorded/changes.ipynb #53164e41
+def _totals(sample: Sample) -> dict[str, int | None]:
+    return {device_key(d.device): d.device.memory_total for d in sample.gpu.allowed}
+
+# %% ../../nbs/recorded/changes.ipynb #ba73a8db
 GROWS_BY = 0.1   # of the GPU's memory
 
 def _growth(place: str, total: int | None, before: Share, after: Share) -> Change | None:
@@ -72,9 +76,6 @@ def process_changes(
         share = known.pop(key)
         yield Change("ended", key[0], share.pid, f"{name_share(share)} is not on {names[key[0]]} any more; it had "
                                                  f"{format_bytes(share.memory)}.")
-
-def _totals(sample: Sample) -> dict[str, int | None]:
-    return {device_key(d.device): d.device.memory_total for d in sample.gpu.allowed}
 
 # %% ../../nbs/recorded/changes.ipynb #8a651365
 def _name_worker(worker: WorkerState) -> str:
@@ -126,7 +127,11 @@ def reservation_changes(
         text = f"{format_bytes(promise.memory)} was {verb} on {name} {_for(promise.pid, promise.app)}."
         yield Change(kind, key[0], promise.pid, text)
 
-# %% ../../nbs/recorded/changes.ipynb #9eeef6e1
+# %% ../../nbs/recorded/changes.ipynb #242641ad
+_WORDS = {   # of a status, in a sentence
+    ResourceStatus.AVAILABLE: "available", ResourceStatus.APP_BUSY: "busy with this app",
+    ResourceStatus.EXTERNAL_BUSY: "busy with other programs", ResourceStatus.UNAVAILABLE: "unavailable"}
+
 def status_changes(
     before: Sample,
     after: Sample,
@@ -140,7 +145,7 @@ def status_changes(
     for status in after.gpu.allowed:
         key = device_key(status.device)
         if key not in old or old[key].status is status.status: continue
-        text = f"GPU {status.device.id} is {status.status.look.words}"
+        text = f"GPU {status.device.id} is {_WORDS[status.status]}"
         yield Change("status", key, 0, f"{text}: {status.reason}." if status.reason else f"{text}.")
     if before.memory.status is not after.memory.status:
-        yield Change("status", "ram", 0, f"RAM is {after.memory.status.look.words}.")
+        yield Change("status", "ram", 0, f"RAM is {_WORDS[after.memory.status]}.")

@@ -5,11 +5,13 @@
 # %% auto #0
 __all__ = ['Moment', 'MOST_ROWS', 'to_seconds', 'levels_for', 'to_records', 'RecordedHistory']
 
-# %% ../../nbs/recorded/history.ipynb #2c0cb0ce
+# %% ../../nbs/recorded/history.ipynb #93783eba
 import math
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime, timedelta
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,17 +21,18 @@ from cjm_fasthtml_resources.recorded.file import (
     Level,
     history_path,
     read_changes,
+    read_figures,
     read_rows,
 )
 from ..core.arguments import shorten
 from .changes import Change
 from .rows import Row, merge_rows
 
-# %% ../../nbs/recorded/history.ipynb #b36ffd5c
+# %% ../../nbs/recorded/history.ipynb #59a4933e
 if TYPE_CHECKING:
     import pandas
 
-# %% ../../nbs/recorded/history.ipynb #54fee927
+# %% ../../nbs/recorded/history.ipynb #b9f49e6a
 Moment = float | str | datetime
 
 def _on_day(text: str, now: float) -> float:
@@ -55,14 +58,14 @@ def to_seconds(
     elif math.isfinite(moment): return float(moment)
     raise ValueError(f"a time is such as 03:12 or 2026-11-26T03:12, not {shorten(str(moment))}")
 
-# %% ../../nbs/recorded/history.ipynb #613a1b32
+# %% ../../nbs/recorded/history.ipynb #255fac06
 def levels_for(
     least: float,   # seconds of a row
 ) -> list[Level]:
     "Return the levels whose rows are no finer, the finest first; the coarsest where there is none"
     return [level for level in LEVELS if level.width >= least] or [QUARTER]
 
-# %% ../../nbs/recorded/history.ipynb #b9c63791
+# %% ../../nbs/recorded/history.ipynb #56c289f3
 def _join(found: list[list[Row]]) -> list[Row]:
     "Return the finest rows, and in front of them the coarser ones of the time before"
     joined = list[Row]()
@@ -71,13 +74,16 @@ def _join(found: list[list[Row]]) -> list[Row]:
         joined = [*(row for row in rows if row.time + row.seconds <= begin), *joined]
     return joined
 
-def _with_rest(rows: list[Row], finer: list[Row]) -> list[Row]:
-    "Add one row for what came after the last, whose stretch is not over"
-    end = rows[-1].time + rows[-1].seconds if rows else -math.inf
-    rest = [row for row in finer if row.time >= end]
+def _collect(read: Callable[[Level, float, float], list[Row]], start: float, end: float, least: float) -> list[Row]:
+    "Return the rows of the levels that are wide enough, and one for what came after the last, from the finer ones"
+    wide = levels_for(least)
+    rows = _join([read(level, start, end) for level in wide])
+    after = rows[-1].time + rows[-1].seconds if rows else start
+    rest = [row for row in _join([read(level, after, end) for level in LEVELS if level not in wide])
+            if row.time >= after]
     return [*rows, merge_rows(rest)] if rest else rows
 
-# %% ../../nbs/recorded/history.ipynb #6b6cd49c
+# %% ../../nbs/recorded/history.ipynb #8efbb87e
 def to_records(
     rows: list[Row],
 ) -> list[dict[str, Any]]:
@@ -90,7 +96,7 @@ def to_records(
             for share in [dict[str, Any](pid=s.pid, owner=s.owner, process=s.name, user=s.user, memory=s.memory)
                           for s in place.shares] or [none]]
 
-# %% ../../nbs/recorded/history.ipynb #46d162e4
+# %% ../../nbs/recorded/history.ipynb #1da381bb
 MOST_ROWS = 1500   # that a stretch of time is answered with, where coarser rows are there
 
 @dataclass(frozen=True)
@@ -123,10 +129,11 @@ class RecordedHistory:
         "Return the rows of a stretch of time, the oldest first: the finest that are there, none finer than `width`"
         start, end = to_seconds(since), time.time() if until is None else to_seconds(until)
         least = (end - start)/MOST_ROWS if width is None else width
-        levels = levels_for(least)
-        wide, finer = ([read_rows(self.file, level, start, end) for level in LEVELS if (level in levels) is is_wide]
-                       for is_wide in (True, False))
-        return _with_rest(_join(wide), _join(finer))
+        return _collect(partial(read_rows, self.file), start, end, least)
+
+    def figures(self, since: Moment, until: Moment, width: float) -> list[Row]:
+        "Return the same rows without what each process had: for a chart"
+        return _collect(partial(read_figures, self.file), to_seconds(since), to_seconds(until), width)
 
     def changes(self, since: Moment, until: Moment | None = None) -> list[tuple[float, Change]]:
         "Return what happened in a stretch of time, each with its time in seconds since the epoch"

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['MOST_NOTES', 'clock_jump', 'clock_changes', 'memory_changes', 'add_row', 'Notes']
 
-# %% ../../nbs/recorded/notes.ipynb #6920ffd4
+# %% ../../nbs/recorded/notes.ipynb #babd9630
 from collections.abc import Iterator
 
 from cjm_fasthtml_resources.recorded.changes import (
@@ -20,7 +20,7 @@ from cjm_fasthtml_resources.recorded.changes import (
 from ..core.samples import Sample
 from .rows import Row, merge_rows, to_row
 
-# %% ../../nbs/recorded/notes.ipynb #354c7254
+# %% ../../nbs/recorded/notes.ipynb #6a32f7e7
 def clock_jump(
     last: Sample,
     sample: Sample,
@@ -35,7 +35,7 @@ def clock_changes(last: Sample, sample: Sample) -> Iterator[Change]:
     if not (jump := clock_jump(last, sample)): return
     yield Change("clock", "", 0, f"The clock was set {'ahead' if jump > 0 else 'back'} by {abs(jump):.0f} s.")
 
-# %% ../../nbs/recorded/notes.ipynb #c2b6deac
+# %% ../../nbs/recorded/notes.ipynb #c81ab119
 def memory_changes(
     before: int | None,   # how many jobs of the app had run out of memory; `None`: nobody counted
     after: int | None,    # how many have
@@ -44,7 +44,7 @@ def memory_changes(
     if before is None or after is None or after <= before: return
     yield Change("out_of_memory", "", 0, "A job of this app ran out of memory.")
 
-# %% ../../nbs/recorded/notes.ipynb #82846755
+# %% ../../nbs/recorded/notes.ipynb #5b2bcccb
 def add_row(
     rows: list[Row],   # is brought up to date
     row: Row,
@@ -54,7 +54,7 @@ def add_row(
     if last and row.time >= last.time and last.seconds + row.seconds <= 1: rows[-1] = merge_rows([last, row])
     else: rows.append(row)
 
-# %% ../../nbs/recorded/notes.ipynb #9b8cc577
+# %% ../../nbs/recorded/notes.ipynb #7b838aac
 MOST_NOTES = 900   # rows that wait for a disk on which nothing can be written
 
 class Notes:

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['FLUSH_SECONDS', 'count_ran_out', 'Recorder']
 
-# %% ../../nbs/recorded/recorder.ipynb #ac20dc83
+# %% ../../nbs/recorded/recorder.ipynb #3d91ef12
 import logging
 import threading
 from contextlib import ExitStack
@@ -21,7 +21,7 @@ from ..core.threads import start_thread
 from .file import add, alone, history_path
 from .notes import Notes
 
-# %% ../../nbs/recorded/recorder.ipynb #5a6db49f
+# %% ../../nbs/recorded/recorder.ipynb #7c96a6ec
 _log = logging.getLogger(__name__)
 FLUSH_SECONDS = 10.0   # between two writes
 
@@ -30,7 +30,7 @@ def count_ran_out(monitor: ResourceMonitor) -> int | None:
     manager = monitor.manager
     return manager.events.read().counts["out_of_memory"] if isinstance(manager, ResourceManager) else None
 
-# %% ../../nbs/recorded/recorder.ipynb #95f3d69c
+# %% ../../nbs/recorded/recorder.ipynb #20cf9465
 class Recorder(StaysHere):
     "Writes what a monitor sees, until it is closed; use it in a `with` block, or call `start` and `close`"
     instead = "Make one there: only one of them writes."

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['LONGEST_NAME', 'MOST_SHARES', 'Share', 'to_share', 'to_shares', 'Place', 'to_place', 'to_ram', 'Row', 'to_row',
-           'merge_places', 'merge_rows', 'pack', 'unpack']
+           'merge_places', 'merge_rows', 'Packed', 'pack', 'unpack']
 
 # %% ../../nbs/recorded/rows.ipynb #4e04b00e
 import json
@@ -55,7 +55,7 @@ def to_shares(processes: Iterable[OwnedProcess]) -> tuple[Share, ...]:
     size = sum(process.memory_used or 0 for process in rest)
     return *shares, Share(0, None, "external", f"{len(rest)} others", "", size, size)
 
-# %% ../../nbs/recorded/rows.ipynb #044915fe
+# %% ../../nbs/recorded/rows.ipynb #9e80dd29
 class Place(NamedTuple):
     "The figures of a GPU or of RAM; memory in bytes"
     key: str                   # identifies it: the UUID of a GPU, or "ram"
@@ -65,12 +65,14 @@ class Place(NamedTuple):
     total: int | None
     used: int | None           # on average
     most: int | None           # in use at one moment
+    app: int                   # in use by this app's processes, as is the next by others'
+    external: int
     unattributed: int          # in use, and no visible process accounts for it
     promised: int              # reserved, and not in use
     utilization: int | None    # percent
     temperature: int | None    # °C
     power: float | None        # W
-    shares: tuple[Share, ...]
+    shares: tuple[Share, ...] = ()   # of each process, the largest first
 
     @property
     def label(self) -> str:
@@ -81,21 +83,19 @@ def to_place(status: DeviceStatus) -> Place:
     "Return what is kept of a GPU"
     device = status.device
     return Place(device_key(device), device.id, printable(device.name or "")[:LONGEST_NAME], status.status.value,
-                 device.memory_total, device.memory_used, device.memory_used, status.unattributed_memory,
-                 status.promised(), device.utilization, device.temperature, device.power_usage,
-                 to_shares(status.processes))
+                 device.memory_total, device.memory_used, device.memory_used, status.app_memory,
+                 status.external_memory, status.unattributed_memory, status.promised(), device.utilization,
+                 device.temperature, device.power_usage, to_shares(status.processes))
 
-# %% ../../nbs/recorded/rows.ipynb #b815d5c8
+# %% ../../nbs/recorded/rows.ipynb #fb1f418e
 def to_ram(
     status: str,
     memory: MemoryStatus,
 ) -> Place:
     "Return what is kept of RAM"
-    host, shares = memory.memory, to_shares(memory.processes)
-    listed = sum(share.memory for share in shares)
-    used = host.total - host.available
-    return Place("ram", "RAM", "", status, host.total, used, used, max(used - listed, 0), memory.promised,
-                 None, None, None, shares)
+    host, used = memory.memory, memory.app_memory + memory.external_memory
+    return Place("ram", "RAM", "", status, host.total, used, used, memory.app_memory, memory.external_memory, 0,
+                 memory.promised, None, None, None, to_shares(memory.processes))
 
 # %% ../../nbs/recorded/rows.ipynb #f1054068
 class Row(NamedTuple):
@@ -117,7 +117,7 @@ def to_row(
     places = [*map(to_place, sample.gpu.allowed), *([to_ram(sample.memory.status.value, ram)] if ram else [])]
     return Row(sample.time or time.time(), seconds, tuple(places))
 
-# %% ../../nbs/recorded/rows.ipynb #d03340e7
+# %% ../../nbs/recorded/rows.ipynb #8c472a08
 def _mean(values: Sequence[tuple[float | None, float]]) -> int | None:
     "Return the mean of values with their seconds, of those that are known"
     known = [(value, seconds) for value, seconds in values if value is not None]
@@ -137,13 +137,15 @@ def _merge_shares(found: Sequence[tuple[tuple[Share, ...], float]]) -> tuple[Sha
     merged = [share._replace(memory=round(area[key]/length), most=most[key]) for key, share in last.items()]
     return tuple(sorted(merged, key=lambda share: -share.most)[:MOST_SHARES + 1])
 
+_MEANS = "used", "app", "external", "unattributed", "promised", "utilization", "temperature", "power"
+
 def merge_places(
     found: Sequence[tuple[Place, float]],   # of one key, each with its seconds, in the order of time
 ) -> Place:
     "Return the mean of a place, as it was last called"
     last, most = found[-1][0], [place.most for place, _ in found if place.most is not None]
     means: dict[str, Any] = {name: _mean([(getattr(place, name), seconds) for place, seconds in found])
-                             for name in ("used", "unattributed", "promised", "utilization", "temperature", "power")}
+                             for name in _MEANS}
     shares = _merge_shares([(place.shares, seconds) for place, seconds in found])
     return last._replace(**means, most=max(most, default=None), shares=shares)
 
@@ -158,18 +160,29 @@ def merge_rows(
     seconds = sum(row.seconds for row in rows)
     return Row(rows[0].time, seconds, tuple(merge_places(found) for found in by_key.values()))
 
-# %% ../../nbs/recorded/rows.ipynb #5ed544b9
-def pack(row: Row) -> bytes:
+# %% ../../nbs/recorded/rows.ipynb #dac143a5
+class Packed(NamedTuple):
+    "A row as bytes"
+    time: float      # of the row
+    figures: bytes   # without the shares
+    shares: bytes    # of each place
+
+def _compress(value: Any) -> bytes: return zlib.compress(json.dumps(value, separators=(",", ":")).encode(), 1)
+
+def pack(row: Row) -> Packed:
     "Return a row as compressed JSON"
-    return zlib.compress(json.dumps(row, separators=(",", ":")).encode(), 1)
+    figures = row.time, row.seconds, [place[:-1] for place in row.places]
+    return Packed(row.time, _compress(figures), _compress([place.shares for place in row.places]))
 
-def _to_place(*figures: Any) -> Place:
-    place = Place(*figures)
-    return place._replace(shares=tuple(Share(*share) for share in place.shares))
-
-def unpack(data: bytes) -> Row:
+def unpack(
+    figures: bytes,
+    shares: bytes | None = None,   # `None`: the places of the row have none
+) -> Row:
     "Return the row that was packed; `ValueError` for anything else"
     try:
-        time, seconds, places = json.loads(zlib.decompress(data))
-        return Row(time, seconds, tuple(_to_place(*place) for place in places))
+        time, seconds, places = json.loads(zlib.decompress(figures))
+        had = json.loads(zlib.decompress(shares)) if shares else [()]*len(places)
+        found = [Place(*place)._replace(shares=tuple(Share(*share) for share in one))
+                 for place, one in zip(places, had, strict=True)]
     except (zlib.error, TypeError) as error: raise ValueError(f"this is not a row: {error}") from None
+    return Row(time, seconds, tuple(found))

@@ -43,15 +43,14 @@ def fullest(
     found = [place for (since, until), place in course if since < stretch.until and until > stretch.since]
     return max(found, key=lambda place: place.most or 0, default=None)
 
-# %% ../../nbs/ui/chart.ipynb #03a269b1
+# %% ../../nbs/ui/chart.ipynb #1d233bca
 def share_by_owner(
     place: Place,
 ) -> dict[str, float]:
-    "Return the bytes of each owner at the place's fullest moment, as its processes had them on average"
-    known = dict(app=0.0, external=0.0, unattributed=float(place.unattributed), promised=float(place.promised))
-    for share in place.shares: known["app" if share.owner == "app" else "external"] += share.memory
+    "Return the bytes of each owner at the place's fullest moment, divided as they were on average"
     more = place.most/place.used if place.most and place.used else 1
-    return {owner: memory if owner == "promised" else memory*more for owner, memory in known.items()}
+    used = dict(app=place.app, external=place.external, unattributed=place.unattributed)
+    return {owner: memory*more for owner, memory in used.items()} | dict(promised=place.promised)
 
 def column_signs(
     place: Place | None,
@@ -65,7 +64,7 @@ def column_signs(
     return [Piece(part.mark(is_ascii), part.style)
             for part, count in zip(PARTS, counts, strict=True) for _ in range(count)]
 
-# %% ../../nbs/ui/chart.ipynb #d169b5b4
+# %% ../../nbs/ui/chart.ipynb #3024e4e6
 _LABEL = 10   # cells of the scale
 
 def _scale(total: int | None, height: int) -> dict[int, str]:
@@ -73,9 +72,14 @@ def _scale(total: int | None, height: int) -> dict[int, str]:
     if not total: return {}
     return {0: format_bytes(total), height//2: format_bytes(total/2), height - 1: "0"}
 
+def _form(seconds: float) -> str:
+    "Return how the times below a chart of this length are written"
+    if seconds < 600: return "%H:%M:%S"
+    return "%H:%M" if seconds < 86400 else "%d %b %H:%M"
+
 def _axis(stretch: Stretch, width: int) -> Iterator[Line]:
     "Yield the line below a chart, and its times"
-    form = "%H:%M" if stretch.until - stretch.since < 86400 else "%d %b %H:%M"
+    form = _form(stretch.until - stretch.since)
     middle = (stretch.since + stretch.until)/2
     left, centre, right = (datetime.fromtimestamp(when).strftime(form)
                            for when in (stretch.since, middle, stretch.until))
