@@ -52,7 +52,8 @@ def __getattr__(name: str) -> Any:
     return getattr(import_module(f"cjm_fasthtml_resources.{_LATER[name]}"), name)
 
 # %% ../nbs/cli.ipynb #83c0dee4
-COMMANDS = ("wait", "run", "queue", "release", "cancel", "needs", "serve", "share")   # each in a module of `commands`
+# each is in a module of `commands`
+COMMANDS = ("wait", "run", "queue", "release", "cancel", "needs", "record", "history", "serve", "share")
 
 def find_command(name: str) -> Command:
     "Return a command, whose module is imported now"

@@ -83,8 +83,9 @@ def test_a_command_in_a_block_runs(line, tmp_path):
     "On a simulated idle machine where it names none; what goes on until Ctrl-C gets it"
     (tmp_path/"train.py").write_text("print('trained')")
     command = line if "--simulate" in line else line.replace("cjm-resources", "cjm-resources --simulate idle", 1)
-    endless = "--watch" in line or " serve" in line
+    endless = "--watch" in line or " serve" in line or line.endswith(" record")
     if " serve" in line: command += " --port 0"
+    if line.endswith(" record"): command += " --file history.sqlite3"   # what is simulated needs a file of its own
     if endless and "=" not in command.split()[0]: command = f"exec {command}"
     programs = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     env = {**os.environ, "PATH": programs, "CJM_RESOURCES_DIR": str(tmp_path/"state"), "PYTHONUNBUFFERED": "1"}
