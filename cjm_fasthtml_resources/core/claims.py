@@ -12,6 +12,7 @@ import random
 import re
 from collections.abc import Callable, Collection, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cache
 from operator import attrgetter
 from typing import Any, NamedTuple
 
@@ -25,7 +26,7 @@ from cjm_fasthtml_resources.core.process import (
     read_process,
     read_stat,
 )
-from .devices import device_key
+from .devices import device_address, device_key
 from .gpu import GpuDevice, GpuProcess
 from .receipts import Receipt, machine_user
 from .resources import Promise
@@ -128,7 +129,7 @@ class DeviceUse:
         if self.device.uuid is None: object.__setattr__(self, "in_doubt", True)
         object.__setattr__(self, "has_partners", has_partners(self.device))
         object.__setattr__(self, "key", device_key(self.device))
-        object.__setattr__(self, "address", device_key(replace(self.device, uuid=None)))
+        object.__setattr__(self, "address", device_address(self.device))
 
     def holder_of(self, claim: Claim) -> ProcessId:
         "Return a claim's holder as it is numbered here; of another PID namespace, a number that no process has"
@@ -176,7 +177,7 @@ def _near(device: GpuDevice, machine: Iterable[GpuDevice]) -> list[GpuDevice]:
     if device.mig_parent is None and not device.unified: return []
     return [d for d in machine if d is not device and _could_share(device, d)]
 
-def _names(device: GpuDevice) -> set[str]: return {device_key(device), device_key(replace(device, uuid=None))}
+def _names(device: GpuDevice) -> set[str]: return {device_key(device), device_address(device)}
 
 def _listed_in(pool: Sequence[GpuDevice]) -> tuple[GpuProcess, ...] | None:
     "Return the processes on devices that share their memory; `None` if a list is missing"
@@ -193,6 +194,7 @@ def read_use(
     devices = list(devices)
     read = driver_pid_reader(p.pid for d in devices for p in d.processes or ())
     keys = frozenset(device_key(d) for d in devices)
+    lineage_of = cache(lineage_here)   # of this moment: of a process that was there, it does not change
 
     def on(device: GpuDevice) -> DeviceUse:
         near = _near(device, devices)
@@ -201,9 +203,8 @@ def read_use(
         listed, complete = _listed_in(pool), all(d.processes_whole for d in pool) and not unread
         names, in_doubt = frozenset(name for d in near for name in _names(d)), any(d.uuid is None for d in unread)
         known, whole = (None, False) if read is None or listed is None else _identify(listed, complete, read)
-        key, device = {device_key(device)}, no_less(replace(device, processes=listed))
-        return DeviceUse(device, known, whole, keys - key, names - key, lineage_here, pid_namespace(),
-                         in_doubt)
+        key, shown = {device_key(device)}, device if len(pool) == 1 else replace(device, processes=listed)
+        return DeviceUse(no_less(shown), known, whole, keys - key, names - key, lineage_of, pid_namespace(), in_doubt)
 
     return [on(d) for d in devices if d.memory_total and d.memory_used is not None and not d.mig_mode]
 
@@ -537,4 +538,4 @@ def observe(
                 beside = pool.promised - c.memory   # of its other promises: as much can be theirs
                 part = most if not beside else min(most, -(-most*c.memory//pool.promised))
                 seen[c.id] = c.receipt.seen(min(part, c.memory), pool.consumed > 0, now)
-    return [replace(c, receipt=seen[c.id]) if c.id in seen else c for c in claims]
+    return [c if seen.get(c.id, c.receipt) == c.receipt else replace(c, receipt=seen[c.id]) for c in claims]
