@@ -487,13 +487,20 @@ def grant(
     claims: Sequence[Claim],                                 # all, waiting or promised, in the order of asking
     uses: Sequence[DeviceUse],                               # every device of the machine
     choose: Callable[[Sequence[Any]], Any] = random.choice,  # among nearly equal devices, or groups of devices
+    passes_over: Callable[[Claim], bool] = lambda claim: False,   # a request; not asked of those that get nothing
 ) -> list[Claim]:  # the same ones; those that were given a device have it, a group has one for each device
     "Give devices to the requests that fit, in the order of the queue"
     after = {c.id: c for c in lower_bases(claims, uses)}
     pools: dict[Any, _Room] = {}   # devices that share their memory have one room
     rooms = {use.key: pools.setdefault(use.device.pool, _measure_room(use, after.values())) for use in uses}
-    for claim in in_queue(claims): _grant_one(claim, rooms, after, choose)
+    for claim in in_queue(claims):
+        if _is_open(claim, rooms) and not passes_over(claim): _grant_one(claim, rooms, after, choose)
     return list(after.values()) if len(after) == len(claims) else sorted(after.values(), key=attrgetter("id"))
+
+def _is_open(claim: Claim, rooms: Mapping[str, _Room]) -> bool:
+    "Return whether those that are ahead leave a request one of its rooms; else it gets and blocks nothing"
+    names = (*claim.allowed, *(key for key, _ in claim.beside))
+    return any(not rooms[key].blocked for key in names if key in rooms)
 
 def _grant_one(claim: Claim, rooms: Mapping[str, _Room], after: dict[int, Claim], choose: _Choose) -> None:
     "Give a request all that it asks for, let it block as much, or pass it over; `after` gets the claims given"

@@ -21,8 +21,8 @@ from cjm_fasthtml_resources.core.locking import (
     OpenFolder,
     holding,
     is_locked,
+    is_locked_beside,
     lock_byte,
-    locked_ranges,
     unlock_byte,
 )
 from .folder import StoreError, explain_os_error
@@ -92,9 +92,7 @@ def hides_any(
     first, folder = mark + _ENTERED, _open_folder(place)
     if folder is None: return False
     with folder, contextlib.suppress(OSError):
-        marks = {first + lease%_ENTERED for lease in known}
-        found = locked_ranges(folder.fileno(), first, _ENTERED)
-        return not all(set(range(at, min(behind, at + 100))) <= marks for at, behind in found)
+        return is_locked_beside(folder.fileno(), first, _ENTERED, (first + lease%_ENTERED for lease in known))
     return False
 
 # %% ../../nbs/core/leases.ipynb #da7b1c08

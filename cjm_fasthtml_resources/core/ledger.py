@@ -14,7 +14,6 @@ import math
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from operator import attrgetter
 from typing import Any, NamedTuple
 
 from .claims import Claim, DeviceUse, asks_for_ram, drop, grant, is_ram, move, observe
@@ -80,19 +79,21 @@ def _to_claim(id: int, holder: list[Any], memory: int, allowed: list[str], *othe
     return replace(claim, allowed=tuple(devices), count=count, links=close,
                    beside=tuple((key, size) for key, size in beside), priority=priority, share=share)
 
-def to_bytes(rows: Rows) -> bytes:
-    "Return a ledger as it is written"
-    return "".join(f"{_encode(line)}\n" for line in (rows[1:], *map(_to_row, rows.claims))).encode()
+def to_bytes(rows: Rows, known: Mapping[bytes, Claim] = {}) -> bytes:
+    "Return a ledger as it is written; the lines of known claims, of these very objects, are not made again"
+    lines = {id(claim): line for line, claim in known.items()}
+    claims = (lines.get(id(c)) or _encode(_to_row(c)).encode() for c in rows.claims)
+    return b"".join(b"%s\n" % line for line in (_encode(rows[1:]).encode(), *claims))
 
-def from_bytes(data: bytes) -> Rows:
-    "Return a ledger as it was read"
+def from_bytes(data: bytes, known: Mapping[bytes, Claim] = {}) -> Rows:
+    "Return a ledger as it was read; lines that are known are not read again"
     if not data: return Rows()
-    (version, devices, last_id, ended), *claims = json.loads(b"[%s]" % b",".join(data.splitlines()))
-    return Rows(tuple(_to_claim(*values) for values in claims), version, tuple(devices), last_id, tuple(ended))
-
-def _parsed(data: bytes, known: tuple[bytes, Rows]) -> tuple[bytes, Rows]:
-    "Return a ledger as bytes and as it was read; the same bytes are not read twice"
-    return known if data == known[0] else (data, from_bytes(data))
+    head, *lines = data.splitlines()
+    new = [line for line in lines if line not in known]
+    (version, devices, last_id, ended), *found = json.loads(b"[%s]" % b",".join((head, *new)))
+    claims = {line: _to_claim(*values) for line, values in zip(new, found, strict=True)}
+    every = tuple(known.get(line) or claims[line] for line in lines)
+    return Rows(every, version, tuple(devices), last_id, tuple(ended))
 
 def find_claim(data: bytes, lease: int) -> Claim | None:
     "Return the claim with a lease, without reading the others; `None` if there is none"
@@ -100,6 +101,19 @@ def find_claim(data: bytes, lease: int) -> Claim | None:
     if at < 0: return None
     found = _to_claim(*json.loads(data[data.rfind(b"\n", 0, at) + 1:data.find(b"\n", at)]))
     return found if found.lease == lease else next((c for c in from_bytes(data).claims if c.lease == lease), None)
+
+# %% ../../nbs/core/ledger.ipynb #85fe10e3
+class _Reading(NamedTuple):
+    "What was read last"
+    data: bytes = b""
+    rows: Rows = Rows()
+    lines: Mapping[bytes, Claim] = {}   # the claims by their lines
+
+def _read_on(data: bytes, last: _Reading) -> _Reading:
+    "Return a reading of these bytes; what is the same as in the last one is not read again"
+    if data == last.data: return last
+    rows = from_bytes(data, last.lines)
+    return _Reading(data, rows, dict(zip(data.splitlines()[1:], rows.claims, strict=True)))
 
 # %% ../../nbs/core/ledger.ipynb #e3758b6c
 LOOK_EVERY = 0.25     # seconds after which a request that waits reads the devices again: other programs free memory
@@ -137,7 +151,7 @@ class Ledger:
     "The requests and reservations of all processes that share a store"
     def __init__(self, store: Store, events: Events | None = None) -> None:
         self.store, self.leases, self.events, self.unified = store, store.leases, events or Events(), False
-        self.waits, self._read = Waits(self.events), (b"", Rows())   # the last reading, as bytes and as rows
+        self.waits, self._read = Waits(self.events), _Reading()
         self.after_fork()
         reset_in_child(self)
 
@@ -173,8 +187,8 @@ class Ledger:
 
     def _parse(self, data: bytes) -> Rows:
         "Return a ledger as it was read"
-        known = self._read = _parsed(data, self._read)
-        return known[1]   # of these bytes: another thread can have read others since
+        found = self._read = _read_on(data, self._read)
+        return found.rows   # of these bytes: another thread can have read others since
 
     def find(self, lease: int) -> Claim | None:
         "Return a claim as it is written, even if it is over; `None` if it was deleted"
@@ -266,7 +280,7 @@ class Ledger:
             self.leases.take(asked.lease)
             self.leases.enter(asked.lease)
         rows = _enter(rows, asked, uses, allowed)
-        draft.data = to_bytes(rows)
+        draft.data = to_bytes(rows, self._read.lines)
         _keep_unended(self, self._to_end.intersection(c.lease for c in rows.claims))
         return list(rows.claims), ended
 
@@ -289,7 +303,7 @@ class Ledger:
     def change(self, lease: int, changed: Callable[[Rows], Rows] | None = None, **fields: Any) -> bool:
         "Change the claims with a lease, or all; False if that lease is over, or is not held by this process"
         with self.store.changing() as draft:
-            rows = from_bytes(draft.data)
+            rows = self._parse(draft.data)
             mine = tuple(c for c in rows.claims if c.lease == lease)
             is_held = lease in self.leases.held and bool(mine) and not _examine(self, Rows(mine)).over
             if is_held: draft.data = to_bytes(changed(rows) if changed else _change(rows, lease, fields))
@@ -413,13 +427,13 @@ def _enter(
         receipt = Receipt(machine_user(), now, asked=asked.memory)
         before.append(replace(asked, id=rows.last_id + 1, space=pid_namespace(), receipt=receipt))
     current = [_choose_again(c, allowed) for c in before]
-    asleep = {c.id: c for c in current if c.device is None and c.id <= rows.last_id and c.is_suspended}   # others
-    after = grant([c for c in current if c.id not in asleep], uses)
+    def is_asleep(claim: Claim) -> bool: return claim.id <= rows.last_id and claim.is_suspended   # a new one asks now
+
+    after = grant(current, uses, passes_over=is_asleep)
     held = {c.id for c in current if c.device is not None}
     given = {c.id for c in after if c.device is not None and c.id not in held}
     after = observe([_start(c, now) if c.id in given else c for c in after], uses, now)
-    every = sorted((*after, *asleep.values()), key=attrgetter("id"))
-    return rows._replace(claims=tuple(every), version=rows.version + bool(given), devices=machine_devices(uses),
+    return rows._replace(claims=tuple(after), version=rows.version + bool(given), devices=machine_devices(uses),
                          last_id=rows.last_id + (asked.size if asked else 0))
 
 # %% ../../nbs/core/ledger.ipynb #72e609b2
