@@ -539,10 +539,10 @@ def observe(
     for claim in claims: on.setdefault(claim.device, []).append(claim)
     for use in uses:
         for holder, pool in find_pools(use, on.get(use.key, ())).items():
-            most = _most_used(use, holder, pool.used)
+            most, promised, is_used = _most_used(use, holder, pool.used), pool.promised, pool.consumed > 0
             for c in pool.claims:
                 if c.receipt is None: continue
-                beside = pool.promised - c.memory   # of its other promises: as much can be theirs
-                part = most if not beside else min(most, -(-most*c.memory//pool.promised))
-                seen[c.id] = c.receipt.seen(min(part, c.memory), pool.consumed > 0, now)
+                beside = promised - c.memory   # of its other promises: as much can be theirs
+                part = most if not beside else min(most, -(-most*c.memory//promised))
+                seen[c.id] = c.receipt.seen(min(part, c.memory), is_used, now)
     return [c if seen.get(c.id, c.receipt) == c.receipt else replace(c, receipt=seen[c.id]) for c in claims]

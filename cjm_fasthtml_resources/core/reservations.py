@@ -266,7 +266,7 @@ def divide_granted(
 
     return part(False), part(True)
 
-# %% ../../nbs/core/reservations.ipynb #57687672
+# %% ../../nbs/core/reservations.ipynb #3c7923b5
 def choose_again(
     choose: Callable[[GpuSnapshot], Iterable[GpuDevice]],   # raises if none suits
     snapshot: GpuSnapshot,
@@ -406,7 +406,7 @@ class Request(StaysHere):
         "Read the request's own rows; settle before that on its turn, or if the machine's devices have changed"
         mark, is_due = self.ledger.glance()
         if mark == self._mark and not is_due: return self._rows   # nothing has happened since the last poll
-        if self.ledger.take_turn() or self.ledger.devices() != self._seen:
+        if is_due and self.ledger.take_turn() or self.ledger.devices() != self._seen:
             self.ledger.settle(self._look, allowed=self._allowed)
         self._mark, self._rows = mark, find_rows(self.ledger, self.lease, self.count == 1 and not self.beside)
         return self._rows
