@@ -352,52 +352,94 @@ def reserving(runs=3):
          f"{in_file*1e3:.2f} ms : {insert*1e6:.0f} µs, {on(1)}")]
 
 
-def waits(write):
-    "In a fork's child: wait for the memory, say when it was given, and give it back"
-    try:
-        with ResourceManager(app="bench").reserve(20_000): os.write(write, struct.pack("d", time.monotonic()))
+def in_child(act):
+    "The PID of a fork's child that does this"
+    if pid := os.fork(): return pid
+    try: act()
     finally: os._exit(0)
 
 
-WAITING, FOR, SERVED = 200, 10, 20   # processes, seconds, and how many are served then
+def waits(write):
+    "Wait for the memory, say when it was given, and give it back"
+    with ResourceManager(app="bench").reserve(15_000, 0): os.write(write, struct.pack("d", time.monotonic()))
 
 
-def wait_together():
-    """The share of a core, in percent, that many processes use while they wait for the same memory; and the seconds
-    from one release to the next grant, of which half of them are shorter, and the longest
+def holds():
+    "Hold a little of the memory"
+    with ResourceManager(app="bench").reserve(50, 0): time.sleep(3600)
+
+
+WAITING, HOLDING, FOR, SERVED = 200, 50, 10, 20   # processes, seconds, and how many are served then
+AMONG_MANY = 15e-3   # seconds that a reservation takes at most among so many
+
+
+def moment_of(read): return struct.unpack("d", os.read(read, 8))[0]
+
+
+def wait_together(holding):
+    """The share of a core, in percent, that many processes use while they wait for the same memory, of which so many
+    others hold a part; the seconds from one release to the next grant, of which half of them are shorter, and the
+    longest; and the least of a reservation of another GPU, which is granted at once
     """
-    with tempfile.TemporaryDirectory() as folder, SimulatedDriver([SimulatedGpu(memory_total_mb=24_000)]):
-        os.environ["CJM_RESOURCES_DIR"] = folder
-        manager, (read, write) = ResourceManager(app="bench"), os.pipe()
-        held = manager.reserve(20_000)
-        children = [os.fork() or waits(write) for _ in range(WAITING)]
-        try:
-            while len(manager.get_claims()) <= WAITING: time.sleep(0.1)
-            time.sleep(2)   # all have settled down
-            def used(): return sum(sum(psutil.Process(pid).cpu_times()[:2]) for pid in children)
-            before, began = used(), time.monotonic()
-            time.sleep(FOR)
-            share = (used() - before)/(time.monotonic() - began)*100
-            moments = [time.monotonic()]
-            held.release()
-            moments += [struct.unpack("d", os.read(read, 8))[0] for _ in range(SERVED)]
-        finally:
-            for pid in children:
-                os.kill(pid, 9)
-                os.waitpid(pid, 0)
-            for end in (read, write): os.close(end)
+    manager, (read, write), children = ResourceManager(app="bench"), os.pipe(), []
+    def begin(act, count):
+        wanted = len(manager.get_claims()) + count
+        children.extend(in_child(act) for _ in range(count))
+        while len(manager.get_claims()) < wanted: time.sleep(0.1)
+    try:
+        held = manager.reserve(15_000, 0)
+        begin(holds, holding)
+        begin(lambda: waits(write), WAITING)
+        time.sleep(2)   # all have settled down
+        def used(): return sum(sum(psutil.Process(pid).cpu_times()[:2]) for pid in children)
+        before, began = used(), time.monotonic()
+        time.sleep(FOR)
+        share = (used() - before)/(time.monotonic() - began)*100
+        at_once = min(grant_at_once(manager) for _ in range(100))
+        moments = [time.monotonic()]
+        held.release()
+        moments += [moment_of(read) for _ in range(SERVED)]
+    finally:
+        for pid in children:
+            os.kill(pid, 9)
+            os.waitpid(pid, 0)
+        for end in (read, write): os.close(end)
     gaps = sorted(after - before for before, after in itertools.pairwise(moments))
-    return share, gaps[SERVED//2], gaps[-1]
+    return share, gaps[SERVED//2], gaps[-1], at_once
+
+
+def grant_at_once(manager):
+    began = time.perf_counter()
+    held = manager.reserve(1_000, 1, timeout=0)
+    seconds = time.perf_counter() - began
+    held.release()
+    time.sleep(0.02)   # the processes that wait have read that
+    return seconds
+
+
+def waiting_in(place):
+    "The same in a folder of one's own, or in one that a group shares, with others that hold memory there"
+    gpus = [SimulatedGpu(memory_total_mb=24_000) for _ in range(2)]
+    with tempfile.TemporaryDirectory() as folder, SimulatedDriver(gpus):
+        if place == "shared": os.chmod(folder, 0o2770)
+        os.environ["CJM_RESOURCES_DIR"] = folder
+        return wait_together(HOLDING if place == "shared" else 0)
 
 
 def waiting():
     "Rows of many processes that wait for the same memory"
-    share, half, longest = map(float, in_new_process("--waiting").split())
-    return [
-        (f"{WAITING} processes that wait for memory, together", f"{share:.0f} % of a core", "< 20 %", share < 20,
-         f"for {FOR} s, in an app's file"),
-        ("from a release until the next of them has the memory", f"{longest*1e3:.0f} ms", "< 300 ms", longest < 0.3,
-         f"the longest of {SERVED}; half of them within {half*1e3:.0f} ms")]
+    rows = []
+    for place, where in (("own", "in an app's file"), ("shared", f"in a shared folder, beside {HOLDING} that hold")):
+        share, half, longest, at_once = map(float, in_new_process("--waiting", place).split())
+        name = "" if place == "own" else ", in a shared folder"
+        rows += [
+            (f"{WAITING} processes that wait for memory, together{name}", f"{share:.0f} % of a core", "< 20 %",
+             share < 20, f"for {FOR} s, {where}"),
+            (f"from a release until the next of them has the memory{name}", f"{longest*1e3:.0f} ms", "< 300 ms",
+             longest < 0.3, f"the longest of {SERVED}; half of them within {half*1e3:.0f} ms"),
+            (f"a reservation of another GPU among them, granted at once{name}", f"{at_once*1e3:.1f} ms",
+             f"< {AMONG_MANY*1e3:g} ms", at_once < AMONG_MANY, "the least of 100: the ledger has a row for each")]
+    return rows
 
 
 def ratio_of(figure): return float(figure.removesuffix(" ×"))
@@ -486,7 +528,8 @@ def read_arguments():
     parser.add_argument("--jobs", action="store_true",
                         help="only print what a job costs beside a reservation, with what is installed here")
     for name in ("--looks", "--ram"): parser.add_argument(name, type=int, help=argparse.SUPPRESS)
-    for name in ("--memory", "--grants", "--waiting", "--pin"):
+    parser.add_argument("--waiting", choices=("own", "shared"), help=argparse.SUPPRESS)
+    for name in ("--memory", "--grants", "--pin"):
         parser.add_argument(name, action="store_true", help=argparse.SUPPRESS)
     return parser.parse_args()
 
@@ -497,7 +540,7 @@ def step(args) -> bool:
     if args.looks: print(*looks(args.looks))
     elif args.ram: print(*ram_looks(args.ram))
     elif args.grants: print(*grants())
-    elif args.waiting: print(*wait_together())
+    elif args.waiting: print(*waiting_in(args.waiting))
     elif args.memory: print(worker_memory())
     elif args.jobs: print(*job_costs(), sep="\n")
     return bool(args.looks or args.ram or args.grants or args.waiting or args.memory or args.jobs)

@@ -12,6 +12,7 @@ import random
 import re
 from collections.abc import Callable, Collection, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cache
 from operator import attrgetter
 from typing import Any, NamedTuple
 
@@ -25,7 +26,7 @@ from cjm_fasthtml_resources.core.process import (
     read_process,
     read_stat,
 )
-from .devices import device_key
+from .devices import device_address, device_key
 from .gpu import GpuDevice, GpuProcess
 from .receipts import Receipt, machine_user
 from .resources import Promise
@@ -128,7 +129,7 @@ class DeviceUse:
         if self.device.uuid is None: object.__setattr__(self, "in_doubt", True)
         object.__setattr__(self, "has_partners", has_partners(self.device))
         object.__setattr__(self, "key", device_key(self.device))
-        object.__setattr__(self, "address", device_key(replace(self.device, uuid=None)))
+        object.__setattr__(self, "address", device_address(self.device))
 
     def holder_of(self, claim: Claim) -> ProcessId:
         "Return a claim's holder as it is numbered here; of another PID namespace, a number that no process has"
@@ -176,7 +177,7 @@ def _near(device: GpuDevice, machine: Iterable[GpuDevice]) -> list[GpuDevice]:
     if device.mig_parent is None and not device.unified: return []
     return [d for d in machine if d is not device and _could_share(device, d)]
 
-def _names(device: GpuDevice) -> set[str]: return {device_key(device), device_key(replace(device, uuid=None))}
+def _names(device: GpuDevice) -> set[str]: return {device_key(device), device_address(device)}
 
 def _listed_in(pool: Sequence[GpuDevice]) -> tuple[GpuProcess, ...] | None:
     "Return the processes on devices that share their memory; `None` if a list is missing"
@@ -193,6 +194,7 @@ def read_use(
     devices = list(devices)
     read = driver_pid_reader(p.pid for d in devices for p in d.processes or ())
     keys = frozenset(device_key(d) for d in devices)
+    lineage_of = cache(lineage_here)   # of this moment: of a process that was there, it does not change
 
     def on(device: GpuDevice) -> DeviceUse:
         near = _near(device, devices)
@@ -201,9 +203,8 @@ def read_use(
         listed, complete = _listed_in(pool), all(d.processes_whole for d in pool) and not unread
         names, in_doubt = frozenset(name for d in near for name in _names(d)), any(d.uuid is None for d in unread)
         known, whole = (None, False) if read is None or listed is None else _identify(listed, complete, read)
-        key, device = {device_key(device)}, no_less(replace(device, processes=listed))
-        return DeviceUse(device, known, whole, keys - key, names - key, lineage_here, pid_namespace(),
-                         in_doubt)
+        key, shown = {device_key(device)}, device if len(pool) == 1 else replace(device, processes=listed)
+        return DeviceUse(no_less(shown), known, whole, keys - key, names - key, lineage_of, pid_namespace(), in_doubt)
 
     return [on(d) for d in devices if d.memory_total and d.memory_used is not None and not d.mig_mode]
 
@@ -486,13 +487,20 @@ def grant(
     claims: Sequence[Claim],                                 # all, waiting or promised, in the order of asking
     uses: Sequence[DeviceUse],                               # every device of the machine
     choose: Callable[[Sequence[Any]], Any] = random.choice,  # among nearly equal devices, or groups of devices
+    passes_over: Callable[[Claim], bool] = lambda claim: False,   # a request; not asked of those that get nothing
 ) -> list[Claim]:  # the same ones; those that were given a device have it, a group has one for each device
     "Give devices to the requests that fit, in the order of the queue"
     after = {c.id: c for c in lower_bases(claims, uses)}
     pools: dict[Any, _Room] = {}   # devices that share their memory have one room
     rooms = {use.key: pools.setdefault(use.device.pool, _measure_room(use, after.values())) for use in uses}
-    for claim in in_queue(claims): _grant_one(claim, rooms, after, choose)
+    for claim in in_queue(claims):
+        if _is_open(claim, rooms) and not passes_over(claim): _grant_one(claim, rooms, after, choose)
     return list(after.values()) if len(after) == len(claims) else sorted(after.values(), key=attrgetter("id"))
+
+def _is_open(claim: Claim, rooms: Mapping[str, _Room]) -> bool:
+    "Return whether those that are ahead leave a request one of its rooms; else it gets and blocks nothing"
+    names = (*claim.allowed, *(key for key, _ in claim.beside))
+    return any(not rooms[key].blocked for key in names if key in rooms)
 
 def _grant_one(claim: Claim, rooms: Mapping[str, _Room], after: dict[int, Claim], choose: _Choose) -> None:
     "Give a request all that it asks for, let it block as much, or pass it over; `after` gets the claims given"
@@ -531,10 +539,10 @@ def observe(
     for claim in claims: on.setdefault(claim.device, []).append(claim)
     for use in uses:
         for holder, pool in find_pools(use, on.get(use.key, ())).items():
-            most = _most_used(use, holder, pool.used)
+            most, promised, is_used = _most_used(use, holder, pool.used), pool.promised, pool.consumed > 0
             for c in pool.claims:
                 if c.receipt is None: continue
-                beside = pool.promised - c.memory   # of its other promises: as much can be theirs
-                part = most if not beside else min(most, -(-most*c.memory//pool.promised))
-                seen[c.id] = c.receipt.seen(min(part, c.memory), pool.consumed > 0, now)
-    return [replace(c, receipt=seen[c.id]) if c.id in seen else c for c in claims]
+                beside = promised - c.memory   # of its other promises: as much can be theirs
+                part = most if not beside else min(most, -(-most*c.memory//promised))
+                seen[c.id] = c.receipt.seen(min(part, c.memory), is_used, now)
+    return [c if seen.get(c.id, c.receipt) == c.receipt else replace(c, receipt=seen[c.id]) for c in claims]

@@ -73,14 +73,21 @@ def has_needs_table(db: "sqlite3.Connection") -> bool:
 # %% ../../nbs/core/database.ipynb #811f1b16
 _COMMIT_SECONDS = 0.05   # for which a reader waits for another process's commit; it takes less than a millisecond
 
-def _connect(
+def _open(
     path: Path,
     timeout: float = 0.0,   # seconds for which SQLite waits for a lock; Python handles no signal until then
 ) -> "sqlite3.Connection":
-    "Open the database; the caller closes it"
+    "Open the database, and read nothing of it yet; the caller closes it"
     import sqlite3  # when it is used: most programs never open one
     from urllib.parse import quote
-    db = sqlite3.connect(f"file:{quote(str(path))}?mode=rw", uri=True, timeout=timeout, isolation_level=None)
+    return sqlite3.connect(f"file:{quote(str(path))}?mode=rw", uri=True, timeout=timeout, isolation_level=None)
+
+def _connect(
+    path: Path,
+    timeout: float = 0.0,   # as for `_open`
+) -> "sqlite3.Connection":
+    "Open the database to use its tables; the caller closes it"
+    db = _open(path, timeout)
     db.execute("PRAGMA synchronous = OFF")   # safe against kill; a power cut ends every reservation anyway
     return db
 
@@ -167,7 +174,7 @@ def _inode(path: Path) -> list[tuple[int, int]]:
     except OSError: return []
     return [(found.st_dev, found.st_ino)]
 
-def _is_poisoned(path: Path) -> bool: return not _poisoned.isdisjoint(_inode(path))
+def _is_poisoned(path: Path) -> bool: return bool(_poisoned) and not _poisoned.isdisjoint(_inode(path))
 
 # %% ../../nbs/core/database.ipynb #28d2ffd9
 def _copy(path: Path, target: Path) -> None:
@@ -184,7 +191,7 @@ def _is_locked(path: Path) -> bool:
     "Return whether a program has locked the database, called in the gate"
     import sqlite3
     try:
-        with no_fork(), contextlib.closing(_connect(path)) as db: db.execute("BEGIN IMMEDIATE")
+        with no_fork(), contextlib.closing(_open(path)) as db: db.execute("BEGIN IMMEDIATE")
     except sqlite3.DatabaseError as error: return "locked" in str(error)
     return False
 

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['read_index', 'read_digits', 'find_legacy', 'read_value', 'has_uuids', 'least_free_first', 'number_gpus',
            'explain_doubt', 'Seen', 'split_mig', 'see_devices', 'visible_devices', 'allowed_devices', 'device_key',
-           'device_place', 'select_devices', 'doubtful_places', 'find_ordinal', 'visible_env', 'env_by_index',
-           'GpuChoice']
+           'device_address', 'device_place', 'select_devices', 'doubtful_places', 'find_ordinal', 'visible_env',
+           'env_by_index', 'GpuChoice']
 
 # %% ../../nbs/core/devices.ipynb #f6ed7f6c
 import re
@@ -224,8 +224,13 @@ def _environ(value: str | None, order: str | None) -> dict[str, str]:
 # %% ../../nbs/core/devices.ipynb #d08551aa
 def device_key(device: GpuDevice) -> str:
     "Return what a device is called in a reservation, the same in every process: its UUID, or its address without one"
-    key = device.uuid or device.address or str(device.id)
-    return key if device.host is None else f"{device.host} {key}"
+    return _on_host(device, device.uuid or device.address or str(device.id))
+
+def device_address(device: GpuDevice) -> str:
+    "Return what a device is called by a program that cannot read its UUID"
+    return _on_host(device, device.address or str(device.id))
+
+def _on_host(device: GpuDevice, key: str) -> str: return key if device.host is None else f"{device.host} {key}"
 
 # %% ../../nbs/core/devices.ipynb #ad4e2073
 def device_place(

@@ -21,8 +21,8 @@ from cjm_fasthtml_resources.core.locking import (
     OpenFolder,
     holding,
     is_locked,
+    is_locked_beside,
     lock_byte,
-    locked_ranges,
     unlock_byte,
 )
 from .folder import StoreError, explain_os_error
@@ -70,17 +70,17 @@ def _open_folder(path: str | Path) -> OpenFolder | None:
     try: return OpenFolder(path)
     except OSError: return None
 
-def _is_marked(path: str | Path, first: int, length: int = 1) -> bool:
-    "Return whether bytes of a folder are locked; False where it cannot be read"
-    folder = _open_folder(path)
-    if folder is None: return False
-    with folder, contextlib.suppress(OSError): return is_locked(folder.fileno(), first, length)
-    return False
+def _find_marked(path: str | Path, places: Iterable[int], length: int = 1) -> set[int]:
+    "Return those bytes of a folder from which on so many are locked; none where it cannot be read"
+    found, folder = set[int](), _open_folder(path)
+    if folder is None: return found
+    with folder, contextlib.suppress(OSError): found.update(n for n in places if is_locked(folder.fileno(), n, length))
+    return found
 
 # %% ../../nbs/core/leases.ipynb #3a3df2ab
 def is_used_elsewhere(path: Path) -> bool:
     "Return whether leases are held in this folder, also under another path, or in a deleted one of the same name"
-    return _is_marked(path.parent.parent, _mark(path), _SPAN) or _is_marked(path.parent, 0, _SPAN)
+    return bool(_find_marked(path.parent.parent, [_mark(path)], _SPAN) or _find_marked(path.parent, [0], _SPAN))
 
 # %% ../../nbs/core/leases.ipynb #f0d9c16a
 def hides_any(
@@ -92,9 +92,7 @@ def hides_any(
     first, folder = mark + _ENTERED, _open_folder(place)
     if folder is None: return False
     with folder, contextlib.suppress(OSError):
-        marks = {first + lease%_ENTERED for lease in known}
-        found = locked_ranges(folder.fileno(), first, _ENTERED)
-        return not all(set(range(at, min(behind, at + 100))) <= marks for at, behind in found)
+        return is_locked_beside(folder.fileno(), first, _ENTERED, (first + lease%_ENTERED for lease in known))
     return False
 
 # %% ../../nbs/core/leases.ipynb #da7b1c08
@@ -228,12 +226,14 @@ def _quietly(call: Callable[[int, int], None], file: FileIO | OpenFolder | None,
     return True
 
 # %% ../../nbs/core/leases.ipynb #5e797b4b
-def _find_held(path: Path, leases: Iterable[int]) -> set[int]:
+def _find_held(path: Path, leases: Collection[int]) -> set[int]:
     "Return those that other open files hold: by their byte, or by their mark if the file was replaced"
     try:
         with FileIO(path) as file: found = {n for n in leases if is_locked(file.fileno(), n)}
     except FileNotFoundError: found = set()
     except (OSError, ImportError, AttributeError) as error:
         raise StoreError(explain_os_error(path, error)) from error
+    if not (left := set(leases) - found): return found
     folder, first = _witness(path)
-    return found | {n for n in leases if n not in found and _is_marked(folder, first + n%_ENTERED)}
+    marked = _find_marked(folder, {first + n%_ENTERED for n in left})
+    return found | {n for n in left if first + n%_ENTERED in marked}

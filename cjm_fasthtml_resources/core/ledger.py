@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['LOOK_EVERY', 'SURE_SECONDS', 'Waits', 'Rows', 'to_bytes', 'from_bytes', 'find_claim', 'HiddenClaims', 'LedgerReading',
-           'Ledger', 'HandOver', 'WAIT_BUCKETS']
+           'Ledger', 'HandOver', 'machine_devices', 'WAIT_BUCKETS']
 
 # %% ../../nbs/core/ledger.ipynb #9a04c222
 import atexit
@@ -12,15 +12,14 @@ import contextlib
 import json
 import math
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from operator import attrgetter
 from typing import Any, NamedTuple
 
 from .claims import Claim, DeviceUse, asks_for_ram, drop, grant, is_ram, move, observe
 from .events import WAIT_BUCKETS, Events
 from .forks import reset_in_child
-from .leases import Leases, hides_any
+from .leases import hides_any
 from .logs import Log
 from .process import ProcessId, machine_time, pid_namespace
 from .receipts import Receipt, from_text, is_receipt, machine_user, to_text
@@ -57,6 +56,7 @@ class Rows(NamedTuple):
 # %% ../../nbs/core/ledger.ipynb #47478dd0
 # these begin what stands for the devices of a group, or of a request for more: no name of a device does
 _GROUP, _MORE = "*", "+"
+_encode = json.JSONEncoder(separators=(",", ":")).encode
 
 def _to_row(claim: Claim) -> list[Any]:
     "Return a claim as it is written"
@@ -79,16 +79,21 @@ def _to_claim(id: int, holder: list[Any], memory: int, allowed: list[str], *othe
     return replace(claim, allowed=tuple(devices), count=count, links=close,
                    beside=tuple((key, size) for key, size in beside), priority=priority, share=share)
 
-def to_bytes(rows: Rows) -> bytes:
-    "Return a ledger as it is written"
-    claims = [_to_row(c) for c in rows.claims]
-    return b"".join(json.dumps(line, separators=(",", ":")).encode() + b"\n" for line in (rows[1:], *claims))
+def to_bytes(rows: Rows, known: Mapping[bytes, Claim] = {}) -> bytes:
+    "Return a ledger as it is written; the lines of known claims, of these very objects, are not made again"
+    lines = {id(claim): line for line, claim in known.items()}
+    claims = (lines.get(id(c)) or _encode(_to_row(c)).encode() for c in rows.claims)
+    return b"".join(b"%s\n" % line for line in (_encode(rows[1:]).encode(), *claims))
 
-def from_bytes(data: bytes) -> Rows:
-    "Return a ledger as it was read"
+def from_bytes(data: bytes, known: Mapping[bytes, Claim] = {}) -> Rows:
+    "Return a ledger as it was read; lines that are known are not read again"
     if not data: return Rows()
-    (version, devices, last_id, ended), *claims = map(json.loads, data.splitlines())
-    return Rows(tuple(_to_claim(*values) for values in claims), version, tuple(devices), last_id, tuple(ended))
+    head, *lines = data.splitlines()
+    new = [line for line in lines if line not in known]
+    (version, devices, last_id, ended), *found = json.loads(b"[%s]" % b",".join((head, *new)))
+    claims = {line: _to_claim(*values) for line, values in zip(new, found, strict=True)}
+    every = tuple(known.get(line) or claims[line] for line in lines)
+    return Rows(every, version, tuple(devices), last_id, tuple(ended))
 
 def find_claim(data: bytes, lease: int) -> Claim | None:
     "Return the claim with a lease, without reading the others; `None` if there is none"
@@ -96,6 +101,19 @@ def find_claim(data: bytes, lease: int) -> Claim | None:
     if at < 0: return None
     found = _to_claim(*json.loads(data[data.rfind(b"\n", 0, at) + 1:data.find(b"\n", at)]))
     return found if found.lease == lease else next((c for c in from_bytes(data).claims if c.lease == lease), None)
+
+# %% ../../nbs/core/ledger.ipynb #85fe10e3
+class _Reading(NamedTuple):
+    "What was read last"
+    data: bytes = b""
+    rows: Rows = Rows()
+    lines: Mapping[bytes, Claim] = {}   # the claims by their lines
+
+def _read_on(data: bytes, last: _Reading) -> _Reading:
+    "Return a reading of these bytes; what is the same as in the last one is not read again"
+    if data == last.data: return last
+    rows = from_bytes(data, last.lines)
+    return _Reading(data, rows, dict(zip(data.splitlines()[1:], rows.claims, strict=True)))
 
 # %% ../../nbs/core/ledger.ipynb #e3758b6c
 LOOK_EVERY = 0.25     # seconds after which a request that waits reads the devices again: other programs free memory
@@ -120,6 +138,12 @@ def _counted(events: Events, claims: list[Claim], ended: list[Claim]) -> list[Cl
 # %% ../../nbs/core/ledger.ipynb #711f157e
 _Look = Callable[[], Sequence[DeviceUse]]
 _Ask = Callable[[], Claim | None]
+class _Moment(NamedTuple):
+    "The ledger at one moment"
+    rows: Rows
+    held: set[int]   # of the leases in it, those that are held
+    over: set[int]   # the ids of the claims that are over
+
 _Settled = tuple[list[Claim], list[Claim]]   # all that there are now, and the reservations that have ended
 
 # %% ../../nbs/core/ledger.ipynb #88e17b83
@@ -127,7 +151,7 @@ class Ledger:
     "The requests and reservations of all processes that share a store"
     def __init__(self, store: Store, events: Events | None = None) -> None:
         self.store, self.leases, self.events, self.unified = store, store.leases, events or Events(), False
-        self.waits, self._read = Waits(self.events), (b"", Rows())   # the last reading, as bytes and as rows
+        self.waits, self._read = Waits(self.events), _Reading()
         self.after_fork()
         reset_in_child(self)
 
@@ -146,7 +170,7 @@ class Ledger:
     def read(self) -> LedgerReading:
         "Return the claims as they are now; waits for no other process, and writes nothing"
         found = _sure(self.rows, self.store)
-        return LedgerReading(found.claims, frozenset(self._find_over(found.claims)))
+        return LedgerReading(found.claims, frozenset(_examine(self, found).over))
 
     def since(
         self,
@@ -159,9 +183,12 @@ class Ledger:
 
     def rows(self) -> Rows:
         "Return the ledger as it is written"
-        _, data = self.store.read()
-        if data != self._read[0]: self._read = data, from_bytes(data)
-        return self._read[1]
+        return self._parse(self.store.read()[1])
+
+    def _parse(self, data: bytes) -> Rows:
+        "Return a ledger as it was read"
+        found = self._read = _read_on(data, self._read)
+        return found.rows   # of these bytes: another thread can have read others since
 
     def find(self, lease: int) -> Claim | None:
         "Return a claim as it is written, even if it is over; `None` if it was deleted"
@@ -226,41 +253,36 @@ class Ledger:
     def _settle(self, look: _Look, ask: _Ask, allowed: Mapping[int, Collection[str]]) -> _Settled:
         "Make the attempts of steps 1 to 5"
         for _ in range(3):
-            before = self.rows()
-            over, uses, asked = self._find_over(before.claims), *_see(self, look, ask, before.claims)
+            before = _examine(self, self.rows())
+            uses, asked = _see(self, look, ask, before.rows.claims)
             with self.store.changing() as draft:
-                rows = from_bytes(draft.data)
-                if rows.version == before.version and self._find_over(rows.claims) == over:
-                    return self._hand_out(draft, rows, over, uses, asked, allowed)
+                now = _examine(self, self._parse(draft.data))
+                if (now.rows.version, now.over) == (before.rows.version, before.over):
+                    return self._hand_out(draft, now, uses, asked, allowed)
         return self._settle_inside(look, ask, allowed)
 
     def _settle_inside(self, look: _Look, ask: _Ask, allowed: Mapping[int, Collection[str]]) -> _Settled:
         "Read the driver inside the change, where no other process can come in between (step 5)"
         with self.store.changing() as draft:
-            rows = from_bytes(draft.data)
-            over, uses, asked = self._find_over(rows.claims), *_see(self, look, ask, rows.claims)
-            return self._hand_out(draft, rows, over, uses, asked, allowed)
+            now = _examine(self, self._parse(draft.data))
+            uses, asked = _see(self, look, ask, now.rows.claims)
+            return self._hand_out(draft, now, uses, asked, allowed)
 
     def _hand_out(
-        self, draft: Draft, rows: Rows, over: Collection[int], uses: Sequence[DeviceUse], asked: Claim | None,
+        self, draft: Draft, now: _Moment, uses: Sequence[DeviceUse], asked: Claim | None,
         allowed: Mapping[int, Collection[str]],
     ) -> _Settled:
         "Steps 3 and 4, within a change"
-        _check_complete(rows, self.store)
-        ended = [c for c in rows.claims if c.id in over and c.device is not None]
-        rows = _drop_over(rows, over, uses, self.leases)
+        _check_complete(now.rows, self.store)
+        ended = [c for c in now.rows.claims if c.id in now.over and c.device is not None]
+        rows = _drop_over(now, uses)
         if asked:
             self.leases.take(asked.lease)
             self.leases.enter(asked.lease)
         rows = _enter(rows, asked, uses, allowed)
-        draft.data = to_bytes(rows)
+        draft.data = to_bytes(rows, self._read.lines)
         _keep_unended(self, self._to_end.intersection(c.lease for c in rows.claims))
         return list(rows.claims), ended
-
-    def _find_over(self, claims: Collection[Claim]) -> set[int]:
-        "Return the ids of those that are over by now"
-        now, held = machine_time(), self.leases.held_among([c.lease for c in claims])
-        return {c.id for c in claims if c.is_over(now, held) or c.lease in self._to_end}
 
     def end_later(self, lease: int) -> None:
         "Withdraw what was forgotten, also for another process: here now, and in the file at the next use or at exit"
@@ -281,9 +303,9 @@ class Ledger:
     def change(self, lease: int, changed: Callable[[Rows], Rows] | None = None, **fields: Any) -> bool:
         "Change the claims with a lease, or all; False if that lease is over, or is not held by this process"
         with self.store.changing() as draft:
-            rows = from_bytes(draft.data)
-            mine = [c for c in rows.claims if c.lease == lease]
-            is_held = lease in self.leases.held and bool(mine) and not self._find_over(mine)
+            rows = self._parse(draft.data)
+            mine = tuple(c for c in rows.claims if c.lease == lease)
+            is_held = lease in self.leases.held and bool(mine) and not _examine(self, Rows(mine)).over
             if is_held: draft.data = to_bytes(changed(rows) if changed else _change(rows, lease, fields))
         return is_held
 
@@ -305,6 +327,13 @@ def _see(
     if not any(map(asks_for_ram, every)): return uses, asked
     from cjm_fasthtml_resources.core.ram_use import see_ram  # when it is used
     return see_ram(uses, every, ledger.unified), asked
+
+# %% ../../nbs/core/ledger.ipynb #22632a53
+def _examine(ledger: "Ledger", rows: Rows) -> _Moment:
+    "Find out, for all leases at once, which are held, and which claims are over by now"
+    now, held = machine_time(), ledger.leases.held_among([*(c.lease for c in rows.claims), *rows.ended])
+    over = {c.id for c in rows.claims if c.is_over(now, held) or c.lease in ledger._to_end}
+    return _Moment(rows, held, over)
 
 # %% ../../nbs/core/ledger.ipynb #77340d16
 def _change(rows: Rows, lease: int, fields: Mapping[str, Any]) -> Rows:
@@ -368,14 +397,24 @@ def _sure(read: Callable[[], Rows], store: Store) -> Rows:
     return rows
 
 # %% ../../nbs/core/ledger.ipynb #1164d770
-def _drop_over(rows: Rows, over: Collection[int], uses: Sequence[DeviceUse], leases: Leases) -> Rows:
+def _drop_over(now: _Moment, uses: Sequence[DeviceUse]) -> Rows:
     "Return the ledger without the claims that are over; a lease that is still held is noted in `ended`"
+    rows, held, over = now
     gone = [c.lease for c in rows.claims if c.id in over]
-    ended = leases.held_among([*rows.ended, *gone]) if gone or rows.ended else set()
+    ended = held.intersection((*rows.ended, *gone))
     return rows._replace(claims=tuple(drop(rows.claims, over, uses)), version=rows.version + bool(gone),
                          ended=tuple(sorted(ended)))
 
 # %% ../../nbs/core/ledger.ipynb #beefee8d
+def machine_devices(uses: Iterable[DeviceUse]) -> tuple[str, ...]:
+    "Return the keys of the devices of a reading, as `Ledger.devices` has them"
+    return tuple(sorted(use.key for use in uses if not is_ram(use.key)))
+
+def _choose_again(claim: Claim, allowed: Mapping[int, Collection[str]]) -> Claim:
+    "Return a claim with the devices that suit it now, if this process knows them"
+    suiting = tuple(allowed.get(claim.lease, claim.allowed))
+    return claim if suiting == claim.allowed else replace(claim, allowed=suiting)
+
 def _enter(
     rows: Rows,
     asked: Claim | None,
@@ -387,15 +426,14 @@ def _enter(
     if asked:
         receipt = Receipt(machine_user(), now, asked=asked.memory)
         before.append(replace(asked, id=rows.last_id + 1, space=pid_namespace(), receipt=receipt))
-    current = [replace(c, allowed=tuple(allowed[c.lease])) if c.lease in allowed else c for c in before]
-    asleep = {c.id: c for c in current if c.device is None and c.is_suspended}
-    after = grant([c for c in current if c.id not in asleep], uses)
+    current = [_choose_again(c, allowed) for c in before]
+    def is_asleep(claim: Claim) -> bool: return claim.id <= rows.last_id and claim.is_suspended   # a new one asks now
+
+    after = grant(current, uses, passes_over=is_asleep)
     held = {c.id for c in current if c.device is not None}
     given = {c.id for c in after if c.device is not None and c.id not in held}
     after = observe([_start(c, now) if c.id in given else c for c in after], uses, now)
-    devices = tuple(sorted(use.key for use in uses if not is_ram(use.key)))
-    every = sorted((*after, *asleep.values()), key=attrgetter("id"))
-    return rows._replace(claims=tuple(every), version=rows.version + bool(given), devices=devices,
+    return rows._replace(claims=tuple(after), version=rows.version + bool(given), devices=machine_devices(uses),
                          last_id=rows.last_id + (asked.size if asked else 0))
 
 # %% ../../nbs/core/ledger.ipynb #72e609b2

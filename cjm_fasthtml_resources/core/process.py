@@ -6,7 +6,7 @@
 __all__ = ['UNKNOWN_START', 'simulated', 'DRIVER_VERSION', 'DRIVER_MODULE', 'ProcessId', 'Stat', 'parse_stat', 'machine_time',
            'since_boot', 'process_age', 'read_stat', 'read_start', 'ProcessInfo', 'find_ancestors',
            'SimulatedProcesses', 'simulated_process', 'simulated_command', 'is_free', 'is_same_start', 'has_ended',
-           'could_be_read', 'is_whole', 'read_process', 'this_process', 'pid_namespace', 'in_pid_namespace',
+           'this_process', 'could_be_read', 'is_whole', 'read_process', 'pid_namespace', 'in_pid_namespace',
            'driver_numbers', 'tells_local_pids', 'host_proc', 'to_local_pid', 'shown_by', 'has_ended_in',
            'driver_pid_reader']
 
@@ -220,6 +220,19 @@ def has_ended(
     stat = read_stat(pid)
     return is_free(pid) if stat is None else not is_same_start(stat.start_time, start_time) or _is_zombie(stat)
 
+# %% ../../nbs/core/process.ipynb #425e4eeb
+@cache_until_fork
+def _born() -> dict[int, ProcessId]: return {}   # this process, once its start was read
+
+def this_process() -> ProcessId:
+    "Return the process in which this runs; it is read once and after a fork"
+    pid = os.getpid()
+    if (info := simulated_process(pid)) is not None: return info.lineage[0]
+    known: dict[int, ProcessId] = _born()
+    me = known.get(pid) or ProcessId(pid, read_start(pid))
+    if me.start_time is not None: known[pid] = me  # else it could not be read now
+    return me
+
 # %% ../../nbs/core/process.ipynb #95b80013
 _known: dict[int, ProcessInfo] = {}
 _LEAST = 1000     # processes to keep before any is forgotten
@@ -300,6 +313,7 @@ def read_process(
     "Return what is known about the process that has this number now"
     if (info := simulated_process(pid)) is not None: return info
     if (info := _known.get(pid)) is not None:
+        if pid == os.getpid() and info.lineage[0] == this_process(): return info   # it lives
         start = read_start(pid)
         if info.start_time == start or start is None and not is_free(pid): return info
     if (stat := read_stat(pid)) is None: return ProcessInfo(pid)
@@ -310,19 +324,6 @@ def read_process(
     if len(_known) >= _most[0]: _forget_ended()
     _known[pid] = info
     return info
-
-# %% ../../nbs/core/process.ipynb #425e4eeb
-@cache_until_fork
-def _born() -> dict[int, ProcessId]: return {}   # this process, once its start was read
-
-def this_process() -> ProcessId:
-    "Return the process in which this runs; it is read once and after a fork"
-    pid = os.getpid()
-    if (info := simulated_process(pid)) is not None: return info.lineage[0]
-    known: dict[int, ProcessId] = _born()
-    me = known.get(pid) or ProcessId(pid, read_start(pid))
-    if me.start_time is not None: known[pid] = me  # else it could not be read now
-    return me
 
 # %% ../../nbs/core/process.ipynb #7de8f795
 _FIRST_PID_NAMESPACE = 0xEFFFFFFC  # PROC_PID_INIT_INO in the kernel's include/linux/proc_ns.h

@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['surely', 'StackExit', 'ReservationOver', 'RequestCancelled', 'OnDevices', 'Reservation', 'pauses', 'find_suiting',
-           'find_rows', 'divide_granted', 'Request', 'PendingReservation', 'Claim', 'DeviceUse', 'Pool', 'Promise',
-           'find_pools', 'find_promises', 'grant', 'read_use', 'device_key', 'WAIT_BUCKETS', 'Ledger', 'Waits']
+           'find_rows', 'divide_granted', 'choose_again', 'Request', 'PendingReservation', 'Claim', 'DeviceUse', 'Pool',
+           'Promise', 'find_pools', 'find_promises', 'grant', 'read_use', 'device_key', 'WAIT_BUCKETS', 'Ledger',
+           'Waits']
 
 # %% ../../nbs/core/reservations.ipynb #11592e7c
 import contextlib
@@ -39,7 +40,7 @@ from .endings import find_ending, give_back
 from .events import WAIT_BUCKETS
 from .gpu import GpuDevice, GpuSnapshot
 from .leases import new_lease
-from .ledger import HandOver, Ledger, Rows, Waits
+from .ledger import HandOver, Ledger, Rows, Waits, machine_devices
 from .memory import HostMemory, find_cgroup, read_machine
 from .process import ProcessId, has_ended, machine_time, this_process
 from .receipts import Receipt
@@ -265,11 +266,23 @@ def divide_granted(
 
     return part(False), part(True)
 
+# %% ../../nbs/core/reservations.ipynb #3c7923b5
+def choose_again(
+    choose: Callable[[GpuSnapshot], Iterable[GpuDevice]],   # raises if none suits
+    snapshot: GpuSnapshot,
+    before: dict[str, GpuDevice],   # by key: those that suited at the last reading
+) -> dict[str, GpuDevice]:
+    "Return the devices that suit a request now, by key; while all are lost, those of before"
+    try: return {device_key(device): device for device in choose(snapshot)}
+    except (ResourceUnavailable, ValueError):
+        if not before: raise   # once there was one, it waits until one is back
+        return before
+
 # %% ../../nbs/core/reservations.ipynb #5f5ab342
 class Request(StaysHere):
     "A request in the queue: it enters at the first `poll` and leaves by `withdraw`, both from any thread"
     _is_over = _has_entered = _is_cancelled = False
-    _seen: tuple[str, ...] = ()   # the machine's devices when it settled last
+    _seen: tuple[str, ...] = ()   # the machine's devices when it read them last
     covers = False                # a worker's job: includes what the worker uses already, and ends with this process
     _rows: Sequence[Claim] = ()   # its claims as they were read last: one, or one for each device of a group
     _mark: object = None          # of the ledger at that moment
@@ -381,7 +394,7 @@ class Request(StaysHere):
             if error.conflict is None or not error.conflict.is_late: raise
             self.give_up(self)   # else the driver can answer until the time is over
             return ()
-        self._has_entered, self._seen = True, self.ledger.devices()
+        self._has_entered = True
         return [c for c in found if c.lease == self.lease]
 
     def _claim(self) -> Claim:
@@ -393,9 +406,8 @@ class Request(StaysHere):
         "Read the request's own rows; settle before that on its turn, or if the machine's devices have changed"
         mark, is_due = self.ledger.glance()
         if mark == self._mark and not is_due: return self._rows   # nothing has happened since the last poll
-        if self.ledger.take_turn() or self.ledger.devices() != self._seen:
+        if is_due and self.ledger.take_turn() or self.ledger.devices() != self._seen:
             self.ledger.settle(self._look, allowed=self._allowed)
-            self._seen = self.ledger.devices()
         self._mark, self._rows = mark, find_rows(self.ledger, self.lease, self.count == 1 and not self.beside)
         return self._rows
 
@@ -424,14 +436,14 @@ class Request(StaysHere):
         "Read the devices, and choose again: MIG can be divided by now, a lost GPU can be back"
         snapshot = self.look()
         self._machine, self.snapshot = snapshot.devices, snapshot if snapshot.devices else self.snapshot
-        try: self.devices = {device_key(d): d for d in self.choose(snapshot)} if self.count else {}
-        except (ResourceUnavailable, ValueError):
-            if not self._known: raise   # once there was one, it waits until one is back
+        if self.count: self.devices = choose_again(self.choose, snapshot, self.devices)
         self._known.update(self.devices)
         if self.share: self.memory = int(self.share*min((d.capacity for d in self.devices.values()), default=0))
         self._allowed[self.lease] = self._suiting = find_suiting(self.devices, self.memory, self.holder, self.covers)
         if 1 < self.count < len(self.devices): self._look_at_links([d.uuid for d in self.devices.values() if d.uuid])
-        return read_use(snapshot.devices)
+        uses = read_use(snapshot.devices)
+        self._seen = machine_devices(uses)
+        return uses
 
     def _look_at_links(self, uuids: Collection[str]) -> None:
         "Read how close the devices are to one another, once for the same devices"

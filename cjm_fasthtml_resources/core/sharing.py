@@ -83,11 +83,12 @@ def _problem_in_shared(path: Path, found: os.stat_result) -> str | None:
 # %% ../../nbs/core/sharing.ipynb #5bb1ee06
 def check_owner(
     path: Path,   # a file or a folder, which can be missing
-) -> None:
+) -> bool:        # whether it is there
     "Raise `StoreError` for a file or folder that another user could have put there, or that this user may not use"
     try: found = os.lstat(path)
-    except FileNotFoundError: return
+    except FileNotFoundError: return False
     if problem := _problem(path, found): raise StoreError(f"{path} {problem}")
+    return True
 
 def _problem(path: Path, found: os.stat_result) -> str | None:
     "Return what is wrong with a file or folder, `None` if nothing is"

@@ -124,19 +124,19 @@ class Store:
         if self.path is None or self.lock_path is None: return self._memory
         with _explained(self.path):
             self._forbid_replaced()
-            self._known = _read_ledger(self.path, self.lock_path, self._known)
-        return self._known[0].serial, self._known[1]
+            known = self._known = _read_ledger(self.path, self.lock_path, self._known)
+        return known[0].serial, known[1]   # of this reading: another thread can have read since
 
     @contextlib.contextmanager
     def changing(self) -> Iterator[Draft]:
         "Change the ledger in the block: all or nothing, one process at a time"
-        if self.path is None:
+        if self.path is None or self.lock_path is None:
             with holding(self._lock):
                 before = self._memory
                 yield (draft := Draft(before[1]))
                 self._memory = _changed(before, self._memory, draft.data)
         else:
-            with _explained(self.path), self._in_gate(self.path) as (file, header, data):
+            with _explained(self.path), self._in_gate(self.path, self.lock_path) as (file, header, data):
                 wait_for_lock(self.path)
                 yield (draft := Draft(data))
                 if draft.data != data: write_ledger(file, header, draft.data)
@@ -144,10 +144,10 @@ class Store:
     @contextlib.contextmanager
     def transaction(self) -> Iterator["sqlite3.Connection"]:
         "Change the tables in the block: all or nothing, one process at a time"
-        if self.path is None:
+        if self.path is None or self.lock_path is None:
             with _explained(None), self._tables() as db: yield db
         else:
-            with _explained(self.path), self._in_gate(self.path) as (file, header, _), \
+            with _explained(self.path), self._in_gate(self.path, self.lock_path) as (file, header, _), \
                     changed_database(self.path, file, header) as db:
                 self.use()
                 yield db
@@ -210,12 +210,12 @@ class Store:
                              "end the programs that use it, and start them again")
 
     @contextlib.contextmanager
-    def _in_gate(self, path: Path) -> Iterator[tuple[FileIO, Header, bytes]]:
+    def _in_gate(self, path: Path, lock_path: Path) -> Iterator[tuple[FileIO, Header, bytes]]:
         "Open the lock file with its gate held, and read its header and ledger: steps 1 to 4"
         self._forbid_replaced()
-        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        check_owner(path.parent)
-        lock_path = path.with_suffix(".lock")
+        if not check_owner(folder := path.parent):
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            check_owner(folder)   # another user can have been first
         with in_gate(lock_path) as file: yield file, *prepare(lock_path, file)
 
     @contextlib.contextmanager
