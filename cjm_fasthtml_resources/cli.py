@@ -53,7 +53,7 @@ def __getattr__(name: str) -> Any:
 
 # %% ../nbs/cli.ipynb #83c0dee4
 # each is in a module of `commands`
-COMMANDS = ("wait", "run", "queue", "release", "cancel", "needs", "record", "history", "serve", "share")
+COMMANDS = ("wait", "run", "queue", "release", "cancel", "needs", "record", "history", "report", "serve", "share")
 
 def find_command(name: str) -> Command:
     "Return a command, whose module is imported now"
