@@ -52,7 +52,7 @@ def __getattr__(name: str) -> Any:
     return getattr(import_module(f"cjm_fasthtml_resources.{_LATER[name]}"), name)
 
 # %% ../nbs/cli.ipynb #83c0dee4
-COMMANDS = ("wait", "run", "queue", "release", "cancel", "needs", "serve", "share")   # each in a module of `commands`
+COMMANDS = ("wait", "run", "queue", "release", "cancel", "needs", "serve", "share", "mcp")   # modules of `commands`
 
 def find_command(name: str) -> Command:
     "Return a command, whose module is imported now"
@@ -125,7 +125,7 @@ def _show(look: Callable[[], Sample], watch: bool, as_json: bool, top: int, inte
     if as_json or not sys.stdout.isatty(): watch_lines(look, partial(print_sample, as_json=as_json, top=top), interval)
     return watch_screen(look, Settings(interval, top))
 
-# %% ../nbs/cli.ipynb #c7d6b2e7
+# %% ../nbs/cli.ipynb #1826e088
 def _end(answer: Sample, as_exit_code: bool) -> NoReturn:
     gc.freeze()   # or Python searches all that was imported once more before it ends
     sys.exit(EXIT_CODES[answer.status] if as_exit_code else 0)

@@ -127,7 +127,7 @@ def development() -> list[Step]:
     provide("strace", "strace")
     provide("spin", "spin")
     provide("gcc", "cc", "gcc")   # spin writes a program in C
-    programs = environment("dev", "-e", ".[dev,web,prometheus,cluster,browser,servers,notify]")
+    programs = environment("dev", "-e", ".[dev,web,prometheus,cluster,browser,servers,notify,mcp]")
     before = contents()
     # what makes the pages needs Python 3.11; with 3.10 all else is tested
     site = [run("site", programs, "python", "tools/docs.py")] if sys.version_info >= (3, 11) else []
