@@ -172,10 +172,10 @@ def main(context: click.Context, apps: list[int | str], as_json: bool, watch: bo
     if isinstance(sys.stdout, io.TextIOWrapper): sys.stdout.reconfigure(errors="replace")  # a terminal without Unicode
     context.obj = machine = Machine(simulate, driver_timeout)
     if hosts:
-        from cjm_fasthtml_resources.commands.hosts import check_alone, make_look, there_command
+        from cjm_fasthtml_resources.commands.hosts import check_alone, looking_at, there_command
         there = there_command(host_command, apps, threshold, wake, driver_timeout)
-        look = make_look(check_alone(hosts, context.invoked_subcommand, simulate), there, host_timeout)
-        answer = _show(look, watch, as_json, top, interval)
+        alone = check_alone(hosts, context.invoked_subcommand, simulate)
+        with looking_at(alone, there, host_timeout, watch) as look: answer = _show(look, watch, as_json, top, interval)
         _end(answer, as_exit_code)
     if context.invoked_subcommand: return
     manager = make_manager(apps, threshold, machine)

@@ -4,6 +4,7 @@ import getpass
 import json
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -19,7 +20,7 @@ from cjm_fasthtml_resources.hosts.ssh import ask_hosts, combine_hosts
 # What the account there runs, whatever it is asked for: the words of the client are in SSH_ORIGINAL_COMMAND
 COMMANDS = {
     "good": "{program} --simulate shared ${{SSH_ORIGINAL_COMMAND#cjm-resources}}",
-    "hangs": "sleep 600",
+    "hangs": "exec sleep 100",
     "without": "PATH=/usr/bin:/bin; no-cjm-resources --json",
     "other": "echo 'Welcome to other!'; echo '{{\"schema_version\": 99, \"version\": \"9.9\"}}'",
     "chatty": "echo Welcome!; {program} --simulate idle --json",
@@ -78,14 +79,16 @@ class Sshd:
 
     def write_config(self, silent_port: int = 1) -> None:
         "The client's own configuration, as a user writes it; `ssh` here reads no other"
-        names = [*COMMANDS, "stranger", "changed", "unknown", "nobody", "mute"]
+        names = [*COMMANDS, "stranger", "changed", "unknown", "nobody", "mute", "kept"]
         known, host = self.folder/"known", (self.folder/"host.pub").read_text().split()[:2]
         known.write_text("\n".join(f"{name} {' '.join(host)}" for name in names if name not in ("changed", "unknown"))
                          + f"\nchanged {' '.join(self.key('stranger').split()[:2])}\n")
+        ports, keys = dict(nobody=free_port(), mute=silent_port), dict.fromkeys(names, "stranger")
+        keys |= {name: name for name in COMMANDS} | dict(kept="good")
         blocks = [f"Host {name}\n  HostName 127.0.0.1\n  HostKeyAlias {name}\n  User {getpass.getuser()}\n"
-                  f"  Port {dict(nobody=free_port(), mute=silent_port).get(name, self.port)}\n"
-                  f"  IdentityFile {self.folder/(name if name in COMMANDS else 'stranger')}\n  IdentitiesOnly yes\n"
-                  f"  UserKnownHostsFile {known}\n  GlobalKnownHostsFile /dev/null\n" for name in names]
+                  f"  Port {ports.get(name, self.port)}\n  IdentityFile {self.folder/keys[name]}\n"
+                  f"  IdentitiesOnly yes\n  UserKnownHostsFile {known}\n  GlobalKnownHostsFile /dev/null\n" for name in names]
+        blocks[-1] += f"  ControlMaster auto\n  ControlPersist 2\n  ControlPath {self.folder}/%C\n"
         (self.folder/"config").write_text("\n".join(blocks))
         wrapper = self.folder/"bin"/"ssh"
         wrapper.parent.mkdir(exist_ok=True)
@@ -150,12 +153,26 @@ def test_the_command_shows_table_json_and_exit_code(sshd):
         assert words in table.stdout, table.stdout
     found = json.loads(subprocess.run([*command, "--json"], **options).stdout)
     assert [d["id"] for d in found["gpu"]["devices"]] == ["good:0", "nobody:0"]
-    lines = subprocess.Popen([*command, "--json", "--watch", "--interval", "0.1"], stdout=subprocess.PIPE, text=True)
-    try: seen = [json.loads(lines.stdout.readline())["status"] for _ in range(2)]
-    finally:
-        lines.kill()
-        lines.communicate()
-    assert seen == ["external_busy"]*2
+
+
+def test_who_watches_does_not_wait_for_a_host_that_hangs(sshd):
+    command = [sys.executable, "-m", "cjm_fasthtml_resources", "--host", "good", "--host", "hangs",
+               "--host-timeout", "10m", "--json", "--watch", "--interval", "0.1"]
+    seen = []
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True) as process:
+        try:
+            while len(seen) < 2:
+                good, hangs = json.loads(process.stdout.readline())["gpu"]["devices"]
+                assert hangs["reason"] == "it has not answered yet"
+                if good["status"] == "external_busy": seen.append(good)
+        finally: os.killpg(process.pid, signal.SIGKILL)
+
+
+def test_a_connection_that_ssh_keeps_holds_up_nothing(sshd):
+    "With ControlPersist the first ssh leaves a process behind, which has its standard error"
+    began = time.monotonic()
+    for _ in range(2): assert reasons("kept")["kept"] is None
+    assert time.monotonic() - began < 19, "it was waited for until the limit"
 
 
 def test_options_of_the_check_are_passed_on(sshd):
