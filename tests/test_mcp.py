@@ -12,12 +12,18 @@ from pathlib import Path
 import pytest
 from servers import wait_until
 
+from cjm_fasthtml_resources.core.endings import end_claim
 from cjm_fasthtml_resources.core.ledger import Ledger
+from cjm_fasthtml_resources.core.manager import ResourceManager
 from cjm_fasthtml_resources.core.store import Store, store_path
+from cjm_fasthtml_resources.simulate import SimulatedDriver
 
 if find_spec("mcp") is None: pytest.skip("no mcp: pip install '.[mcp]'", allow_module_level=True)
 
 from mcp import Client, StdioServerParameters, stdio_client
+
+from cjm_fasthtml_resources.agents.held import OwnReservations
+from cjm_fasthtml_resources.agents.server import call_tool
 
 COMMAND = ["-m", "cjm_fasthtml_resources", "--simulate", "pair", "mcp"]
 
@@ -85,6 +91,14 @@ async def a_reservation_runs_out(client):
     assert "was over already: its ttl had run out" in text(over)
 
 
+async def a_reservation_that_somebody_else_released_is_over(client):
+    held = await client.call_tool("reserve", dict(gpu_memory_mb=4000, ttl=600))
+    id = held.structured_content["id"]
+    end_claim(Ledger(Store(store_path())), id)
+    over = await client.call_tool("release", dict(id=id))
+    assert not over.is_error and f"(PID {os.getpid()}) had released it" in text(over), text(over)
+
+
 async def a_call_that_waits_holds_up_no_other_call(client):
     await client.call_tool("reserve", dict(gpu_memory_mb=30_000, ttl=600))
     waits = asyncio.create_task(client.call_tool("reserve", dict(gpu_memory_mb=30_000, ttl=600, timeout=60)))
@@ -114,6 +128,7 @@ def test_a_conversation(folder):
         async with server(folder, "--longest", "1h") as client:
             for talk in (the_tools_say_what_they_change, what_reads_changes_nothing,
                          a_reservation_needs_a_ttl_and_is_given_back, a_reservation_runs_out,
+                         a_reservation_that_somebody_else_released_is_over,
                          a_call_that_waits_holds_up_no_other_call, a_call_that_is_cancelled_leaves_the_queue):
                 await asyncio.wait_for(talk(client), 60)
     asyncio.run(run())
@@ -138,6 +153,14 @@ def test_what_an_agent_reserved_ends_with_its_server(folder):
     (mine, theirs, both), refused, left = found
     assert both == [mine, theirs] and left == [mine] and "not a reservation of this agent" in refused
     wait_until(lambda: claims() == [])
+
+
+def test_without_a_gpu_each_tool_says_so(folder):
+    own = OwnReservations(ResourceManager(app="agent", track_self=False))
+    with SimulatedDriver([]):
+        for name, given in (("check", {}), ("who_holds", {}), ("preview", dict(gpu_memory_mb=1)),
+                            ("why_blocked", dict(gpu_memory_mb=1)), ("reserve", dict(gpu_memory_mb=1, ttl=60))):
+            assert "No GPU can be used" in text(asyncio.run(call_tool(own, name, given))), name
 
 
 def test_nothing_but_the_protocol_is_written(folder):

@@ -1,4 +1,5 @@
 "`cjm-resources --host` against a real sshd on loopback: hosts that answer, refuse, hang or lack the command"
+import asyncio
 import contextlib
 import getpass
 import json
@@ -15,6 +16,8 @@ from pathlib import Path
 import pytest
 from servers import free_port, need_program, running, wait_until
 
+from cjm_fasthtml_resources.core.ledger import Ledger
+from cjm_fasthtml_resources.core.store import Store, store_path
 from cjm_fasthtml_resources.hosts.ssh import ask_hosts, combine_hosts
 
 # What the account there runs, whatever it is asked for: the words of the client are in SSH_ORIGINAL_COMMAND
@@ -25,6 +28,8 @@ COMMANDS = {
     "other": "echo 'Welcome to other!'; echo '{{\"schema_version\": 99, \"version\": \"9.9\"}}'",
     "chatty": "echo Welcome!; {program} --simulate idle --json",
     "shy": "true",
+    "older": "{program} --simulate idle --json | sed 's/\"version\": \"[^\"]*\"/\"version\": \"0.0.9\"/'",
+    "agent": "exec {program} --simulate pair mcp",
     "fails": "echo 'Traceback …' >&2; echo 'StoreError: the file is locked' >&2; exit 74",
 }
 
@@ -87,7 +92,8 @@ class Sshd:
         keys |= {name: name for name in COMMANDS} | dict(kept="good")
         blocks = [f"Host {name}\n  HostName 127.0.0.1\n  HostKeyAlias {name}\n  User {getpass.getuser()}\n"
                   f"  Port {ports.get(name, self.port)}\n  IdentityFile {self.folder/keys[name]}\n"
-                  f"  IdentitiesOnly yes\n  UserKnownHostsFile {known}\n  GlobalKnownHostsFile /dev/null\n" for name in names]
+                  f"  IdentitiesOnly yes\n  UserKnownHostsFile {known}\n  GlobalKnownHostsFile /dev/null\n"
+                  for name in names]
         blocks[-1] += f"  ControlMaster auto\n  ControlPersist 2\n  ControlPath {self.folder}/%C\n"
         (self.folder/"config").write_text("\n".join(blocks))
         wrapper = self.folder/"bin"/"ssh"
@@ -113,11 +119,12 @@ def reasons(*hosts: str, timeout: float = 20) -> dict[str, str | None]:
 
 
 def test_each_trouble_is_a_sentence(sshd):
-    hosts = ("good", "without", "stranger", "changed", "unknown", "nobody", "other", "chatty", "shy", "fails")
+    hosts = ("good", "without", "stranger", "changed", "unknown", "nobody", "other", "chatty", "shy", "fails", "older")
     answers = {answer.host: answer for answer in ask_hosts(hosts, timeout=60)}
     assert answers["good"].sample is not None, answers["good"].reason
     assert answers["good"].sample.status.value == "external_busy"
     assert answers["good"].sample.simulated and answers["chatty"].sample.status.value == "available"
+    assert answers["older"].sample.gpu.notes[-1].startswith("It runs cjm-resources 0.0.9, and this machine")
     said = {host: answer.reason for host, answer in answers.items() if answer.sample is None}
     for host, words in dict(
             without="there is no such command there",
@@ -201,3 +208,25 @@ def test_nothing_is_left_running(sshd):
     threads = threading.active_count()
     reasons("good")
     assert threading.active_count() == threads
+
+
+def test_an_agent_asks_another_machine(sshd, monkeypatch):
+    "The server is started by ssh; when the connection is lost, it ends with what it has reserved"
+    mcp = pytest.importorskip("mcp", reason="no mcp: pip install '.[mcp]'")
+    monkeypatch.setenv("CJM_RESOURCES_DIR", str(sshd.folder))
+
+    def claims() -> int: return len(Ledger(Store(store_path())).claims())
+
+    async def run():
+        command = ["-c", f"echo $$ > {sshd.folder}/connection; exec ssh agent cjm-resources mcp"]
+        parameters = mcp.StdioServerParameters(command="sh", args=command, env={"PATH": os.environ["PATH"]})
+        with contextlib.suppress(Exception):   # the connection is lost
+            async with mcp.Client(mcp.stdio_client(parameters)) as client:
+                held = await client.call_tool("reserve", dict(gpu_memory_mb=4000, ttl=600))
+                found.append((held.is_error, claims()))
+                os.kill(int((sshd.folder/"connection").read_text()), signal.SIGKILL)
+                await asyncio.to_thread(wait_until, lambda: not claims())
+    found = []
+    asyncio.run(run())
+    assert found == [(False, 1)]
+    wait_until(lambda: not claims())

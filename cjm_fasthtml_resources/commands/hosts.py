@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PATIENCE', 'there_command', 'check_alone', 'looking_at']
 
-# %% ../../nbs/commands/hosts.ipynb #dbb5de72
+# %% ../../nbs/commands/hosts.ipynb #86972d3a
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
 
@@ -14,7 +14,7 @@ import click
 from ..core.samples import Sample
 from ..hosts.ssh import Hosts, check_host, combine_hosts
 
-# %% ../../nbs/commands/hosts.ipynb #f57de27a
+# %% ../../nbs/commands/hosts.ipynb #13012fdc
 def there_command(
     program: str,                  # as the shell there finds it
     apps: Sequence[int | str],     # of `--app`
@@ -31,7 +31,7 @@ def there_command(
     if driver_timeout != 5.0: words.append(f"--driver-timeout {driver_timeout:g}s")
     return " ".join(words)
 
-# %% ../../nbs/commands/hosts.ipynb #eb973c23
+# %% ../../nbs/commands/hosts.ipynb #d5c34269
 def check_alone(
     hosts: Sequence[str],       # of `--host`
     command: str | None,        # that follows, such as "wait"
@@ -44,7 +44,7 @@ def check_alone(
     try: return list(dict.fromkeys(map(check_host, hosts)))
     except ValueError as error: raise click.BadParameter(str(error), param_hint="--host") from None
 
-# %% ../../nbs/commands/hosts.ipynb #a3c426b1
+# %% ../../nbs/commands/hosts.ipynb #bf5f2b11
 PATIENCE = 2.0   # seconds for which `--watch` waits for a host that has not answered before
 
 @contextlib.contextmanager
