@@ -6,13 +6,14 @@
 __all__ = ['MOST', 'check_host', 'name_hosts', 'ssh_command', 'last_line', 'explain_end', 'Question', 'start', 'end_all',
            'find_reason', 'take_answer', 'read_until', 'Hosts', 'ask_hosts', 'combine_hosts']
 
-# %% ../../nbs/hosts/ssh.ipynb #050e5a65
+# %% ../../nbs/hosts/ssh.ipynb #a5c87950
 import contextlib
 import os
 import re
 import selectors
 import subprocess
 import tempfile
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Sequence
@@ -191,7 +192,7 @@ def read_until(
                 if key.data.closed: selector.unregister(key.fileobj)
             if left <= 0: return
 
-# %% ../../nbs/hosts/ssh.ipynb #d8f2a817
+# %% ../../nbs/hosts/ssh.ipynb #02a979e4
 class Hosts:
     "Hosts that are asked once, or again and again; in a `with` block, after which nothing of it runs"
     def __init__(
@@ -204,28 +205,36 @@ class Hosts:
         self.command, self.timeout = command, timeout
         self.asked: dict[str, Question] = {}      # those that have not answered yet
         self.last: dict[str, HostAnswer] = {}     # what each answered last
+        self._lock, self._is_over = threading.Lock(), False
 
     def __enter__(self) -> "Hosts": return self
     def __exit__(self, *error: object) -> None:
+        "End what runs, also if another thread waits for it"
+        self._is_over = True
+        while not self._lock.acquire(timeout=0.1):
+            for question in list(self.asked.values()): question.process.kill()
         end_all(self.asked.values())
         self.asked.clear()
+        self._lock.release()
 
     def look(
         self,
         patience: float | None = None,   # seconds for hosts that did not answer the last time; `None`: the limit
     ) -> list[HostAnswer]:
         "Ask each host, and return the answers in the order of the hosts"
-        for host in self.names.keys() - self.asked.keys(): self._ask(host)
-        until = time.monotonic() + (self.timeout if patience is None else patience)
-        read_until(self.asked.values(), lambda question: question.end if self._answered(question.host) else
-                   min(question.end, until))
-        self._take()
+        with self._lock:
+            for host in self.names.keys() - self.asked.keys(): self._ask(host)
+            until = time.monotonic() + (self.timeout if patience is None else patience)
+            read_until(self.asked.values(), lambda question: question.end if self._answered(question.host) else
+                       min(question.end, until))
+            self._take()
         return [self.last.get(host, HostAnswer(name, (), reason="it has not answered yet"))
                 for host, name in self.names.items()]
 
     def _answered(self, host: str) -> bool: return host in self.last and self.last[host].sample is not None
 
     def _ask(self, host: str) -> None:
+        if self._is_over: return
         found = start(host, self.command, self.timeout)
         if isinstance(found, Question): self.asked[host] = found
         else: self.last[host] = HostAnswer(self.names[host], (), reason=found)
@@ -238,6 +247,7 @@ class Hosts:
         for host in done: del self.asked[host]
         end_all(done.values())
 
+# %% ../../nbs/hosts/ssh.ipynb #6fb2f0a3
 def ask_hosts(
     hosts: Sequence[str],                     # as for `Hosts`, as what follows
     command: str = "cjm-resources --json",
