@@ -3,6 +3,7 @@ import asyncio
 import contextlib
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -16,12 +17,13 @@ from cjm_fasthtml_resources.core.endings import end_claim
 from cjm_fasthtml_resources.core.ledger import Ledger
 from cjm_fasthtml_resources.core.manager import ResourceManager
 from cjm_fasthtml_resources.core.store import Store, store_path
-from cjm_fasthtml_resources.simulate import SimulatedDriver
+from cjm_fasthtml_resources.simulate import SimulatedDriver, SimulatedGpu
 
 if find_spec("mcp") is None: pytest.skip("no mcp: pip install '.[mcp]'", allow_module_level=True)
 
 from mcp import Client, StdioServerParameters, stdio_client
 
+from cjm_fasthtml_resources.agents.foresee import foresee
 from cjm_fasthtml_resources.agents.held import OwnReservations
 from cjm_fasthtml_resources.agents.server import call_tool
 
@@ -153,6 +155,23 @@ def test_what_an_agent_reserved_ends_with_its_server(folder):
     (mine, theirs, both), refused, left = found
     assert both == [mine, theirs] and left == [mine] and "not a reservation of this agent" in refused
     wait_until(lambda: claims() == [])
+
+
+def test_what_is_foreseen_is_what_happens(folder):
+    "With random queues: a preview says yes exactly where the reservation is granted"
+    chosen, manager = random.Random(24), ResourceManager(app="agent", track_self=False)
+    with SimulatedDriver([SimulatedGpu(name="NVIDIA L4") for _ in range(3)]):
+        for _ in range(25):
+            queue = [manager.request(chosen.choice([2000, 8000, 20_000]), n=chosen.choice([1, 1, 2, 3]),
+                                     priority=chosen.choice([0, -5, 5]), memory_mb=chosen.choice([0, 64]))
+                     for _ in range(chosen.randrange(7))]
+            for request in queue: request.poll()
+            need = dict(gpu_memory_mb=chosen.choice([1000, 12_000, 22_000, "all"]), n=chosen.choice([1, 1, 2, 3]),
+                        priority=chosen.choice([0, -20, 19]), memory_mb=chosen.choice([0, 64]))
+            seen, request = foresee(manager, **need), manager.request(**need)
+            queue.append(request)
+            assert (request.poll() is not None) is seen.granted, (need, seen.why)
+            for request in queue: request.withdraw()
 
 
 def test_without_a_gpu_each_tool_says_so(folder):

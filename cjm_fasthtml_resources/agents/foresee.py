@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Foreseen', 'foresee']
 
-# %% ../../nbs/agents/foresee.ipynb #87bf19f8
+# %% ../../nbs/agents/foresee.ipynb #e9e25ef5
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -18,6 +18,7 @@ from ..core.process import this_process
 from ..core.queue import explain_waiting
 from ..core.ram_use import see_ram
 from ..core.requests import Asked, check_asked, check_priority, choose_devices
+from ..core.reservations import find_suiting
 from ..core.text import format_bytes
 from ..core.totals import name_devices
 
@@ -30,7 +31,7 @@ class Foreseen(NamedTuple):
     ahead: tuple[int, ...]           # IDs of the requests that wait now and come before it
     conflict: ResourceConflict       # the check of the GPUs at that moment
 
-# %% ../../nbs/agents/foresee.ipynb #f32cb9a5
+# %% ../../nbs/agents/foresee.ipynb #efb2be9b
 _LEASE = -1
 
 def _first(found: Sequence[Any]) -> Any: return found[0]
@@ -39,8 +40,9 @@ def _ask(asked: Asked, devices: Sequence[GpuDevice], claims: Sequence[Claim], pr
     "Return the claim that a reservation would enter"
     memory = asked.memory
     if asked.share: memory = int(asked.share*min((d.capacity for d in devices), default=0))
-    return Claim(max((c.id for c in claims), default=0) + 1, this_process(), memory, tuple(map(device_key, devices)),
-                 lease=_LEASE, count=asked.devices, beside=asked.beside, share=asked.share, priority=priority)
+    allowed = find_suiting({device_key(d): d for d in devices}, memory, this_process())
+    return Claim(max((c.id for c in claims), default=0) + 1, this_process(), memory, allowed, lease=_LEASE,
+                 count=asked.devices, beside=asked.beside, share=asked.share, priority=priority)
 
 def _before(mine: Claim, claims: Sequence[Claim]) -> tuple[int, ...]:
     "Return the requests that come first and want one of the same devices, or RAM as this one does"
@@ -66,20 +68,21 @@ def _wait_reason(manager: ResourceManager, mine: Claim, ram: int, conflict: Reso
         return f"There is room, which is kept for {ahead[-1]}: that one asked before it." if ahead else ""
     return explain_waiting(mine, conflict.allowed, ahead[-1] if ahead else None)
 
-# %% ../../nbs/agents/foresee.ipynb #125105af
+# %% ../../nbs/agents/foresee.ipynb #15cb365d
 def foresee(
     manager: ResourceManager,
     gpu_memory_mb: float | str | None,   # this and what follows: as for `ResourceManager.reserve`
     n: int = 1,
     memory_mb: float = 0,
     priority: int = 0,
+    device: int | str | None = None,
 ) -> Foreseen:
     """Return what a reservation would do now, without making one.
     Raises what `reserve` raises for an argument that is wrong, and `ResourceUnavailable` without a GPU"""
     asked, rank = check_asked(gpu_memory_mb, memory_mb, n), check_priority(priority)
     claims = [c for c in manager.get_claims() if c.device is not None or not c.is_suspended]   # read before the devices
     snapshot = manager.read(True)
-    devices = choose_devices(snapshot, None, asked.memory, manager.judge, asked.devices, this_process(),
+    devices = choose_devices(snapshot, device, asked.memory, manager.judge, asked.devices, this_process(),
                              asked.ram) if asked.devices else []
     mine = _ask(asked, devices, claims, rank)
     every = [*claims, mine]

@@ -34,17 +34,17 @@ from .held import OwnReservations
 # %% ../../nbs/agents/server.ipynb #26fcff2d
 _log = logging.getLogger(__name__)
 
-# %% ../../nbs/agents/server.ipynb #12a1870d
+# %% ../../nbs/agents/server.ipynb #a4ba2cb8
 _NEED: dict[str, Any] = dict(
     gpu_memory_mb=dict(type="number", minimum=1, description="MiB of GPU memory on each GPU"),
     n=dict(type="integer", minimum=1, description="how many GPUs together; 1 without it"),
-    memory_mb=dict(type="number", minimum=0, description="MiB of RAM, together with the GPUs or alone"))
+    memory_mb=dict(type="number", minimum=0, description="MiB of RAM, together with the GPUs or alone"),
+    device=dict(type="string", description="only this GPU: its place, such as cuda:1, or its UUID"))
 _ID: dict[str, Any] = dict(type="integer", minimum=1, description="the ID, as `queue` and `reserve` show it")
 _TTL: dict[str, Any] = dict(type="number", minimum=1,
                             description="seconds after which the reservation ends by itself, such as 600")
 _WAIT: dict[str, Any] = dict(type="number", minimum=0, maximum=3600,
                              description="seconds to wait in the queue for room; without it, it does not wait")
-_DEVICE: dict[str, Any] = dict(type="string", description="only this GPU: its place, such as cuda:1, or its UUID")
 
 # %% ../../nbs/agents/server.ipynb #4723dd3a
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ def _release(own: OwnReservations, **given: Any) -> Awaitable[Told]:
     found: Awaitable[Told] = in_thread(partial(own.release, **given))
     return found
 
-# %% ../../nbs/agents/server.ipynb #93e12a36
+# %% ../../nbs/agents/server.ipynb #3778772e
 TOOLS = (
     AgentTool("check", "Whether a GPU job could start on this machine now, who uses the memory if not, and how much "
               "is free on each GPU and in RAM. Reads only.", _reading(tell_check)),
@@ -85,7 +85,7 @@ TOOLS = (
               "have, as the user who started this server. It ends after ttl seconds, by release, or with this "
               "server. To run a program, the shell command `cjm-resources wait --gpu-memory SIZE -- COMMAND` is "
               "better: it reserves for just as long as the program runs.", _reserve,
-              {**_NEED, "ttl": _TTL, "timeout": _WAIT, "device": _DEVICE}, ("ttl",), True),
+              {**_NEED, "ttl": _TTL, "timeout": _WAIT}, ("ttl",), True),
     AgentTool("release", "CHANGES the machine's queue: gives back a reservation that this agent made, by its id. Those "
               "of others cannot be released. No program is stopped.", _release, {"id": _ID}, ("id",), True),
 )
