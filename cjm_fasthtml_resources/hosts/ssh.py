@@ -6,7 +6,7 @@
 __all__ = ['MOST', 'check_host', 'name_hosts', 'ssh_command', 'last_line', 'explain_end', 'Question', 'start', 'end_all',
            'find_reason', 'take_answer', 'read_until', 'Hosts', 'ask_hosts', 'combine_hosts']
 
-# %% ../../nbs/hosts/ssh.ipynb #a5c87950
+# %% ../../nbs/hosts/ssh.ipynb #32948107
 import contextlib
 import os
 import re
@@ -26,7 +26,7 @@ from ..core.text import printable
 from .combine import HostAnswer, combine
 from .reading import read_sample
 
-# %% ../../nbs/hosts/ssh.ipynb #c599d4ab
+# %% ../../nbs/hosts/ssh.ipynb #3972cc16
 _HOST = re.compile(r"(ssh://)?([A-Za-z0-9_][\w.+@-]*@)?([A-Za-z0-9_:][\w.:%-]*|\[[\w:.%]+\](:\d+)?)", re.ASCII)
 
 def check_host(
@@ -38,14 +38,14 @@ def check_host(
     rule = "must not begin with a dash" if dash else "must be HOST, USER@HOST or an ssh:// address"
     raise ValueError(f"a host {rule}, not {shorten(text)}")
 
-# %% ../../nbs/hosts/ssh.ipynb #0d18689e
+# %% ../../nbs/hosts/ssh.ipynb #02130109
 def name_hosts(hosts: Sequence[str]) -> list[str]:
     "Return the names under which hosts are shown"
     short = [host.removeprefix("ssh://").rpartition("@")[2] for host in hosts]
     often = Counter(short)
     return [name if often[name] == 1 else host for name, host in zip(short, hosts, strict=True)]
 
-# %% ../../nbs/hosts/ssh.ipynb #32263021
+# %% ../../nbs/hosts/ssh.ipynb #c24fcd34
 def ssh_command(
     host: str,
     command: str,      # that is run there, by the user's shell
@@ -53,11 +53,12 @@ def ssh_command(
 ) -> list[str]:
     "Return the command that asks a host"
     settings = dict(BatchMode="yes", ConnectTimeout=max(round(timeout*0.7), 1), ClearAllForwardings="yes",
+                    ServerAliveInterval=max(round(timeout), 1), ServerAliveCountMax=1,   # if this process is killed
                     RemoteCommand="none", LogLevel="ERROR")
     options = [word for name, value in settings.items() for word in ("-o", f"{name}={value}")]
     return ["ssh", "-T", "-a", "-x", *options, "--", check_host(host), command]
 
-# %% ../../nbs/hosts/ssh.ipynb #ab6805fd
+# %% ../../nbs/hosts/ssh.ipynb #9490d647
 _BY_SSH = (
     (r"IDENTIFICATION HAS CHANGED|host key for .* has changed",
      "its host key is another one than ssh knows. If the machine was set up again, remove the old one with "
@@ -79,7 +80,7 @@ def last_line(
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     return shorten(printable(lines[-1]))[1:-1].rstrip(".") if lines else "it gave no reason"
 
-# %% ../../nbs/hosts/ssh.ipynb #56b8c16a
+# %% ../../nbs/hosts/ssh.ipynb #b039c9df
 def explain_end(
     host: str,
     code: int,      # with which `ssh` ended; of a signal, less than 0
@@ -96,7 +97,7 @@ def explain_end(
     if code < 0: return f"ssh was ended by signal {-code}"
     return f"cjm-resources there ended with exit code {code}: {said}" if code else None
 
-# %% ../../nbs/hosts/ssh.ipynb #1aace2e8
+# %% ../../nbs/hosts/ssh.ipynb #96f8f922
 MOST = 2**24   # bytes of an answer
 
 class Question:
@@ -124,7 +125,7 @@ class Question:
         self.out += data
         self.closed = not data or len(self.out) > MOST
 
-# %% ../../nbs/hosts/ssh.ipynb #4f25c029
+# %% ../../nbs/hosts/ssh.ipynb #235ea80a
 def start(
     host: str,
     command: str,
@@ -155,7 +156,7 @@ def end_all(
     for question in found:
         for file in (question.errors, question.output): file.close()
 
-# %% ../../nbs/hosts/ssh.ipynb #fa44837d
+# %% ../../nbs/hosts/ssh.ipynb #c67b0067
 def find_reason(
     question: Question,   # that has its answer, or whose time is over
 ) -> str | None:
@@ -176,7 +177,7 @@ def take_answer(
     try: return HostAnswer(name, (), read_sample(question.out.decode(errors="replace")))
     except ValueError as error: return HostAnswer(name, (), reason=str(error))
 
-# %% ../../nbs/hosts/ssh.ipynb #0898303b
+# %% ../../nbs/hosts/ssh.ipynb #77bde468
 def read_until(
     questions: Collection[Question],
     wait: Callable[[Question], float],   # until when one is waited for, by `time.monotonic()`
@@ -192,7 +193,7 @@ def read_until(
                 if key.data.closed: selector.unregister(key.fileobj)
             if left <= 0: return
 
-# %% ../../nbs/hosts/ssh.ipynb #02a979e4
+# %% ../../nbs/hosts/ssh.ipynb #b144e71b
 class Hosts:
     "Hosts that are asked once, or again and again; in a `with` block, after which nothing of it runs"
     def __init__(
@@ -247,7 +248,7 @@ class Hosts:
         for host in done: del self.asked[host]
         end_all(done.values())
 
-# %% ../../nbs/hosts/ssh.ipynb #6fb2f0a3
+# %% ../../nbs/hosts/ssh.ipynb #b8604906
 def ask_hosts(
     hosts: Sequence[str],                     # as for `Hosts`, as what follows
     command: str = "cjm-resources --json",
@@ -256,7 +257,7 @@ def ask_hosts(
     "Ask all hosts once, and return each one's answer in this order"
     with Hosts(hosts, command, timeout) as asked: return asked.look()
 
-# %% ../../nbs/hosts/ssh.ipynb #294bf0d4
+# %% ../../nbs/hosts/ssh.ipynb #b29096c4
 def combine_hosts(
     answers: Sequence[HostAnswer],
 ) -> Sample:
