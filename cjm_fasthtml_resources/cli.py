@@ -14,7 +14,7 @@ import sys
 from collections.abc import Callable
 from functools import partial
 from importlib import import_module
-from typing import Any
+from typing import Any, NoReturn
 
 import click
 
@@ -53,7 +53,8 @@ def __getattr__(name: str) -> Any:
 
 # %% ../nbs/cli.ipynb #83c0dee4
 # each is in a module of `commands`
-COMMANDS = ("wait", "run", "queue", "release", "cancel", "needs", "record", "history", "report", "serve", "share")
+COMMANDS = ("wait", "run", "queue", "release", "cancel", "needs", "record", "history", "report", "serve", "share",
+            "mcp")
 
 def find_command(name: str) -> Command:
     "Return a command, whose module is imported now"
@@ -126,6 +127,11 @@ def _show(look: Callable[[], Sample], watch: bool, as_json: bool, top: int, inte
     if as_json or not sys.stdout.isatty(): watch_lines(look, partial(print_sample, as_json=as_json, top=top), interval)
     return watch_screen(look, Settings(interval, top))
 
+# %% ../nbs/cli.ipynb #1826e088
+def _end(answer: Sample, as_exit_code: bool) -> NoReturn:
+    gc.freeze()   # or Python searches all that was imported once more before it ends
+    sys.exit(EXIT_CODES[answer.status] if as_exit_code else 0)
+
 # %% ../nbs/cli.ipynb #f1f6c954
 @click.group(cls=Commands, invoke_without_command=True, epilog=_EXAMPLES,
              context_settings=dict(help_option_names=["-h", "--help"], max_content_width=100))
@@ -149,10 +155,17 @@ def _show(look: Callable[[], Sample], watch: bool, as_json: bool, top: int, inte
               help="Look at a simulated machine: idle, shared, pair, eight-h100, mig, mig-shared, two-cards, spark, "
                    "jetson, laptop, slow-start, container, wsl, lost, a real machine's state such as h200-mig-load, "
                    "or a .json file: a scenario, or a report of tests/gpu/run.py.")
+@click.option("--host", "hosts", multiple=True, metavar="HOST",
+              help="Show this machine instead, asked through ssh: HOST or USER@HOST. Repeat it for more.")
+@click.option("--host-timeout", default="10s", show_default=True, callback=converted(parse_positive),
+              metavar="TIME", help="How long each host may take for its answer.")
+@click.option("--host-command", default="cjm-resources", show_default=True, metavar="COMMAND",
+              help="How the command is called there, such as /opt/venv/bin/cjm-resources.")
 @click.version_option(__version__, prog_name="cjm-resources")
 @click.pass_context
 def main(context: click.Context, apps: list[int | str], as_json: bool, watch: bool, interval: float, top: int,
-         threshold: float, as_exit_code: bool, driver_timeout: float, wake: bool, simulate: str | None) -> None:
+         threshold: float, as_exit_code: bool, driver_timeout: float, wake: bool, simulate: str | None,
+         hosts: tuple[str, ...], host_timeout: float, host_command: str) -> None:
     """Who holds this machine's GPU memory and RAM, and could a job start now?
 
     Exits with 0 after the check, whatever it finds (see --exit-code); with 2 when an argument is wrong.
@@ -160,10 +173,15 @@ def main(context: click.Context, apps: list[int | str], as_json: bool, watch: bo
     _open_standard()
     if isinstance(sys.stdout, io.TextIOWrapper): sys.stdout.reconfigure(errors="replace")  # a terminal without Unicode
     context.obj = machine = Machine(simulate, driver_timeout)
+    if hosts:
+        from cjm_fasthtml_resources.commands.hosts import check_alone, looking_at, there_command
+        there = there_command(host_command, apps, threshold, wake, driver_timeout)
+        alone = check_alone(hosts, context.invoked_subcommand, simulate)
+        with looking_at(alone, there, host_timeout, watch) as look: answer = _show(look, watch, as_json, top, interval)
+        _end(answer, as_exit_code)
     if context.invoked_subcommand: return
     manager = make_manager(apps, threshold, machine)
     with simulated_machine(simulate, manager) as simulated:
         register_apps(manager, apps)
         answer = _show(partial(look_once, manager, simulated, wake, watch), watch, as_json, top, interval)
-    gc.freeze()   # or Python searches all that was imported once more before it ends
-    sys.exit(EXIT_CODES[answer.status] if as_exit_code else 0)
+    _end(answer, as_exit_code)

@@ -65,8 +65,9 @@ def test_what_is_typed_in_a_shell_is_a_command(path):
                 assert all(known), (path.name, words)
             files = [word for word in rest if word.endswith(".py") and "/" in word]
             assert all((ROOT/file).is_file() for file in files), (path.name, words)
-        # the first is run by test_cluster.py; the second needs a container's engine, the last two are the system's
-        else: assert program in ("dask", "docker", "echo", "groupadd", "usermod"), (path.name, words)
+        # the first is run by test_cluster.py, the second is an agent, the third needs a container's engine, and the
+        # last two are the system's
+        else: assert program in ("dask", "claude", "docker", "echo", "groupadd", "usermod"), (path.name, words)
 
 
 def test_a_command_that_is_none_would_be_found():
@@ -78,25 +79,36 @@ LINES = [line for path in PAGES for block in blocks(path, "sh") for line in bloc
 TYPED = sorted({line.partition(" #")[0].strip() for line in LINES if re.match(r"(\w+=\S+ )?cjm-resources", line)})
 
 
+# `ssh` that leads to a simulated machine
+PRETENDED_SSH = """#!/bin/sh
+while [ "$1" != -- ]; do shift; done
+exec sh -c "$3 --simulate idle"
+"""
+
+
 @pytest.mark.parametrize("line", TYPED)
 def test_a_command_in_a_block_runs(line, tmp_path):
     "On a simulated idle machine where it names none; what goes on until Ctrl-C gets it"
     (tmp_path/"train.py").write_text("print('trained')")
-    command = line if "--simulate" in line else line.replace("cjm-resources", "cjm-resources --simulate idle", 1)
+    (tmp_path/"ssh").write_text(PRETENDED_SSH)
+    (tmp_path/"ssh").chmod(0o700)
+    is_whole = "--simulate" in line or "--host " in line
+    command = line if is_whole else line.replace("cjm-resources", "cjm-resources --simulate idle", 1)
     endless = "--watch" in line or " serve" in line or line.endswith(" record")
     if " serve" in line: command += " --port 0"
     if line.endswith(" record"): command += " --file history.sqlite3"   # what is simulated needs a file of its own
     if endless and "=" not in command.split()[0]: command = f"exec {command}"
-    programs = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    programs = os.pathsep.join([str(tmp_path), str(Path(sys.executable).parent), os.environ["PATH"]])
     env = {**os.environ, "PATH": programs, "CJM_RESOURCES_DIR": str(tmp_path/"state"), "PYTHONUNBUFFERED": "1"}
-    with subprocess.Popen(["sh", "-c", command], env=env, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                          text=True, start_new_session=True) as process:
+    with subprocess.Popen(["sh", "-c", command], env=env, cwd=tmp_path, stdin=subprocess.DEVNULL,
+                          stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True) as process:
         if endless:
             shown = process.stdout.readline()
             os.killpg(process.pid, signal.SIGINT)
         out, err = process.communicate(timeout=60)
     if endless: out = shown + out
-    assert "Traceback" not in err and (out + err or "/dev/null" in line), err
+    silent = "/dev/null" in line or line.endswith(" mcp")   # which has nobody to talk to
+    assert "Traceback" not in err and (out + err or silent), err
     if "train.py" in line and "shared" not in line: assert out.strip() == "trained" and process.returncode == 0
     elif not endless and "exit" not in line and "shared" not in line: assert process.returncode == 0, err
 

@@ -98,7 +98,7 @@ def provide(package: str, *programs: str) -> None:
 def unpack(package: str, *programs: str) -> None:
     "A program of a Debian package in .venvs/debian, without being root; installed, it would be started as a service"
     folder = VENVS/"debian"
-    if any(map(shutil.which, programs)) or (folder/"usr"/"sbin"/package).exists(): return
+    if any(map(shutil.which, programs)) or any((folder/"usr"/"sbin"/name).exists() for name in programs): return
     folder.mkdir(parents=True, exist_ok=True)
     quiet = dict(cwd=folder, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     if shutil.which("apt-get") and os.geteuid() == 0: subprocess.run(["apt-get", "update", "-qq"], **quiet)
@@ -123,10 +123,11 @@ def development() -> list[Step]:
     provide("chromium", "chromium", "chromium-browser", "google-chrome")
     provide("prometheus", "prometheus")
     unpack("nginx", "nginx", "/usr/sbin/nginx")
+    unpack("openssh-server", "sshd", "/usr/sbin/sshd")
     provide("strace", "strace")
     provide("spin", "spin")
     provide("gcc", "cc", "gcc")   # spin writes a program in C
-    programs = environment("dev", "-e", ".[dev,web,prometheus,cluster,browser,servers,notify]")
+    programs = environment("dev", "-e", ".[dev,web,prometheus,cluster,browser,servers,notify,mcp]")
     before = contents()
     # what makes the pages needs Python 3.11; with 3.10 all else is tested
     site = [run("site", programs, "python", "tools/docs.py")] if sys.version_info >= (3, 11) else []

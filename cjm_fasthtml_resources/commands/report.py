@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['report_lines']
 
-# %% ../../nbs/commands/report.ipynb #75e09dce
+# %% ../../nbs/commands/report.ipynb #94f83345
 import json
 import os
 import time
@@ -24,7 +24,7 @@ from ..ui.terminal import Column, make_table
 from .ending import fail
 from .options import Command, converted, parse_positive
 
-# %% ../../nbs/commands/report.ipynb #52d15fef
+# %% ../../nbs/commands/report.ipynb #caeaa239
 def _columns(heading: str) -> Sequence[Column[Used]]:
     return (Column(heading, lambda used: used.name or "not known", shrinks=True, least=10),
             Column("GPU-hours", lambda used: f"{used.gpu_hours:.1f}", "right"),
@@ -42,13 +42,13 @@ def report_lines(
         yield ()
         yield from make_table(_columns(by), [sum_up(rows, by)], width, top)
 
-# %% ../../nbs/commands/report.ipynb #c6e909ee
+# %% ../../nbs/commands/report.ipynb #28abeece
 _EXAMPLES = """\b
 Examples:
   cjm-resources report --since 7d
   cjm-resources report --since 30d --json"""
 
-# %% ../../nbs/commands/report.ipynb #16061132
+# %% ../../nbs/commands/report.ipynb #bf8af5fa
 @click.command("report", cls=Command, epilog=_EXAMPLES)
 @click.option("--since", default="7d", show_default=True, callback=converted(parse_positive), metavar="TIME",
               help="How far back to look, such as 24h or 30d.")

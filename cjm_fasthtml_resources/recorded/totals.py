@@ -5,21 +5,21 @@
 # %% auto #0
 __all__ = ['By', 'BY', 'time_there', 'Used', 'sum_up', 'unused_hours', 'recorded_hours']
 
-# %% ../../nbs/recorded/totals.ipynb #2f2c0f77
+# %% ../../nbs/recorded/totals.ipynb #1b4681fb
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from typing import Literal, NamedTuple
 
 from .rows import Place, Row, Share
 
-# %% ../../nbs/recorded/totals.ipynb #03e9f99e
+# %% ../../nbs/recorded/totals.ipynb #888f64bf
 def time_there(
     shares: Iterable[Share],   # of one user or program, on one GPU
 ) -> float:  # from 0 to 1
     "Return for which part of a row's time the longest of these had memory"
     return max((min(share.memory/share.most, 1.0) for share in shares if share.most), default=0.0)
 
-# %% ../../nbs/recorded/totals.ipynb #c951be37
+# %% ../../nbs/recorded/totals.ipynb #0a24cf0e
 By = Literal["user", "program"]
 BY: tuple[By, ...] = ("user", "program")
 
@@ -48,7 +48,7 @@ def sum_up(
             if place.key != "ram": _add_place(place, row.seconds/3600, by, sums)
     return sorted((Used(name, *sum_) for name, sum_ in sums.items()), key=lambda used: -used.gib_hours)
 
-# %% ../../nbs/recorded/totals.ipynb #2b965a8c
+# %% ../../nbs/recorded/totals.ipynb #7b44602d
 def unused_hours(rows: Iterable[Row]) -> float:
     "Return the GiB-hours that were reserved on GPUs, and not in use"
     return sum(place.promised*row.seconds for row in rows for place in row.places if place.key != "ram")/2**30/3600

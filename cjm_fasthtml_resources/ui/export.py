@@ -46,7 +46,7 @@ def _device(d: DeviceStatus) -> dict[str, Any]:
 # %% ../../nbs/ui/export.ipynb #643ed4ad
 def _memory(m: MemoryStatus) -> dict[str, Any]:
     return dict(asdict(m.memory), app_memory=m.app_memory, external_memory=m.external_memory,
-                left_out=m.left_out, processes=[_process(p) for p in m.processes])
+                left_out=m.left_out, promised=m.promised, processes=[_process(p) for p in m.processes])
 
 # %% ../../nbs/ui/export.ipynb #79fc5035
 _WORKER_FIELDS = ("pid", "worker_type", "status", "job_id", "plugin_id", "plugin_name",

@@ -193,6 +193,7 @@ def _device(d: DeviceStatus) -> _Resource:
 
 def _ram(m: MemoryStatus, status: ResourceStatus) -> _Resource:
     name = "control group's limit" if m.memory.cgroup else "this machine"
+    if m.memory.machines > 1: name = f"{m.memory.machines} machines"
     swap = f"{format_bytes(m.memory.swap_used)} swap" if m.memory.swap_used else ""
     return _Resource("RAM", name, status, m.shares, m.memory.used, m.memory.total, swap)
 
