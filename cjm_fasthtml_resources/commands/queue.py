@@ -61,6 +61,9 @@ def _state(row: QueueRow) -> str:
     if row.state == "waiting": return "waits" if row.behind is None else f"waits behind {row.behind}"
     return "held" if row.unused_seconds is None else "not used yet" if not row.most_used else "not in use"
 
+def _user(row: QueueRow) -> str:
+    return " in ".join(name for name in (row.user, row.container) if name)
+
 def _used(row: QueueRow) -> str:
     return "" if row.state == "waiting" else "?" if row.used is None else format_bytes(row.used)
 
@@ -73,7 +76,7 @@ _QUEUE_COLUMNS: Sequence[Column[QueueRow]] = (
     Column("state", _state),
     Column("for", lambda row: format_wait(row.seconds), "right"),
     Column("PID", lambda row: str(row.pid), "right", leaves=2),
-    Column("user", lambda row: row.user or "", leaves=1),
+    Column("user", _user, leaves=1),
     Column("app", lambda row: row.app, leaves=3),
     Column("process", lambda row: row.process or "", shrinks=True, least=10))
 
@@ -105,7 +108,8 @@ def command(machine: Machine, as_json: bool, app: str | None) -> None:
 
     Each row has an ID, for cjm-resources release and cancel. "Used" is the part of a reservation that is in use now, or
     "?" where not every process is seen. Below the table stands why each request waits, behind whom, and which
-    reservation is larger than what was seen in use.
+    reservation is larger than what was seen in use. With the user of a program in another container stands its host
+    name.
 
     Exits with 74 when the shared file cannot be used, 2 when there is no such app.
     """

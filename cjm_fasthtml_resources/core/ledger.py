@@ -18,6 +18,7 @@ from operator import attrgetter
 from typing import Any, NamedTuple
 
 from .claims import Claim, DeviceUse, asks_for_ram, drop, grant, is_ram, move, observe
+from .containers import host_name
 from .events import WAIT_BUCKETS, Events
 from .forks import reset_in_child
 from .leases import Leases, hides_any
@@ -385,7 +386,7 @@ def _enter(
     "Return the ledger after `grant`; requests of suspended processes are passed over"
     before, now = list(rows.claims), machine_time()
     if asked:
-        receipt = Receipt(machine_user(), now, asked=asked.memory)
+        receipt = Receipt(machine_user(), now, asked=asked.memory, host=host_name())
         before.append(replace(asked, id=rows.last_id + 1, space=pid_namespace(), receipt=receipt))
     current = [replace(c, allowed=tuple(allowed[c.lease])) if c.lease in allowed else c for c in before]
     asleep = {c.id: c for c in current if c.device is None and c.is_suspended}

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from .claims import Claim, DeviceUse, find_pools, observe
 from .devices import device_key
 from .explain import explain_shortage
+from .places import find_container
 from .receipts import Receipt
 from .resources import DeviceStatus
 
@@ -35,6 +36,7 @@ class QueueRow:
     unused_seconds: float | None = None   # since it was first seen unused, if it was not seen in use after that
     behind: int | None = None      # the ID of the request before it, for one of the same devices
     why: str = ""                  # why it waits, or what its holder should know, in a sentence
+    container: str | None = None   # another one than this process's: the host name that it has
 
 # %% ../../nbs/core/queue.ipynb #b8c93660
 def find_ahead(
@@ -95,6 +97,6 @@ def queue_rows(
         places = tuple(ids.get(key, key) for key in (c.allowed if c.device is None else (c.device,)))
         return QueueRow(c.id, "waiting" if waits else "held", places, c.memory, c.count, c.holder.pid, *name(c), c.app,
                         _since(receipt.asked_at if waits else receipt.since, now), used.get(c.id), receipt.asked,
-                        receipt.most_used, _since(receipt.unused_since, now), ahead, why)
+                        receipt.most_used, _since(receipt.unused_since, now), ahead, why, find_container(c))
 
     return [row(c) for c in (*(c for c in observe(claims, uses, now) if c.device is not None), *waiting)]
