@@ -6,6 +6,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from conftest import COMMAND, DRIVER, GIB, wait_until
 
 from cjm_fasthtml_resources import ResourceManager
 from cjm_fasthtml_resources.core.endings import end_claim
+from cjm_fasthtml_resources.core.learned import JobRun, need_key
 from cjm_fasthtml_resources.core.ledger import Ledger, Rows, from_bytes, to_bytes
 from cjm_fasthtml_resources.core.reservations import ReservationOver
 from cjm_fasthtml_resources.core.store import Store, store_path
@@ -281,3 +283,24 @@ def test_a_program_without_receipts_leaves_them_where_they_are(rig, monkeypatch)
     monkeypatch.undo()
     assert from_bytes(again) == rows and rows.claims[0].receipt.asked == 16*GIB
     assert holder.poll() is None
+
+
+def test_a_request_knows_when_it_is_expected_to_start(rig):
+    "By how long the holder's command took before; behind a request of unknown length it is not known"
+    for seconds in (600.0, 1800.0):
+        needs = ResourceManager(app="train", track_self=False).needs
+        needs.record(JobRun(need_key("train.py"), time.time(), seconds))
+        needs.write()
+    script = "echo ready; read line"
+    words = ["run", "--app", "train", "--name", "train.py", "--gpu-memory", "16GiB", "--", "sh", "-c", script]
+    pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    with subprocess.Popen([*rig.words["command"], *words], env=rig.env, **pipes) as process:
+        assert process.stdout.readline() == "ready\n"
+        rig.wait("train", 20)
+        rig.wait("speech", 20)
+        _, first, second = rig.rows()
+        least, most = first["starts"]
+        assert 400 < least <= 600 and 1600 < most <= 1800 and second["starts"] is None
+        text = " ".join(rig.run("queue").stdout.split())
+        assert re.search(r"expected to start in \d+ to \d+ minutes", text) and "When it starts is not known" in text
+        process.communicate("\n", timeout=30)

@@ -6,6 +6,7 @@ import itertools
 import json
 import os
 import random
+import re
 import select
 import shutil
 import subprocess
@@ -19,6 +20,7 @@ from typing import Any, NamedTuple
 import pytest
 
 import cjm_fasthtml_resources
+from cjm_fasthtml_resources.core.process import pid_namespace
 
 ROOT = Path(cjm_fasthtml_resources.__file__).parents[1]
 SECONDS = float(os.environ.get("SHARE_SECONDS", "10"))
@@ -117,8 +119,9 @@ PROGRAM = """if True:
         return "granted"
     def release(): return [one.release() for one in held]
     def claims(): return [c.memory//2**20 for c in use().get_claims()]
-    def promises(): return [[p.owner, p.app, p.memory//2**20, p.pid > 0] for d in use().check_gpu_availability().devices
-                            for p in d.promises]
+    def promises(): return [[p.owner, p.app, p.memory//2**20, p.pid > 0, p.username, p.container is not None]
+                            for d in use().check_gpu_availability().devices for p in d.promises]
+    def sentence(): return use().check_gpu_availability().message
     def work(): return use().register_worker(os.getpid(), "llm", "job") and None
     def workers(): return len(use().get_all_workers())
     def attack():
@@ -180,7 +183,10 @@ def test_what_one_has_reserved_is_external_for_all_others_and_stays_its_own(mach
     if place.rootless and not can_be_rootless(machine): pytest.skip("this kernel gives users no namespaces")
     holder, other = program(HOSTS[0], "speech"), program(place, "llm")
     assert holder.do("reserve", 20_000) == "granted"
-    assert other.do("promises") == [["external", "speech", 20_000, not place.container]]   # no number of elsewhere
+    user = None if place.rootless else f"UID {ALICE}"   # a rootless container knows no number of another user
+    (*promise, name, container), = other.do("promises")
+    assert promise == ["external", "speech", 20_000, not place.container]   # no number of elsewhere
+    assert name in (user, f"UID {ALICE}") and container == (place.container and pid_namespace() is not None)
     assert "ResourceBusy" in other.do("reserve", 5_000)
     assert other.do("attack") == "nothing was done"
     assert holder.do("claims") == other.do("claims") == [20_000]
@@ -191,6 +197,15 @@ def test_what_one_has_reserved_is_external_for_all_others_and_stays_its_own(mach
     assert holder.do("reserve", TOTAL - 1_000) == "granted"
     holder.end()                      # however it ends
     assert other.do("reserve", TOTAL - 1_000) == "granted"
+
+
+@pytest.mark.parametrize("place", [HOSTS[0], CONTAINERS[1]], ids=lambda place: place.name)
+def test_a_reservation_names_its_user_and_its_container(program, place):
+    holder, other = program(CONTAINERS[0], "whisper"), program(place, "llm")
+    assert holder.do("reserve", 20_000) == "granted"
+    assert other.do("promises") == [["external", "whisper", 20_000, False, f"UID {BOB}", True]]
+    name, user = re.escape(os.uname().nodename), f"UID {BOB}"
+    assert re.search(rf"a process in the container {name} \(user {user}\) of the app whisper", other.do("sentence"))
 
 
 def test_a_reservation_for_another_process_is_nobody_elses_to_end(machine, program):

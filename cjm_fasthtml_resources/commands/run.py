@@ -14,6 +14,7 @@ import click
 from ..core.manager import ResourceManager
 from ..running import tries
 from ..running.child import CannotRun, Ended
+from ..running.first import end_by_signals
 from ..running.names import name_command
 from . import options
 from .ending import end_as, fail, failing, say
@@ -66,7 +67,7 @@ def command(machine: Machine, gpu_memory: float | str | None, ram: float, gpus: 
                           ram/2**20, retries, device, timeout, env_by_index, shows_progress(), gpus,
                           priority)
     ended = Ended(-signal.SIGINT, signals=(signal.SIGINT,))   # Ctrl-C before there is a command
-    with contextlib.suppress(KeyboardInterrupt), failing():
+    with contextlib.suppress(KeyboardInterrupt), end_by_signals(), failing():
         manager = ResourceManager(track_self=False, app=app, gpu_timeout=machine.driver_timeout)
         with simulated_machine(machine.simulate, manager):
             try: ended = tries.run_tries(manager, wanted, say)

@@ -337,7 +337,11 @@ def promises_on(
 ) -> tuple[Promise, ...]:
     "Return what is reserved on a device"
     use = next((use for use in uses if use.device.id == device.id), None)
-    return find_promises(use, claims, app) if use else ()
+    promises = find_promises(use, claims, app) if use else ()
+    if all(p.owner == "app" for p in promises): return promises
+    from cjm_fasthtml_resources.core.places import name_places  # where others reserve
+
+    return name_places(promises, claims)
 
 def count_reported(workers: Workers) -> int:
     "Return the bytes that living workers report"
@@ -368,8 +372,13 @@ def find_waiting(
         owner = owner_of(claim, app)
         ram = max((size for _, size in claim.beside), default=0)
         since = claim.receipt and claim.receipt.asked_at
+        container = None
+        if claim.space != pid_namespace():
+            from cjm_fasthtml_resources.core.places import find_container, find_username  # where others wait
+
+            names, container = (None, find_username(claim)), find_container(claim)
         return Waiting(number_here(claim), owner, claim.memory, position, suits, claim.app, *names, ram, claim.priority,
-                       claim.id, since)
+                       claim.id, since, container)
 
     return tuple(row(position, claim) for position, claim in enumerate(waiting, 1))
 

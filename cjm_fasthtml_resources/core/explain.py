@@ -85,7 +85,9 @@ def reservation_causes(
                             + (f" of the app {p.app}" if p.owner == "external" else "")) for p, device in rows]
 
 def _name_holder(promise: Promise) -> str:
-    return f"PID {promise.pid}" if promise.pid else "a process of another PID namespace"
+    elsewhere = f"in the container {promise.container}" if promise.container else "of another PID namespace"
+    holder = f"PID {promise.pid}" if promise.pid else f"a process {elsewhere}"
+    return f"{holder} (user {promise.username})" if promise.username else holder
 
 def name_processes(
     devices: Iterable[DeviceStatus],

@@ -17,6 +17,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 from .claims import Claim, DeviceUse, asks_for_ram, drop, grant, is_ram, move, observe
+from .containers import host_name
 from .events import WAIT_BUCKETS, Events
 from .forks import reset_in_child
 from .leases import hides_any
@@ -424,7 +425,7 @@ def _enter(
     "Return the ledger after `grant`; requests of suspended processes are passed over"
     before, now = list(rows.claims), machine_time()
     if asked:
-        receipt = Receipt(machine_user(), now, asked=asked.memory)
+        receipt = Receipt(machine_user(), now, asked=asked.memory, host=host_name())
         before.append(replace(asked, id=rows.last_id + 1, space=pid_namespace(), receipt=receipt))
     current = [_choose_again(c, allowed) for c in before]
     def is_asleep(claim: Claim) -> bool: return claim.id <= rows.last_id and claim.is_suspended   # a new one asks now

@@ -6,12 +6,13 @@
 __all__ = ['QueueRow', 'find_ahead', 'explain_waiting', 'find_used', 'queue_rows']
 
 # %% ../../nbs/core/queue.ipynb #87bb5322
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from .claims import Claim, DeviceUse, find_pools, observe
 from .devices import device_key
 from .explain import explain_shortage
+from .places import find_container
 from .receipts import Receipt
 from .resources import DeviceStatus
 
@@ -35,6 +36,8 @@ class QueueRow:
     unused_seconds: float | None = None   # since it was first seen unused, if it was not seen in use after that
     behind: int | None = None      # the ID of the request before it, for one of the same devices
     why: str = ""                  # why it waits, or what its holder should know, in a sentence
+    container: str | None = None   # another one than this process's: the host name that it has
+    starts: tuple[float, float] | None = None   # seconds until it is expected to start; `None`: not known, or held
 
 # %% ../../nbs/core/queue.ipynb #b8c93660
 def find_ahead(
@@ -82,6 +85,7 @@ def queue_rows(
     now: float,                             # by `machine_time()`
     name: Callable[[Claim], tuple[str | None, str | None]] = _nothing_known,   # the holder's process, and the user
     suspended: Collection[int] = (),        # IDs of requests whose processes are suspended
+    starts: Mapping[int, tuple[float, float]] = {},   # of `expected_starts`
 ) -> list[QueueRow]:  # reservations first
     "Return a row for each reservation, and then for each request that waits"
     devices, used = list(devices), find_used(uses, claims)
@@ -95,6 +99,7 @@ def queue_rows(
         places = tuple(ids.get(key, key) for key in (c.allowed if c.device is None else (c.device,)))
         return QueueRow(c.id, "waiting" if waits else "held", places, c.memory, c.count, c.holder.pid, *name(c), c.app,
                         _since(receipt.asked_at if waits else receipt.since, now), used.get(c.id), receipt.asked,
-                        receipt.most_used, _since(receipt.unused_since, now), ahead, why)
+                        receipt.most_used, _since(receipt.unused_since, now), ahead, why, find_container(c),
+                        starts.get(c.id))
 
     return [row(c) for c in (*(c for c in observe(claims, uses, now) if c.device is not None), *waiting)]

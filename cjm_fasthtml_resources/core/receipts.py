@@ -25,6 +25,7 @@ class Receipt(NamedTuple):
     asked: int | None = None            # bytes on each device, before any was given back
     most_used: int | None = None        # bytes that are the most it was seen to use; `None`: no reading since
     unused_since: float | None = None   # when it was first seen unused, if it was not seen in use after that
+    host: str | None = None             # the host name where it was asked, which of a container is the container's
 
     def seen(
         self,
@@ -78,7 +79,7 @@ def is_receipt(text: str) -> bool:
 def from_text(text: str) -> Receipt:
     "Return a receipt as it was read; what a later version added is left out"
     parts = text.removeprefix(_BEGIN).split(",")
-    kinds: tuple[Any, ...] = (int, float, float, int, int, float)
+    kinds: tuple[Any, ...] = (int, float, float, int, int, float, str)
     return Receipt(*(kind(part) if part else None for kind, part in zip(kinds, parts, strict=False)))
 
 # %% ../../nbs/core/receipts.ipynb #98dad3e3

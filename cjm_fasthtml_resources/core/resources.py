@@ -91,6 +91,8 @@ class Promise:
     app: str = ""     # the app's name
     id: int = 0       # as `cjm-resources queue` shows it; 0: not known
     since: float | None = None   # when it was granted, by `machine_time()`
+    username: str | None = None  # of another user
+    container: str | None = None  # another one: the host name that it has
 
 # %% ../../nbs/core/resources.ipynb #fd30f6ec
 @dataclass(frozen=True)
@@ -108,6 +110,7 @@ class Waiting:
     priority: int = 0                    # a smaller one is further ahead
     id: int = 0                          # as `cjm-resources queue` shows it; 0: not known
     since: float | None = None           # when it entered the queue, by `machine_time()`
+    container: str | None = None         # another one than this process's: the host name that it has
 
 # %% ../../nbs/core/resources.ipynb #5a65063d
 @dataclass(frozen=True)

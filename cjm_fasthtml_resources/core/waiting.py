@@ -41,6 +41,10 @@ def _age(since: float | None) -> str:
     seconds = 0.0 if since is None else machine_time() - since
     return format_age(seconds) if seconds >= 60 else ""
 
+def _of(row: Promise | Waiting) -> str:
+    "Return the user and the container of a process that is not seen from here"
+    return " in ".join(name for name in (row.username, row.container) if name)
+
 def _reserved(place: int | str, promise: Promise, who: str) -> ReservationRow:
     state = f"{format_bytes(promise.unused)} unused" if promise.unused else "in use"
     return ReservationRow(str(place), promise.pid, promise.owner, who, promise.app, state, promise.memory,
@@ -48,7 +52,7 @@ def _reserved(place: int | str, promise: Promise, who: str) -> ReservationRow:
 
 def _waits(request: Waiting) -> ReservationRow:
     devices = name_devices(request.devices).removeprefix("GPU ")
-    return ReservationRow(devices, request.pid, request.owner, request.name or "", request.app,
+    return ReservationRow(devices, request.pid, request.owner, request.name or _of(request), request.app,
                           f"waits, no. {request.position}", request.memory, request.id, _age(request.since))
 
 def reservation_rows(
@@ -57,5 +61,5 @@ def reservation_rows(
 ) -> list[ReservationRow]:
     "Return a row for each reservation on these devices, and then for each request that waits"
     names = _holders(devices) if any(d.promises for d in devices) else {}
-    kept = [_reserved(d.device.id, p, names.get(p.pid, "")) for d in devices for p in d.promises]
+    kept = [_reserved(d.device.id, p, names.get(p.pid) or _of(p)) for d in devices for p in d.promises]
     return [*kept, *map(_waits, waiting)]

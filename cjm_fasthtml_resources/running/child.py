@@ -23,6 +23,7 @@ from types import FrameType
 from typing import Any
 
 from . import copier
+from .orphans import is_first, reap_others
 
 # %% ../../nbs/running/child.ipynb #7c62a2a9
 @dataclass(frozen=True)
@@ -70,11 +71,13 @@ def spawn(
     env: Mapping[str, str],
     descriptors: Mapping[int, int],    # the program's → ours, which is 10 or more
     blocked: Iterable[int] = (),       # signals
+    own_group: bool = False,           # whether it gets a process group of its own
 ) -> int:  # its PID
     "Start a program; `OSError` if it cannot be run"
     actions = [(os.POSIX_SPAWN_DUP2, ours, theirs) for theirs, ours in descriptors.items()]
-    return os.posix_spawnp(command[0], list(command), env, file_actions=actions,
-                           setsigmask=list(blocked), setsigdef=_PYTHON_IGNORES)
+    settings: dict[str, Any] = {"setpgroup": 0} if own_group else {}
+    return os.posix_spawnp(command[0], list(command), env, file_actions=actions, setsigmask=list(blocked),
+                           setsigdef=_PYTHON_IGNORES, **settings)
 
 # %% ../../nbs/running/child.ipynb #14bc8d6a
 ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)   # what ends a program
@@ -176,9 +179,10 @@ class CannotRun(Exception):
         super().__init__(message, code)
         self.message, self.code = message, code
 
-def start_command(command: Sequence[str], env: Mapping[str, str], errors: int) -> int:  # its PID
+def start_command(command: Sequence[str], env: Mapping[str, str], descriptors: Mapping[int, int],
+                  own_group: bool = False) -> int:  # its PID
     "Start a command; `CannotRun` with 127 if there is no such program, else with 126"
-    try: return spawn(command, env, {2: errors})
+    try: return spawn(command, env, descriptors, own_group=own_group)
     except OSError as error:
         code = 127 if isinstance(error, FileNotFoundError) else 126
         raise CannotRun(f"{command[0]}: {error.strerror}", code) from None
@@ -208,7 +212,7 @@ class Child:
             with open(errors, "wb", 0):   # is closed here then, so that the copier sees its end
                 self._copying = Copying(source)
                 stack.callback(self._copying.close)
-                self.pid = start_command(self.command, self.env, errors)
+                self.pid = start_command(self.command, self.env, {2: errors})
             self.send_early()
             self._exit = stack.pop_all()
         return self
@@ -220,6 +224,7 @@ class Child:
         while not has_exited(self.pid):
             select.select([self._caught], [], [], 1.0)
             self.read_signals()
+            if is_first(): reap_others(self.pid)
             while self._to_pass_on: self.pass_on(self._to_pass_on.popleft())
         end = self._copying.read_end()
         status = os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
