@@ -13,7 +13,8 @@ import os, sys
 from cjm_fasthtml_resources.simulate import SimulatedDriver, SimulatedGpu
 gpus = int(os.environ["SIM_GPUS"])
 if gpus:
-    cards = [SimulatedGpu("NVIDIA L4", memory_total_mb=24_000) for _ in range(gpus)]
+    machine = os.environ.get("SIM_MACHINE") or os.environ["CJM_RESOURCES_HOST"]   # whose GPUs they are
+    cards = [SimulatedGpu("NVIDIA L4", memory_total_mb=24_000, uuid=f"GPU-{machine}-{n}") for n in range(gpus)]
     driver = SimulatedDriver(cards, shared=os.environ["CJM_RESOURCES_DIR"] + "/gpus")
     driver.start()
 """
