@@ -23,7 +23,7 @@ from ..core.room import check_capacity, largest_capacity
 from ..core.text import format_bytes
 from .combine import HostAnswer, combine_gpus
 
-# %% ../../nbs/hosts/placing.ipynb #467d1760
+# %% ../../nbs/hosts/placing.ipynb #5ba43c99
 @dataclass(frozen=True)
 class Need:
     "The memory of a task on its host"
@@ -82,7 +82,7 @@ def _take_together(rooms: list[int], devices: Sequence[DeviceStatus], need: Need
         for place in sorted(range(len(rooms)), key=lambda place: -rooms[place])[:need.count]:
             rooms[place] -= need.on(devices[place].device)
 
-# %% ../../nbs/hosts/placing.ipynb #4d9cdccb
+# %% ../../nbs/hosts/placing.ipynb #1e82f8a9
 def room_for(
     answer: HostAnswer,
     need: Need,
@@ -102,7 +102,7 @@ def can_hold(answer: HostAnswer, need: Need) -> bool:
     if memory is None or memory.memory.total < need.ram: return False
     return sum(d.device.capacity >= need.on(d.device) for d in answer.usable) >= need.count
 
-# %% ../../nbs/hosts/placing.ipynb #a195cc72
+# %% ../../nbs/hosts/placing.ipynb #9b67c51d
 def check_need_fits(
     answers: Sequence[HostAnswer],
     need: Need,

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Limits', 'find_limits', 'is_called', 'narrow', 'Route', 'find_route', 'task_key']
 
-# %% ../../nbs/hosts/routes.ipynb #94fd034c
+# %% ../../nbs/hosts/routes.ipynb #61d0be25
 import uuid
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -21,7 +21,7 @@ from .combine import HostAnswer
 from .placing import Need, OnTheWay, check_need_fits
 from .scheduler import Seat
 
-# %% ../../nbs/hosts/routes.ipynb #753d7f94
+# %% ../../nbs/hosts/routes.ipynb #d660e5b2
 @dataclass(frozen=True)
 class Limits:
     "The workers that a task may run on, as its sender limits them"
@@ -47,7 +47,7 @@ def find_limits(
     return Limits(None if names is None else [str(name) for name in names],
                   around.get("resources") if resources is None else resources)
 
-# %% ../../nbs/hosts/routes.ipynb #2adfe6fa
+# %% ../../nbs/hosts/routes.ipynb #43b30cc3
 def is_called(
     address: str,
     seat: Seat,
@@ -74,7 +74,7 @@ def narrow(
     found = [replace(a, workers=tuple(w for w in a.workers if allows(a, w))) for a in answers]
     return [a for a in found if a.workers]
 
-# %% ../../nbs/hosts/routes.ipynb #fff9aa4c
+# %% ../../nbs/hosts/routes.ipynb #05d0829a
 @dataclass(frozen=True)
 class Route:
     "Where a task goes"
@@ -106,7 +106,7 @@ def _to_best(chosen: HostAnswer | None) -> Route:
     if chosen is None: return Route("", {})
     return Route(chosen.id, dict(workers=list(chosen.workers), allow_other_workers=True))
 
-# %% ../../nbs/hosts/routes.ipynb #6d175e4c
+# %% ../../nbs/hosts/routes.ipynb #9fc63baf
 def task_key(
     key: str | None,
     fn: Callable[..., Any],

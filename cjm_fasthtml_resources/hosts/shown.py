@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['LATER', 'ShownJob']
 
-# %% ../../nbs/hosts/shown.ipynb #a107d1c3
+# %% ../../nbs/hosts/shown.ipynb #88d0d465
 import threading
 import time
 from collections.abc import Callable
@@ -13,7 +13,7 @@ from collections.abc import Callable
 from ..core.forks import reset_in_child
 from ..core.threads import NoThreadError, start_thread
 
-# %% ../../nbs/hosts/shown.ipynb #e69a4ecb
+# %% ../../nbs/hosts/shown.ipynb #0cbcbca7
 LATER = 0.1   # seconds until it is written what a worker does now
 
 class ShownJob:

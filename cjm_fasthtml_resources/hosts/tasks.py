@@ -38,10 +38,9 @@ _current: contextvars.ContextVar[Reservation] = contextvars.ContextVar("cjm_reso
 
 def current_reservation() -> Reservation:
     """Return the reservation of the running task.
-    It has the device's `index`, `uuid` and `env`. `LookupError` outside of a task that `submit` sent"""
-    try: return _current.get()
-    except LookupError:
-        raise LookupError("no reservation: this is not a task that ClusterResources.submit sent") from None
+    It has the device's `index`, `uuid` and `env`. `LookupError` outside of a task with one"""
+    if (held := _current.get(None)) is not None: return held
+    raise LookupError("no reservation: this task was not sent by ClusterResources.submit, nor made within annotate")
 
 @contextlib.contextmanager
 def as_current(held: Reservation) -> Iterator[None]:
@@ -162,7 +161,7 @@ def send_task(
     "Send a task to a host's workers, or to any"
     return client.submit(run_task, task, fn, kwargs, *args, key=task.key, pure=False, **options)
 
-# %% ../../nbs/hosts/tasks.ipynb #d59b72d5
+# %% ../../nbs/hosts/tasks.ipynb #14ee5f20
 def begin_task(
     plugin: Any,    # a worker's `HostPlugin`
     key: Any,       # the task's
