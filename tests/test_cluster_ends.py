@@ -221,14 +221,26 @@ def test_a_client_that_is_asynchronous(shared):
     asyncio.run(make())
 
 
-def test_equal_names_and_equal_gpus(tmp_path):
+def tls(folder) -> tuple[tuple[str, ...], Security | None]:
+    "What dask's commands and its client need for TLS; nothing where there is no openssl"
+    if not (openssl := shutil.which("openssl")): return (), None
+    key, cert = str(folder/"key.pem"), str(folder/"cert.pem")
+    subprocess.run([openssl, "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-keyout", key, "-out", cert,
+                    "-days", "2", "-subj", "/CN=localhost"], check=True, capture_output=True, timeout=60)
+    return (("--tls-ca-file", cert, "--tls-cert", cert, "--tls-key", key, "--protocol", "tls"),
+            Security(tls_ca_file=cert, tls_client_cert=cert, tls_client_key=key, require_encryption=True))
+
+
+def test_equal_names_and_equal_gpus_in_a_cluster_with_tls(tmp_path):
     "Two machines with one name are two hosts; two containers with one GPU share its memory"
     with contextlib.ExitStack() as stack:
-        cluster = Cluster(tmp_path, stack)
+        options, security = tls(tmp_path)
+        cluster = Cluster(tmp_path, stack, options)
         for boot in ("first", "second"): cluster.add("gpu", folder=f"of-{boot}", SIM_BOOT=boot, SIM_MACHINE=boot)
         for box in ("box-1", "box-2"): cluster.add(box, SIM_MACHINE="machine")
-        client = stack.enter_context(Client(scheduler_file=str(cluster.file)))
+        client = stack.enter_context(Client(scheduler_file=str(cluster.file), security=security))
         client.wait_for_workers(4, timeout=90)
+        assert client.scheduler.address.startswith("tls://" if security else "tcp://")
         resources = ClusterResources(client, timeout=10)
         wait_until(lambda: all(a.sample for a in resources.check_hosts()), 30)
         names = [a.host for a in resources.check_hosts()]
@@ -242,6 +254,7 @@ def test_equal_names_and_equal_gpus(tmp_path):
         host = resources.submit(reserved, gpu_memory_mb=10_000).result(timeout=30)[0]
         assert host == "gpu"       # the pool of the boxes has no room
         future.cancel()
+        for process in (p for each in cluster.hosts.values() for p in each): process.kill()   # it is asleep
 
 
 def test_an_adaptive_cluster_starts_from_nothing(tmp_path, monkeypatch):
@@ -271,21 +284,3 @@ def test_workers_that_share_a_process(tmp_path, monkeypatch):
         cluster.scale(1)
         wait_until(lambda: len(resources.check_hosts()[0].workers) == 1, 30)
         assert [w.pid for w in resources.take_sample().workers] == [os.getpid()]
-
-
-def test_a_cluster_with_tls(tmp_path):
-    openssl = shutil.which("openssl")
-    if not openssl: pytest.skip("no openssl")
-    key, cert = str(tmp_path/"key.pem"), str(tmp_path/"cert.pem")
-    subprocess.run([openssl, "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-keyout", key, "-out", cert,
-                    "-days", "2", "-subj", "/CN=localhost"], check=True, capture_output=True, timeout=60)
-    options = ("--tls-ca-file", cert, "--tls-cert", cert, "--tls-key", key, "--protocol", "tls")
-    security = Security(tls_ca_file=cert, tls_client_cert=cert, tls_client_key=key, require_encryption=True)
-    with contextlib.ExitStack() as stack:
-        cluster = Cluster(tmp_path, stack, options)
-        cluster.add("ada")
-        client = stack.enter_context(Client(scheduler_file=str(cluster.file), security=security))
-        client.wait_for_workers(1, timeout=90)
-        resources = ClusterResources(client, timeout=10)
-        assert resources.submit(reserved, gpu_memory_mb=100).result(timeout=30) == ("ada", 100)
-        assert client.scheduler.address.startswith("tls://") and answering(resources, "ada")

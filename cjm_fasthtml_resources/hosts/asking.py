@@ -47,6 +47,7 @@ class Known:
     id: str
     name: str
 
+# %% ../../nbs/hosts/asking.ipynb #37bc5777
 def gather_hosts(
     workers: Iterable[str],                   # addresses of all workers
     known: Mapping[str, Known],               # address → its host, as far as it is known
@@ -78,6 +79,7 @@ class Asked:
     restarted: bool = False                                     # another scheduler than the last time
     error: Exception | None = None                              # why the scheduler did not answer
 
+# %% ../../nbs/hosts/asking.ipynb #e33b926f
 def find_silent(
     before: Iterable[str],                # addresses that did not answer in the last rounds
     told: Mapping[str, Report | str],     # of this round
@@ -88,6 +90,7 @@ def find_silent(
     alive = {known[a].id for a in known if a not in silent}
     return {a for a in silent if a in known and known[a].id in alive}
 
+# %% ../../nbs/hosts/asking.ipynb #873aadab
 class HostAsker:
     "Asks all hosts by way of the scheduler, from any thread but the client's own"
     def __init__(

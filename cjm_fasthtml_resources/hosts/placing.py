@@ -23,7 +23,7 @@ from ..core.room import check_capacity, largest_capacity
 from ..core.text import format_bytes
 from .combine import HostAnswer, combine_gpus
 
-# %% ../../nbs/hosts/placing.ipynb #5ba43c99
+# %% ../../nbs/hosts/placing.ipynb #87894c07
 @dataclass(frozen=True)
 class Need:
     "The memory of a task on its host"
@@ -36,6 +36,7 @@ class Need:
         "Return the bytes that it needs of this device"
         return max(self.memory, int(self.share*device.capacity))
 
+# %% ../../nbs/hosts/placing.ipynb #0187378b
 def check_need(
     gpu_memory_mb: float | str | None,   # MiB on each device, "all" for an empty one; `None` or 0, with RAM: no GPU
     timeout: float | None,               # seconds to wait for them; `None`: indefinitely
@@ -66,6 +67,7 @@ def take_often(
         often = min(times, (rooms[top] - rooms[order[1]])//size + 1)
         rooms[top], times = rooms[top] - often*size, times - often
 
+# %% ../../nbs/hosts/placing.ipynb #519d746a
 def devices_left(
     devices: Sequence[DeviceStatus],
     coming: Mapping[Need, int],     # the requests that are on their way, and how many of each
@@ -82,7 +84,7 @@ def _take_together(rooms: list[int], devices: Sequence[DeviceStatus], need: Need
         for place in sorted(range(len(rooms)), key=lambda place: -rooms[place])[:need.count]:
             rooms[place] -= need.on(devices[place].device)
 
-# %% ../../nbs/hosts/placing.ipynb #1e82f8a9
+# %% ../../nbs/hosts/placing.ipynb #8aca4c5c
 def room_for(
     answer: HostAnswer,
     need: Need,
@@ -96,13 +98,14 @@ def room_for(
     fitting = [room for d, room in left if room - answer.waiting >= need.on(d.device)]
     return fitting[need.count - 1] if len(fitting) >= need.count else None
 
+# %% ../../nbs/hosts/placing.ipynb #c6810228
 def can_hold(answer: HostAnswer, need: Need) -> bool:
     "Return whether a host can hold such a task when nothing else uses it"
     memory = answer.ram
     if memory is None or memory.memory.total < need.ram: return False
     return sum(d.device.capacity >= need.on(d.device) for d in answer.usable) >= need.count
 
-# %% ../../nbs/hosts/placing.ipynb #9b67c51d
+# %% ../../nbs/hosts/placing.ipynb #5ac61788
 def check_need_fits(
     answers: Sequence[HostAnswer],
     need: Need,
@@ -124,6 +127,7 @@ def check_need_fits(
     check_capacity(need.memory, most, "gpu_memory_mb", f"{need.memory/2**20:.0f}")
     raise ValueError("no host has so much GPU memory and RAM together")
 
+# %% ../../nbs/hosts/placing.ipynb #1603fdae
 def place(
     answers: Sequence[HostAnswer],
     need: Need,

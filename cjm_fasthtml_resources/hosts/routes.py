@@ -21,7 +21,7 @@ from .combine import HostAnswer
 from .placing import Need, OnTheWay, check_need_fits
 from .scheduler import Seat
 
-# %% ../../nbs/hosts/routes.ipynb #d660e5b2
+# %% ../../nbs/hosts/routes.ipynb #3d7e73a7
 @dataclass(frozen=True)
 class Limits:
     "The workers that a task may run on, as its sender limits them"
@@ -34,6 +34,7 @@ class Limits:
         found = dict(workers=list(self.workers or ()), resources=dict(self.resources or {}))
         return {name: value for name, value in found.items() if value}
 
+# %% ../../nbs/hosts/routes.ipynb #bd283b49
 def find_limits(
     workers: str | int | Collection[str | int] | None,
     resources: Mapping[str, float] | None,
@@ -47,7 +48,7 @@ def find_limits(
     return Limits(None if names is None else [str(name) for name in names],
                   around.get("resources") if resources is None else resources)
 
-# %% ../../nbs/hosts/routes.ipynb #43b30cc3
+# %% ../../nbs/hosts/routes.ipynb #d52acc5a
 def is_called(
     address: str,
     seat: Seat,
@@ -58,6 +59,7 @@ def is_called(
     plain = address.rpartition("://")[2]
     return not {address, plain, plain.rpartition(":")[0], seat.name, host}.isdisjoint(names)
 
+# %% ../../nbs/hosts/routes.ipynb #b2e2cf7d
 def narrow(
     answers: Sequence[HostAnswer],
     seats: Mapping[str, Seat],       # the workers, by address
@@ -74,13 +76,14 @@ def narrow(
     found = [replace(a, workers=tuple(w for w in a.workers if allows(a, w))) for a in answers]
     return [a for a in found if a.workers]
 
-# %% ../../nbs/hosts/routes.ipynb #05d0829a
+# %% ../../nbs/hosts/routes.ipynb #318397dc
 @dataclass(frozen=True)
 class Route:
     "Where a task goes"
     host: str                   # the id of its host; "": dask chooses one
     options: Mapping[str, Any]  # of `Client.submit`
 
+# %% ../../nbs/hosts/routes.ipynb #cc2c0c61
 def find_route(
     key: str,           # the task's
     need: Need,
