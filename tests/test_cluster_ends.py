@@ -163,7 +163,7 @@ def test_a_scheduler_that_hangs(shared):
                 resources.submit(reserved, gpu_memory_mb=100)
             with within_limit(): assert "did not answer within" in visitor.get(f"{url}/resources").text
             with within_limit(): assert "cjm_resources_status" in visitor.get(f"{url}/metrics").text
-            visitors = [threading.Thread(target=httpx.get, args=[f"{url}/card"], kwargs=dict(timeout=30))
+            visitors = [threading.Thread(target=visitor.get, args=[f"{url}/card"])
                         for _ in range(60)]      # more than the app has threads for
             for each in visitors: each.start()
             took = []
