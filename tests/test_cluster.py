@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 pytest.importorskip("distributed", reason="the extra cluster is not installed")
+from conftest import wait_until  # noqa: E402
 from distributed import Client  # noqa: E402
 from hosts import Cluster  # noqa: E402
 
@@ -102,7 +103,7 @@ def test_tasks_go_where_there_is_room_and_none_takes_what_another_was_promised(c
         assert future.result(timeout=30) == (1, 2, {"pure": 3})   # dask's own names, too
         with pytest.raises(TypeError, match="serialize|pickle"):
             resources.submit(named, 1, threading.Lock(), gpu_memory_mb=100)
-        assert not resources._sent.by_host()   # it was not counted as on its way
+        wait_until(lambda: resources.check_hosts() and not resources._sent.by_host())   # nor counted as on its way
 
 
 def test_what_a_task_holds_is_given_back_however_it_ends(cluster):

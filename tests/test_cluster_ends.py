@@ -113,8 +113,8 @@ def test_a_restart_of_the_workers(shared):
     wait_until(lambda: sum(len(d.promises) for d in resources.check_gpu_availability().devices) == 2, 30)
     wait_until(lambda: resources.check_gpu_availability().waiting, 30)
     client.restart(timeout=60)
-    assert {future.status for future in futures} == {"cancelled"} and not resources._sent.by_host()
     wait_until(lambda: answering(resources, "ada", "bob"), 30)
+    assert {future.status for future in futures} == {"cancelled"} and not resources._sent.by_host()
     wait_until(lambda: not any(d.promises for d in resources.check_gpu_availability().devices), 30)
     assert resources.submit(reserved, gpu_memory_mb=100, workers="bob").result(timeout=30) == ("bob", 100)
 

@@ -59,14 +59,14 @@ def is_called(
     plain = address.rpartition("://")[2]
     return not {address, plain, plain.rpartition(":")[0], seat.name, host}.isdisjoint(names)
 
-# %% ../../nbs/hosts/routes.ipynb #b2e2cf7d
+# %% ../../nbs/hosts/routes.ipynb #7a21a74b
 def narrow(
     answers: Sequence[HostAnswer],
     seats: Mapping[str, Seat],       # the workers, by address
     limits: Limits,
-) -> list[HostAnswer]:
+) -> Sequence[HostAnswer]:
     "Return the hosts with those of their workers that a task may run on; a host without one is left out"
-    if not limits.options: return list(answers)
+    if not limits.options: return answers
 
     def allows(answer: HostAnswer, address: str) -> bool:
         seat = seats.get(address, Seat(address, {}))
