@@ -49,7 +49,7 @@ def check_client(client: Any) -> Client:
         raise ValueError("client is closed: make another one, Client(address)")
     return client
 
-# %% ../nbs/cluster.ipynb #34c4eb7a
+# %% ../nbs/cluster.ipynb #9c7e68e0
 def check_first(asked: Asked) -> Asked:
     "Return the first answers. `RuntimeError` if the scheduler lacks this package; one that is silent can come back"
     if asked.error is None: return asked
@@ -73,7 +73,7 @@ def request_for(
     return dict(gpu_memory_mb=gpu_memory_mb, timeout=timeout, n=n, memory_mb=memory_mb,
                 priority=queue_priority(priority))
 
-# %% ../nbs/cluster.ipynb #cdde6f1e
+# %% ../nbs/cluster.ipynb #dc8229b6
 @contextlib.contextmanager
 def _on_the_way(sent: OnTheWay, key: str) -> Iterator[None]:
     "Send a task in this block; if that fails, it is not counted as on its way"
@@ -83,7 +83,7 @@ def _on_the_way(sent: OnTheWay, key: str) -> Iterator[None]:
         raise
     sent.confirm(key)
 
-# %% ../nbs/cluster.ipynb #d7e9e2c4
+# %% ../nbs/cluster.ipynb #bc5da124
 def find_over(
     client: Client,
     keys: Iterable[str],    # of tasks that were sent

@@ -47,7 +47,7 @@ class Known:
     id: str
     name: str
 
-# %% ../../nbs/hosts/asking.ipynb #37bc5777
+# %% ../../nbs/hosts/asking.ipynb #79d85704
 def gather_hosts(
     workers: Iterable[str],                   # addresses of all workers
     known: Mapping[str, Known],               # address → its host, as far as it is known
@@ -79,7 +79,7 @@ class Asked:
     restarted: bool = False                                     # another scheduler than the last time
     error: Exception | None = None                              # why the scheduler did not answer
 
-# %% ../../nbs/hosts/asking.ipynb #e33b926f
+# %% ../../nbs/hosts/asking.ipynb #0b9d5239
 def find_silent(
     before: Iterable[str],                # addresses that did not answer in the last rounds
     told: Mapping[str, Report | str],     # of this round
@@ -90,7 +90,7 @@ def find_silent(
     alive = {known[a].id for a in known if a not in silent}
     return {a for a in silent if a in known and known[a].id in alive}
 
-# %% ../../nbs/hosts/asking.ipynb #873aadab
+# %% ../../nbs/hosts/asking.ipynb #faec50e5
 class HostAsker:
     "Asks all hosts by way of the scheduler, from any thread but the client's own"
     def __init__(

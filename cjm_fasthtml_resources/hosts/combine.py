@@ -86,7 +86,7 @@ class HostAnswer:
         named = tuple(replace(p, username=f"{p.username or '?'}@{self.host}") for p in state.processes)
         return replace(state, processes=named)
 
-# %% ../../nbs/hosts/combine.ipynb #9b03b5ee
+# %% ../../nbs/hosts/combine.ipynb #d1615310
 def name_apart(
     answers: Sequence[HostAnswer],
 ) -> list[HostAnswer]:
@@ -95,7 +95,7 @@ def name_apart(
     apart = [replace(a, host=f"{a.host}-{a.id}") if names.count(a.host) > 1 else a for a in answers]
     return sorted(apart, key=lambda a: a.host)
 
-# %% ../../nbs/hosts/combine.ipynb #f0c00c32
+# %% ../../nbs/hosts/combine.ipynb #83b1394a
 def _pooled(status: DeviceStatus, others: Sequence[DeviceStatus]) -> DeviceStatus:
     "Return a device with the least that any host reports as free, and the reservations of all"
     told = [d.device.memory_free for d in (status, *others) if d.device.memory_free is not None]

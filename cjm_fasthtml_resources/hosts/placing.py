@@ -23,7 +23,7 @@ from ..core.room import check_capacity, largest_capacity
 from ..core.text import format_bytes
 from .combine import HostAnswer, combine_gpus
 
-# %% ../../nbs/hosts/placing.ipynb #87894c07
+# %% ../../nbs/hosts/placing.ipynb #69fa2ef7
 @dataclass(frozen=True)
 class Need:
     "The memory of a task on its host"
@@ -36,7 +36,7 @@ class Need:
         "Return the bytes that it needs of this device"
         return max(self.memory, int(self.share*device.capacity))
 
-# %% ../../nbs/hosts/placing.ipynb #0187378b
+# %% ../../nbs/hosts/placing.ipynb #a15e103e
 def check_need(
     gpu_memory_mb: float | str | None,   # MiB on each device, "all" for an empty one; `None` or 0, with RAM: no GPU
     timeout: float | None,               # seconds to wait for them; `None`: indefinitely
@@ -71,7 +71,7 @@ def _surely(rooms: Sequence[int], size: int, times: int) -> list[int]:
         if n == len(order) or level >= order[n]: break
     return [max(int((room - level)//size) - 1, 0) for room in rooms]
 
-# %% ../../nbs/hosts/placing.ipynb #519d746a
+# %% ../../nbs/hosts/placing.ipynb #885017f3
 def devices_left(
     devices: Sequence[DeviceStatus],
     coming: Mapping[Need, int],     # the requests that are on their way, and how many of each
@@ -88,7 +88,7 @@ def _take_together(rooms: list[int], devices: Sequence[DeviceStatus], need: Need
         for place in sorted(range(len(rooms)), key=lambda place: -rooms[place])[:need.count]:
             rooms[place] -= need.on(devices[place].device)
 
-# %% ../../nbs/hosts/placing.ipynb #8aca4c5c
+# %% ../../nbs/hosts/placing.ipynb #891ad4ef
 def room_for(
     answer: HostAnswer,
     need: Need,
@@ -102,14 +102,14 @@ def room_for(
     fitting = [room for d, room in left if room - answer.waiting >= need.on(d.device)]
     return fitting[need.count - 1] if len(fitting) >= need.count else None
 
-# %% ../../nbs/hosts/placing.ipynb #c6810228
+# %% ../../nbs/hosts/placing.ipynb #f08b5ef2
 def can_hold(answer: HostAnswer, need: Need) -> bool:
     "Return whether a host can hold such a task when nothing else uses it"
     memory = answer.ram
     if memory is None or memory.memory.total < need.ram: return False
     return sum(d.device.capacity >= need.on(d.device) for d in answer.usable) >= need.count
 
-# %% ../../nbs/hosts/placing.ipynb #5ac61788
+# %% ../../nbs/hosts/placing.ipynb #07635542
 def check_need_fits(
     answers: Sequence[HostAnswer],
     need: Need,
@@ -131,7 +131,7 @@ def check_need_fits(
     check_capacity(need.memory, most, "gpu_memory_mb", f"{need.memory/2**20:.0f}")
     raise ValueError("no host has so much GPU memory and RAM together")
 
-# %% ../../nbs/hosts/placing.ipynb #874f0eb4
+# %% ../../nbs/hosts/placing.ipynb #1604ced3
 def choose(
     able: Sequence[HostAnswer],             # the hosts that can hold the task
     need: Need,

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Limits', 'find_limits', 'is_called', 'narrow', 'Route', 'find_route', 'task_key']
 
-# %% ../../nbs/hosts/routes.ipynb #61d0be25
+# %% ../../nbs/hosts/routes.ipynb #94fd034c
 import uuid
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -21,7 +21,7 @@ from .combine import HostAnswer
 from .placing import Need, OnTheWay, check_need_fits
 from .scheduler import Seat
 
-# %% ../../nbs/hosts/routes.ipynb #3d7e73a7
+# %% ../../nbs/hosts/routes.ipynb #149487df
 @dataclass(frozen=True)
 class Limits:
     "The workers that a task may run on, as its sender limits them"
@@ -34,7 +34,7 @@ class Limits:
         found = dict(workers=list(self.workers or ()), resources=dict(self.resources or {}))
         return {name: value for name, value in found.items() if value}
 
-# %% ../../nbs/hosts/routes.ipynb #bd283b49
+# %% ../../nbs/hosts/routes.ipynb #c0fa0b28
 def find_limits(
     workers: str | int | Collection[str | int] | None,
     resources: Mapping[str, float] | None,
@@ -48,7 +48,7 @@ def find_limits(
     return Limits(None if names is None else [str(name) for name in names],
                   around.get("resources") if resources is None else resources)
 
-# %% ../../nbs/hosts/routes.ipynb #d52acc5a
+# %% ../../nbs/hosts/routes.ipynb #b886039a
 def is_called(
     address: str,
     seat: Seat,
@@ -59,7 +59,7 @@ def is_called(
     plain = address.rpartition("://")[2]
     return not {address, plain, plain.rpartition(":")[0], seat.name, host}.isdisjoint(names)
 
-# %% ../../nbs/hosts/routes.ipynb #7a21a74b
+# %% ../../nbs/hosts/routes.ipynb #2dac3f09
 def narrow(
     answers: Sequence[HostAnswer],
     seats: Mapping[str, Seat],       # the workers, by address
@@ -76,14 +76,14 @@ def narrow(
     found = [replace(a, workers=tuple(w for w in a.workers if allows(a, w))) for a in answers]
     return [a for a in found if a.workers]
 
-# %% ../../nbs/hosts/routes.ipynb #318397dc
+# %% ../../nbs/hosts/routes.ipynb #8b61a97f
 @dataclass(frozen=True)
 class Route:
     "Where a task goes"
     host: str                   # the id of its host; "": dask chooses one
     options: Mapping[str, Any]  # of `Client.submit`
 
-# %% ../../nbs/hosts/routes.ipynb #cc2c0c61
+# %% ../../nbs/hosts/routes.ipynb #09b78629
 def find_route(
     key: str,           # the task's
     need: Need,
@@ -109,7 +109,7 @@ def _to_best(chosen: HostAnswer | None) -> Route:
     if chosen is None: return Route("", {})
     return Route(chosen.id, dict(workers=list(chosen.workers), allow_other_workers=True))
 
-# %% ../../nbs/hosts/routes.ipynb #9fc63baf
+# %% ../../nbs/hosts/routes.ipynb #6d175e4c
 def task_key(
     key: str | None,
     fn: Callable[..., Any],

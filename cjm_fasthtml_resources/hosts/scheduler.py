@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['within', 'Rehoming', 'set_up', 'choose_speakers', 'Question', 'Seat', 'Round', 'unwrap', 'ask_worker', 'ask_round']
 
-# %% ../../nbs/hosts/scheduler.ipynb #5904a82c
+# %% ../../nbs/hosts/scheduler.ipynb #eccc6c89
 import asyncio
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
@@ -20,7 +20,7 @@ from ..core.secrets import shown_error
 from .tasks import TOPIC
 from .worker import HostPlugin, tell_report
 
-# %% ../../nbs/hosts/scheduler.ipynb #5a7b9c1d
+# %% ../../nbs/hosts/scheduler.ipynb #317d55f6
 async def within(
     seconds: float,
     call: Callable[..., Any],
@@ -58,7 +58,7 @@ class Rehoming(SchedulerPlugin):
             lost = not scheduler.workers.keys() & set(task.worker_restrictions or ())
             if task.loose_restrictions and lost: task.worker_restrictions = None
 
-# %% ../../nbs/hosts/scheduler.ipynb #f66b3fe6
+# %% ../../nbs/hosts/scheduler.ipynb #0a9ba82a
 async def set_up(
     scheduler: Any,        # a `distributed.Scheduler`
     plugin: HostPlugin,    # for the workers
@@ -70,7 +70,7 @@ async def set_up(
     ours: Rehoming = scheduler.plugins[Rehoming.name]
     return ours
 
-# %% ../../nbs/hosts/scheduler.ipynb #1d9232f3
+# %% ../../nbs/hosts/scheduler.ipynb #71f616c4
 def choose_speakers(
     addresses: Iterable[str],        # of the dask workers
     known: Mapping[str, str],        # address → the id of its host, as far as it is known
@@ -82,7 +82,7 @@ def choose_speakers(
     mute = set(silent)
     return [next((w for w in workers if w not in mute), workers[0]) for workers in hosts.values()]
 
-# %% ../../nbs/hosts/scheduler.ipynb #7709e2db
+# %% ../../nbs/hosts/scheduler.ipynb #60fcba31
 @dataclass(frozen=True)
 class Question:
     "What a client asks the scheduler"
@@ -106,7 +106,7 @@ class Round:
     told: Mapping[str, bytes | str]  # address → the pickled report, or why there is none; of those that were asked
     entered: tuple[str, ...]         # tasks of the sender that are in the queue of their host by now
 
-# %% ../../nbs/hosts/scheduler.ipynb #75fc472b
+# %% ../../nbs/hosts/scheduler.ipynb #c44d1adb
 def unwrap(result: Any) -> Any:
     "Return what a worker returned, which the scheduler leaves packed"
     if isinstance(result, Serialize): return result.data

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['LATER', 'to_write', 'ShownJob']
 
-# %% ../../nbs/hosts/shown.ipynb #c18b7d79
+# %% ../../nbs/hosts/shown.ipynb #2f41e67e
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from ..core.forks import reset_in_child
 from ..core.threads import NoThreadError, start_thread
 
-# %% ../../nbs/hosts/shown.ipynb #b370dd5d
+# %% ../../nbs/hosts/shown.ipynb #0d53e75f
 def to_write(
     running: Sequence[str],    # the tasks, in the order of their beginning
     shown: Sequence[str],      # those that are shown
@@ -22,7 +22,7 @@ def to_write(
     if running and shown and shown[0] in running: return []
     return [*((key, "running") for key in running[:1]), *((key, "idle") for key in shown)]
 
-# %% ../../nbs/hosts/shown.ipynb #76fe6229
+# %% ../../nbs/hosts/shown.ipynb #5c434410
 LATER = 0.1   # seconds until it is written what a worker does now
 
 class ShownJob:

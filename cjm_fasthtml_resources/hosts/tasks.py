@@ -161,7 +161,7 @@ def send_task(
     "Send a task to a host's workers, or to any"
     return client.submit(run_task, task, fn, kwargs, *args, key=task.key, pure=False, **options)
 
-# %% ../../nbs/hosts/tasks.ipynb #14ee5f20
+# %% ../../nbs/hosts/tasks.ipynb #d59b72d5
 def begin_task(
     plugin: Any,    # a worker's `HostPlugin`
     key: Any,       # the task's

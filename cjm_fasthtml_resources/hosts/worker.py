@@ -34,7 +34,7 @@ def host_name() -> str:
     "Return this host's name in a cluster: `CJM_RESOURCES_HOST` or the machine's"
     return os.environ.get("CJM_RESOURCES_HOST") or platform.node() or "localhost"
 
-# %% ../../nbs/hosts/worker.ipynb #21738ca7
+# %% ../../nbs/hosts/worker.ipynb #e8e2dced
 def queue_id(
     boot: str,     # of the machine
     path: Path,    # of the file
@@ -44,7 +44,7 @@ def queue_id(
     except OSError: where = str(path)
     return hashlib.blake2b(f"{boot} {where}".encode(), digest_size=4).hexdigest()
 
-# %% ../../nbs/hosts/worker.ipynb #ced068be
+# %% ../../nbs/hosts/worker.ipynb #d9e56324
 class Residents:
     "Counts the dask workers of this process that are there, by app"
     def __init__(self) -> None:
@@ -68,7 +68,7 @@ class Residents:
 
 _residents = Residents()
 
-# %% ../../nbs/hosts/worker.ipynb #108ceebd
+# %% ../../nbs/hosts/worker.ipynb #79510eac
 @dataclass(frozen=True)
 class Report:
     "What a dask worker reports of its host"
