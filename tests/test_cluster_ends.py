@@ -197,7 +197,8 @@ def test_a_scheduler_that_is_killed_and_comes_back(shared):
     assert client.run_on_scheduler(lambda dask_scheduler: sorted(
         name for name in (*dask_scheduler.plugins, *dask_scheduler.worker_plugins) if name.startswith("cjm"))) \
         == ["cjm-resources-cluster", "cjm-resources-rehoming"]
-    assert lost.status == "cancelled" and not resources._sent.by_host()
+    assert lost.status == "cancelled"
+    wait_until(lambda: resources.check_hosts() and not resources._sent.by_host())
 
 
 def test_a_client_that_is_closed(shared):
