@@ -10,6 +10,7 @@ __all__ = ['TOPIC', 'REFUSALS', 'PAUSE', 'Task', 'current_reservation', 'as_curr
 import asyncio
 import contextlib
 import contextvars
+import copy
 import inspect
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -170,7 +171,8 @@ def begin_task(
     task = plugin.worker.state.tasks.get(key)
     asked = (task.annotations or {}).get(plugin.name) if task else None
     if asked is None or isinstance(task.run_spec.func, Reserving): return
-    spec = task.run_spec.copy()
+    spec = copy.copy(task.run_spec)
+    if hasattr(spec, "_is_coro"): spec._is_coro = None   # of the new function
     spec.func = Reserving(plugin, str(key), asked, spec.func)
     task.run_spec = spec
 
