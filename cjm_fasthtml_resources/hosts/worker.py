@@ -101,6 +101,7 @@ class HostPlugin(WorkerPlugin):
         """Register this process as a worker of the app.
         If the host's file cannot be used, the worker starts all the same"""
         self.host, self.worker, self._lock = host_name(), worker, threading.RLock()
+        self.turn = threading.Lock()   # held while a thread asks for memory or gives it back
         self._manager: ResourceManager | None = None
         self.shown = ShownJob(self._show)
         self.calls, self.refusals = SharedCalls(), dict[str, int]()   # how often a task was sent away, by its key
@@ -109,8 +110,8 @@ class HostPlugin(WorkerPlugin):
         with contextlib.suppress(StoreError): self.manager.register_worker(os.getpid(), "dask", plugin_name="dask")
 
     def after_fork(self) -> None:
-        "Make a new lock, in a fork's child"
-        self._lock = threading.RLock()
+        "Make new locks, in a fork's child"
+        self._lock, self.turn = threading.RLock(), threading.Lock()
 
     def teardown(self, worker: Any) -> None:
         "Unregister this process after its last dask worker"
