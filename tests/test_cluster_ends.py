@@ -147,7 +147,7 @@ def app_of(resources: ClusterResources) -> Iterator[str]:
 
 
 def test_a_scheduler_that_hangs(shared):
-    pytest.importorskip("uvicorn")
+    for module in ("fasthtml", "httpx", "uvicorn"): pytest.importorskip(module)
     pytest.importorskip("prometheus_client")
     import httpx
     cluster, client, resources = shared
