@@ -8,11 +8,13 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 pytest.importorskip("distributed", reason="the extra cluster is not installed")
+from conftest import wait_until  # noqa: E402
 from distributed import Client  # noqa: E402
 from hosts import Cluster  # noqa: E402
 
@@ -49,7 +51,7 @@ def use(seconds: float, fail_once_in: str = "") -> tuple[str, int]:
         return host_name(), held.index
 
 
-def named(first, workers, resources): return first, workers, resources
+def named(first, actor, fifo_timeout): return first, actor, fifo_timeout
 
 
 def left_over(resources: ClusterResources) -> list[str]:
@@ -97,11 +99,11 @@ def test_tasks_go_where_there_is_room_and_none_takes_what_another_was_promised(c
         assert choice.env == {"CUDA_VISIBLE_DEVICES": ",".join(d.uuid for d in choice.devices)}
         assert len(set(choice.devices)) == 2
         three = client.submit(lambda: 3)
-        future = resources.submit(named, 1, gpu_memory_mb=100, workers=2, resources={"pure": three})
+        future = resources.submit(named, 1, gpu_memory_mb=100, actor=2, fifo_timeout={"pure": three})
         assert future.result(timeout=30) == (1, 2, {"pure": 3})   # dask's own names, too
         with pytest.raises(TypeError, match="serialize|pickle"):
             resources.submit(named, 1, threading.Lock(), gpu_memory_mb=100)
-        assert not resources._sent.by_host()   # it was not counted as on its way
+        wait_until(lambda: resources.check_hosts() and not resources._sent.by_host())   # nor counted as on its way
 
 
 def test_what_a_task_holds_is_given_back_however_it_ends(cluster):
@@ -174,10 +176,10 @@ def test_retries_and_stealing_do_not_break_the_accounting(cluster, tmp_path):
     cluster.add("bob", gpus=1, threads=1)
     cluster.add("cpu", gpus=0, threads=4)
     with connected(cluster, 3) as (client, resources):
-        answers = resources.check_hosts()
-        futures = []
+        asked, futures = resources.ask(), []
+        assert asked.answers[0].host == "ada"
         for n in range(16):
-            resources._answers = (time.monotonic() + 60, [a for a in answers if a.host == "ada"])   # it knows one host
+            resources._last = time.monotonic() + 60, replace(asked, answers=asked.answers[:1])   # it knows one host
             once = str(tmp_path/f"task-{n}") if n % 4 == 0 else ""
             futures.append(resources.submit(use, 0.2, once, gpu_memory_mb=10_000, retries=1))
         ran = client.gather(futures)

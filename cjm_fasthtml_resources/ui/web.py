@@ -9,6 +9,7 @@ __all__ = ['SCRIPT', 'ResourceCard', 'ResourceRoutes', 'resource_routes', 'make_
 # %% ../../nbs/ui/web.ipynb #eb2e54b7
 import asyncio
 import secrets
+import threading
 from collections.abc import Callable
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as NotYet
@@ -32,6 +33,7 @@ from cjm_fasthtml_resources.ui.stream import (
     to_event,
 )
 from ..core.arguments import check_pid, check_text
+from ..core.forks import reset_in_child
 from ..core.manager import ResourceManager
 from ..core.monitor import ResourceMonitor, TakesSamples
 from ..core.store import StoreError
@@ -74,8 +76,18 @@ def _component(
                data_cjm_now=f"{1000*now:.0f}")
 
 # %% ../../nbs/ui/web.ipynb #c3000543
-_LOOP_WAITS = 0.1   # seconds that a component may keep an event loop from its other work
+_LOOP_WAITS = 0.04   # seconds that a component may keep an event loop from its other work
 _looks = SharedCalls()
+
+class _Waiters:
+    "The threads that may wait for a component at a time: an app has about forty for all its pages"
+    def __init__(self) -> None:
+        self.after_fork()
+        reset_in_child(self)
+
+    def after_fork(self) -> None: self.free = threading.Semaphore(8)
+
+_waiters = _Waiters()
 
 def _is_on_loop() -> bool:
     "Return whether an event loop runs on this thread"
@@ -84,19 +96,24 @@ def _is_on_loop() -> bool:
     return True
 
 def _look(manager: ResourceManager | TakesSamples) -> Slots | None:
-    "Return the slots of this moment; `None` on an event loop that would have to wait for them"
+    "Return the slots of this moment; `None` where an event loop, or too many threads, would have to wait for them"
     render, on_loop, is_known = Hub(ResourceMonitor(manager)).render, _is_on_loop(), _looks.is_running(id(manager))
     try: coming: Future[Slots] = _looks.start(id(manager), render)   # which keeps the manager, so its id is its own
     except NoThreadError: return None if on_loop else render()
-    try: return coming.result(timeout=None if not on_loop else 0 if is_known else _LOOP_WAITS)
+    free = _waiters.free
+    may_wait = not on_loop and free.acquire(blocking=False)
+    try: return coming.result(timeout=None if may_wait else 0 if is_known else _LOOP_WAITS)
     except NotYet: return None
+    finally:
+        if may_wait: free.release()
 
 def ResourceCard(
     manager: ResourceManager | TakesSamples,
     prefix: str = "/resources",   # where the routes begin
 ) -> Any:
     """Return all of it as a component. It is live where the app has the routes, and else a picture of this moment.
-    In an `async` handler it does not wait for a slow driver: the stream brings the picture"""
+    In an `async` handler, and in more than a few threads at a time, it does not wait for a slow driver or cluster:
+    the stream brings the picture"""
     return _component(_look(manager), prefix, current_base(prefix))
 
 # %% ../../nbs/ui/web.ipynb #e3728359
