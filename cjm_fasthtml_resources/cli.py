@@ -156,6 +156,7 @@ def main(context: click.Context, apps: list[int | str], as_json: bool, watch: bo
 
     Exits with 0 after the check, whatever it finds (see --exit-code); with 2 when an argument is wrong.
     """
+    gc.freeze()   # what was imported is no garbage: Python need not search it, now or when it ends
     _open_standard()
     if isinstance(sys.stdout, io.TextIOWrapper): sys.stdout.reconfigure(errors="replace")  # a terminal without Unicode
     context.obj = machine = Machine(simulate, driver_timeout)
@@ -164,5 +165,4 @@ def main(context: click.Context, apps: list[int | str], as_json: bool, watch: bo
     with simulated_machine(simulate, manager) as simulated:
         register_apps(manager, apps)
         answer = _show(partial(look_once, manager, simulated, wake, watch), watch, as_json, top, interval)
-    gc.freeze()   # or Python searches all that was imported once more before it ends
     sys.exit(EXIT_CODES[answer.status] if as_exit_code else 0)

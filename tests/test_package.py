@@ -78,9 +78,9 @@ def test_what_is_handed_out_cannot_be_changed():
     assert {"GpuDevice", "WorkerState", "ResourceConflict", "Claim", "Sample"} <= {value.__name__ for value in found}
     public = [value for value in found if not value.__name__.startswith("_")]
     changeable = {value.__name__ for value in public if not value.__dataclass_params__.frozen}
-    # what a test sets on a simulated machine, what a process remembers of a plugin, and what a change writes
+    # what a test sets on a simulated machine
     assert changeable == {"SimulatedProcess", "SimulatedGpu", "SimulatedHostProcess", "SimulatedMachine", "Fault",
-                          "Habits", "AskedPlugin", "Draft"}
+                          "Habits"}
 
 
 def test_no_notebook_keeps_a_warning():

@@ -65,7 +65,7 @@ def home_folder() -> Path:
 # %% ../../nbs/core/folder.ipynb #83550c3b
 SETTINGS_FILE = Path("/etc/cjm-resources.toml")
 _ALL_USERS = 2**32 - 1
-_LINE = re.compile(r"""^\s*folder\s*=\s*(?:"([^"\\]*)"|'([^']*)')\s*(?:#.*)?$""")
+_LINE = r"""^\s*folder\s*=\s*(?:"([^"\\]*)"|'([^']*)')\s*(?:#.*)?$"""
 
 def is_hidden(
     user: int,   # the owner of a file
@@ -88,7 +88,7 @@ def folder_in(
     for line in text.splitlines():
         if line.lstrip().startswith("["): break   # a table: its keys are others
         if not re.match(r"\s*[\"']?folder[\"']?\s*=", line): continue
-        found = _LINE.match(line)
+        found = re.match(_LINE, line)
         folder = (found[1] or found[2] or "") if found else ""
         if not os.path.isabs(folder): raise ValueError(f"has to say folder = \"/an/absolute/path\", not {line.strip()}")
         return folder

@@ -297,7 +297,7 @@ def is_whole(info: ProcessInfo) -> bool:
     last = info.lineage[-1]
     return info.username is not None and (last.start_time is not None or not could_be_read(last.pid))
 
-# %% ../../nbs/core/process.ipynb #7522b7d4
+# %% ../../nbs/core/process.ipynb #4d864fea
 def _read_mark(pid: int) -> tuple[int, int] | None:
     "Return what tells the folder of a process from that of a later one; `None` if it cannot be read"
     try: found = os.stat(f"/proc/{pid}") if _proc_is_ours(os.getpid()) else None
@@ -375,7 +375,7 @@ def _numbers_of(
 # %% ../../nbs/core/process.ipynb #60ad990e
 DRIVER_VERSION = "/proc/driver/nvidia/version"
 DRIVER_MODULE = "/sys/module/nvidia"
-_MODULE = re.compile(rb"(Open )?Kernel Module\b.*?\s(\d+)\.\d")
+_MODULE = rb"(Open )?Kernel Module\b.*?\s(\d+)\.\d"
 
 def _head(path: str) -> bytes:
     "Return the beginning of a file, nothing if it cannot be read"
@@ -389,7 +389,8 @@ def driver_numbers(
     "Return whose numbers the driver tells this process"
     if simulated: return "own" if simulated.local_pids else "host"
     texts = _head(DRIVER_VERSION), _head(f"{proc}/driver/nvidia/version") if proc else b""
-    for found in filter(None, map(_MODULE.search, texts)): return _numbers_of(bool(found[1]), int(found[2]))
+    for found in filter(None, (re.search(_MODULE, text) for text in texts)):
+        return _numbers_of(bool(found[1]), int(found[2]))
     release, taint = _head(f"{DRIVER_MODULE}/version").split(b".")[0], _head(f"{DRIVER_MODULE}/taint")
     return _numbers_of(b"P" not in taint, int(release)) if release.isdigit() and taint else None
 
