@@ -6,7 +6,6 @@
 __all__ = ['COMMANDS', 'EXIT_CODES', 'find_command', 'Commands', 'parse_duration', 'parse_size']
 
 # %% ../nbs/cli.ipynb #f849a383
-import gc
 import io
 import os
 import signal
@@ -156,7 +155,6 @@ def main(context: click.Context, apps: list[int | str], as_json: bool, watch: bo
 
     Exits with 0 after the check, whatever it finds (see --exit-code); with 2 when an argument is wrong.
     """
-    gc.freeze()   # what was imported is no garbage: Python need not search it, now or when it ends
     _open_standard()
     if isinstance(sys.stdout, io.TextIOWrapper): sys.stdout.reconfigure(errors="replace")  # a terminal without Unicode
     context.obj = machine = Machine(simulate, driver_timeout)
