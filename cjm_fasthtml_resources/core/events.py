@@ -15,12 +15,12 @@ import time
 from collections import Counter
 from collections.abc import Mapping
 from io import FileIO
-from pathlib import Path
 from typing import NamedTuple
 
 from .forks import reset_in_child
 from .locking import holding
 from .logs import Log
+from .paths import Path
 from .sharing import open_made
 
 # %% ../../nbs/core/events.ipynb #6ed30a2e

@@ -12,7 +12,6 @@ import sys
 import threading
 from collections.abc import Iterator
 from io import FileIO
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cjm_fasthtml_resources.core.database import (
@@ -42,6 +41,7 @@ from cjm_fasthtml_resources.core.lockfile import (
 from .forks import no_fork, reset_in_child, waited_in_vain
 from .leases import Leases, StoreError, is_used_elsewhere, new_lease
 from .locking import holding, is_locked
+from .paths import Path
 from .process import machine_time
 from .sharing import own_folder
 
