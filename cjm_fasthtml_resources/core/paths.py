@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['as_path', 'Path']
 
-# %% ../../nbs/core/paths.ipynb #b9bcd3d0
+# %% ../../nbs/core/paths.ipynb #5d1ffd58
 import os
 from typing import TYPE_CHECKING
 
-# %% ../../nbs/core/paths.ipynb #bd723ca8
+# %% ../../nbs/core/paths.ipynb #6cc44ae2
 if TYPE_CHECKING:
     from pathlib import Path
 else: Path = os.PathLike   # what annotations say at run time
