@@ -6,7 +6,6 @@
 __all__ = ['COMMANDS', 'EXIT_CODES', 'find_command', 'Commands', 'parse_duration', 'parse_size']
 
 # %% ../nbs/cli.ipynb #f849a383
-import gc
 import io
 import os
 import signal
@@ -129,7 +128,6 @@ def _show(look: Callable[[], Sample], watch: bool, as_json: bool, top: int, inte
 
 # %% ../nbs/cli.ipynb #1826e088
 def _end(answer: Sample, as_exit_code: bool) -> NoReturn:
-    gc.freeze()   # or Python searches all that was imported once more before it ends
     sys.exit(EXIT_CODES[answer.status] if as_exit_code else 0)
 
 # %% ../nbs/cli.ipynb #f1f6c954

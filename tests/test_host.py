@@ -1,7 +1,6 @@
 "Who a process is: told from /proc, through the host's, and before a signal is sent"
 import os
 import time
-from dataclasses import replace
 from pathlib import Path
 
 from conftest import GONE
@@ -20,10 +19,10 @@ def test_without_proc_the_same_is_told_by_psutil():
 
 def test_of_known_processes_those_that_ended_are_forgotten(monkeypatch, spawn):
     me, other = proc.read_process(os.getpid()), spawn("input()").pid
-    living = {pid: replace(me, pid=pid) for pid in (os.getpid(), os.getppid())}
-    living[os.getppid()] = proc.read_process(os.getppid())
+    living = {os.getpid(): proc._Known(me), os.getppid(): proc._Known(proc.read_process(os.getppid()))}
+    ended = {pid: proc._Known(ProcessInfo(pid, start)) for pid, start in ((GONE, 1.0), (other, -1.0))}
     monkeypatch.setattr(proc, "_LEAST", 3)
-    monkeypatch.setattr(proc, "_known", {**living, GONE: ProcessInfo(GONE, 1.0), other: ProcessInfo(other, -1.0)})
+    monkeypatch.setattr(proc, "_known", {**living, **ended})
     proc._forget_ended()
     assert proc._known == living and proc._most == [4]
     monkeypatch.setattr(proc, "_LEAST", 5)

@@ -45,6 +45,21 @@ def test_importing_the_manager_brings_no_user_interface_and_touches_no_driver():
     assert "cjm_fasthtml_resources.core.process" in loaded
 
 
+def test_the_package_imports_what_it_names_when_that_is_asked_for():
+    code = ("import sys, cjm_fasthtml_resources as package\n"
+            "print('cjm_fasthtml_resources.core.gpu' in sys.modules, {*package.__all__} <= {*dir(package)})\n"
+            "print(package.core.manager.ResourceManager is package.ResourceManager, hasattr(package.core, 'nothing'))\n"
+            "from cjm_fasthtml_resources import *\n"
+            "print(read_gpus.__name__, ResourcePanel.__name__)")
+    assert python(code).stdout.split() == ["False", "True", "True", "False", "read_gpus", "ResourcePanel"]
+
+
+def test_the_command_searches_for_garbage_again_once_it_is_imported():
+    code = ("import gc\nfrom cjm_fasthtml_resources import __main__, cli\n"
+            "cli.main = lambda: print(gc.isenabled(), gc.get_freeze_count() > 10_000)\n__main__.main()")
+    assert python(code).stdout.split() == ["True", "True"]
+
+
 def test_type_hints_are_shipped():
     assert os.path.exists(os.path.join(os.path.dirname(cjm_fasthtml_resources.__file__), "py.typed"))
 
@@ -78,9 +93,9 @@ def test_what_is_handed_out_cannot_be_changed():
     assert {"GpuDevice", "WorkerState", "ResourceConflict", "Claim", "Sample"} <= {value.__name__ for value in found}
     public = [value for value in found if not value.__name__.startswith("_")]
     changeable = {value.__name__ for value in public if not value.__dataclass_params__.frozen}
-    # what a test sets on a simulated machine, what a process remembers of a plugin, and what a change writes
+    # what a test sets on a simulated machine
     assert changeable == {"SimulatedProcess", "SimulatedGpu", "SimulatedHostProcess", "SimulatedMachine", "Fault",
-                          "Habits", "AskedPlugin", "Draft"}
+                          "Habits"}
 
 
 def test_no_notebook_keeps_a_warning():

@@ -11,7 +11,7 @@ __all__ = ['REFRESH_AFTER', 'ANSWER_WITHIN', 'WRITTEN_WITHIN', 'ask_plugin', 'fi
 import threading
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from enum import Enum
 from typing import Any
 
@@ -117,16 +117,19 @@ REFRESH_AFTER = 3.0   # seconds after which a check asks a lifecycle-aware plugi
 ANSWER_WITHIN = 1.0   # seconds that a check waits for the answers
 WRITTEN_WITHIN = 0.05   # seconds more, until they are in the app's file, which another process may be changing
 
-@dataclass
 class AskedPlugin:
     "A worker's plugin, and when it was asked for its processes"
-    plugin: Any
-    asked: float | None = None               # by `time.monotonic()`; `None` for one that declares no processes
-    asking: threading.Thread | None = None   # the thread that asks it, or did so last
-    since: float = 0.0                       # when that thread began
-    trouble: str | None = None               # why it could not be asked, in words
-    has_released: bool = False               # whether it has unloaded: it is not asked to again, unless it says a model
-    answered: threading.Event = field(default_factory=threading.Event, repr=False, compare=False)   # by that thread
+    def __init__(
+        self,
+        plugin: Any,
+        asked: float | None = None,               # by `time.monotonic()`; `None` for one that declares no processes
+        asking: threading.Thread | None = None,   # the thread that asks it, or did so last
+        has_released: bool = False,               # whether it has unloaded: asked again once it says a model
+    ) -> None:
+        self.plugin, self.asked, self.asking, self.has_released = plugin, asked, asking, has_released
+        self.since = 0.0                    # when that thread began
+        self.trouble: str | None = None     # why it could not be asked, in words
+        self.answered = threading.Event()   # by that thread
 
     def after_fork(self) -> None:
         "Forget the thread that asks, in a fork's child"

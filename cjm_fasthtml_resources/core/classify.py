@@ -62,6 +62,11 @@ def _shown_worker(worker_type: str, plugin: str | None, job_id: str | None) -> t
     "Return these as they can be shown"
     return shown_text(worker_type), plugin and shown_text(plugin), job_id and shown_text(job_id, identifier=True)
 
+@lru_cache(maxsize=4096)
+def _make_owned(*fields: Any) -> OwnedProcess:
+    "Return the process with these fields; most are as they were at the last check, and are not made again"
+    return OwnedProcess(*fields)
+
 def owned_process(
     process: ProcessInfo,
     memory: int | None,          # bytes
@@ -73,9 +78,9 @@ def owned_process(
     name, plugin, job = (None, None, None) if worker is None else _shown_worker(
         worker.worker_type, worker.plugin_name or worker.plugin_id, worker.job_id)
     parent = None if worker is None or worker.pid == process.pid else worker.pid
-    return OwnedProcess(process.pid, owner, memory, process.name, process.username, kind,
-                        parent, None if parent is None else name, process.container, name, plugin, job,
-                        process.start_time)
+    return _make_owned(process.pid, owner, memory, process.name, process.username, kind,
+                       parent, None if parent is None else name, process.container, name, plugin, job,
+                       process.start_time)
 
 # %% ../../nbs/core/classify.ipynb #41ccb90d
 def divide_rest(

@@ -26,11 +26,11 @@ class Container(NamedTuple):
     pod: str | None = None  # the UID of its pod in Kubernetes
 
 # %% ../../nbs/core/containers.ipynb #d99d9c10
-_HEX = re.compile(r"(?:.*[-:_])?([0-9a-f]{64})(?:\.scope|\.service)?"
-                  r"|(?:docker|nerdctl|cri-containerd|crio|libpod)-([0-9a-f]{12,64})\.scope")
-_LXC = re.compile(r"lxc\.payload\.(.+)")
-_NSPAWN = re.compile(r"(?:machine-(?!qemu\\x2d)|systemd-nspawn@)(.+)\.(?:scope|service)")
-_JOB = re.compile(r"job_(\d+)")
+_HEX = (r"(?:.*[-:_])?([0-9a-f]{64})(?:\.scope|\.service)?"
+        r"|(?:docker|nerdctl|cri-containerd|crio|libpod)-([0-9a-f]{12,64})\.scope")
+_LXC = "lxc.payload."
+_NSPAWN = r"(?:machine-(?!qemu\\x2d)|systemd-nspawn@)(.+)\.(?:scope|service)"
+_JOB = r"job_(\d+)"
 
 def _unescape(unit: str) -> str:
     "Return the text that systemd wrote as the name of a unit"
@@ -39,22 +39,24 @@ def _unescape(unit: str) -> str:
 def _named(part: str, above: str) -> Container | None:
     "Return what a part of a path stands for, given the part above it"
     if "conmon-" in part: return None
-    if found := _HEX.fullmatch(part): return Container(found[1] or found[2])
-    if found := _LXC.fullmatch(part): return Container(found[1])
+    # most parts are short, and a pattern is compiled at its first use
+    if (len(part) >= 64 or part.endswith(".scope")) and (found := re.fullmatch(_HEX, part)):
+        return Container(found[1] or found[2])
+    if part.startswith(_LXC) and part != _LXC: return Container(part.removeprefix(_LXC))
     if above in ("lxc", "lxc.payload"): return Container(part)
-    if above == "machine.slice" and (found := _NSPAWN.fullmatch(part)): return Container(_unescape(found[1]))
+    if above == "machine.slice" and (found := re.fullmatch(_NSPAWN, part)): return Container(_unescape(found[1]))
     if above.startswith("uid_") or above.endswith("slurmstepd.scope"):
-        return Container(found[1], job=True) if (found := _JOB.fullmatch(part)) else None
+        return Container(found[1], job=True) if (found := re.fullmatch(_JOB, part)) else None
     return None
 
 # %% ../../nbs/core/containers.ipynb #c6a840e0
-_POD = re.compile(r"pod([0-9a-f]{8}(?:[-_]?[0-9a-f]{4}){3}[-_]?[0-9a-f]{12})(?![0-9a-f])")
+_POD = r"pod([0-9a-f]{8}(?:[-_]?[0-9a-f]{4}){3}[-_]?[0-9a-f]{12})(?![0-9a-f])"
 
 def _on_path(path: str) -> tuple[Container, ...]:
     "Return the containers on a path, the outermost first"
     found, pod, above = list[Container](), None, ""
     for part in path.split("/"):
-        if match := _POD.search(part): pod = match[1].replace("_", "-")
+        if "pod" in part and (match := re.search(_POD, part)): pod = match[1].replace("_", "-")
         if container := _named(part, above): found.append(container._replace(pod=pod))
         above = part
     return tuple(found)
@@ -87,7 +89,7 @@ def _read(path: str, most: int = 65_536) -> bytes:
         return b""
 
 # %% ../../nbs/core/containers.ipynb #69cc8bd7
-_ID = re.compile("[0-9a-f]{12,64}")
+_ID = "[0-9a-f]{12,64}"
 DOCKER_CONTAINERS = "/var/lib/docker/containers"
 POD_LOGS = "/var/log/pods"
 _LONGEST = 40
@@ -120,7 +122,7 @@ def name_container(
     "Return the short name of a container where it can be read, else 12 digits of its id"
     if container.job: return f"job {_clean(container.name)}"
     if container.pod and (pod := _pod_name(container.pod)): return f"pod {pod}"
-    if not _ID.fullmatch(container.name): return _clean(container.name)
+    if not re.fullmatch(_ID, container.name): return _clean(container.name)
     return _docker_name(container.name) or container.name[:12]
 
 # %% ../../nbs/core/containers.ipynb #8b8c0589

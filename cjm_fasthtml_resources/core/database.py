@@ -12,7 +12,6 @@ import os
 import time
 from collections.abc import Iterator
 from io import FileIO
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cjm_fasthtml_resources.core.lockfile import (
@@ -29,6 +28,7 @@ from .forks import no_fork
 from .leases import StoreError, in_use, is_used_elsewhere
 from .locking import is_locked
 from .logs import Log
+from .paths import Path, as_path
 
 if TYPE_CHECKING:
     import sqlite3
@@ -113,19 +113,19 @@ def is_damage(error: Exception) -> bool:
 # %% ../../nbs/core/database.ipynb #630d1d94
 def _set_aside(path: Path) -> Path:
     "Rename a damaged file with its journal; return the new name"
-    number = next(n for n in range(1, 10**6) if not Path(f"{path}.damaged-{n}").exists())
+    number = next(n for n in range(1, 10**6) if not as_path(f"{path}.damaged-{n}").exists())
     for suffix in ("-journal", ""):
         with contextlib.suppress(FileNotFoundError): os.rename(f"{path}{suffix}", f"{path}.damaged-{number}{suffix}")
-    return Path(f"{path}.damaged-{number}")
+    return as_path(f"{path}.damaged-{number}")
 
 # %% ../../nbs/core/database.ipynb #474026d0
 def _make(path: Path, world: str) -> None:
     "Make a database under another name, and rename it"
-    new = Path(f"{path}.new")
-    for suffix in ("", "-journal"): Path(f"{new}{suffix}").unlink(missing_ok=True)
+    new = as_path(f"{path}.new")
+    for suffix in ("", "-journal"): as_path(f"{new}{suffix}").unlink(missing_ok=True)
     os.close(os.open(new, os.O_CREAT | os.O_EXCL, 0o600))
     with contextlib.closing(_connect(new)) as db: create_tables(db, world)
-    Path(f"{path}-journal").unlink(missing_ok=True)
+    as_path(f"{path}-journal").unlink(missing_ok=True)
     os.rename(new, path)
 
 # %% ../../nbs/core/database.ipynb #b59576dc
@@ -180,10 +180,10 @@ def _is_poisoned(path: Path) -> bool: return bool(_poisoned) and not _poisoned.i
 def _copy(path: Path, target: Path) -> None:
     "Copy a database, with the journal of an incomplete change; copied to its own place, it gets another inode"
     import shutil
-    new = Path(f"{target}.new")
+    new = as_path(f"{target}.new")
     new.unlink(missing_ok=True)
     shutil.copy2(path, new)
-    if target != path and Path(f"{path}-journal").exists(): shutil.copy2(f"{path}-journal", f"{target}-journal")
+    if target != path and as_path(f"{path}-journal").exists(): shutil.copy2(f"{path}-journal", f"{target}-journal")
     os.rename(new, target)
 
 # %% ../../nbs/core/database.ipynb #d7528204
@@ -301,7 +301,8 @@ def _look_at(lock_path: Path) -> tuple[Header, bool]:
 def _copied(path: Path, opened: contextlib.ExitStack) -> Path:
     "Return a copy of a database, which is deleted with the stack"
     import tempfile
-    lock_path, target = path.with_suffix(".lock"), Path(opened.enter_context(tempfile.TemporaryDirectory()))/path.name
+    folder = as_path(opened.enter_context(tempfile.TemporaryDirectory()))
+    lock_path, target = path.with_suffix(".lock"), folder/path.name
     for _ in range(100):
         before = _look_at(lock_path)[0].counter
         _copy(path, target)

@@ -20,32 +20,32 @@ from .nvml import GpuDevice
 from .order import CudaOrder, cuda_order
 
 # %% ../../nbs/core/devices.ipynb #ebd19e97
-_NUMBER = re.compile(r"[ \t\n\v\f\r]*([+-]?)(\d+)", re.ASCII)
+_NUMBER = r"(?a)[ \t\n\v\f\r]*([+-]?)(\d+)"
 
 def read_index(entry: str) -> int | None:  # `None`: it is none
     "Return the index that CUDA reads in an entry"
-    if not (found := _NUMBER.match(entry)): return None
+    if not (found := re.match(_NUMBER, entry)): return None
     number = min(int(found[2][:40]), 2**64 - 1)
     if found[1] == "-" and number < 2**64 - 1: number = -number
     low = number & 0xFFFF_FFFF
     return low if low < 2**31 else None
 
 # %% ../../nbs/core/devices.ipynb #aa3ba0e4
-_UUID = re.compile(r"(?:GPU|MIG)-([0-9a-fA-F-]*)(.*)", re.ASCII | re.DOTALL)
+_UUID = r"(?as)(?:GPU|MIG)-([0-9a-fA-F-]*)(.*)"
 
 def read_digits(entry: str) -> str | None:  # `None`: it is none
     "Return the digits of the UUID, or of its beginning, that CUDA reads in an entry"
-    if not (found := _UUID.fullmatch(entry)): return None
+    if not (found := re.fullmatch(_UUID, entry)): return None
     digits = found[1].replace("-", "").lower()
     return None if not digits or found[2] and len(digits) < 32 else digits[:32]
 
 # %% ../../nbs/core/devices.ipynb #b532fffd
-_LEGACY = re.compile(r"MIG-(GPU-[0-9a-fA-F-]+)/(\d+)/(\d+)", re.ASCII)
+_LEGACY = r"(?a)MIG-(GPU-[0-9a-fA-F-]+)/(\d+)/(\d+)"
 
 def find_legacy(devices: Sequence[GpuDevice], entry: str) -> list[GpuDevice]:
     "Return the MIG instance that a name of the form `MIG-GPU-<UUID>/<GPU instance>/<compute instance>` means"
     if same := [d for d in devices if d.uuid == entry]: return same   # the driver itself names it so
-    if not (found := _LEGACY.fullmatch(entry)): return []
+    if not (found := re.fullmatch(_LEGACY, entry)): return []
     digits, place = read_digits(found[1]), (int(found[2]), int(found[3]))
     parents = {d.index for d in devices if d.mig_mode and read_digits(d.uuid or "") == digits}
     return [d for d in devices if d.mig_parent in parents and (d.gpu_instance, d.compute_instance) == place]

@@ -14,13 +14,13 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from io import FileIO
-from pathlib import Path
+from typing import NamedTuple
 
 from .forks import reset_in_child
 from .locking import holding
 from .logs import Log
+from .paths import Path
 from .sharing import open_made
 
 # %% ../../nbs/core/events.ipynb #6ed30a2e
@@ -28,21 +28,18 @@ EVENTS = ("granted", "refused", "ended", "stopped", "driver_lost", "out_of_memor
 WAIT_BUCKETS = (0.1, 1.0, 5.0, 15.0, 60.0, 300.0, 900.0, 3600.0, math.inf)   # seconds
 _log = Log(__name__)
 
-@dataclass(frozen=True)
-class EventCounts:
+class EventCounts(NamedTuple):
     "How often each event has happened, and how long the requests waited that were granted"
     counts: Mapping[str, int]
     waits: tuple[tuple[float, int], ...]   # for each of `WAIT_BUCKETS`, how many waited no longer
     waited: float                          # seconds, all together
 
 # %% ../../nbs/core/events.ipynb #8e51a7f2
-@dataclass
 class _Tally:
     "What was counted so far"
-    counts: Counter[str] = field(default_factory=Counter)
-    buckets: list[int] = field(default_factory=lambda: [0]*len(WAIT_BUCKETS))
-    waited: float = 0.0
-    last: dict[str, float] = field(default_factory=dict)   # event → when it was last, by `time.monotonic()`
+    def __init__(self) -> None:
+        self.counts, self.buckets, self.waited = Counter[str](), [0]*len(WAIT_BUCKETS), 0.0
+        self.last: dict[str, float] = {}   # event → when it was last, by `time.monotonic()`
 
     def add(self, line: str) -> None:
         name, _, rest = line.partition(" ")

@@ -13,7 +13,8 @@ import re
 import stat
 from functools import cache
 from io import FileIO
-from pathlib import Path
+
+from .paths import Path, as_path
 
 # %% ../../nbs/core/folder.ipynb #24590e81
 class StoreError(RuntimeError):
@@ -44,7 +45,7 @@ def explain_os_error(
 @cache
 def boot_id() -> str:
     "Return a text that identifies this boot of the machine"
-    try: return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    try: return as_path("/proc/sys/kernel/random/boot_id").read_text().strip()
     except OSError:
         import psutil  # when it is used
 
@@ -60,24 +61,24 @@ def home_folder() -> Path:
         raise StoreError(f"UID {os.geteuid()} is not in the user database, so it has no home folder: set "
                          "CJM_RESOURCES_DIR to a folder that is the same for all programs that share reservations"
                          ) from None
-    return Path(home)/".local/state/cjm-fasthtml-resources"/boot_id()
+    return as_path(home)/".local/state/cjm-fasthtml-resources"/boot_id()
 
 # %% ../../nbs/core/folder.ipynb #83550c3b
-SETTINGS_FILE = Path("/etc/cjm-resources.toml")
+SETTINGS_FILE = "/etc/cjm-resources.toml"
 _ALL_USERS = 2**32 - 1
-_LINE = re.compile(r"""^\s*folder\s*=\s*(?:"([^"\\]*)"|'([^']*)')\s*(?:#.*)?$""")
+_LINE = r"""^\s*folder\s*=\s*(?:"([^"\\]*)"|'([^']*)')\s*(?:#.*)?$"""
 
 def is_hidden(
     user: int,   # the owner of a file
 ) -> bool:
     "Return whether a UID stands for users that this user namespace does not show"
-    try: shown = Path("/proc/self/uid_map").read_text().split()
+    try: shown = as_path("/proc/self/uid_map").read_text().split()
     except OSError: return False
     return shown != ["0", "0", str(_ALL_USERS)] and str(user) == _overflow()
 
 @cache
 def _overflow() -> str:
-    try: return Path("/proc/sys/fs/overflowuid").read_text().strip()
+    try: return as_path("/proc/sys/fs/overflowuid").read_text().strip()
     except OSError: return "65534"
 
 # %% ../../nbs/core/folder.ipynb #0a21a19b
@@ -88,14 +89,14 @@ def folder_in(
     for line in text.splitlines():
         if line.lstrip().startswith("["): break   # a table: its keys are others
         if not re.match(r"\s*[\"']?folder[\"']?\s*=", line): continue
-        found = _LINE.match(line)
+        found = re.match(_LINE, line)
         folder = (found[1] or found[2] or "") if found else ""
         if not os.path.isabs(folder): raise ValueError(f"has to say folder = \"/an/absolute/path\", not {line.strip()}")
         return folder
     return None
 
 def read_settings(
-    path: Path = SETTINGS_FILE,
+    path: str | Path = SETTINGS_FILE,
 ) -> Path | None:  # `None` if it is not there, or names no folder
     "Return the folder that the machine's settings name; `StoreError` if they are not to be trusted or not understood"
     try:
@@ -110,11 +111,11 @@ def read_settings(
     if folder is not None and not os.path.isdir(folder):
         raise StoreError(f"{path} names {folder}, which is not there. Ask the administrator: "
                          f"sudo cjm-resources share {folder} --group GROUP")
-    return None if folder is None else Path(folder)
+    return None if folder is None else as_path(folder)
 
 # %% ../../nbs/core/folder.ipynb #935f8539
 @cache
-def _resolve(folder: str) -> Path: return Path(os.path.abspath(folder))
+def _resolve(folder: str) -> Path: return as_path(os.path.abspath(folder))
 
 def chosen_folder() -> Path | None:
     "Return the folder that `CJM_RESOURCES_DIR` or the machine's settings name, if one of them does"

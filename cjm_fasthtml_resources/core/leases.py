@@ -13,7 +13,6 @@ import threading
 import weakref
 from collections.abc import Callable, Collection, Iterable
 from io import FileIO
-from pathlib import Path
 from typing import Any
 from zlib import crc32
 
@@ -27,6 +26,7 @@ from cjm_fasthtml_resources.core.locking import (
 )
 from .folder import StoreError, explain_os_error
 from .forks import reset_in_child
+from .paths import Path
 from .sharing import is_shared
 
 # %% ../../nbs/core/leases.ipynb #b632c189

@@ -15,7 +15,6 @@ import threading
 import time
 from collections.abc import Iterator
 from io import FileIO
-from pathlib import Path
 from typing import NamedTuple
 from zlib import crc32
 
@@ -23,6 +22,7 @@ from .folder import StoreError, boot_id, explain_os_error, state_folder
 from .forks import reset_in_child
 from .leases import in_use, is_used_elsewhere
 from .locking import is_locked, lock_byte, unlock_byte
+from .paths import Path, as_path
 from .sharing import check_owner, is_shared, open_made
 
 # %% ../../nbs/core/lockfile.ipynb #5f0f2680
@@ -44,7 +44,7 @@ def explain_error(
     error: Exception,    # what SQLite or the operating system raised
 ) -> str:
     "Return what is wrong with the file, in words"
-    name, text = path or Path("the store in memory"), str(error)
+    name, text = path or as_path("the store in memory"), str(error)
     if isinstance(error, OSError): return explain_os_error(name, error)
     advice = next((advice for sign, advice in _SAID_BY_SQLITE.items() if sign in text), f"cannot be used: {text}")
     return f"{name} {advice.replace('{seconds:g}', f'{BUSY_SECONDS:g}')}"

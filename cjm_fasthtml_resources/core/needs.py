@@ -12,7 +12,6 @@ import contextlib
 import threading
 import time
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 from typing import Any, NamedTuple
 from weakref import WeakSet
 
@@ -37,6 +36,7 @@ from .folder import chosen_folder
 from .forks import reset_in_child
 from .locking import holding
 from .logs import Log
+from .paths import Path, as_path
 from .resources import DeviceStatus, WorkerState
 from .roster import Roster
 from .secrets import shown_text
@@ -110,7 +110,7 @@ def watch(
 def machine_id() -> str:
     "Return a text that identifies this machine for longer than a boot; \"\" if there is none"
     import hashlib
-    try: found = Path("/etc/machine-id").read_bytes().strip()
+    try: found = as_path("/etc/machine-id").read_bytes().strip()
     except OSError: return ""
     return hashlib.sha256(b"cjm-fasthtml-resources" + found).hexdigest()[:16] if len(found) == 32 else ""
 

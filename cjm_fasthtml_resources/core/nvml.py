@@ -9,8 +9,8 @@ __all__ = ['NO_NAME', 'GpuDevice', 'share_memory', 'NvmlSession', 'find_sleeping
 # %% ../../nbs/core/nvml.ipynb #e314ded0
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from cjm_fasthtml_resources.core.nvml_memory import (
     Figures,
@@ -22,10 +22,12 @@ from cjm_fasthtml_resources.core.nvml_memory import (
     read_figures,
     shares_memory,
 )
-from .loads import LoadReader, with_loads
 from .nvml_errors import ASLEEP, NO_MEMORY, OF_THE_DRIVER, ask, in_words
 from .nvml_processes import KINDS, GpuProcess, Listed, ProcessLists, lists_whole, merge_processes
 from .sysfs import ListedGpu, jetson_load, jetson_temperature
+
+if TYPE_CHECKING:
+    from cjm_fasthtml_resources.core.loads import LoadReader
 
 _all_ = ["NO_MEMORY", "GpuProcess", "in_words", "lists_whole", "merge_processes"]
 
@@ -119,11 +121,11 @@ def _read_use(
     return min(own or (before, after), key=lambda memory: memory.figures.free if memory.figures else -1), listed
 
 # %% ../../nbs/core/nvml.ipynb #85483d91
-@dataclass
 class _Told:
     "What a device has told before"
-    what: set[str] = field(default_factory=set)   # kinds of processes; "memory", "instances"
-    total: int | None = None                      # bytes of memory, the first time
+    def __init__(self) -> None:
+        self.what = set[str]()          # kinds of processes; "memory", "instances"
+        self.total: int | None = None   # bytes of memory, the first time
 
 # %% ../../nbs/core/nvml.ipynb #8b05942a
 def _add_total(memory: _Memory, told: _Told) -> tuple[_Memory, list[str]]:   # and what is wrong, in words
@@ -189,7 +191,7 @@ def _nameless(error: Exception) -> str:
     return f"it cannot be told from other GPUs, since its UUID could not be read: {in_words(error)}"
 
 # %% ../../nbs/core/nvml.ipynb #d96b8f03
-_ADDRESS = re.compile(r"([0-9a-f]+):([0-9a-f]+:[0-9a-f]+\.[0-9a-f]+)")
+_ADDRESS = r"([0-9a-f]+):([0-9a-f]+:[0-9a-f]+\.[0-9a-f]+)"
 _ZEROS = "0000:00:00.0"   # integrated GPUs
 
 def _address(nvml: Any, handle: Any) -> str | None:   # empty: it has none; `None`: it cannot be read now
@@ -198,7 +200,7 @@ def _address(nvml: Any, handle: Any) -> str | None:   # empty: it has none; `Non
     except (nvml.NVMLError_NotSupported, nvml.NVMLError_FunctionNotFound): return ""
     except (nvml.NVMLError, UnicodeError): return None
     text = told.decode(errors="replace") if isinstance(told, bytes) else str(told)
-    if not (found := _ADDRESS.fullmatch(text.strip().lower())): return ""
+    if not (found := re.fullmatch(_ADDRESS, text.strip().lower())): return ""
     address = f"{int(found[1], 16):04x}:{found[2]}"
     return "" if address == _ZEROS else address
 
@@ -252,8 +254,9 @@ def share_memory(
     return sorted(shared, key=lambda d: d.index)
 
 # %% ../../nbs/core/nvml.ipynb #fae58a68
-def _add_loads(device: GpuDevice, handle: Any, reader: LoadReader) -> GpuDevice:
+def _add_loads(device: GpuDevice, handle: Any, reader: "LoadReader") -> GpuDevice:
     "Return the device, with the loads of its processes"
+    from cjm_fasthtml_resources.core.loads import with_loads  # when it is used
     if not device.uuid or not device.processes: return device
     loads = reader.read(handle, device.uuid)
     return replace(device, processes=with_loads(device.processes, loads, device.utilization))
@@ -262,6 +265,7 @@ def _add_loads(device: GpuDevice, handle: Any, reader: LoadReader) -> GpuDevice:
 class NvmlSession:
     "NVML, initialised once. For one thread"
     wants_loads = False   # whether the next reading is to have the processes' loads
+    loads: "LoadReader | None" = None   # once they were asked for
 
     def __init__(
         self,
@@ -271,7 +275,7 @@ class NvmlSession:
         self.nvml: Any = pynvml
         pynvml.nvmlInit()
         self.lib = pynvml.nvmlLib
-        self.lists, self.loads = ProcessLists(pynvml), LoadReader(pynvml)
+        self.lists = ProcessLists(pynvml)
         self.driver_version: str | None = ask(pynvml, "nvmlSystemGetDriverVersion")
         self.facts: dict[str, dict[str, Any]] = {}   # UUID, or address without one → what never changes
         self.told: dict[str, _Told] = before.told if before and before.current else {}   # by both names
@@ -333,7 +337,13 @@ class NvmlSession:
         "Return one device, read now"
         told = self.told_by(fixed["uuid"], None if "mig_parent" in fixed else fixed["pci"])
         device = _read_device(self.nvml, self.lists, handle, told, **fixed)
-        return _add_loads(device, handle, self.loads) if self.wants_loads else device
+        return _add_loads(device, handle, self.load_reader()) if self.wants_loads else device
+
+    def load_reader(self) -> "LoadReader":
+        "Return what reads the processes' loads; it remembers them"
+        from cjm_fasthtml_resources.core.loads import LoadReader  # when it is used
+        self.loads = self.loads or LoadReader(self.nvml)
+        return self.loads
 
     def read_instances(self, parent: Any, parent_index: int, pci: str | None) -> Iterator[GpuDevice]:
         "Return the MIG instances of a GPU, each with its own processes"

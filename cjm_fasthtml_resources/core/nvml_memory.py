@@ -53,15 +53,15 @@ def read_figures(
     return found
 
 # %% ../../nbs/core/nvml_memory.ipynb #fee9a2de
-_UNIFIED = re.compile(r"\b(GB10|Thor|Orin|Xavier|Tegra|N1X)\b|\(nvgpu\)")
-_OWN = re.compile(r"\bG[BH]\d00\b")   # ATS, and memory of their own
+_UNIFIED = r"\b(GB10|Thor|Orin|Xavier|Tegra|N1X)\b|\(nvgpu\)"
+_OWN = r"\bG[BH]\d00\b"   # ATS, and memory of their own
 _ATS = 2   # NVML_DEVICE_ADDRESSING_MODE_ATS
 
 def is_unified(
     name: str | None,   # the product's
 ) -> bool:
     "Return whether a GPU is known to have no memory of its own"
-    return _UNIFIED.search(name or "") is not None
+    return re.search(_UNIFIED, name or "") is not None
 
 def has_unified_memory() -> bool:
     "Return whether a GPU of this machine is known to have none of its own, without asking the driver"
@@ -79,7 +79,7 @@ def shares_memory(
     name: str | None = None,   # the product's
 ) -> bool:
     "Return whether a device has no figures because it uses the machine's memory"
-    if getattr(error, "value", None) != nvml.NVML_ERROR_NOT_SUPPORTED or _OWN.search(name or ""): return False
+    if getattr(error, "value", None) != nvml.NVML_ERROR_NOT_SUPPORTED or re.search(_OWN, name or ""): return False
     return bool(ask(nvml, "nvmlDeviceGetAddressingMode", handle) == _ATS)
 
 # %% ../../nbs/core/nvml_memory.ipynb #ed73329d

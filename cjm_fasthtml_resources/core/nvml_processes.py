@@ -7,7 +7,6 @@ __all__ = ['KINDS', 'FUNCTION_NOT_FOUND', 'INSUFFICIENT_SIZE', 'UNKNOWN', 'GpuPr
            'ProcessLists', 'lists_whole', 'merge_processes']
 
 # %% ../../nbs/core/nvml_processes.ipynb #15412346
-import ctypes
 import struct
 from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass
@@ -62,9 +61,11 @@ class Listed(NamedTuple):
     odd: tuple[int, ...] = ()                      # PIDs that no process can have
 
 # %% ../../nbs/core/nvml_processes.ipynb #1c318dee
-class _Info(ctypes.Structure):
-    _fields_ = [("pid", ctypes.c_uint), ("usedGpuMemory", ctypes.c_ulonglong),
-                ("gpuInstanceId", ctypes.c_uint), ("computeInstanceId", ctypes.c_uint)]
+def _entry_fields() -> list[tuple[str, Any]]:
+    "Return the fields of an entry, as ctypes has them"
+    import ctypes  # when it is used, as below: pynvml imports it, too
+    return [("pid", ctypes.c_uint), ("usedGpuMemory", ctypes.c_ulonglong),
+            ("gpuInstanceId", ctypes.c_uint), ("computeInstanceId", ctypes.c_uint)]
 
 class ProcessLists:
     "Reads lists of processes, into an array that is kept"
@@ -72,14 +73,16 @@ class ProcessLists:
         self,
         nvml: Any,   # the module `pynvml`
     ) -> None:
-        self.nvml, self.count = nvml, ctypes.c_uint()
+        import ctypes
+        self.nvml, self.ctypes, self.count = nvml, ctypes, ctypes.c_uint()
+        self.info: Any = type("_Info", (ctypes.Structure,), dict(_fields_=_entry_fields()))
         self.make_room(128)
 
     def make_room(self, entries: int) -> None:
         "Make an array for so many entries, of any size"
-        behind = (_LARGEST - ctypes.sizeof(_Info))*entries   # where a driver with larger entries goes on
-        fields = [("array", _Info*entries), ("behind", ctypes.c_char*behind)]
-        self.buffer: Any = type("_Buffer", (ctypes.Structure,), dict(_fields_=fields))()
+        behind = (_LARGEST - self.ctypes.sizeof(self.info))*entries   # where a driver with larger entries goes on
+        fields = [("array", self.info*entries), ("behind", self.ctypes.c_char*behind)]
+        self.buffer: Any = type("_Buffer", (self.ctypes.Structure,), dict(_fields_=fields))()
         self.array: Any = self.buffer.array
 
     def read(self, handle: Any, kind: str) -> Listed:
@@ -94,9 +97,10 @@ class ProcessLists:
 
     def fill(self, function: Callable[..., int], handle: Any) -> int:
         "Let a C function write its list, into a larger array if it has to; return NVML's error code"
-        ctypes.memset(ctypes.addressof(self.buffer), _UNTOUCHED, ctypes.sizeof(self.buffer))
+        c = self.ctypes
+        c.memset(c.addressof(self.buffer), _UNTOUCHED, c.sizeof(self.buffer))
         self.count.value = room = len(self.array)
-        error = function(handle, ctypes.byref(self.count), self.array)
+        error = function(handle, c.byref(self.count), self.array)
         if error == INSUFFICIENT_SIZE and room < self.count.value <= _MOST_PROCESSES:
             self.make_room(2*self.count.value)
             return self.fill(function, handle)
@@ -105,7 +109,7 @@ class ProcessLists:
     def entries(self, call: str) -> Listed:
         "Return what a C function has written"
         count = self.count.value
-        written: bytes = ctypes.string_at(ctypes.addressof(self.buffer), _LARGEST*count)
+        written: bytes = self.ctypes.string_at(self.ctypes.addressof(self.buffer), _LARGEST*count)
         size = entry_size(written, count) or documented_size(self.nvml.nvmlLib, call)
         found = list(_FORMATS[size].iter_unpack(written[:size*count]))
         odd = tuple(pid for pid, _ in found if not 0 < pid <= _LARGEST_PID)

@@ -234,14 +234,19 @@ def this_process() -> ProcessId:
     return me
 
 # %% ../../nbs/core/process.ipynb #95b80013
-_known: dict[int, ProcessInfo] = {}
+class _Known(NamedTuple):
+    "A process that was read, and the mark of its folder in /proc at that time"
+    info: ProcessInfo
+    mark: tuple[int, int] | None = None   # `None`: it could not be read
+
+_known: dict[int, _Known] = {}   # by PID
 _LEAST = 1000     # processes to keep before any is forgotten
 _most = [_LEAST]  # processes to keep until those that ended are forgotten
 
 def _forget_ended() -> None:
     "Keep at most twice as many as live, so that a server of months does not grow"
-    for pid, info in list(_known.items()):
-        if has_ended(pid, info.start_time): _known.pop(pid, None)
+    for pid, known in list(_known.items()):
+        if has_ended(pid, known.info.start_time): _known.pop(pid, None)
     _most[0] = max(_LEAST, 2*len(_known))
 
 # %% ../../nbs/core/process.ipynb #2e911b89
@@ -305,6 +310,13 @@ def is_whole(info: ProcessInfo) -> bool:
     last = info.lineage[-1]
     return info.username is not None and (last.start_time is not None or not could_be_read(last.pid))
 
+# %% ../../nbs/core/process.ipynb #4d864fea
+def _read_mark(pid: int) -> tuple[int, int] | None:
+    "Return what tells the folder of a process from that of a later one; `None` if it cannot be read"
+    try: found = os.stat(f"/proc/{pid}") if _proc_is_ours(os.getpid()) else None
+    except OSError: return None
+    return found and (found.st_ino, found.st_ctime_ns)
+
 # %% ../../nbs/core/process.ipynb #abd19f04
 def read_process(
     pid: int,
@@ -312,18 +324,23 @@ def read_process(
 ) -> ProcessInfo:  # with `start_time=None` if there is no such process, or it is hidden
     "Return what is known about the process that has this number now"
     if (info := simulated_process(pid)) is not None: return info
-    if (info := _known.get(pid)) is not None:
-        if pid == os.getpid() and info.lineage[0] == this_process(): return info   # it lives
-        start = read_start(pid)
-        if info.start_time == start or start is None and not is_free(pid): return info
+    known, mark = _known.get(pid), _read_mark(pid)   # before the rest: an older one is only another one
+    if known is not None and _is_still(known, mark): return known.info
     if (stat := read_stat(pid)) is None: return ProcessInfo(pid)
     info = _look_at(pid, stat, found)
     try: info = replace(info, container=read_container(pid))
     except OSError: return info   # no free descriptor
     if not is_whole(info): return info
     if len(_known) >= _most[0]: _forget_ended()
-    _known[pid] = info
+    _known[pid] = _Known(info, mark)
     return info
+
+def _is_still(known: _Known, mark: tuple[int, int] | None) -> bool:
+    "Return whether a number still stands for the process that was read; a mark that is new is kept"
+    if mark is not None and mark == known.mark: return True
+    start = read_start(known.info.pid)
+    if start is not None and start == known.info.start_time: _known[known.info.pid] = known._replace(mark=mark)
+    return start == known.info.start_time or start is None and not is_free(known.info.pid)
 
 # %% ../../nbs/core/process.ipynb #7de8f795
 _FIRST_PID_NAMESPACE = 0xEFFFFFFC  # PROC_PID_INIT_INO in the kernel's include/linux/proc_ns.h
@@ -358,7 +375,7 @@ def _numbers_of(
 # %% ../../nbs/core/process.ipynb #60ad990e
 DRIVER_VERSION = "/proc/driver/nvidia/version"
 DRIVER_MODULE = "/sys/module/nvidia"
-_MODULE = re.compile(rb"(Open )?Kernel Module\b.*?\s(\d+)\.\d")
+_MODULE = rb"(Open )?Kernel Module\b.*?\s(\d+)\.\d"
 
 def _head(path: str) -> bytes:
     "Return the beginning of a file, nothing if it cannot be read"
@@ -372,7 +389,8 @@ def driver_numbers(
     "Return whose numbers the driver tells this process"
     if simulated: return "own" if simulated.local_pids else "host"
     texts = _head(DRIVER_VERSION), _head(f"{proc}/driver/nvidia/version") if proc else b""
-    for found in filter(None, map(_MODULE.search, texts)): return _numbers_of(bool(found[1]), int(found[2]))
+    for found in filter(None, (re.search(_MODULE, text) for text in texts)):
+        return _numbers_of(bool(found[1]), int(found[2]))
     release, taint = _head(f"{DRIVER_MODULE}/version").split(b".")[0], _head(f"{DRIVER_MODULE}/taint")
     return _numbers_of(b"P" not in taint, int(release)) if release.isdigit() and taint else None
 

@@ -8,9 +8,9 @@ __all__ = ['STEP', 'Receipt', 'to_text', 'is_receipt', 'from_text', 'machine_use
 # %% ../../nbs/core/receipts.ipynb #e2a0e16c
 import os
 from functools import lru_cache
-from pathlib import Path
 from typing import Any, NamedTuple
 
+from .paths import as_path
 from .sharing import map_user
 from .text import format_bytes
 
@@ -86,7 +86,7 @@ def from_text(text: str) -> Receipt:
 @lru_cache(maxsize=1)
 def _uid_map(pid: int) -> str | None:
     "Return how UIDs are mapped, `None` if it cannot be read; once for each process"
-    try: return Path("/proc/self/uid_map").read_text()
+    try: return as_path("/proc/self/uid_map").read_text()
     except OSError: return None
 
 def machine_user(

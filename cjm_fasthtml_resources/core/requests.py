@@ -15,7 +15,6 @@ import threading
 import time
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 from weakref import WeakSet
 
@@ -26,6 +25,7 @@ from .explain import explain_free, explain_shortage
 from .forks import reset_in_child
 from .gpu import GpuDevice, GpuSnapshot, read_gpu_links
 from .memory import find_cgroup
+from .paths import as_path
 from .process import ProcessId, has_ended, is_free, read_process, this_process
 from .room import check_capacity
 from .text import format_bytes
@@ -115,7 +115,7 @@ def read_environ(
     pid: int,
 ) -> dict[str, str]:   # empty if it cannot be read
     "Return the environment with which a process was started"
-    try: data = Path(f"/proc/{pid}/environ").read_bytes()
+    try: data = as_path(f"/proc/{pid}/environ").read_bytes()
     except OSError: return {}
     return dict(entry.split("=", 1) for entry in data.decode(errors="replace").split("\0") if "=" in entry)
 

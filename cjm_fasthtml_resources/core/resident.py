@@ -14,7 +14,6 @@ import time
 from collections.abc import Iterable, Sequence
 from heapq import nlargest
 from io import FileIO
-from pathlib import Path
 from typing import NamedTuple
 
 from .process import ProcessId, ProcessInfo, is_whole, read_process
@@ -38,29 +37,42 @@ def parse_statm(
     return int(resident), int(mapped)
 
 # %% ../../nbs/core/resident.ipynb #cfa67e8c
+def _read_line(path: str) -> bytes:
+    with FileIO(path) as file: return file.read(4096)
+
 def _read_threads(folder: str) -> tuple[int, int]:
     "Return the same of a process whose own line has none"
     threads = os.listdir(f"{folder}/task")
     if len(threads) < 2: return 0, 0
-    lines = [Path(folder, "task", thread, "statm").read_bytes() for thread in threads]
-    return max(map(parse_statm, lines))
+    return max(parse_statm(_read_line(f"{folder}/task/{thread}/statm")) for thread in threads)
 
 # %% ../../nbs/core/resident.ipynb #329e1631
 _KERNEL, _FORKED = 0x200000, 0x40   # PF_KTHREAD, PF_FORKNOEXEC in the kernel's include/linux/sched.h
 
-def _read_flags(folder: str) -> int:
-    "Return the kernel's marks of a process; 0 if they cannot be read"
+class _Fields(NamedTuple):
+    "What is needed of /proc/PID/stat"
+    state: bytes = b""   # empty: it cannot be read
+    flags: int = 0       # the kernel's marks
+    threads: int = 0
+
+def _read_fields(folder: str) -> _Fields:
     try:
-        with FileIO(f"{folder}/stat") as file: line = file.read(4096)
-        return int(line[line.rindex(b")") + 2:].split(None, 7)[6])
-    except (OSError, ValueError, IndexError): return 0
+        fields = _read_line(f"{folder}/stat").rpartition(b") ")[2].split(None, 18)
+        return _Fields(fields[0], int(fields[6]), int(fields[17]))
+    except (OSError, ValueError, IndexError): return _Fields()
 
 def is_fork(
     pid: int,
     proc: str = "/proc",   # where the process file system is mounted
 ) -> bool:  # False if it cannot be read
     "Return whether a process runs its parent's program, so that it can share private pages with it"
-    return bool(_read_flags(f"{proc}/{pid}") & _FORKED)
+    return bool(_read_fields(f"{proc}/{pid}").flags & _FORKED)
+
+# %% ../../nbs/core/resident.ipynb #621dc68b
+def _never_has_ram(folder: str) -> bool:
+    "Return whether a process that has no RAM now will have none, either"
+    found = _read_fields(folder)
+    return bool(found.flags & _KERNEL) or found.state == b"Z" and found.threads == 1
 
 # %% ../../nbs/core/resident.ipynb #dae384f5
 _HAS_PROC = sys.platform.startswith("linux")
@@ -75,7 +87,7 @@ class _Line(NamedTuple):
     inode: int
     text: bytes | None                # `None`: it says nothing about the next reading
     process: ResidentProcess | None   # `None`: it has ended, or is the kernel's
-    kernel: bool = False
+    for_good: bool = False            # it stays so
 
 class ResidentReader:
     "Reads what each process has in RAM"
@@ -98,7 +110,7 @@ def _read_entry(entry: os.DirEntry[str], kept: _Line | None) -> _Line | None:
     "Read one process; `None` if it has ended or is hidden"
     inode = entry.inode()
     before = kept if kept is not None and kept.inode == inode else None
-    if before is not None and before.kernel: return before
+    if before is not None and before.for_good: return before
     try:
         file = FileIO(f"{entry.path}/statm")   # `with`, or open(), would cost a tenth or all of the reading again
         text = file.read(256)
@@ -110,9 +122,10 @@ def _parse_entry(entry: os.DirEntry[str], inode: int, text: bytes) -> _Line:
     "Return what a line of /proc/PID/statm says"
     resident, mapped = parse_statm(text)
     told = text if resident else None   # zeros stay, while the figures of its threads change
-    if not resident: resident, mapped = _read_threads(entry.path)
-    if not resident: return _Line(inode, told, None, bool(_read_flags(entry.path) & _KERNEL))
     known = inode if inode > 1 else 0   # 1: the kernel could not tell it
+    if not resident and known and _never_has_ram(entry.path): return _Line(inode, told, None, for_good=True)
+    if not resident: resident, mapped = _read_threads(entry.path)
+    if not resident: return _Line(inode, told, None)
     return _Line(inode, told, ResidentProcess(int(entry.name), resident*_PAGE, mapped*_PAGE, known))
 
 # %% ../../nbs/core/resident.ipynb #325c3033

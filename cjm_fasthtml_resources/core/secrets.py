@@ -74,12 +74,12 @@ _NAMED_HASH = (   # patterns are compiled when they are first used: that takes a
     r"|(?<![0-9a-zA-Z])[0-9a-fA-F]{8}(?:-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}(?![0-9a-zA-Z])")   # a revision, a UUID
 
 # of Mixtral8x22B: Mixtral, 8x and 22B
-_NAME_PART = re.compile(r"[A-Z]?[a-z]{3,}|[A-Z]{1,6}\d{0,3}(?![a-z])|\d+[A-Za-z]?")
+_NAME_PART = r"[A-Z]?[a-z]{3,}|[A-Z]{1,6}\d{0,3}(?![a-z])|\d+[A-Za-z]?"
 
 def _kind(char: str) -> str: return "digit" if char.isdigit() else "capital" if char.isupper() else "small"
 
 def _is_name(piece: str) -> bool:
-    parts = _NAME_PART.findall(piece)
+    parts = re.findall(_NAME_PART, piece)
     if len(piece) >= 20 and len(set(map(_kind, piece))) == 3: return False
     return "".join(parts) == piece and 3*len(parts) <= len(piece)
 
@@ -118,11 +118,11 @@ def shown_error(error: BaseException) -> str:
 _UNITS: dict[Any, str] = {str: "characters", bytes: "bytes", bytearray: "bytes", list: "items", tuple: "items",
                           set: "items", frozenset: "items", dict: "items"}
 
-_DESCRIPTION = re.compile(r"<\w{1,40}, (?:[\d,]+ (?:characters|bytes|items|bits)|hidden)>(?: \d+)?", re.ASCII)
+_DESCRIPTION = r"(?a)<\w{1,40}, (?:[\d,]+ (?:characters|bytes|items|bits)|hidden)>(?: \d+)?"
 
 def is_description(value: Any) -> bool:
     "Return whether a value is what `describe` returned, for example in another process"
-    return type(value) is str and _DESCRIPTION.fullmatch(value) is not None
+    return type(value) is str and re.fullmatch(_DESCRIPTION, value) is not None
 
 def describe(value: Any) -> str:
     "Return the type of a value and its size; a description stays as it is"
@@ -134,9 +134,9 @@ def describe(value: Any) -> str:
     return f"<{name}, {kind.__len__(value):,} {_UNITS[kind]}>" if kind else f"<{name}, hidden>"
 
 # %% ../../nbs/core/secrets.ipynb #6227d1c1
-_PLAIN_WORD = re.compile(
-    r"[A-Z]?[a-z]{1,9}|[A-Z]{1,6}|[a-z]{2}[-_][A-Z]{2}"                              # auto, GPTQ, en-US
-    r"|(?:(?:b?float|u?int|fp|bf|nf|tf)\d{1,2}(?:_e\dm\d|_)?)+|q\d_[a-z\d](?:_[a-z])?", re.ASCII)   # float16, q4_k_m
+_PLAIN_WORD = (
+    r"(?a)[A-Z]?[a-z]{1,9}|[A-Z]{1,6}|[a-z]{2}[-_][A-Z]{2}"                              # auto, GPTQ, en-US
+    r"|(?:(?:b?float|u?int|fp|bf|nf|tf)\d{1,2}(?:_e\dm\d|_)?)+|q\d_[a-z\d](?:_[a-z])?")   # float16, q4_k_m
 
 _FEW = 8   # numbers in a list that is shown
 
@@ -145,7 +145,7 @@ def shown_value(value: Any) -> Any:  # plain JSON
     if value is None or type(value) is bool: return value
     if type(value) is int and abs(value) < 2**53: return value
     if type(value) is float and math.isfinite(value): return value
-    if type(value) is str and _PLAIN_WORD.fullmatch(value): return value
+    if type(value) is str and re.fullmatch(_PLAIN_WORD, value): return value
     if type(value) in (list, tuple) and 0 < len(value) <= _FEW and all(type(v) in (int, float, bool) for v in value):
         few = [shown_value(v) for v in value]   # a size such as [512, 512]
         if not any(map(is_description, few)): return few
@@ -158,12 +158,12 @@ _SECRET_NAME = (
     r"(?i)key(?!board|word|frame|_?value)|token(?!s\b|i[sz])|secret|pass(?:w|phrase|code|\b|_)|pwd|cred|auth(?!ors?\b)"
     r"|cookie|session(?!_?len)|bearer|jwt|dsn|private|salt|signature|connection|mnemonic"
     r"|(?:^|[_-])(?:pin|pat|otp|sas|cert|pem)(?:[_-]|$)")
-_PLAIN_NAME = re.compile(r"[A-Za-z_][\w.-]{0,39}|-?\d{1,16}", re.ASCII)
+_PLAIN_NAME = r"(?a)[A-Za-z_][\w.-]{0,39}|-?\d{1,16}"
 _DEEPEST = 8   # mappings within mappings that are shown
 
 def _shown_name(key: Any) -> str:
     if type(key) is int and abs(key) < 2**53: return str(key)
-    plain = type(key) is str and _PLAIN_NAME.fullmatch(key) and shown_text(key) == key
+    plain = type(key) is str and re.fullmatch(_PLAIN_NAME, key) and shown_text(key) == key
     return key if plain else describe(key)
 
 def _shown_field(key: Any, value: Any, depth: int) -> Any:

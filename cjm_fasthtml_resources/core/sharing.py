@@ -10,9 +10,9 @@ import contextlib
 import os
 import stat
 from io import FileIO
-from pathlib import Path
 
 from .folder import StoreError, is_hidden
+from .paths import Path, as_path
 
 # %% ../../nbs/core/sharing.ipynb #d982d34b
 _KIND = 0o170000 | stat.S_ISGID | stat.S_IWGRP
@@ -124,7 +124,7 @@ def open_made(
     if not is_shared(os.path.dirname(path)): return os.open(path, flags | os.O_CREAT | os.O_NOFOLLOW, 0o600)
     while True:
         try: return os.open(path, flags & ~os.O_CREAT | os.O_NOFOLLOW)
-        except FileNotFoundError: _make_shared(Path(path))
+        except FileNotFoundError: _make_shared(as_path(path))
 
 # %% ../../nbs/core/sharing.ipynb #9df1a9ed
 def map_user(
@@ -142,7 +142,7 @@ def own_folder(
 ) -> Path:
     "Return the folder for what this user does not share: the same one if it is private"
     if not is_shared(folder): return folder
-    try: uid_map = Path("/proc/self/uid_map").read_text()
+    try: uid_map = as_path("/proc/self/uid_map").read_text()
     except OSError: uid_map = ""
     user = map_user(os.geteuid(), uid_map)
     return folder/f"user-{os.geteuid() if user is None else user}"

@@ -8,11 +8,10 @@ __all__ = ['store_path', 'tables_path', 'make_in_memory', 'nested_transaction', 
 
 # %% ../../nbs/core/store.ipynb #ef53b40b
 import contextlib
+import sys
 import threading
 from collections.abc import Iterator
-from dataclasses import dataclass
 from io import FileIO
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cjm_fasthtml_resources.core.database import (
@@ -42,6 +41,7 @@ from cjm_fasthtml_resources.core.lockfile import (
 from .forks import no_fork, reset_in_child, waited_in_vain
 from .leases import Leases, StoreError, is_used_elsewhere, new_lease
 from .locking import holding, is_locked
+from .paths import Path
 from .process import machine_time
 from .sharing import own_folder
 
@@ -83,10 +83,9 @@ def nested_transaction(db: "sqlite3.Connection") -> Iterator[None]:
         if not nested and db.in_transaction: db.execute("ROLLBACK")   # if an interruption came just before the first
 
 # %% ../../nbs/core/store.ipynb #9a7f1c52
-@dataclass
 class Draft:
     "The ledger inside a change"
-    data: bytes
+    def __init__(self, data: bytes) -> None: self.data = data
 
 # %% ../../nbs/core/store.ipynb #4cf7e806
 class ChangedInside(StoreError):
@@ -233,9 +232,15 @@ class Store:
 @contextlib.contextmanager
 def _explained(path: Path | None) -> Iterator[None]:
     "Turn errors of SQLite and the operating system into a `StoreError`"
-    import sqlite3
     try: yield
-    except (sqlite3.Error, OSError) as error: raise StoreError(explain_error(path, error)) from error
+    except Exception as error:
+        if not isinstance(error, OSError) and not _is_of_sqlite(error): raise
+        raise StoreError(explain_error(path, error)) from error
+
+def _is_of_sqlite(error: Exception) -> bool:
+    "Return whether SQLite raised an error; it is not imported where only the ledger is read"
+    sqlite3 = sys.modules.get("sqlite3")
+    return sqlite3 is not None and isinstance(error, sqlite3.Error)
 
 # %% ../../nbs/core/store.ipynb #995a1b46
 @contextlib.contextmanager

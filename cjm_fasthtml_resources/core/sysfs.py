@@ -9,15 +9,12 @@ __all__ = ['simulated', 'ListedGpu', 'SimulatedList', 'listed_gpus', 'listed_nam
 # %% ../../nbs/core/sysfs.ipynb #faacf868
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import lru_cache
 from io import FileIO
-from pathlib import Path
 from typing import NamedTuple
 
 # %% ../../nbs/core/sysfs.ipynb #59bcddb0
-@dataclass(frozen=True)
-class ListedGpu:
+class ListedGpu(NamedTuple):
     "An NVIDIA GPU as its kernel module lists it"
     address: str            # on the PCI bus, such as "0000:01:00.0"
     name: str | None = None
@@ -94,7 +91,9 @@ def jetson_temperature(
 ) -> int | None:  # °C; `None` on other machines
     "Return the temperature of a Jetson board's GPU"
     if simulated: return None
-    for zone in sorted(Path(zones).glob("thermal_zone*")):
+    try: found = sorted(os.listdir(zones))
+    except OSError: return None
+    for zone in (f"{zones}/{name}" for name in found if name.startswith("thermal_zone")):
         if _read(f"{zone}/type").strip().lower() in ("gpu-thermal", "gpu-therm"):
             text = _read(f"{zone}/temp").strip()
             return int(text)//1000 if text.isdigit() else None

@@ -7,16 +7,13 @@ __all__ = ['Links', 'read_links', 'choose_close']
 
 # %% ../../nbs/core/topology.ipynb #ae65745d
 from collections.abc import Callable, Collection, MutableMapping, Sequence
-from dataclasses import dataclass
 from itertools import combinations
-from random import choice
-from typing import Any
+from typing import Any, NamedTuple
 
 from .nvml_errors import ask
 
 # %% ../../nbs/core/topology.ipynb #50f20c43
-@dataclass(frozen=True)
-class Links:
+class Links(NamedTuple):
     "How close devices are to one another: 2 for NVLink, 1 for the same NUMA node, 0 for neither and for not known"
     keys: tuple[str, ...] = ()   # of the devices, as a reservation names them
     ranks: str = ""              # a digit for each pair, in the order of `itertools.combinations`
@@ -70,12 +67,16 @@ def _grow(group: list[str], devices: Sequence[str], count: int, ranks: _Ranks) -
     each = [_closeness(device, group[:place], ranks) for place, device in enumerate(group) if place]
     return (min((low for low, _ in each), default=0), sum(total for _, total in each)), group
 
+def _by_chance(groups: Sequence[Any]) -> Any:
+    from random import choice  # when it is used: importing it takes longer
+    return choice(groups)
+
 def choose_close(
     sure: Sequence[str],       # devices that are taken in any case
     equal: Sequence[str],      # those among which to choose
     count: int,                # how many there are to be, with the sure ones
     links: Links | None = None,
-    choose: Callable[[Sequence[Any]], Any] = choice,   # among groups that are equally close
+    choose: Callable[[Sequence[Any]], Any] = _by_chance,   # among groups that are equally close
 ) -> list[str]:
     "Return the sure devices, and as many others that are close to them and to one another"
     if len(sure) >= count: return list(sure[:count])

@@ -12,8 +12,7 @@ import itertools
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from .claims import read_use, used_by
 from .devices import device_key
@@ -36,8 +35,7 @@ if TYPE_CHECKING:
 _log = Log(__name__)
 
 # %% ../../nbs/core/usage.ipynb #2e9d8404
-@dataclass(frozen=True)
-class Usage:
+class Usage(NamedTuple):
     "What a job was seen to use, and is learned from"
     bases: tuple[int, ...] = ()  # bytes on each of its devices that its process used before, and that are not the job's
     level: Level | None = None   # of its GPU memory on the device that it uses most, `None` until it was looked at
@@ -48,7 +46,7 @@ class Usage:
         "Return the usage after a look at all that its process uses on each device"
         own = max((used - base for used, base in itertools.zip_longest(gpu_memory, self.bases, fillvalue=0)), default=0)
         own = max(own, 0)
-        return replace(self, level=self.level.then(own, now) if self.level else Level(own, now, now))
+        return self._replace(level=self.level.then(own, now) if self.level else Level(own, now, now))
 
 # %% ../../nbs/core/usage.ipynb #49057482
 class Looked(Protocol):
@@ -165,7 +163,7 @@ def look_at_jobs(
         if snapshot.devices: used = used.then(used_on_each(snapshot.devices, job.holder, others, job.devices), now)
         ram = used_ram(memory, job.holder) if memory else 0
         mixed = used.mixed or holders.count(job.holder) > 1
-        job.usage = replace(used, ram=max(used.ram, ram), mixed=mixed)
+        job.usage = used._replace(ram=max(used.ram, ram), mixed=mixed)
 
 # %% ../../nbs/core/usage.ipynb #c04b2ad5
 class JobStarter:

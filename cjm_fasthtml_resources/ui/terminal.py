@@ -10,7 +10,7 @@ __all__ = ['OWNERS', 'PARTS', 'SORTS', 'Part', 'split_cells', 'name_kept', 'Colu
 # %% ../../nbs/ui/terminal.ipynb #6ec63690
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Generic, Literal, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, Literal, NamedTuple, TypeVar
 
 from cjm_fasthtml_resources.core.resources import (
     DeviceStatus,
@@ -26,8 +26,10 @@ from ..core.gpu import GpuDevice
 from ..core.process import process_age
 from ..core.samples import Sample
 from ..core.text import format_age, format_bytes
-from ..core.waiting import ReservationRow, reservation_rows
 from .lines import PLAIN, Cell, Line, Piece, Terminal, cell_len, line_of, pad, plain, wrap
+
+if TYPE_CHECKING:
+    from cjm_fasthtml_resources.core.waiting import ReservationRow
 
 # %% ../../nbs/ui/terminal.ipynb #8bbf3ea0
 def _status(
@@ -307,7 +309,7 @@ def worker_table(
     return make_table(_WORKER_COLUMNS, [[worker.shown() for worker in workers]], width)
 
 # %% ../../nbs/ui/terminal.ipynb #3589ba0e
-_PROMISE_COLUMNS: Sequence[Column[ReservationRow]] = (
+_PROMISE_COLUMNS: Sequence["Column[ReservationRow]"] = (
     Column("ID", lambda row: str(row.id or ""), "right", leaves=1),
     Column("reserved", lambda row: f"GPU {row.place}" if row.place else "GPU"),
     Column("PID", lambda row: str(row.pid or ""), "right"),
@@ -323,6 +325,7 @@ def promise_table(
     waiting: Sequence[Waiting] = (),  # in the order of asking
 ) -> list[Line]:
     "Return a table of the reservations on these devices, and of the requests that wait"
+    from cjm_fasthtml_resources.core.waiting import reservation_rows  # when it is used: most screens have none
     return make_table(_PROMISE_COLUMNS, [reservation_rows(devices), reservation_rows((), waiting)], width, 20)
 
 # %% ../../nbs/ui/terminal.ipynb #421c76e7
