@@ -224,7 +224,7 @@ def test_settings_are_those_of_the_worker(folder):
             manager.check_gpu_availability()
         manager.needs.write()
     [(key, _)] = read_needs(Store(needs_path()))["app"].items()
-    assert key == need_key("a", config=config)
+    assert key == need_key("a", config=config, mark=mine.needs.mark(config))
     assert mine.expected_need("a", config=config).highest == 600*MIB
     assert mine.expected_need("a", "m", {**config, "batch_size": 9}) is None
     assert mine.expected_need("a", "m").highest == 600*MIB

@@ -50,7 +50,7 @@ _NEED_COLUMNS: Sequence[Column[AppNeed]] = (
     Column("time", _duration, leaves=5),
     Column("RAM", lambda row: format_bytes(row.need.ram) if row.need.ram else "", "right", leaves=6),
     Column("failed", lambda row: str(row.need.failures or ""), "right", leaves=4),
-    Column("settings", lambda row: row.need.settings[:8], leaves=9),
+    Column("settings", lambda row: ".".join(part[:4] for part in row.need.settings.split(".")), leaves=9),
     Column("last seen", _seen, leaves=10))
 
 # %% ../../nbs/commands/needs.ipynb #122b2eea

@@ -624,7 +624,8 @@ def learn(job: ActiveJob, error: BaseException | None, found: "OutOfMemory | Non
     "Remember what a job took, for the next one of its kind"
     asked, usage, level = job.asked, job.usage, job.usage.level
     if asked.plugin_name is None or usage.mixed: return
-    key = need_key(asked.plugin_name, asked.resource, asked.config, asked.count)
+    mark = job.manager.needs.mark(asked.config)
+    key = need_key(asked.plugin_name, asked.resource, asked.config, asked.count, mark)
     most = level.highest if level else 0
     job.manager.needs.record(JobRun(
         key, time.time(), time.monotonic() - job.started, gpu_highest=most or None, ram=usage.ram or None,

@@ -158,10 +158,10 @@ class TableChange:
         self.stoppers[pid] = lease
         self.changed.setdefault(pid, False)
 
-    def rows(self) -> list[tuple[ProcessId, str]]:
-        "Return the changed workers as the file has them"
+    def rows(self, mark: Callable[[Any], str] = lambda config: "") -> list[tuple[ProcessId, str]]:
+        "Return the changed workers as the file has them, with the mark of each configuration"
         left = [state for pid in self.changed if (state := self.workers.get(pid))]
-        return [(ProcessId(w.pid, w.start_time), to_row(self._row(w))) for w in left]
+        return [(ProcessId(w.pid, w.start_time), to_row(self._row(w), mark)) for w in left]
 
     def _row(self, state: WorkerState) -> WorkerRow:
         kept = self.seals.get(state.pid), self.stoppers.get(state.pid)
@@ -271,7 +271,7 @@ class Workers:
     def _write(self, db: Any, change: TableChange) -> int | None:
         if self.roster is None or not change.changed: return self._version
         gone = [pid for pid, taken in change.changed.items() if taken]
-        return self.roster.write(db, gone, change.rows(), self.table.over)
+        return self.roster.write(db, gone, change.rows(self.roster.mark), self.table.over)
 
     def _catch_up(self, roster: Roster, db: Any) -> None:
         "Read the rows if they are newer; of two threads that do so, the first one's count"
