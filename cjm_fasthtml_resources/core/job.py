@@ -652,11 +652,11 @@ def _from_registry(manager: "ResourceManager", registry: Any, plugin_id: str, as
     except LookupError: plugin, name, config = None, plugin_id, asked.config or {}   # the validation says so
     declared, wanted = declared_needs(plugin), read_requirements(plugin, config)
     if need is None: need = declared.gpu_memory_mb
-    check = partial(validate_resources_for_job, manager, registry, plugin_id, config, asked.worker_pid,
-                    asked.worker_type, concurrent=asked.concurrent, job_id=asked.job_id)
     device = asked.device if asked.device is not None else device_place(wanted.device)
     needs = PluginNeeds(need if wanted.uses_gpu else 0, max(asked.needs.ram_mb, declared.ram_mb),
                         max(asked.needs.devices, declared.devices))
+    check = partial(validate_resources_for_job, manager, registry, plugin_id, config, asked.worker_pid,
+                    asked.worker_type, concurrent=asked.concurrent, job_id=asked.job_id, n=asked.n or needs.devices)
     return replace(asked, needs=needs, plugin_name=name, resource=asked.resource or wanted.plugin_resource,
                    config=config, device=device, decide=check if plugin is None or wanted.is_local else None)
 
