@@ -119,6 +119,23 @@ def test_evidence_is_the_same_in_any_order(a, b, c):
     assert merge(merge(a, b), c) == merge(a, merge(b, c))
 
 
+# Jobs in a process that used GPU memory before
+
+@given(st.lists(st.tuples(st.integers(1, 50), st.booleans(), st.integers(0, 80)), min_size=1, max_size=8))
+@settings(deadline=None)
+def test_what_a_warm_process_added_is_a_need_of_its_own_and_lowers_none(happened):
+    cold, needs = Needs(), Needs()
+    for size, warm, day in happened:
+        run = ran(KEYS[0], size, ended=NOW + (day - 80)*DAY, warm=warm)
+        needs.record(run)
+        if not warm: cold.record(run)
+    with at(NOW): before, after = cold.find(KEYS[0]), needs.find(KEYS[0])
+    if before is None: assert (after.highest, after.gpu_memory_mb) == (None, None) and after.least
+    else: assert after.highest >= before.highest and after.samples == before.samples
+    recent = [size for size, warm, day in happened if warm and day >= 50]
+    assert ((after.least or 0) if before is None else after.highest) >= max(recent, default=0)*MIB
+
+
 # Which settings matter
 
 plain_values = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=30) | st.lists(st.integers())

@@ -6,7 +6,7 @@
 __all__ = ['STEADY_SECONDS', 'Days', 'MOST_DAYS', 'MOST_MARKS', 'FADES_AFTER', 'settings_that_matter', 'NeedKey', 'need_key',
            'JobRun', 'Level', 'Evidence', 'merge', 'evidence_of', 'day_of', 'add_evidence', 'merge_days', 'concerning',
            'same_settings', 'all_settings', 'forget_marks', 'recent_evidence', 'format_range', 'LearnedNeed',
-           'learned_need', 'explain_need']
+           'learned_need', 'explain_least', 'explain_need']
 
 # %% ../../nbs/core/learned.ipynb #a0cf9a39
 import json
@@ -97,6 +97,7 @@ class JobRun:
     ram: int | None = None            # bytes at its highest
     succeeded: bool = True
     steady: bool = False              # whether it held steady for a while (`Level`)
+    warm: bool = False                # whether its process used GPU memory before; then the bytes are what it added
 
     def __post_init__(self) -> None:
         check_number(self.seconds, "seconds")
@@ -147,10 +148,11 @@ class Evidence(NamedTuple):
     longest: float = 0.0
     failures: int = 0
     floor: int = 0          # bytes to ask for after a job ran out of memory
+    least: int = 0          # bytes that a job added in a process that used GPU memory before
 
 # %% ../../nbs/core/learned.ipynb #967a9ded
 _SUMS = ("samples", "total", "jobs", "seconds", "failures")
-_HIGHEST = ("ended", "highest", "ram", "longest", "floor")
+_HIGHEST = ("ended", "highest", "ram", "longest", "floor", "least")
 
 def merge(first: Evidence, second: Evidence) -> Evidence:
     "Return the evidence of both together"
@@ -164,7 +166,8 @@ def merge(first: Evidence, second: Evidence) -> Evidence:
 def evidence_of(run: JobRun) -> Evidence:
     "Return what one job shows"
     need, ram = run.gpu_need, int(run.ram or 0) if run.counts else 0
-    found = Evidence(run.ended, int(need > 0), need, need, ram, failures=int(not run.succeeded))
+    if run.warm: found = Evidence(run.ended, ram=ram, least=need, failures=int(not run.succeeded))
+    else: found = Evidence(run.ended, int(need > 0), need, need, ram, failures=int(not run.succeeded))
     if not run.succeeded: return found
     return found._replace(jobs=1, seconds=run.seconds, shortest=run.seconds, longest=run.seconds)
 
@@ -271,12 +274,14 @@ class LearnedNeed(NamedTuple):
     last_seen: float                     # `time.time()`
     is_old: bool                         # nothing newer is known for 30 days
     margin_percent: float = 10.0
+    least: int | None = None             # bytes that jobs added in processes that used GPU memory before
     is_shared: bool = False              # of jobs of which some have other texts or paths in their settings
 
     @property
     def gpu_memory_mb(self) -> float | None:
-        "MiB to ask for: the highest with the margin, or more after a job ran out of memory"
-        return float(math.ceil(max(self.with_margin, self.floor or 0)/2**20)) or None
+        "MiB to ask for: the highest with the margin, or more after a job ran out of memory; `None`: it is not known"
+        least = (self.least or 0) if self.floor else 0
+        return float(math.ceil(max(self.with_margin, self.floor or 0, least)/2**20)) or None
 
     @property
     def with_margin(self) -> float:
@@ -297,11 +302,12 @@ def learned_need(
     "Return what a job needs; `None` if no job ended well, held steady or ran out of memory"
     if not days: return None
     found, is_old = recent_evidence(days, now)
-    if not (found.highest or found.floor or found.jobs): return None
+    if not (found.highest or found.floor or found.jobs or found.least): return None
+    highest = max(found.highest, found.least) if found.highest else None
     return LearnedNeed(
-        *key, found.samples, found.total/found.samples if found.samples else None, found.highest or None,
-        found.floor or None, found.ram or None, found.jobs, *_seconds(found), found.failures, found.ended, is_old,
-        margin_percent)
+        *key, found.samples, found.total/found.samples if found.samples else None, highest, found.floor or None,
+        found.ram or None, found.jobs, *_seconds(found), found.failures, found.ended, is_old, margin_percent,
+        found.least or None)
 
 def _seconds(found: Evidence) -> tuple[float | None, float | None, float | None]:
     return (found.shortest, found.longest, found.seconds/found.jobs) if found.jobs else (None, None, None)
@@ -318,10 +324,16 @@ def _details(need: LearnedNeed) -> str:
     if need.is_old: told.append(f"last seen more than {FADES_AFTER} days ago")
     return f" ({', '.join(told)})" if told else ""
 
+def explain_least(name: str, need: LearnedNeed) -> str:
+    "Return a sentence on jobs of which it is known what they added, and not what they need"
+    return (f"{name} needs at least {format_bytes(need.least or 0)}{_details(need)}. How much more is not known: "
+            "its jobs ran in processes that used GPU memory before")
+
 def explain_need(need: LearnedNeed) -> str:
     "Return a sentence that says what was learned, and what to ask for"
     name = f"{need.plugin} with {need.resource}" if need.resource else need.plugin
     if need.highest is None:
+        if need.least and not need.floor: return explain_least(name, need)
         if not need.floor: return f"{name} used no GPU memory that was seen in {_count(need.jobs)}{_details(need)}"
         return f"{name} ran out of GPU memory{_details(need)}; the next try asks for {format_bytes(need.floor)}"
     took = f"took up to {format_bytes(need.highest)} in {_count(need.samples)}"

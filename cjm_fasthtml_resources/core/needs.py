@@ -223,9 +223,11 @@ class Needs:
         self,
         key: NeedKey,
         had: int,      # bytes that the job had then
+        warm: bool = False,   # whether its process used GPU memory before: then it needs that much at least
     ) -> None:
         "Let the next job ask for a quarter more than one had that ran out of memory"
-        if had > 0: self._add(key, Evidence(time.time(), floor=int(had*_MORE)))
+        more = int(had*_MORE)
+        if had > 0: self._add(key, Evidence(time.time(), **({"least": more} if warm else {"floor": more})))
 
     def expected(self, plugin_name: str, resource: str = "") -> int:
         "Return the largest amount in bytes without a margin, 0 if none is known; `StoreError`"
