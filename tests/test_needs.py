@@ -136,6 +136,21 @@ def test_what_a_warm_process_added_is_a_need_of_its_own_and_lowers_none(happened
     assert ((after.least or 0) if before is None else after.highest) >= max(recent, default=0)*MIB
 
 
+def test_what_a_job_wanted_by_mistake_is_refuted_by_later_jobs_and_what_it_had_is_not():
+    needs, (key, other, *_) = Needs(), KEYS
+    with at(NOW):
+        needs.raise_after_out_of_memory(key, 8*MIB, wanted=800*MIB)
+        for each in (other, key): needs.record(ran(each, 4))
+    def asked(day):
+        with at(NOW + day*DAY): return needs.find(key, each=False).gpu_memory_mb
+    assert asked(0) == 1000
+    for _ in range(3):
+        assert asked(1) == 1000
+        needs.record(ran(other, 4, ended=NOW + DAY))     # of other settings: says nothing of these
+        needs.record(ran(key, 4, ended=NOW + DAY))
+    assert asked(1) == 10
+
+
 # Which settings matter
 
 plain_values = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=30) | st.lists(st.integers())

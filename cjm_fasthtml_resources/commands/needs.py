@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import click
 
 from ..core.arguments import check_app
-from ..core.learned import LearnedNeed, format_range, learned_need
+from ..core.learned import LearnedNeed, format_range, learned_need, without_refuted
 from ..core.needs import needs_path
 from ..core.roster import forget_needs, read_needs
 from ..core.secrets import shown_text
@@ -61,7 +61,7 @@ _NEED_COLUMNS: Sequence[Column[AppNeed]] = (
 def read_app_needs(store: Store, app: str | None, now: float) -> list[AppNeed]:
     "Return what is known of the needs of one app, or of all"
     found = [AppNeed(name, need) for name, days in read_needs(store, app).items()
-             for key, by_day in days.items() if (need := learned_need(key, by_day, now))]
+             for key, by_day in days.items() if (need := learned_need(key, without_refuted(by_day), now))]
     return sorted(found, key=lambda row: (row.app, row.need.plugin, -(row.need.highest or 0)))
 
 def _need_to_json(row: AppNeed) -> dict[str, Any]:

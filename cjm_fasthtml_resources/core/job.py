@@ -648,7 +648,7 @@ def learn(job: ActiveJob, error: BaseException | None, found: "OutOfMemory | Non
         key, time.time(), time.monotonic() - job.started, gpu_highest=most or None, ram=usage.ram or None,
         succeeded=error is None, steady=level is not None and level.is_steady, warm=usage.warm))
     if found and found.kind != "ram":
-        job.manager.needs.raise_after_out_of_memory(key, find_lack(job, most, found), usage.warm)
+        job.manager.needs.raise_after_out_of_memory(key, most, usage.warm, find_lack(job, most, found))
 
 # %% ../../nbs/core/job.ipynb #63f7e313
 def finish(job: ActiveJob, kind: Any = None, error: BaseException | None = None, trace: Any = None) -> None:

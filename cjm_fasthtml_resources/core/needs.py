@@ -34,6 +34,7 @@ from cjm_fasthtml_resources.core.learned import (
     merge_days,
     need_key,
     same_settings,
+    without_refuted,
 )
 from .arguments import check_fields, check_number
 from .folder import chosen_folder
@@ -224,10 +225,12 @@ class Needs:
         key: NeedKey,
         had: int,      # bytes that the job had then
         warm: bool = False,   # whether its process used GPU memory before: then it needs that much at least
+        wanted: int = 0,      # bytes that it would have had
     ) -> None:
-        "Let the next job ask for a quarter more than one had that ran out of memory"
-        more = int(had*_MORE)
-        if had > 0: self._add(key, Evidence(time.time(), **({"least": more} if warm else {"floor": more})))
+        "Let the next job ask for a quarter more than one had, or would have had, that ran out of memory"
+        had, wanted = int(had*_MORE), int(max(had, wanted)*_MORE)
+        found = Evidence(time.time(), least=wanted) if warm else Evidence(time.time(), floor=had, wish=wanted)
+        if wanted > 0: self._add(key, found)
 
     def expected(self, plugin_name: str, resource: str = "") -> int:
         "Return the largest amount in bytes without a margin, 0 if none is known; `StoreError`"
@@ -248,7 +251,7 @@ class Needs:
         "Return what is known of a need, `None` if nothing is; `StoreError` if the file cannot be read"
         with holding(self._lock): known = [concerning(key, days) for days in (self._new, self._writing)]
         if self.roster: known.append(self.roster.evidence(key.plugin, key.resource))
-        merged = merge_days(*known)
+        merged = {each: without_refuted(by_day) for each, by_day in merge_days(*known).items()}
         if each: return learned_need(key._replace(settings=""), all_settings(merged), time.time(), margin_percent)
         return find_closest(key, merged, time.time(), margin_percent)
 
