@@ -397,6 +397,10 @@ def test_scripts_of_one_name_and_other_arguments_have_needs_of_their_own(rig):
             process.communicate(b"\n", timeout=60)
 
 
+def test_an_argument_that_is_bytes_and_no_text_is_one_like_any_other(rig):
+    assert rig.run(*SMALL, "true", os.fsdecode(b"a\xff.bin")).returncode == 0
+
+
 def test_memory_that_ran_out_is_explained_with_who_was_there(rig):
     with rig.driver() as driver, driver.allocate(14_000):
         found = rig.run("--gpu-memory", "8GiB", *rig.train, "12000", "1")

@@ -47,6 +47,10 @@ def resolve_word(
     return None
 
 # %% ../../nbs/running/words.ipynb #d2741623
+def _readable(word: str) -> str:
+    "Return a word as text, also one that is bytes and no text"
+    return word.encode("utf-8", "backslashreplace").decode()
+
 def command_settings(
     command: Sequence[str],
     folder: str | None = None,   # in which it runs; `None`: this process's
@@ -56,5 +60,5 @@ def command_settings(
     except FileNotFoundError: here = ""   # it was removed
     words = list(words_that_matter(command))
     files = [resolve_word(word, here, i > 0 and words[i - 1] == "-m") for i, word in enumerate(words)]
-    settings = {"command": [file or word for file, word in zip(files, words, strict=True)]}
-    return settings if any(files) and "-c" not in words else {**settings, "place": here}
+    settings = {"command": [_readable(file or word) for file, word in zip(files, words, strict=True)]}
+    return settings if any(files) and "-c" not in words else {**settings, "place": _readable(here)}
