@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['ALONE', 'TELL_AFTER', 'JobRequest', 'choose_alone', 'is_turn', 'is_loading', 'name_turn', 'name_double', 'ActiveJob',
-           'put_back_left', 'end_job_of', 'await_turn', 'ask_for_ram', 'read_need', 'find_learned', 'guess_within',
-           'find_unknown', 'device_of_worker', 'devices_of_worker', 'find_alone', 'find_memory', 'name_unknown',
-           'tell_alone', 'poll', 'await_memory', 'decide', 'ask_validation', 'take_ready', 'await_decision',
-           'show_here', 'start', 'begin', 'read_all_use', 'bases_of', 'spent_before', 'watch_process', 'add_note',
-           'explain_error', 'find_lack', 'learn', 'finish', 'make_job', 'PluginNeeds', 'declared_needs']
+           'put_back_left', 'end_job_of', 'lease_for', 'keep_while_held', 'await_turn', 'ask_for_ram', 'read_need',
+           'find_learned', 'guess_within', 'find_unknown', 'device_of_worker', 'devices_of_worker', 'find_alone',
+           'find_memory', 'name_unknown', 'tell_alone', 'poll', 'await_memory', 'decide', 'ask_validation',
+           'take_ready', 'await_decision', 'show_here', 'start', 'begin', 'read_all_use', 'bases_of', 'spent_before',
+           'watch_process', 'add_note', 'explain_error', 'find_lack', 'learn', 'finish', 'make_job', 'PluginNeeds',
+           'declared_needs']
 
 # %% ../../nbs/core/job.ipynb #466a9486
 import atexit
@@ -328,13 +329,27 @@ def end_job_of(manager: Any, pid: int, job_id: str) -> None:
     if worker is None or worker.jobs and job_id not in worker.jobs: return
     if worker.jobs or worker.status == "running": manager.update_worker_state(pid, job_id=job_id, status="idle")
 
+# %% ../../nbs/core/job.ipynb #84b703e1
+def lease_for(job: ActiveJob) -> int:
+    "Hold a lease until the end of a job, or of this process, however it ends"
+    from cjm_fasthtml_resources.core.leases import new_lease  # when it is used
+    leases, lease = job.manager.workers.leases, new_lease()
+    job.defer(leases.drop, lease)
+    leases.take(lease)
+    return lease
+
+def keep_while_held(job: ActiveJob, pid: int, lease: int) -> None:
+    "Let a worker have the job that it was given for as long as a lease is held"
+    from cjm_fasthtml_resources.core.workers import give_while  # when it is used
+    give_while(job.manager.workers, pid, job.job_id, lease)
+
 # %% ../../nbs/core/job.ipynb #6df7257c
 def await_turn(job: ActiveJob, pid: int) -> Iterator[float]:
     "Give a worker the job, and wait until those before it are done; `ResourceBusy` when the time is over"
     manager, name = job.manager, job.job_id
     if manager.get_worker_by_pid(pid) is None:
         raise ValueError(f"worker must be the PID of a registered worker, not {pid}")
-    given = False
+    given, lease = False, lease_for(job)
     for pause in pauses():
         worker = manager.get_worker_by_pid(pid)
         if worker is None or has_ended(pid, worker.start_time):
@@ -343,7 +358,7 @@ def await_turn(job: ActiveJob, pid: int) -> Iterator[float]:
         if not given and not is_loading(worker):
             job.defer(end_job_of, manager, pid, name)
             worker = manager.update_worker_state(pid, job_id=name, status="running")
-            given = worker is not None   # else it is just being stopped
+            if given := worker is not None: keep_while_held(job, pid, lease)   # else it is just being stopped
         if worker and given and (job.asked.concurrent or is_turn(worker, name)): return
         if worker and job.time_left == 0: raise ResourceBusy(name_turn(worker, job.asked.timeout or 0))
         yield pause
@@ -496,9 +511,11 @@ def take_ready(job: ActiveJob) -> bool:
     if job.worker_pid is not None or ready is None: return True
     manager, name = job.manager, job.job_id
     if (now := manager.get_worker_by_pid(ready.pid)) and name in now.jobs: raise ValueError(name_double(now, name))
+    lease = lease_for(job)
     job.defer(end_job_of, manager, ready.pid, name)
     given = manager.update_worker_state(ready.pid, job_id=name, status="running")   # `None`: it is being stopped
     if given and (job.asked.concurrent or is_turn(given, name)):
+        keep_while_held(job, ready.pid, lease)
         job.worker_pid = ready.pid
         return True
     end_job_of(manager, ready.pid, name)
