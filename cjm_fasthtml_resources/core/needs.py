@@ -41,7 +41,6 @@ from .folder import chosen_folder
 from .forks import reset_in_child
 from .locking import holding
 from .logs import Log
-from .private_key import PROCESS_KEY, make_key, read_key
 from .resources import DeviceStatus, WorkerState
 from .roster import Roster, mark_in
 from .secrets import shown_text
@@ -138,13 +137,14 @@ def needs_roster(
 # %% ../../nbs/core/needs.ipynb #7cdbe5b7
 def find_mark(
     config: Mapping[str, Any] | None,
-    path: Path | None,                              # of the key; `None`: the one in memory
-    get: Callable[[Path], bytes | None] = read_key,   # or `make_key`
+    path: Path | None,                                     # of the key; `None`: the one in memory
+    get: Callable[[Path], bytes | None] | None = None,     # `make_key`; `None`: `read_key`
 ) -> str:
     "Return the mark of a configuration; \"\" if there is none, or if the key cannot be used"
     if config is None: return ""
-    from cjm_fasthtml_resources.core.exact import settings_mark  # when it is used
-    try: key = PROCESS_KEY if path is None else get(path)
+    from cjm_fasthtml_resources.core.exact import settings_mark  # when it is used, as is the other
+    from cjm_fasthtml_resources.core.private_key import PROCESS_KEY, read_key
+    try: key = PROCESS_KEY if path is None else (get or read_key)(path)
     except (OSError, AttributeError) as error:   # or a system without these calls
         _tell_once(str(error))
         return ""
@@ -214,6 +214,7 @@ class Needs:
 
     def mark(self, config: Mapping[str, Any] | None) -> str:
         "Return the mark of a configuration, for what is written; the key for it is made if there is none"
+        from cjm_fasthtml_resources.core.private_key import make_key  # when it is used
         return find_mark(config, self.key_path, make_key)
 
     def record(self, run: JobRun) -> None:
