@@ -186,6 +186,35 @@ def test_of_two_jobs_that_choose_the_same_idle_worker_the_second_chooses_another
     assert manager.get_worker_by_pid(job.worker_pid).status == "idle"
 
 
+GIVES = """
+import sys, time
+from cjm_fasthtml_resources.core.manager import ResourceManager
+manager, pid = ResourceManager(app="app"), int(sys.argv[1])
+with manager.job("job-1", 0, worker=pid), manager.job("job-2", 0, worker=pid, concurrent=True):
+    print("began", flush=True)
+    time.sleep(60)
+"""
+
+
+def test_the_jobs_that_a_killed_app_gave_to_a_worker_are_over(folder, spawn):
+    manager, worker = ResourceManager(app="app"), spawn("import time; time.sleep(60)")
+    manager.register_worker(worker.pid, "llm")
+    with subprocess.Popen([sys.executable, "-c", GIVES, str(worker.pid)], stdout=subprocess.PIPE) as app:
+        app.stdout.readline()
+        found = manager.get_worker_by_pid(worker.pid)
+        assert (found.jobs, found.status) == (("job-1", "job-2"), "running")
+        manager.update_worker_state(worker.pid, job_id="mine")
+        app.kill()
+    for each in (manager, ResourceManager(app="app")):
+        found = each.get_worker_by_pid(worker.pid)
+        assert (found.jobs, found.status) == (("mine",), "running")      # what it was told by other means stays
+        assert each.get_worker_by_job("job-1") is None
+    manager.update_worker_state(worker.pid, job_id="mine", status="idle")
+    with manager.job("job-1", 0, worker=worker.pid, timeout=0):
+        assert ResourceManager(app="app").get_worker_by_pid(worker.pid).jobs == ("job-1",)
+    assert [w.status for w in ResourceManager(app="app").get_all_workers()] == ["idle"]
+
+
 def test_ram_is_looked_at_again_when_the_gpu_memory_is_granted(monkeypatch):
     machine = SimulatedMachine(memory_total_mb=64_000, memory_used_mb=10_000)
     gpu = SimulatedGpu("NVIDIA L4", processes=[SimulatedProcess(4200301, 20_000)])

@@ -119,6 +119,38 @@ def test_evidence_is_the_same_in_any_order(a, b, c):
     assert merge(merge(a, b), c) == merge(a, merge(b, c))
 
 
+# Jobs in a process that used GPU memory before
+
+@given(st.lists(st.tuples(st.integers(1, 50), st.booleans(), st.integers(0, 80)), min_size=1, max_size=8))
+@settings(deadline=None)
+def test_what_a_warm_process_added_is_a_need_of_its_own_and_lowers_none(happened):
+    cold, needs = Needs(), Needs()
+    for size, warm, day in happened:
+        run = ran(KEYS[0], size, ended=NOW + (day - 80)*DAY, warm=warm)
+        needs.record(run)
+        if not warm: cold.record(run)
+    with at(NOW): before, after = cold.find(KEYS[0]), needs.find(KEYS[0])
+    if before is None: assert (after.highest, after.gpu_memory_mb) == (None, None) and after.least
+    else: assert after.highest >= before.highest and after.samples == before.samples
+    recent = [size for size, warm, day in happened if warm and day >= 50]
+    assert ((after.least or 0) if before is None else after.highest) >= max(recent, default=0)*MIB
+
+
+def test_what_a_job_wanted_by_mistake_is_refuted_by_later_jobs_and_what_it_had_is_not():
+    needs, (key, other, *_) = Needs(), KEYS
+    with at(NOW):
+        needs.raise_after_out_of_memory(key, 8*MIB, wanted=800*MIB)
+        for each in (other, key): needs.record(ran(each, 4))
+    def asked(day):
+        with at(NOW + day*DAY): return needs.find(key, each=False).gpu_memory_mb
+    assert asked(0) == 1000
+    for _ in range(3):
+        assert asked(1) == 1000
+        needs.record(ran(other, 4, ended=NOW + DAY))     # of other settings: says nothing of these
+        needs.record(ran(key, 4, ended=NOW + DAY))
+    assert asked(1) == 10
+
+
 # Which settings matter
 
 plain_values = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=30) | st.lists(st.integers())
@@ -224,7 +256,7 @@ def test_settings_are_those_of_the_worker(folder):
             manager.check_gpu_availability()
         manager.needs.write()
     [(key, _)] = read_needs(Store(needs_path()))["app"].items()
-    assert key == need_key("a", config=config)
+    assert key == need_key("a", config=config, mark=mine.needs.mark(config))
     assert mine.expected_need("a", config=config).highest == 600*MIB
     assert mine.expected_need("a", "m", {**config, "batch_size": 9}) is None
     assert mine.expected_need("a", "m").highest == 600*MIB

@@ -17,6 +17,8 @@ import pytest
 from conftest import COMMAND, DRIVER, GIB
 
 from cjm_fasthtml_resources import ResourceManager
+from cjm_fasthtml_resources.core.learned import JobRun, need_key
+from cjm_fasthtml_resources.running.words import command_settings
 from cjm_fasthtml_resources.simulate import SimulatedDriver, SimulatedGpu
 
 TRAIN = DRIVER + """
@@ -375,6 +377,28 @@ def test_a_failed_command_is_not_learned_as_one_that_succeeded(rig):
     rig.run(*SMALL, "--name", "train", *shell("exit 3"))
     found = subprocess.run([*rig.words()[:2], "needs", "--json"], env=rig.env, capture_output=True).stdout
     assert json.loads(found)["needs"] == []
+
+
+def test_scripts_of_one_name_and_other_arguments_have_needs_of_their_own(rig):
+    other = rig.folder/"other"
+    other.mkdir()
+    waits = ("sh", "run.sh")
+    for folder in (rig.folder, other): (folder/"run.sh").write_text("echo began; read line")
+    for mb, words, folder in ((3000, waits, rig.folder), (5000, (*waits, "large"), rig.folder), (9000, waits, other)):
+        settings = command_settings(words, str(folder))
+        key = need_key("run.sh", config=settings, mark=rig.manager.needs.mark(settings))
+        rig.manager.needs.record(JobRun(key, time.time(), 60, gpu_highest=mb*2**20))
+    rig.manager.needs.write()
+    for mb, words, folder in ((3000, waits, rig.folder), (5000, (*waits, "large"), rig.folder), (9000, waits, other),
+                              (9000, (*waits, "new"), other), (9000, ("sh", f"{other}/run.sh"), rig.folder)):
+        with rig.start(*words, cwd=folder, stdin=subprocess.PIPE) as process:
+            assert process.stdout.readline() == b"began\n"
+            assert rig.reserved() == pytest.approx(1.1*mb, abs=1)
+            process.communicate(b"\n", timeout=60)
+
+
+def test_an_argument_that_is_bytes_and_no_text_is_one_like_any_other(rig):
+    assert rig.run(*SMALL, "true", os.fsdecode(b"a\xff.bin")).returncode == 0
 
 
 def test_memory_that_ran_out_is_explained_with_who_was_there(rig):

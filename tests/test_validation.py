@@ -609,3 +609,48 @@ def test_a_time_is_not_invented():
             assert found.options[-1].when is None and "when is not known" in found.message
         manager.needs.durations = lambda *names: (0.0, 1e-9)      # it has run for longer than any before it
         assert case.validate(manager).options[-1].when is None and time.monotonic() > now
+
+
+# Several GPUs
+
+
+class OnSeveral:
+    "A plugin without a model of which nothing is known"
+    name = "llm"
+    def get_plugin(self, plugin_id): return self
+    def load_plugin_config(self, plugin_id): return dict(device="cuda")
+
+
+@given(st.lists(st.integers(0, 24), min_size=1, max_size=3), st.integers(1, 26), st.integers(1, 3))
+@settings(deadline=None, max_examples=60)
+def test_a_group_of_devices_is_judged_as_the_queue_grants_it(used, need, count):
+    manager = ResourceManager(track_self=False)
+    there = [[SimulatedProcess(901, mb*1000)] if mb else [] for mb in used]
+    gpus = [SimulatedGpu(memory_total_mb=TOTAL, processes=processes) for processes in there]
+    with SimulatedDriver(gpus):
+        found = validate_resources_for_job(manager, OnSeveral(), "llm", gpu_memory_mb=need*1000, n=count)
+        try:
+            with manager.reserve(need*1000, n=count, timeout=0) as held: granted = [d.index for d in held.devices]
+        except ResourceBusy: granted = None
+        except (ResourceUnavailable, ValueError): granted = "never"
+    assert found.can_proceed == isinstance(granted, list)
+    assert (found.action is ABORT) == (granted == "never"), found.message
+    if found.can_proceed and count > 1:
+        assert [d.index for d in found.devices] == granted and found.env == held.env
+    for option in found.options:
+        assert option.kind in (OptionKind.SMALLER, OptionKind.WAIT_FOR_OTHERS)
+
+
+def test_a_job_on_two_gpus_with_a_registry_is_refused_for_the_group():
+    manager = ResourceManager(track_self=False)
+    gpus = [SimulatedGpu(memory_total_mb=TOTAL), SimulatedGpu(memory_total_mb=TOTAL, memory_used_mb=20_000)]
+    with SimulatedDriver(gpus):
+        for n, need, error, said in ((2, 9_000, ResourceBusy, "on each of 2 GPUs. 1 of 2 have it"),
+                                     (2, 30_000, ResourceUnavailable, "The 2 largest GPUs here have at least"),
+                                     (3, 9_000, ResourceUnavailable, "It needs 3 GPUs. 2 can be used")):
+            job = manager.job("job-1", need, plugin="llm", registry=OnSeveral(), n=n, timeout=0)
+            with pytest.raises(error, match=said): job.__enter__()
+        with manager.job("job-1", 4_000, plugin="llm", registry=OnSeveral(), n=2, timeout=0) as job:
+            assert [d.index for d in job.decision.devices] == [d.index for d in job.devices] == [0, 1]
+        assert manager.get_claims() == []
+    with pytest.raises(ValueError, match="n must be"): validate_resources_for_job(manager, OnSeveral(), "llm", n=0)

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import click
 
 from ..core.arguments import check_app
-from ..core.learned import LearnedNeed, format_range, learned_need
+from ..core.learned import LearnedNeed, format_range, learned_need, without_refuted
 from ..core.needs import needs_path
 from ..core.roster import forget_needs, read_needs
 from ..core.secrets import shown_text
@@ -36,6 +36,10 @@ def _duration(row: AppNeed) -> str:
     shortest, longest = row.need.seconds_min, row.need.seconds_max
     return "" if shortest is None or longest is None else format_range(shortest, longest)
 
+def _took(row: AppNeed) -> str:
+    if row.need.highest: return format_bytes(row.need.highest)
+    return f"{format_bytes(row.need.least)} or more" if row.need.least else ""
+
 def _seen(row: AppNeed) -> str:
     day = time.strftime("%Y-%m-%d", time.gmtime(row.need.last_seen))
     return f"{day}, old" if row.need.is_old else day
@@ -44,20 +48,20 @@ def _seen(row: AppNeed) -> str:
 _NEED_COLUMNS: Sequence[Column[AppNeed]] = (
     Column("app", lambda row: row.app),
     Column("plugin", lambda row: f"{row.need.plugin} {row.need.resource}".rstrip(), shrinks=True),
-    Column("took up to", lambda row: format_bytes(row.need.highest) if row.need.highest else "", "right"),
-    Column("asks for", lambda row: format_bytes((row.need.gpu_memory_mb or 0)*2**20), "right", leaves=8),
+    Column("took up to", _took, "right"),
+    Column("asks for", lambda row: format_bytes(mb*2**20) if (mb := row.need.gpu_memory_mb) else "", "right", leaves=8),
     Column("jobs", lambda row: str(row.need.samples), "right", leaves=7),
     Column("time", _duration, leaves=5),
     Column("RAM", lambda row: format_bytes(row.need.ram) if row.need.ram else "", "right", leaves=6),
     Column("failed", lambda row: str(row.need.failures or ""), "right", leaves=4),
-    Column("settings", lambda row: row.need.settings[:8], leaves=9),
+    Column("settings", lambda row: ".".join(part[:4] for part in row.need.settings.split(".")), leaves=9),
     Column("last seen", _seen, leaves=10))
 
 # %% ../../nbs/commands/needs.ipynb #122b2eea
 def read_app_needs(store: Store, app: str | None, now: float) -> list[AppNeed]:
     "Return what is known of the needs of one app, or of all"
     found = [AppNeed(name, need) for name, days in read_needs(store, app).items()
-             for key, by_day in days.items() if (need := learned_need(key, by_day, now))]
+             for key, by_day in days.items() if (need := learned_need(key, without_refuted(by_day), now))]
     return sorted(found, key=lambda row: (row.app, row.need.plugin, -(row.need.highest or 0)))
 
 def _need_to_json(row: AppNeed) -> dict[str, Any]:
@@ -78,7 +82,8 @@ def command(as_json: bool, forget: str | None, app: str | None) -> None:
     """Show how much memory the jobs of each plugin took.
 
     "Took up to" is the highest amount of the last 30 days, of jobs that ended well or held steady. The next job asks
-    for 10 % more, or for a quarter more than one had that ran out of memory.
+    for 10 % more, or for a quarter more than one had that ran out of memory. "Or more": it ran in a process that used
+    GPU memory before, so its need is not known.
 
     Exits with 74 when the file cannot be used, 2 when an argument is wrong.
     """

@@ -16,6 +16,7 @@ from ..running import tries
 from ..running.child import CannotRun, Ended
 from ..running.first import end_by_signals
 from ..running.names import name_command
+from ..running.words import command_settings
 from . import options
 from .ending import end_as, fail, failing, say
 from .looking import Machine, simulated_machine
@@ -47,7 +48,7 @@ Examples:
               help="The app for which it is reserved and learned.")
 @click.option("--name", metavar="NAME", callback=converted(parse_name),
               help="The name under which it is learned. Default: the first script in COMMAND (train.py), the module "
-                   "after python -m, or the program.")
+                   "after python -m, or the program, apart for each folder and each set of arguments.")
 @options.by_index_option
 @click.argument("command", nargs=-1, required=True, type=click.UNPROCESSED, shell_complete=complete_files)
 @click.pass_obj
@@ -63,9 +64,9 @@ def command(machine: Machine, gpu_memory: float | str | None, ram: float, gpus: 
     Exits as COMMAND does, with 128 + N if signal N ended it; with 75 when the time is over, 69 when there is no GPU,
     74 when the shared file cannot be used, 126 or 127 when COMMAND cannot be run, 2 when an argument is wrong.
     """
-    wanted = tries.Wanted(command, name_command(command) if name is None else name, options.to_mib(gpu_memory),
-                          ram/2**20, retries, device, timeout, env_by_index, shows_progress(), gpus,
-                          priority)
+    known_by, settings = (name_command(command), command_settings(command)) if name is None else (name, None)
+    wanted = tries.Wanted(command, known_by, options.to_mib(gpu_memory), ram/2**20, retries, device, timeout,
+                          env_by_index, shows_progress(), gpus, priority, settings)
     ended = Ended(-signal.SIGINT, signals=(signal.SIGINT,))   # Ctrl-C before there is a command
     with contextlib.suppress(KeyboardInterrupt), end_by_signals(), failing():
         manager = ResourceManager(track_self=False, app=app, gpu_timeout=machine.driver_timeout)

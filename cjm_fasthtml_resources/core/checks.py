@@ -269,7 +269,7 @@ class Checks:
     def learn(self, devices: Sequence[DeviceStatus]) -> None:
         "Remember what plugins use, where it counts and is more than before"
         seen = {p.parent_pid or p.pid for d in devices for p in d.processes if p.owner == "app"}
-        self.needs.observe(self.workers.some(seen), devices)
+        self.needs.observe(self.workers.some(seen), devices, self.workers.table.seals)
 
     def memory(
         self,

@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['ALONE', 'TELL_AFTER', 'JobRequest', 'choose_alone', 'is_turn', 'is_loading', 'name_turn', 'name_double', 'ActiveJob',
-           'put_back_left', 'end_job_of', 'await_turn', 'ask_for_ram', 'find_learned', 'device_of_worker',
-           'devices_of_worker', 'find_alone', 'find_memory', 'name_unknown', 'tell_alone', 'poll', 'await_memory',
-           'decide', 'ask_validation', 'take_ready', 'await_decision', 'show_here', 'start', 'begin', 'read_all_use',
-           'bases_of', 'spent_before', 'watch_process', 'add_note', 'explain_error', 'find_lack', 'learn', 'finish',
-           'make_job', 'PluginNeeds', 'declared_needs']
+           'put_back_left', 'end_job_of', 'lease_for', 'keep_while_held', 'await_turn', 'ask_for_ram', 'read_need',
+           'find_learned', 'guess_within', 'find_unknown', 'device_of_worker', 'devices_of_worker', 'find_alone',
+           'find_memory', 'name_unknown', 'tell_alone', 'poll', 'await_memory', 'decide', 'ask_validation',
+           'take_ready', 'await_decision', 'show_here', 'start', 'begin', 'read_all_use', 'bases_of', 'spent_before',
+           'watch_process', 'add_note', 'explain_error', 'find_lack', 'learn', 'finish', 'make_job', 'PluginNeeds',
+           'declared_needs']
 
 # %% ../../nbs/core/job.ipynb #466a9486
 import atexit
@@ -54,7 +55,7 @@ from .devices import device_key, device_place
 from .forks import reset_in_child
 from .freeing import RoomMade
 from .gpu import GpuDevice
-from .learned import JobRun, need_key
+from .learned import JobRun, LearnedNeed, need_key
 from .locking import holding
 from .making_room import RoomForRequest
 from .plugins import PluginNeeds, declared_needs, find_plugin, read_requirements
@@ -65,7 +66,7 @@ from .secrets import shown_error, shown_repr, shown_text
 from .store import StoreError
 from .threads import in_thread
 from .unloading import Unload, check_unload
-from .usage import Usage, other_holders, used_on_each
+from .usage import Usage, begin_usage, other_holders, used_on_each
 
 if TYPE_CHECKING:
     from cjm_fasthtml_resources.core.manager import ResourceManager
@@ -328,13 +329,27 @@ def end_job_of(manager: Any, pid: int, job_id: str) -> None:
     if worker is None or worker.jobs and job_id not in worker.jobs: return
     if worker.jobs or worker.status == "running": manager.update_worker_state(pid, job_id=job_id, status="idle")
 
+# %% ../../nbs/core/job.ipynb #84b703e1
+def lease_for(job: ActiveJob) -> int:
+    "Hold a lease until the end of a job, or of this process, however it ends"
+    from cjm_fasthtml_resources.core.leases import new_lease  # when it is used
+    leases, lease = job.manager.workers.leases, new_lease()
+    job.defer(leases.drop, lease)
+    leases.take(lease)
+    return lease
+
+def keep_while_held(job: ActiveJob, pid: int, lease: int) -> None:
+    "Let a worker have the job that it was given for as long as a lease is held"
+    from cjm_fasthtml_resources.core.workers import give_while  # when it is used
+    give_while(job.manager.workers, pid, job.job_id, lease)
+
 # %% ../../nbs/core/job.ipynb #6df7257c
 def await_turn(job: ActiveJob, pid: int) -> Iterator[float]:
     "Give a worker the job, and wait until those before it are done; `ResourceBusy` when the time is over"
     manager, name = job.manager, job.job_id
     if manager.get_worker_by_pid(pid) is None:
         raise ValueError(f"worker must be the PID of a registered worker, not {pid}")
-    given = False
+    given, lease = False, lease_for(job)
     for pause in pauses():
         worker = manager.get_worker_by_pid(pid)
         if worker is None or has_ended(pid, worker.start_time):
@@ -343,7 +358,7 @@ def await_turn(job: ActiveJob, pid: int) -> Iterator[float]:
         if not given and not is_loading(worker):
             job.defer(end_job_of, manager, pid, name)
             worker = manager.update_worker_state(pid, job_id=name, status="running")
-            given = worker is not None   # else it is just being stopped
+            if given := worker is not None: keep_while_held(job, pid, lease)   # else it is just being stopped
         if worker and given and (job.asked.concurrent or is_turn(worker, name)): return
         if worker and job.time_left == 0: raise ResourceBusy(name_turn(worker, job.asked.timeout or 0))
         yield pause
@@ -354,17 +369,33 @@ def ask_for_ram(job: ActiveJob) -> tuple[None, Any] | None:
     return (None, None) if job.asked.needs.ram_mb else None
 
 # %% ../../nbs/core/job.ipynb #09473692
-def find_learned(job: ActiveJob) -> float | None:  # MiB; `None`: nothing is known
-    "Return what jobs of this kind took, with a margin, but no more than the largest device has"
-    asked, manager = job.asked, job.manager
+def read_need(job: ActiveJob) -> LearnedNeed | None:
+    "Return what was learned from jobs of this kind, `None` if nothing was or the file cannot be read"
+    asked = job.asked
     if asked.plugin_name is None: return None
-    try: need = manager.expected_need(asked.plugin_name, asked.resource, asked.config, devices=asked.count)
+    try: return job.manager.expected_need(asked.plugin_name, asked.resource, asked.config, devices=asked.count)
     except StoreError as error:
         _log.warning("what %s needs is not known: %s", shown_text(asked.plugin_name), error)
         return None
-    if need is None or need.gpu_memory_mb is None: return None
-    most = largest_capacity(manager.check_gpu_availability(wake=True).allowed, asked.count)
-    return min(need.gpu_memory_mb, most/2**20) if most else need.gpu_memory_mb
+
+def find_learned(job: ActiveJob) -> float | None:  # MiB; `None`: the need is not known
+    "Return what jobs of this kind took, with a margin, but no more than the largest device has"
+    if (need := read_need(job)) is None or need.gpu_memory_mb is None: return None
+    most = largest_capacity(job.manager.check_gpu_availability(wake=True).allowed, job.asked.count)
+    return guess_within(need, most) if most else need.gpu_memory_mb
+
+def guess_within(
+    need: LearnedNeed,
+    most: int,          # bytes that the largest device has for programs
+) -> float:   # MiB
+    "Return what to ask for; what is only a guess, after memory ran out, is no more than a job gets that is alone"
+    guess = min(need.gpu_memory_mb or 0, int(ALONE*most/2**20))
+    return min(max(math.ceil(need.with_margin/2**20), guess), most/2**20)
+
+def find_unknown(job: ActiveJob) -> float | None:  # MiB; `None`: a device of its own
+    "Return what a job asks for whose need is not known: what was told, or more if jobs of its kind added more"
+    if job.asked.unknown is None or (need := read_need(job)) is None: return job.asked.unknown
+    return max(job.asked.unknown, math.ceil((need.least or 0)*1.1/2**20))
 
 # %% ../../nbs/core/job.ipynb #7527f902
 def device_of_worker(worker: WorkerState | None, devices: Sequence[DeviceStatus]) -> GpuDevice | None:
@@ -401,7 +432,7 @@ def find_memory(job: ActiveJob) -> tuple[float | str, Any] | None:  # MiB and th
     if decision and decision.current_worker and decision.device and count == 1: device = decision.device
     if decision and decision.conflict and decision.conflict.resource_type is not ResourceType.GPU_MEMORY: return None
     if needed is None: needed = find_learned(job)
-    if needed is None: needed = asked.unknown
+    if needed is None: needed = find_unknown(job)
     if needed == 0: return None
     if needed is not None and (device is not None or job.worker_pid is None): return needed, device
     conflict = job.manager.check_gpu_availability(wake=True)
@@ -480,9 +511,11 @@ def take_ready(job: ActiveJob) -> bool:
     if job.worker_pid is not None or ready is None: return True
     manager, name = job.manager, job.job_id
     if (now := manager.get_worker_by_pid(ready.pid)) and name in now.jobs: raise ValueError(name_double(now, name))
+    lease = lease_for(job)
     job.defer(end_job_of, manager, ready.pid, name)
     given = manager.update_worker_state(ready.pid, job_id=name, status="running")   # `None`: it is being stopped
     if given and (job.asked.concurrent or is_turn(given, name)):
+        keep_while_held(job, ready.pid, lease)
         job.worker_pid = ready.pid
         return True
     end_job_of(manager, ready.pid, name)
@@ -510,7 +543,7 @@ def start(job: ActiveJob) -> None:
     job.started, job.since = time.monotonic(), since_boot()
     if job.before and job.before.snapshot and job.worker_pid is None:
         others = other_holders(manager, job.holder)
-        job.usage = Usage(used_on_each(job.before.snapshot.devices, job.holder, others, job.devices))
+        job.usage = begin_usage(used_on_each(job.before.snapshot.devices, job.holder, others, job.devices))
     job.defer(manager.job_looks.remove, job)
     manager.job_looks.add(job)
     job.finish_first()
@@ -581,7 +614,8 @@ def watch_process(job: ActiveJob, pid: int) -> bool:  # False if it has ended al
         spent, uses = spent_before(job)
         if job.request: job.request.holder, job.request.covers = holder, False   # first: it ends as another process's
         job.reservation = job.reservation.hand_over(holder, bases, spent, uses)
-    with holding(manager.job_looks.turn): job.holder, job.usage = holder, Usage(tuple(bases.values()))
+    used = [bases[device_key(device)] for device in job.devices]
+    with holding(manager.job_looks.turn): job.holder, job.usage = holder, begin_usage(used)
     if manager.get_worker_by_pid(pid) is None:
         job.defer(_forget_worker, manager, pid)
         manager.register_worker(pid, asked.worker_type, asked.job_id, plugin_name=asked.plugin_name,
@@ -624,13 +658,14 @@ def learn(job: ActiveJob, error: BaseException | None, found: "OutOfMemory | Non
     "Remember what a job took, for the next one of its kind"
     asked, usage, level = job.asked, job.usage, job.usage.level
     if asked.plugin_name is None or usage.mixed: return
-    key = need_key(asked.plugin_name, asked.resource, asked.config, asked.count)
+    mark = job.manager.needs.mark(asked.config)
+    key = need_key(asked.plugin_name, asked.resource, asked.config, asked.count, mark)
     most = level.highest if level else 0
     job.manager.needs.record(JobRun(
         key, time.time(), time.monotonic() - job.started, gpu_highest=most or None, ram=usage.ram or None,
-        succeeded=error is None, steady=level is not None and level.is_steady))
+        succeeded=error is None, steady=level is not None and level.is_steady, warm=usage.warm))
     if found and found.kind != "ram":
-        job.manager.needs.raise_after_out_of_memory(key, find_lack(job, most, found))
+        job.manager.needs.raise_after_out_of_memory(key, most, usage.warm, find_lack(job, most, found))
 
 # %% ../../nbs/core/job.ipynb #63f7e313
 def finish(job: ActiveJob, kind: Any = None, error: BaseException | None = None, trace: Any = None) -> None:
@@ -651,11 +686,11 @@ def _from_registry(manager: "ResourceManager", registry: Any, plugin_id: str, as
     except LookupError: plugin, name, config = None, plugin_id, asked.config or {}   # the validation says so
     declared, wanted = declared_needs(plugin), read_requirements(plugin, config)
     if need is None: need = declared.gpu_memory_mb
-    check = partial(validate_resources_for_job, manager, registry, plugin_id, config, asked.worker_pid,
-                    asked.worker_type, concurrent=asked.concurrent, job_id=asked.job_id)
     device = asked.device if asked.device is not None else device_place(wanted.device)
     needs = PluginNeeds(need if wanted.uses_gpu else 0, max(asked.needs.ram_mb, declared.ram_mb),
                         max(asked.needs.devices, declared.devices))
+    check = partial(validate_resources_for_job, manager, registry, plugin_id, config, asked.worker_pid,
+                    asked.worker_type, concurrent=asked.concurrent, job_id=asked.job_id, n=asked.n or needs.devices)
     return replace(asked, needs=needs, plugin_name=name, resource=asked.resource or wanted.plugin_resource,
                    config=config, device=device, decide=check if plugin is None or wanted.is_local else None)
 

@@ -248,4 +248,5 @@ def open_rooms(
     roster = None if app is None else Roster(open_tables(store), app)
     events = Events(None if app is None else store_path().with_name(f"{app}.events"))
     workers, ledger, needs = Workers(roster, events), Ledger(store, events), Needs(needs_roster(roster))
+    if roster: roster.mark = needs.mark
     return workers, ledger, needs, Checks(workers, ledger, needs, app or "", track_self)

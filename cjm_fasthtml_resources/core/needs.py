@@ -4,14 +4,15 @@
 
 # %% auto #0
 __all__ = ['LOADING', 'RETRY_SECONDS', 'use_of_workers', 'measure', 'Watched', 'watch', 'machine_id', 'needs_path',
-           'needs_roster', 'Needs', 'NeedsReader']
+           'needs_roster', 'find_mark', 'find_closest', 'Needs', 'NeedsReader']
 
 # %% ../../nbs/core/needs.ipynb #5c51d4e5
 import atexit
 import contextlib
 import threading
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from functools import cache
 from typing import Any, NamedTuple
 from weakref import WeakSet
 
@@ -27,9 +28,12 @@ from cjm_fasthtml_resources.core.learned import (
     concerning,
     day_of,
     evidence_of,
+    forget_marks,
     learned_need,
     merge_days,
     need_key,
+    same_settings,
+    without_refuted,
 )
 from .arguments import check_fields, check_number
 from .folder import chosen_folder
@@ -38,7 +42,7 @@ from .locking import holding
 from .logs import Log
 from .paths import Path, as_path
 from .resources import DeviceStatus, WorkerState
-from .roster import Roster
+from .roster import Roster, mark_in
 from .secrets import shown_text
 from .store import Store, StoreError, store_path, tables_path
 from .threads import NoThreadError, start_thread
@@ -96,10 +100,13 @@ def watch(
     memory: int,              # bytes that it uses now
     now: float,               # `time.monotonic()`
     day: int,                 # of `day_of`
+    mark: Callable[[WorkerState], str] = lambda worker: "",   # of its configuration
 ) -> Watched:
     "Return a worker after another check; with another plugin, resource or setting it begins again"
     if before and before.worker is worker: key = before.key
-    else: key = need_key(worker.plugin_name or "", worker.loaded_plugin_resource or "", vars(worker)["config"])
+    else:
+        config = vars(worker)["config"]
+        key = need_key(worker.plugin_name or "", worker.loaded_plugin_resource or "", config, mark=mark(worker))
     if before is None or (before.key, before.worker.start_time) != (key, worker.start_time):
         return Watched(worker, key, Level(memory, now, now), day)
     level = before.level.then(memory, now)
@@ -127,6 +134,39 @@ def needs_roster(
     if roster is None or roster.store.path is None or roster.store.path == (path := needs_path()): return roster
     return Roster(Store(path), roster.app)
 
+# %% ../../nbs/core/needs.ipynb #7cdbe5b7
+def find_mark(
+    config: Mapping[str, Any] | None,
+    path: Path | None,                                     # of the key; `None`: the one in memory
+    get: Callable[[Path], bytes | None] | None = None,     # `make_key`; `None`: `read_key`
+) -> str:
+    "Return the mark of a configuration; \"\" if there is none, or if the key cannot be used"
+    if config is None: return ""
+    from cjm_fasthtml_resources.core.exact import settings_mark  # when it is used, as is the other
+    from cjm_fasthtml_resources.core.private_key import PROCESS_KEY, read_key
+    try: key = PROCESS_KEY if path is None else (get or read_key)(path)
+    except (OSError, AttributeError) as error:   # or a system without these calls
+        _tell_once(str(error))
+        return ""
+    return settings_mark(config, key) if key else ""
+
+@cache
+def _tell_once(trouble: str) -> None:
+    _log.warning("texts and paths in settings do not tell needs apart: %s", trouble)
+
+# %% ../../nbs/core/needs.ipynb #729caec2
+def find_closest(
+    key: NeedKey,
+    days: Days,
+    now: float,   # `time.time()`
+    margin_percent: float = 10.0,
+) -> LearnedNeed | None:
+    "Return what is known for a key, or if that is no amount, for all keys that differ from it in the mark alone"
+    found, alike = learned_need(key, days.get(key, {}), now, margin_percent), same_settings(key, days)
+    if key != key.coarse and found and found.highest or not (alike.keys() - {key}): return found
+    shared = learned_need(key.coarse, all_settings(alike), now, margin_percent)
+    return shared._replace(is_shared=True) if shared else None
+
 # %% ../../nbs/core/needs.ipynb #a55995a5
 RETRY_SECONDS = 10.0   # after a file could not be written
 _MORE = 1.25           # times what a job had when it ran out of memory
@@ -139,6 +179,7 @@ class Needs:
         roster: Roster | None = None,   # an app's file; `None`: in memory alone
     ) -> None:
         self.roster = roster
+        self.key_path = roster.store.path.with_suffix(".key") if roster and roster.store.path else None
         self._new: Days = {}      # not in the file yet; without a file, all that is known
         self._told = dict[NeedKey, tuple[int, int]]()   # the day and the bytes that a check last added
         self.after_fork()
@@ -158,15 +199,23 @@ class Needs:
         self,
         workers: Mapping[int, WorkerState],   # by PID
         devices: Iterable[DeviceStatus],
+        seals: Mapping[int, str] = {},        # by PID, of configurations that other processes know
     ) -> None:
         "Learn from a check, where a worker uses more than was seen today"
+        def mark(worker: WorkerState) -> str:
+            return find_mark(vars(worker)["config"], self.key_path) or mark_in(seals.get(worker.pid, ""))
         used, now, wall = use_of_workers(workers, devices), time.monotonic(), time.time()
         with holding(self._lock):
-            self._watched = {pid: watch(self._watched.get(pid), workers[pid], memory, now, day_of(wall))
+            self._watched = {pid: watch(self._watched.get(pid), workers[pid], memory, now, day_of(wall), mark)
                              for pid, memory in used.items()}
             for seen in self._watched.values():
                 if seen.counts: self._tell(seen.key, seen.level.highest, wall)
             self._start_writer()
+
+    def mark(self, config: Mapping[str, Any] | None) -> str:
+        "Return the mark of a configuration, for what is written; the key for it is made if there is none"
+        from cjm_fasthtml_resources.core.private_key import make_key  # when it is used
+        return find_mark(config, self.key_path, make_key)
 
     def record(self, run: JobRun) -> None:
         "Learn from a job that has ended"
@@ -176,9 +225,13 @@ class Needs:
         self,
         key: NeedKey,
         had: int,      # bytes that the job had then
+        warm: bool = False,   # whether its process used GPU memory before: then it needs that much at least
+        wanted: int = 0,      # bytes that it would have had
     ) -> None:
-        "Let the next job ask for a quarter more than one had that ran out of memory"
-        if had > 0: self._add(key, Evidence(time.time(), floor=int(had*_MORE)))
+        "Let the next job ask for a quarter more than one had, or would have had, that ran out of memory"
+        had, wanted = int(had*_MORE), int(max(had, wanted)*_MORE)
+        found = Evidence(time.time(), least=wanted) if warm else Evidence(time.time(), floor=had, wish=wanted)
+        if wanted > 0: self._add(key, found)
 
     def expected(self, plugin_name: str, resource: str = "") -> int:
         "Return the largest amount in bytes without a margin, 0 if none is known; `StoreError`"
@@ -193,15 +246,15 @@ class Needs:
     def find(
         self,
         key: NeedKey,
-        each: bool = True,    # jobs with any settings; False: with those of the key alone
+        each: bool = True,    # jobs with any settings; False: with those of the key, or if there are none, any mark
         margin_percent: float = 10.0,
     ) -> LearnedNeed | None:
         "Return what is known of a need, `None` if nothing is; `StoreError` if the file cannot be read"
         with holding(self._lock): known = [concerning(key, days) for days in (self._new, self._writing)]
         if self.roster: known.append(self.roster.evidence(key.plugin, key.resource))
-        merged = merge_days(*known)
+        merged = {each: without_refuted(by_day) for each, by_day in merge_days(*known).items()}
         if each: return learned_need(key._replace(settings=""), all_settings(merged), time.time(), margin_percent)
-        return learned_need(key, merged.get(key, {}), time.time(), margin_percent)
+        return find_closest(key, merged, time.time(), margin_percent)
 
     def write(self) -> None:
         "Write to the app's file now what is not there yet; log a file that cannot be written"
@@ -224,6 +277,7 @@ class Needs:
     def _add(self, key: NeedKey, found: Evidence) -> None:
         with holding(self._lock):
             add_evidence(self._new, key, found, day_of(found.ended))
+            forget_marks(self._new, key)
             self._start_writer()
 
     def _tell(self, key: NeedKey, memory: int, wall: float) -> None:
@@ -231,6 +285,7 @@ class Needs:
         before, today = self._told.get(key), day_of(wall)
         if before and before[0] == today and before[1] >= memory: return
         add_evidence(self._new, key, Evidence(wall, highest=memory), today)
+        forget_marks(self._new, key)
         self._told[key] = today, memory
 
     def _start_writer(self) -> None:
@@ -265,11 +320,12 @@ class NeedsReader:
         self,
         plugin_name: str,
         resource: str | None = None,                # `None`: the one that the configuration names
-        config: Mapping[str, Any] | None = None,    # only jobs with these settings; `None`: with any
+        config: Mapping[str, Any] | None = None,    # only jobs with these settings, as far as known; `None`: with any
         margin_percent: float = 10.0,               # is added to the highest amount
         *,
         devices: int = 1,                           # how many GPUs a job uses; the need is that of one of them
     ) -> LearnedNeed | None:  # `None` if it is not known; its `gpu_memory_mb` is what to ask for
         "Return what jobs with this plugin, resource and settings took, with a margin"
         margin = check_number(margin_percent, "margin_percent", 0, 1000)
-        return self.needs.find(need_key(plugin_name, resource, config, devices), config is None, margin)
+        mark = find_mark(config, self.needs.key_path)
+        return self.needs.find(need_key(plugin_name, resource, config, devices, mark), config is None, margin)

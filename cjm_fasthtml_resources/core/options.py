@@ -20,6 +20,7 @@ from cjm_fasthtml_resources.core.room import (
     find_ancestors,
     held_by,
     is_at_work,
+    most_room,
     roomiest,
     usable,
     with_status,
@@ -113,6 +114,7 @@ class Situation:
     durations: Durations = no_durations
     now: float = 0.0                     # `time.monotonic()`
     ancestors: Callable[[int], Collection[int]] = find_ancestors
+    count: int = 1                       # of the devices that the job is for, each with its need
 
     @property
     def can_start(self) -> bool: return self.decide(self.workers, self.devices, self.need)
@@ -126,6 +128,10 @@ class Situation:
         "Return the state after workers were stopped"
         left = tuple(w for w in self.workers if w.pid not in [worker.pid for worker in stopped])
         return replace(self, workers=left).on_devices(lambda d: without_workers(d, stopped, self.ancestors))
+    def with_device(self, after: DeviceStatus) -> "Situation":
+        "Return the state with one device after a change: that one alone, or among the others for a job on several"
+        if self.count == 1: return replace(self, devices=(after,))
+        return self.on_devices(lambda d: after if d.device.id == after.device.id else d)
     def after_jobs(self, worker: WorkerState) -> "Situation":
         "Return the state after the jobs of a worker"
         done = replace(worker, status="idle", job_id=None, waiting_jobs=())
@@ -135,7 +141,8 @@ class Situation:
     def reserve_call(self) -> str:
         "The call that waits for room and reserves it; empty where the need is not known"
         if self.need is None: return ""
-        return f"manager.reserve({ceil(self.need/2**20)}{'' if self.place is None else f', {self.place}'})"
+        several = "" if self.count == 1 else f", n={self.count}"
+        return f"manager.reserve({ceil(self.need/2**20)}{'' if self.place is None else f', {self.place}'}{several})"
 
 # %% ../../nbs/core/options.ipynb #a13ffb64
 _MOST = 16   # workers that are tried
@@ -258,13 +265,13 @@ def _without_others(device: DeviceStatus, freed: int | None = None) -> DeviceSta
 
 def _least_freed(before: Situation, device: DeviceStatus) -> int:
     "Return the bytes, in whole MiB, that other programs have to free of a device"
-    def enough(mib: int) -> bool: return replace(before, devices=(_without_others(device, mib*2**20),)).can_start
+    def enough(mib: int) -> bool: return before.with_device(_without_others(device, mib*2**20)).can_start
     return bisect_left(range(ceil(_outside(device)/2**20)), True, key=enough)*2**20
 
 def others_options(before: Situation) -> list[Option]:
     "Return the device on which the job could start if other programs used less"
-    there = [d for d in usable(before.devices) if _outside(d)
-             and replace(before, devices=(_without_others(d),)).can_start]
+    there = [d for d in usable(before.devices)
+             if _outside(d) and before.with_device(_without_others(d)).can_start]
     best = roomiest(there)
     if best is None: return []
     place = f"GPU {best.device.id}"
@@ -278,11 +285,12 @@ def others_options(before: Situation) -> list[Option]:
 # %% ../../nbs/core/options.ipynb #b9b39c01
 def smaller_option(before: Situation) -> list[Option]:
     "Return the size that a job could have now"
-    best = roomiest(usable(before.devices))
-    if best is None or before.need is None or not before.need/2 <= best.room < before.need: return []
-    size, memory = _size(best.room, up=False)
+    there = most_room(usable(before.devices), before.count)
+    if not there or before.need is None or not before.need/2 <= there[-1].room < before.need: return []
+    size, memory = _size(there[-1].room, up=False)
     if not before.decide(before.workers, before.devices, memory): return []
-    return [Option(f"start a smaller job, of at most {size}", OptionKind.SMALLER, 0,
+    each = "" if before.count == 1 else " on each GPU"
+    return [Option(f"start a smaller job, of at most {size}{each}", OptionKind.SMALLER, 0,
                    f"validate_resources_for_job(…, gpu_memory_mb={memory//2**20})")]
 
 # %% ../../nbs/core/options.ipynb #998a8bd5
@@ -295,8 +303,12 @@ def host_option(
     others = [d for d in usable(elsewhere) if d.device.host is not None and d.device.uuid not in here]
     if before.need is None: able = [d for d in others if d.status is ResourceStatus.AVAILABLE]
     else: able = [d for d in others if d.room >= before.need]
-    if (best := roomiest(able)) is None: return []
-    call = "" if before.need is None else f"cluster.pick_gpus(min_free_mb={ceil(before.need/2**20)})"
+    hosts = dict.fromkeys(d.device.host for d in able)
+    found = [most_room((d for d in able if d.device.host == host), before.count) for host in hosts]
+    best = roomiest(several[-1] for several in found if several)
+    if best is None: return []
+    has_call = before.need is not None and before.count == 1
+    call = f"cluster.pick_gpus(min_free_mb={ceil((before.need or 0)/2**20)})" if has_call else ""
     return [Option(f"use another host, {best.device.host}", OptionKind.OTHER_HOST, 0, call)]
 
 # %% ../../nbs/core/options.ipynb #141fa903

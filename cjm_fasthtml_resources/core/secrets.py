@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['TOKENS', 'SECRETS', 'PLUGIN_RESOURCE_CONFIG_KEYS', 'IDENTIFIERS', 'REMOTE_FIELDS', 'small_letters', 'shown_text',
-           'shown_error', 'is_description', 'describe', 'shown_value', 'shown_config', 'shown_arguments', 'redact',
-           'shown_fields', 'shown_repr']
+           'shown_error', 'is_description', 'describe', 'shown_value', 'shown_config', 'shown_arguments',
+           'names_secret', 'mask_tokens', 'redact', 'shown_fields', 'shown_repr']
 
 # %% ../../nbs/core/secrets.ipynb #c938cf52
 import math
@@ -198,6 +198,15 @@ def shown_arguments(
         else: shown.append(f"{name}=***" if secret and equals and value else argument)
         hide = secret and not equals and argument.startswith("-")
     return shown_text(" ".join(shown)[:2000])   # far more than is shown
+
+# %% ../../nbs/core/secrets.ipynb #ae221ef4
+def names_secret(name: str) -> bool:
+    "Return whether the name of a setting says that its value is a secret"
+    return re.search(_SECRET_NAME, name) is not None
+
+def mask_tokens(text: str) -> str:
+    "Return a text with `***` in place of known kinds of secrets; what is only random, as a hash in a path, stays"
+    return _mask_known(text)
 
 # %% ../../nbs/core/secrets.ipynb #b51a68ce
 IDENTIFIERS = ("job_id", "container_id", "instance_id")   # texts that may be random

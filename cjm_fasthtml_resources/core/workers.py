@@ -4,13 +4,13 @@
 
 # %% auto #0
 __all__ = ['LAYERS', 'make_state', 'give_job', 'end_job', 'change_state', 'WorkerTable', 'Layer', 'TableChange', 'find_starts',
-           'known_starts', 'read_starts', 'read_table', 'Workers']
+           'known_starts', 'read_starts', 'end_lost', 'has_lost', 'read_table', 'Workers', 'give_while']
 
 # %% ../../nbs/core/workers.ipynb #8ad93228
 import contextlib
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -22,7 +22,8 @@ from .leases import Leases
 from .logs import Log
 from .process import ProcessId, ProcessInfo, has_ended, read_process
 from .resources import OwnedProcess, WorkerState
-from .roster import Roster, WorkerRow, from_row, to_row
+from .roster import Roster, WorkerRow, from_row, read_givers, to_row, write_giver
+from .secrets import redact
 
 # %% ../../nbs/core/workers.ipynb #5d30bc8e
 _log = Log(__name__)
@@ -82,6 +83,7 @@ class WorkerTable:
         self.plugins: dict[int, Any] = {}                         # PID → what this process knows of its plugin
         self.seals: dict[int, str] = {}                           # PID → the seal of a configuration that others know
         self.stoppers: dict[int, int] = {}                        # PID → the lease of whoever stops it
+        self.givers: dict[tuple[int, str], int] = {}              # PID and job → the lease of whoever gave it
         self.elsewhere: dict[int, WorkerState] = {}               # by PID in another PID namespace
         self.over: list[int] = []                                 # rows of the file that are to be deleted
 
@@ -158,10 +160,10 @@ class TableChange:
         self.stoppers[pid] = lease
         self.changed.setdefault(pid, False)
 
-    def rows(self) -> list[tuple[ProcessId, str]]:
-        "Return the changed workers as the file has them"
+    def rows(self, mark: Callable[[Any], str] = lambda config: "") -> list[tuple[ProcessId, str]]:
+        "Return the changed workers as the file has them, with the mark of each configuration"
         left = [state for pid in self.changed if (state := self.workers.get(pid))]
-        return [(ProcessId(w.pid, w.start_time), to_row(self._row(w))) for w in left]
+        return [(ProcessId(w.pid, w.start_time), to_row(self._row(w), mark)) for w in left]
 
     def _row(self, state: WorkerState) -> WorkerRow:
         kept = self.seals.get(state.pid), self.stoppers.get(state.pid)
@@ -193,6 +195,21 @@ def read_starts(
     "Return when each declared child started, `None` where there was no such process"
     return {child: known[child] if child in known else read_process(child).start_time for child in children}
 
+# %% ../../nbs/core/workers.ipynb #243b38d0
+def end_lost(
+    state: WorkerState,
+    lost: Collection[tuple[int, str]],   # PIDs with jobs, as they are shown, whose givers have ended
+) -> WorkerState:
+    "Return a worker without the jobs whose giver has ended"
+    gone = [job for job in state.jobs if (state.pid, redact(job, "job_id")) in lost]
+    for job in gone: state = end_job(state, job)
+    return replace(state, status="idle") if gone and not state.jobs and state.status == "running" else state
+
+def has_lost(roster: Roster, table: WorkerTable) -> bool:
+    "Return whether the process that gave a worker its job has ended since the table was read"
+    leases = set(table.givers.values())
+    return bool(leases) and leases != roster.store.leases.held_among(leases)
+
 # %% ../../nbs/core/workers.ipynb #cb952a02
 def read_table(
     roster: Roster,
@@ -200,10 +217,11 @@ def read_table(
     before: WorkerTable,   # what this process knew: plugins, and secrets that the file does not have
 ) -> WorkerTable:
     "Return the workers that the file has; a worker that was replaced loses its plugin"
-    rows, table = roster.read(db), WorkerTable()
-    change = TableChange(table)
+    rows, givers, table = roster.read(db), read_givers(db, roster.app), WorkerTable()
+    change, held = TableChange(table), roster.store.leases.held_among(set(givers.values()))
+    table.givers = {given: lease for given, lease in givers.items() if lease in held}
     for state, starts, seal, stopper in (from_row(text, before.workers) for text in rows.here):
-        change.declare(change.put(state), starts)
+        change.declare(change.put(end_lost(state, givers.keys() - table.givers.keys())), starts)
         change.seals[state.pid], change.stoppers[state.pid] = seal, stopper
         known = before.workers.get(state.pid)
         if known and known.start_time == state.start_time: change.plugins[state.pid] = before.plugins.get(state.pid)
@@ -271,12 +289,12 @@ class Workers:
     def _write(self, db: Any, change: TableChange) -> int | None:
         if self.roster is None or not change.changed: return self._version
         gone = [pid for pid, taken in change.changed.items() if taken]
-        return self.roster.write(db, gone, change.rows(), self.table.over)
+        return self.roster.write(db, gone, change.rows(self.roster.mark), self.table.over)
 
     def _catch_up(self, roster: Roster, db: Any) -> None:
         "Read the rows if they are newer; of two threads that do so, the first one's count"
         with self.last_read() as before: known = self._version
-        if (version := roster.version(db)) == known: return
+        if (version := roster.version(db)) == known and not has_lost(roster, before): return
         table = read_table(roster, db, before)
         with self.last_read() as now:
             if now is before and self._version == known: self.table, self._version = table, version
@@ -383,3 +401,14 @@ class Workers:
 
     @property
     def plugins(self) -> dict[int, Any]: return self.table.plugins
+
+# %% ../../nbs/core/workers.ipynb #e581f173
+def give_while(
+    workers: Workers,
+    pid: int,
+    job: str,      # that the worker has
+    lease: int,    # that this process holds
+) -> None:
+    "Let a worker have a job for as long as a lease is held; in memory, where all ends together, nothing is to be done"
+    if (roster := workers.roster) is None or (worker := workers.get(pid)) is None: return
+    with roster.store.transaction() as db: write_giver(db, roster.app, pid, job, lease, worker.jobs)

@@ -41,6 +41,7 @@ class Wanted:
     progress: bool = False
     devices: int = 1                      # how many GPUs, with so much memory on each
     priority: int = 0                     # a smaller one is further ahead in the queue
+    settings: dict[str, Any] | None = None   # of `command_settings`; `None`: all commands of that name share a need
 
 # %% ../../nbs/running/tries.ipynb #d5c40f8b
 _COLOUR = re.compile(r"\x1b\[[0-9;:?]*[ -/]*[@-~]|\x1b\][^\x07\x1b]*(?:\x07|\x1b\\)")
@@ -102,9 +103,10 @@ def try_once(
     say: Callable[[str], None] = lambda line: None,    # shows a line to the user
 ) -> Tried:
     "Run a command as a job; raises what a job raises that cannot begin, and what `run_inside` raises"
-    job = manager.job(wanted.name, mb, plugin=wanted.name, needs=PluginNeeds(None, wanted.ram_mb, wanted.devices),
-                      worker_type="command", device=wanted.device, timeout=wanted.timeout, progress=wanted.progress,
-                      make_room=make_room, priority=wanted.priority)
+    needs = PluginNeeds(None, wanted.ram_mb, wanted.devices)
+    job = manager.job(wanted.name, mb, plugin=wanted.name, config=wanted.settings, needs=needs, worker_type="command",
+                      device=wanted.device, timeout=wanted.timeout, progress=wanted.progress, make_room=make_room,
+                      priority=wanted.priority)
     job.asked_by = "--gpu-memory"
     found = None
     try:
@@ -130,7 +132,8 @@ def more_memory(
 def next_memory(manager: Any, wanted: Wanted, tried: Tried) -> float:   # MiB
     "Return what the next try asks for, from what is known"
     need, largest = None, tried.capacity
-    with contextlib.suppress(StoreError): need = manager.expected_need(wanted.name, devices=wanted.devices)
+    with contextlib.suppress(StoreError):
+        need = manager.expected_need(wanted.name, config=wanted.settings, devices=wanted.devices)
     allowed = manager.check_gpu_availability().allowed if wanted.device is None else ()
     largest = max(largest, largest_capacity(allowed, wanted.devices))
     return more_memory(tried.asked_mb, (need.floor or 0)/2**20 if need else 0, largest)
