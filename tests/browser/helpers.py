@@ -121,7 +121,7 @@ CUT = """() => {
     for (const name of ['type', 'status', 'process'])
         if (![...document.querySelectorAll('.cjm th')].some((th) => th.textContent === name && visible(th)))
             said.push(`no ${name}`);
-    for (const td of document.querySelectorAll('.cjm .n, .cjm .only td'))
+    for (const td of document.querySelectorAll('.cjm .n, .cjm .processes td:nth-child(2), .cjm .only td'))
         if (visible(td) && td.scrollWidth > td.clientWidth + 1) said.push(`the figure ${td.textContent} is cut`);
     return said;
 }"""

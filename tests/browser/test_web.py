@@ -11,9 +11,10 @@ import pytest
 from helpers import CUT, free_port, serving, violations, wait_for
 
 from cjm_fasthtml_resources.core.resources import OwnedProcess
+from cjm_fasthtml_resources.core.waiting import ReservationRow
 from cjm_fasthtml_resources.ui.cards import framed
 from cjm_fasthtml_resources.ui.parts import to_html
-from cjm_fasthtml_resources.ui.tables import process_table
+from cjm_fasthtml_resources.ui.tables import process_table, reservation_table
 
 SERVER = Path(__file__).with_name("server.py")
 
@@ -316,9 +317,24 @@ def test_a_table_of_many_hosts_and_containers_keeps_its_process_column(new_page)
     page, found = new_page(), {}
     for place in (0, "gpu-host-12:1"):
         page.set_content(to_html(framed(process_table([(place, process)]))))
-        for width in WIDTHS:
-            page.set_viewport_size(dict(width=width, height=900))
-            room = page.get_by_role("columnheader", name="process", exact=True).bounding_box()["width"]
+        for width, room in process_columns(page):
+            if room < 44: found[place, width] = room
+    assert found == {}
+
+
+def process_columns(page):
+    "The width of a page, and that of the process column there"
+    for width in WIDTHS:
+        page.set_viewport_size(dict(width=width, height=900))
+        yield width, page.get_by_role("columnheader", name="process", exact=True).bounding_box()["width"]
+
+
+def test_a_table_of_reservations_keeps_its_process_column(new_page):
+    page, found = new_page(), {}
+    for place in ("0", "0 and 1", "gpu-host-12:1"):
+        row = ReservationRow(place, 4_200_101, "app", "llm worker", "studio", "waits, no. 12", 2**34, 12, "5 min")
+        page.set_content(to_html(framed(reservation_table([row]))))
+        for width, room in process_columns(page):
             if room < 44: found[place, width] = room
     assert found == {}
 
