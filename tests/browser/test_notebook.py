@@ -4,7 +4,7 @@ import re
 import time
 
 import pytest
-from helpers import COUNT, CUT, jupyter, notebook, violations
+from helpers import COUNT, CUT, SILENCE, jupyter, notebook, settle, violations
 
 SETUP = """import subprocess, sys, threading, time
 from cjm_fasthtml_resources.core.manager import ResourceManager
@@ -22,7 +22,7 @@ manager = ResourceManager()
 _ = manager.register_worker(worker.pid, "llm", job_id="job-1"), manager.register_worker(4_200_101, "transcription")
 threading.Thread(target=vary, daemon=True).start()"""
 SHOW = "panel = ResourcePanel(manager, interval=0.2, controls=True)\npanel"
-BUSY = "time.sleep(10)\nprint('awake')"
+BUSY = "time.sleep(5)\nprint('awake')"
 TELL = """threads = sum(t.name == 'resource-monitor' for t in threading.enumerate())
 told = dict(threads=threads, paused=panel.monitor.paused, interval=panel.monitor.interval, ended=worker.poll())
 print(told, time.time())"""
@@ -104,11 +104,11 @@ class Notebook:
 
     def moves(self, seconds=2.0) -> bool:
         "Whether the figures change"
-        seen, end = {self.load()}, time.monotonic() + seconds
+        seen, end = self.load(), time.monotonic() + seconds
         while time.monotonic() < end:
-            seen.add(self.load())
-            time.sleep(0.1)
-        return len(seen) > 1
+            if self.load() != seen: return True
+            time.sleep(0.05)
+        return False
 
 
 def wait_until(condition, seconds=15.0):
@@ -204,19 +204,19 @@ def test_a_worker_is_stopped_after_a_question_and_a_selection_stays(open_noteboo
 
 def test_a_closed_page_ends_the_sampler_and_one_that_is_opened_begins_it(open_notebook, new_page):
     name = f"closed-{time.monotonic_ns()}"
-    cells = [SETUP, COUNT.replace("NAME", name), SHOW, "time.sleep(15)"]
+    cells = [SETUP, COUNT.replace("NAME", name), SHOW, f"time.sleep({2*SILENCE + 1})"]
     url = open_notebook(name, cells)
     book = Notebook(new_page(width=1400, height=1600), url, cells)
     for source in cells[:3]: book.run(source)
     told = open_notebook.folder/name
     wait_until(lambda: told.read_text() == "1" and book.moves())
     book.start(cells[3])                             # a kernel that is at work hears no page
-    end = time.monotonic() + 12
+    end = time.monotonic() + 2*SILENCE - 1
     while time.monotonic() < end:
-        assert told.read_text() == "1" and book.moves(1)
+        assert told.read_text() == "1" and book.moves()
         assert book.page.locator(".jp-Notebook-ExecutionIndicator[data-status=idle]").count() == 0
-    time.sleep(10)
-    assert told.read_text() == "1" and book.moves(1)
+    time.sleep(2*SILENCE)
+    assert told.read_text() == "1" and book.moves()
     book.page.keyboard.press("Control+s")
     wait_until(lambda: "widget-view+json" in (open_notebook.folder/f"{name}.ipynb").read_text())
     book.page.goto("about:blank")
@@ -239,7 +239,7 @@ def test_everybody_can_read_the_panel_and_nothing_of_it_is_cut_in_a_narrow_windo
     found = {}
     for width in (1400, 1100, 1000, 940, 880, 820, 760, 700, 640, 560, 480, 420, 390, 360):
         page.set_viewport_size(dict(width=width, height=1600))
-        time.sleep(0.3)
+        settle(page)
         room = page.locator(".cjm").first.bounding_box()["width"]
         if room >= 240 and (said := page.evaluate(CUT)): found[width, room] = said
     assert found == {}
@@ -248,5 +248,5 @@ def test_everybody_can_read_the_panel_and_nothing_of_it_is_cut_in_a_narrow_windo
         page.locator(f"body[data-jp-theme-light={str(scheme == 'light').lower()}]").wait_for(state="attached")
         for width in (390, 700, 1280):
             page.set_viewport_size(dict(width=width, height=1600))
-            time.sleep(0.3)
+            settle(page)
             assert violations(page) == [], (scheme, width)

@@ -19,12 +19,19 @@ from cjm_fasthtml_resources.ui.tables import process_table, reservation_table
 SERVER = Path(__file__).with_name("server.py")
 
 
-@pytest.fixture
-def server(chromium, tmp_path):
+@pytest.fixture(scope="module")
+def server_of_all(chromium, tmp_path_factory):
     "The address of an app, in a process of its own"
-    port = free_port()
+    port, log = free_port(), tmp_path_factory.mktemp("web")/"log"
     url = f"http://127.0.0.1:{port}"
-    with serving([sys.executable, str(SERVER), str(port)], f"{url}/test", tmp_path/"log"): yield url
+    with serving([sys.executable, str(SERVER), str(port)], f"{url}/test", log): yield url
+
+
+@pytest.fixture
+def server(server_of_all):
+    "Its address; it shows what it shows at its start"
+    ask(server_of_all, "?reset")
+    return server_of_all
 
 
 def ask(server: str, query: str = "") -> dict:
