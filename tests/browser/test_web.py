@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 from helpers import CUT, free_port, serving, violations, wait_for
 
-from cjm_fasthtml_resources.core.resources import OwnedProcess
+from cjm_fasthtml_resources.core.resources import OwnedProcess, WorkerState
 from cjm_fasthtml_resources.core.waiting import ReservationRow
 from cjm_fasthtml_resources.ui.cards import framed
 from cjm_fasthtml_resources.ui.parts import to_html
-from cjm_fasthtml_resources.ui.tables import process_table, reservation_table
+from cjm_fasthtml_resources.ui.tables import process_table, reservation_table, to_row, worker_table
 
 SERVER = Path(__file__).with_name("server.py")
 
@@ -343,6 +343,18 @@ def test_a_table_of_reservations_keeps_its_process_column(new_page):
         page.set_content(to_html(framed(reservation_table([row]))))
         for width, room in process_columns(page):
             if room < 44: found[place, width] = room
+    assert found == {}
+
+
+def test_on_which_gpus_a_worker_s_memory_is_can_be_read(new_page):
+    page, found = new_page(), {}
+    for held in ({"0:1": 4*2**30}, {0: 12*2**30, 1: 4*2**30}):
+        row = to_row(WorkerState(4_200_101, "transcription"), held)
+        page.set_content(to_html(framed(worker_table([row]))))
+        for width in WIDTHS:
+            page.set_viewport_size(dict(width=width, height=900))
+            cut = page.locator(".held").last.evaluate("cell => cell.scrollWidth > cell.clientWidth")
+            if cut and width >= 390: found[len(held), width] = cut
     assert found == {}
 
 
