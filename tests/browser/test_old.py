@@ -6,7 +6,7 @@ import signal
 import time
 
 import pytest
-from helpers import jupyter, notebook
+from helpers import notebook
 from test_notebook import Notebook, wait_until
 
 SETUP = """import os, threading, time
@@ -30,21 +30,10 @@ GREY = """() => {
     return getComputedStyle(banner).textDecorationLine === "line-through"; }"""
 
 
-@pytest.fixture(scope="module", params=["jupyterlab", "notebook"])
-def folder_and_address(request, chromium, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("old")
-    with jupyter(request.param, folder) as server:
-        def address(name):
-            place = f"lab/workspaces/{name}/tree" if request.param == "jupyterlab" else "notebooks"
-            return f"{server}/{place}/{name}.ipynb?token=t"
-
-        yield folder, address
-
-
 @pytest.fixture
-def opened(folder_and_address, new_page, request):
+def opened(jupyter_server, new_page, request):
     "Open a new notebook with these cells"
-    folder, address = folder_and_address
+    folder, address = jupyter_server
     name = re.sub(r"\W+", "-", request.node.originalname)
     (folder/f"{name}.ipynb").write_text(json.dumps(notebook(CELLS)))
     book = Notebook(new_page(width=1400, height=1800), address(name), CELLS)
