@@ -315,14 +315,14 @@ def worker_table(
 
 # %% ../../nbs/ui/terminal.ipynb #3589ba0e
 _PROMISE_COLUMNS: Sequence[Column[ReservationRow]] = (
-    Column("ID", lambda row: str(row.id or ""), "right", leaves=1),
+    Column("ID", lambda row: str(row.id or ""), "right", leaves=3),
     Column("reserved", lambda row: f"GPU {row.place}" if row.place else "GPU"),
     Column("PID", lambda row: str(row.pid or ""), "right"),
-    Column("owner", lambda row: _owner(row.owner)),
+    Column("owner", lambda row: _owner(row.owner), leaves=2),
     Column("memory", lambda row: format_bytes(row.memory), "right"),
     Column("state", lambda row: row.state),
-    Column("for", lambda row: row.age, "right", leaves=2),
-    Column("app", lambda row: row.app, shrinks=True))
+    Column("for", lambda row: row.age, "right", leaves=4),
+    Column("app", lambda row: row.app, shrinks=True, least=6, leaves=1))
 
 def promise_table(
     devices: Sequence[DeviceStatus],
