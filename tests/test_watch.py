@@ -19,6 +19,8 @@ import pytest
 PROGRAM = str(Path(sys.executable).with_name("cjm-resources"))
 SHARED = ("--simulate", "shared", "--watch", "--interval", "0.2")
 CLOCK = re.compile(r"\d\d:\d\d:\d\d$")
+COLOUR = rb"\x1b\[[0-9;]*m"
+DRAWN = re.compile(rb"\x1b\[2J|\x1b\[(\d+);1H((?:[^\x1b]|" + COLOUR + rb")*)\x1b\[K")   # a cleared window, a line
 
 
 class Terminal:
@@ -26,17 +28,17 @@ class Terminal:
     def __init__(self, *args: str, columns: int = 80, lines: int = 24, stdin: int | None = None, **env: str) -> None:
         settings = {name: value for name, value in os.environ.items() if name not in ("COLUMNS", "LINES", "NO_COLOR")}
         settings |= {"TERM": "xterm-256color", **env}
+        self.written, self.drawn = b"", 0
         self.fd, self.theirs = pty.openpty()
         self.resize(columns, lines)
         self.modes = termios.tcgetattr(self.theirs)
         self.process = subprocess.Popen(
             [PROGRAM, *args], stdin=self.theirs if stdin is None else stdin, stdout=self.theirs, stderr=self.theirs,
             env=settings, start_new_session=True, preexec_fn=lambda: fcntl.ioctl(1, termios.TIOCSCTTY, 0))
-        self.written = b""
 
     def resize(self, columns: int, lines: int) -> None:
         self.columns, self.lines = columns, lines
-        self.screen = [""]*lines
+        self.screen, self.cleared = [""]*lines, False
         fcntl.ioctl(self.fd, termios.TIOCSWINSZ, struct.pack("HHHH", lines, columns, 0, 0))
 
     def read(self, seconds: float) -> None:
@@ -46,14 +48,19 @@ class Terminal:
             try: data = os.read(self.fd, 65_536)
             except OSError: return
             self.written += data
-            text = re.sub(r"\x1b\[[0-9;]*m", "", data.decode(errors="replace"))
-            for number, line in re.findall(r"\x1b\[(\d+);1H([^\x1b]*)\x1b\[K", text):
-                self.screen[int(number) - 1] = line
+            self.draw()
+
+    def draw(self) -> None:
+        "Put what was written onto the screen; a line that was written in part is whole after another read"
+        for found in DRAWN.finditer(self.written, self.drawn):
+            self.drawn, number = found.end(), int(found[1] or 0)
+            if not number: self.screen, self.cleared = [""]*self.lines, True
+            elif number <= self.lines: self.screen[number - 1] = re.sub(COLOUR, b"", found[2]).decode(errors="replace")
 
     def until(self, *texts: str, seconds: float = 40) -> str:
-        "Wait until all of these are on the screen, and return it"
+        "Wait until all of these are on the screen, drawn for its size, and return it"
         end = time.monotonic() + seconds
-        while not all(text in self.text for text in texts):
+        while not self.cleared or not all(text in self.text for text in texts):
             assert time.monotonic() < end and self.process.poll() is None, (texts, self.text, self.written[-300:])
             self.read(0.1)
         self.read(0.1)   # the rest of that drawing

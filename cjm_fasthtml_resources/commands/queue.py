@@ -26,6 +26,7 @@ from ..core.queue import QueueRow, queue_rows
 from ..core.store import Store, StoreError, store_path
 from ..core.text import format_age, format_bytes
 from ..core.totals import name_devices
+from ..core.waiting import name_unread, shorten_uuids
 from ..ui.export import SCHEMA_VERSION
 from ..ui.lines import Line, Piece, read_terminal, to_text, wrap
 from ..ui.terminal import Column, make_table
@@ -88,7 +89,7 @@ def _used(row: QueueRow) -> str:
 # %% ../../nbs/commands/queue.ipynb #8ec35691
 _QUEUE_COLUMNS: Sequence[Column[QueueRow]] = (
     Column("ID", lambda row: str(row.id), "right"),
-    Column("GPU", lambda row: name_devices(row.devices).removeprefix("GPU ")),
+    Column("GPU", lambda row: name_devices(shorten_uuids(row.devices)).removeprefix("GPU ")),
     Column("memory", lambda row: format_bytes(row.memory) + (f" x {row.count}" if row.count > 1 else ""), "right"),
     Column("used", _used, "right"),
     Column("state", _state),
@@ -106,7 +107,8 @@ def queue_lines(
     "Return a table of the queue, and a sentence for each row that has one"
     groups = [[row for row in rows if row.state == state] for state in ("held", "waiting")]
     yield from make_table(_QUEUE_COLUMNS, groups, width)
-    told = [f"{row.id}: {row.why}{_start(row)}" for row in rows if row.why]
+    unread = name_unread(id for row in rows for id in row.devices)
+    told = [*(f"{row.id}: {row.why}{_start(row)}" for row in rows if row.why), *filter(None, [unread])]
     if told: yield ()
     for text in told: yield from ((Piece(line),) for line in wrap(text, width))
 

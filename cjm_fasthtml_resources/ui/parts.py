@@ -51,7 +51,7 @@ def memory_bar(
     parts = [ft("i", cls=owner, style=f"width:{100*n/total:.1f}%") for owner, n in held.items()] if total else []
     taken = _gib(min(sum(held.values()), total))
     return Div(*parts, cls="bar", role="meter", aria_label=f"{label}, GiB",
-               aria_valuemin=0, aria_valuemax=_gib(total), aria_valuenow=taken)
+               aria_valuemax=_gib(total), aria_valuenow=taken)
 
 # %% ../../nbs/ui/parts.ipynb #04ec2b1b
 def memory_key(
@@ -62,9 +62,9 @@ def memory_key(
 ) -> Any:
     "Return the figures of a bar in words: together they are the total"
     words = dict(ram="other RAM")
-    rows = [Span(f"{words.get(owner, owner)} {format_bytes(n)}", cls=owner) for owner, n in shares.items() if n > 0]
+    rows = [ft("i", f"{words.get(owner, owner)} {format_bytes(n)}", cls=owner) for owner, n in shares.items() if n > 0]
     driver = f" (driver:\N{NO-BREAK SPACE}{_gib(kept)})" if kept else ""
-    return Div(*rows, Span(f"free {_gib(free)} of {_gib(total)} GiB{driver}", cls="free"), cls="key")
+    return Div(*rows, ft("i", f"free {_gib(free)} of {_gib(total)} GiB{driver}", cls="free"), cls="key")
 
 # %% ../../nbs/ui/parts.ipynb #3bb2984a
 _WIDTH, _HEIGHT = 96, 24  # of a sparkline, in px

@@ -66,6 +66,8 @@ ProcessRow = tuple[int | str, OwnedProcess]   # the device's id, and the process
 @lru_cache
 def _owner(owner: str, look: str = "") -> Any: return Td(owner, cls=f"{owner} {look}".rstrip())
 
+def _outsider(owner: str) -> Any: return owner if owner == "external" else _owner(owner)   # the others are few
+
 def _long(text: str, most: int = 24, look: str | None = None) -> Any:
     return Td(text, title=text, cls=look) if len(text) > most else text   # cut off
 
@@ -91,10 +93,10 @@ def _worker(process: OwnedProcess) -> str:
 # %% ../../nbs/ui/tables.ipynb #e8f2adbc
 PROCESS_COLUMNS = (
     Column("GPU", lambda row: _place(row[0]), width="w4"),
-    Column("PID", lambda row: row[1].pid, "n"),
-    Column("owner", lambda row: _owner(row[1].owner), width="w6"),
-    Column("process", lambda row: _what(row[1]), "who"),
-    Column("user", lambda row: printable(row[1].username or ""), "x", "w6"),
+    Column("PID", lambda row: row[1].pid, width="n"),
+    Column("owner", lambda row: _outsider(row[1].owner), width="w6"),
+    Column("process", lambda row: _what(row[1]), width="who"),
+    Column("user", lambda row: printable(row[1].username or ""), width="x w6"),
     Column("memory", lambda row: _size(row[1].memory_used), "n"))
 
 def without_details(rows: Iterable[ProcessRow]) -> list[ProcessRow]:
@@ -123,12 +125,17 @@ def _with_sometimes(columns: Sequence[Column], rows: Iterable[ProcessRow]) -> Se
     return found
 
 # %% ../../nbs/ui/tables.ipynb #7db837aa
-_FOR_HOSTS: dict[str, dict[str, Any]] = {"GPU": dict(width="w13"), "PID": dict(look="n xx")}
+def _is_long(place: int | str) -> bool: return isinstance(place, str) and ":" in place and len(place) > 5
 
-def _fit(columns: Sequence[Column], places: Iterable[int | str]) -> Sequence[Column]:
+def _fit(
+    columns: Sequence[Column],
+    places: Iterable[int | str],
+    look: str = "xx",              # of the PID, where hosts are named
+) -> Sequence[Column]:
     "Return the columns with room for the ids of devices"
-    if not any(isinstance(place, str) and len(place) > 5 for place in places): return columns
-    return [replace(c, **_FOR_HOSTS.get(c.name, {})) for c in columns]
+    if not any(map(_is_long, places)): return columns
+    changed: dict[str, dict[str, Any]] = {"GPU": dict(width="w13"), "PID": dict(look=look)}
+    return [replace(c, **changed.get(c.name, {})) for c in columns]
 
 def process_table(
     rows: Iterable[ProcessRow],
@@ -189,14 +196,14 @@ def worker_table(
 
 # %% ../../nbs/ui/tables.ipynb #82ea00af
 RESERVATION_COLUMNS = (
-    Column("ID", lambda row: row.id or "", "n xx"),
-    Column("GPU", lambda row: _place(row.place), width="w4"),
+    Column("ID", lambda row: row.id or "", "n xx", "w4"),
+    Column("GPU", lambda row: _place(row.place), width="w6"),
     Column("PID", lambda row: row.pid or "", "n"),
-    Column("owner", lambda row: _owner(row.owner, "xx"), "xx", "w6"),
+    Column("owner", lambda row: _owner(row.owner, "x"), "x", "w6"),
     Column("process", lambda row: printable(row.who), "who"),
-    Column("app", lambda row: _long(printable(row.app), 12, "x"), "x", "w6"),
+    Column("app", lambda row: _long(printable(row.app), 12, "xl"), "xl", "w6"),
     Column("state", lambda row: row.state, "two", "w9"),
-    Column("for", lambda row: row.age, "n xx"),
+    Column("for", lambda row: row.age, "n xl", "w4"),
     Column("memory", lambda row: _size(row.memory), "n"))
 
 def reservation_table(
@@ -206,7 +213,7 @@ def reservation_table(
     "Return a table of what is reserved and of who waits"
     left = len(rows) - most
     return make_table("reservations", _caption("Reservations", f"and {left} more" if left > 0 else ""),
-                      _fit(RESERVATION_COLUMNS, (row.place for row in rows)), rows[:most])
+                      _fit(RESERVATION_COLUMNS, (row.place for row in rows), "n x"), rows[:most])
 
 # %% ../../nbs/ui/tables.ipynb #d8c234c5
 def _total_columns(of: str) -> Sequence[Column]:

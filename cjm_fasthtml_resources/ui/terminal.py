@@ -116,22 +116,26 @@ class Column(Generic[_Row]):
     leaves: int = 0         # where there is still too little room, the column with the highest number leaves; 0 stays
 
 # %% ../../nbs/ui/terminal.ipynb #8329cbfe
-_GAP = 2   # cells between two columns
+_GAP = 2   # cells between two columns; 1 where there is too little room for the cells themselves
+_LEAST = 6 # cells of the column that shrinks
 
 def _fit(
     columns: Sequence[Column[Any]],
     needed: Sequence[int],            # cells of each column
     width: int,                       # cells of the terminal
+    gap: int = _GAP,
 ) -> dict[int, int]:  # cells of the columns that are kept, by their index
     "Return the widths of a table's columns in a terminal"
     shrinks = [column.shrinks for column in columns].index(True)
     kept = dict(enumerate(needed))
-    def spare() -> int: return width - sum(kept.values()) - _GAP*(len(kept) - 1) + kept[shrinks]
-    leaving = sorted((i for i, column in enumerate(columns) if column.leaves), key=lambda i: -columns[i].leaves)
+    def spare() -> int: return width - sum(kept.values()) - gap*(len(kept) - 1) + kept[shrinks]
+    leaving = sorted((i for i, c in enumerate(columns) if c.leaves and i != shrinks), key=lambda i: -columns[i].leaves)
     for i in leaving:
         if min(kept[shrinks], columns[shrinks].least) <= spare(): break
         del kept[i]
-    return kept | {shrinks: max(min(kept[shrinks], spare()), 8)}
+    cells = max(min(kept[shrinks], spare()), _LEAST)
+    if cells > spare() and columns[shrinks].leaves: return {i: n for i, n in kept.items() if i != shrinks}
+    return kept | {shrinks: cells}
 
 # %% ../../nbs/ui/terminal.ipynb #a40ef584
 def _lines(columns: Sequence[Column[_Row]], rows: Sequence[_Row], top: int, left_out: int = 0) -> list[list[Line]]:
@@ -156,12 +160,14 @@ def make_table(
         more = left_out if rows is groups[-1] else 0
         lines += _lines(columns, rows, len(rows) if top is None else top, more)
     needed = [max(cell_len(plain(cell)) for cell in cells) for cells in zip(*lines, strict=True)]
-    widths = _fit(columns, needed, width)
-    return [_join([pad(line[i], size, columns[i].justify == "right") for i, size in widths.items()]) for line in lines]
+    widths, gap = _fit(columns, needed, width), _GAP
+    if sum(widths.values()) + gap*(len(widths) - 1) > width: widths, gap = _fit(columns, needed, width, 1), 1
+    cells = ([pad(line[i], size, columns[i].justify == "right") for i, size in widths.items()] for line in lines)
+    return [_join(line, gap) for line in cells]
 
 # %% ../../nbs/ui/terminal.ipynb #31d9ef97
-def _join(cells: Sequence[Line]) -> Line:
-    gap = Piece(" "*_GAP)
+def _join(cells: Sequence[Line], between: int) -> Line:
+    gap = Piece(" "*between)
     return tuple(piece for i, cell in enumerate(cells) for piece in ((gap, *cell) if i else cell))
 
 # %% ../../nbs/ui/terminal.ipynb #a1ff589a
@@ -177,7 +183,9 @@ class _Resource(NamedTuple):
     words: str = ""                    # in place of the status's own
 
 def _used(row: _Resource) -> str:
-    return "" if row.used is None or not row.total else f"{row.used/2**30:.1f} of {row.total/2**30:.1f} GiB"
+    if row.used is None or not row.total: return ""
+    digits = 1 if row.total < 1000*2**30 else 0   # "210 of 2048 GiB"
+    return f"{row.used/2**30:.{digits}f} of {row.total/2**30:.{digits}f} GiB"
 
 # %% ../../nbs/ui/terminal.ipynb #6158aae9
 def _load(device: GpuDevice) -> str:
@@ -214,11 +222,11 @@ def resource_table(
     is_ascii, width = terminal.ascii, max(6, min(24, terminal.width - 76))
     columns: list[Column[_Resource]] = [
         Column("", lambda row: row.place),
-        Column("device", lambda row: row.name, shrinks=True, least=11),
+        Column("device", lambda row: row.name, shrinks=True, least=11, leaves=1),
         Column("status", lambda row: _status(row.status, row.words)),
-        Column(_BAR, lambda row: _bar(row.shares, row.total, width, is_ascii), leaves=2),
+        Column(_BAR, lambda row: _bar(row.shares, row.total, width, is_ascii), leaves=3),
         Column("used", _used, "right"),
-        Column("load", lambda row: row.load, leaves=1)]
+        Column("load", lambda row: row.load, leaves=2)]
     return make_table(columns, [_resources(answer)], terminal.width)
 
 # %% ../../nbs/ui/terminal.ipynb #8508fd28
@@ -310,14 +318,14 @@ def worker_table(
 
 # %% ../../nbs/ui/terminal.ipynb #3589ba0e
 _PROMISE_COLUMNS: Sequence["Column[ReservationRow]"] = (
-    Column("ID", lambda row: str(row.id or ""), "right", leaves=1),
+    Column("ID", lambda row: str(row.id or ""), "right", leaves=3),
     Column("reserved", lambda row: f"GPU {row.place}" if row.place else "GPU"),
     Column("PID", lambda row: str(row.pid or ""), "right"),
-    Column("owner", lambda row: _owner(row.owner)),
+    Column("owner", lambda row: _owner(row.owner), leaves=2),
     Column("memory", lambda row: format_bytes(row.memory), "right"),
     Column("state", lambda row: row.state),
-    Column("for", lambda row: row.age, "right", leaves=2),
-    Column("app", lambda row: row.app, shrinks=True))
+    Column("for", lambda row: row.age, "right", leaves=4),
+    Column("app", lambda row: row.app, shrinks=True, least=6, leaves=1))
 
 def promise_table(
     devices: Sequence[DeviceStatus],

@@ -69,13 +69,16 @@ def jupyter(app: str, folder: Path):
 COUNT = """import threading, time
 from pathlib import Path
 from cjm_fasthtml_resources.ui import heard, seen
-heard.SILENCE, seen.SIGN, seen._EXPECT = 6, 1, 6
+heard.SILENCE, seen.SIGN, seen._EXPECT = 4, 0.5, 6
 def count():
     while True:
         Path("NAME.new").write_text(str(sum(t.name == "resource-monitor" for t in threading.enumerate())))
         Path("NAME.new").rename("NAME")             # at once, for its reader
         time.sleep(0.2)
 threading.Thread(target=count, daemon=True).start()"""
+
+
+SILENCE = 4   # seconds, as above
 
 
 def process_tree(pid: int) -> list[int]:
@@ -91,6 +94,17 @@ def wait_for(page, expression: str, timeout: float = 30_000) -> None:
     while not page.evaluate(expression):
         assert time.monotonic() < end, f"not so in {timeout:g} ms: {expression}"
         page.wait_for_timeout(50)
+
+
+def settle(page, seconds: float = 5.0) -> None:
+    "Wait until the panel in a page has the same size twice in a row, after its window got another one"
+    size, end = None, time.monotonic() + seconds
+    while size != (size := page.evaluate(SIZE)) and time.monotonic() < end: page.wait_for_timeout(60)
+
+
+# The window's size, and of each panel where it is; two frames later than asked for
+SIZE = """() => new Promise(tell => requestAnimationFrame(() => requestAnimationFrame(() => tell(JSON.stringify(
+    [innerWidth, ...[...document.querySelectorAll('.cjm')].map(e => e.getBoundingClientRect())])))))"""
 
 
 def violations(page, context=".cjm") -> list[str]:
@@ -121,7 +135,7 @@ CUT = """() => {
     for (const name of ['type', 'status', 'process'])
         if (![...document.querySelectorAll('.cjm th')].some((th) => th.textContent === name && visible(th)))
             said.push(`no ${name}`);
-    for (const td of document.querySelectorAll('.cjm .n, .cjm .only td'))
+    for (const td of document.querySelectorAll('.cjm .n, .cjm .processes td:nth-child(2), .cjm .only td'))
         if (visible(td) && td.scrollWidth > td.clientWidth + 1) said.push(`the figure ${td.textContent} is cut`);
     return said;
 }"""

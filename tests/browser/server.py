@@ -2,7 +2,8 @@
 
 With a prefix, the server stands for a proxy, too: it removes that, and the app does not learn of it.
 PUT /test?used=MIB fills the second GPU, ?grown=MIB is what train.py uses on the first, ?workers=N has so many idle
-workers before the first one, ?idle ends its job; /test says what the driver was asked and which threads there are.
+workers before the first one, ?idle ends its job, ?reset has all as at the start; /test says what the driver was asked
+and which threads there are.
 """
 import subprocess
 import sys
@@ -30,8 +31,17 @@ gpus = [SimulatedGpu("NVIDIA L4", memory_used_mb=5000, processes=on_gpu),
 driver, manager = SimulatedDriver(gpus, SimulatedMachine(processes=hosted)), ResourceManager()
 app = FastHTML(secret_key="of a test", default_hdrs=False)
 resource_routes(app, manager, interval=0.25, controls=True, guard=lambda req: None)
-worker = subprocess.Popen(["cat"], stdin=subprocess.PIPE)   # ends with its parent
-manager.register_worker(worker.pid, "llm", plugin_name="vllm", job_id="job-1")
+at_first = [(gpu, gpu.memory_used_mb, gpu.temperature) for gpu in gpus]
+
+
+def start_worker() -> subprocess.Popen:
+    "Start a worker, which ends with its parent"
+    process = subprocess.Popen(["cat"], stdin=subprocess.PIPE)
+    manager.register_worker(process.pid, "llm", plugin_name="vllm", job_id="job-1")
+    return process
+
+
+worker = start_worker()
 
 
 @app.get("/")
@@ -50,8 +60,20 @@ def have_idle(count: int) -> None:
     manager.register_worker(worker.pid, "llm", plugin_name="vllm", job_id="job-1")
 
 
+def begin_again() -> None:
+    "Have all as at the start; a worker that was stopped is followed by another"
+    global worker
+    for gpu, used, temperature in at_first: gpu.memory_used_mb, gpu.temperature = used, temperature
+    on_gpu[1].memory_mb = 2000
+    have_idle(0)
+    if worker.poll() is None: return
+    manager.unregister_worker(worker.pid)
+    worker = start_worker()
+
+
 @app.route("/test", methods=["GET", "PUT"])
 def state(req):
+    if "reset" in req.query_params: begin_again()
     if "used" in req.query_params: gpus[1].memory_used_mb = float(req.query_params["used"])
     if "grown" in req.query_params: on_gpu[1].memory_mb = float(req.query_params["grown"])
     if "first" in req.query_params: gpus[0].memory_used_mb = float(req.query_params["first"])

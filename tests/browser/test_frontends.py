@@ -9,7 +9,7 @@ import time
 from importlib.util import find_spec
 
 import pytest
-from helpers import COUNT, JUPYTER_FOLDERS, free_port, notebook, process_tree, serving
+from helpers import COUNT, JUPYTER_FOLDERS, SILENCE, free_port, notebook, process_tree, serving
 
 SETUP = """import subprocess, threading, time
 from cjm_fasthtml_resources.core.manager import ResourceManager
@@ -31,11 +31,19 @@ app = marimo.App()
 @app.cell
 def _():
 {setup}
-    return ResourcePanel, manager
+    from cjm_fasthtml_resources.ui import live_view
+    from cjm_fasthtml_resources.ui.live_view import LiveView
+    live_view.SIGN, live_view.EXPECT = 0.5, 6
+    return LiveView, ResourceManager, ResourcePanel, manager
 
 @app.cell
 def _(ResourcePanel, manager):
     ResourcePanel(manager, interval=0.2)
+    return
+
+@app.cell
+def _(LiveView, ResourceManager):
+    LiveView(ResourceManager(), interval=0.2)
     return
 
 @app.cell
@@ -87,7 +95,7 @@ def wait_until(condition, seconds=20.0):
         time.sleep(0.05)
 
 
-def loads(page) -> list[str]: return page.locator(".cjm .load").all_inner_texts()
+def loads(page) -> list[str]: return page.locator(".load").all_inner_texts()
 
 
 def moves(page, panel: int = 0) -> bool:
@@ -163,7 +171,7 @@ def test_voila_ends_the_sampler_of_a_closed_page_and_so_its_kernel(chromium, new
         page = new_page()
         page.goto(url)
         page.locator(".cjm:visible .cjm-card").first.wait_for()
-        time.sleep(10)                                               # longer than any of the limits
+        time.sleep(2*SILENCE)                                        # longer than any of the limits
         assert moves(page) and told.read_text() == "1"
         kernel = process_tree(process.pid)
         page.goto("about:blank")
@@ -178,7 +186,7 @@ def is_there(pid: int) -> bool:
 
 
 def test_marimo_shows_it(chromium, new_page, tmp_path):
-    need("marimo")
+    need("marimo", "anywidget")
     told = tmp_path/"samplers"
     cell = "\n".join(f"    {line}" for line in (SETUP + "\n" + COUNT.replace("NAME", str(told))).splitlines())
     (tmp_path/"app.py").write_text(MARIMO.format(setup=cell))
@@ -189,10 +197,24 @@ def test_marimo_shows_it(chromium, new_page, tmp_path):
     with serving(command, f"http://127.0.0.1:{port}/health", tmp_path/"log", **own) as process:
         page = new_page()
         page.goto(f"http://127.0.0.1:{port}/")
-        page.locator(".cjm .cjm-card").nth(5).wait_for()
+        page.locator(".cjm .cjm-card").nth(8).wait_for()
         panel = page.locator(".cjm").first
         assert "A picture, not live. Data from" in panel.inner_text() or moves(page)   # old figures never look live
-        assert moves(page, 1)                                        # what marimo itself shows again each second
-        wait_until(lambda: told.read_text() == "0", 30)              # the picture takes no samples
+        assert moves(page, 1) and moves(page, 2)   # a LiveView, and what marimo shows again each second
+        wait_until(lambda: told.read_text() == "1", 30)              # the picture takes no samples
+        live = page.locator(".cjm[data-cjm-watched]")                # the LiveView
+        live.locator(".processes th button", has_text="PID").click()
+        assert live.locator(".processes th[aria-sort=descending]").count() == 1
+        shown = loads(live)
+        wait_until(lambda: loads(live) != shown)
+        assert live.locator(".processes th[aria-sort=descending]").count() == 1
+        process.send_signal(signal.SIGSTOP)                          # nothing is told to the page
+        live.get_by_text("Not live. Showing data from").wait_for()
+        process.send_signal(signal.SIGCONT)
+        wait_until(lambda: not live.get_by_text("Not live. Showing data from").is_visible())
+        page.goto("about:blank")
+        wait_until(lambda: told.read_text() == "0", 30)              # a closed page ends its sampler
+        page.goto(f"http://127.0.0.1:{port}/")
+        page.locator(".cjm .cjm-card").nth(8).wait_for()
         process.send_signal(signal.SIGTERM)                          # with a page open
         process.wait(10)

@@ -4,7 +4,7 @@ import re
 import time
 
 import pytest
-from helpers import COUNT, CUT, jupyter, notebook, violations
+from helpers import COUNT, CUT, SILENCE, notebook, settle, violations
 
 SETUP = """import subprocess, sys, threading, time
 from cjm_fasthtml_resources.core.manager import ResourceManager
@@ -14,15 +14,19 @@ def vary():
     while True:
         gpus[0].utilization = (gpus[0].utilization + 1) % 100
         time.sleep(0.1)
+if "driver" in globals():   # it was run before
+    if "panel" in globals(): panel.close()
+    driver.stop()
+    worker.kill()
 worker = subprocess.Popen(["cat"], stdin=subprocess.PIPE)   # ends with its parent
 on_gpu = [SimulatedProcess(worker.pid, 5000), SimulatedProcess(1, 3000)]
 gpus = [SimulatedGpu("NVIDIA L4", processes=on_gpu), SimulatedGpu("NVIDIA L40S")]
-SimulatedDriver(gpus).start()
+driver = SimulatedDriver(gpus).start()
 manager = ResourceManager()
 _ = manager.register_worker(worker.pid, "llm", job_id="job-1"), manager.register_worker(4_200_101, "transcription")
 threading.Thread(target=vary, daemon=True).start()"""
 SHOW = "panel = ResourcePanel(manager, interval=0.2, controls=True)\npanel"
-BUSY = "time.sleep(10)\nprint('awake')"
+BUSY = "time.sleep(5)\nprint('awake')"
 TELL = """threads = sum(t.name == 'resource-monitor' for t in threading.enumerate())
 told = dict(threads=threads, paused=panel.monitor.paused, interval=panel.monitor.interval, ended=worker.poll())
 print(told, time.time())"""
@@ -31,21 +35,33 @@ CHECK = "manager.check_gpu_availability()"
 CELLS = [SETUP, SHOW, BUSY, TELL, CLOSE, CHECK]
 
 
-@pytest.fixture(scope="module", params=["jupyterlab", "notebook"])
-def open_notebook(request, chromium, tmp_path_factory):
+@pytest.fixture
+def open_notebook(jupyter_server):
     "Write a notebook, and give its address in JupyterLab or Notebook 7"
-    folder = tmp_path_factory.mktemp("notebooks")
-    settings = folder/"jupyterlab_settings_dir"/"@jupyterlab"/"apputils-extension"
-    settings.mkdir(parents=True)
-    (settings/"themes.jupyterlab-settings").write_text(json.dumps({"adaptive-theme": True}))   # as the browser's
-    with jupyter(request.param, folder) as server:
-        def write(name, cells=CELLS):
-            (folder/f"{name}.ipynb").write_text(json.dumps(notebook(cells)))
-            place = f"lab/workspaces/{name}/tree" if request.param == "jupyterlab" else "notebooks"
-            return f"{server}/{place}/{name}.ipynb?token=t"
+    folder, address = jupyter_server
 
-        write.folder = folder
-        yield write
+    def write(name, cells=CELLS):
+        (folder/f"{name}.ipynb").write_text(json.dumps(notebook(cells)))
+        return address(name)
+
+    write.folder = folder
+    return write
+
+
+@pytest.fixture
+def book(open_notebook, kept_pages):
+    "An open notebook with a panel that has just been made. It stays open for the next test, which costs it seconds"
+    def opened():
+        page = kept_pages.new()
+        return Notebook(page, open_notebook(f"panel-{time.monotonic_ns()}"))
+
+    key = str(open_notebook.folder)
+    if key not in kept_pages: kept_pages[key] = opened()
+    kept_pages[key].page.set_viewport_size(dict(width=1400, height=1600))
+    kept_pages[key].page.emulate_media(color_scheme="light")
+    kept_pages[key].run(SETUP)
+    kept_pages[key].run(SHOW)
+    yield kept_pages[key]
 
 
 # How the cells of a table look
@@ -104,11 +120,11 @@ class Notebook:
 
     def moves(self, seconds=2.0) -> bool:
         "Whether the figures change"
-        seen, end = {self.load()}, time.monotonic() + seconds
+        seen, end = self.load(), time.monotonic() + seconds
         while time.monotonic() < end:
-            seen.add(self.load())
-            time.sleep(0.1)
-        return len(seen) > 1
+            if self.load() != seen: return True
+            time.sleep(0.05)
+        return False
 
 
 def wait_until(condition, seconds=15.0):
@@ -118,10 +134,7 @@ def wait_until(condition, seconds=15.0):
         time.sleep(0.05)
 
 
-def test_it_moves_while_a_cell_runs_and_a_click_is_honoured_once(open_notebook, new_page):
-    book = Notebook(new_page(width=1400, height=1600), open_notebook("busy"))
-    book.run(SETUP)
-    book.run(SHOW)
+def test_it_moves_while_a_cell_runs_and_a_click_is_honoured_once(book):
     assert book.moves()
     book.start(BUSY)
     assert book.moves(3) and book.output(BUSY) == ""                # still at work
@@ -136,10 +149,7 @@ def test_it_moves_while_a_cell_runs_and_a_click_is_honoured_once(open_notebook, 
     assert book.tell()["paused"] is False and book.output(SHOW).count("Error") == 0
 
 
-def test_interval_run_again_and_close(open_notebook, new_page):
-    book = Notebook(new_page(width=1400, height=1600), open_notebook("again"))
-    book.run(SETUP)
-    book.run(SHOW)
+def test_interval_run_again_and_close(book):
     assert book.moves()
     book.page.get_by_label("every").select_option("5 s")
     wait_until(lambda: book.tell()["interval"] == 5.0)
@@ -151,10 +161,7 @@ def test_interval_run_again_and_close(open_notebook, new_page):
     assert book.tell()["threads"] == 0
 
 
-def test_tables_are_sorted_filtered_and_opened_while_they_move(open_notebook, new_page):
-    book = Notebook(new_page(width=1400, height=1600), open_notebook("tables"))
-    book.run(SETUP)
-    book.run(SHOW)
+def test_tables_are_sorted_filtered_and_opened_while_they_move(book):
     page = book.page
 
     def shown(half=".processes"):
@@ -177,10 +184,7 @@ def test_tables_are_sorted_filtered_and_opened_while_they_move(open_notebook, ne
     assert page.locator(".jp-Notebook .jp-Cell").count() == len(CELLS) and violations(page) == []
 
 
-def test_a_worker_is_stopped_after_a_question_and_a_selection_stays(open_notebook, new_page):
-    book = Notebook(new_page(width=1400, height=1600), open_notebook("stop"))
-    book.run(SETUP)
-    book.run(SHOW)
+def test_a_worker_is_stopped_after_a_question_and_a_selection_stays(book):
     page = book.page
     page.evaluate("""() => getSelection().selectAllChildren(
         [...document.querySelectorAll('.cjm .processes td')].find(td => td.textContent === 'llm worker, job-1'))""")
@@ -204,19 +208,19 @@ def test_a_worker_is_stopped_after_a_question_and_a_selection_stays(open_noteboo
 
 def test_a_closed_page_ends_the_sampler_and_one_that_is_opened_begins_it(open_notebook, new_page):
     name = f"closed-{time.monotonic_ns()}"
-    cells = [SETUP, COUNT.replace("NAME", name), SHOW, "time.sleep(15)"]
+    cells = [SETUP, COUNT.replace("NAME", name), SHOW, f"time.sleep({2*SILENCE + 1})"]
     url = open_notebook(name, cells)
     book = Notebook(new_page(width=1400, height=1600), url, cells)
     for source in cells[:3]: book.run(source)
     told = open_notebook.folder/name
     wait_until(lambda: told.read_text() == "1" and book.moves())
     book.start(cells[3])                             # a kernel that is at work hears no page
-    end = time.monotonic() + 12
+    end = time.monotonic() + 2*SILENCE - 1
     while time.monotonic() < end:
-        assert told.read_text() == "1" and book.moves(1)
+        assert told.read_text() == "1" and book.moves()
         assert book.page.locator(".jp-Notebook-ExecutionIndicator[data-status=idle]").count() == 0
-    time.sleep(10)
-    assert told.read_text() == "1" and book.moves(1)
+    time.sleep(2*SILENCE)
+    assert told.read_text() == "1" and book.moves()
     book.page.keyboard.press("Control+s")
     wait_until(lambda: "widget-view+json" in (open_notebook.folder/f"{name}.ipynb").read_text())
     book.page.goto("about:blank")
@@ -226,10 +230,7 @@ def test_a_closed_page_ends_the_sampler_and_one_that_is_opened_begins_it(open_no
     wait_until(lambda: told.read_text() == "1" and book.moves(1), 30)
 
 
-def test_everybody_can_read_the_panel_and_nothing_of_it_is_cut_in_a_narrow_window(open_notebook, new_page):
-    book = Notebook(new_page(width=1400, height=1600), open_notebook("narrow"))
-    book.run(SETUP)
-    book.run(SHOW)
+def test_everybody_can_read_the_panel_and_nothing_of_it_is_cut_in_a_narrow_window(book):
     page = book.page
     page.get_by_role("button", name=re.compile("Stop llm")).click()
     book.run(CHECK)
@@ -239,7 +240,7 @@ def test_everybody_can_read_the_panel_and_nothing_of_it_is_cut_in_a_narrow_windo
     found = {}
     for width in (1400, 1100, 1000, 940, 880, 820, 760, 700, 640, 560, 480, 420, 390, 360):
         page.set_viewport_size(dict(width=width, height=1600))
-        time.sleep(0.3)
+        settle(page)
         room = page.locator(".cjm").first.bounding_box()["width"]
         if room >= 240 and (said := page.evaluate(CUT)): found[width, room] = said
     assert found == {}
@@ -248,5 +249,5 @@ def test_everybody_can_read_the_panel_and_nothing_of_it_is_cut_in_a_narrow_windo
         page.locator(f"body[data-jp-theme-light={str(scheme == 'light').lower()}]").wait_for(state="attached")
         for width in (390, 700, 1280):
             page.set_viewport_size(dict(width=width, height=1600))
-            time.sleep(0.3)
+            settle(page)
             assert violations(page) == [], (scheme, width)

@@ -10,20 +10,28 @@ from pathlib import Path
 import pytest
 from helpers import CUT, free_port, serving, violations, wait_for
 
-from cjm_fasthtml_resources.core.resources import OwnedProcess
+from cjm_fasthtml_resources.core.resources import OwnedProcess, WorkerState
+from cjm_fasthtml_resources.core.waiting import ReservationRow
 from cjm_fasthtml_resources.ui.cards import framed
 from cjm_fasthtml_resources.ui.parts import to_html
-from cjm_fasthtml_resources.ui.tables import process_table
+from cjm_fasthtml_resources.ui.tables import process_table, reservation_table, to_row, worker_table
 
 SERVER = Path(__file__).with_name("server.py")
 
 
-@pytest.fixture
-def server(chromium, tmp_path):
+@pytest.fixture(scope="module")
+def server_of_all(chromium, tmp_path_factory):
     "The address of an app, in a process of its own"
-    port = free_port()
+    port, log = free_port(), tmp_path_factory.mktemp("web")/"log"
     url = f"http://127.0.0.1:{port}"
-    with serving([sys.executable, str(SERVER), str(port)], f"{url}/test", tmp_path/"log"): yield url
+    with serving([sys.executable, str(SERVER), str(port)], f"{url}/test", log): yield url
+
+
+@pytest.fixture
+def server(server_of_all):
+    "Its address; it shows what it shows at its start"
+    ask(server_of_all, "?reset")
+    return server_of_all
 
 
 def ask(server: str, query: str = "") -> dict:
@@ -316,10 +324,37 @@ def test_a_table_of_many_hosts_and_containers_keeps_its_process_column(new_page)
     page, found = new_page(), {}
     for place in (0, "gpu-host-12:1"):
         page.set_content(to_html(framed(process_table([(place, process)]))))
+        for width, room in process_columns(page):
+            if room < 44: found[place, width] = room
+    assert found == {}
+
+
+def process_columns(page):
+    "The width of a page, and that of the process column there"
+    for width in WIDTHS:
+        page.set_viewport_size(dict(width=width, height=900))
+        yield width, page.get_by_role("columnheader", name="process", exact=True).bounding_box()["width"]
+
+
+def test_a_table_of_reservations_keeps_its_process_column(new_page):
+    page, found = new_page(), {}
+    for place in ("0", "0 and 1", "gpu-host-12:1"):
+        row = ReservationRow(place, 4_200_101, "app", "llm worker", "studio", "waits, no. 12", 2**34, 12, "5 min")
+        page.set_content(to_html(framed(reservation_table([row]))))
+        for width, room in process_columns(page):
+            if room < 44: found[place, width] = room
+    assert found == {}
+
+
+def test_on_which_gpus_a_worker_s_memory_is_can_be_read(new_page):
+    page, found = new_page(), {}
+    for held in ({"0:1": 4*2**30}, {0: 12*2**30, 1: 4*2**30}):
+        row = to_row(WorkerState(4_200_101, "transcription"), held)
+        page.set_content(to_html(framed(worker_table([row]))))
         for width in WIDTHS:
             page.set_viewport_size(dict(width=width, height=900))
-            room = page.get_by_role("columnheader", name="process", exact=True).bounding_box()["width"]
-            if room < 44: found[place, width] = room
+            cut = page.locator(".held").last.evaluate("cell => cell.scrollWidth > cell.clientWidth")
+            if cut and width >= 390: found[len(held), width] = cut
     assert found == {}
 
 

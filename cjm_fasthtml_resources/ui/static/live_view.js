@@ -1,0 +1,36 @@
+// Shows a LiveView (see ui.live_view) where a front end shows anywidgets. The figures are put into place as on the page
+// (live.js), and their tables are sorted and filtered as there (tables.js): both come before this file.
+function render({ model, el }) {
+  const root = document.createElement("div");
+  const [style, beat, place] = ["style", "div", "div"].map((tag) => document.createElement(tag));
+  root.className = `cjm ${model.get("name")}`;
+  // it is told by the model, not by a stream of its own
+  root.dataset.cjmStream = "";
+  root.dataset.cjmWatched = "1";
+  style.textContent = model.get("style");
+  root.append(style, beat, place);
+  el.append(root);
+  cjmTables(root);
+  const show = () => put(place, model.get("html"));
+  const pulse = () => {
+    beat.innerHTML = model.get("beat");
+  };
+  // a page that is closed says nothing, so one that is open does
+  const sign = () => {
+    model.set("signs", model.get("signs") + 1);
+    model.save_changes();
+  };
+  const timer = setInterval(sign, 1e3 * model.get("every"));
+  show();
+  pulse();
+  sign();
+  model.on("change:html", show);
+  model.on("change:beat", pulse);
+  return () => {
+    clearInterval(timer);
+    model.off("change:html", show);
+    model.off("change:beat", pulse);
+  };
+}
+
+export default { render };
