@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SECOND', 'MINUTE', 'QUARTER', 'LEVELS', 'SCHEMA_VERSION', 'LARGEST', 'MOST_CHANGES', 'Level', 'roll_up',
-           'history_path', 'is_damage', 'explain_problem', 'opened', 'portions', 'add', 'read_rows', 'read_figures',
-           'read_changes', 'alone']
+           'history_path', 'is_damage', 'explain_problem', 'check_place', 'opened', 'portions', 'add', 'read_rows',
+           'read_figures', 'read_changes', 'alone']
 
 # %% ../../nbs/recorded/file.ipynb #b5498a5f
 import contextlib
@@ -13,6 +13,7 @@ import itertools
 import math
 import os
 import sqlite3
+import stat
 from collections.abc import Iterable, Iterator, Sequence
 from io import FileIO
 from pathlib import Path
@@ -100,6 +101,13 @@ def explain_problem(
     if "full" in str(error): return f"{path} cannot be written, its disk is full"
     return f"{path} cannot be used: {error}"
 
+def check_place(path: Path) -> None:
+    """Raise `StoreError` for a file that another user could have put there, or could replace
+
+    In a folder such as /tmp (mode 1777) other users can make files, but not replace one of this user."""
+    if not (path.parent.exists() and path.parent.stat().st_mode & stat.S_ISVTX): check_owner(path.parent)
+    check_owner(path)
+
 def _make(path: Path) -> None:
     "Make the file; a process that comes second finds the first one's"
     os.makedirs(path.parent, mode=0o700, exist_ok=True)
@@ -117,7 +125,7 @@ def opened(
 ) -> Iterator[sqlite3.Connection]:
     "Open the file for the block, as one transaction; `StoreError` if it cannot be used"
     try:
-        for place in (path.parent, path): check_owner(place)
+        check_place(path)
         if mode == "rw" and not path.exists(): _make(path)
         with contextlib.closing(_connect(path, mode)) as db:
             db.execute("BEGIN" if mode == "ro" else "BEGIN IMMEDIATE")
@@ -256,7 +264,7 @@ def alone(
     "Hold the recorder's lock for the block; False if another recorder has it. `StoreError` if the file cannot be used"
     lock = path.with_suffix(".lock")
     try:
-        for place in (path.parent, lock): check_owner(place)
+        check_place(lock)
         os.makedirs(path.parent, mode=0o700, exist_ok=True)
         fd = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
     except OSError as error: raise StoreError(explain_os_error(lock, error)) from error
