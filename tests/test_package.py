@@ -76,6 +76,13 @@ def test_readme_quotes_the_benchmark_as_it_was_saved():
     assert saved in (ROOT/"README.md").read_text(encoding="utf-8")
 
 
+def test_the_comparison_page_shows_the_queues_as_they_were_saved():
+    saved = (ROOT/"benchmarks"/"queues.md").read_text(encoding="utf-8").strip()
+    cells = json.loads((ROOT/"nbs/tutorials/compare.ipynb").read_text(encoding="utf-8"))["cells"]
+    shown = [output["data"].get("text/markdown", "") for cell in cells for output in cell.get("outputs", [])]
+    assert saved in ["".join(text).strip() for text in shown]
+
+
 def test_readme_commands_are_those_that_run():
     texts = [path.read_text(encoding="utf-8") for path in (ROOT/"README.md", ROOT/".ci"/"run")]
     assert all("python3 tools/check.py" in text for text in texts)
