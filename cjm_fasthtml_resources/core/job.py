@@ -92,6 +92,7 @@ class JobRequest:
     device: int | str | GpuDevice | None = None
     n: int | None = None                          # how many devices; `None`: as many as it needs
     priority: int = 0                             # a smaller one is further ahead in the queue
+    grace: float | None = None                    # seconds in which its memory has to be used; `None`: no limit
     timeout: float | None = None                  # seconds; `None`: no limit
     unknown: float | None = None                  # MiB to reserve for a need that is not known; `None`: a device
     concurrent: bool = False                      # whether its worker may have other jobs at the same time
@@ -104,6 +105,7 @@ class JobRequest:
         for name in ("job_id", "worker_type"):
             if not check_text(getattr(self, name), name): raise ValueError(f"{name} must not be empty")
         if self.timeout is not None: check_number(self.timeout, "timeout", 0, threading.TIMEOUT_MAX)
+        if self.grace is not None: check_number(self.grace, "grace", 1)
         if self.worker_pid is not None: check_pid(self.worker_pid, "worker")
         if self.n is not None: check_pid(self.n, "n")
         check_priority(self.priority)
@@ -438,7 +440,7 @@ def await_memory(job: ActiveJob, mb: float | str | None, device: Any) -> Iterato
     manager, left, asked = job.manager, job.time_left, job.asked.timeout
     timeout = None if left is None else asked if not asked or left > 0.99*asked else max(round(left, 1), 0.1)
     request = manager.request(mb, device, timeout, pid=job.worker_pid, n=job.asked.count,
-                              memory_mb=job.asked.needs.ram_mb, priority=job.asked.priority)
+                              memory_mb=job.asked.needs.ram_mb, priority=job.asked.priority, grace=job.asked.grace)
     request.covers = job.worker_pid is not None
     job.defer(request.withdraw)
     if job.asked.make_room and request.count: job.room = RoomForRequest(manager, request, unload=job.asked.unload)

@@ -246,7 +246,7 @@ class Ledger:
         "Delete the claims that are over, enter the new one, and give devices to those that fit"
         until = time.monotonic() + SURE_SECONDS
         while True:
-            try: return _counted(self.events, *self._settle(look, ask, allowed))
+            try: return _note_unused(self, _counted(self.events, *self._settle(look, ask, allowed)))
             except (HiddenClaims, ChangedInside):
                 if time.monotonic() > until: raise
             time.sleep(0.02)
@@ -416,6 +416,12 @@ def _choose_again(claim: Claim, allowed: Mapping[int, Collection[str]]) -> Claim
     suiting = tuple(allowed.get(claim.lease, claim.allowed))
     return claim if suiting == claim.allowed else replace(claim, allowed=suiting)
 
+def _receive(asked: Claim, id: int, now: float) -> Claim:
+    "Return a new request, with its receipt"
+    receipt = (asked.receipt or Receipt())._replace(user=machine_user(), asked_at=now, asked=asked.memory,
+                                                    host=host_name())
+    return replace(asked, id=id, space=pid_namespace(), receipt=receipt)
+
 def _enter(
     rows: Rows,
     asked: Claim | None,
@@ -424,9 +430,7 @@ def _enter(
 ) -> Rows:
     "Return the ledger after `grant`; requests of suspended processes are passed over"
     before, now = list(rows.claims), machine_time()
-    if asked:
-        receipt = Receipt(machine_user(), now, asked=asked.memory, host=host_name())
-        before.append(replace(asked, id=rows.last_id + 1, space=pid_namespace(), receipt=receipt))
+    if asked: before.append(_receive(asked, rows.last_id + 1, now))
     current = [_choose_again(c, allowed) for c in before]
     def is_asleep(claim: Claim) -> bool: return claim.id <= rows.last_id and claim.is_suspended   # a new one asks now
 
@@ -434,6 +438,9 @@ def _enter(
     held = {c.id for c in current if c.device is not None}
     given = {c.id for c in after if c.device is not None and c.id not in held}
     after = observe([_start(c, now) if c.id in given else c for c in after], uses, now)
+    if any(c.receipt is not None and c.receipt.grace and c.receipt.grace.is_over for c in after):
+        from cjm_fasthtml_resources.core.grace import give_up_unused  # when it is used
+        after = give_up_unused(after)
     return rows._replace(claims=tuple(after), version=rows.version + bool(given), devices=machine_devices(uses),
                          last_id=rows.last_id + (asked.size if asked else 0))
 
@@ -442,3 +449,16 @@ def _start(claim: Claim, now: float) -> Claim:
     "Return a claim that was just given a device, with the time from which it holds, and when it runs out"
     receipt = claim.receipt and claim.receipt._replace(since=now)
     return replace(claim, receipt=receipt, expires=claim.expires if claim.ttl is None else now + claim.ttl)
+
+# %% ../../nbs/core/ledger.ipynb #922a40db
+def _note_unused(ledger: "Ledger", claims: list[Claim]) -> list[Claim]:
+    "Tell the holders of reservations that were given back just now, because they were not used; return all claims"
+    unused = {c.lease: c for c in claims if c.expires == 0.0}   # all others that are over were deleted
+    if not unused: return claims
+    from cjm_fasthtml_resources.core.endings import note_ending  # when it is used, as the next one
+    from cjm_fasthtml_resources.core.grace import name_unused
+    for lease, claim in unused.items():
+        with contextlib.suppress(StoreError): note_ending(ledger.store, lease, name_unused(claim))
+        if lease in ledger.leases.held: _log.warning("reserved GPU memory was given back by %s", name_unused(claim))
+    ledger.store.wake()
+    return claims

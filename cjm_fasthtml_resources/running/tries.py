@@ -41,6 +41,7 @@ class Wanted:
     progress: bool = False
     devices: int = 1                      # how many GPUs, with so much memory on each
     priority: int = 0                     # a smaller one is further ahead in the queue
+    grace: float | None = None            # seconds in which its memory has to be used
 
 # %% ../../nbs/running/tries.ipynb #d5c40f8b
 _COLOUR = re.compile(r"\x1b\[[0-9;:?]*[ -/]*[@-~]|\x1b\][^\x07\x1b]*(?:\x07|\x1b\\)")
@@ -104,7 +105,7 @@ def try_once(
     "Run a command as a job; raises what a job raises that cannot begin, and what `run_inside` raises"
     job = manager.job(wanted.name, mb, plugin=wanted.name, needs=PluginNeeds(None, wanted.ram_mb, wanted.devices),
                       worker_type="command", device=wanted.device, timeout=wanted.timeout, progress=wanted.progress,
-                      make_room=make_room, priority=wanted.priority)
+                      make_room=make_room, priority=wanted.priority, grace=wanted.grace)
     job.asked_by = "--gpu-memory"
     found = None
     try:
