@@ -16,18 +16,22 @@ from conftest import COMMAND, DRIVER, GIB, wait_until
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cjm_fasthtml_resources import ResourceManager
+from cjm_fasthtml_resources import ResourceBusy, ResourceManager
+from cjm_fasthtml_resources.agents.foresee import foresee
+from cjm_fasthtml_resources.commands.queue import read_queue
 from cjm_fasthtml_resources.core.endings import end_claim
 from cjm_fasthtml_resources.core.learned import JobRun, need_key
 from cjm_fasthtml_resources.core.ledger import Ledger, Rows, from_bytes, to_bytes
 from cjm_fasthtml_resources.core.receipts import new_receipt
 from cjm_fasthtml_resources.core.reservations import ReservationOver
-from cjm_fasthtml_resources.core.store import Store, store_path
+from cjm_fasthtml_resources.core.store import Store, StoreError, store_path
 from cjm_fasthtml_resources.simulate import SimulatedDriver, SimulatedGpu
 
 HOLDER = DRIVER + """
 import sys
-from cjm_fasthtml_resources import ResourceManager
+from cjm_fasthtml_resources import ResourceBusy, ResourceManager
+from cjm_fasthtml_resources.agents.foresee import foresee
+from cjm_fasthtml_resources.commands.queue import read_queue
 from cjm_fasthtml_resources.core.conflict import ResourceBusy
 app, size, grace = sys.argv[1], float(sys.argv[2])*1024, float(sys.argv[3]) if sys.argv[3:] else None
 def tell(*words): print(*words, flush=True)
@@ -359,3 +363,27 @@ def test_a_request_knows_when_it_is_expected_to_start(rig):
         text = " ".join(rig.run("queue").stdout.split())
         assert re.search(r"expected to start in \d+ to \d+ minutes", text) and "When it starts is not known" in text
         process.communicate("\n", timeout=30)
+
+
+def test_what_one_user_may_have_counts_for_jobs_previews_and_the_queue(rig):
+    "A job whose need is not known asks for that much, and what waits for it says so everywhere"
+    (store_path().parent).mkdir(mode=0o700, parents=True, exist_ok=True)
+    file = store_path().with_name("settings.toml")
+    file.write_text("max_share = 0.5")
+    file.chmod(0o600)
+    with SimulatedDriver([SimulatedGpu("NVIDIA L4", memory_total_mb=24*1024)]) as driver:
+        manager, capacity = ResourceManager(app="train"), driver.gpus[0].memory_total_mb*2**20
+        with manager.job("unknown") as job:
+            assert 0.4*capacity < job.reservation.gpu_memory_mb*2**20 <= capacity/2
+            text = "of at most .* that one user may reserve on GPU 0"
+            with pytest.raises(ResourceBusy, match=text): manager.reserve(2*1024, timeout=0)
+            assert re.search("It would wait", foresee(manager, 2*1024).why)
+            request = manager.request(2*1024)
+            assert request.poll() is None
+            assert re.search(text, read_queue(manager, manager.ledger)[1].why)
+        with pytest.raises(ValueError, match="more than one user may reserve here"): manager.reserve(13*1024)
+        with pytest.raises(ValueError, match="All of a GPU is more"): manager.reserve("all")
+        wait_until(request.poll, 10)
+        request.withdraw()
+        file.chmod(0o666)
+        with pytest.raises(StoreError, match="has to belong to root"): manager.reserve(1, timeout=0)

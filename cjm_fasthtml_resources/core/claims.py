@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['RAM', 'PLACES', 'LEAST_USE', 'Claim', 'is_ram', 'asks_for_ram', 'has_partners', 'DeviceUse', 'no_less',
            'lineage_here', 'read_use', 'Pool', 'used_by', 'find_pools', 'owner_of', 'find_promises', 'find_base',
-           'find_covered', 'find_freed', 'lower_bases', 'drop', 'move', 'in_queue', 'grant', 'find_most_used',
-           'observe']
+           'find_covered', 'find_freed', 'lower_bases', 'drop', 'move', 'in_queue', 'MayHave', 'has_no_cap', 'grant',
+           'find_most_used', 'observe']
 
 # %% ../../nbs/core/claims.ipynb #effac725
 import random
@@ -15,7 +15,7 @@ from collections.abc import Callable, Collection, Container, Iterable, Mapping, 
 from dataclasses import dataclass, field, replace
 from functools import cache
 from operator import attrgetter
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 from cjm_fasthtml_resources.core.process import (
     ProcessId,
@@ -484,18 +484,27 @@ def _give(shares: Iterable[_Share], first: int, after: dict[int, Claim]) -> None
         room.take(taken)
 
 # %% ../../nbs/core/claims.ipynb #65814f5d
+class MayHave(Protocol):
+    "Says whether a request may be given a device, beside all claims by then"
+    def __call__(self, claim: Claim, use: DeviceUse, claims: Collection[Claim]) -> bool: ...
+
+def has_no_cap(claim: Claim, use: DeviceUse, claims: Collection[Claim]) -> bool:
+    "Return that a request may have any device"
+    return True
+
 def grant(
     claims: Sequence[Claim],                                 # all, waiting or promised, in the order of asking
     uses: Sequence[DeviceUse],                               # every device of the machine
     choose: Callable[[Sequence[Any]], Any] = random.choice,  # among nearly equal devices, or groups of devices
     passes_over: Callable[[Claim], bool] = lambda claim: False,   # a request; not asked of those that get nothing
+    may_have: MayHave = has_no_cap,   # a request, a device, all claims by then; else it gets and blocks nothing there
 ) -> list[Claim]:  # the same ones; those that were given a device have it, a group has one for each device
     "Give devices to the requests that fit, in the order of the queue"
     after = {c.id: c for c in lower_bases(claims, uses)}
     pools: dict[Any, _Room] = {}   # devices that share their memory have one room
     rooms = {use.key: pools.setdefault(use.device.pool, _measure_room(use, after.values())) for use in uses}
     for claim in in_queue(claims):
-        if _is_open(claim, rooms) and not passes_over(claim): _grant_one(claim, rooms, after, choose)
+        if _is_open(claim, rooms) and not passes_over(claim): _grant_one(claim, rooms, after, choose, may_have)
     return list(after.values()) if len(after) == len(claims) else sorted(after.values(), key=attrgetter("id"))
 
 def _is_open(claim: Claim, rooms: Mapping[str, _Room]) -> bool:
@@ -503,13 +512,16 @@ def _is_open(claim: Claim, rooms: Mapping[str, _Room]) -> bool:
     names = (*claim.allowed, *(key for key, _ in claim.beside))
     return any(not rooms[key].blocked for key in names if key in rooms)
 
-def _grant_one(claim: Claim, rooms: Mapping[str, _Room], after: dict[int, Claim], choose: _Choose) -> None:
+def _grant_one(
+    claim: Claim, rooms: Mapping[str, _Room], after: dict[int, Claim], choose: _Choose, may_have: MayHave,
+) -> None:
     "Give a request all that it asks for, let it block as much, or pass it over; `after` gets the claims given"
     beside = list(after.values())
     named = _named_shares(claim, rooms, beside) if claim.beside else []
     owed, needed = {id(s.room): s.taken for s in named}, {id(s.room): s.missing for s in named}
     beside += [replace(s.claim, device=s.key) for s in named]
-    shares = {key: _share(claim, key, rooms[key], beside) for key in claim.allowed if key in rooms}
+    shares = {key: _share(claim, key, rooms[key], beside) for key in claim.allowed
+              if key in rooms and may_have(claim, rooms[key].use, beside)}
     fitting = {key: s.room for key, s in shares.items()
                if not s.room.blocked and s.room.free >= s.taken + owed.get(id(s.room), 0)
                and not (claim.share and s.room.shared)}

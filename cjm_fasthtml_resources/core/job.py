@@ -23,14 +23,6 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from cjm_fasthtml_resources.core.arguments import (
-    check_fields,
-    check_flag,
-    check_number,
-    check_pid,
-    check_text,
-    shorten,
-)
 from cjm_fasthtml_resources.core.process import (
     ProcessId,
     has_ended,
@@ -47,6 +39,7 @@ from cjm_fasthtml_resources.core.requests import (
     make_check,
     show_progress,
 )
+from .arguments import check_fields, check_flag, check_number, check_pid, check_text, shorten
 from .claims import DeviceUse, asks_for_ram, find_base, read_use, used_by
 from .conflict import ResourceBusy, ResourceConflict, ResourceUnavailable
 from .copies import StaysHere
@@ -55,6 +48,7 @@ from .forks import reset_in_child
 from .freeing import RoomMade
 from .gpu import GpuDevice
 from .learned import JobRun, need_key
+from .ledger import find_cap
 from .locking import holding
 from .making_room import RoomForRequest
 from .plugins import PluginNeeds, declared_needs, find_plugin, read_requirements
@@ -392,6 +386,7 @@ def find_alone(job: ActiveJob, device: Any, conflict: ResourceConflict) -> tuple
     there = usable(d for d in conflict.allowed if device_key(d.device) in chosen)
     if (found := choose_alone(there, count)) is None: raise ResourceUnavailable(conflict.message, conflict)
     job.is_alone, (best, mb) = True, found
+    if cap := find_cap(job.manager.ledger.store): mb = max(min(mb, cap.most(best.device)//2**20), 1)
     if count > 1: return mb, device
     are_alike = all(mb*2**20 <= d.device.capacity <= 1.05*best.device.capacity for d in there)
     return mb, device if are_alike else best.device

@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['ALL', 'LEAST_TIME', 'SHOW_EVERY', 'check_memory', 'check_ttl', 'check_grace', 'check_priority', 'check_count',
            'Asked', 'find_ram', 'check_asked', 'find_holder', 'read_environ', 'keep_seen', 'capacity_beside',
-           'whose_beside', 'choose_devices', 'choose_several', 'find_shortage', 'check_timeout', 'make_give_up',
-           'time_for_driver', 'within', 'make_check', 'make_request', 'pend', 'show_progress', 'complete',
-           'giving_back', 'acquire']
+           'whose_beside', 'choose_devices', 'choose_several', 'choose_under_cap', 'find_capped', 'find_shortage',
+           'check_timeout', 'make_give_up', 'time_for_driver', 'within', 'make_check', 'make_request', 'pend',
+           'show_progress', 'complete', 'giving_back', 'acquire']
 
 # %% ../../nbs/core/requests.ipynb #d9afc2dc
 import contextlib
@@ -21,11 +21,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 from weakref import WeakSet
 
 from .arguments import check_number, check_pid, shorten
+from .claims import read_use
 from .conflict import ResourceBusy, ResourceConflict, ResourceUnavailable
 from .devices import device_key, device_place, doubtful_places, explain_doubt, see_devices, select_devices
 from .explain import explain_free, explain_shortage
 from .forks import reset_in_child
 from .gpu import GpuDevice, GpuSnapshot, read_gpu_links
+from .ledger import find_cap
 from .memory import find_cgroup
 from .process import ProcessId, has_ended, is_free, read_process, this_process
 from .room import check_capacity
@@ -34,6 +36,7 @@ from .threads import in_thread
 
 if TYPE_CHECKING:
     from cjm_fasthtml_resources.core.reservations import PendingReservation, Request, Reservation
+    from cjm_fasthtml_resources.core.store import Store
 
 # %% ../../nbs/core/requests.ipynb #462bd457
 def check_memory(
@@ -242,6 +245,33 @@ def choose_several(
                    whose_beside(f"each of the {count} largest devices", found, ram))
     return found
 
+# %% ../../nbs/core/requests.ipynb #3cf8077c
+def choose_under_cap(
+    snapshot: GpuSnapshot,
+    choose: Callable[[GpuSnapshot], list[GpuDevice]],   # those that suit the request otherwise
+    store: "Store",
+    asked: Asked,
+) -> list[GpuDevice]:
+    "Return the devices for a request; `ValueError` for more on each than its user, or app, may ever have"
+    devices = choose(snapshot)
+    if cap := find_cap(store):
+        from cjm_fasthtml_resources.core.caps import check_cap  # when it is used
+        check_cap(cap, devices, asked.memory, asked.devices, asked.share > 0)
+    return devices
+
+# %% ../../nbs/core/requests.ipynb #6b5d1590
+def find_capped(
+    request: "Request",
+    conflict: ResourceConflict,   # a check of now
+) -> str:  # empty if it does not wait for that
+    "Return in a sentence what the user or app of a request has already, if a cap is why it waits"
+    cap = find_cap(request.ledger.store)
+    if cap is None or conflict.snapshot is None: return ""
+    from cjm_fasthtml_resources.core.caps import explain_cap  # when it is used
+    claims = request.ledger.claims()
+    mine = next((c for c in claims if c.lease == request.lease), None)
+    return explain_cap(cap, mine, read_use(conflict.snapshot.devices), claims) if mine and mine.count else ""
+
 # %% ../../nbs/core/requests.ipynb #afd00373
 def find_shortage(
     request: "Request",
@@ -252,6 +282,7 @@ def find_shortage(
     if memory and memory.memory and (not request.count or memory.memory.room < request.ram):
         return f"The job needs {format_bytes(request.ram)} of RAM. {memory.message}", memory
     conflict = check()
+    if capped := find_capped(request, conflict): return capped, conflict
     concerned = [d for d in conflict.allowed if device_key(d.device) in request.devices]
     if request.share:
         capacity = max((d.device.capacity for d in concerned), default=0)
@@ -324,6 +355,7 @@ def make_request(
     seconds = time_for_driver(timeout, lambda: manager.gpu_timeout)
     choose = partial(choose_devices, wanted=device, memory=asked.memory, judge=manager.judge, count=asked.devices,
                      holder=holder, ram=asked.ram)
+    choose = partial(choose_under_cap, choose=choose, store=manager.ledger.store, asked=asked)
     return Request(manager.ledger, within(seconds, partial(manager.read, True)), choose, holder, asked.memory,
                    manager.app or "", check_ttl(ttl),
                    make_give_up(timeout, make_check(manager, timeout), manager.judge), asked.devices,
