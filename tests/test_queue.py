@@ -377,7 +377,7 @@ def test_what_one_user_may_have_counts_for_jobs_previews_and_the_queue(rig):
             assert 0.4*capacity < job.reservation.gpu_memory_mb*2**20 <= capacity/2
             text = "of at most .* that one user may reserve on GPU 0"
             with pytest.raises(ResourceBusy, match=text): manager.reserve(2*1024, timeout=0)
-            assert re.search("It would wait", foresee(manager, 2*1024).why)
+            assert re.search(f"It would wait. .*{text}", foresee(manager, 2*1024).why)
             request = manager.request(2*1024)
             assert request.poll() is None
             assert re.search(text, read_queue(manager, manager.ledger)[1].why)

@@ -10,11 +10,12 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
+from ..core.caps import explain_caps
 from ..core.claims import Claim, grant, in_queue, read_use
 from ..core.conflict import ResourceConflict
 from ..core.devices import device_key
 from ..core.gpu import GpuDevice
-from ..core.ledger import find_rule
+from ..core.ledger import find_cap, find_rule
 from ..core.manager import ResourceManager
 from ..core.process import this_process
 from ..core.queue import explain_waiting
@@ -91,12 +92,13 @@ def foresee(
     devices = choose_under_cap(snapshot, choose, manager.ledger.store, asked) if asked.devices else []
     mine = _ask(asked, devices, claims, rank, manager.app or "")
     every = [*claims, mine]
-    rule = find_rule(manager.ledger.store)
-    after = grant(every, see_ram(read_use(snapshot.devices), every), _first, may_have=rule)
+    store, uses = manager.ledger.store, see_ram(read_use(snapshot.devices), every)
+    after = grant(every, uses, _first, may_have=find_rule(store))
     given = {c.device for c in after if c.lease == _LEASE and c.device is not None}
     conflict, ahead = manager.judge(snapshot), _before(mine, claims)
     if not given:
-        why = _wait_reason(manager, mine, asked.ram, conflict, ahead)
+        capped = explain_caps(find_cap(store), every, uses).get(mine.id)
+        why = capped or _wait_reason(manager, mine, asked.ram, conflict, ahead)
         return Foreseen((), False, f"It would wait. {why}", ahead, conflict)
     found = tuple(d for d in devices if device_key(d) in given)
     return Foreseen(found, True, f"It would be granted at once: {_what(asked, mine.memory, found)}.", ahead, conflict)

@@ -82,7 +82,7 @@ def make_folder(
     check_owner(path)
     with Store(path/"resources.sqlite").changing(): pass   # tries the locks, and makes the file
 
-# %% ../../nbs/commands/share.ipynb #f8552c28
+# %% ../../nbs/commands/share.ipynb #d196e8ad
 def write_cap(
     path: Path,   # the folder
     cap: Cap,

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Cap', 'explain_cap', 'explain_caps', 'check_cap', 'cap_in', 'to_toml', 'read_cap']
 
-# %% ../../nbs/core/caps.ipynb #0457177e
+# %% ../../nbs/core/caps.ipynb #807540b8
 import os
 import re
 import stat
@@ -21,7 +21,7 @@ from .gpu import GpuDevice
 from .ledger import CAP_FILE
 from .text import format_bytes
 
-# %% ../../nbs/core/caps.ipynb #15327f8a
+# %% ../../nbs/core/caps.ipynb #f8aac82e
 class Cap(NamedTuple):
     "The share of each GPU that one user, or one app, may reserve"
     share: float        # up to 1
@@ -46,7 +46,7 @@ class Cap(NamedTuple):
         if claim.share: return self.share == 1   # all of it
         return self.reserved(claim, use, claims) + claim.memory <= self.most(use.device)
 
-# %% ../../nbs/core/caps.ipynb #de65fc87
+# %% ../../nbs/core/caps.ipynb #1401cf44
 def explain_cap(
     cap: Cap,
     claim: Claim,                  # that waits
@@ -62,7 +62,7 @@ def explain_cap(
     has, most = format_bytes(cap.reserved(claim, use, claims)), format_bytes(cap.most(use.device))
     return f"{who} has {has} of at most {most} that one {cap.per} may reserve on GPU {use.device.id}."
 
-# %% ../../nbs/core/caps.ipynb #e9c07a7a
+# %% ../../nbs/core/caps.ipynb #119d4aeb
 def explain_caps(
     cap: Cap | None,
     claims: Sequence[Claim],       # all that count now
@@ -72,7 +72,7 @@ def explain_caps(
     told = {c.id: explain_cap(cap, c, uses, claims) for c in claims if cap and c.device is None and c.count}
     return {id: text for id, text in told.items() if text}
 
-# %% ../../nbs/core/caps.ipynb #ac253d90
+# %% ../../nbs/core/caps.ipynb #dab3e33d
 def check_cap(
     cap: Cap,
     devices: Iterable[GpuDevice],   # that suit a request
@@ -88,7 +88,7 @@ def check_cap(
         raise ValueError(f"{format_bytes(memory)} of GPU memory is more than {whose}: {format_bytes(most[-1])}, "
                          f"{cap.share:.0%} of a GPU.")
 
-# %% ../../nbs/core/caps.ipynb #568d17c1
+# %% ../../nbs/core/caps.ipynb #083ba17a
 _LINE = re.compile(r"""^\s*(max_share|per)\s*=\s*(?:"(\w+)"|'(\w+)'|([\d.]+))\s*(?:#.*)?$""")
 
 def cap_in(
@@ -108,12 +108,12 @@ def cap_in(
     if found.get("per", "user") not in ("user", "app"): raise ValueError('has to say per = "user" or per = "app"')
     return None if share is None else Cap(share, found.get("per", "user"))
 
-# %% ../../nbs/core/caps.ipynb #b79bd710
+# %% ../../nbs/core/caps.ipynb #c5c05df5
 def to_toml(cap: Cap) -> str:
     "Return the content of the file for a cap"
     return f'max_share = {cap.share:g}   # of each GPU, what one {cap.per} may reserve\nper = "{cap.per}"\n'
 
-# %% ../../nbs/core/caps.ipynb #92a9bec6
+# %% ../../nbs/core/caps.ipynb #9cc1cfb4
 def _open_no_link(path: str, flags: int) -> int: return os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK)
 
 def read_cap(

@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['give_up_unused', 'is_given_up', 'name_unused']
 
-# %% ../../nbs/core/grace.ipynb #560ba8ac
+# %% ../../nbs/core/grace.ipynb #1ef150c2
 from collections.abc import Sequence
 from dataclasses import replace
 
 from .claims import Claim, is_ram
 
-# %% ../../nbs/core/grace.ipynb #224ffa0d
+# %% ../../nbs/core/grace.ipynb #775706fb
 def _is_spent(claim: Claim) -> bool:
     "Return whether a reservation on one device was not used in its time; of RAM, whether it was not seen in use"
     grace = claim.receipt.grace if claim.receipt else None
@@ -25,12 +25,12 @@ def give_up_unused(
     kept = {c.lease for c in claims if c.lease in unused and not _is_spent(c)}
     return [replace(c, expires=0.0) if c.lease in unused - kept else c for c in claims]
 
-# %% ../../nbs/core/grace.ipynb #6a39138b
+# %% ../../nbs/core/grace.ipynb #c0f2c7c2
 def is_given_up(claim: Claim) -> bool:
     "Return whether a claim is over because it was not used"
     return claim.expires == 0.0 and _is_spent(claim)
 
-# %% ../../nbs/core/grace.ipynb #8defc994
+# %% ../../nbs/core/grace.ipynb #6651d179
 def name_unused(
     claim: Claim,   # with a grace
 ) -> str:

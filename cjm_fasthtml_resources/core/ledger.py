@@ -421,7 +421,7 @@ def _drop_over(now: _Moment, uses: Sequence[DeviceUse]) -> Rows:
     return rows._replace(claims=tuple(drop(rows.claims, over, uses)), version=rows.version + bool(gone),
                          ended=tuple(sorted(ended)))
 
-# %% ../../nbs/core/ledger.ipynb #2df8a391
+# %% ../../nbs/core/ledger.ipynb #25f2e693
 CAP_FILE = "settings.toml"   # next to the ledger
 
 def find_cap(
@@ -484,7 +484,7 @@ def _start(claim: Claim, now: float) -> Claim:
     receipt = claim.receipt and claim.receipt._replace(since=now)
     return replace(claim, receipt=receipt, expires=claim.expires if claim.ttl is None else now + claim.ttl)
 
-# %% ../../nbs/core/ledger.ipynb #922a40db
+# %% ../../nbs/core/ledger.ipynb #2f267ec4
 def _note_unused(ledger: "Ledger", claims: list[Claim]) -> list[Claim]:
     "Tell the holders of reservations that were given back just now, because they were not used; return all claims"
     unused = {c.lease: c for c in claims if c.expires == 0.0}   # all others that are over were deleted

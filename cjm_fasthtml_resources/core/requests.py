@@ -245,7 +245,7 @@ def choose_several(
                    whose_beside(f"each of the {count} largest devices", found, ram))
     return found
 
-# %% ../../nbs/core/requests.ipynb #3cf8077c
+# %% ../../nbs/core/requests.ipynb #d5b248d8
 def choose_under_cap(
     snapshot: GpuSnapshot,
     choose: Callable[[GpuSnapshot], list[GpuDevice]],   # those that suit the request otherwise
@@ -259,7 +259,7 @@ def choose_under_cap(
         check_cap(cap, devices, asked.memory, asked.devices, asked.share > 0)
     return devices
 
-# %% ../../nbs/core/requests.ipynb #6b5d1590
+# %% ../../nbs/core/requests.ipynb #d1b25354
 def find_capped(
     request: "Request",
     conflict: ResourceConflict,   # a check of now
