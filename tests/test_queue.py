@@ -1,5 +1,6 @@
 """`cjm-resources queue`, `release` and `cancel` with real processes of two apps that hold and wait on a simulated GPU:
 what is shown of each, who ended it, holders that are killed, wrong IDs, and what belongs to another user"""
+import itertools
 import json
 import os
 import re
@@ -12,22 +13,29 @@ from pathlib import Path
 
 import pytest
 from conftest import COMMAND, DRIVER, GIB, wait_until
+from hypothesis import given
+from hypothesis import strategies as st
 
-from cjm_fasthtml_resources import ResourceManager
+from cjm_fasthtml_resources import ResourceBusy, ResourceManager
+from cjm_fasthtml_resources.agents.foresee import foresee
+from cjm_fasthtml_resources.commands.queue import read_queue
 from cjm_fasthtml_resources.core.endings import end_claim
 from cjm_fasthtml_resources.core.learned import JobRun, need_key
 from cjm_fasthtml_resources.core.ledger import Ledger, Rows, from_bytes, to_bytes
+from cjm_fasthtml_resources.core.receipts import new_receipt
 from cjm_fasthtml_resources.core.reservations import ReservationOver
-from cjm_fasthtml_resources.core.store import Store, store_path
+from cjm_fasthtml_resources.core.store import Store, StoreError, store_path
 from cjm_fasthtml_resources.simulate import SimulatedDriver, SimulatedGpu
 
 HOLDER = DRIVER + """
 import sys
-from cjm_fasthtml_resources import ResourceManager
+from cjm_fasthtml_resources import ResourceBusy, ResourceManager
+from cjm_fasthtml_resources.agents.foresee import foresee
+from cjm_fasthtml_resources.commands.queue import read_queue
 from cjm_fasthtml_resources.core.conflict import ResourceBusy
-app, size = sys.argv[1], float(sys.argv[2])*1024
+app, size, grace = sys.argv[1], float(sys.argv[2])*1024, float(sys.argv[3]) if sys.argv[3:] else None
 def tell(*words): print(*words, flush=True)
-try: held = ResourceManager(app=app, track_self=False).reserve(size, timeout=60)
+try: held = ResourceManager(app=app, track_self=False).reserve(size, timeout=60, grace=grace)
 except ResourceBusy as error:
     tell(type(error).__name__, error)
     sys.exit(3)
@@ -68,13 +76,14 @@ class Rig:
         assert found.returncode == 0, found.stderr
         return json.loads(found.stdout)["queue"]
 
-    def start(self, app: str, gib: float) -> subprocess.Popen:
+    def start(self, app: str, gib: float, *grace: float) -> subprocess.Popen:
         pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-        self.started.append(subprocess.Popen([*self.words["holder"], app, str(gib)], env=self.env, **pipes))
+        words = [*self.words["holder"], app, *map(str, (gib, *grace))]
+        self.started.append(subprocess.Popen(words, env=self.env, **pipes))
         return self.started[-1]
 
-    def hold(self, app: str, gib: float) -> subprocess.Popen:
-        process = self.start(app, gib)
+    def hold(self, app: str, gib: float, *grace: float) -> subprocess.Popen:
+        process = self.start(app, gib, *grace)
         assert process.stdout.readline() == "has it\n"
         return process
 
@@ -193,6 +202,56 @@ def test_a_command_goes_on_when_its_memory_is_released(rig, name):
     assert process.returncode == 5 and ("had ended it" in said) == (name == "run"), said
 
 
+def test_a_reservation_that_is_not_used_within_its_grace_goes_to_the_next_and_its_holder_is_told(rig):
+    idle = rig.hold("speech", 16, 2)
+    waiting, _ = rig.wait("train", 20)
+    assert "Not used yet: it is given back after 2 s" in rig.rows()[0]["why"]
+    assert waiting.stdout.readline() == "has it\n" and idle.poll() is None
+    assert "it was released by the queue (not used within 2 s)" in ask(idle, "keep")
+    assert ask(idle, "release") == "False the queue (not used within 2 s)"
+    assert "the queue (not used within 2 s) had ended it" in idle.communicate()[1]   # the log
+
+
+def test_a_reservation_that_is_used_at_the_last_moment_or_has_no_grace_stays(rig):
+    used, idle = rig.hold("speech", 4, 2), rig.hold("speech", 8)
+    waiting, _ = rig.wait("train", 20)
+    assert ask(used, "use", 1) == "uses it"
+    started = time.monotonic()
+    wait_until(lambda: time.monotonic() - started > 3 and len(rig.rows()) == 3, 30)
+    assert waiting.poll() is None and [ask(holder, "release") for holder in (used, idle)] == ["True None"]*2
+
+
+@pytest.mark.parametrize("name", ["wait", "run"])
+def test_a_command_with_a_grace_that_uses_nothing_goes_on_without(rig, name):
+    words = [*rig.words["command"], name, "--gpu-memory", "16GiB", "--grace", "1s", "--", "sh", "-c", "read line"]
+    process = subprocess.Popen(words, env=rig.env, stdin=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    wait_until_any(lambda: [row for row in rig.rows() if row["state"] == "held"])
+    assert rig.hold("speech", 20).poll() is None
+    said = process.communicate("\n", timeout=30)[1]
+    assert process.returncode == 0 and ("not used within 1 s" in said) == (name == "run"), said
+
+
+@given(st.lists(st.tuples(st.floats(0.1, 40), st.sampled_from(["idle"]*6 + ["unknown", "used"])), max_size=40))
+def test_only_readings_without_doubt_and_without_gaps_let_a_grace_run_out(readings):
+    receipt, now, seen = new_receipt(60), 1_000.0, []
+    for step, kind in readings:
+        now += step
+        receipt = receipt.seen(0, kind == "used", now, kind == "idle")
+        seen.append((now, kind))
+        if receipt.grace is None or not receipt.grace.is_over: continue
+        times = [at for at, _ in seen if at >= receipt.grace.since]
+        assert {kind for at, kind in seen if at in times} == {"idle"} and "used" not in dict(seen).values()
+        assert times[-1] - times[0] >= 60 and all(b - a <= 30 for a, b in itertools.pairwise(times))
+
+
+@given(st.lists(st.floats(0.1, 20), min_size=10))
+def test_a_grace_that_is_looked_at_runs_out_in_its_time(steps):
+    receipt, times = new_receipt(60), [1_000.0, *itertools.accumulate(steps, initial=1_000.0)]
+    for now in times:
+        receipt = receipt.seen(0, False, now, True)
+        assert receipt.grace.is_over == (now - 1_000 >= 60)
+
+
 def test_a_suspended_request_says_so(rig):
     rig.hold("speech", 16)
     waiting, row = rig.wait("train", 20)
@@ -304,3 +363,27 @@ def test_a_request_knows_when_it_is_expected_to_start(rig):
         text = " ".join(rig.run("queue").stdout.split())
         assert re.search(r"expected to start in \d+ to \d+ minutes", text) and "When it starts is not known" in text
         process.communicate("\n", timeout=30)
+
+
+def test_what_one_user_may_have_counts_for_jobs_previews_and_the_queue(rig):
+    "A job whose need is not known asks for that much, and what waits for it says so everywhere"
+    (store_path().parent).mkdir(mode=0o700, parents=True, exist_ok=True)
+    file = store_path().with_name("settings.toml")
+    file.write_text("max_share = 0.5")
+    file.chmod(0o600)
+    with SimulatedDriver([SimulatedGpu("NVIDIA L4", memory_total_mb=24*1024)]) as driver:
+        manager, capacity = ResourceManager(app="train"), driver.gpus[0].memory_total_mb*2**20
+        with manager.job("unknown") as job:
+            assert 0.4*capacity < job.reservation.gpu_memory_mb*2**20 <= capacity/2
+            text = "of at most .* that one user may reserve on GPU 0"
+            with pytest.raises(ResourceBusy, match=text): manager.reserve(2*1024, timeout=0)
+            assert re.search(f"It would wait. .*{text}", foresee(manager, 2*1024).why)
+            request = manager.request(2*1024)
+            assert request.poll() is None
+            assert re.search(text, read_queue(manager, manager.ledger)[1].why)
+        with pytest.raises(ValueError, match="more than one user may reserve here"): manager.reserve(13*1024)
+        with pytest.raises(ValueError, match="All of a GPU is more"): manager.reserve("all")
+        wait_until(request.poll, 10)
+        request.withdraw()
+        file.chmod(0o666)
+        with pytest.raises(StoreError, match="has to belong to root"): manager.reserve(1, timeout=0)

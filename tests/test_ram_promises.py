@@ -16,13 +16,15 @@ from hypothesis import strategies as st
 
 from cjm_fasthtml_resources import cli
 from cjm_fasthtml_resources.core import memory
-from cjm_fasthtml_resources.core.claims import RAM, Claim, DeviceUse, find_pools, grant
+from cjm_fasthtml_resources.core.caps import Cap
+from cjm_fasthtml_resources.core.claims import RAM, Claim, DeviceUse, find_pools, grant, is_ram
 from cjm_fasthtml_resources.core.conflict import ResourceBusy, ResourceUnavailable
 from cjm_fasthtml_resources.core.gpu import GpuDevice
 from cjm_fasthtml_resources.core.manager import ResourceManager
 from cjm_fasthtml_resources.core.memory import HostMemory, SimulatedMemory
 from cjm_fasthtml_resources.core.process import ProcessId
 from cjm_fasthtml_resources.core.ram_use import group_name
+from cjm_fasthtml_resources.core.receipts import Receipt
 from cjm_fasthtml_resources.core.room import TooMuchMemory
 from cjm_fasthtml_resources.core.store import StoreError
 from cjm_fasthtml_resources.core.validation import decide_on_cpu
@@ -345,6 +347,24 @@ def test_all_that_a_request_asks_for_or_nothing_and_never_more_than_there_is(sit
             asked = [*[claim.memory]*claim.count, *(size for _, size in claim.beside)]
             assert [c.memory for c in found] == asked and len({c.device for c in found}) == len(found)
     assert len({c.id for c in after}) == len(after)
+
+
+@given(situations(), st.data())
+@settings(max_examples=200, deadline=None)
+def test_nobody_is_given_more_than_the_cap_and_what_is_under_it_is_as_without(situation, data):
+    uses, claims = situation
+    cap = Cap(data.draw(st.sampled_from([0.3, 0.6, 1.0])))
+    claims = [replace(c, receipt=Receipt(data.draw(st.integers(1, 2)))) for c in claims]
+    after = grant(claims, uses, choose=min, may_have=cap.allows)
+    had = {c.id for c in claims if c.device is not None}
+    for c in after:
+        if c.device is None or c.id in had or is_ram(c.device): continue
+        use = next(use for use in uses if use.key == c.device)
+        assert cap.reserved(c, use, after) <= cap.most(use.device) or use.device.unified   # RAM can follow
+    for use in uses: assert sum(p.promised for p in find_pools(use, after).values()) <= 100
+    asked = [(c.receipt.user, c.memory + sum(size for _, size in c.beside)) for c in claims]
+    if all(sum(size for user, size in asked if user == one) <= 100*cap.share for one in (1, 2)):
+        assert after == grant(claims, uses, choose=min)
 
 
 @given(st.lists(st.tuples(st.integers(0, 1), st.integers(1, 40), st.integers(-2, 0)), min_size=60, max_size=80),

@@ -330,6 +330,28 @@ def test_the_machines_settings_name_the_folder(machine, program):
     assert "share /not/there" in said(machine, HOSTS[2], shell=shell, CJM_RESOURCES_DIR=None)
 
 
+# A cap
+
+def test_a_user_who_has_its_share_waits_and_holds_nobody_up(machine, program):
+    "With a file of root's; one of a member's is refused, and says so"
+    file = machine.queue/"settings.toml"
+    file.write_text("max_share = 0.5")
+    file.chmod(0o640)
+    os.chown(file, 0, GROUP)
+    alice, again, bob, contained = map(program, (HOSTS[0], HOSTS[0], HOSTS[1], CONTAINERS[0]))
+    assert alice.do("reserve", 8_000) == "granted"
+    assert re.search(rf"UID {ALICE} has 7.8 GiB of at most 11.7 GiB that one user may reserve on GPU 0\. Gave up",
+                     again.do("reserve", 5_000))
+    assert "12.7 GiB of GPU memory is more than one user may reserve here: 11.7 GiB" in again.do("reserve", 13_000)
+    assert bob.do("reserve", 10_000) == "granted" and again.do("reserve", 4_000) == "granted"
+    assert f"UID {BOB} has" in contained.do("reserve", 2_001)   # the same user
+    assert contained.do("reserve", 2_000) == "granted"
+    os.chown(file, BOB, GROUP)
+    assert "settings.toml is not used: it has to belong to root" in alice.do("reserve", 1)
+    file.unlink()
+    assert [one.do("release") for one in (alice, bob)] == [[True]]*2 and again.do("reserve", 13_000) == "granted"
+
+
 # The command
 
 def test_root_makes_the_folder_and_others_get_the_lines(machine):
@@ -340,6 +362,10 @@ def test_root_makes_the_folder_and_others_get_the_lines(machine):
     (place/"resources.lock").chmod(0o600)
     assert subprocess.run([*command, "daemon"], capture_output=True).returncode == 0
     assert (place/"resources.lock").stat().st_mode & 0o777 == 0o660
+    capped = subprocess.run([*command, "daemon", "--max-share", "50%"], capture_output=True, text=True)
+    assert "One user may reserve at most 50% of each GPU" in capped.stdout, capped.stderr
+    assert subprocess.run([*command, "daemon"], capture_output=True).returncode == 0
+    assert (place/"settings.toml").stat().st_mode & 0o777 == 0o640
     (place/"other").touch()
     refused = subprocess.run([*command, "daemon"], capture_output=True, text=True)
     assert refused.returncode == 2 and "other files" in refused.stderr

@@ -7,17 +7,21 @@ __all__ = ['Foreseen', 'foresee']
 
 # %% ../../nbs/agents/foresee.ipynb #e9e25ef5
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
+from ..core.caps import explain_caps
 from ..core.claims import Claim, grant, in_queue, read_use
 from ..core.conflict import ResourceConflict
 from ..core.devices import device_key
 from ..core.gpu import GpuDevice
+from ..core.ledger import find_cap, find_rule
 from ..core.manager import ResourceManager
 from ..core.process import this_process
 from ..core.queue import explain_waiting
 from ..core.ram_use import see_ram
-from ..core.requests import Asked, check_asked, check_priority, choose_devices
+from ..core.receipts import Receipt, machine_user
+from ..core.requests import Asked, check_asked, check_priority, choose_devices, choose_under_cap
 from ..core.reservations import find_suiting
 from ..core.text import format_bytes
 from ..core.totals import name_devices
@@ -36,13 +40,14 @@ _LEASE = -1
 
 def _first(found: Sequence[Any]) -> Any: return found[0]
 
-def _ask(asked: Asked, devices: Sequence[GpuDevice], claims: Sequence[Claim], priority: int) -> Claim:
+def _ask(asked: Asked, devices: Sequence[GpuDevice], claims: Sequence[Claim], priority: int, app: str) -> Claim:
     "Return the claim that a reservation would enter"
     memory = asked.memory
     if asked.share: memory = int(asked.share*min((d.capacity for d in devices), default=0))
     allowed = find_suiting({device_key(d): d for d in devices}, memory, this_process())
     return Claim(max((c.id for c in claims), default=0) + 1, this_process(), memory, allowed, lease=_LEASE,
-                 count=asked.devices, beside=asked.beside, share=asked.share, priority=priority)
+                 count=asked.devices, beside=asked.beside, share=asked.share, priority=priority, app=app,
+                 receipt=Receipt(machine_user()))
 
 def _before(mine: Claim, claims: Sequence[Claim]) -> tuple[int, ...]:
     "Return the requests that come first and want one of the same devices, or RAM as this one does"
@@ -82,15 +87,18 @@ def foresee(
     asked, rank = check_asked(gpu_memory_mb, memory_mb, n), check_priority(priority)
     claims = [c for c in manager.get_claims() if c.device is not None or not c.is_suspended]   # read before the devices
     snapshot = manager.read(True)
-    devices = choose_devices(snapshot, device, asked.memory, manager.judge, asked.devices, this_process(),
-                             asked.ram) if asked.devices else []
-    mine = _ask(asked, devices, claims, rank)
+    choose = partial(choose_devices, wanted=device, memory=asked.memory, judge=manager.judge, count=asked.devices,
+                     holder=this_process(), ram=asked.ram)
+    devices = choose_under_cap(snapshot, choose, manager.ledger.store, asked) if asked.devices else []
+    mine = _ask(asked, devices, claims, rank, manager.app or "")
     every = [*claims, mine]
-    after = grant(every, see_ram(read_use(snapshot.devices), every), _first)
+    store, uses = manager.ledger.store, see_ram(read_use(snapshot.devices), every)
+    after = grant(every, uses, _first, may_have=find_rule(store))
     given = {c.device for c in after if c.lease == _LEASE and c.device is not None}
     conflict, ahead = manager.judge(snapshot), _before(mine, claims)
     if not given:
-        why = _wait_reason(manager, mine, asked.ram, conflict, ahead)
+        capped = explain_caps(find_cap(store), every, uses).get(mine.id)
+        why = capped or _wait_reason(manager, mine, asked.ram, conflict, ahead)
         return Foreseen((), False, f"It would wait. {why}", ahead, conflict)
     found = tuple(d for d in devices if device_key(d) in given)
     return Foreseen(found, True, f"It would be granted at once: {_what(asked, mine.memory, found)}.", ahead, conflict)

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['converted', 'parse_memory', 'parse_need', 'parse_name', 'parse_positive', 'check_nan', 'read_apps', 'options_of',
-           'Command', 'timeout_option', 'device_option', 'to_mib', 'ram_option', 'priority_option', 'by_index_option',
-           'complete_machines', 'complete_files']
+           'Command', 'timeout_option', 'device_option', 'to_mib', 'ram_option', 'grace_option', 'priority_option',
+           'by_index_option', 'complete_machines', 'complete_files']
 
 # %% ../../nbs/commands/options.ipynb #ad180b08
 import threading
@@ -111,6 +111,12 @@ def ram_option(function: _Function) -> _Function:
     "Add `--ram`: bytes of RAM to reserve, 0 without it"
     return click.option("--ram", default="0", callback=converted(parse_size), metavar="SIZE",
                         help="Wait for so much RAM, such as 16GiB, and reserve it together with the GPU.")(function)
+
+def grace_option(function: _Function) -> _Function:
+    "Add `--grace`: the seconds in which the memory has to be used; `None` without it"
+    return click.option("--grace", callback=converted(parse_duration), metavar="TIME",
+                        help="Give the memory back if it is not used in this time while others wait, such as 5m. "
+                             "Default: no limit.")(function)
 
 def priority_option(function: _Function) -> _Function:
     "Add `--priority`: a place in the queue"

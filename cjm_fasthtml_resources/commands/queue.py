@@ -15,11 +15,12 @@ from dataclasses import asdict
 
 import click
 
+from ..core.caps import explain_caps
 from ..core.checks import name_holder
 from ..core.claims import Claim, owner_of, read_use
 from ..core.endings import find_user, name_user
 from ..core.expected import Range, describe_start, expected_starts, times_of_workers, within_limit
-from ..core.ledger import Ledger
+from ..core.ledger import Ledger, find_cap, find_rule
 from ..core.manager import ResourceManager
 from ..core.process import machine_time
 from ..core.queue import QueueRow, queue_rows
@@ -62,8 +63,9 @@ def read_queue(
     uses = read_use(conflict.snapshot.devices) if conflict.snapshot else []
     suspended = [c.id for c in claims if c.device is None and c.is_suspended]
     known, awake = known_times(claims), [c for c in claims if c.id not in suspended]
-    starts = expected_starts(awake, uses, lambda claim: within_limit(claim, known.get(claim.id), now))
-    return queue_rows(claims, uses, conflict.allowed, now, _name, suspended, starts)
+    rule, capped = find_rule(ledger.store), explain_caps(find_cap(ledger.store), awake, uses)
+    starts = expected_starts(awake, uses, lambda claim: within_limit(claim, known.get(claim.id), now), rule)
+    return queue_rows(claims, uses, conflict.allowed, now, _name, suspended, starts, capped)
 
 # %% ../../nbs/commands/queue.ipynb #a57a7466
 def format_wait(

@@ -14,6 +14,7 @@ from dataclasses import replace
 from typing import Any
 
 from .claims import Claim
+from .grace import is_given_up, name_unused
 from .ledger import Ledger, from_bytes, to_bytes
 from .process import has_ended, pid_namespace, read_process
 from .receipts import machine_user
@@ -78,7 +79,8 @@ def find_ending(
     "Return who ended a claim of this process from outside; `None` if nobody did, or it cannot be read"
     try: row = ledger.find(lease)
     except StoreError: return None
-    return None if row is not None and row.expires != 0.0 else read_ending(ledger.store, lease)
+    if row is not None and row.expires != 0.0: return None
+    return read_ending(ledger.store, lease) or (name_unused(row) if row and is_given_up(row) else None)
 
 # %% ../../nbs/core/endings.ipynb #c36b81bf
 def find_by_id(

@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 
-from .claims import Claim, DeviceUse, find_pools, grant
+from .claims import Claim, DeviceUse, MayHave, find_pools, grant, has_no_cap
 from .learned import format_range
 from .options import Durations, remaining_time
 from .process import ProcessId, pid_namespace
@@ -31,13 +31,14 @@ def play(
     claims: Sequence[Claim],             # all, waiting or promised, in the order of asking
     uses: Sequence[DeviceUse],           # every device, as if no holder used any of its reservation yet
     lasts: Callable[[Claim], float],     # seconds until a holder gives back, from now or its start; infinite: not known
+    may_have: MayHave = has_no_cap,      # as for `grant`
 ) -> dict[int, float]:  # by the request's ID, for those that start
     "Return in how many seconds each request starts, if each reservation lasts so long"
     at, state, starts = 0.0, list(claims), dict[int, float]()
     ends = {c.id: lasts(c) for c in claims if c.device is not None}
     while True:
         waiting = {c.id: c for c in state if c.device is None}
-        state = grant(state, uses, _first)
+        state = grant(state, uses, _first, may_have=may_have)
         for c in (c for c in state if c.device is not None and c.id not in ends):
             asked = waiting[max(id for id in waiting if id <= c.id)]   # a group has an ID for each device
             starts.setdefault(asked.id, at)
@@ -53,6 +54,7 @@ def expected_starts(
     claims: Sequence[Claim],                        # as of `play`, without those of suspended processes
     uses: Sequence[DeviceUse],                      # every device, as it is read
     remaining: Callable[[Claim], Range | None],     # how long a holder still keeps its reservation, or a request will
+    may_have: MayHave = has_no_cap,                 # as for `grant`
 ) -> dict[int, Range]:  # by the request's ID; left out: not known
     "Return in how many seconds each request that waits is expected to start"
     if not all(use.whole for use in uses): return {}   # what holders use is not known
@@ -61,7 +63,7 @@ def expected_starts(
     def lasts(which: int) -> Callable[[Claim], float]:
         return lambda claim: (known[claim.id] or (math.inf, math.inf))[which]
 
-    first, last = (play(claims, free, lasts(which)) for which in (0, 1))
+    first, last = (play(claims, free, lasts(which), may_have) for which in (0, 1))
     return {id: (min(first[id], last[id]), max(first[id], last[id])) for id in last if id in first}
 
 # %% ../../nbs/core/expected.ipynb #ed70f29b

@@ -24,14 +24,6 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from cjm_fasthtml_resources.core.arguments import (
-    check_fields,
-    check_flag,
-    check_number,
-    check_pid,
-    check_text,
-    shorten,
-)
 from cjm_fasthtml_resources.core.process import (
     ProcessId,
     has_ended,
@@ -48,6 +40,7 @@ from cjm_fasthtml_resources.core.requests import (
     make_check,
     show_progress,
 )
+from .arguments import check_fields, check_flag, check_number, check_pid, check_text, shorten
 from .claims import DeviceUse, asks_for_ram, find_base, read_use, used_by
 from .conflict import ResourceBusy, ResourceConflict, ResourceUnavailable
 from .copies import StaysHere
@@ -56,6 +49,7 @@ from .forks import reset_in_child
 from .freeing import RoomMade
 from .gpu import GpuDevice
 from .learned import JobRun, LearnedNeed, need_key
+from .ledger import find_cap
 from .locking import holding
 from .making_room import RoomForRequest
 from .plugins import PluginNeeds, declared_needs, find_plugin, read_requirements
@@ -93,6 +87,7 @@ class JobRequest:
     device: int | str | GpuDevice | None = None
     n: int | None = None                          # how many devices; `None`: as many as it needs
     priority: int = 0                             # a smaller one is further ahead in the queue
+    grace: float | None = None                    # seconds in which its memory has to be used; `None`: no limit
     timeout: float | None = None                  # seconds; `None`: no limit
     unknown: float | None = None                  # MiB to reserve for a need that is not known; `None`: a device
     concurrent: bool = False                      # whether its worker may have other jobs at the same time
@@ -105,6 +100,7 @@ class JobRequest:
         for name in ("job_id", "worker_type"):
             if not check_text(getattr(self, name), name): raise ValueError(f"{name} must not be empty")
         if self.timeout is not None: check_number(self.timeout, "timeout", 0, threading.TIMEOUT_MAX)
+        if self.grace is not None: check_number(self.grace, "grace", 1)
         if self.worker_pid is not None: check_pid(self.worker_pid, "worker")
         if self.n is not None: check_pid(self.n, "n")
         check_priority(self.priority)
@@ -421,6 +417,7 @@ def find_alone(job: ActiveJob, device: Any, conflict: ResourceConflict) -> tuple
     there = usable(d for d in conflict.allowed if device_key(d.device) in chosen)
     if (found := choose_alone(there, count)) is None: raise ResourceUnavailable(conflict.message, conflict)
     job.is_alone, (best, mb) = True, found
+    if cap := find_cap(job.manager.ledger.store): mb = max(min(mb, cap.most(best.device)//2**20), 1)
     if count > 1: return mb, device
     are_alike = all(mb*2**20 <= d.device.capacity <= 1.05*best.device.capacity for d in there)
     return mb, device if are_alike else best.device
@@ -469,7 +466,7 @@ def await_memory(job: ActiveJob, mb: float | str | None, device: Any) -> Iterato
     manager, left, asked = job.manager, job.time_left, job.asked.timeout
     timeout = None if left is None else asked if not asked or left > 0.99*asked else max(round(left, 1), 0.1)
     request = manager.request(mb, device, timeout, pid=job.worker_pid, n=job.asked.count,
-                              memory_mb=job.asked.needs.ram_mb, priority=job.asked.priority)
+                              memory_mb=job.asked.needs.ram_mb, priority=job.asked.priority, grace=job.asked.grace)
     request.covers = job.worker_pid is not None
     job.defer(request.withdraw)
     if job.asked.make_room and request.count: job.room = RoomForRequest(manager, request, unload=job.asked.unload)

@@ -82,7 +82,6 @@ class ResourceManager(StaysHere, WorkerRegistry, NeedsReader, JobStarter):
     def __repr__(self) -> str:
         threshold = f"gpu_memory_threshold_percent={self.gpu_memory_threshold_percent:g}"
         return f"ResourceManager({len(self.workers.table.workers)} workers, {threshold})"
-
     def _repr_html_(self) -> str | None: return repr_html(self)
 
     def read(self, wake: bool = False, timeout: float | None = None) -> GpuSnapshot:
@@ -140,30 +139,31 @@ class ResourceManager(StaysHere, WorkerRegistry, NeedsReader, JobStarter):
         n: int = 1,                                    # how many whole GPUs, all or none, with so much memory on each
         memory_mb: float = 0,                          # MiB of RAM, together with the GPUs or alone
         priority: int = 0,                             # -20 to 19: smaller ones first, ten places for each step
+        grace: float | None = None,                    # seconds: given back if it is not used so soon; `None`: never
     ) -> "Reservation":
         """Reserve GPU memory and RAM for a job, in a `with` block or until `release()`, in the order of asking.
         `ResourceBusy` after the timeout, `ResourceUnavailable`, `ValueError` for more than there is, `StoreError`"""
         request = self.request(gpu_memory_mb, device, timeout, ttl=ttl, pid=pid, n=n, memory_mb=memory_mb,
-                               priority=priority)
+                               priority=priority, grace=grace)
         return complete(request, make_check(self, timeout), progress)
 
     def reserve_async(
         self, gpu_memory_mb: float | str | None = None, device: int | str | GpuDevice | None = None,
         timeout: float | None = None, *, ttl: float | None = None, pid: int | None = None, progress: bool = False,
-        n: int = 1, memory_mb: float = 0, priority: int = 0,
+        n: int = 1, memory_mb: float = 0, priority: int = 0, grace: float | None = None,
     ) -> "PendingReservation":
         "Reserve likewise with `await` or `async with`. A task that is cancelled leaves the queue"
         make = partial(self.request, gpu_memory_mb, device, timeout, ttl=ttl, pid=pid, n=n, memory_mb=memory_mb,
-                       priority=priority)
+                       priority=priority, grace=grace)
         return pend(partial(acquire, make, make_check(self, timeout), progress))
 
     def request(
         self, gpu_memory_mb: float | str | None = None, device: int | str | GpuDevice | None = None,
         timeout: float | None = None, *, ttl: float | None = None, pid: int | None = None, n: int = 1,
-        memory_mb: float = 0, priority: int = 0,
+        memory_mb: float = 0, priority: int = 0, grace: float | None = None,
     ) -> "Request":
         "Return a request that enters the queue at its first `poll`, for programs that wait by themselves"
-        return make_request(self, gpu_memory_mb, device, timeout, ttl, pid, n, memory_mb, priority)
+        return make_request(self, gpu_memory_mb, device, timeout, ttl, pid, n, memory_mb, priority, grace)
 
     def wait_for_gpu(
         self,

@@ -86,6 +86,7 @@ def queue_rows(
     name: Callable[[Claim], tuple[str | None, str | None]] = _nothing_known,   # the holder's process, and the user
     suspended: Collection[int] = (),        # IDs of requests whose processes are suspended
     starts: Mapping[int, tuple[float, float]] = {},   # of `expected_starts`
+    capped: Mapping[int, str] = {},   # of `explain_caps`
 ) -> list[QueueRow]:  # reservations first
     "Return a row for each reservation, and then for each request that waits"
     devices, used = list(devices), find_used(uses, claims)
@@ -96,6 +97,7 @@ def queue_rows(
         receipt, waits = c.receipt or Receipt(), c.device is None
         ahead = find_ahead(c, waiting) if waits else None
         why = explain_waiting(c, devices, ahead, c.id in suspended) if waits else receipt.explain(c.memory)
+        why = capped.get(c.id, why)
         places = tuple(ids.get(key, key) for key in (c.allowed if c.device is None else (c.device,)))
         return QueueRow(c.id, "waiting" if waits else "held", places, c.memory, c.count, c.holder.pid, *name(c), c.app,
                         _since(receipt.asked_at if waits else receipt.since, now), used.get(c.id), receipt.asked,

@@ -43,7 +43,7 @@ from .leases import new_lease
 from .ledger import HandOver, Ledger, Rows, Waits, machine_devices
 from .memory import HostMemory, find_cgroup, read_machine
 from .process import ProcessId, has_ended, machine_time, this_process
-from .receipts import Receipt
+from .receipts import Receipt, new_receipt
 from .resources import Promise
 from .threads import in_thread
 from .topology import Links
@@ -307,9 +307,10 @@ class Request(StaysHere):
         priority: int = 0,                              # a smaller one is further ahead in the queue
         check_ram: Callable[[], ResourceConflict] | None = None,   # checks RAM, to say why it waits for that
         share: float = 0,                               # of each device, as a `Claim` has it
+        grace: float | None = None,                     # seconds in which the reservation has to be used
     ) -> None:
         self.ledger, self.look, self.choose, self.give_up, self.check_ram = ledger, look, choose, give_up, check_ram
-        self.holder, self.memory, self.app, self.ttl = holder, memory, app, ttl
+        self.holder, self.memory, self.app, self.ttl, self.grace = holder, memory, app, ttl, grace
         self.count, self.find_links, self.beside, self.priority, self.share = count, find_links, beside, priority, share
         self.devices: dict[str, GpuDevice] = {}          # those that suited it at the last reading, by key
         self.lease, self._asked, self._made_in = new_lease(), time.monotonic(), os.getpid()
@@ -400,7 +401,7 @@ class Request(StaysHere):
     def _claim(self) -> Claim:
         return Claim(0, self.holder, self.memory, self._suiting, app=self.app, ttl=self.ttl, lease=self.lease,
                      for_other=self.is_for_other, covers=self.covers, count=self.count, links=self._links,
-                     beside=self.beside, priority=self.priority, share=self.share)
+                     beside=self.beside, priority=self.priority, share=self.share, receipt=new_receipt(self.grace))
 
     def _check(self) -> Sequence[Claim]:
         "Read the request's own rows; settle before that on its turn, or if the machine's devices have changed"

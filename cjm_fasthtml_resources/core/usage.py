@@ -187,7 +187,8 @@ class JobStarter:
         *,
         n: int | None = None,                          # how many whole GPUs, all or none; `None`: as declared, else one
         memory_mb: float | None = None,                # MiB of RAM; `None`: as declared
-        priority: int = 0,                             # as for `reserve`
+        priority: int = 0,                             # as for `reserve`, as is the next one
+        grace: float | None = None,                    # seconds; `None`: it keeps its memory, used or not
         plugin: str | None = None,                     # its name, for what is learned; with a registry its id
         resource: str | None = None,                   # the model or other resource that it loads
         config: Mapping[str, Any] | None = None,       # the plugin's configuration
@@ -207,7 +208,7 @@ class JobStarter:
         The block raises what `reserve` and `raise_if_blocked` raise; `ProcessLookupError` if its worker ends"""
         from cjm_fasthtml_resources.core.job import make_job  # when it is used
         return make_job(self, job_id, gpu_memory_mb, needs, unknown, registry, memory_mb, n=n, plugin_name=plugin,
-                        priority=priority,
+                        priority=priority, grace=grace,
                         resource=resource, config=config, worker_pid=worker, worker_type=worker_type,
                         device=device, timeout=timeout, concurrent=concurrent, progress=progress,
                         make_room=make_room, unload=unload)

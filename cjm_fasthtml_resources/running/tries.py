@@ -41,6 +41,7 @@ class Wanted:
     progress: bool = False
     devices: int = 1                      # how many GPUs, with so much memory on each
     priority: int = 0                     # a smaller one is further ahead in the queue
+    grace: float | None = None            # seconds in which its memory has to be used
     settings: dict[str, Any] | None = None   # of `command_settings`; `None`: all commands of that name share a need
 
 # %% ../../nbs/running/tries.ipynb #d5c40f8b
@@ -106,7 +107,7 @@ def try_once(
     needs = PluginNeeds(None, wanted.ram_mb, wanted.devices)
     job = manager.job(wanted.name, mb, plugin=wanted.name, config=wanted.settings, needs=needs, worker_type="command",
                       device=wanted.device, timeout=wanted.timeout, progress=wanted.progress, make_room=make_room,
-                      priority=wanted.priority)
+                      priority=wanted.priority, grace=wanted.grace)
     job.asked_by = "--gpu-memory"
     found = None
     try:
