@@ -271,8 +271,10 @@ def test_a_containers_first_process_ends_while_it_waits(shell, name, number):
     with shell.full():
         process, first = first_process(shell, entrypoint(name))
         wait_until(lambda: shell.claims(), 30)
+        assert [claim.device for claim in shell.claims()] == [None]   # it waits
         os.kill(first, number)
-        assert process.wait(30) == 128 + number and shell.claims() == []
+        code = process.wait(30)
+        assert (code, process.stdout.read(), shell.claims()) == (128 + number, "", []), process.stderr.read()
 
 
 ORPHANS = "for i in 1 2 3; do sh -c 'sleep 0.1 & echo $!' ; done; sleep 2.5; "

@@ -8,8 +8,7 @@ __all__ = ['missing_device', 'HostAnswer', 'name_apart', 'find_shared', 'pool_de
 
 # %% ../../nbs/hosts/combine.ipynb #a0cd8721
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from functools import cached_property
+from dataclasses import dataclass, field, replace
 
 from cjm_fasthtml_resources.core.resources import (
     DeviceStatus,
@@ -39,6 +38,11 @@ def missing_device(
     return DeviceStatus(device, ResourceStatus.UNAVAILABLE, reason=reason)
 
 # %% ../../nbs/hosts/combine.ipynb #249d9db0
+def _devices_of(host: str, sample: Sample | None, reason: str | None) -> tuple[DeviceStatus, ...]:
+    if sample is None: return (missing_device(host, "no answer", reason),)
+    if not sample.gpu.devices: return (missing_device(host, "no GPU", reason or sample.gpu.reason),)
+    return tuple(replace(d, device=replace(d.device, host=host)) for d in sample.gpu.devices)
+
 @dataclass(frozen=True)
 class HostAnswer:
     "The answer of one host"
@@ -50,24 +54,19 @@ class HostAnswer:
     id: str = ""                      # tells hosts apart that have one name
     beside: tuple[str, ...] = ()      # the ids of hosts that report a GPU of this one, too
 
-    @cached_property
-    def devices(self) -> tuple[DeviceStatus, ...]:
-        "Its devices, which know their host; an unavailable one if it shows none"
-        if self.sample is None: return (missing_device(self.host, "no answer", self.reason),)
-        gpu = self.sample.gpu
-        if not gpu.devices: return (missing_device(self.host, "no GPU", self.reason or gpu.reason),)
-        return tuple(replace(d, device=replace(d.device, host=self.host)) for d in gpu.devices)
+    # its devices, which know their host, an unavailable one if it shows none; and those that a job can use
+    devices: tuple[DeviceStatus, ...] = field(init=False, repr=False, compare=False)
+    usable: list[DeviceStatus] = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:   # until Python 3.12 a `cached_property` has a lock, which a fork would copy
+        object.__setattr__(self, "devices", _devices_of(self.host, self.sample, self.reason))
+        object.__setattr__(self, "usable", usable(self.devices))
 
     @property
     def requests(self) -> tuple[Waiting, ...]:
         "The requests that wait there, with the host's devices; their places are those of its own queue"
         waiting = self.sample.gpu.waiting if self.sample else ()
         return tuple(replace(w, devices=tuple(f"{self.host}:{i}" for i in w.devices) or (self.host,)) for w in waiting)
-
-    @cached_property
-    def usable(self) -> list[DeviceStatus]:
-        "Its devices that a job can use"
-        return usable(self.devices)
 
     @property
     def states(self) -> tuple[WorkerState, ...]:

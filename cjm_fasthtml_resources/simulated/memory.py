@@ -13,6 +13,7 @@ import struct
 import time
 import uuid
 from collections.abc import Callable, Iterator
+from io import FileIO
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +26,30 @@ from cjm_fasthtml_resources.simulated.machine import (
     use_ram,
 )
 from ..core import process as host_process
+from ..core.forks import reset_in_child
+from ..core.locking import is_locked, lock_byte
 from .calls import INSUFFICIENT_SIZE, NOT_FOUND, NOT_SUPPORTED, SUCCESS, Handles
 from .habits import Habits
+
+# %% ../../nbs/simulated/memory.ipynb #10263308
+def _make_locked(path: Path) -> FileIO:
+    "Make a file with its first byte locked for as long as it is open"
+    draft = path.with_name(f".{path.name}")   # until it is locked
+    file = FileIO(draft, "x+")
+    try:
+        lock_byte(file.fileno(), 0)
+        os.rename(draft, path)
+    except BaseException:
+        file.close()
+        raise
+    return file
+
+def _is_alive(path: Path) -> bool:
+    "Return whether a process keeps a file locked; True for one that this user cannot open"
+    try:
+        with FileIO(path) as file: return is_locked(file.fileno(), 0)
+    except FileNotFoundError: return False
+    except PermissionError: return True
 
 # %% ../../nbs/simulated/memory.ipynb #89e08388
 class Allocations:
@@ -35,29 +58,36 @@ class Allocations:
         self,
         folder: Path | None,  # of those who share the GPUs; `None`: this process alone
     ) -> None:
-        self.folder, self.names = folder, set[str]()
+        self.folder, self.names = folder, dict[str, FileIO | None]()   # this process's own
         if folder: folder.mkdir(parents=True, exist_ok=True)
+        reset_in_child(self)
+
+    def after_fork(self) -> None:
+        "Leave what a folder has to the parent, in a fork's child"
+        for name, file in list(self.names.items()):
+            if file is None: continue
+            file.close()
+            del self.names[name]
 
     def add(self, gpu: int, size: int) -> str:
         "Record so many bytes more of this process on a GPU; return the name of the allocation"
         me = host_process.read_process(os.getpid())
         name = f"{gpu}_{me.pid}_{me.start_time}_{size}_{uuid.uuid4().hex}"
-        if self.folder: (self.folder/name).touch()
-        else: self.names.add(name)
+        self.names[name] = _make_locked(self.folder/name) if self.folder else None
         return name
 
     def remove(self, name: str) -> None:
         "Give an allocation back"
         if self.folder: (self.folder/name).unlink(missing_ok=True)
-        else: self.names.discard(name)
+        if file := self.names.pop(name, None): file.close()
 
     def on(self, gpu: int) -> dict[int, int]:
         "Return the bytes of each living process on a GPU, by PID"
         found: dict[int, int] = {}
         for name in os.listdir(self.folder) if self.folder else list(self.names):
-            index, pid, start, size, _ = name.split("_")
-            if int(index) != gpu or host_process.has_ended(int(pid), float(start)): continue
-            found[int(pid)] = found.get(int(pid), 0) + int(size)
+            if name.startswith(".") or int(name.partition("_")[0]) != gpu: continue
+            _, pid, _, size, _ = name.split("_")
+            if self.folder is None or _is_alive(self.folder/name): found[int(pid)] = found.get(int(pid), 0) + int(size)
         return found
 
 # %% ../../nbs/simulated/memory.ipynb #5664e374
