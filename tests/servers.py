@@ -91,9 +91,10 @@ def wait_until(condition, seconds: float = 30, told=lambda: "it takes too long")
 @contextlib.contextmanager
 def running(command, folder: Path, log: str = "log", **kw):
     "A process with those that it starts, whose output goes into a file"
+    # bytecode goes by a file's size and second, so two editions of one second would be one
+    given = dict(cwd=folder, env={**os.environ, "PYTHONDONTWRITEBYTECODE": "1"}) | kw
     with open(folder/log, "a") as out:
-        process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, start_new_session=True,
-                                   **dict(cwd=folder) | kw)
+        process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, start_new_session=True, **given)
     try: yield process
     finally:
         with contextlib.suppress(ProcessLookupError): os.killpg(process.pid, signal.SIGKILL)
