@@ -5,11 +5,10 @@
 # %% auto #0
 __all__ = ['RAM', 'PLACES', 'LEAST_USE', 'Claim', 'is_ram', 'asks_for_ram', 'has_partners', 'DeviceUse', 'no_less',
            'lineage_here', 'read_use', 'Pool', 'used_by', 'find_pools', 'owner_of', 'find_promises', 'find_base',
-           'find_covered', 'find_freed', 'lower_bases', 'drop', 'move', 'in_queue', 'MayHave', 'has_no_cap', 'grant',
-           'find_most_used', 'observe']
+           'find_covered', 'find_freed', 'lower_bases', 'drop', 'move', 'in_queue', 'MayHave', 'has_no_cap',
+           'choose_any', 'grant', 'find_most_used', 'observe']
 
 # %% ../../nbs/core/claims.ipynb #effac725
-import random
 import re
 from collections.abc import Callable, Collection, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -492,10 +491,15 @@ def has_no_cap(claim: Claim, use: DeviceUse, claims: Collection[Claim]) -> bool:
     "Return that a request may have any device"
     return True
 
+def choose_any(found: Sequence[Any]) -> Any:
+    "Return one of several, by chance"
+    import random  # when it is used
+    return random.choice(found)
+
 def grant(
     claims: Sequence[Claim],                                 # all, waiting or promised, in the order of asking
     uses: Sequence[DeviceUse],                               # every device of the machine
-    choose: Callable[[Sequence[Any]], Any] = random.choice,  # among nearly equal devices, or groups of devices
+    choose: Callable[[Sequence[Any]], Any] = choose_any,  # among nearly equal devices, or groups of devices
     passes_over: Callable[[Claim], bool] = lambda claim: False,   # a request; not asked of those that get nothing
     may_have: MayHave = has_no_cap,   # a request, a device, all claims by then; else it gets and blocks nothing there
 ) -> list[Claim]:  # the same ones; those that were given a device have it, a group has one for each device

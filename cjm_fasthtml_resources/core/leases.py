@@ -8,7 +8,6 @@ __all__ = ['FIRST_LEASE', 'new_lease', 'in_use', 'is_used_elsewhere', 'hides_any
 # %% ../../nbs/core/leases.ipynb #b21a401f
 import contextlib
 import os
-import random
 import threading
 import weakref
 from collections.abc import Callable, Collection, Iterable
@@ -37,7 +36,7 @@ FIRST_LEASE = 2**32   # leases are bytes from here on
 
 def new_lease() -> int:
     "Return a number that no other lease has"
-    return FIRST_LEASE + random.SystemRandom().getrandbits(61)
+    return FIRST_LEASE + int.from_bytes(os.urandom(8), "big")//8   # 61 bits
 
 def in_use(fd: int) -> bool:
     "Return whether any lease of this file is held by another open file"
