@@ -165,7 +165,7 @@ def as_installed() -> list[Step]:
         folder = Path(name)
         built = run("build", VENVS/"dev"/BIN, "python", "-m", "build", "--outdir", name)
         wheel = next(folder.glob("*.whl"))
-        programs = environment("clean", f"{wheel}[web,prometheus,cluster]", "fastcore>=2", "pytest>=8",
+        programs = environment("clean", f"{wheel}[web,prometheus,cluster,mcp,marimo]", "fastcore>=2", "pytest>=8",
                                "hypothesis>=6.100", "jsonschema>=4.20", "httpx>=0.27")
         where = run("installed, not from this folder", programs, "python", "-I", "-c", INSTALLED, cwd=folder)
         # not the package: what is tested is what is installed
