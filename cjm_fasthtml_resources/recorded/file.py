@@ -234,7 +234,7 @@ def read_figures(
     since: float = 0,            # seconds since the epoch, as is the next
     until: float = math.inf,
 ) -> list[Row]:
-    "Return the same rows without what each process had, which takes a tenth of the time"
+    "Return the same rows without what each process had: for a chart"
     return _read(path, "figures FROM rows", level, since, until)
 
 def _read(path: Path, what: str, level: Level, since: float, until: float) -> list[Row]:
