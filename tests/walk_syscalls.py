@@ -31,6 +31,7 @@ import time
 import traceback
 from collections import Counter
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -402,23 +403,29 @@ def main() -> int:
     return share_out(points, sorted(names), asked.jobs)
 
 
+def collect(process: subprocess.Popen) -> tuple[int, int, int]:
+    "Print what a walk finds wrong; how many points it tried, how many it reached, how many were wrong"
+    tried = reached = failed = 0
+    for line in process.stdout:
+        point, was_reached, wrong = json.loads(line)
+        tried, reached, failed = tried + 1, reached + was_reached, failed + len(wrong)
+        for what in wrong: print(f"{point}: {what}", flush=True)
+    if process.wait():
+        failed += 1
+        print(f"a walk ended with {process.returncode}", flush=True)
+    return tried, reached, failed
+
+
 def share_out(points: list[Point], names: list[str], jobs: int) -> int:
     "Walk in several processes, and print what they find"
-    with tempfile.TemporaryDirectory(prefix="walk-") as top:
+    with tempfile.TemporaryDirectory(prefix="walk-") as top, ThreadPoolExecutor(jobs) as readers:
         running = []
         for job in range(jobs):
             (part := Path(top)/f"{job}.json").write_text(json.dumps([points[job::jobs], names]))
             command = [sys.executable, __file__, "--walk", part]
             running.append(subprocess.Popen(command, stdout=subprocess.PIPE, text=True))
-        tried = reached = failed = 0
-        for process in running:
-            for line in process.stdout:
-                point, was_reached, wrong = json.loads(line)
-                tried, reached, failed = tried + 1, reached + was_reached, failed + len(wrong)
-                for what in wrong: print(f"{point}: {what}", flush=True)
-            if process.wait():
-                failed += 1
-                print(f"a walk ended with {process.returncode}", flush=True)
+        # all pipes at once: a walk whose pipe is full would wait for the one before it
+        tried, reached, failed = map(sum, zip(*readers.map(collect, running), strict=True))
     print(f"{tried} points, {reached} of them reached, {failed} wrong")
     return int(bool(failed) or not reached)
 
