@@ -104,7 +104,7 @@ def _open_standard() -> None:
 # %% ../nbs/cli.ipynb #d42dc4c7
 _EXAMPLES = """\b
 Examples:
-  cjm-resources                                             one look at this machine
+  cjm-resources                                             check this machine
   cjm-resources --watch --interval 1                        live; q ends it
   cjm-resources --app my-app --exit-code
   cjm-resources wait --gpu-memory 8GiB -- python train.py
@@ -147,18 +147,18 @@ def _end(answer: Sample, as_exit_code: bool) -> NoReturn:
 @click.option("--exit-code", "as_exit_code", is_flag=True,
               help="Exit with the status: 0 available, 10 app busy, 11 external busy, 12 unavailable.")
 @click.option("--driver-timeout", default="5s", show_default=True, callback=converted(parse_positive), metavar="TIME",
-              help="How long the driver may take for an answer; the first one can take 30s.")
-@click.option("--wake", is_flag=True, help="Look at GPUs that power management has suspended, too. That wakes them.")
+              help="Maximum time for the driver's answer; the first one can take 30s.")
+@click.option("--wake", is_flag=True, help="Check GPUs that power management has suspended, too. This wakes them.")
 @click.option("--simulate", metavar="PRESET", shell_complete=complete_machines,
-              help="Look at a simulated machine: idle, shared, pair, eight-h100, mig, mig-shared, two-cards, spark, "
+              help="Use a simulated machine: idle, shared, pair, eight-h100, mig, mig-shared, two-cards, spark, "
                    "jetson, laptop, slow-start, container, wsl, lost, a real machine's state such as h200-mig-load, "
                    "or a .json file: a scenario, or a report of tests/gpu/run.py.")
 @click.option("--host", "hosts", multiple=True, metavar="HOST",
               help="Show this machine instead, asked through ssh: HOST or USER@HOST. Repeat it for more.")
 @click.option("--host-timeout", default="10s", show_default=True, callback=converted(parse_positive),
-              metavar="TIME", help="How long each host may take for its answer.")
+              metavar="TIME", help="Maximum time for each host's answer.")
 @click.option("--host-command", default="cjm-resources", show_default=True, metavar="COMMAND",
-              help="How the command is called there, such as /opt/venv/bin/cjm-resources.")
+              help="Path of the command there, such as /opt/venv/bin/cjm-resources.")
 @click.version_option(__version__, prog_name="cjm-resources")
 @click.pass_context
 def main(context: click.Context, apps: list[int | str], as_json: bool, watch: bool, interval: float, top: int,

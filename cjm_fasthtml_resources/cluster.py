@@ -44,7 +44,7 @@ def check_client(client: Any) -> Client:
     if not isinstance(client, Client):
         raise TypeError(f"client must be a distributed.Client, not {type(client).__name__}")
     if client.asynchronous:
-        raise TypeError("client is asynchronous, and this waits for answers: make another one, Client(address)")
+        raise TypeError("client is asynchronous, which is unsupported: make another one, Client(address)")
     if client.status in ("closed", "closing"):
         raise ValueError("client is closed: make another one, Client(address)")
     return client
@@ -54,7 +54,7 @@ def check_first(asked: Asked) -> Asked:
     "Return the first answers. `RuntimeError` if the scheduler lacks this package; one that is silent can come back"
     if asked.error is None: return asked
     if not isinstance(asked.error, OSError):   # a timeout and a lost connection are
-        raise RuntimeError(f"the scheduler does not take the plugin ({asked.error}); "
+        raise RuntimeError(f"the scheduler refused the plugin ({asked.error}); "
                            "is this package installed there, in this version?") from asked.error
     _log.warning("%s; each check tries again", asked.error)
     return asked

@@ -43,7 +43,7 @@ def read_comments(
 
 # %% ../nbs/showdoc.ipynb #8f601e1a
 class TableRow(NamedTuple):
-    "One line of a table: a parameter, a field, or what is returned"
+    "One line of a table: a parameter, a field, or the result"
     name: str
     type: str = ""
     default: str = ""
@@ -73,7 +73,7 @@ def read_parameters(
     node: Function,
     comments: dict[int, str],  # of its module, by line
 ) -> list[TableRow]:  # the last one is `return`
-    "Return a function's parameters, without `self`, and what it returns"
+    "Return a function's parameters, except `self`, and its result"
     args = node.args
     plain = [*args.posonlyargs, *args.args]
     given: list[ast.expr | None] = [None]*(len(plain) - len(args.defaults)) + list(args.defaults)
@@ -114,7 +114,7 @@ def _makes_members(node: ast.ClassDef) -> bool:
 def read_fields(
     node: ast.ClassDef,
     comments: dict[int, str],  # of its module, by line
-    bases: dict[str, ast.ClassDef],  # the module's classes, by name: what a class inherits comes first
+    bases: dict[str, ast.ClassDef],  # the module's classes, by name: inherited fields come first
 ) -> list[TableRow]:
     "Return the public fields of a class"
     found = [row for base in node.bases if ast.unparse(base) in bases
@@ -157,7 +157,7 @@ def _read_module(path: Path, changed: int) -> ParsedModule: return parse_module(
 def find_definition(
     name: str,        # such as `GpuReader` or `GpuReader.read`
     doc: str | None,  # its docstring
-) -> tuple[ParsedModule, Function | ast.ClassDef] | None:  # `None` if no module defines it
+) -> tuple[ParsedModule, Function | ast.ClassDef] | None:  # `None` if it is undefined
     "Find the source of a function or class in this library's modules"
     paths = sorted(get_config().lib_path.rglob("*.py"))
     modules = [_read_module(path, path.stat().st_mtime_ns) for path in paths if path.name != "_modidx.py"]
@@ -167,7 +167,7 @@ def find_definition(
 
 # %% ../nbs/showdoc.ipynb #8b5a937f
 def escape_markup(text: str) -> str:
-    "Return text that neither HTML nor Markdown reads as markup"
+    "Return text with the markup of HTML and Markdown escaped"
     safe = re.sub(r"[^\w\s,;:()=]|_", lambda sign: f"&#{ord(sign[0])};", text)
     return safe.replace("&#46;&#46;", "&#46;<!---->&#46;<!---->")  # three dots in a row become one sign
 
@@ -190,7 +190,7 @@ def as_code(
 def write_table(
     rows: Sequence[TableRow],
     returned: TableRow | None = None,  # the last line
-) -> str:  # Markdown; empty if there is nothing to show
+) -> str:  # Markdown; empty without parameters and result
     "Write rows as a table, with the columns that are used"
     shown = [row for row in rows if row.name != "*"]
     answers = returned is not None and (returned.details or returned.type not in ("", "None"))
@@ -211,7 +211,7 @@ def write_table(
 # %% ../nbs/showdoc.ipynb #89cf29d7
 def write_signature(
     name: str,
-    rows: Sequence[TableRow] | None,  # its parameters; `None` if it is not called
+    rows: Sequence[TableRow] | None,  # its parameters; `None` for an object that cannot be called
     prefix: str = "",            # such as `class`
     width: int = 72,             # characters for the parameters, about
 ) -> str:  # HTML
@@ -310,7 +310,7 @@ class FieldsRenderer:
         if found is None: return str(BasicMarkdownRenderer(self.sym, self.name, self.title_level)._repr_markdown_())
         module = self.sym.__module__
         source = NbdevLookup().code(self.name if module == "__main__" else f"{module}.{self.name}")
-        if source: source = source.removesuffix("#LNone")  # of what a page imports, nbdev finds no line
+        if source: source = source.removesuffix("#LNone")  # nbdev lacks the line of imported objects
         link = f'[source]({source}){{target="_blank" style="float:right; font-size:smaller"}}' if source else ""
         paragraphs = write_definition(found[0], self.name, found[1])
         return "\n\n".join(filter(None, ["---", link, f"{'#'*self.title_level} {self.name}", *paragraphs]))

@@ -15,15 +15,15 @@ from .core.arguments import shorten
 # %% ../nbs/sizes.ipynb #094b381d
 def _parse(
     text: str,
-    units: Mapping[str, int],  # what each unit stands for; "" for a number without one
+    units: Mapping[str, int],  # the factor of each unit; "" for a number without one
     problem: str,              # why another text is refused
     most: float,               # the largest number that is meant
 ) -> float:
     found = re.fullmatch(r"\s*(\d+(?:\.\d*)?)\s*([A-Za-z]*)\s*", text, re.ASCII)
     shown = repr(text) if len(text) <= 60 else shorten(text)
-    if not found or found[2].lower() not in units: raise ValueError(f"{shown} is no {problem}")
+    if not found or found[2].lower() not in units: raise ValueError(f"{shown} is not a valid {problem}")
     value = float(found[1])*units[found[2].lower()]
-    if value > most: raise ValueError(f"{shown} is too much for a {problem}")
+    if value > most: raise ValueError(f"{shown} is too large for a {problem}")
     return value
 
 # %% ../nbs/sizes.ipynb #86f43043
@@ -37,7 +37,7 @@ def parse_size(
     if (number := text.strip()).isdecimal() and len(number) <= 9:
         if not int(number): return 0
         raise ValueError(f"{text!r} needs a unit, such as {number}{'GiB' if int(number) < 1024 else 'MiB'}")
-    return _parse(text, _BYTES, "size; write it like 8GiB, 8192MiB or 8.5G", 2**60)
+    return _parse(text, _BYTES, "size. Examples: 8GiB, 8192MiB, 8.5G", 2**60)
 
 # %% ../nbs/sizes.ipynb #ab4f1c44
 _SECONDS = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}
@@ -46,4 +46,4 @@ def parse_duration(
     text: str,  # "90", "90s", "10m", "1.5h"
 ) -> float:
     "Return a duration in seconds; `ValueError` for other texts"
-    return _parse(text, _SECONDS, "duration; write it like 90s, 10m or 1.5h", TIMEOUT_MAX)
+    return _parse(text, _SECONDS, "duration. Examples: 90s, 10m, 1.5h", TIMEOUT_MAX)

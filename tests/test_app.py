@@ -200,7 +200,7 @@ def test_wait_runs_the_command_on_that_gpu_and_passes_its_exit_code_on(command, 
 
 @pytest.mark.parametrize("args, code, message", [
     (["--gpu-memory", "30GiB"], 2, "30.0 GiB is more than the largest GPU has (23.4 GiB)"),
-    (["--gpu-memory", "8GiB", "--device", "3"], 2, "one of the 1 that are visible"),
+    (["--gpu-memory", "8GiB", "--device", "3"], 2, "visible to this process"),
     (["--gpu-memory", "1MiB", "--app", "4 2"], 2, "app must be"),
     (["--gpu-memory", "1MiB", "/no/such"], 127, "No such file"),
     (["--gpu-memory", "1MiB", "/"], 126, "ermission denied"),
@@ -208,7 +208,7 @@ def test_wait_runs_the_command_on_that_gpu_and_passes_its_exit_code_on(command, 
     (["--gpu-memory", "8"], 2, "'8' needs a unit, such as 8GiB"),
     (["--gpu-memory", "8GiB", "--timeot", "10m"], 2, "--timeout"),
     (["--gpu-memory", "8GiB", "--simulate", "idle"], 2, "--simulate belongs before wait"),
-    (["--gpu-memory", "1MiB", "--timeout", "soon"], 2, "write it like 90s")])
+    (["--gpu-memory", "1MiB", "--timeout", "soon"], 2, "Examples: 90s")])
 def test_what_is_wrong_is_said(command, folder, tmp_path, args, code, message):
     result = command(*simulated(tmp_path), "wait", *args)
     assert result.returncode == code and message in result.stderr and "Traceback" not in result.stderr

@@ -69,7 +69,7 @@ def test_the_best_device_decides_and_outsiders_are_named_where_they_are_in_the_w
     assert conclude([full]).threshold_percent == 45.0
     assert conclude([lost, asleep], 45.0, "x").reason == "GPU 0: lost; GPU 1: asleep"
     assert conclude((), 45.0, "no driver").reason == "no driver"
-    assert conclude(()).reason == "there is no device" and conclude(()).status is U
+    assert conclude(()).reason == "no GPU was found" and conclude(()).status is U
 
 
 def test_ram_is_the_apps_only_where_it_holds_more_than_the_others():
@@ -110,11 +110,11 @@ def test_the_sentences_for_gpu_memory():
 
     assert said(ResourceStatus.UNAVAILABLE, reason="the driver sleeps") == "No GPU can be used: the driver sleeps."
     assert said(A, l4(0, A, free=3), l4(1, A, free=5), l4(2, B, free=9)) == \
-        "A GPU job could start now: GPU 1 (L4) has 5.0 GiB free."
+        "A GPU job can start now: GPU 1 (L4) has 5.0 GiB free."
     assert said(A, l4(0, A, estimated=True, name=None)) == \
-        "A GPU job could start now (an estimate): GPU 0 (no name) has 4.0 GiB free."
+        "A GPU job can start now (an estimate): GPU 0 (no name) has 4.0 GiB free."
 
-    own, beside = "Not on a GPU of its own: the app is at work with ", "; GPU 0 (L4) has 4.0 GiB free beside it."
+    own, beside = "A new job would share a GPU with this app: the app is at work with ", "; GPU 0 (L4) has 4.0 GiB free beside it."
     assert said(B, l4(0, B, *many), l4(1, E, bob)) == \
         f"{own}w5 (PID 5, 5.0 GiB on GPU 0), w4 (PID 4, 4.0 GiB on GPU 0), " \
         f"w3 (PID 3, 3.0 GiB on GPU 0) and 2 more{beside}"
@@ -128,7 +128,7 @@ def test_the_sentences_for_gpu_memory():
     assert said(B, l4(0, B, promises=promises)) == \
         f"{own}1.0 GiB on GPU 0 promised to PID 7; GPU 0 (L4) has 2.0 GiB free beside it."
 
-    others = "Not now, others hold the GPU: "
+    others = "No GPU is available: "
     assert said(E, l4(0, E, bob, nameless, many[0]), l4(1, B, many[1])) == \
         f"{others}train.py of bob (PID 9, 2.0 GiB on GPU 0), a process without a name (PID 8 on GPU 0)."
     assert said(E, l4(0, E, bob, unattributed_memory=2*GIB, promises=promises)) == \
@@ -148,7 +148,7 @@ def test_what_uses_most_is_named_whatever_it_is():
         first, second = text.index("20.8 GiB"), text.index("3.0 GiB on GPU 0 promised to PID 6")
         assert first < second < text.index("tool (PID 11") and "and 2 more" in text
     unified = replace(hidden, ram_memory=30*GIB)
-    assert said(E, unified).startswith("Not now, others hold the GPU: 30.0 GiB in use as RAM")
+    assert said(E, unified).startswith("No GPU is available: 30.0 GiB in use as RAM")
     mine = (OwnedProcess(21, "app", GIB, "w"), Promise(22, "app", 9*GIB, 9*GIB))
     app = l4(0, ResourceStatus.APP_BUSY, mine[0], promises=mine[1:])
     assert said(app.status, app).index("9.0 GiB on GPU 0 promised") < said(app.status, app).index("w (PID 21")
@@ -161,9 +161,9 @@ def test_the_sentences_for_too_little_gpu_memory():
     full = l4(0, E, bob, free=1)
     shared = l4(1, B, one, two, unattributed_memory=GIB, promises=(Promise(7, "app", 2*GIB, GIB),))
     assert explain_shortage([full, shared], 6*GIB) == \
-        "6.0 GiB of GPU memory are wanted, and GPU 1 has 3.0 GiB free, " \
+        "6.0 GiB the job needs, and GPU 1 has 3.0 GiB free, " \
         "with w2 (PID 2, 2.0 GiB), w1 (PID 1, 1.0 GiB), 1.0 GiB on GPU 1 promised to PID 7 and 1 more on it."
-    assert explain_shortage([l4(0, A)], 6*GIB) == "6.0 GiB of GPU memory are wanted, and GPU 0 has 4.0 GiB free."
+    assert explain_shortage([l4(0, A)], 6*GIB) == "6.0 GiB the job needs, and GPU 0 has 4.0 GiB free."
     assert explain_shortage([], 1) == ""
 
 
@@ -172,9 +172,9 @@ def test_the_sentences_for_ram():
     def ram(used, *processes): return classify_memory(HostMemory(10*GIB, used*GIB), processes, 90.0)
     assert ram(5).message == "RAM is available: 5.0 GiB of 10.0 GiB free."
     mine, theirs = ram(9, OwnedProcess(8, "app", 2*GIB, "child"), bob, worker), ram(9.5, worker, bob)
-    assert mine.message == ("RAM is short, 1.0 GiB of 10.0 GiB free: "
+    assert mine.message == ("RAM is low, 1.0 GiB of 10.0 GiB free: "
                             "the app itself holds it, worker (PID 7, 3.0 GiB), child (PID 8, 2.0 GiB).")
-    assert theirs.message == ("RAM is short, 512 MiB of 10.0 GiB free: "
+    assert theirs.message == ("RAM is low, 512 MiB of 10.0 GiB free: "
                               "others hold it, train.py of bob (PID 9, 2.0 GiB).")
     assert (mine.app_pids, mine.external_pids, theirs.app_pids, theirs.external_pids) == ([7, 8], [], [7], [9])
     assert mine.app_processes[0] == dict(
@@ -190,7 +190,7 @@ def test_the_sentences_for_ram():
     unknown = ResourceConflict(
         ResourceType.SYSTEM_MEMORY, ResourceStatus.UNAVAILABLE,
         reason="2 hosts do not answer", memory=theirs.memory)
-    assert unknown.message == "RAM cannot be told: 2 hosts do not answer."
+    assert unknown.message == "Cannot read RAM usage: 2 hosts do not answer."
 
 
 def test_a_worker_says_what_it_knows():
@@ -210,7 +210,7 @@ def test_an_answer_in_a_terminal_has_a_line_for_each_device():
     conflict = ResourceConflict(ResourceType.GPU_MEMORY, ResourceStatus.AVAILABLE, devices=(free, lost))
     conflict._repr_pretty_(printer, False)
     assert printer.shown.splitlines() == [
-        "gpu_memory: available. A GPU job could start now: GPU 0 (no name) has 768 MiB free.",
+        "gpu_memory: available. A GPU job can start now: GPU 0 (no name) has 768 MiB free.",
         "  GPU 0  no name  available: external 256 MiB, free 768 MiB",
         "  GPU 1  NVIDIA L4  unavailable: the GPU is lost",
     ]

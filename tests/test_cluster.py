@@ -156,7 +156,7 @@ def test_a_host_that_does_not_answer_holds_up_nobody(cluster):
         conflict = resources.check_gpu_availability()
         assert time.monotonic() - began < 2.5
         assert {d.device.id: (d.status.value, d.reason) for d in conflict.devices} == {
-            "ada:0": ("unavailable", "it did not answer within 1 s"), "bob:0": ("available", None)}
+            "ada:0": ("unavailable", "it did not respond within 1 s"), "bob:0": ("available", None)}
         assert resources.submit(use, 0, gpu_memory_mb=10_000).result(timeout=20)[0] == "bob"
         cluster.hosts["bob"][0].send_signal(signal.SIGSTOP)   # at the second check another worker speaks for it
         for _ in range(2): conflict = resources.check_gpu_availability()

@@ -158,10 +158,10 @@ def test_a_scheduler_that_hangs(shared):
         try:
             with within_limit(): conflict = resources.check_gpu_availability()
             assert {d.device.id for d in conflict.devices} == {"ada:0", "bob:0"}
-            assert "did not answer within 1.5 s" in conflict.message
+            assert "did not respond within 1.5 s" in conflict.message
             with within_limit(), pytest.raises(ResourceUnavailable, match="the scheduler tcp://.* did not answer"):
                 resources.submit(reserved, gpu_memory_mb=100)
-            with within_limit(): assert "did not answer within" in visitor.get(f"{url}/resources").text
+            with within_limit(): assert "did not respond within" in visitor.get(f"{url}/resources").text
             with within_limit(): assert "cjm_resources_status" in visitor.get(f"{url}/metrics").text
             visitors = [threading.Thread(target=visitor.get, args=[f"{url}/card"])
                         for _ in range(60)]      # more than the app has threads for
@@ -177,7 +177,7 @@ def test_a_scheduler_that_hangs(shared):
             with within_limit(): ClusterResources(client, timeout=TIMEOUT)   # it can come back
         finally: cluster.scheduler.send_signal(signal.SIGCONT)
         wait_until(lambda: answering(resources, "ada", "bob"), 30)
-        assert "did not answer within" not in visitor.get(f"{url}/resources").text
+        assert "did not respond within" not in visitor.get(f"{url}/resources").text
     assert resources.submit(reserved, gpu_memory_mb=100).result(timeout=30)[1] == 100
 
 

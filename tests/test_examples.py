@@ -64,7 +64,7 @@ def test_the_example_program_shows_what_it_says_and_leaves_nothing_running():
         "Nobody is there: PROCEED", "began job-1", "A fourth: WAIT_FOR_JOB",
         "ended job-1", "began job-2", "ended job-2", "began job-3", "ended job-3",
         "WAIT_FOR_OTHER_WORKER", "Stopped: llama and then: PROCEED", "began job-4", "began job-5 at once",
-        "0 workers, 0 promises; A GPU job could start now")
+        "0 workers, 0 promises; A GPU job can start now")
     places = [shown.index(text) for text in expected]
     assert places == sorted(places)
     started = set(map(int, re.findall(r"PID (\d+)", shown)))

@@ -162,7 +162,7 @@ def test_a_call_that_hangs_costs_one_answer_and_no_more(call):
         began = time.monotonic()
         conflict = manager.check_gpu_availability()
         assert time.monotonic() - began < 1 and conflict.status is UNAVAILABLE
-        assert "did not answer within 0.15 s" in conflict.message, conflict.message
+        assert "did not respond within 0.15 s" in conflict.message, conflict.message
         for _ in range(20): assert manager.check_gpu_availability().status is UNAVAILABLE   # no time is left for them
         assert time.monotonic() - began < 1
         assert before and {t for t in threading.enumerate() if t.name == "nvml-reader"} == before   # and no thread more

@@ -416,7 +416,7 @@ def test_a_user_without_an_entry_is_told_what_to_set(home):
     command, said, works = out.stdout.splitlines()
     assert command.split()[0] == "command" and command.split()[2] == "True" and works == "works"
     assert "54321" in said and "CJM_RESOURCES_DIR" in said
-    assert out.stderr == f"Reservations cannot be read: {said}\n"
+    assert out.stderr == f"Cannot read the reservations: {said}\n"
 
 
 @needs_namespaces

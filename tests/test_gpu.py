@@ -376,14 +376,14 @@ def test_a_driver_that_is_late_is_said_to_be():
     with SimulatedDriver([SimulatedGpu()]) as driver:
         driver.hang("nvmlDeviceGetTemperature")
         late = read_gpus(0.05)
-        assert (late.reason, late.late, late.devices) == ("the NVIDIA driver did not answer within 0.05 s", True, ())
+        assert (late.reason, late.late, late.devices) == ("the NVIDIA driver did not respond within 0.05 s", True, ())
         driver.recover()
         assert len(read_gpus(5).devices) == 1
 
 
 def test_what_is_wrong_with_cuda_visible_devices_is_named():
     two = (GpuDevice(0, "GPU-aa11"), GpuDevice(1))
-    assert visible_devices(two, " ") == ((), "CUDA_VISIBLE_DEVICES is empty, so no device may be used")
+    assert visible_devices(two, " ") == ((), "CUDA_VISIBLE_DEVICES is empty, so every device is hidden")
     complaint = ("CUDA_VISIBLE_DEVICES='1, 7,0' names '7', which is not here: "
                  "as in CUDA, it and what follows are not visible")
     assert visible_devices(two, "1, 7,0") == ((two[1],), complaint)
@@ -410,7 +410,7 @@ def test_a_driver_that_starts_slowly_is_waited_for_as_long_as_there_is_time():
     manager = ResourceManager(gpu_timeout=0.1)
     with SimulatedDriver([SimulatedGpu()], habits=dict(start_delay=1.5)):
         assert manager.check_gpu_availability().is_late
-        with pytest.raises(ResourceUnavailable, match="did not answer within 0.1 s. Gave up after 0 s"):
+        with pytest.raises(ResourceUnavailable, match="did not respond within 0.1 s. Gave up after 0 s"):
             manager.reserve(1024, timeout=0)
         with pytest.raises(ResourceUnavailable, match="Gave up after 0.2 s"): manager.reserve(1024, timeout=0.2)
         assert manager.get_claims() == []

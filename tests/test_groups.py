@@ -301,7 +301,7 @@ def test_devices_are_named_in_the_order_of_cuda(monkeypatch):
     (dict(n=2.0), TypeError, "n must be a positive int, not 2.0"),
     (dict(n=2, device=1), ValueError, "device must be None with n=2, not 1: it names one device"),
     (dict(n=2, gpu_memory_mb=950), ValueError,
-     "gpu_memory_mb must be at most 900, which is what each of the 2 largest devices has, not 950"),
+     "gpu_memory_mb must be at most 900, which each of the 2 largest devices has, not 950"),
 ])
 def test_a_bad_request_names_its_argument(asked, error, words):
     gpus = [SimulatedGpu(memory_total_mb=1_000), SimulatedGpu(memory_total_mb=1_000, memory_reserved_mb=100)]
@@ -314,12 +314,12 @@ def test_a_bad_request_names_its_argument(asked, error, words):
 def test_too_few_that_can_be_used_are_named_with_the_reason(monkeypatch):
     parts = [SimulatedGpu(memory_total_mb=5_000, uuid=f"MIG-{n}") for n in "ab"]
     with SimulatedDriver([SimulatedGpu(mig=parts, memory_total_mb=10_000), SimulatedGpu(uuid="GPU-b")]):
-        few = "^Requested 2 GPUs, 1 can be used: a process can use one MIG instance, and then no other device$"
+        few = "^Requested 2 GPUs, 1 can be used: a process can use one MIG instance, and then only that$"
         with pytest.raises(ResourceUnavailable, match=few): ResourceManager().reserve(1_000, n=2)
     with SimulatedDriver([SimulatedGpu(uuid=f"GPU-{n}") for n in "abc"]) as driver:
         manager = ResourceManager()
         driver.fail("nvmlDeviceGetMemoryInfo_v2", 15, gpu=2)
-        with pytest.raises(ResourceUnavailable, match="Requested 3 GPUs, 2 can be used: GPU 2: the GPU is lost"):
+        with pytest.raises(ResourceUnavailable, match="Requested 3 GPUs; 2 can be used: GPU 2: the GPU is lost"):
             manager.reserve(1_000, n=3)
         driver.recover()
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
@@ -471,8 +471,8 @@ def test_the_command_waits_for_several_and_runs_on_several():
     def ask(*words): return CliRunner().invoke(cli.main, words)
     found = ask("--simulate", "eight-h100", "wait", "--gpu-memory", "2GiB", "--gpus", "4")
     assert found.exit_code == 0 and found.stdout.count("GPU-") == 4
-    for words, said in ((["--gpus", "9"], "--gpus must be at most 8, which is how many GPUs this machine has, not 9"),
-                        (["--gpus", "2", "--device", "1"], "--device names one GPU, so it does not go with --gpus"),
+    for words, said in ((["--gpus", "9"], "--gpus must be at most 8, the number of GPUs of this machine, not 9"),
+                        (["--gpus", "2", "--device", "1"], "--device names one GPU, so it cannot"),
                         (["--gpus", "0"], "0 is not in the range")):
         found = ask("--simulate", "eight-h100", "wait", "--gpu-memory", "2GiB", *words)
         assert found.exit_code == 2 and said in found.stderr

@@ -137,8 +137,8 @@ def test_a_server_without_a_thread_to_spare_says_so_and_goes_on(monkeypatch):
         try:
             for path in paths:
                 answer = ask(port, request(path))
-                assert status(answer) == 503 and b"no thread can be started (can't start new thread)" in answer
-            assert b"The driver has not answered yet." in ask(port, request(b"/mine"))
+                assert status(answer) == 503 and b"starting a thread failed (can't start new thread)" in answer
+            assert b"The driver has yet to answer." in ask(port, request(b"/mine"))
             assert status(ask(port, request(b"/resources/stream"))) == 200   # it ends, and the browser tries again
         finally: threading.stack_size(usual)
         assert [status(ask(port, request(path))) for path in paths] == [200]*3

@@ -45,7 +45,7 @@ def test_a_notebook_that_is_run_without_cell_ids_keeps_the_last_sample_of_each_p
     for cell in nb.cells[1:3]:                                        # two cells with one source are two panels
         kept = [output.data["text/html"] for output in cell.outputs if output.data.get("text/html")]
         assert len(kept) == 1 and "77 °C" in kept[0] and "40 °C" not in kept[0]
-        assert "A picture, not live. Data from <time" in kept[0] and "<script" not in kept[0] and "http" not in kept[0]
+        assert "A static picture. Data from <time" in kept[0] and "<script" not in kept[0] and "http" not in kept[0]
         assert [output.data for output in cell.outputs if "application/vnd.jupyter.widget-view+json" in output.data]
     assert nb.cells[-1].outputs[0].text == "1\n"                      # and they share their sampler
 
@@ -121,6 +121,6 @@ def test_in_a_terminal_a_check_and_a_panel_are_texts(options, tmp_path):
     environment = {**os.environ, "HOME": str(tmp_path), "IPYTHONDIR": str(tmp_path)}
     out = subprocess.run([sys.executable, *options], input=SHELL, capture_output=True, text=True, timeout=120,
                          env=environment)
-    assert "gpu_memory: available. A GPU job could start now: " in out.stdout, out.stdout + out.stderr
+    assert "gpu_memory: available. A GPU job can start now: " in out.stdout, out.stdout + out.stderr
     assert "GPU 1  NVIDIA RTX 6000" in out.stdout and "train.py" in out.stdout and "Data from 2" in out.stdout
     assert "<div" not in out.stdout and "DeviceStatus(" not in out.stdout and "Traceback" not in out.stdout + out.stderr

@@ -90,7 +90,7 @@ def test_a_sampler_whose_look_fails_tells_why_and_goes_on(monkeypatch, caplog):
         with monitor.subscribe(seen.append):
             wait_until(lambda: seen)
             broken.set()
-            wait_until(lambda: seen[-1].stale == "the last look failed: a plugin broke")
+            wait_until(lambda: seen[-1].stale == "the last sample failed: a plugin broke")
             broken.clear()
             wait_until(lambda: not seen[-1].stale)
 
@@ -166,11 +166,11 @@ def test_a_sleeping_driver_is_shown_and_nothing_is_called_available():
     with SimulatedDriver([SimulatedGpu()]) as driver:
         panel = ResourcePanel(ResourceManager(gpu_timeout=1.0), interval=0.1)
         driver.hang("nvmlDeviceGetTemperature")
-        wait_until(lambda: "not of this moment: the NVIDIA driver did not answer" in panel._slots["state"].value)
+        wait_until(lambda: "out of date: the NVIDIA driver did not answer" in panel._slots["state"].value)
         wait_until(lambda: panel._sample.gpu.status is ResourceStatus.UNAVAILABLE)
-        wait_until(lambda: "did not answer within 1 s" in panel._slots["banner"].value)
+        wait_until(lambda: "did not respond within 1 s" in panel._slots["banner"].value)
         driver.recover()
-        wait_until(lambda: "gpu0.live" in panel._slots and not panel._slots["state"].value.count("not of this moment"))
+        wait_until(lambda: "gpu0.live" in panel._slots and not panel._slots["state"].value.count("out of date"))
         panel.close()
 
 
@@ -284,7 +284,7 @@ def test_a_sampler_that_is_held_up_makes_the_stream_say_so(monkeypatch):
     async def main():
         async for event in hub.events():
             if b"NVIDIA L4" in event and not held.is_set(): held.set()
-            if b"not of this moment: nothing newer for" in event: return
+            if b"out of date: nothing newer for" in event: return
 
     held, release = threading.Event(), threading.Event()
     with SimulatedDriver([SimulatedGpu()]):

@@ -296,7 +296,7 @@ def test_a_terminal_shows_an_answer_in_lines():
     with load_scenario("pair"): conflict = ResourceManager(track_self=False).check_gpu_availability()
     conflict._repr_pretty_(Printer, False)
     first, *devices = lines[0].splitlines()
-    assert first.startswith("gpu_memory: available. A GPU job could start now: GPU 0")
+    assert first.startswith("gpu_memory: available. A GPU job can start now: GPU 0")
     card = "NVIDIA RTX 6000 Ada Generation"
     assert devices == [
         f"  GPU 0  {card}  available: external 14.6 GiB, unattributed 510 MiB, free 32.3 GiB",

@@ -51,7 +51,7 @@ def test_a_sample_says_what_is_simulated_and_lists_workers_where_they_can_be_rea
 
 
 def test_a_driver_that_is_slow_makes_the_last_sample_stale_before_it_fails():
-    late = "the NVIDIA driver did not answer within 0.3 s"
+    late = "the NVIDIA driver did not respond within 0.3 s"
     with SimulatedDriver([SimulatedGpu()]) as driver:
         monitor, told = ResourceMonitor(ResourceManager(gpu_timeout=5), interval=0.1), []
         first = monitor.take()
@@ -165,9 +165,9 @@ def test_what_a_monitor_cannot_watch_is_named(caplog):
         monitor.take()
         fails.append(True)
         with monitor.subscribe(seen.append): wait_until(lambda: len(seen) >= 3)
-        assert {s.stale for s in seen} == {"the last look failed: division by zero"}
+        assert {s.stale for s in seen} == {"the last sample failed: division by zero"}
         logged = [r.getMessage() for r in caplog.records]
-        assert logged == ["the resource monitor could not look; the same again is not logged"]
+        assert logged == ["the resource monitor could not take a sample; repetitions are left out of the log"]
         caplog.clear()
         calls = []
 
@@ -178,7 +178,7 @@ def test_what_a_monitor_cannot_watch_is_named(caplog):
         subscription = Subscription(bad, lambda s: None)
         for _ in range(2): subscription.tell(seen[0])
         logged = [r.getMessage() for r in caplog.records]
-        assert logged == ["a subscriber of the resource monitor raised; further errors of it are not logged"]
+        assert logged == ["a subscriber of the resource monitor raised; its further errors are left out of the log"]
         assert calls == [seen[0]]*2
 
 
@@ -221,7 +221,7 @@ def test_a_clock_that_is_set_back_and_ahead_changes_no_age_wait_or_history(monke
         assert 1 <= len(points) <= 8 and max(abs(p.time - 1.8e9) for p in points) >= 86_400
         assert 0 <= points[-1].taken - points[0].taken <= 0.5
         assert [p.taken for p in points] == sorted(p.taken for p in points)
-        wait_until(lambda: (monitor.latest.stale or "").startswith("nothing newer for"))   # after three intervals
+        wait_until(lambda: (monitor.latest.stale or "").startswith("no new data for"))   # after three intervals
 
         manager, began = ResourceManager(), time.monotonic()
         with manager.reserve(20_000), pytest.raises(ResourceBusy): manager.reserve(20_000, timeout=0.3)
@@ -250,12 +250,12 @@ def test_a_subscriber_that_raises_what_ends_programs_does_not_end_the_sampler(ca
         bad = [monitor.subscribe(raises(e)) for e in (SystemExit(3), KeyboardInterrupt(), asyncio.CancelledError(),
                                                       GeneratorExit())]
         with monitor.subscribe(seen.append): wait_until(lambda: len(seen) >= 6)
-        assert [s.stale for s in seen].count("the last look failed: CancelledError") == 1 and not seen[-1].stale
+        assert [s.stale for s in seen].count("the last sample failed: CancelledError") == 1 and not seen[-1].stale
         for subscription in bad: subscription.close()
         wait_until(lambda: not monitor.running)
     logged = [r.getMessage() for r in caplog.records]
-    assert logged.count("a subscriber of the resource monitor raised; further errors of it are not logged") == 4
-    assert logged.count("the resource monitor could not look; the same again is not logged") == 1
+    assert logged.count("a subscriber of the resource monitor raised; its further errors are left out of the log") == 4
+    assert logged.count("the resource monitor could not take a sample; repetitions are left out of the log") == 1
 
 
 def test_ctrl_c_in_a_subscriber_that_the_main_thread_tells_is_ctrl_c():
@@ -277,7 +277,7 @@ from cjm_fasthtml_resources.simulate import SimulatedDriver, SimulatedGpu
 driver, manager, seen = SimulatedDriver([SimulatedGpu()]).start(), ResourceManager(), []
 monitor, usual = ResourceMonitor(manager, interval=0.1), threading.stack_size()
 threading.stack_size(2**46)     # no thread has such a stack: the system refuses it
-words = "no thread can be started (can't start new thread); end some, or raise the limit"
+words = "starting a thread failed (can't start new thread); end some, or raise the limit"
 assert read_gpus().reason.startswith("the NVIDIA driver cannot be asked: " + words), read_gpus().reason
 assert words in manager.check_gpu_availability().message
 assert words in monitor.take().gpu.message

@@ -340,7 +340,7 @@ def test_a_full_disk_is_logged_once_and_the_job_goes_on(folder, caplog, monkeypa
         for _ in range(3):
             mine.needs.record(ran(KEYS[0], 5, ended=time.time()))
             mine.needs.write()
-        assert warned(caplog) == ["what plugins need was not kept: /a is full"]
+        assert warned(caplog) == ["keeping the needs of plugins failed: /a is full"]
         assert mine.expected_need("a", "m").samples == 3
     mine.needs.write()
     assert ResourceManager(app="app").expected_need("a", "m").samples == 3
@@ -404,7 +404,7 @@ def test_the_command_lists_and_forgets(folder, command):
 
 
 def test_the_command_makes_no_file_and_names_one_that_cannot_be_used(folder, command, tmp_path):
-    assert command("needs").stdout == "No needs are known yet.\n"
+    assert command("needs").stdout == "No needs are learned yet.\n"
     assert command("needs", "--forget", "a").stdout == "Forgot 0 needs of a.\n"
     assert not folder.exists()
     link = tmp_path/"link"
@@ -420,4 +420,4 @@ def test_what_is_simulated_is_no_lesson(folder, command, tmp_path):
         "workers": [{"pid": 4200101, "worker_type": "llm", "plugin_name": "a"}]}))
     shown = command("--simulate", str(scenario), "--app", "studio")
     assert shown.returncode == 0, shown.stderr
-    assert command("needs").stdout == "No needs are known yet.\n"
+    assert command("needs").stdout == "No needs are learned yet.\n"

@@ -74,7 +74,7 @@ def test_an_argument_that_is_wrong_is_told_nobody(wait):
 
 def test_several_addresses_stand_in_a_variable(wait):
     out, told, _ = wait("1GiB", CJM_RESOURCES_NOTIFY=f"told://{SECRET} told://b")
-    assert out.returncode == 0 and len(told) == 1 and "Nothing stays reserved." in told[0]
+    assert out.returncode == 0 and len(told) == 1 and "The reservation has ended." in told[0]
 
 
 @pytest.mark.parametrize("service", ["fail", "refuse", "hang"])

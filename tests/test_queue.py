@@ -127,7 +127,7 @@ def test_who_has_what_and_who_waits_behind_whom(rig):
     assert "5.0 GiB can be given back" in held["why"]
     assert (large["pid"], large["behind"], larger["pid"], larger["behind"]) == (
         first.pid, None, second.pid, large["id"])
-    assert "20.0 GiB of GPU memory are wanted" in large["why"] and 0 <= large["seconds"] < 60
+    assert "20.0 GiB the job needs" in large["why"] and 0 <= large["seconds"] < 60
     assert [row["pid"] for row in rig.rows("--app", "train")] == [first.pid, second.pid]
     text = rig.run("queue").stdout
     assert re.search(rf"{held['id']} +0 +16.0 GiB +11.0 GiB +held .*speech", text), text
@@ -265,7 +265,7 @@ def test_a_suspended_request_says_so(rig):
 def test_shrink_and_the_receipt(rig):
     holder = rig.hold("speech", 16)
     ask(holder, "use", 11)
-    assert ask(holder, "receipt") == "receipt At most 11.0 GiB of 16.0 GiB were seen in use: 5.0 GiB can be given back."
+    assert ask(holder, "receipt") == "receipt At most 11.0 GiB of 16.0 GiB were seen in use: 5.0 GiB can be released."
     waiting, _ = rig.wait("train", 12)
     assert "at least 11264" in ask(holder, "shrink", 10) and "at most 16384" in ask(holder, "shrink", 17)
     assert ask(holder, "shrink", 11) == "shrunk"
@@ -294,7 +294,7 @@ def test_wrong_ids_and_apps(rig):
         assert [rig.run(name, given).returncode for given in ("99", "0", "x")] == [2, 2, 2]
     for args in (("queue", "--app", "nosuch"), ("--app", "nosuch")):
         found = rig.run(*args)
-        assert found.returncode == 2 and "no app 'nosuch'" in found.stderr and "Known: speech" in found.stderr
+        assert found.returncode == 2 and "no app called 'nosuch'" in found.stderr and "Known: speech" in found.stderr
     assert rig.run("--app", "speech").returncode == 0
 
 
@@ -324,7 +324,7 @@ def test_root_ends_anybodys_and_a_row_without_a_receipt_is_the_holders(rig):
 
 
 def test_a_file_that_cannot_be_used_is_74(rig):
-    assert rig.run("queue").stdout == "Nothing is reserved, and no request waits.\n"
+    assert rig.run("queue").stdout == "There are no reservations and no waiting requests.\n"
     (store_path().parent).mkdir(exist_ok=True, parents=True)
     os.chmod(store_path().parent, 0o777)
     for args in (("queue",), ("release", "1"), ("cancel", "1")):
@@ -381,7 +381,7 @@ def test_what_one_user_may_have_counts_for_jobs_previews_and_the_queue(rig):
             request = manager.request(2*1024)
             assert request.poll() is None
             assert re.search(text, read_queue(manager, manager.ledger)[1].why)
-        with pytest.raises(ValueError, match="more than one user may reserve here"): manager.reserve(13*1024)
+        with pytest.raises(ValueError, match="more than one user is allowed to reserve here"): manager.reserve(13*1024)
         with pytest.raises(ValueError, match="All of a GPU is more"): manager.reserve("all")
         wait_until(request.poll, 10)
         request.withdraw()

@@ -97,7 +97,7 @@ def test_on_a_full_disk_nothing_is_lost_for_a_while_and_the_file_stays_good(tmp_
         recorder = Recorder(monitor, path)
         with monitor.subscribe(recorder._hear): wait_until(lambda: monitor.latest)
     full = patch.dict(add.__globals__, LARGEST=4096*(16 + pages), _make_room=lambda db: None)
-    with full, pytest.raises(StoreError, match="cannot be written, its disk is full"):
+    with full, pytest.raises(StoreError, match="cannot be written: its disk is full"):
         add(path, [row_at(2 + n, processes=64) for n in range(50)])
     assert [row.time for row in read_rows(path, SECOND)] == [1]   # all or none
     recorder.flush()

@@ -148,7 +148,7 @@ def test_it_is_written_without_a_gpu_too_and_says_so(tmp_path):
 @pytest.mark.parametrize("changed, words", [
     (dict(schema_version=2), "this report has the version 2, and this release of cjm-fasthtml-resources reads"),
     (dict(schema_version="1"), "this report has the version '1'"), (dict(schema_version=True), "the version True"),
-    (dict(devices=None), "it has no list of devices"), (dict(devices=["?"]), "this report cannot be read"),
+    (dict(devices=None), "it lacks a list of devices"), (dict(devices=["?"]), "this report cannot be read"),
     (dict(machine={}), "this report cannot be read: KeyError: 'memory_total'"),
     (dict(devices=[dict(index=0, answers=dict(nvmlDeviceGetName=dict(value="x"*200)))]), "SimulatedGpu.name")])
 def test_a_report_of_another_version_or_a_damaged_one_is_a_sentence(changed, words, tmp_path):

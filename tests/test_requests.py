@@ -31,9 +31,9 @@ def test_what_a_check_says_where_something_is_missing(monkeypatch):
         assert found.reason == f"CUDA_VISIBLE_DEVICES='7' {unknown}" and found.notes == ()
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
     with SimulatedDriver([SimulatedGpu(mig=[])]):
-        assert manager.check_gpu_availability().reason == "MIG is on, but there is no instance"
+        assert manager.check_gpu_availability().reason == "MIG is enabled, but no MIG instance exists"
     with SimulatedDriver([]):
-        assert manager.check_gpu_availability().reason == "the NVIDIA driver sees no GPU"
+        assert manager.check_gpu_availability().reason == "the NVIDIA driver lists no GPU"
 
 
 def test_a_check_says_what_it_estimates():
@@ -98,7 +98,7 @@ def test_the_devices_with_the_most_room_come_first():
         assert busy.value.retryable
     with SimulatedDriver([SimulatedGpu(memory_total_mb=1_000, processes=[SimulatedProcess(GONE, 1_000)])]):
         assert ResourceManager().pick_gpus().devices[0].index == 0   # without a figure a full one is one
-    none = "^Requested 1 GPU, none can be used: the NVIDIA driver sees no GPU$"
+    none = "^Requested 1 GPU, none can be used: the NVIDIA driver lists no GPU$"
     with SimulatedDriver([]), pytest.raises(ResourceUnavailable, match=none): ResourceManager().pick_gpus()
 
 
@@ -121,9 +121,9 @@ def test_a_child_sees_the_devices_by_uuid_and_where_there_is_none_by_number():
     (dict(device=True), TypeError, "device must be a number, 'cuda:1', a UUID, a GpuDevice or None, not True"),
     (dict(device="GPU-c"), ValueError, "device must name one of the 2 that are visible, not 'GPU-c': GPU-a, GPU-b"),
     (dict(gpu_memory_mb=1_001), ValueError,
-     "gpu_memory_mb must be at most 1000, which is what the largest device has, not 1001"),
+     "gpu_memory_mb must be at most 1000, which the largest device has, not 1001"),
     (dict(gpu_memory_mb=901, device=1), ValueError,
-     "gpu_memory_mb must be at most 900, which is what the largest device has, not 901"),
+     "gpu_memory_mb must be at most 900, which the largest device has, not 901"),
 ])
 def test_a_bad_request_names_its_argument_and_enters_no_queue(args, error, words):
     gpus = [
@@ -193,7 +193,7 @@ def test_a_child_can_be_given_each_mig_instance_and_no_two():
         for name in ("MIG-b", "0:1"):
             with manager.reserve(1, name) as held: assert held.uuid == "MIG-b"
         with pytest.raises(ValueError, match="not 1: MIG-a; for a child process also MIG-b$"): manager.reserve(1, 1)
-        one = "^Requested 2 GPUs, 1 can be used: a process can use one MIG instance, and then no other device$"
+        one = "^Requested 2 GPUs, 1 can be used: a process can use one MIG instance, and then only that$"
         with pytest.raises(ResourceUnavailable, match=one): manager.pick_gpus(2)
         driver.gpus += [SimulatedGpu(uuid="GPU-c"), SimulatedGpu(uuid="GPU-d")]
         assert {d.uuid for d in manager.pick_gpus(2).devices} == {"GPU-c", "GPU-d"}
@@ -218,7 +218,7 @@ def test_a_device_that_cannot_be_used_is_named_with_its_reason():
 def test_who_gives_up_says_who_was_in_the_way_where_it_asked(capfd):
     outsider = SimulatedProcess(GONE, 9*1024)
     gpus = [SimulatedGpu(memory_total_mb=10*1024, processes=[outsider]), SimulatedGpu(memory_total_mb=10*1024)]
-    short = "2.0 GiB of GPU memory are wanted, and GPU 0 has 1.0 GiB free"
+    short = "2.0 GiB the job needs, and GPU 0 has 1.0 GiB free"
     with SimulatedDriver(gpus):
         manager = ResourceManager()
         with pytest.raises(ResourceBusy) as busy: manager.reserve(2*1024, 0, timeout=0.2)
@@ -297,7 +297,7 @@ def test_a_request_that_was_withdrawn_is_given_nothing_and_one_of_a_dead_process
         process.kill()
         process.wait()
         manager.reserve(1, timeout=0)   # any look drops what is over
-        ended = f"^the process with PID {process.pid} ended before it was given any GPU memory$"
+        ended = f"^the process with PID {process.pid} ended before its request was granted$"
         with pytest.raises(ProcessLookupError, match=ended):
             for _ in range(100): waiting.poll()
         held.release()

@@ -122,7 +122,7 @@ def test_what_unloading_does_not_bring_is_brought_by_stopping_and_each_step_is_s
 @pytest.mark.parametrize("release, said, plugin", [
     (lambda self: False, "was asked to unload llama: it refused.", "llama"),
     (lambda self: 1/0, "was asked to unload llama: it raised ZeroDivisionError.", None),
-    (lambda self: time.sleep(60), "was asked to unload llama: it did not answer within 0.3 s.", None),
+    (lambda self: time.sleep(60), "was asked to unload llama: it did not respond within 0.3 s.", None),
     (lambda self: None, "unloaded llama: 0 MiB of GPU memory freed.", None),
 ], ids=["refuses", "raises", "hangs", "lies"])
 def test_a_worker_that_does_not_unload_is_stopped(machine, monkeypatch, release, said, plugin):

@@ -114,7 +114,7 @@ def test_no_room_is_75_and_no_file_is_74(rig):
     with rig.driver() as driver, driver.allocate(20_000):
         found = rig.run("--gpu-memory", "20GiB", "--timeout", "0", "true")
         unknown = rig.run("--timeout", "0", "true")
-    assert found.returncode == 75 and b"20.0 GiB of GPU memory are wanted" in found.stderr
+    assert found.returncode == 75 and b"20.0 GiB the job needs" in found.stderr
     assert unknown.returncode == 75 and b"--gpu-memory asks for less" in unknown.stderr
     assert b"gpu_memory_mb" not in unknown.stderr
     rig.env["CJM_RESOURCES_DIR"] = "/proc/nowhere"

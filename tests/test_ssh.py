@@ -148,8 +148,8 @@ def test_one_that_hangs_holds_up_no_other(sshd):
     assert time.monotonic() - began < 12
     hangs, silent, good = answers
     assert good.sample is not None, good.reason
-    assert hangs.reason == "it did not answer within 6 s"
-    assert "timed out" in silent.reason or "did not answer within 6 s" in silent.reason
+    assert hangs.reason == "it did not respond within 6 s"
+    assert "timed out" in silent.reason or "did not respond within 6 s" in silent.reason
 
 
 def test_the_command_shows_table_json_and_exit_code(sshd):
@@ -171,7 +171,7 @@ def test_who_watches_does_not_wait_for_a_host_that_hangs(sshd):
         try:
             while len(seen) < 2:
                 good, hangs = json.loads(process.stdout.readline())["gpu"]["devices"]
-                assert hangs["reason"] == "it has not answered yet"
+                assert hangs["reason"] == "it has yet to answer"
                 if good["status"] == "external_busy": seen.append(good)
         finally: os.killpg(process.pid, signal.SIGKILL)
 
@@ -204,7 +204,7 @@ def test_nothing_is_left_running(sshd):
             with contextlib.suppress(OSError):
                 if str(sshd.folder/"config") in path.read_bytes().decode(errors="replace"): found.add(path.parent.name)
         return found
-    assert reasons("hangs", timeout=1)["hangs"] == "it did not answer within 1 s"
+    assert reasons("hangs", timeout=1)["hangs"] == "it did not respond within 1 s"
     wait_until(lambda: not children(), told=lambda: f"{children()} still run")
     threads = threading.active_count()
     reasons("good")

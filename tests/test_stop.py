@@ -376,12 +376,12 @@ def test_what_cannot_be_made_free_is_said_with_who_holds_it(monkeypatch):
                    rf"with a process without a name \(PID {GONE}, 500 MiB\) on it\.$")
         with pytest.raises(ResourceBusy, match=message) as busy: manager.free_gpu(3_000)
         assert len(busy.value.conflict.devices) == 2
-        message = "^mb must be at most 3000, which is what the largest device has, not 3001$"
+        message = "^mb must be at most 3000, which the largest device has, not 3001$"
         with pytest.raises(ValueError, match=message): manager.free_gpu(3_001)
         with pytest.raises(ValueError, match="^mb must be 0 or more, not -1$"): manager.free_gpu(-1)
-    message = "^No GPU can be used: the NVIDIA driver sees no GPU.$"
+    message = "^No GPU can be used: the NVIDIA driver lists no GPU.$"
     with SimulatedDriver([]), pytest.raises(ResourceUnavailable, match=message) as none: manager.free_gpu(1)
-    assert none.value.conflict.reason == "the NVIDIA driver sees no GPU"
+    assert none.value.conflict.reason == "the NVIDIA driver lists no GPU"
 
 
 def test_a_worker_that_is_being_stopped_is_nobodys_choice(spawn, monkeypatch):

@@ -171,26 +171,26 @@ def test_a_file_that_cannot_be_read_is_named_in_every_answer(folder, caplog, mon
     with SimulatedDriver([SimulatedGpu(processes=[SimulatedProcess(os.getpid(), 700)])]):
         assert manager.check_gpu_availability().status is ResourceStatus.APP_BUSY
         manager.needs._writer.join()
-        assert warned(caplog) == ["what plugins need was not kept: /a is full"]
+        assert warned(caplog) == ["keeping the needs of plugins failed: /a is full"]
         assert manager.check_memory_availability().notes == ()
         monkeypatch.setattr(asking, "REFRESH_AFTER", -1)
         plugin.children = [GONE + 1]
         monkeypatch.setattr(manager.workers.roster, "write", raises(store.StoreError("/a is read-only")))
         found = manager.check_gpu_availability()   # what its plugin says now cannot be kept
-        assert found.reason == "what is promised cannot be read: /a is read-only"
+        assert found.reason == "cannot read the reservations: /a is read-only"
         assert found.snapshot.devices and found.threshold_percent == 45.0 and found.devices == ()
         assert manager.check_memory_availability().notes == (
             "The app's workers are those of an earlier moment: /a is read-only",
-            "The reservations cannot be read, so no memory counts as free")
+            "Reading the reservations failed, so no memory counts as free")
         path.rename(f"{path}.away")
-        gone = f"{path} was removed while other programs use it; end them, and it is made anew"
-        assert manager.check_gpu_availability().reason == f"what is promised cannot be read: {gone}"
+        gone = f"{path} was removed while other programs use it. End those programs; the file is then re-created"
+        assert manager.check_gpu_availability().reason == f"cannot read the reservations: {gone}"
         Path(f"{path}.away").rename(path)
-        assert manager.check_gpu_availability().reason == "what is promised cannot be read: /a is read-only"
+        assert manager.check_gpu_availability().reason == "cannot read the reservations: /a is read-only"
         path.with_suffix(".lock").rename(f"{path}.lock-away")
         gone = (f"{path} was removed or replaced while this program uses it; "
                 "end the programs that use it, and start them again")
-        assert manager.check_gpu_availability().reason == f"what is promised cannot be read: {gone}"
+        assert manager.check_gpu_availability().reason == f"cannot read the reservations: {gone}"
         # in memory, it needs no file
         assert ResourceManager().check_gpu_availability().status is ResourceStatus.APP_BUSY
 
@@ -237,19 +237,19 @@ def test_what_is_damage():
 @pytest.mark.parametrize("path, error, said", [
     (None, "interrupted", "the store in memory cannot be used: interrupted"),
     (Path("/a"), "database is locked", "/a is locked by another process for 30 s now; is that one stopped?"),
-    (Path("/a"), "database or disk is full", "/a cannot be written, its disk is full"),
-    (Path("/a"), "attempt to write a readonly database", "/a cannot be written, it or its disk is read-only"),
-    (Path("/a"), "unable to open database file", "/a cannot be opened; may its folder be written?"),
+    (Path("/a"), "database or disk is full", "/a cannot be written: its disk is full"),
+    (Path("/a"), "attempt to write a readonly database", "/a cannot be written: it or its disk is read-only"),
+    (Path("/a"), "unable to open database file", "/a cannot be opened. Check that its folder is writable"),
 ], ids=["interrupted", "locked", "full", "read-only", "not opened"])
 def test_what_is_wrong_with_a_file_is_said_in_words(path, error, said):
     assert store.explain_error(path, sqlite3.OperationalError(error)) == said
 
 
 @pytest.mark.parametrize("number, said", [
-    (errno.ENOSPC, "cannot be written, its disk is full"),
-    (errno.EROFS, "cannot be written, it or its disk is read-only"),
-    (errno.EACCES, "cannot be opened; may its folder be written?"),
-    (errno.EMFILE, "cannot be opened, this process has no free file descriptor (ulimit -n)"),
+    (errno.ENOSPC, "cannot be written: its disk is full"),
+    (errno.EROFS, "cannot be written: it or its disk is read-only"),
+    (errno.EACCES, "cannot be opened. Check that its folder is writable"),
+    (errno.EMFILE, "cannot be opened: this process is out of file descriptors (ulimit -n)"),
 ], ids=["full", "read-only", "not allowed", "no descriptor"])
 @pytest.mark.parametrize("path", [Path("/a"), Path("/busy/fully locked readonly/a")], ids=["a", "a telling name"])
 def test_what_the_system_says_of_a_file_is_said_in_words_whatever_its_name(path, number, said):

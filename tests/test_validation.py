@@ -214,18 +214,18 @@ def test_exactly_as_much_as_there_is_is_enough():
     assert decide(job(9_000 + BYTE), [SPEECH], busy((41, 8_000))).action is INTERVENE
     assert decide(job(9_000), [SPEECH], busy((41, 8_000))).action is RELOAD
     more_than_it_has = decide(job(10_000 + BYTE), [], device())
-    assert more_than_it_has.message == "It needs 10,001 MiB. The largest GPU here has 10,000 MiB for programs."
+    assert more_than_it_has.message == "The job needs 10,001 MiB. The largest GPU here has 10,000 MiB for programs."
     kept = device(free=9_500)
     kept = replace(kept, device=replace(kept.device, memory_reserved=500*MIB))   # the driver's own
     assert decide(job(9_500), [], kept).action is PROCEED
     over = decide(job(9_600), [], kept)
-    assert (over.action, over.message) == (ABORT, "It needs 9.4 GiB. The largest GPU here has 9.3 GiB for programs.")
+    assert (over.action, over.message) == (ABORT, "The job needs 9.4 GiB. The largest GPU here has 9.3 GiB for programs.")
 
 
 def test_what_others_reserved_is_theirs_and_what_the_app_reserved_is_waited_for():
     mine = Promise(7, "app", 6_000*MIB, 6_000*MIB)
     theirs = Promise(8, "external", 6_000*MIB, 6_000*MIB, "night-run")
-    reserved = ("It needs 8.8 GiB. Reserved by the app itself: 5.9 GiB on GPU 0 promised to PID 7; "
+    reserved = ("The job needs 8.8 GiB. Reserved by the app itself: 5.9 GiB on GPU 0 promised to PID 7; "
                 "reserve() waits until there is room.")
     waits = decide(job(9_000), [], device(status=APP, promises=(mine,)))
     assert (waits.action, waits.message) == (WAIT_FOR_JOB, reserved)
@@ -233,7 +233,7 @@ def test_what_others_reserved_is_theirs_and_what_the_app_reserved_is_waited_for(
     assert decide(job(10_000), [], device(status=APP, free=10_000 - BYTE, promises=(mine,))).action is INTERVENE
     blocked = decide(job(9_000), [], device(status=EXTERNAL, promises=(theirs,)), status=EXTERNAL)
     assert blocked.action is INTERVENE
-    assert blocked.message == ("It needs 8.8 GiB. GPU 0 has 3.9 GiB free. Other programs use 60 % of GPU 0: "
+    assert blocked.message == ("The job needs 8.8 GiB. GPU 0 has 3.9 GiB free. Other programs use 60 % of GPU 0: "
                                "5.9 GiB on GPU 0 promised to PID 8 of the app night-run.")
     nearly = (mine, replace(theirs, unused=1))      # with the app's own back there would be one byte too little
     assert decide(job(9_000), [], device(status=EXTERNAL, free=9_000, promises=nearly)).action is INTERVENE
@@ -250,7 +250,7 @@ def test_who_is_in_the_way_is_named_also_below_the_threshold():
     unseen = decide(job(9_500), [], device(free=9_000, unattributed_memory=1_000*MIB)).message
     assert unseen.endswith("Other programs use 10 % of GPU 0: 1000 MiB on GPU 0 that no visible process accounts for.")
     nobody = decide(job(9_500), [], device(free=9_000, name=None), status=ResourceStatus.AVAILABLE)
-    assert nobody.message == "It needs 9.3 GiB. GPU 0 has 8.8 GiB free."   # nobody has it, and it is not free
+    assert nobody.message == "The job needs 9.3 GiB. GPU 0 has 8.8 GiB free."   # nobody has it, and it is not free
     assert decide(job(), [], device(name=None)).message == "GPU 0 (no name) has 9.8 GiB free."
 
 
@@ -323,7 +323,7 @@ def test_one_device_alone_keeps_what_was_read_and_what_it_was_held_against():
     assert (one.status, one.devices) == (EXTERNAL, (second,))
     assert (one.threshold_percent, one.notes, one.snapshot) == (30.0, ("as it is",), whole.snapshot)
     assert only_device(whole, "cuda") is whole
-    assert only_device(whole, "cuda:2").reason == "device 'cuda:2' was asked for, and there are 2"
+    assert only_device(whole, "cuda:2").reason == "device 'cuda:2' does not exist: 2 GPUs are visible"
 
 
 def test_what_is_asked_of_it_is_passed_on(monkeypatch, caplog):
@@ -347,7 +347,7 @@ def test_what_is_asked_of_it_is_passed_on(monkeypatch, caplog):
         manager.register_worker(41, "transcription")
         found = ask("whisper", {"device": "auto"})
         assert (found.action, found.current_worker.pid) == (WAIT_FOR_WORKER, 41)
-        why = "It runs on the CPU, for no GPU can be used: the NVIDIA driver sees no GPU. RAM is short"
+        why = "It runs on the CPU, for no GPU can be used: the NVIDIA driver lists no GPU. RAM is low"
         assert found.message.startswith(why)
 
 
@@ -606,7 +606,7 @@ def test_a_time_is_not_invented():
         for durations in (lambda *names: None, broken):
             manager.needs.durations = durations
             found = case.validate(manager)
-            assert found.options[-1].when is None and "when is not known" in found.message
+            assert found.options[-1].when is None and "at an unknown time" in found.message
         manager.needs.durations = lambda *names: (0.0, 1e-9)      # it has run for longer than any before it
         assert case.validate(manager).options[-1].when is None and time.monotonic() > now
 
@@ -647,7 +647,7 @@ def test_a_job_on_two_gpus_with_a_registry_is_refused_for_the_group():
     with SimulatedDriver(gpus):
         for n, need, error, said in ((2, 9_000, ResourceBusy, "on each of 2 GPUs. 1 of 2 have it"),
                                      (2, 30_000, ResourceUnavailable, "The 2 largest GPUs here have at least"),
-                                     (3, 9_000, ResourceUnavailable, "It needs 3 GPUs. 2 can be used")):
+                                     (3, 9_000, ResourceUnavailable, "The job needs 3 GPUs. 2 can be used")):
             job = manager.job("job-1", need, plugin="llm", registry=OnSeveral(), n=n, timeout=0)
             with pytest.raises(error, match=said): job.__enter__()
         with manager.job("job-1", 4_000, plugin="llm", registry=OnSeveral(), n=2, timeout=0) as job:

@@ -95,7 +95,7 @@ class Terminal:
 
 @pytest.mark.parametrize("columns, lines", [(60, 12), (80, 24), (100, 30), (120, 40)])
 @pytest.mark.parametrize("preset, verdict", [
-    ("shared", "Not now, others hold"), ("eight-h100", "Not on a GPU of its own"),
+    ("shared", "Not now, others hold"), ("eight-h100", "A new job would share a GPU with this app"),
     ("container", "Not now, others hold")])
 def test_the_answer_and_the_last_line_are_there_in_any_window(preset, verdict, columns, lines):
     with Terminal("--simulate", preset, "--watch", columns=columns, lines=lines) as terminal:

@@ -454,7 +454,7 @@ def test_a_configuration_that_is_none_is_named():
 @pytest.mark.parametrize("call, error, words", [
     (lambda m: m.register_worker(0, "llm"), ValueError, "pid must be a positive int, not 0"),
     (lambda m: m.register_worker("7", "llm"), TypeError, "pid must be a positive int, not '7'"),
-    (lambda m: m.register_worker(7, 5), TypeError, "worker_type must be a string that says something, not 5"),
+    (lambda m: m.register_worker(7, 5), TypeError, "worker_type must be a non-empty string, not 5"),
     (lambda m: m.register_worker(7, "llm", config=[1]), TypeError, "config must be a dictionary or None, not list"),
     (lambda m: m.update_worker_state(7, gpu_memory_mb=-1), ValueError, "gpu_memory_mb must be 0 or more, not -1"),
     (lambda m: m.update_worker_state(7, status=1), TypeError, "status must be a string or None, not 1"),

@@ -70,7 +70,7 @@ def _wait_reason(manager: ResourceManager, mine: Claim, ram: int, conflict: Reso
         if check.memory is None or check.memory.room < ram:
             return f"The job needs {format_bytes(ram)} of RAM. {check.message}"
     if not mine.count:   # RAM alone
-        return f"There is room, which is kept for {ahead[-1]}: that one asked before it." if ahead else ""
+        return f"Enough memory is free, but it is kept for {ahead[-1]}, which asked first." if ahead else ""
     return explain_waiting(mine, conflict.allowed, ahead[-1] if ahead else None)
 
 # %% ../../nbs/agents/foresee.ipynb #15cb365d

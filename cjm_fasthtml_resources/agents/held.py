@@ -35,8 +35,8 @@ def _told(held: Reservation, ttl: float) -> Told:
     what = " and ".join([*parts, *([f"{format_bytes(held.memory_mb*2**20)} of RAM"] if held.memory_mb else [])])
     env = " ".join(f"{name}={value}" for name, value in held.env.items())
     text = (f"Reserved {what}, as {held.id}. It ends in {ttl:g} s, with this server, or by release. "
-            f"Start the program with: {env}. Release it when the program has its memory, "
-            "or it counts twice.")
+            f"Start the program with: {env}. Release it when the program has its memory; "
+            "otherwise it counts twice.")
     return Told(text, dict(id=held.id, gpus=[d.id for d in held.devices], uuids=[d.uuid for d in held.devices],
                            gpu_memory_mb=held.gpu_memory_mb, memory_mb=held.memory_mb, ttl=ttl, env=held.env,
                            pid=held.holder.pid))
@@ -73,7 +73,7 @@ class OwnReservations:
         held = self.held.pop(check_pid(id, "id"), None)
         if held is None:
             own = ", ".join(map(str, self.held)) or "none"
-            raise LookupError(f"{id} is not a reservation of this agent, so it cannot release it. Its own: {own}.")
+            raise LookupError(f"{id} is not a reservation of this agent, so releasing it is refused. Its own: {own}.")
         by = held.ended_by
         if held.release(): return Told(f"Released {id}.", dict(id=id, was_held=True))
         why = f"{by} had released it" if by else "its ttl had run out"

@@ -44,7 +44,7 @@ _ID: dict[str, Any] = dict(type="integer", minimum=1, description="the ID, as `q
 _TTL: dict[str, Any] = dict(type="number", minimum=1,
                             description="seconds after which the reservation ends by itself, such as 600")
 _WAIT: dict[str, Any] = dict(type="number", minimum=0, maximum=3600,
-                             description="seconds to wait in the queue for room; without it, it does not wait")
+                             description="seconds to wait in the queue; without it, the answer comes at once")
 
 # %% ../../nbs/agents/server.ipynb #4723dd3a
 @dataclass(frozen=True)
@@ -71,23 +71,23 @@ def _release(own: OwnReservations, **given: Any) -> Awaitable[Told]:
 
 # %% ../../nbs/agents/server.ipynb #3778772e
 TOOLS = (
-    AgentTool("check", "Whether a GPU job could start on this machine now, who uses the memory if not, and how much "
+    AgentTool("check", "Check whether a GPU job can start on this machine now, which processes use the memory, and how much "
               "is free on each GPU and in RAM. Reads only.", _reading(tell_check)),
-    AgentTool("who_holds", "The processes on the GPUs with their users, and the reservations, the largest first. Reads "
+    AgentTool("who_holds", "List the processes on the GPUs with their users, and the reservations, the largest first. Reads "
               "only.", _reading(tell_holders)),
-    AgentTool("why_blocked", "Why a job that needs so much memory could not start now, or why a request of the queue "
+    AgentTool("why_blocked", "Explain why a job that needs this much memory could not start now, or why a request in the queue "
               "(id) waits. Reads only.", _reading(tell_blocked), {**_NEED, "id": _ID}),
-    AgentTool("preview", "What a reservation would do now: the GPU that it would get, or why it would wait and behind "
-              "whom. Reads only, and reserves nothing.", _reading(tell_preview), _NEED),
-    AgentTool("queue", "Who has reserved how much, since when, and who waits for it, of all programs. Reads only.",
+    AgentTool("preview", "Preview a reservation: the GPU that it would get now, or why it would wait and behind "
+              "which requests. Reads only.", _reading(tell_preview), _NEED),
+    AgentTool("queue", "List the reservations and waiting requests of all programs, with sizes and ages. Reads only.",
               _reading(tell_queue)),
     AgentTool("reserve", "CHANGES the machine's queue: reserves GPU memory or RAM, which other programs then cannot "
               "have, as the user who started this server. It ends after ttl seconds, by release, or with this "
               "server. To run a program, the shell command `cjm-resources wait --gpu-memory SIZE -- COMMAND` is "
               "better: it reserves for just as long as the program runs.", _reserve,
               {**_NEED, "ttl": _TTL, "timeout": _WAIT}, ("ttl",), True),
-    AgentTool("release", "CHANGES the machine's queue: gives back a reservation that this agent made, by its id. Those "
-              "of others cannot be released. No program is stopped.", _release, {"id": _ID}, ("id",), True),
+    AgentTool("release", "CHANGES the machine's queue: releases a reservation that this agent made, by its id. Those "
+              "of others are refused. Programs keep running.", _release, {"id": _ID}, ("id",), True),
 )
 
 # %% ../../nbs/agents/server.ipynb #1ed8ee8b
@@ -127,7 +127,7 @@ async def call_tool(
     "Call a tool, and return its answer or what went wrong, in sentences"
     tool, failed = next((tool for tool in TOOLS if tool.name == name), None), False
     try:
-        if tool is None: raise LookupError(f"There is no tool {name!r}; there are {', '.join(t.name for t in TOOLS)}.")
+        if tool is None: raise LookupError(f"No tool is called {name!r}. Tools: {', '.join(t.name for t in TOOLS)}.")
         check_call(tool, given)
         told = await tool.answer(own, **given)
     except Exception as error: told, failed = _trouble(error), True

@@ -71,11 +71,11 @@ def tell_holders(manager: ResourceManager) -> Told:
     if len(every) > MOST: lines.append(f"And {len(every) - MOST} more.")
     promises = [(d, p) for d in conflict.allowed for p in d.promises]
     lines += [f"{format_bytes(p.memory)} on GPU {d.device.id} reserved by PID {p.pid} (app {p.app or 'without a name'}"
-              f"), {format_bytes(p.unused)} of it not used yet." for d, p in promises]
+              f"), {format_bytes(p.unused)} of it unused." for d, p in promises]
     lines += _unseen(conflict.allowed)
     reserved = [dict(gpu=d.device.id, id=p.id, pid=p.pid, app=p.app, memory_mb=_mib(p.memory), unused_mb=_mib(p.unused))
                 for d, p in promises]
-    if not lines: lines = [conflict.message if conflict.reason else "No process uses a GPU, and nothing is reserved."]
+    if not lines: lines = [conflict.message if conflict.reason else "No process uses a GPU, and there are no reservations."]
     return Told("\n".join(lines), dict(processes=[_process_figures(*row) for row in every[:MOST]], reserved=reserved,
                                        gpus=[gpu_figures(d) for d in conflict.allowed]))
 
@@ -93,7 +93,7 @@ def _row_line(row: QueueRow) -> str:
 def tell_queue(manager: ResourceManager) -> Told:
     "Return the reservations and the requests that wait, of every app"
     rows = read_queue(manager, manager.ledger)
-    text = "\n".join(map(_row_line, rows)) or "Nothing is reserved, and no request waits."
+    text = "\n".join(map(_row_line, rows)) or "There are no reservations and no waiting requests."
     return Told(text, dict(queue=[asdict(row) | dict(memory=None, memory_mb=_mib(row.memory)) for row in rows]))
 
 # %% ../../nbs/agents/tools.ipynb #340e2b89
@@ -104,12 +104,12 @@ def _foreseen_figures(seen: Foreseen) -> dict[str, Any]:
 def tell_preview(manager: ResourceManager, **need: Any) -> Told:
     "Return what a reservation would do now, and reserve nothing; `need` is as for `foresee`"
     seen = foresee(manager, need.pop("gpu_memory_mb", None), **need)
-    return Told(f"{seen.why} Nothing is reserved by this preview.", _foreseen_figures(seen))
+    return Told(f"{seen.why} This preview reserves no memory.", _foreseen_figures(seen))
 
 def _behind(rows: Sequence[QueueRow], id: int) -> Told:
     "Return why a request of the queue waits"
     row = next((row for row in rows if row.id == id), None)
-    if row is None: raise LookupError(f"There is no request or reservation with the ID {id}.")
+    if row is None: raise LookupError(f"No request or reservation has the ID {id}.")
     if row.state == "held": return Told(f"{id} is not blocked: it is a reservation already.", dict(blocked=False))
     return Told(f"{id} waits: {row.why}", dict(blocked=True, behind=row.behind))
 

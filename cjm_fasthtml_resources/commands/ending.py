@@ -58,7 +58,7 @@ def end_as(
 # %% ../../nbs/commands/ending.ipynb #5565f958
 def _as_options(text: str) -> str:
     "Return an error in an argument as one in the option"
-    if text.startswith("device must be None"): return "--device names one GPU, so it does not go with --gpus"
+    if text.startswith("device must be None"): return "--device names one GPU, so it cannot be combined with --gpus"
     return text.replace("n must", "--gpus must", 1) if text.startswith("n must") else text
 
 @contextlib.contextmanager

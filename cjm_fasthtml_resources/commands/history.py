@@ -42,7 +42,7 @@ def change_lines(
 ) -> Iterator[Line]:
     "Yield each change with its time, and how many earlier ones are left out"
     if not changes: return
-    if len(changes) > most: yield (Piece(f"{len(changes) - most} earlier ones are not shown (--json has all)"),)
+    if len(changes) > most: yield (Piece(f"{len(changes) - most} earlier ones are left out (--json has all)"),)
     days = changes[-1][0] - changes[0][0] >= 86400
     for when, change in changes[-most:]:
         clock = _clock(when, days)
@@ -59,7 +59,7 @@ def places_of(
     last = {place.key: place for row in rows for place in row.places}
     found = [place for place in last.values() if gpu is None or str(place.id) == gpu]
     if found or not last: return found
-    raise ValueError(f"{shorten(gpu)} is none of those that were recorded then: "
+    raise ValueError(f"{shorten(gpu)} is not among the recorded GPUs: "
                      f"{', '.join(str(place.id) for place in last.values())}")
 
 # %% ../../nbs/commands/history.ipynb #f31d9ff2
@@ -141,11 +141,11 @@ def _write(rows: Sequence[Row], changes: Sequence[tuple[float, Change]], as_csv:
 # %% ../../nbs/commands/history.ipynb #6d0bd724
 @click.command("history", cls=Command, epilog=_EXAMPLES)
 @click.option("--since", default="1h", show_default=True, callback=converted(parse_positive), metavar="TIME",
-              help="How far back to look, such as 90m, 8h or 7d.")
+              help="How far back to go, such as 90m, 8h or 7d.")
 @click.option("--until", callback=converted(to_seconds), metavar="TIME",
-              help="The end of what is shown, written as for --at. Default: now.")
+              help="The end of the chart, written as for --at. Default: now.")
 @click.option("--at", "moment", callback=converted(to_seconds), metavar="TIME",
-              help="Show this moment instead: 03:12 is the last time that a clock showed it, 2026-11-26T03:12 has a "
+              help="Show this moment instead: 03:12 is the most recent one, 2026-11-26T03:12 includes a "
                    "day.")
 @click.option("--gpu", metavar="ID", help="Only this GPU, as tables show it (0, or 0:7 for a MIG instance). "
                                           "Default: every GPU, and RAM.")
@@ -159,7 +159,7 @@ def command(since: float, until: float | None, moment: float | None, gpu: str | 
 
     A column of a chart is the fullest moment of its stretch of time. Nothing is drawn where nothing was recorded.
 
-    Exits with 66 when nothing was recorded then, with 74 when the file cannot be used.
+    Exits with 66 when no data of that time, with 74 when the file cannot be used.
     """
     history, terminal = RecordedHistory(path), read_terminal()
     end = time.time() if until is None else until
@@ -171,6 +171,6 @@ def command(since: float, until: float | None, moment: float | None, gpu: str | 
     except (StoreError, OSError) as error: fail(str(error), os.EX_IOERR)
     except ValueError as error: raise click.BadParameter(str(error), param_hint="--gpu") from None
     if not shown:
-        fail(f"nothing was recorded then in {history.file}. cjm-resources record does it, and writes every ten seconds",
+        fail(f"no data of that time in {history.file}. cjm-resources record collects it, and writes every ten seconds",
              os.EX_NOINPUT)
     print(to_text(shown, terminal))

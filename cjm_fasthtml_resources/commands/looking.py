@@ -41,7 +41,7 @@ def check_known(app: str, store: Store) -> None:
     known = find_apps(store)
     if app in known: return
     names = f"Known: {', '.join(sorted(known))}" if known else "No app has any yet"
-    raise click.BadParameter(f"no app {shorten(app)} has workers, reservations or needs here. {names}",
+    raise click.BadParameter(f"no app called {shorten(app)} has workers, reservations or needs here. {names}",
                              param_hint="--app")
 
 # %% ../../nbs/commands/looking.ipynb #a9368f2e
@@ -55,7 +55,7 @@ def _watch_reservations(manager: ResourceManager) -> None:
     try:
         check_owner(store_path().parent)
         if not store_path().with_suffix(".lock").exists(): return
-    except (StoreError, OSError) as error: say(f"Reservations cannot be read: {error}")
+    except (StoreError, OSError) as error: say(f"Cannot read the reservations: {error}")
     else: manager.ledger = manager.checks.ledger = Ledger(Store(store_path()))
 
 # %% ../../nbs/commands/looking.ipynb #3c8ab662
@@ -74,7 +74,7 @@ def register_apps(manager: ResourceManager, apps: Iterable[int | str]) -> None:
     "Count these processes and their child processes as the app's"
     for pid in (app for app in apps if isinstance(app, int)):
         if is_free(pid) or has_ended(pid, read_process(pid).start_time):
-            raise click.BadParameter(f"there is no process with the PID {pid}", param_hint="--app")
+            raise click.BadParameter(f"no process has the PID {pid}", param_hint="--app")
         manager.register_worker(pid, "app")
 
 # %% ../../nbs/commands/looking.ipynb #22c5c6cd

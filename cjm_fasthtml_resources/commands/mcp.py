@@ -28,7 +28,7 @@ Examples:
 @click.option("--app", default="agent", show_default=True, callback=converted(check_app), metavar="NAME",
               help="The app for which the agent reserves.")
 @click.option("--longest", default="24h", show_default=True, callback=converted(parse_positive), metavar="TIME",
-              help="How long one of its reservations may hold at most.")
+              help="Maximum time of one of its reservations.")
 @click.pass_obj
 def command(machine: Machine, app: str, longest: float) -> None:
     """Offer the checks and the queue as tools to an agent, over standard input and output.

@@ -76,7 +76,7 @@ Examples:
 # %% ../../nbs/commands/needs.ipynb #42f5b5c8
 @click.command("needs", cls=Command, epilog=_EXAMPLES)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-@click.option("--forget", metavar="NAME", help="Forget what the plugin with this name needs.")
+@click.option("--forget", metavar="NAME", help="Forget the needs of the plugin with this name.")
 @click.option("--app", metavar="NAME", help="Only the needs of this app. Default: of all apps.")
 def command(as_json: bool, forget: str | None, app: str | None) -> None:
     """Show how much memory the jobs of each plugin took.
@@ -98,7 +98,7 @@ def command(as_json: bool, forget: str | None, app: str | None) -> None:
     except ValueError as error: raise click.BadParameter(str(error), param_hint="--app") from None
     except (StoreError, OSError) as error: fail(str(error), os.EX_IOERR)
     if as_json: click.echo(json.dumps(dict(schema_version=SCHEMA_VERSION, needs=[_need_to_json(row) for row in rows])))
-    elif not rows: click.echo("No needs are known yet.")
+    elif not rows: click.echo("No needs are learned yet.")
     else:
         terminal = read_terminal()
         print(to_text(make_table(_NEED_COLUMNS, [rows], terminal.width), terminal))

@@ -110,18 +110,18 @@ def to_mib(
 def ram_option(function: _Function) -> _Function:
     "Add `--ram`: bytes of RAM to reserve, 0 without it"
     return click.option("--ram", default="0", callback=converted(parse_size), metavar="SIZE",
-                        help="Wait for so much RAM, such as 16GiB, and reserve it together with the GPU.")(function)
+                        help="Wait for this much RAM, such as 16GiB, and reserve it together with the GPU.")(function)
 
 def grace_option(function: _Function) -> _Function:
     "Add `--grace`: the seconds in which the memory has to be used; `None` without it"
     return click.option("--grace", callback=converted(parse_duration), metavar="TIME",
-                        help="Give the memory back if it is not used in this time while others wait, such as 5m. "
+                        help="Release the memory if it stays unused for this time while requests wait, such as 5m. "
                              "Default: no limit.")(function)
 
 def priority_option(function: _Function) -> _Function:
     "Add `--priority`: a place in the queue"
     return click.option("--priority", type=click.IntRange(-20, 19), default=0, show_default=True, metavar="N",
-                        help="Who is next: smaller numbers first, as nice has it. Each step is worth ten places in the "
+                        help="Order in the queue: smaller numbers first, as with nice. Each step is worth ten places in the "
                              "queue.")(function)
 
 def by_index_option(function: _Function) -> _Function:

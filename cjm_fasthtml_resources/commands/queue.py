@@ -77,7 +77,7 @@ def format_wait(
 # %% ../../nbs/commands/queue.ipynb #10c31702
 def _state(row: QueueRow) -> str:
     if row.state == "waiting": return "waits" if row.behind is None else f"waits behind {row.behind}"
-    return "held" if row.unused_seconds is None else "not used yet" if not row.most_used else "not in use"
+    return "held" if row.unused_seconds is None else "unused" if not row.most_used else "unused"
 
 def _user(row: QueueRow) -> str:
     return " in ".join(name for name in (row.user, row.container) if name)
@@ -144,7 +144,7 @@ def command(machine: Machine, as_json: bool, app: str | None) -> None:
             rows = [row for row in read_queue(manager, ledger) if app in (None, row.app)]
     except (StoreError, OSError) as error: fail(str(error), os.EX_IOERR)
     if as_json: click.echo(json.dumps(dict(schema_version=SCHEMA_VERSION, queue=[asdict(row) for row in rows])))
-    elif not rows: click.echo("Nothing is reserved, and no request waits.")
+    elif not rows: click.echo("There are no reservations and no waiting requests.")
     else:
         terminal = read_terminal()
         print(to_text([*queue_lines(rows, terminal.width)], terminal))

@@ -63,12 +63,12 @@ Examples:
 # %% ../../nbs/commands/record.ipynb #0ee9290f
 @click.command("record", cls=Command, epilog=_EXAMPLES)
 @click.option("--app", "apps", callback=read_apps, multiple=True, metavar="NAME|PID",
-              help="As for cjm-resources: keep what this app's workers, jobs and reservations do, too.")
+              help="As for cjm-resources: record this app's workers, jobs and reservations, too.")
 @click.option("--interval", type=click.FloatRange(0.1, 3600), default=1.0, show_default=True, callback=check_nan,
-              metavar="SECONDS", help="Time between two looks.")
+              metavar="SECONDS", help="Time between two samples.")
 @click.option("--file", "path", type=click.Path(path_type=Path), metavar="FILE",
-              help="Where to keep it. Default: this user's history on this machine.")
-@click.option("--unit", is_flag=True, help="Print a systemd unit that does this, and end.")
+              help="File to write. Default: this user's history on this machine.")
+@click.option("--unit", is_flag=True, help="Print a systemd unit for this command, and exit.")
 @click.pass_obj
 def command(machine: Machine, apps: list[int | str], interval: float, path: Path | None, unit: bool) -> None:
     """Keep what happens on this machine until Ctrl-C: who had how much memory, and when programs came and went.
@@ -80,14 +80,14 @@ def command(machine: Machine, apps: list[int | str], interval: float, path: Path
     """
     if unit: return click.echo(unit_text(sys.executable, interval))
     if machine.simulate and path is None:
-        raise click.UsageError("--simulate needs --file FILE: what is simulated is not kept with what happened")
+        raise click.UsageError("--simulate needs --file FILE: simulated data is kept apart from real data")
     manager = make_manager(apps, 45.0, machine)
     try:
         with simulated_machine(machine.simulate, manager), ExitStack() as ending:
             register_apps(manager, apps)
             made = ending.enter_context(Recorder(ResourceMonitor(manager, interval), path))
-            waits = "" if made.records else " Another recorder writes there now; this one goes on when it ends."
-            click.echo(f"Recording to {made.path}. Ctrl-C ends it.{waits}")
+            waits = "" if made.records else " Another recorder writes there now; this one takes over when it ends."
+            click.echo(f"Recording to {made.path}. Press Ctrl-C to end.{waits}")
             number = _wait_for_end()
     except (StoreError, OSError) as error: fail(str(error), os.EX_IOERR)
     end_by(number)

@@ -21,7 +21,7 @@ from .options import Command
 # %% ../../nbs/commands/release.ipynb #f743ecea
 def end_by_id(
     id: int,
-    waits: bool,   # whether it is a request that waits
+    waits: bool,   # whether it is a waiting request
 ) -> str:          # the claim in words
     "End a claim of this machine; where that fails, end with a message and an exit code"
     try: claim = end_claim(Ledger(Store(store_path())), id, waits)
@@ -47,4 +47,4 @@ def command(id: int) -> None:
     Exits with 2 when there is no such reservation, 77 when it is another user's, 74 when the shared file cannot be
     used.
     """
-    click.echo(f"Released {end_by_id(id, False)}. Memory in use there stays in use until that process frees it.")
+    click.echo(f"Released {end_by_id(id, False)}. The process keeps the memory that it uses until it frees it.")

@@ -36,7 +36,7 @@ def report_lines(
     top: int = 10,   # users, and programs, that are shown
 ) -> Iterator[Line]:
     "Yield who has used the GPUs, and with what"
-    yield (Piece(f"Recorded: {recorded_hours(rows):.1f} hours. Reserved and not used: "
+    yield (Piece(f"Recorded: {recorded_hours(rows):.1f} hours. Reserved but unused: "
                  f"{unused_hours(rows):.0f} GiB-hours."),)
     for by in BY:
         yield ()
@@ -51,7 +51,7 @@ Examples:
 # %% ../../nbs/commands/report.ipynb #bf8af5fa
 @click.command("report", cls=Command, epilog=_EXAMPLES)
 @click.option("--since", default="7d", show_default=True, callback=converted(parse_positive), metavar="TIME",
-              help="How far back to look, such as 24h or 30d.")
+              help="How far back to go, such as 24h or 30d.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 @click.option("--file", "path", type=click.Path(path_type=Path), metavar="FILE",
               help="The file to read. Default: this user's history on this machine.")
@@ -60,12 +60,12 @@ def command(since: float, as_json: bool, path: Path | None) -> None:
 
     A GPU-hour is an hour in which somebody had memory on a GPU, however much. A GiB-hour is 1 GiB for an hour.
 
-    Exits with 66 when nothing was recorded then, with 74 when the file cannot be used.
+    Exits with 66 when no data of that time, with 74 when the file cannot be used.
     """
     history, now = RecordedHistory(path), time.time()
     try: rows = history.between(now - since, now)
     except (StoreError, OSError) as error: fail(str(error), os.EX_IOERR)
-    if not rows: fail(f"nothing was recorded then in {history.file}. cjm-resources record does it", os.EX_NOINPUT)
+    if not rows: fail(f"no data of that time in {history.file}. cjm-resources record collects it", os.EX_NOINPUT)
     if as_json:
         users, programs = ([used._asdict() for used in sum_up(rows, by)] for by in BY)
         click.echo(json.dumps(dict(schema_version=SCHEMA_VERSION, hours=recorded_hours(rows), users=users,

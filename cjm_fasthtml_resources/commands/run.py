@@ -34,21 +34,21 @@ Examples:
 @click.command("run", cls=Command, context_settings=dict(allow_interspersed_args=False), epilog=_EXAMPLES)
 @click.option("--gpu-memory", default="auto", show_default=True, callback=converted(parse_need),
               metavar="auto|all|none|SIZE",
-              help="GPU memory on one device, such as 8GiB. auto: what COMMAND took before, with 10 % more; the first "
-                   "time, a device of its own. all: an empty one for COMMAND alone. none: it uses no GPU.")
+              help="GPU memory on one device, such as 8GiB. auto: the most that COMMAND used before, plus 10 %; the first "
+                   "time, a whole GPU. all: an empty GPU for COMMAND alone. none: no GPU.")
 @options.ram_option
 @click.option("--gpus", type=click.IntRange(1, 4096), default=1, show_default=True, metavar="N",
-              help="Use so many whole GPUs together, each with that much memory.")
+              help="Use this many whole GPUs together, each with that much memory.")
 @click.option("--retries", type=click.IntRange(0, 100), default=0, show_default=True, metavar="N",
-              help="Run COMMAND again so many times if GPU memory runs out, each time with a quarter more.")
+              help="Run COMMAND again up to this many times if GPU memory runs out, each time with a quarter more.")
 @options.timeout_option
 @options.priority_option
 @options.grace_option
 @options.device_option
 @click.option("--app", default="cjm-resources", show_default=True, metavar="NAME",
-              help="The app for which it is reserved and learned.")
+              help="App name for the reservation and for learned needs.")
 @click.option("--name", metavar="NAME", callback=converted(parse_name),
-              help="The name under which it is learned. Default: the first script in COMMAND (train.py), the module "
+              help="Name for learned needs. Default: the first script in COMMAND (train.py), the module "
                    "after python -m, or the program, apart for each folder and each set of arguments.")
 @options.by_index_option
 @click.argument("command", nargs=-1, required=True, type=click.UNPROCESSED, shell_complete=complete_files)

@@ -54,15 +54,15 @@ Examples:
 # %% ../../nbs/commands/serve.ipynb #dfb77ee4
 @click.command("serve", cls=Command, epilog=_EXAMPLES)
 @click.option("--host", default="127.0.0.1", show_default=True, metavar="ADDRESS",
-              help="Where to listen. Another address than this machine's own needs --token.")
+              help="Address to listen on. Any address other than localhost requires --token.")
 @click.option("--port", type=click.IntRange(0, 65535), default=8765, show_default=True, metavar="N",
-              help="0 takes any that is free.")
+              help="Port to listen on. 0: any free one.")
 @click.option("--token", envvar="CJM_RESOURCES_TOKEN", metavar="TEXT",
-              help="What a visitor has to know; open the page with ?token=TEXT. Better set as CJM_RESOURCES_TOKEN, "
-                   "for other users can see a command's arguments.")
+              help="Token that visitors must supply: open the page with ?token=TEXT. Prefer CJM_RESOURCES_TOKEN, "
+                   "because other users can see a command's arguments.")
 @click.option("--app", "apps", callback=read_apps, multiple=True, metavar="NAME|PID", help="As for cjm-resources.")
 @click.option("--interval", type=click.FloatRange(0.1, 3600), default=1.0, show_default=True, callback=check_nan,
-              metavar="SECONDS", help="Time between two looks.")
+              metavar="SECONDS", help="Time between two samples.")
 @click.option("--threshold", type=click.FloatRange(0, 100), default=45.0, show_default=True, callback=check_nan,
               metavar="PERCENT", help="As for cjm-resources.")
 @click.option("--metrics", is_flag=True, help="Serve metrics for Prometheus at /metrics, too. With --token, "
@@ -70,7 +70,7 @@ Examples:
 @click.option("--process-metrics", is_flag=True, help="Serve metrics with the memory of each process, too. Each "
                                                       "process leaves series behind in Prometheus.")
 @click.option("--streams", type=click.IntRange(1), default=200, show_default=True, metavar="N",
-              help="Pages that may be open at a time.")
+              help="Maximum number of open pages.")
 @click.pass_obj
 def command(machine: Machine, host: str, port: int, token: str | None, apps: list[int | str], interval: float,
             threshold: float, metrics: bool, process_metrics: bool, streams: int) -> None:
@@ -79,7 +79,7 @@ def command(machine: Machine, host: str, port: int, token: str | None, apps: lis
     Exits with 69 when it cannot listen there, or when the extra `web` (or `prometheus`) is not installed.
     """
     if not token and not is_loopback(host):
-        raise click.BadParameter(f"{host} can be reached by others: it needs --token", param_hint="--host")
+        raise click.BadParameter(f"{host} can be reached from other machines: it needs --token", param_hint="--host")
     try:
         for needed in ("fasthtml", "uvicorn"): import_module(needed)
         from cjm_fasthtml_resources.ui.web import make_app

@@ -37,7 +37,7 @@ def find_group(
 
     try: found = grp.getgrgid(int(text)) if text.isdecimal() else grp.getgrnam(text)
     except (KeyError, OverflowError):
-        raise ValueError(f"there is no group {text}. Make it with: sudo groupadd {text}") from None
+        raise ValueError(f"group {text} does not exist. Create it with: sudo groupadd {text}") from None
     return Group(found.gr_name, found.gr_gid, tuple(found.gr_mem))
 
 # %% ../../nbs/commands/share.ipynb #6914d7d8
@@ -51,9 +51,9 @@ def explain_place(
     for above in path.parents:
         if not above.is_dir(): return f"{above} is not a folder. Make it with: sudo mkdir -p {above}"
         found = above.stat()
-        if found.st_uid: return f"{above} does not belong to root: its owner could exchange {path}"
+        if found.st_uid: return f"{above} does not belong to root: its owner could replace {path}"
         if found.st_mode & 0o022 and not found.st_mode & stat.S_ISVTX:
-            return f"{above} can be written by others, who could exchange {path}"
+            return f"{above} can be written by other users, who could replace {path}"
     if not path.exists(): return None
     if not path.is_dir(): return f"{path} is not a folder"
     others = [p.name for p in path.iterdir() if not p.name.startswith(_OURS) and p.suffix not in (".events", ".new")]
@@ -64,7 +64,7 @@ def _set_rights(path: Path, group: int, mode: int, flags: int = 0, owner: int = 
     "Give a file or a folder its group and mode, whatever is put into its place meanwhile"
     fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK | flags)
     try:
-        if not flags and os.fstat(fd).st_nlink > 1: raise StoreError(f"{path} has another name elsewhere: delete it")
+        if not flags and os.fstat(fd).st_nlink > 1: raise StoreError(f"{path} has a second hard link: delete it")
         os.fchown(fd, owner, group)
         os.fchmod(fd, mode)
     finally: os.close(fd)
@@ -102,7 +102,7 @@ $members
 All programs of this machine, from their next start on:
   echo 'folder = "$folder"' | sudo tee $settings
 
-Or those alone for which it is set:
+Or only programs with this variable:
   export CJM_RESOURCES_DIR=$folder
 
 Docker:
@@ -154,16 +154,16 @@ def _parse_share(context: click.Context, option: click.Parameter, text: str | No
 def _explain_cap(path: Path) -> str:
     "Return what one user or app may reserve in a shared folder"
     if (cap := read_cap(path)) is None: return ""
-    return f"\nOne {cap.per} may reserve at most {cap.share:.0%} of each GPU ({path/CAP_FILE})."
+    return f"\nOne {cap.per} can reserve at most {cap.share:.0%} of each GPU ({path/CAP_FILE})."
 
 # %% ../../nbs/commands/share.ipynb #99880f06
 @click.command("share", cls=Command, epilog=_EXAMPLES)
 @click.argument("folder", metavar="FOLDER", type=click.Path())
 @click.option("--group", "group_name", required=True, metavar="GROUP", help="Its members share the folder.")
 @click.option("--max-share", callback=_parse_share, metavar="SHARE",
-              help="Let one user reserve at most so much of each GPU, such as 50%. 100%: as much as there is.")
+              help="Limit the reservations of one user to this share of each GPU, such as 50%. 100%: no limit.")
 @click.option("--per", type=click.Choice(["user", "app"]), default="user", show_default=True,
-              help="Whose reservations count together for --max-share.")
+              help="Count the reservations of a user or of an app together for --max-share.")
 def command(folder: str, group_name: str, max_share: float | None, per: str) -> None:
     """Make a folder in which several users and containers queue together for the GPUs.
 

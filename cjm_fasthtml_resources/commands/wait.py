@@ -72,7 +72,7 @@ def _what_was_granted(held: Reservation, command: Sequence[str]) -> str:
     from cjm_fasthtml_resources.running.names import name_command
     parts = [f"{format_bytes(held.gpu_memory_mb*2**20)} on GPU {held.device.id}"] if held.devices else []
     what = " and ".join([*parts, *([f"{format_bytes(held.memory_mb*2**20)} of RAM"] if held.memory_mb else [])])
-    return f"{what}, reserved for {name_command(command)}." if command else f"{what}. Nothing stays reserved."
+    return f"{what}, reserved for {name_command(command)}." if command else f"{what}. The reservation has ended."
 
 # %% ../../nbs/commands/wait.ipynb #96abcfe4
 def _child_env(held: Reservation, by_index: bool) -> dict[str, str]:
@@ -90,18 +90,18 @@ def shows_progress() -> bool:
               help="GPU memory on one device, such as 8GiB. all: an empty one for COMMAND alone.")
 @options.ram_option
 @click.option("--gpus", type=click.IntRange(1, 4096), default=1, show_default=True, metavar="N",
-              help="Wait for so many whole GPUs together, each with that much memory.")
+              help="Wait for this many whole GPUs together, each with that much memory.")
 @options.timeout_option
 @options.priority_option
 @options.grace_option
 @options.device_option
 @click.option("--app", default="cjm-resources", show_default=True, metavar="NAME",
-              help="The app for which it is reserved.")
+              help="App name for the reservation.")
 @options.by_index_option
 @click.option("--notify", "notifier", callback=_open_notifier, multiple=True, envvar="CJM_RESOURCES_NOTIFY",
-              metavar="URL", help="Tell this service when the memory is granted, or the waiting ends without, such as "
-                                  "ntfy://TOPIC or mailto://… (see Apprise). Repeat it for more. Better set as "
-                                  "CJM_RESOURCES_NOTIFY, for other users can see a command's arguments.")
+              metavar="URL", help="Notify this service when the memory is granted or the waiting has failed, such as "
+                                  "ntfy://TOPIC or mailto://… (see Apprise). Repeat it for more. Prefer "
+                                  "CJM_RESOURCES_NOTIFY, because other users can see a command's arguments.")
 @click.argument("command", nargs=-1, type=click.UNPROCESSED, shell_complete=complete_files)
 @click.pass_obj
 def command(machine: Machine, gpu_memory: float | str | None, ram: float, gpus: int, timeout: float | None,

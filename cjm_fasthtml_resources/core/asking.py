@@ -59,7 +59,7 @@ def fitting(
 def _read(thing: Any, name: str) -> Any:
     try: return thing.get(name) if isinstance(thing, Mapping) else getattr(thing, name, None)
     except Exception as error:
-        _log.warning("a plugin's %s could not be read: %s", name, shown_error(error))
+        _log.warning("reading a plugin's %s failed: %s", name, shown_error(error))
         return None
 
 def check_word(value: Any, name: str) -> str | float:
@@ -78,7 +78,7 @@ def declared_children(plugin: Any, before: WorkerState) -> list[int]:
     answer = ask_plugin(plugin, "get_child_pids", failed=before.child_pids)
     declared = list(answer) if isinstance(answer, (list, tuple, set, frozenset)) else []
     if bad := [pid for pid in declared if not _is_pid(pid)]:
-        _log.warning("%s.get_child_pids() gave %s, which are no PIDs", type(plugin).__name__, shorten(bad))
+        _log.warning("%s.get_child_pids() returned %s, which are not valid PIDs", type(plugin).__name__, shorten(bad))
     return [pid for pid in declared if _is_pid(pid)][:_MOST_CHILDREN]
 
 def lifecycle_fields(
@@ -196,7 +196,7 @@ def refresh_stale(
         try: refresh_worker(workers, pid, kept.answered.set)
         except StoreError as error:
             failed.append(error)
-            _log.warning("what the plugin of worker %d says was not kept: %s", pid, error)
+            _log.warning("keeping the report of worker %d's plugin failed: %s", pid, error)
         finally:
             kept.answered.set()
             kept.asked = time.monotonic()
@@ -208,8 +208,8 @@ def refresh_stale(
         if (thread := kept.asking) is None: continue
         if kept.answered.wait(max(began + ANSWER_WITHIN - time.monotonic(), 0)): thread.join(WRITTEN_WITHIN)
         else:
-            _log.warning("the plugin of worker %d does not answer within %g s; "
-                         "what it said before counts until it does", pid, ANSWER_WITHIN)
+            _log.warning("the plugin of worker %d is not responding within %g s; "
+                         "its last report counts until it does", pid, ANSWER_WITHIN)
     if failed: raise failed[0]
 
 # %% ../../nbs/core/asking.ipynb #f71d8b34
@@ -235,7 +235,7 @@ def estimate_cost(
     if estimate is not None: return float(estimate)
     rate = (worker.remote_resource or {}).get("estimated_cost_per_hour")
     if isinstance(rate, (int, float)): return float(rate*hours)
-    _log.warning("the plugin of worker %d says nothing about cost; it is left out of the sum", worker.pid)
+    _log.warning("the plugin of worker %d reports no cost; it is left out of the sum", worker.pid)
     return 0.0
 
 # %% ../../nbs/core/asking.ipynb #b5624eed

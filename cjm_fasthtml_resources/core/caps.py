@@ -60,14 +60,14 @@ def explain_cap(
     use = min(over, key=lambda use: cap.reserved(claim, use, claims))
     who = claim.app if cap.per == "app" else name_user(claim.receipt.user if claim.receipt else None)
     has, most = format_bytes(cap.reserved(claim, use, claims)), format_bytes(cap.most(use.device))
-    return f"{who} has {has} of at most {most} that one {cap.per} may reserve on GPU {use.device.id}."
+    return f"{who} has {has} of at most {most} that one {cap.per} is allowed to reserve on GPU {use.device.id}."
 
 # %% ../../nbs/core/caps.ipynb #119d4aeb
 def explain_caps(
     cap: Cap | None,
     claims: Sequence[Claim],       # all that count now
     uses: Sequence[DeviceUse],     # every device
-) -> dict[int, str]:  # by the ID of a request that waits for this
+) -> dict[int, str]:  # by the ID of a waiting request for this
     "Return the same for each request"
     told = {c.id: explain_cap(cap, c, uses, claims) for c in claims if cap and c.device is None and c.count}
     return {id: text for id, text in told.items() if text}
@@ -82,8 +82,8 @@ def check_cap(
 ) -> None:
     "Raise `ValueError` for a request that can never be under the cap"
     most = sorted((cap.most(d) for d in devices), reverse=True)[:count]
-    whose = f"one {cap.per} may reserve here"
-    if is_whole and cap.share < 1: raise ValueError(f"All of a GPU is more than {whose}: {cap.share:.0%} of it.")
+    whose = f"one {cap.per} is allowed to reserve here"
+    if is_whole and cap.share < 1: raise ValueError(f"A whole GPU is more than {whose}: {cap.share:.0%} of it.")
     if most and memory > most[-1]:
         raise ValueError(f"{format_bytes(memory)} of GPU memory is more than {whose}: {format_bytes(most[-1])}, "
                          f"{cap.share:.0%} of a GPU.")
@@ -100,18 +100,18 @@ def cap_in(
         if line.lstrip().startswith("["): break   # a table: its keys are others
         if not re.match(r"\s*[\"']?(max_share|per)[\"']?\s*=", line): continue
         parts = _LINE.match(line)
-        if parts is None: raise ValueError(f"has a line that is not understood: {line.strip()}")
+        if parts is None: raise ValueError(f"has an invalid line: {line.strip()}")
         found[parts[1]] = parts[2] or parts[3] or parts[4]
     try: share = float(found["max_share"]) if "max_share" in found else None
     except ValueError: share = 0.0
-    if share is not None and not 0 < share <= 1: raise ValueError('has to say max_share = 0.5, a number up to 1')
-    if found.get("per", "user") not in ("user", "app"): raise ValueError('has to say per = "user" or per = "app"')
+    if share is not None and not 0 < share <= 1: raise ValueError('needs max_share = 0.5 or another number up to 1')
+    if found.get("per", "user") not in ("user", "app"): raise ValueError('needs per = "user" or per = "app"')
     return None if share is None else Cap(share, found.get("per", "user"))
 
 # %% ../../nbs/core/caps.ipynb #c5c05df5
 def to_toml(cap: Cap) -> str:
     "Return the content of the file for a cap"
-    return f'max_share = {cap.share:g}   # of each GPU, what one {cap.per} may reserve\nper = "{cap.per}"\n'
+    return f'max_share = {cap.share:g}   # of each GPU, the limit of one {cap.per}\nper = "{cap.per}"\n'
 
 # %% ../../nbs/core/caps.ipynb #9cc1cfb4
 def _open_no_link(path: str, flags: int) -> int: return os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK)
@@ -125,10 +125,10 @@ def read_cap(
         with FileIO(str(path), opener=_open_no_link) as file:
             found, text = os.fstat(file.fileno()), file.read(65_536).decode(errors="replace")
     except FileNotFoundError: return None
-    except OSError as error: raise StoreError(f"{path} cannot be read: {error.strerror}") from error
+    except OSError as error: raise StoreError(f"{path} is unreadable: {error.strerror}") from error
     is_theirs = found.st_uid in (0, folder.stat().st_uid) or is_hidden(found.st_uid)
     if not is_theirs or found.st_mode & 0o022 or not stat.S_ISREG(found.st_mode):
-        raise StoreError(f"{path} is not used: it has to belong to root, and no other user may write to it "
+        raise StoreError(f"{path} is refused, because another user than root can write to it "
                          f"(sudo chown root {path}; sudo chmod go-w {path})")
     try: return cap_in(text)
     except ValueError as error: raise StoreError(f"{path} {error}") from None

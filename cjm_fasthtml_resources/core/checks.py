@@ -46,29 +46,29 @@ from .workers import Workers
 
 # %% ../../nbs/core/checks.ipynb #ab41382a
 CONTAINER_NOTE = (
-    "An estimate: inside a container (WSL is one, too) the driver's process numbers cannot be matched. "
-    "For an exact answer mount the host's /proc (docker run -v /proc:/host/proc:ro), "
-    "or set CJM_HOST_PROC to where it is (an open kernel module of release 545 to 560 must be updated); "
-    "or let workers report what they hold with "
+    "Estimate: in a container or WSL, the driver's PIDs cannot be matched. "
+    "For exact figures, mount the host's /proc (docker run -v /proc:/host/proc:ro), "
+    "or set CJM_HOST_PROC to its path (update an open kernel module of release 545 to 560). "
+    "Otherwise have workers report their usage: "
     "update_worker_state(pid, gpu_memory_mb=...)")
 SILENT_NOTE = (
-    "An estimate: the driver does not say how much memory each process has, as under WSL and Windows, "
-    "so what is left over was counted for the processes without a figure")
-NO_INSTANCE = "MIG is on, but there is no instance"
+    "Estimate: the driver reports no memory per process, as under WSL and Windows, "
+    "so the rest was assigned to the processes without a figure")
+NO_INSTANCE = "MIG is enabled, but no MIG instance exists"
 LISTS_NOTE = (
-    "An estimate: the driver could not list every process on a GPU, so memory whose owner is not known "
-    "was counted for other programs, and reservations count in full")
+    "Estimate: the driver could not list every process on a GPU, so memory of unknown owners "
+    "counted for other programs, and reservations count in full")
 SHARED_NOTE = (
-    "An estimate: this app's processes share memory, and not every process's share of it could be read "
-    "(those of other users, and those beyond the 64 largest)")
-GROUP_NOTE = "The control group of PID {} cannot be read from here, so a RAM limit of its own is not known"
+    "Estimate: this app's processes share memory, and some shares were unreadable "
+"(other users' processes, and those beyond the 64 largest)")
+GROUP_NOTE = "The control group of PID {} cannot be read from here, so its own RAM limit is unknown"
 
 # %% ../../nbs/core/checks.ipynb #c100d7ad
 def estimate_notes(
     devices: Sequence[DeviceStatus],
     matched: bool,   # whether the driver's PIDs can be matched
 ) -> list[str]:
-    "Return notes that say why the memory of some devices is divided by estimate"
+    "Return notes with the reason why the memory of some devices is divided by estimate"
     told = [f"GPU {d.device.id}: {note}" for d in devices for note in d.device.notes]
     estimated = [d.device for d in devices if d.estimated and not d.device.notes]
     if not matched: return [*told, *([CONTAINER_NOTE] if estimated else [])]
@@ -77,7 +77,7 @@ def estimate_notes(
 
 # %% ../../nbs/core/checks.ipynb #5c1d7a91
 def seen_notes(
-    complaint: str | None,            # what CUDA does not take as it was written
+    complaint: str | None,            # the part that CUDA reads differently
     visible: Sequence[DeviceStatus],
     others: Sequence[DeviceStatus],   # MIG instances that only another process can use
 ) -> list[str]:
@@ -96,14 +96,14 @@ def each_memory_once(
     return tuple(d for i, d in enumerate(found) if d.device.pool not in pools[:i])
 
 # %% ../../nbs/core/checks.ipynb #0b3c5380
-UNSEEN_NOTE = "A GPU that uses this memory cannot be read now, so what is reserved on it counts in full"
-UNREAD_NOTE = "The reservations on a GPU that uses this memory cannot be read, so no memory counts as free"
+UNSEEN_NOTE = "Reading a GPU that uses this memory failed, so the reservations on it count in full"
+UNREAD_NOTE = "Reading the reservations on a GPU that uses this memory failed, so no memory counts as free"
 EARLIER_NOTE = "The app's workers are those of an earlier moment: {}"
-UNREAD_RAM_NOTE = "The reservations cannot be read, so no memory counts as free"
+UNREAD_RAM_NOTE = "Reading the reservations failed, so no memory counts as free"
 
 def tell_unified(
     snapshot: GpuSnapshot,
-) -> bool | None:   # `None`: a GPU could not be read
+) -> bool | None:   # `None`: reading a GPU failed
     "Return whether a GPU uses the machine's memory"
     if has_unified_memory() or any(d.unified for d in snapshot.devices): return True
     lacking = [d for d in snapshot.devices if d.memory_total is None and not d.mig_mode and d.reason != NO_MEMORY]
@@ -114,7 +114,7 @@ def number_here(claim: Claim) -> int:
     return claim.holder.pid if claim.space == pid_namespace() else 0
 
 def unseen_promises(machine: Sequence[GpuDevice], known: LedgerReading, app: str) -> list[Promise]:
-    "Return what is reserved on devices that cannot be read"
+    "Return the reservations on unreadable devices"
     keys = {device_key(d) for d in machine if d.memory_total is not None}
     lost = [c for c in known.claims
             if c.device and c.device not in keys and c.id not in known.over and not is_ram(c.device)]
@@ -123,13 +123,13 @@ def unseen_promises(machine: Sequence[GpuDevice], known: LedgerReading, app: str
             for c in lost if not any(use.is_called(c.device) for use in uses)]
 
 def stand_in(promises: Sequence[Promise]) -> DeviceStatus:
-    "Return what stands for the GPUs that cannot be read"
+    "Return a stand-in for the unreadable GPUs"
     return DeviceStatus(GpuDevice(0, unified=True), ResourceStatus.UNAVAILABLE, promises=tuple(promises))
 
 # %% ../../nbs/core/checks.ipynb #d78518cb
 def memory_for(
     pid: int | None,   # `None`: this process
-) -> tuple[HostMemory, list[str]]:   # and a note if it is this process's, because the other's cannot be read
+) -> tuple[HostMemory, list[str]]:   # and a note if it is this process's, because reading the other's failed
     "Return the RAM of the machine or of a process's control group, whichever has less"
     found = read_memory() if pid is None else process_memory(pid)
     return (read_memory(), [GROUP_NOTE.format(pid)]) if found is None else (found, [])
@@ -143,7 +143,7 @@ def least_left(
     found: Sequence[tuple[int, Sequence[Promise]]],   # of RAM and of each control group: bytes free, and promises
     available: int,                                   # the least that is free in one of them
 ) -> list[Promise]:
-    "Return the promises where least is left, so that they leave as much of what is available"
+    "Return the promises of the limit with the least left, cut to the available memory"
     def left(pair: tuple[int, Sequence[Promise]]) -> int: return pair[0] - sum(p.unused for p in pair[1])
 
     tight = min(found, key=left)
@@ -153,12 +153,12 @@ def least_left(
 
 # %% ../../nbs/core/checks.ipynb #64c39aa4
 class Prepared(NamedTuple):
-    "What is read just before the devices are"
+    "Data that is read just before the devices"
     claims: LedgerReading = LedgerReading()
-    trouble: str | None = None   # why the app's file cannot be read
+    trouble: str | None = None   # why reading the app's file failed
 
 def _why_none(snapshot: GpuSnapshot, complaint: str | None) -> str | None:
-    "Return why there is no device to use, if there is none"
+    "Return why every device is unusable, if so"
     return snapshot.reason or complaint or (NO_INSTANCE if snapshot.devices else None)
 
 # %% ../../nbs/core/checks.ipynb #0b3c5389
@@ -197,7 +197,7 @@ class Checks:
         "Return who uses the memory of the devices that this app can use, and whether a job could start"
         known = self._find_claims(prepared)
         if isinstance(known, str):
-            return conclude((), threshold_percent, f"what is promised cannot be read: {known}", (), snapshot)
+            return conclude((), threshold_percent, f"cannot read the reservations: {known}", (), snapshot)
         seen = self.see(snapshot.devices, known, threshold_percent)
         found, notes = self.classify((*seen.visible, *seen.others), snapshot.devices, known, threshold_percent)
         visible, others = found[:len(seen.visible)], each_memory_once(found)[len(seen.visible):]
@@ -217,14 +217,14 @@ class Checks:
         threshold_percent: float,
         devices: Sequence[GpuDevice],
     ) -> list[GpuDevice]:
-        "Return devices by what a job could have there, the worst first"
+        "Return devices by the free memory for a job, the least first"
         found, _ = self.classify(devices, machine, known, threshold_percent)
         return sorted(devices, key=lambda d: by_hope(found[devices.index(d)]))
 
     def classify(
         self,
         devices: Sequence[GpuDevice],
-        machine: Sequence[GpuDevice],   # every device of it: what is reserved on one can take memory of another
+        machine: Sequence[GpuDevice],   # every device of it: a reservation on one can take memory of another
         known: LedgerReading,
         threshold_percent: float,
     ) -> tuple[list[DeviceStatus], list[str]]:  # with a note where the division is an estimate
@@ -249,7 +249,7 @@ class Checks:
     def own(
         self,
         device: GpuDevice,
-        read: Callable[[int], ProcessInfo] | None,   # `None`: the driver's PIDs cannot be matched
+        read: Callable[[int], ProcessInfo] | None,   # `None`: the driver's PIDs are unmatched
         me: ProcessId | None,
     ) -> list[OwnedProcess]:
         "Return the processes on a device with their owners"
@@ -260,14 +260,14 @@ class Checks:
         return [replace(own, load=p.load) for own, p in zip(owned, listed, strict=True)]
 
     def _find_claims(self, prepared: Prepared | None) -> LedgerReading | str:
-        "Return the claims that count at a look, or why they cannot be read"
+        "Return the claims that count in a check, or why reading them failed"
         try:
             before, trouble = prepared or (self.ledger.read(), None)
             return trouble or self.ledger.since(before)
         except StoreError as error: return str(error)
 
     def learn(self, devices: Sequence[DeviceStatus]) -> None:
-        "Remember what plugins use, where it counts and is more than before"
+        "Remember the plugins' usage, where it counts and is more than before"
         seen = {p.parent_pid or p.pid for d in devices for p in d.processes if p.owner == "app"}
         self.needs.observe(self.workers.some(seen), devices, self.workers.table.seals)
 
@@ -275,7 +275,7 @@ class Checks:
         self,
         threshold_percent: float,
         snapshot: GpuSnapshot | None = None,   # read already
-        read: Callable[[], GpuSnapshot] | None = None,   # reads one, where a GPU uses this memory or may do so
+        read: Callable[[], GpuSnapshot] | None = None,   # reads one, where a GPU uses this memory or might
         pid: int | None = None,                # the process whose control group counts; `None`: this one
     ) -> ResourceConflict:
         "Return who uses the memory of this machine, or of the control group that a process is in"
@@ -295,8 +295,8 @@ class Checks:
         snapshot: GpuSnapshot | None,
         prepared: Prepared,
         available: int,   # bytes
-    ) -> list[Promise] | None:   # `None`: none is reserved, but perhaps on a GPU
-        "Return what is reserved of RAM: of the machine's or of a control group's, whichever has less left"
+    ) -> list[Promise] | None:   # `None`: only GPUs can have reservations
+        "Return the reservations of RAM: the machine's or a control group's, whichever has less left"
         if prepared.trouble: return [Promise(0, "external", available, available)]
         if not reserves_ram(prepared.claims): return None
         known = self._find_claims(prepared)
@@ -308,7 +308,7 @@ class Checks:
                            for use in uses if is_ram(use.key)], available)
 
     def asks_gpus(self, known: LedgerReading) -> bool:
-        "Return whether a check of RAM needs the GPUs: they use it, or memory is reserved and none was read yet"
+        "Return whether a check of RAM needs the GPUs: they use it, or memory is reserved and they are still unread"
         may_share = self.unified is None and any(c.device and not is_ram(c.device) for c in known.claims)
         return has_unified_memory() or bool(self.unified) or may_share
 
@@ -316,9 +316,9 @@ class Checks:
         self,
         snapshot: GpuSnapshot | None,
         prepared: Prepared,
-        available: int,   # bytes; none of it is free where the reservations cannot be read
+        available: int,   # bytes; all of it counts as taken where reading the reservations failed
     ) -> tuple[list[DeviceStatus], list[str]]:   # and notes
-        "Return the GPUs that use the machine's memory; one stands for those that cannot be read"
+        "Return the GPUs that use the machine's memory; one stands for the unreadable ones"
         if snapshot is None: return [], []
         self.unified = self.unified or tell_unified(snapshot)
         known = self._find_claims(prepared) if self.unified else LedgerReading()
@@ -335,7 +335,7 @@ def promises_on(
     claims: Sequence[Claim],
     app: str,                    # its name, which its reservations have
 ) -> tuple[Promise, ...]:
-    "Return what is reserved on a device"
+    "Return the reservations on a device"
     use = next((use for use in uses if use.device.id == device.id), None)
     promises = find_promises(use, claims, app) if use else ()
     if all(p.owner == "app" for p in promises): return promises
@@ -388,7 +388,7 @@ def _usable_together(conflict: ResourceConflict, count: int) -> tuple[list[Devic
     there = usable(conflict.allowed)
     whole = [d for d in there if d.device.mig_parent is None]
     if count < 2 or len(whole) == len(there): return there, f": {conflict.reason}" if conflict.reason else ""
-    return whole or there[:1], ": a process can use one MIG instance, and then no other device"
+    return whole or there[:1], ": a process can use one MIG instance, and then only that"
 
 def _with_room(devices: Sequence[DeviceStatus], least: float) -> list[DeviceStatus]:
     "Return the devices with so much free on each, also where some share their memory; the most free first"
@@ -407,15 +407,15 @@ def pick_devices(
     count: int,                  # how many devices
     least: float,                # bytes that each must have free
 ) -> GpuChoice:
-    "Return the devices with the most room; `ResourceUnavailable` for too few, `ResourceBusy` says who uses the memory"
+    "Return the devices with the most room; raise `ResourceUnavailable` for too few, `ResourceBusy` for too full ones"
     there, why = _usable_together(conflict, count)
     if len(there) < count:
-        raise ResourceUnavailable(f"Requested {_gpus(count)}, {len(there) or 'none'} can be used{why}", conflict)
+        raise ResourceUnavailable(f"Requested {_gpus(count)}; {len(there) or 'none'} can be used{why}", conflict)
     room = _with_room(there, least)
     if len(room) < count:
         fuller = [d for d in there if d not in room]
         wanted, _ = compare_sizes(least, max(d.room for d in fuller))
-        text = f"Requested {_gpus(count)} with {wanted} free, {len(room)} of {len(there)} have it"
+        text = f"Requested {_gpus(count)} with {wanted} free; {len(room)} of {len(there)} have it"
         raise ResourceBusy(f"{text}. {explain_free(fuller, least)}.", conflict,
                            retryable=sum(d.device.capacity >= least for d in there) >= count)
     return GpuChoice(tuple(d.device for d in room[:count]))

@@ -64,7 +64,7 @@ def _shown_worker(worker_type: str, plugin: str | None, job_id: str | None) -> t
 
 @lru_cache(maxsize=4096)
 def _make_owned(*fields: Any) -> OwnedProcess:
-    "Return the process with these fields; most are as they were at the last check, and are not made again"
+    "Return the process with these fields; most are unchanged since the last check, and are used again"
     return OwnedProcess(*fields)
 
 def owned_process(
@@ -74,7 +74,7 @@ def owned_process(
     owner: str,
     worker: WorkerState | None,  # that it belongs to
 ) -> OwnedProcess:
-    "Return a process with its owner, as `find_owner` tells it"
+    "Return a process with its owner, as `find_owner` returns it"
     name, plugin, job = (None, None, None) if worker is None else _shown_worker(
         worker.worker_type, worker.plugin_name or worker.plugin_id, worker.job_id)
     parent = None if worker is None or worker.pid == process.pid else worker.pid
@@ -84,11 +84,11 @@ def owned_process(
 
 # %% ../../nbs/core/classify.ipynb #41ccb90d
 def divide_rest(
-    left: int,                           # bytes in use that no process's figure explains
+    left: int,                           # bytes in use beyond the processes' figures
     processes: Sequence[OwnedProcess],
-    reported: int | None,                # bytes that the app's workers report; `None`: not needed, PIDs can be told
-) -> tuple[int, int, int]:  # bytes more for the app, for others, and for no visible process
-    "Return whose the memory is that the driver does not give to a process"
+    reported: int | None,                # bytes that the app's workers report; `None`: unneeded, PIDs match
+) -> tuple[int, int, int]:  # bytes more for the app, for other programs, and not visible by process
+    "Return the owners of memory that the driver leaves out of its list of processes"
     if reported is not None:
         more = min(left, reported)
         return more, 0, left - more
@@ -101,18 +101,18 @@ def classify_device(
     device: GpuDevice,
     processes: Sequence[OwnedProcess] = (),
     threshold_percent: float = 45.0,        # of the device's total
-    reported: int | None = None,            # bytes that workers report, where PIDs cannot be matched; else `None`
-    promises: tuple[Promise, ...] = (),     # what was reserved on it
+    reported: int | None = None,            # bytes that workers report, where PIDs are unmatched; else `None`
+    promises: tuple[Promise, ...] = (),     # the reservations on it
 ) -> DeviceStatus:
     "Return a device's memory by owner, and what that means for a job"
     total, used = device.memory_total, device.memory_used
     if not total or used is None:
-        reason = device.reason or "the driver does not say how much memory it has"
+        reason = device.reason or "the driver does not report its memory"
         return DeviceStatus(device, ResourceStatus.UNAVAILABLE, tuple(processes), reason=reason)
     held = {"app": 0, "external": 0, "unknown": 0}  # owner → bytes
     for p in processes: held[p.owner] += p.memory_used or 0
     left = max(used - held["app"] - held["external"], 0)
-    # with one missing, what is left may be the missing one's; of unified memory, it is the programs' RAM
+    # with one missing, the rest can be the missing one's; of unified memory, it is the programs' RAM
     silent = processes if device.processes_whole and not device.unified else ()
     more_app, more_external, rest = divide_rest(left, silent, reported)
     unattributed, ram = (0, rest) if device.unified else (rest, 0)
@@ -152,7 +152,7 @@ def gpu_process_dict(
 def _gpu_row(found: tuple[OwnedProcess, GpuDevice]) -> GpuProcessDict: return gpu_process_dict(*found)
 
 class _Rows:
-    "Makes dictionaries when they are asked for: after most checks nobody does"
+    "Makes dictionaries on request, because most checks go without them"
     def __init__(self, make: Callable[[Any], Any], found: Sequence[Any]) -> None: self.make, self.found = make, found
 
     def __iter__(self) -> Iterator[Any]: return map(self.make, self.found)
@@ -161,9 +161,9 @@ def _rows(make: Callable[[Any], Any], found: Sequence[Any]) -> Any: return _Rows
 
 # %% ../../nbs/core/classify.ipynb #66955728
 def conclude(
-    devices: Sequence[DeviceStatus],         # those that the app may use
+    devices: Sequence[DeviceStatus],         # those that the app can use
     threshold_percent: float = 45.0,
-    reason: str | None = None,               # why there are none, if there are none
+    reason: str | None = None,               # why the list is empty, if it is
     notes: Sequence[str] = (),
     snapshot: GpuSnapshot | None = None,
     others: Sequence[DeviceStatus] = (),     # those that only another process can use
@@ -173,7 +173,7 @@ def conclude(
     status = best_status(d.status for d in devices)
     if status is ResourceStatus.UNAVAILABLE:
         reasons = "; ".join(f"GPU {d.device.id}: {d.reason}" for d in devices)
-        reason = reasons or reason or "there is no device"
+        reason = reasons or reason or "no GPU was found"
     else: reason = None
     too_much = [d for d in devices if d.status is ResourceStatus.EXTERNAL_BUSY]
     app = [(p, d.device) for d in devices for p in d.processes if p.owner == "app"]
@@ -204,7 +204,7 @@ def judge_memory(
     external: int,              # bytes that other programs do
     threshold_percent: float,   # of the total
 ) -> ResourceStatus:
-    "Return whether RAM is available, and if not, who has more of it"
+    "Return whether RAM is available, and otherwise whether this app or other programs use more of it"
     if 100*(app + external) < threshold_percent*total: return ResourceStatus.AVAILABLE
     return ResourceStatus.APP_BUSY if app > external else ResourceStatus.EXTERNAL_BUSY
 
@@ -220,12 +220,12 @@ def find_large(
 # %% ../../nbs/core/classify.ipynb #d42774af
 def classify_memory(
     memory: HostMemory,
-    processes: Iterable[OwnedProcess],   # with what each has in RAM
+    processes: Iterable[OwnedProcess],   # with the RAM of each
     threshold_percent: float = 90.0,     # of the total
-    left_out: int = 0,                   # other programs' processes that are not among them
+    left_out: int = 0,                   # number of other programs' processes outside the list
     estimated: bool = False,             # whether some of the app's can have pages that others have, too
     notes: Sequence[str] = (),
-    gpus: Sequence[DeviceStatus] = (),   # those that use this memory: what is used there is not in `processes`
+    gpus: Sequence[DeviceStatus] = (),   # those that use this memory, whose use is missing in `processes`
     promises: Sequence[Promise] | None = None,   # all that is reserved of it, also on them; `None`: only on them
 ) -> ResourceConflict:
     "Return the use of system memory by owner, and what that means for a job"

@@ -31,15 +31,15 @@ _MOST = 8192   # bytes that are read
 
 @lru_cache(maxsize=4096)
 def _read(pid: int, start_time: float) -> str:
-    "Return a command line; `OSError` where there is none now, which is not kept: a program can be just starting"
+    "Return a command line; raise `OSError` where it is empty, as that of a program that is just starting"
     with FileIO(f"/proc/{pid}/cmdline") as file: data = file.read(_MOST).rstrip(b"\0 ")
     if not data or process.read_start(pid) != start_time: raise ProcessLookupError(pid)
     return show_command(data.decode(errors="replace").split("\0"))
 
 def read_command(
     pid: int,
-    start_time: float | None,   # of the process; `None`: it is not seen from here
-) -> str | None:  # `None` for a kernel thread, and for one that is hidden, has ended or is not of here
+    start_time: float | None,   # of the process; `None`: it is hidden from here
+) -> str | None:  # `None` for a kernel thread, and for a process that is hidden, ended or of another namespace
     "Return the command line of a process as it can be shown; it is read once"
     if start_time is None: return None
     if process.simulated_process(pid) is not None: return process.simulated_command(pid)

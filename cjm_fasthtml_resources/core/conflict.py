@@ -28,13 +28,13 @@ class ResourceConflict:
     external_pids: list[int] = handed_out((), made=list)   # processes of others that use too much
     app_processes: list[Any] = handed_out((), made=_copy_rows)       # GpuProcessDict or MemoryProcessDict
     external_processes: list[Any] = handed_out((), made=_copy_rows)
-    reason: str | None = None                     # why there is nothing to use, in words
+    reason: str | None = None                     # why every device is unusable, in words
     devices: tuple[DeviceStatus, ...] = ()        # each device's own status, for GPU memory
     memory: MemoryStatus | None = None            # for system memory
     threshold_percent: float | None = None        # the limit that decided
-    notes: tuple[str, ...] = ()                   # why the result is not exact, and what helps
+    notes: tuple[str, ...] = ()                   # why the result is an estimate, and the remedy
     snapshot: GpuSnapshot | None = field(default=None, repr=False)  # the raw driver data
-    other_instances: tuple[DeviceStatus, ...] = ()  # of MIG, and GPUs beside: only another process can use them
+    other_instances: tuple[DeviceStatus, ...] = ()  # of MIG, and other GPUs: only another process can use them
     waiting: tuple[Waiting, ...] = ()             # requests for GPU memory in the order of asking, of every app
 
     @property
@@ -44,19 +44,19 @@ class ResourceConflict:
 
     @property
     def estimated(self) -> bool:
-        "Whether the division by owner is not exact, on some device or in RAM"
+        "Return whether the division by owner is an estimate, on some device or in RAM"
         return any(d.estimated for d in self.devices) or self.memory is not None and self.memory.estimated
 
     @property
     def is_late(self) -> bool:
-        "Whether the driver has not answered yet, so that somebody who has time can wait for it"
+        "Return whether the driver has yet to answer, so that a program with time can wait for it"
         return self.snapshot is not None and self.snapshot.late
 
     @property
     def message(self) -> str:
-        "The result as a sentence: whether a job could start, and if not, who uses the memory"
+        "Return the result as a sentence: whether a job could start, and otherwise which processes use the memory"
         if self.memory is not None: return explain_memory(self.status, self.memory, self.reason)
-        return explain_gpus(self.status, self.devices, self.reason)
+        return explain_gpus(self.status, self.devices, self.reason, self.threshold_percent)
 
     def _repr_html_(self) -> str | None: return repr_html(self)
 
@@ -68,14 +68,14 @@ class ResourceConflict:
 
 # %% ../../nbs/core/conflict.ipynb #cafb6e52
 class ResourceBusy(RuntimeError):
-    "There is not enough free memory now; `conflict` names the processes that use it"
+    "Too little memory is free now; `conflict` names the processes that use it"
     def __init__(
         self,
         message: str,
         conflict: ResourceConflict | None = None,
         *,
         retryable: bool = True,                # whether waiting can help
-        suggested_action: str | None = None,   # what would help, in words
+        suggested_action: str | None = None,   # a remedy, in words
         result: Any = None,                    # the ValidationResult, where a validation raised this
     ) -> None:
         super().__init__(message)
@@ -84,7 +84,7 @@ class ResourceBusy(RuntimeError):
 
 # %% ../../nbs/core/conflict.ipynb #a3fbc089
 class ResourceUnavailable(RuntimeError):
-    "There is no GPU to use, and waiting does not help; the message has the reason"
+    "Every GPU is unusable, and waiting is useless; the message has the reason"
     def __init__(
         self,
         message: str,

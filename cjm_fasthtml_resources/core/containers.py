@@ -37,7 +37,7 @@ def _unescape(unit: str) -> str:
     return re.sub(r"\\x([0-9a-f]{2})", lambda found: chr(int(found[1], 16)), unit)
 
 def _named(part: str, above: str) -> Container | None:
-    "Return what a part of a path stands for, given the part above it"
+    "Return the container, pod or job that a part of a path names, given the part above it"
     if "conmon-" in part: return None
     # most parts are short, and a pattern is compiled at its first use
     if (len(part) >= 64 or part.endswith(".scope")) and (found := re.fullmatch(_HEX, part)):
@@ -74,14 +74,14 @@ def other_container(
     found: tuple[Container, ...],
     own: tuple[Container, ...],    # those that this process is in
 ) -> Container | None:
-    "Return the outermost container that a process is in and this process is not"
+    "Return the outermost container that a process is in and this process is outside of"
     return next((c for n, c in enumerate(found) if c not in own[n:n + 1]), None)
 
 # %% ../../nbs/core/containers.ipynb #8036c155
 _PASSING = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)   # at another moment it can be read
 
 def _read(path: str, most: int = 65_536) -> bytes:
-    "Return the content of a file, nothing if it cannot be read; `OSError` if it might be at another moment"
+    "Return the content of a file, empty if unreadable; raise `OSError` if another attempt can succeed"
     try:
         with FileIO(path) as file: return file.read(most)
     except OSError as error:
@@ -95,7 +95,7 @@ POD_LOGS = "/var/log/pods"
 _LONGEST = 40
 
 def _clean(name: str) -> str:
-    "Return a name as one word of printable characters, not too long to stand in a sentence"
+    "Return a name as one word of printable characters, short enough for a sentence"
     word = printable("_".join(name.split()))
     return word if len(word) <= _LONGEST else word[:_LONGEST - 1] + "…"
 
@@ -134,8 +134,8 @@ def _own(pid: int) -> tuple[Container, ...]:
 def read_container(
     pid: int,
     proc: str = "/proc",  # where the process file system is mounted
-) -> str | None:  # `None` for a process in no container, or in the same one as this process
-    "Return the container, pod or job of a process; `OSError` if no file can be opened at this moment"
+) -> str | None:  # `None` for a process outside containers, or in the same one as this process
+    "Return the container, pod or job of a process; raise `OSError` if out of file descriptors"
     found = parse_cgroup(_read(f"{proc}/{pid}/cgroup").decode(errors="replace"))
     container = other_container(found, _own(os.getpid())) if found else None
     return name_container(container) if container else None
@@ -146,7 +146,7 @@ _HOST = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
 @cache_until_fork
 def _host_name(pid: int) -> str | None: return clean_host(os.uname().nodename)
 
-def host_name() -> str | None:  # `None` where there is none that can be shown
+def host_name() -> str | None:  # `None` for a missing or unprintable one
     "Return the host name of this process"
     found: str | None = _host_name(os.getpid())
     return found

@@ -22,7 +22,7 @@ from .order import CudaOrder, cuda_order
 # %% ../../nbs/core/devices.ipynb #ebd19e97
 _NUMBER = r"(?a)[ \t\n\v\f\r]*([+-]?)(\d+)"
 
-def read_index(entry: str) -> int | None:  # `None`: it is none
+def read_index(entry: str) -> int | None:  # `None`: not an index
     "Return the index that CUDA reads in an entry"
     if not (found := re.match(_NUMBER, entry)): return None
     number = min(int(found[2][:40]), 2**64 - 1)
@@ -33,7 +33,7 @@ def read_index(entry: str) -> int | None:  # `None`: it is none
 # %% ../../nbs/core/devices.ipynb #aa3ba0e4
 _UUID = r"(?as)(?:GPU|MIG)-([0-9a-fA-F-]*)(.*)"
 
-def read_digits(entry: str) -> str | None:  # `None`: it is none
+def read_digits(entry: str) -> str | None:  # `None`: not a UUID
     "Return the digits of the UUID, or of its beginning, that CUDA reads in an entry"
     if not (found := re.fullmatch(_UUID, entry)): return None
     digits = found[1].replace("-", "").lower()
@@ -77,12 +77,12 @@ def read_value(
     numbers: Mapping[int, GpuDevice],   # the GPU that CUDA means with each number
 ) -> tuple[tuple[GpuDevice, ...], str | None]:  # and a sentence if the value names a missing one
     "Return the devices that a value names, in its order"
-    if not value.strip(): return (), "CUDA_VISIBLE_DEVICES is empty, so no device may be used"
+    if not value.strip(): return (), "CUDA_VISIBLE_DEVICES is empty, so every device is hidden"
     found: dict[int | str, GpuDevice] = {}
     for entry in value.split(","):
         named = _named(devices, entry, None if has_uuids(value) else numbers)
         if any(d.id in found for d in named):
-            return (), f"CUDA_VISIBLE_DEVICES={shorten(value)} names a device twice: as in CUDA, none is visible"
+            return (), f"CUDA_VISIBLE_DEVICES={shorten(value)} names a device twice: as in CUDA, every device is hidden"
         if not named:
             missing = f"CUDA_VISIBLE_DEVICES={shorten(value)} names {shorten(entry.strip())}, which is not here"
             return tuple(found.values()), f"{missing}: as in CUDA, it and what follows are not visible"
@@ -90,7 +90,7 @@ def read_value(
     return tuple(found.values()), None
 
 def has_uuids(value: str) -> bool:
-    "Tell whether CUDA reads a value of CUDA_VISIBLE_DEVICES as UUIDs"
+    "Return whether CUDA reads a value of CUDA_VISIBLE_DEVICES as UUIDs"
     return value.startswith(("GPU-", "MIG-"))
 
 # %% ../../nbs/core/devices.ipynb #166ecca2
@@ -102,8 +102,8 @@ def number_gpus(
     counted: CudaOrder,
     asked: Sequence[int],             # numbers in the order of naming
     worst_first: Callable[[Sequence[GpuDevice]], Sequence[GpuDevice]] = least_free_first,
-) -> tuple[dict[int, GpuDevice], list[GpuDevice]]:  # and the GPUs that the numbers may mean instead
-    "Return the GPU of each of CUDA's numbers; where it is not certain, of those that it can be the worst"
+) -> tuple[dict[int, GpuDevice], list[GpuDevice]]:  # and the GPUs that the numbers can mean instead
+    "Return the GPU of each of CUDA's numbers; where it is uncertain, the worst of the possible ones"
     indexes = sorted(d.index for d in counted.gpus)
     places = zip(indexes, counted.gpus, strict=True)
     numbers = {number: gpu for number, gpu in places if indexes.count(number) == 1}
@@ -115,17 +115,17 @@ def number_gpus(
 
 # %% ../../nbs/core/devices.ipynb #f30c6396
 def _asked(value: str) -> Iterator[int]:
-    "Yield the numbers that a value names, up to the first entry that is none"
+    "Yield the numbers that a value names, up to the first entry of another form"
     for entry in value.split(","):
         if (index := read_index(entry)) is None: return
         yield index
 
-_FASTEST = "CUDA counts the fastest GPU first, and it is not certain which one that is"
+_FASTEST = "CUDA counts the fastest GPU first, and which one that is is uncertain"
 
 def explain_doubt(
-    what: str,                     # what was asked for
+    what: str,                     # the request
     gpus: Sequence[GpuDevice],     # those that it can mean
-    trouble: str | None = None,    # what is wrong with CUDA_DEVICE_ORDER
+    trouble: str | None = None,    # the problem with CUDA_DEVICE_ORDER
     answer: str = "",              # a sentence for which of them the answer is
 ) -> str:
     "Return in words which GPUs a number can mean, and what settles it"
@@ -139,10 +139,10 @@ class Seen(NamedTuple):
     "The devices for a process: those that its CUDA shows, and those that only another process can use"
     visible: tuple[GpuDevice, ...]
     others: tuple[GpuDevice, ...] = ()   # a child can be given one of them by UUID
-    complaint: str | None = None         # what CUDA does not take as it was written, in words
+    complaint: str | None = None         # the part that CUDA reads differently, in words
 
 def split_mig(allowed: tuple[GpuDevice, ...]) -> Seen:
-    "Return what one process can use of several devices"
+    "Return the devices that one process can use of several"
     instance = next((d for d in allowed if d.mig_parent is not None), None)
     if instance is None: return Seen(allowed)
     return Seen((instance,), tuple(d for d in allowed if d is not instance))
@@ -154,12 +154,12 @@ def _see_named(
     counted: CudaOrder,
     worst_first: Callable[[Sequence[GpuDevice]], Sequence[GpuDevice]],
 ) -> Seen:
-    "Return the devices that a value names, and in words what CUDA does not take as it was written"
+    "Return the devices that a value names, and the part that CUDA reads differently"
     numbers, instead = number_gpus(counted, list(_asked(value)), worst_first)
     allowed, complaint = read_value(devices, value, numbers)
     seen, said, name = split_mig(allowed), [complaint] if complaint else [], f"CUDA_VISIBLE_DEVICES={shorten(value)}"
-    if seen.others: said.append(f"{name} names {len(allowed)} devices: as in CUDA, this process uses one MIG instance "
-                                f"and no other device, {seen.visible[0].id}")
+    if seen.others: said.append(f"{name} names {len(allowed)} devices: as in CUDA, this process uses one MIG instance, "
+                                f"{seen.visible[0].id}")
     if instead and allowed:
         said.append(explain_doubt(name, instead, counted.trouble, "The answer is for the fullest of them. "))
     return seen._replace(complaint=". ".join(said) or None)
@@ -170,7 +170,7 @@ def _unsure_instance(
     counted: CudaOrder,
     worst_first: Callable[[Sequence[GpuDevice]], Sequence[GpuDevice]],
 ) -> Seen:
-    "Return what is seen, with the fullest instance that the first one can be"
+    "Return the visible devices, with the fullest instance that the first one can be"
     firsts: dict[int, GpuDevice] = {}
     for d in (*seen.visible, *seen.others):
         if d.mig_parent is not None: firsts.setdefault(d.mig_parent, d)
@@ -188,7 +188,7 @@ def see_devices(
 ) -> Seen:
     "Return the devices that a CUDA program with this environment can use, in CUDA's order"
     value, order = environ.get("CUDA_VISIBLE_DEVICES"), environ.get("CUDA_DEVICE_ORDER")
-    if value is not None and has_uuids(value): order = "PCI_BUS_ID"   # nothing is counted
+    if value is not None and has_uuids(value): order = "PCI_BUS_ID"   # UUIDs need no order
     counted = cuda_order(devices, order)
     if value is not None: return _see_named(devices, value, counted, worst_first)
     ranks = {gpu.index: rank for rank, gpu in enumerate(counted.gpus)}
@@ -201,7 +201,7 @@ def _gpu_of(device: GpuDevice) -> int: return device.index if device.mig_parent 
 # %% ../../nbs/core/devices.ipynb #74475f18
 def visible_devices(
     devices: Sequence[GpuDevice],  # a snapshot's
-    value: str | None,             # of CUDA_VISIBLE_DEVICES; `None` when it is not set
+    value: str | None,             # of CUDA_VISIBLE_DEVICES; `None` when it is unset
     order: str | None = None,      # of CUDA_DEVICE_ORDER
 ) -> tuple[tuple[GpuDevice, ...], str | None]:  # in CUDA's order; and a sentence if the value names a missing one
     "Return the devices that a CUDA program can use"
@@ -210,10 +210,10 @@ def visible_devices(
 
 def allowed_devices(
     devices: Sequence[GpuDevice],  # a snapshot's
-    value: str | None,             # of CUDA_VISIBLE_DEVICES; `None` when it is not set
+    value: str | None,             # of CUDA_VISIBLE_DEVICES; `None` when it is unset
     order: str | None = None,      # of CUDA_DEVICE_ORDER
 ) -> tuple[GpuDevice, ...]:
-    "Return the devices that a child process can be given: also the MIG instances that this process does not see"
+    "Return the devices that a child process can be given, with the MIG instances that are hidden from this one"
     visible, others, _ = see_devices(devices, _environ(value, order))
     return (*visible, *others)
 
@@ -223,11 +223,11 @@ def _environ(value: str | None, order: str | None) -> dict[str, str]:
 
 # %% ../../nbs/core/devices.ipynb #d08551aa
 def device_key(device: GpuDevice) -> str:
-    "Return what a device is called in a reservation, the same in every process: its UUID, or its address without one"
+    "Return a device's name in reservations, the same in every process: its UUID or, without one, its address"
     return _on_host(device, device.uuid or device.address or str(device.id))
 
 def device_address(device: GpuDevice) -> str:
-    "Return what a device is called by a program that cannot read its UUID"
+    "Return a device's name for programs that cannot read its UUID"
     return _on_host(device, device.address or str(device.id))
 
 def _on_host(device: GpuDevice, key: str) -> str: return key if device.host is None else f"{device.host} {key}"
@@ -245,10 +245,10 @@ def device_place(
 def select_devices(
     devices: Sequence[GpuDevice],            # the visible ones, in CUDA's order
     wanted: int | str | GpuDevice | None,    # a position among them, "cuda:1", a UUID or a device; `None`: all
-    others: Sequence[GpuDevice] = (),        # that have no position here, and can be given to a child
+    others: Sequence[GpuDevice] = (),        # without a position here; a child can be given them
 ) -> list[GpuDevice]:
     """Return the devices that are meant.
-    `ValueError` if there is none, `TypeError` for what cannot name a device"""
+    Raise `ValueError` if it does not exist, `TypeError` for a type that cannot name a device"""
     every = [*devices, *others]
     if wanted is None: return every
     if isinstance(wanted, GpuDevice): wanted = device_key(wanted)
@@ -259,14 +259,14 @@ def select_devices(
     if found: return found
     visible = ", ".join(device_key(d) for d in devices)
     if others: visible += "; for a child process also " + ", ".join(device_key(d) for d in others)
-    raise ValueError(f"device must name one of the {len(devices)} that are visible, not {shorten(wanted)}: {visible}")
+    raise ValueError(f"device {shorten(wanted)} is not visible to this process. Visible: {visible}")
 
 # %% ../../nbs/core/devices.ipynb #09120b41
 def doubtful_places(
     devices: Sequence[GpuDevice],    # a snapshot's
     environ: Mapping[str, str],      # with CUDA_VISIBLE_DEVICES and CUDA_DEVICE_ORDER
-) -> tuple[GpuDevice, ...]:   # none where each position is certain
-    "Return the visible devices that may have each other's position"
+) -> tuple[GpuDevice, ...]:   # empty where each position is certain
+    "Return the visible devices that can have each other's position"
     if has_uuids(environ.get("CUDA_VISIBLE_DEVICES", "")): return ()
     doubtful = cuda_order(devices, environ.get("CUDA_DEVICE_ORDER")).doubtful
     if not doubtful: return ()
@@ -280,10 +280,10 @@ def find_ordinal(
     environ: Mapping[str, str],      # with CUDA_VISIBLE_DEVICES and CUDA_DEVICE_ORDER
 ) -> int:
     """Return a device's number for CUDA in a process with this environment, as in `torch.device("cuda", number)`.
-    `LookupError` if the process does not see the device, or if it is not certain how CUDA counts"""
+    Raise `LookupError` if the device is invisible to the process, or if CUDA's order is uncertain"""
     key, visible = device_key(device), [device_key(d) for d in see_devices(devices, environ).visible]
     if key not in visible:
-        raise LookupError(f"this process does not see GPU {device.id}; a child process that is started with env does")
+        raise LookupError(f"GPU {device.id} is not visible to this process; it is to a child process that is started with env")
     instead, ordinal = doubtful_places(devices, environ), visible.index(key)
     if key in map(device_key, instead): raise LookupError(explain_doubt(f"cuda:{ordinal}", instead))
     return ordinal
@@ -292,8 +292,8 @@ def find_ordinal(
 def visible_env(
     devices: Sequence[GpuDevice],
 ) -> dict[str, str]:
-    """Return what the environment of a child needs to use these devices and no others: UUIDs.
-    Numbers where a GPU has no UUID, `LookupError` where a MIG instance has none"""
+    """Return the environment variables that limit a child to these devices, by UUID.
+    Use numbers where a GPU lacks a UUID; raise `LookupError` where a MIG instance lacks one"""
     uuids = [d.uuid for d in devices if d.uuid]
     return {"CUDA_VISIBLE_DEVICES": ",".join(uuids)} if len(uuids) == len(devices) else env_by_index(devices)
 
@@ -301,10 +301,10 @@ def env_by_index(
     devices: Sequence[GpuDevice],
 ) -> dict[str, str]:
     """Return the same with numbers, for programs that read one in each entry.
-    `LookupError` for a MIG instance, which has none"""
+    Raise `LookupError` for a MIG instance, which lacks one"""
     for d in devices:
         if d.mig_parent is not None:
-            raise LookupError(f"MIG instance {d.id} has no number in CUDA_VISIBLE_DEVICES: it has to be named by UUID")
+            raise LookupError(f"MIG instance {d.id} has no number in CUDA_VISIBLE_DEVICES: name it by UUID")
     return {"CUDA_VISIBLE_DEVICES": ",".join(str(d.index) for d in devices), "CUDA_DEVICE_ORDER": "PCI_BUS_ID"}
 
 # %% ../../nbs/core/devices.ipynb #907dfc1e
@@ -315,9 +315,9 @@ class GpuChoice:
 
     @property
     def env(self) -> dict[str, str]:
-        "What a child's environment needs to use these devices and no others"
+        "Environment variables that limit a child to these devices"
         return visible_env(self.devices)
     @property
     def env_by_index(self) -> dict[str, str]:
-        "The same with numbers, for programs that cannot read UUIDs; `LookupError` for a MIG instance"
+        "The same with numbers, for programs that cannot read UUIDs; raise `LookupError` for a MIG instance"
         return env_by_index(self.devices)

@@ -51,7 +51,7 @@ def find_descendants(
     if not wanted: return []
     found = [read_process(pid).lineage for pid in psutil.pids() if simulated_process(pid) is None]
     unread = [lineage[-1].pid for lineage in found if lineage[-1].start_time is None and could_be_read(lineage[-1].pid)]
-    if unread: raise OSError(errno.EAGAIN, f"it cannot be read just now what {len(unread)} processes descend from")
+    if unread: raise OSError(errno.EAGAIN, f"reading the parents of {len(unread)} processes failed")
     return [lineage[0] for lineage in found if wanted.intersection(lineage) and not has_ended(*lineage[0])]
 
 # %% ../../nbs/core/ending.ipynb #07726a6b

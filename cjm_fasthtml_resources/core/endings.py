@@ -86,15 +86,15 @@ def find_ending(
 def find_by_id(
     ledger: Ledger,
     id: int,
-    waits: bool,   # whether it is a request that waits; else it is a reservation
+    waits: bool,   # whether it is a waiting request; else it is a reservation
 ) -> Claim:
     "Return the claim with an ID; `LookupError` if there is none, or if it is of the other kind"
-    kind = "request that waits" if waits else "reservation"
+    kind = "waiting request" if waits else "reservation"
     claims = ledger.claims()
     claim = next((c for c in claims if c.id == id), None)
     if claim is None:
         known = ", ".join(str(c.id) for c in claims if (c.device is None) == waits)
-        raise LookupError(f"There is no {kind} with the ID {id}; there is {known or 'none at all'}.")
+        raise LookupError(f"No {kind} has the ID {id}. Existing IDs: {known or 'none'}.")
     if (claim.device is None) == waits: return claim
     if waits: raise LookupError(f"{id} is a reservation already: release it.")
     raise LookupError(f"{id} is a request that still waits: cancel it.")
@@ -112,7 +112,7 @@ def _mark_over(store: Store, claim: Claim) -> bool:
 def end_claim(
     ledger: Ledger,
     id: int,
-    waits: bool = False,   # True: a request that waits is cancelled; False: a reservation is released
+    waits: bool = False,   # True: a waiting request is cancelled; False: a reservation is released
 ) -> Claim:  # as it was; of a group, one of them
     """End a claim of any process, a group with all its devices.
     `LookupError` without such a claim, `PermissionError` for another user's, `StoreError`"""
@@ -136,5 +136,5 @@ def give_back(
     "Give a reservation back, as `Ledger.give_back`; log who has ended it before"
     by = find_ending(ledger, lease) if lease in ledger.leases.held else None
     was_there = ledger.give_back(lease, for_other)
-    if was_there and by: _log.warning("reserved GPU memory was over before it was given back: %s had ended it", by)
+    if was_there and by: _log.warning("a reservation of GPU memory was over before its release: %s had ended it", by)
     return was_there and by is None

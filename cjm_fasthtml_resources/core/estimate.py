@@ -35,7 +35,7 @@ SHARE_OVERHEAD = 0.2           # of the weights: activations and buffers
 def estimate_overhead(
     weights: int,  # bytes
 ) -> int:  # bytes
-    "Return what a process on one GPU takes beside its weights, by rule"
+    "Return the bytes that a process on one GPU takes in addition to its weights, by rule"
     return CONTEXT_OVERHEAD + int(weights*SHARE_OVERHEAD)
 
 # %% ../../nbs/core/estimate.ipynb #e476d406
@@ -48,7 +48,7 @@ class NeedEstimate:
     dtypes: dict[str, int] = field(hash=False)  # bytes by type, the most first
     files: tuple[Path, ...]                     # those that were counted
     source: str                                 # "safetensors" or "GGUF"
-    base_model: str | None = None               # of an adapter, and not counted; "" if its name is not known
+    base_model: str | None = None               # of an adapter, left out of the estimate; "" if its name is unknown
     left_out: tuple[str, ...] = ()              # other files with weights in the folder, and in those within it
 
     @property
@@ -62,7 +62,7 @@ class NeedEstimate:
         return self.total/2**20
 
     def explain(self) -> str:
-        "Return the estimate as a sentence, with what it does not count"
+        "Return the estimate as a sentence, with the parts that it leaves out"
         return explain_estimate(self)
 
     def __str__(self) -> str: return self.explain()
@@ -71,26 +71,26 @@ class NeedEstimate:
 def explain_estimate(
     need: NeedEstimate,
 ) -> str:
-    "Return an estimate as a sentence, with what it does not count"
+    "Return an estimate as a sentence, with the parts that it leaves out"
     tensors = "1 tensor" if need.tensors == 1 else f"{need.tensors:,} tensors"
     sentence = (f"An estimate: {format_bytes(need.weights)} of weights ({tensors}, {list_names([*need.dtypes])}) and "
                 f"{format_bytes(need.overhead)} of overhead (CUDA's context, activations; the cache of a long context "
                 f"comes on top); what a job really takes is learned from its first run.")
     if need.base_model is not None:
         base = f"its base model, {need.base_model}," if need.base_model else "its base model"
-        sentence += f" These are the weights of an adapter: {base} is not counted."
+        sentence += f" These are the weights of an adapter: {base} is left out."
     if need.left_out: sentence += f" Not counted: {list_names(need.left_out)}."
     return sentence
 
 # %% ../../nbs/core/estimate.ipynb #611a07ef
 _PICKLES = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")   # of torch.save, now and before 1.6
-_PICKLED = "is not read, because unpickling runs code. Convert it to safetensors"
+_PICKLED = "is refused, because unpickling runs code. Convert it to safetensors"
 
 def read_weights(
     path: Path,
     parts: int = 1,  # files that are read together
 ) -> tuple[str, Weights]:  # the format, and the weights
-    "Return the weights of a safetensors or GGUF file; `ValueError` for any other, `OSError` if it cannot be read"
+    "Return the weights of a safetensors or GGUF file; raise `ValueError` for any other, `OSError` if reading fails"
     with open_file(path) as (file, _): start = file.read(64)
     if start.startswith(b"version https://git-lfs"):
         raise file_error(path, "is a pointer of Git LFS: the weights were not downloaded (git lfs pull)")
@@ -98,10 +98,10 @@ def read_weights(
         found = read_gguf(path)
         split = found.values.get("split.count")
         if isinstance(split, int) and split > parts:
-            raise file_error(path, f"is one of {split} parts, and its name does not lead to the others")
+            raise file_error(path, f"is one of {split} parts, and its name does not show the names of the others")
         return "GGUF", found.weights
     if path.suffix.lower() == ".safetensors" or start[8:9] == b"{": return "safetensors", read_safetensors(path)
-    if start.startswith(_PICKLES): raise file_error(path, f"looks like a pickle and {_PICKLED}")
+    if start.startswith(_PICKLES): raise file_error(path, f"looks like a pickle, and {_PICKLED}")
     raise file_error(path, "is neither a safetensors nor a GGUF file")
 
 # %% ../../nbs/core/estimate.ipynb #59f80560
@@ -137,7 +137,7 @@ def _check_parts(folder: Path, names: list[str]) -> None:
     if not parts: return
     total, there = int(parts[0]["total"]), {int(part["number"]) for part in parts}
     if missing := set(range(1, total + 1)) - there:
-        raise file_error(folder/name_model(names[0]), f"is not complete: part {min(missing)} of {total} is not there")
+        raise file_error(folder/name_model(names[0]), f"is incomplete: part {min(missing)} of {total} is missing")
 
 # %% ../../nbs/core/estimate.ipynb #1c83e5b4
 def find_parts(
@@ -160,11 +160,11 @@ def _read_json(path: Path) -> dict[str, Any]:
 def _read_index(path: Path) -> list[str]:
     "Return the files that an index of weights names"
     try: found = _read_json(path).get("weight_map")
-    except ValueError as error: raise file_error(path, f"is no valid index: {error}") from error
-    if not isinstance(found, dict) or not found: raise file_error(path, "is no valid index: it has no weight_map")
+    except ValueError as error: raise file_error(path, f"is not a valid index: {error}") from error
+    if not isinstance(found, dict) or not found: raise file_error(path, "is not a valid index: it has no weight_map")
     for name in found.values():
         if not isinstance(name, str) or os.path.basename(name) != name or not name.endswith(".safetensors"):
-            raise file_error(path, "is no valid index: it names something else than a file beside it")
+            raise file_error(path, "is not a valid index: it names files outside its folder")
     return sorted(set(found.values()))
 
 # %% ../../nbs/core/estimate.ipynb #087a63b9
@@ -172,7 +172,7 @@ def group_files(
     folder: Path,
     names: list[str],  # of the files in it
 ) -> dict[str, list[str]]:  # name of a model, or of its index → names of files
-    "Return the models in a folder with their files; `ValueError` if an index is not valid"
+    "Return the models in a folder with their files; raise `ValueError` if an index is invalid"
     indexes = [name for name in names if ".safetensors.index." in name and name.endswith(".json")]
     models = {name: _read_index(folder/name) for name in indexes}
     indexed = {name for files in models.values() for name in files}
@@ -196,7 +196,7 @@ def _nothing_there(folder: Path, names: Iterable[str]) -> ValueError:
 def choose_files(
     folder: Path,
 ) -> list[Path]:
-    "Return the files of the model in a folder; `ValueError` if there is none, several, or a part is missing"
+    "Return the files of the model in a folder; raise `ValueError` unless there is exactly one, with all its parts"
     names = list_files(folder)
     models = group_files(folder, names)
     if not models: raise _nothing_there(folder, names)
@@ -230,7 +230,7 @@ def find_files(
 
 # %% ../../nbs/core/estimate.ipynb #6b240afa
 def _base_model(files: list[Path], weights: Weights) -> str | None:
-    "Return the name of an adapter's base model, empty if it is not known; `None` if it is no adapter"
+    "Return the name of an adapter's base model, empty if unknown; `None` for other weights"
     if not weights.adapter and not files[0].name.startswith("adapter_model."): return None
     try: name = _read_json(files[0].with_name("adapter_config.json")).get("base_model_name_or_path")
     except (OSError, ValueError): return ""
@@ -238,7 +238,7 @@ def _base_model(files: list[Path], weights: Weights) -> str | None:
 
 # %% ../../nbs/core/estimate.ipynb #05686c7e
 def _left_out(folder: Path, files: list[Path]) -> tuple[str, ...]:
-    "Return the files with weights in a folder and in those within it that are not counted"
+    "Return the files with weights in a folder and its subfolders that are left out"
     found: list[Path] = []
     for place in (folder, *(folder/name for name in list_folders(folder))):
         with contextlib.suppress(OSError): found += [place/name for name in list_files(place)]

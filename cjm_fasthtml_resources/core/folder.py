@@ -23,10 +23,10 @@ class StoreError(RuntimeError):
 _ADVICE = {
     (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK, errno.EINVAL):   # what file systems without locks answer
         "is on a file system without locks ({reason}); set CJM_RESOURCES_DIR to a folder on a local disk",
-    (errno.ENOSPC, errno.EDQUOT): "cannot be written, its disk is full",
-    (errno.EROFS,): "cannot be written, it or its disk is read-only",
-    (errno.EACCES, errno.EPERM): "cannot be opened; may its folder be written?",
-    (errno.EMFILE, errno.ENFILE): "cannot be opened, this process has no free file descriptor (ulimit -n)",
+    (errno.ENOSPC, errno.EDQUOT): "cannot be written: its disk is full",
+    (errno.EROFS,): "cannot be written: it or its disk is read-only",
+    (errno.EACCES, errno.EPERM): "cannot be opened. Check that its folder is writable",
+    (errno.EMFILE, errno.ENFILE): "cannot be opened: this process is out of file descriptors (ulimit -n)",
 }
 
 # %% ../../nbs/core/folder.ipynb #8b2f8ffd
@@ -91,7 +91,7 @@ def folder_in(
         if not re.match(r"\s*[\"']?folder[\"']?\s*=", line): continue
         found = re.match(_LINE, line)
         folder = (found[1] or found[2] or "") if found else ""
-        if not os.path.isabs(folder): raise ValueError(f"has to say folder = \"/an/absolute/path\", not {line.strip()}")
+        if not os.path.isabs(folder): raise ValueError(f"needs folder = \"/an/absolute/path\", not {line.strip()}")
         return folder
     return None
 
@@ -102,14 +102,14 @@ def read_settings(
     try:
         with FileIO(path) as file: found, text = os.fstat(file.fileno()), file.read(65_536).decode(errors="replace")
     except (FileNotFoundError, NotADirectoryError): return None
-    except OSError as error: raise StoreError(f"{path} cannot be read: {error.strerror}") from error
+    except OSError as error: raise StoreError(f"{path} is unreadable: {error.strerror}") from error
     if found.st_uid and not is_hidden(found.st_uid) or found.st_mode & 0o022 or not stat.S_ISREG(found.st_mode):
-        raise StoreError(f"{path} is not used: it has to belong to root, and no other user may write to it "
+        raise StoreError(f"{path} is refused, because another user than root can write to it "
                          f"(sudo chown root {path}; sudo chmod go-w {path})")
     try: folder = folder_in(text)
     except ValueError as error: raise StoreError(f"{path} {error}") from None
     if folder is not None and not os.path.isdir(folder):
-        raise StoreError(f"{path} names {folder}, which is not there. Ask the administrator: "
+        raise StoreError(f"{path} names {folder}, which is missing. Ask the administrator: "
                          f"sudo cjm-resources share {folder} --group GROUP")
     return None if folder is None else as_path(folder)
 

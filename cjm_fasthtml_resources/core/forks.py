@@ -66,7 +66,7 @@ def _free_tqdm(tqdm: Any) -> None:
 _OTHERS: dict[str, Callable[[Any], None]] = {"pynvml": _free_pynvml, "psutil": _free_psutil, "tqdm": _free_tqdm}
 
 def free_others() -> None:
-    "Free the locks of other packages in a fork's child, which the parent's threads can have held"
+    "Free the locks of other packages in a fork's child, which the parent's threads can have taken"
     for name, free in _OTHERS.items():
         if name not in sys.modules: continue
         with contextlib.suppress(AttributeError): free(sys.modules[name])   # of a version without such a lock
@@ -82,7 +82,7 @@ def no_fork() -> Iterator[None]:
     with holding(_no_fork): yield
 
 def waited_in_vain() -> bool:
-    "In a fork's child: return whether another thread was in such a block all the same, since it did not end"
+    "In a fork's child: return whether another thread was still in such a block"
     return not getattr(_forking, "waited", True)
 
 def _wait_for_others() -> None: _forking.waited = _no_fork.acquire(timeout=FORK_SECONDS)
@@ -102,7 +102,7 @@ def reset_all() -> None:
         if thing is None: continue
         try: thing.after_fork()
         except BaseException:  # whatever it is: it would only be printed here
-            _log.exception("%s could not be made new after a fork", type(thing).__name__)
+            _log.exception("resetting %s after a fork failed", type(thing).__name__)
 
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(before=_wait_for_others, after_in_parent=_go_on, after_in_child=reset_all)

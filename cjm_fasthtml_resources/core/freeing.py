@@ -164,7 +164,7 @@ def choose_idle(
     short = there if count == 1 else [d for d in there if d.room < need]
     wanted, _ = compare_sizes(need, max(d.room for d in short))
     each = "" if count == 1 else f" on {count} GPUs"
-    text = f"{wanted} cannot be made free{each} by stopping idle workers. {explain_free(short, need)}."
+    text = f"{wanted} cannot be freed{each} by stopping all idle workers. {explain_free(short, need)}."
     raise ResourceBusy(f"{text} {made}".rstrip(), conflict)
 
 # %% ../../nbs/core/freeing.ipynb #3e123130

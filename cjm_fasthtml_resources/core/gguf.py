@@ -38,7 +38,7 @@ def tensor_size(
     kind: GgmlType,
     shape: tuple[int, ...],  # the numbers of a row first
 ) -> int:
-    "Return the bytes of a tensor; `ValueError` if its rows do not consist of whole blocks"
+    "Return the bytes of a tensor; raise `ValueError` unless its rows consist of whole blocks"
     row = shape[0] if shape else 1
     if row % kind.numbers: raise ValueError(f"has rows of {row:,}, but {kind.name} has blocks of {kind.numbers}")
     return prod(shape)//kind.numbers*kind.size
@@ -50,20 +50,20 @@ class _Reader:
         self.file, self.size, self.order, self.at = file, size, "<", 0
 
     def take(self, count: int) -> bytes:
-        "Return the next bytes; `ValueError` if there are not so many"
+        "Return the next bytes; raise `ValueError` if the file is shorter"
         self.at += count
         if self.at > LONGEST_HEADER: raise ValueError(f"its header has more than {LONGEST_HEADER:,} bytes")
         if self.at > self.size: raise ValueError("it ends within its header")
         return self.file.read(count)
 
     def skip_texts(self, count: int) -> None:
-        "Read so many texts, often hundreds of thousands, and keep nothing"
+        "Skip so many texts, often hundreds of thousands"
         read, end = self.file.read, min(self.size, LONGEST_HEADER)
         length = struct.Struct(self.order + "Q").unpack
         for _ in range(count):
             self.at += 8
             if self.at <= end: self.at += (size := length(read(8))[0])
-            if self.at > end: self.take(0)   # says why
+            if self.at > end: self.take(0)   # raises the error
             if size: read(size)
 
     def number(self, form: str) -> Any:
@@ -87,14 +87,14 @@ def _read_value(reader: _Reader, kind: int) -> Any:
     kind, count = reader.number("I"), reader.number("Q")
     if kind in _FORMS: reader.take(count*struct.calcsize(_FORMS[kind]))
     elif kind == _TEXT: reader.skip_texts(count)
-    else: raise ValueError(f"it has a list of the type {kind}, which no program reads")
+    else: raise ValueError(f"it has a list of the unsupported type {kind}")
 
 # %% ../../nbs/core/gguf.ipynb #d8665f15
 MAGIC = b"GGUF"
 
 @dataclass(frozen=True)
 class Gguf:
-    "What the header of a GGUF file tells"
+    "The header of a GGUF file"
     weights: Weights
     values: dict[str, Any] = field(repr=False, hash=False)   # its keys, without lists
 
@@ -133,7 +133,7 @@ def _place(found: list[_Place], space: int) -> list[Tensor]:
     found = sorted(found, key=lambda place: (place.offset, place.size or 0))   # an empty one before its neighbour
     ends = [*(place.offset for place in found[1:]), space]
     tensors = []
-    for place, end in zip(found, ends, strict=False):   # there may be none
+    for place, end in zip(found, ends, strict=False):   # both can be empty
         size = end - place.offset if place.size is None else place.size
         if size < 0 or place.offset + size > space:
             least = format_bytes(place.offset + max(size, 0))
@@ -153,7 +153,7 @@ def _read_all(reader: _Reader) -> Gguf:
         values[key] = _read_value(reader, reader.number("I"))
     found = [_read_tensor(reader) for _ in range(tensors)]
     step = values.get("general.alignment", 32)
-    if not isinstance(step, int) or step < 1 or step & (step - 1): raise ValueError("its alignment is no power of 2")
+    if not isinstance(step, int) or step < 1 or step & (step - 1): raise ValueError("its alignment is not a power of 2")
     weights = sum_tensors(_place(found, reader.size - -(-reader.at//step)*step))
     adapter = values.get("general.type") == "adapter"
     return Gguf(Weights(weights.tensors, weights.dtypes, adapter), {k: v for k, v in values.items() if v is not None})
@@ -162,8 +162,8 @@ def _read_all(reader: _Reader) -> Gguf:
 def read_gguf(
     path: str | os.PathLike[str],
 ) -> Gguf:
-    "Return the header of a GGUF file; `ValueError` if it is not a valid one, `OSError` if it cannot be read"
+    "Return the header of a GGUF file; raise `ValueError` if it is invalid, `OSError` if reading fails"
     path = Path(path)
     with open_file(path) as (file, size):
         try: return _read_all(_Reader(file, size))
-        except ValueError as error: raise file_error(path, f"is damaged or not complete: {error}") from error
+        except ValueError as error: raise file_error(path, f"is damaged or incomplete: {error}") from error

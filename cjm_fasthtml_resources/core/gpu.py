@@ -32,14 +32,14 @@ _all_ = ["GpuDevice", "GpuProcess", "in_words", "merge_processes", "visible_devi
 class GpuSnapshot:
     "Every device of the machine at one moment"
     devices: tuple[GpuDevice, ...] = ()  # MIG instances stand after the GPU that they are part of
-    reason: str | None = None            # why there is nothing to see, in words
+    reason: str | None = None            # why the list of devices is empty, in words
     driver_version: str | None = None    # such as "580.105.08"
     time: float = field(default_factory=lambda: time.time())  # when it was read, in seconds since the epoch: for people
     late: bool = False                   # the driver took longer than it was given
 
     @property
     def simulated(self) -> bool:
-        "A simulated driver says so in its version"
+        "Return whether the driver is a simulated one, by its version"
         return "simulated" in (self.driver_version or "")
 
     @property
@@ -54,7 +54,7 @@ class _Driver:
     "Reads snapshots with one session, until it goes bad. For one thread"
     def __init__(self) -> None:
         self.session: NvmlSession | None = None
-        self.before: NvmlSession | None = None   # the last one, for what its devices have told
+        self.before: NvmlSession | None = None   # the last one, for what its devices reported
 
     def open(self) -> NvmlSession:
         "Return a session with the library that pynvml calls now"
@@ -79,14 +79,14 @@ class _Driver:
             session = self.open()
             session.wants_loads = loads
             devices = tuple(session.read(sleeping))
-        except Exception as error:  # whatever a broken driver does, it costs the snapshot and not the program
+        except Exception as error:  # a broken driver costs the snapshot alone
             self.close()
             return GpuSnapshot(reason=in_words(error))
         if any(d.reason not in (None, NO_MEMORY, NO_NAME, ASLEEP) for d in devices): self.close()
-        return GpuSnapshot(devices, None if devices else "the NVIDIA driver sees no GPU", session.driver_version)
+        return GpuSnapshot(devices, None if devices else "the NVIDIA driver lists no GPU", session.driver_version)
 
     def read_links(self, uuids: Collection[str]) -> Links:
-        "Return how close GPUs are to one another, nothing if that cannot be read"
+        "Return how close GPUs are to one another, empty if reading it fails"
         try:
             session = self.open()
             return read_links(session.nvml, uuids, session.near)
@@ -106,7 +106,7 @@ def _taken_lock() -> threading.Lock:
 
 # %% ../../nbs/core/gpu.ipynb #7aaf42dd
 def _check_timeout(timeout: float) -> None:
-    "Raise `ValueError` for what is not a positive number that a lock can wait for"
+    "Raise `ValueError` unless it is a positive number that a lock can wait for"
     if isinstance(timeout, bool) or not isinstance(timeout, (int, float)) or not 0 < timeout <= threading.TIMEOUT_MAX:
         raise ValueError(f"timeout must be a positive number of seconds, not {shorten(timeout)}")
 
@@ -115,13 +115,13 @@ class _Call(NamedTuple):
     "One caller in the queue"
     answered: threading.Lock   # taken; released by the answer
     wake: bool = False         # sleeping GPUs are to be asked, too
-    reads: bool = True         # False: NVML is to be let go, if nobody reads
+    reads: bool = True         # False: close NVML, unless another caller reads
     pairs: tuple[str, ...] = ()   # UUIDs of GPUs: how close they are is asked instead
     found: list[Links] = []    # for the answer to that
     loads: bool = False        # the loads of processes are to be asked for, too
 
 # %% ../../nbs/core/gpu.ipynb #9972c88d
-IDLE = 60.0   # seconds without a caller, after which NVML is let go
+IDLE = 60.0   # seconds without a caller, after which NVML is closed
 
 def _next_calls(queue: SimpleQueue[_Call], driver: _Driver) -> list[_Call]:
     "Wait for a caller, and return all that have come"
@@ -140,7 +140,7 @@ class GpuReader:
         reset_in_child(self)
 
     def after_fork(self) -> None:
-        "Begin without a thread and without a reading, in a fork's child"
+        "Reset thread and snapshot, in a fork's child"
         self._queue: SimpleQueue[_Call] = SimpleQueue()
         self._since = math.inf                                    # when the reading that is under way began, if one is
         self._latest = GpuSnapshot(reason="not read yet")
@@ -154,7 +154,7 @@ class GpuReader:
             if not self._is_running(): self._thread = start_thread("nvml-reader", self._run)
 
     def _run(self) -> None:
-        "Answer all callers in the queue with one reading, until the program ends; let go of NVML when nobody asks"
+        "Answer all callers in the queue with one reading, until the program ends; close NVML when idle"
         driver = _Driver()
         while True:
             callers = _next_calls(self._queue, driver)
@@ -168,7 +168,7 @@ class GpuReader:
 
     def _seconds_left(self, deadline: float, timeout: float) -> float:
         "Return how long a caller still waits"
-        # no longer for an older reading than for its own
+        # at most as long for an older reading as for its own
         return min(deadline, self._since + timeout) - time.monotonic()
 
     def read(
@@ -176,22 +176,22 @@ class GpuReader:
         timeout: float = 5.0,  # seconds to wait for the driver
         wake: bool = False,    # ask GPUs that power management has suspended, too
         loads: bool = False,   # ask how much each process computes, which takes longer than all the rest
-    ) -> GpuSnapshot:  # with a `reason` and no devices when the driver took longer, or no thread can be started
+    ) -> GpuSnapshot:  # only a `reason` when the driver took longer, or starting a thread failed
         """Return the state of every device, read after this call began.
         `ValueError` if `timeout` is not a positive number"""
         _check_timeout(timeout)
         try:
             if not self._is_running(): self._start()
-        except NoThreadError as error: return GpuSnapshot(reason=f"the NVIDIA driver cannot be asked: {error}")
+        except NoThreadError as error: return GpuSnapshot(reason=f"cannot ask the NVIDIA driver: {error}")
         if self._is_answered(_Call(_taken_lock(), wake=wake, loads=loads), timeout): return self._latest
-        return GpuSnapshot(reason=f"the NVIDIA driver did not answer within {timeout:g} s", late=True)
+        return GpuSnapshot(reason=f"the NVIDIA driver did not respond within {timeout:.3g} s", late=True)
 
     def read_links(
         self,
         uuids: Collection[str],
         timeout: float = 5.0,  # seconds to wait for the driver
     ) -> Links:
-        "Return how close GPUs are to one another, nothing if that cannot be read in time"
+        "Return how close GPUs are to one another, empty if reading it fails or takes longer"
         _check_timeout(timeout)
         call = _Call(_taken_lock(), reads=False, pairs=tuple(uuids), found=[])
         try:
@@ -223,19 +223,19 @@ def read_gpus(
     timeout: float = 5.0,  # seconds to wait for the driver
     wake: bool = False,    # ask GPUs that power management has suspended, too
     loads: bool = False,   # ask how much each process computes, at most every ten seconds (see `core.loads`)
-) -> GpuSnapshot:  # with a `reason` and no devices when there is nothing to read
+) -> GpuSnapshot:  # only a `reason` when reading fails
     "Return the state of every NVIDIA device now, whatever the driver does"
     return _reader.read(timeout, wake, loads)
 
 def read_gpu_links(
     uuids: Collection[str],
     timeout: float = 5.0,  # seconds to wait for the driver
-) -> Links:  # without keys when it cannot be read
-    "Return how close GPUs are to one another; a check does not read this"
+) -> Links:  # empty when reading it fails
+    "Return how close GPUs are to one another, which a check leaves out"
     return _reader.read_links(uuids, timeout)
 
 def release_driver(
     timeout: float = 5.0,  # seconds to wait for a reading that is under way
 ) -> bool:  # False: it is still asked something
-    "Let go of NVML until the next reading: while a program has it open, a GPU cannot be reset or divided by MIG"
+    "Close NVML until the next reading: an open connection blocks a GPU's reset and a change of MIG"
     return _reader.release(timeout)

@@ -28,8 +28,8 @@ class DevicePoint:
     used: int | None
     app: int                     # used by this app
     external: int                # used by other programs
-    unattributed: int            # used, and no visible process accounts for it
-    promised: int                # reserved and not used yet
+    unattributed: int            # used, and not visible by process
+    promised: int                # reserved and still unused
     utilization: int | None      # percent
     temperature: int | None      # °C
     power_usage: float | None    # W
@@ -53,7 +53,7 @@ class Point:
     memory_total: int = 0              # of RAM, as are the next two
     memory_app: int = 0
     memory_external: int = 0
-    taken: float = 0.0                 # by `time.monotonic()`, which no correction of the clock moves
+    taken: float = 0.0                 # by `time.monotonic()`, which corrections of the clock leave alone
 
 def to_point(sample: Sample) -> Point:
     "Return the figures of a sample"
@@ -79,14 +79,14 @@ class History:
         return {name: [row[name] for row in rows] for name in rows[0]} if rows else {}
 
     def to_frame(self) -> "pandas.DataFrame":
-        "Return the rows as a pandas DataFrame; `ImportError` where pandas is not installed"
+        "Return the rows as a pandas DataFrame; raise `ImportError` without pandas"
         import pandas
         frame = pandas.DataFrame(self.to_dict())
         if not len(frame): return frame
         return frame.assign(time=pandas.to_datetime(frame["time"], unit="s", utc=True))
 
 def _row(point: Point, key: str, device: DevicePoint) -> dict[str, Any]:
-    "Return what a point says about a device and about RAM"
+    "Return a point's figures of a device and of RAM"
     figures = {**vars(device), "status": device.status.value}
     return dict(time=point.time, device=key, **figures, memory_total=point.memory_total,
                 memory_app=point.memory_app, memory_external=point.memory_external)

@@ -312,7 +312,7 @@ def _put_back(undo: Callable[[], Any]) -> None:
         _undone.pop(undo, None)
     except StoreError as error:
         _undone[undo] = None
-        _log.warning("the end of a job could not be written now, and will be later: %s", shown_error(error))
+        _log.warning("writing the end of a job failed, and is tried again later: %s", shown_error(error))
 
 @atexit.register
 def put_back_left() -> None:
@@ -371,7 +371,7 @@ def read_need(job: ActiveJob) -> LearnedNeed | None:
     if asked.plugin_name is None: return None
     try: return job.manager.expected_need(asked.plugin_name, asked.resource, asked.config, devices=asked.count)
     except StoreError as error:
-        _log.warning("what %s needs is not known: %s", shown_text(asked.plugin_name), error)
+        _log.warning("the need of %s is unknown: %s", shown_text(asked.plugin_name), error)
         return None
 
 def find_learned(job: ActiveJob) -> float | None:  # MiB; `None`: the need is not known
@@ -672,7 +672,7 @@ def finish(job: ActiveJob, kind: Any = None, error: BaseException | None = None,
     job.manager.job_looks.remove(job)
     found = explain_error(job, error) if error else None
     try: learn(job, error, found)
-    except StoreError as failed: _log.warning("what a job took was not kept: %s", shown_error(failed))
+    except StoreError as failed: _log.warning("keeping the usage of a job failed: %s", shown_error(failed))
 
 # %% ../../nbs/core/job.ipynb #7c11bfd2
 def _from_registry(manager: "ResourceManager", registry: Any, plugin_id: str, asked: JobRequest) -> JobRequest:
@@ -711,5 +711,5 @@ def make_job(
     amount = None if isinstance(unknown, str) else check_number(unknown, "unknown", 1)
     request = JobRequest(job_id, told, unknown=amount, **asked)
     if registry is None: return ActiveJob(manager, request)
-    if request.plugin_name is None: raise ValueError("plugin must be told with a registry")
+    if request.plugin_name is None: raise ValueError("plugin is required with a registry")
     return ActiveJob(manager, _from_registry(manager, registry, request.plugin_name, request))

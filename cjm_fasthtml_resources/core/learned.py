@@ -339,7 +339,7 @@ def _details(need: LearnedNeed) -> str:
 
 def explain_least(name: str, need: LearnedNeed) -> str:
     "Return a sentence on jobs of which it is known what they added, and not what they need"
-    return (f"{name} needs at least {format_bytes(need.least or 0)}{_details(need)}. How much more is not known: "
+    return (f"{name} needs at least {format_bytes(need.least or 0)}{_details(need)}. More is unknown: "
             "its jobs ran in processes that used GPU memory before")
 
 def explain_need(need: LearnedNeed) -> str:
@@ -347,7 +347,7 @@ def explain_need(need: LearnedNeed) -> str:
     name = f"{need.plugin} with {need.resource}" if need.resource else need.plugin
     if need.highest is None:
         if need.least and not need.floor: return explain_least(name, need)
-        if not need.floor: return f"{name} used no GPU memory that was seen in {_count(need.jobs)}{_details(need)}"
+        if not need.floor: return f"{name} used no GPU memory in {_count(need.jobs)}{_details(need)}"
         return f"{name} ran out of GPU memory{_details(need)}; the next try asks for {format_bytes(need.floor)}"
     took = f"took up to {format_bytes(need.highest)} in {_count(need.samples)}"
     if not need.samples: took = f"was seen to use up to {format_bytes(need.highest)}"

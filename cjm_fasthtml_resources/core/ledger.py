@@ -132,7 +132,7 @@ def _read_on(data: bytes, last: _Reading) -> _Reading:
     return _Reading(data, rows, dict(zip(data.splitlines()[1:], rows.claims, strict=True)))
 
 # %% ../../nbs/core/ledger.ipynb #e3758b6c
-LOOK_EVERY = 0.25     # seconds after which a request that waits reads the devices again: other programs free memory
+LOOK_EVERY = 0.25     # seconds after which a waiting request reads the devices again: other programs free memory
 SURE_SECONDS = 1.0    # for which a claim must be missing before that is an error: one can just be being dropped
 
 # %% ../../nbs/core/ledger.ipynb #0442e32f
@@ -313,7 +313,7 @@ class Ledger:
         _unended.add(self)
         try: _write_end(self.store, lease)
         except StoreError as error:
-            _log.warning("a reservation could not be given back now, and will be later: %s", error)
+            _log.warning("releasing a reservation failed, and is tried again later: %s", error)
         else: _keep_unended(self, self._to_end - {lease})
 
     def change(self, lease: int, changed: Callable[[Rows], Rows] | None = None, **fields: Any) -> bool:

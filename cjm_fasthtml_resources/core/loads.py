@@ -21,7 +21,7 @@ class _Sample(ctypes.Structure):
     _fields_ = [("pid", ctypes.c_uint), ("timeStamp", ctypes.c_ulonglong), ("smUtil", ctypes.c_uint),
                 ("memUtil", ctypes.c_uint), ("encUtil", ctypes.c_uint), ("decUtil", ctypes.c_uint)]
 
-_NOT_FOUND = 6   # of nvmlReturn_t: there is no sample of a process
+_NOT_FOUND = 6   # of nvmlReturn_t: the driver has no samples
 
 def _ask(function: Any, handle: Any, since: int, room: int = 256) -> tuple[int, list[_Sample]]:
     "Return NVML's error code, and the samples"
@@ -31,8 +31,8 @@ def _ask(function: Any, handle: Any, since: int, room: int = 256) -> tuple[int, 
     return error, [] if error else list(array[:min(count.value, room)])
 
 class Loads(NamedTuple):
-    "What the driver has sampled of a device"
-    by_pid: dict[int, int] | None = None   # as the driver numbers them → percent; `None`: it does not tell it
+    "The driver's samples of a device"
+    by_pid: dict[int, int] | None = None   # the driver's PID → percent; `None`: unknown
     newest: int = 0                        # when the last sample was taken, by the driver's clock
 
 def read_loads(
@@ -40,7 +40,7 @@ def read_loads(
     handle: Any,      # of a device
     since: int = 0,   # the `newest` of the last reading; 0: all that the driver keeps, about 14 seconds on an H100
 ) -> Loads:
-    "Return the share of the time since then in which each process computed; those that did not are missing"
+    "Return the share of the time since then in which each process computed; idle ones are missing"
     function = getattr(nvml.nvmlLib, "nvmlDeviceGetProcessUtilization", None)
     if function is None: return Loads(newest=since)
     error, samples = _ask(function, handle, since)

@@ -33,9 +33,9 @@ BUSY_SECONDS = 30.0  # how long to wait for other processes, in a transaction or
 _SAID_BY_SQLITE = {
     "locked": "is locked by another process for {seconds:g} s now; is that one stopped?",
     "busy": "is locked by another process for {seconds:g} s now; is that one stopped?",
-    "full": "cannot be written, its disk is full",
-    "readonly": "cannot be written, it or its disk is read-only",
-    "unable to open": "cannot be opened; may its folder be written?",
+    "full": "cannot be written: its disk is full",
+    "readonly": "cannot be written: it or its disk is read-only",
+    "unable to open": "cannot be opened. Check that its folder is writable",
 }
 
 # %% ../../nbs/core/lockfile.ipynb #a1628218
@@ -123,8 +123,8 @@ def _pass(file: FileIO, path: Path) -> None:
             free_since = math.inf if is_locked(fd, 0) else min(free_since, time.monotonic())
             if time.monotonic() > until:
                 where = " in its own container" if is_shared(path.parent) else ""
-                raise StoreError(f"{path} is locked by the process with PID {read_header(file).pid}{where} "
-                                 f"for {BUSY_SECONDS:g} s now. It may be suspended (Ctrl-Z): resume it or end it")
+                raise StoreError(f"{path} has been locked by PID {read_header(file).pid}{where} "
+                                 f"for {BUSY_SECONDS:g} s. It might be suspended (Ctrl-Z): resume it or end it")
             time.sleep(pause)
             pause = min(1.5*pause, 5e-3)
     except (OSError, ImportError, AttributeError) as error:
@@ -219,14 +219,14 @@ def forbid_new(
 ) -> None:
     "Raise `StoreError` if a new file would hide reservations that are held"
     if in_use(file.fileno()) or is_used_elsewhere(path):
-        raise StoreError(f"{path} {what} while other programs use it; end them, and it is made anew")
+        raise StoreError(f"{path} {what} while other programs use it. End those programs; the file is then re-created")
 
 # %% ../../nbs/core/lockfile.ipynb #407b5129
 def _check_locks(path: Path) -> None:
     "Raise `StoreError` if the gate, which this process has locked, looks unlocked to another open file"
     with FileIO(path) as other:
         if not is_locked(other.fileno(), 0):
-            raise StoreError(f"{path} is on a file system that keeps no locks; set CJM_RESOURCES_DIR to a local folder")
+            raise StoreError(f"{path} is on a file system without locks. Set CJM_RESOURCES_DIR to a folder on a local disk")
 
 # %% ../../nbs/core/lockfile.ipynb #69127c6f
 def prepare(

@@ -112,7 +112,7 @@ class RoomForRequest:
         try: acted = self.maker.step()
         except Exception as error:   # the job waits on
             level = logging.DEBUG if isinstance(error, ResourceBusy) else logging.WARNING
-            _log.log(level, "no room was made: %s", shown_error(error))
+            _log.log(level, "making room failed: %s", shown_error(error))
             self.not_before = time.monotonic() + RETRY_AFTER
             self.maker.asked.clear()
             return False

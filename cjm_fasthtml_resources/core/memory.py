@@ -21,10 +21,10 @@ from .resident import ResidentProcess, ResidentReader
 class HostMemory:
     "RAM, measured against the smaller of the machine's and the control group's limit"
     total: int                   # bytes
-    used: int                    # bytes that are not available without swapping
+    used: int                    # bytes that only swapping would make available
     cgroup: str | None = None    # the control group's folder if its limit is the smaller one
     machines: int = 1            # how many machines it is the sum of
-    swap_total: int | None = None   # bytes; 0: there is no swap, `None`: not known
+    swap_total: int | None = None   # bytes; 0: without swap, `None`: unknown
     swap_used: int | None = None    # bytes
 
     @property
@@ -56,7 +56,7 @@ _V1 = _CgroupFiles("memory", "memory.limit_in_bytes", "memory.usage_in_bytes",
 
 # %% ../../nbs/core/memory.ipynb #bdb5e50d
 def _read_text(path: str) -> str | None:
-    "Return the content of a file, `None` if it cannot be read"
+    "Return the content of a file, `None` if reading it fails"
     try:
         with FileIO(path) as file: return file.readall().decode(errors="replace")
     except OSError: return None
@@ -101,7 +101,7 @@ def _droppable(
 _UNLIMITED = 2**62   # version 1 writes the largest number of pages that there can be
 
 def _read_bytes(folder: str, name: str) -> int | None:
-    "Return a figure; `None` if it cannot be read, or is no limit"
+    "Return a figure; `None` if reading it fails, or it stands for unlimited"
     text = (_read_text(f"{folder}/{name}") or "").strip()
     if not text.isdecimal() or len(text) > 19: return None   # "max"; some kernels write -1
     return figure if (figure := int(text)) < _UNLIMITED else None
@@ -116,7 +116,7 @@ def _read_swap(folder: str, files: _CgroupFiles, memory: HostMemory) -> HostMemo
     return replace(memory, swap_total=limit, swap_used=used)
 
 def _read_cgroup(folder: str, files: _CgroupFiles, limit: int) -> HostMemory | None:
-    "Return the use of one control group; `None` if it cannot be read"
+    "Return the use of one control group; `None` if reading it fails"
     if (used := _read_bytes(folder, files.used)) is None: return None
     free = _droppable(_read_figures(f"{folder}/memory.stat"), files.stat)
     return _read_swap(folder, files, HostMemory(limit, max(used - free, 0), folder))
@@ -124,7 +124,7 @@ def _read_cgroup(folder: str, files: _CgroupFiles, limit: int) -> HostMemory | N
 # %% ../../nbs/core/memory.ipynb #d6a31ac7
 def limit_room(
     memory: HostMemory,
-    others: Iterable[HostMemory],   # what it is part of
+    others: Iterable[HostMemory],   # the limits above it
 ) -> HostMemory:
     "Return the memory with as much in use as the one with the least available leaves"
     least = min((m.available for m in others), default=memory.available)
@@ -145,8 +145,8 @@ def cgroup_memory(
     root: str = "/sys/fs/cgroup",  # where control groups are mounted
     proc: str = "/proc",           # the process file system
     pid: int | str = "self",
-) -> HostMemory | None:  # `None` if no group sets a limit
-    "Return the smallest memory limit of a process, with no more available than each of its other limits leaves"
+) -> HostMemory | None:  # `None` without a limit
+    "Return the smallest memory limit of a process, with the least that any of its limits leaves available"
     found = cgroup_limits(root, proc, pid)
     return None if not found else limit_room(min(found, key=lambda m: m.total), found)
 
@@ -167,7 +167,7 @@ def read_machine() -> HostMemory:
     return HostMemory(total, total - available, swap_total=swap, swap_used=max(swap - swap_free, 0))
 
 def _limit_swap(group: HostMemory, machine: HostMemory) -> HostMemory:
-    "Return a control group with no more swap than the machine has"
+    "Return a control group with at most the machine's swap"
     totals = [m.swap_total for m in (group, machine) if m.swap_total is not None]
     return replace(group, swap_total=min(totals, default=None), swap_used=group.swap_used if any(totals) else 0)
 
@@ -191,12 +191,12 @@ def sees_cgroup(
     if group == _own_cgroup(proc): return True
     return ".." not in group[1].split("/") and os.path.isdir(_folders(root, *group)[0])
 
-def find_cgroup(pid: int) -> HostMemory | None:   # `None`: without a limit, or it cannot be read
+def find_cgroup(pid: int) -> HostMemory | None:   # `None`: without a limit, or unreadable
     "Return the memory of a process's control group"
     if simulated: return simulated.memory if simulated.memory.cgroup else None
     return cgroup_memory(pid=pid) if sees_cgroup(pid) else None
 
-def process_memory(pid: int) -> HostMemory | None:   # `None`: its control group cannot be read
+def process_memory(pid: int) -> HostMemory | None:   # `None`: its control group is unreadable
     "Return the memory of this machine or of a process's control group, whichever has less"
     if simulated: return simulated.memory
     return _smaller(read_machine(), find_cgroup(pid)) if sees_cgroup(pid) else None
@@ -205,7 +205,7 @@ def process_memory(pid: int) -> HostMemory | None:   # `None`: its control group
 def list_resident(
     reader: ResidentReader | None = None,   # one that read before does so faster
 ) -> list[ResidentProcess]:
-    "Return each process that can be read, and what it has in RAM"
+    "Return each readable process and its RAM in bytes"
     if simulated: return [ResidentProcess(pid, memory) for pid, memory in simulated.resident.items()]
     return (reader or ResidentReader()).read()
 

@@ -85,7 +85,7 @@ def mark_stale(
     if sample.stale: return sample
     if paused: return replace(sample, stale="paused")
     if sample.age <= STALE_AFTER*interval: return sample
-    return replace(sample, stale=f"nothing newer for {sample.age:.0f} s")
+    return replace(sample, stale=f"no new data for {sample.age:.0f} s")
 
 # %% ../../nbs/core/monitor.ipynb #277d6b71
 def next_due(
@@ -302,7 +302,7 @@ class ResourceMonitor(StaysHere):
         while self._wait_until_due():
             try: self._tell(self.keep(self._sample(self._read)))
             except BaseException as error:  # whatever it is, the thread goes on
-                self._fail(f"the last look failed: {shown_error(error)}")
+                self._fail(f"the last sample failed: {shown_error(error)}")
 
     def _wait_until_due(self) -> bool:  # False: the last subscriber has left, so the thread ends
         with self._changed:
@@ -324,7 +324,7 @@ class ResourceMonitor(StaysHere):
 
     def _fail(self, reason: str) -> None:
         if self._latest is None or self._latest.stale != reason:
-            _log.exception("the resource monitor could not look; the same again is not logged")
+            _log.exception("the resource monitor could not take a sample; repetitions are left out of the log")
         self._mark(reason)
 
     def _mark(self, reason: str) -> None:

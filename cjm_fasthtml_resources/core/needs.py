@@ -152,7 +152,7 @@ def find_mark(
 
 @cache
 def _tell_once(trouble: str) -> None:
-    _log.warning("texts and paths in settings do not tell needs apart: %s", trouble)
+    _log.warning("needs are kept without texts and paths of settings: %s", trouble)
 
 # %% ../../nbs/core/needs.ipynb #729caec2
 def find_closest(
@@ -262,7 +262,7 @@ class Needs:
             while self.roster and self._take():
                 try: self.roster.add(self._writing)
                 except StoreError as error:
-                    if self._failed is None: _log.warning("what plugins need was not kept: %s", error)
+                    if self._failed is None: _log.warning("keeping the needs of plugins failed: %s", error)
                     self._failed = time.monotonic()
                     return
                 self._writing, self._failed = {}, None

@@ -10,7 +10,7 @@ import os
 from typing import Any
 
 # %% ../../nbs/core/nvml_errors.ipynb #040694a0
-NO_MEMORY = "the device does not report its memory"  # asking again does not cure it
+NO_MEMORY = "the device does not report its memory"  # it stays so
 ASLEEP = "it is asleep, suspended by power management; reserve() and --wake wake it"
 
 _WORDS = {
@@ -31,7 +31,7 @@ OF_THE_DRIVER = {1, 9, 10, 12, 15, 16, 17, 18}   # errors that concern a GPU or 
 _NEEDED = 16   # descriptors; NVML opens fewer for one GPU
 
 def lacks_descriptors() -> bool:
-    "Return whether this process can open no more than a few files"
+    "Return whether this process is almost out of file descriptors"
     opened: list[int] = []
     try:
         for _ in range(_NEEDED): opened.append(os.open(os.devnull, os.O_RDONLY))
@@ -42,7 +42,7 @@ def lacks_descriptors() -> bool:
 
 # %% ../../nbs/core/nvml_errors.ipynb #237fec9a
 def in_words(
-    error: Exception,  # what a call to NVML raised
+    error: Exception,  # raised by a call to NVML
 ) -> str:
     "Return what went wrong, for a person who can do something about it"
     if isinstance(error, ImportError): return "the Python package nvidia-ml-py is not installed"
@@ -51,7 +51,7 @@ def in_words(
                 "pip uninstall pynvml, then pip install --force-reinstall nvidia-ml-py")
     code = getattr(error, "value", None) or 0
     if code in (2, 12, 17, 999) and lacks_descriptors():
-        return "this process has no file descriptor left with which to ask the NVIDIA driver (ulimit -n)"
+        return "this process is out of file descriptors, so it cannot ask the NVIDIA driver (ulimit -n)"
     return _WORDS.get(code) or f"the NVIDIA driver answered: {error}"
 
 # %% ../../nbs/core/nvml_errors.ipynb #d41efe0d

@@ -27,11 +27,11 @@ class Figures(NamedTuple):
     reserved: int | None = None   # by the driver and the firmware; `None`: they count as used
 
 def _figures(found: Any) -> Figures:
-    "Return what is in a struct of either form"
+    "Return the figures of a struct of either form"
     return Figures(found.total, found.used, found.free, getattr(found, "reserved", None))
 
 # %% ../../nbs/core/nvml_memory.ipynb #681ccc5c
-MOST = 2**43   # bytes: 8 TiB, some thirty times what the largest GPU has
+MOST = 2**43   # bytes: 8 TiB, some thirty times the memory of the largest GPU
 
 def _second_form(nvml: Any, handle: Any) -> Figures | None:
     "Return the figures of the newer call; `None` if it fails for a reason of its own"
@@ -46,7 +46,7 @@ def read_figures(
     nvml: Any,     # the module `pynvml`
     handle: Any,
 ) -> Figures:
-    "Return the memory of a device; `NVMLError` if neither form of the call tells it, `ValueError` if it cannot be"
+    "Return the memory of a device; raise `NVMLError` if both forms of the call fail, `ValueError` if it is impossible"
     found = _second_form(nvml, handle) or _figures(nvml.nvmlDeviceGetMemoryInfo(handle))
     if not found.total: raise nvml.NVMLError(nvml.NVML_ERROR_NOT_SUPPORTED)
     if found.total > MOST: raise ValueError(f"{format_bytes(found.total)} of memory, more than any GPU has")
@@ -60,15 +60,15 @@ _ATS = 2   # NVML_DEVICE_ADDRESSING_MODE_ATS
 def is_unified(
     name: str | None,   # the product's
 ) -> bool:
-    "Return whether a GPU is known to have no memory of its own"
+    "Return whether a GPU is known to use the machine's memory"
     return re.search(_UNIFIED, name or "") is not None
 
 def has_unified_memory() -> bool:
-    "Return whether a GPU of this machine is known to have none of its own, without asking the driver"
+    "Return whether a GPU of this machine is known to use its RAM, without asking the driver"
     return any(map(is_unified, listed_names()))
 
 def machine_figures() -> Figures:
-    "Return the machine's memory as a GPU's; free is what neither the machine nor its control group is short of"
+    "Return the machine's memory as a GPU's; free is the least that the machine and its control group have available"
     machine, limited = read_machine(), read_memory()
     free = min(machine.available, limited.available)
     return Figures(machine.total, machine.total - free, free)
@@ -78,7 +78,7 @@ def shares_memory(
     error: Exception,   # of the attempt to read the device's memory
     name: str | None = None,   # the product's
 ) -> bool:
-    "Return whether a device has no figures because it uses the machine's memory"
+    "Return whether a device lacks figures because it uses the machine's memory"
     if getattr(error, "value", None) != nvml.NVML_ERROR_NOT_SUPPORTED or re.search(_OWN, name or ""): return False
     return bool(ask(nvml, "nvmlDeviceGetAddressingMode", handle) == _ATS)
 
@@ -86,15 +86,15 @@ def shares_memory(
 def possible_figures(
     figures: Figures,
 ) -> Figures:
-    "Return figures that do not contradict each other; what is free becomes less, never more"
+    "Return figures that agree with each other; free memory can only become less"
     used = min(figures.used, figures.total)
     return figures._replace(used=used, free=max(min(figures.free, figures.total - used - (figures.reserved or 0)), 0))
 
 def possible_total(
     figures: Figures,
     before: int,   # bytes that were the total at the first reading
-) -> tuple[Figures, list[str]]:   # and what is wrong, in words
-    "Return figures with the smaller of two totals: a GPU's does not change while a program runs"
+) -> tuple[Figures, list[str]]:   # and contradictions, in words
+    "Return figures with the smaller of two totals: a GPU's is constant while a program runs"
     if figures.total == before: return figures, []
     note = f"the driver gives a total of {format_bytes(figures.total)}, and gave {format_bytes(before)} before: the " \
            "smaller one counts. Start this program again if the GPU was changed"
@@ -103,8 +103,8 @@ def possible_total(
 def possible_processes(
     processes: Sequence[GpuProcess],
     figures: Figures,
-) -> tuple[tuple[GpuProcess, ...], list[str]]:  # and what was changed, in words
-    "Return the processes, none with more memory than there is"
+) -> tuple[tuple[GpuProcess, ...], list[str]]:  # and the corrections, in words
+    "Return the processes, each with at most the device's total"
     notes = list[str]()
     if any((p.memory_used or 0) > figures.total for p in processes):
         notes.append("the driver gave a process more memory than there is, so its figure was left out")

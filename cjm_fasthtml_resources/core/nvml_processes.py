@@ -17,9 +17,9 @@ from typing import Any, NamedTuple
 class GpuProcess:
     "A process with a context on a device, as the driver reports it"
     pid: int                 # as the driver numbers it: the host's PID, even inside a container
-    memory_used: int | None  # bytes; `None` where the driver does not report it, as under WSL and Windows' WDDM
+    memory_used: int | None  # bytes; `None` where the driver omits it, as under WSL and Windows' WDDM
     kind: str                # "compute", "graphics" or "mps"; "compute+graphics" for one that is both
-    load: int | None = None  # percent of the last seconds in which it computed; `None`: not asked for, or not told
+    load: int | None = None  # percent of the last seconds in which it computed; `None`: unknown
 
 # %% ../../nbs/core/nvml_processes.ipynb #604a3550
 _UNTOUCHED = 0xA5          # ends no entry, which is the highest byte of a size or of an instance's number
@@ -28,9 +28,9 @@ _FORMATS = {16: struct.Struct("<I4xQ"), 24: struct.Struct("<I4xQ8x"), 32: struct
 
 def entry_size(
     written: bytes,   # the first so many places of 64 bytes, after the call
-    count: int,       # entries that the driver says it wrote, one at least
-) -> int | None:  # `None`: none of the known sizes
-    "Return the bytes of an entry, by what was overwritten"
+    count: int,       # entries that the driver wrote by its own count, one at least
+) -> int | None:  # `None`: an unknown size
+    "Return the bytes of an entry, by the overwritten part"
     extent = len(written.rstrip(bytes([_UNTOUCHED])))
     return next((size for size in _FORMATS if 0 < extent <= size*count), None)
 
@@ -50,15 +50,15 @@ _CALLS = {  # kind → the C functions that list it; drivers before 510 lack the
     for kind, name in (("compute", "Compute"), ("graphics", "Graphics"), ("mps", "MPSCompute"))}
 KINDS = tuple(_CALLS)
 FUNCTION_NOT_FOUND, INSUFFICIENT_SIZE, UNKNOWN = 13, 7, 999   # of nvmlReturn_t
-_MOST_PROCESSES = 2**22    # PID_MAX_LIMIT in the kernel's include/linux/threads.h: there cannot be more processes
+_MOST_PROCESSES = 2**22    # PID_MAX_LIMIT in the kernel's include/linux/threads.h
 _LARGEST_PID = 2**31 - 1   # pid_t is signed
 _NOT_AVAILABLE = 2**64 - 1   # NVML_VALUE_NOT_AVAILABLE
 
 class Listed(NamedTuple):
     "One list of processes, as it was read"
-    entries: list[tuple[int, int | None]] | None   # PID and bytes of each; `None` if the driver gives no list
+    entries: list[tuple[int, int | None]] | None   # PID and bytes of each; `None` if the driver's list is missing
     error: int = 0                                 # NVML's error code
-    odd: tuple[int, ...] = ()                      # PIDs that no process can have
+    odd: tuple[int, ...] = ()                      # impossible PIDs
 
 # %% ../../nbs/core/nvml_processes.ipynb #1c318dee
 def _entry_fields() -> list[tuple[str, Any]]:
@@ -107,7 +107,7 @@ class ProcessLists:
         return error if error or self.count.value <= room else UNKNOWN
 
     def entries(self, call: str) -> Listed:
-        "Return what a C function has written"
+        "Return the data that a C function has written"
         count = self.count.value
         written: bytes = self.ctypes.string_at(self.ctypes.addressof(self.buffer), _LARGEST*count)
         size = entry_size(written, count) or documented_size(self.nvml.nvmlLib, call)
@@ -121,7 +121,7 @@ def lists_whole(
     errors: Mapping[str, int],   # kind → NVML's error code, 0 for a list that was given
     before: Container[str] = (), # kinds that this device has listed before
 ) -> bool:
-    "Return whether no process can be missing in the lists of a device"
+    "Return whether a device's lists are complete"
     missing = {kind for kind, error in errors.items() if error}
     lacking = {kind for kind in missing if errors[kind] in (3, 13)}   # not supported, function not found
     return missing == lacking and not any(kind == "compute" or kind in before for kind in lacking)
@@ -129,7 +129,7 @@ def lists_whole(
 # %% ../../nbs/core/nvml_processes.ipynb #d8b2e57e
 def merge_processes(
     lists: Mapping[str, Sequence[tuple[int, int | None]] | None],  # kind → PID and bytes of each; `None`: it failed
-) -> tuple[GpuProcess, ...] | None:  # by PID; `None` if no call answered
+) -> tuple[GpuProcess, ...] | None:  # by PID; `None` if every call failed
     "Return one entry for each process, from the lists of each kind"
     answered = [(kind, entries) for kind, entries in lists.items() if entries is not None]
     if not answered: return None

@@ -337,7 +337,7 @@ def _growth(now: DeviceStatus, then: DeviceStatus, but: int | None) -> Iterator[
         is_new = (p.pid, p.name) not in known
         yield used - old, name_process(p) + (" is new" if is_new else f" has grown by {format_bytes(used - old)}")
     more = now.unattributed_memory - then.unattributed_memory
-    if more >= _STEP: yield more, f"{format_bytes(more)} more are in use by no visible process"
+    if more >= _STEP: yield more, f"{format_bytes(more)} more are in use by processes that are not visible from here"
 
 def name_growth(
     scene: Scene,
@@ -395,9 +395,9 @@ _NOT_OTHERS = "other programs are not the cause"
 
 def _say_limit(found: OutOfMemory) -> str:
     if found.limit is None:
-        return "There was enough free: the cause is a limit of its own, or memory that is not in one piece."
+        return "Enough was free: the cause is a limit of its own, or fragmented memory."
     had = "" if found.used is None else f", and had {format_bytes(found.used)}"
-    return f"It may use {format_bytes(found.limit)} at most, which is its own limit{had}: {_NOT_OTHERS}."
+    return f"Its own limit is {format_bytes(found.limit)}{had}: {_NOT_OTHERS}."
 
 def _say_itself(own: int, wanted: int, capacity: int) -> str:
     if wanted > capacity: return f"The GPU has {format_bytes(capacity)} in all: {_NOT_OTHERS}."
@@ -408,7 +408,7 @@ def _say_itself(own: int, wanted: int, capacity: int) -> str:
 def _say_others(found: OutOfMemory, own: int, there: DeviceStatus, names: str) -> str:
     ours = not (there.unattributed_memory or there.ram_memory) and all(p.owner == "app" for p in there.processes)
     fits = "" if found.wanted is None else ", and would fit without them"
-    had = format_bytes(own) if own else "nothing there yet"
+    had = format_bytes(own) if own else "0 bytes there yet"
     return f"{'Other processes of this app' if ours else 'Others'} use the rest: {names}. Its process had {had}{fits}."
 
 # %% ../../nbs/core/out_of_memory.ipynb #db263393
@@ -419,17 +419,17 @@ def say_cause(
 ) -> str:
     "Return why memory ran out, and what uses the devices"
     there, users = devices[0], name_users(scene, devices)
-    own, names = own_memory(found, scene, there) or 0, list_names(users) or "no process is visible there"
+    own, names = own_memory(found, scene, there) or 0, list_names(users) or "no visible process"
     about = "by estimate, " if any(d.estimated for d in devices) else ""
     beside = f" Also there: {about}{names}." if users else ""
     match find_cause(found, scene, there):
         case "limit": return _say_limit(found)
-        case "pieces": return f"It keeps {format_bytes(found.unused or 0)} that it does not use, but not in one piece."
+        case "pieces": return f"It keeps {format_bytes(found.unused or 0)} that it leaves unused, but fragmented."
         case "itself": return _say_itself(own, found.wanted or 0, there.device.capacity) + beside
         case "others": return _say_others(found, own, there, about + names)
         case "freed":
-            free = f"{format_bytes(there.device.memory_free or 0)} are free by now"
-            return f"{free}, so this is what is seen after the fact: {about}{names}."
+            free = f"{format_bytes(there.device.memory_free or 0)} are free now"
+            return f"{free}, seen after the failure: {about}{names}."
         case _: return f"Seen there now: {about}{names}."
 
 # %% ../../nbs/core/out_of_memory.ipynb #7886e733
@@ -456,11 +456,11 @@ def ways_out(
     "Return what would help, the best first"
     own, cause = own_memory(found, scene, devices[0]) or 0, find_cause(found, scene, devices[0])
     need, raised = own + (found.wanted or 0), [f"raise {found.setting}"] if found.setting else []
-    wait = [f"wait with reserve({-(-need//2**20)}) until so much is free"] if need else ["run it within reserve()"]
+    wait = [f"wait with reserve({-(-need//2**20)}) until enough is free"] if need else ["run it within reserve()"]
     reserved = sum(p.memory for p in devices[0].promises if p.pid == scene.pid)
     if reserved and (not need or need > reserved):
         wait = [f"reserve more than the {format_bytes(reserved)} that it has reserved"]
-    if (found.wanted or 0) >= _HUGE: return ["check the shapes, since no GPU has so much"]
+    if (found.wanted or 0) >= _HUGE: return ["check the shapes, since it is more than any GPU has"]
     match cause:
         case "limit": return raised or ["raise that limit"]
         case "pieces": return ["set PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True"]
@@ -471,22 +471,22 @@ def ways_out(
 # %% ../../nbs/core/out_of_memory.ipynb #eeddb9ce
 def _say_ram(found: OutOfMemory, memory: ResourceConflict | None) -> str:
     "Return sentences for RAM"
-    if memory is None: return "RAM cannot be read."
+    if memory is None: return "Cannot read RAM usage."
     total = memory.memory.memory.total if memory.memory else None
     if total is None or found.wanted is None or found.wanted <= total: return memory.message
-    return f"That is more than the {format_bytes(total)} of RAM that there is. {memory.message}"
+    return f"That is more than the {format_bytes(total)} of RAM of this machine. {memory.message}"
 
 # %% ../../nbs/core/out_of_memory.ipynb #fd9130d5
 def _say_gpu(found: OutOfMemory, scene: Scene, devices: Sequence[DeviceStatus]) -> list[str]:
     "Return sentences for the devices"
     if not devices:
         unread = [f"GPU {d.device.id}: {d.reason}" for d in scene.conflict.allowed if d.reason]
-        reason = scene.conflict.reason or "; ".join(unread) or "this app does not see that device"
+        reason = scene.conflict.reason or "; ".join(unread) or "that device is hidden from this app"
         return [f"Cannot read who used the GPU: {reason}."]
     said, cause = [say_cause(found, scene, devices)], find_cause(found, scene, devices[0])
     if cause in ("others", "freed", "unknown") and (grown := name_growth(scene, devices)):
         said.append(f"Since the check before, {list_names(grown)}.")
-    return [*said, f"What helps: {'; or '.join(ways_out(found, scene, devices)[:2])}."]
+    return [*said, f"To fix it: {'; or '.join(ways_out(found, scene, devices)[:2])}."]
 
 # %% ../../nbs/core/out_of_memory.ipynb #ab14f842
 def explain_found(

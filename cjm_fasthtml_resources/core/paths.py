@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 # %% ../../nbs/core/paths.ipynb #6cc44ae2
 if TYPE_CHECKING:
     from pathlib import Path
-else: Path = os.PathLike   # what annotations say at run time
+else: Path = os.PathLike   # for annotations at run time
 
 _all_ = ["Path"]
 

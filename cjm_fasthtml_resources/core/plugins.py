@@ -148,7 +148,7 @@ def find_plugin(
     "Ask the registry once for a plugin; `LookupError` if it is unknown"
     try: plugin = plugin_registry.get_plugin(plugin_id)
     except KeyError: plugin = None  # a registry that is a dictionary underneath
-    if plugin is None: raise LookupError(f"there is no plugin {shown_text(plugin_id)!r}")
+    if plugin is None: raise LookupError(f"no plugin is called {shown_text(plugin_id)!r}")
     name = _get(plugin, "name")
     config = plugin_registry.load_plugin_config(plugin_id) if plugin_config is None else plugin_config
     return plugin, name if isinstance(name, str) and name else plugin_id, copy_in_depth(dict(config or {}))
@@ -166,7 +166,7 @@ class PluginResourceRequirements:
 
     def __getitem__(self, name: object) -> NoReturn:
         "Raise `TypeError` that says the new form: until 0.0.5, this was a dictionary"
-        raise TypeError(f"requirements are an object, not a dictionary: write .{' or .'.join(vars(self))}")
+        raise TypeError(f"requirements are an object instead of a dictionary: write .{' or .'.join(vars(self))}")
 
 def read_requirements(
     plugin: Any,

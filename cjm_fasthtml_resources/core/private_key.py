@@ -29,9 +29,9 @@ def read_key(
             found, key = os.fstat(file.fileno()), file.read(KEY_SIZE + 1)
     except FileNotFoundError: return None
     if found.st_uid != os.geteuid() or found.st_mode & 0o077:
-        raise PermissionError(f"{path} is not used: it has to be this user's alone (chmod 600 {path})")
+        raise PermissionError(f"{path} is refused, because other users can read or write it. To fix it: chmod 600 {path}")
     if not stat.S_ISREG(found.st_mode) or len(key or b"") != KEY_SIZE:
-        raise OSError(f"{path} is not used: it is not a key of {KEY_SIZE} bytes; remove it, and a new one is made")
+        raise OSError(f"{path} is refused: it is not a key of {KEY_SIZE} bytes. Remove it; a new one is then created")
     return key
 
 # %% ../../nbs/core/private_key.ipynb #11e76513

@@ -29,7 +29,7 @@ from .text import printable
 class ProcessId(NamedTuple):
     "A process, as opposed to a later one with the same number"
     pid: int
-    start_time: float | None  # seconds from boot to its start; `None` if there is no such process, or it is hidden
+    start_time: float | None  # seconds from boot to its start; `None` if it has ended or is hidden
 
 # %% ../../nbs/core/process.ipynb #ac3aa4ef
 class Stat(NamedTuple):
@@ -60,7 +60,7 @@ def _nanoseconds_ahead(pid: int, clock: bytes = b"boottime") -> int:
     "Return by how much a clock of this process is ahead of the machine's"
     try:
         if os.stat("/proc/self/ns/time").st_ino == _FIRST_TIME_NAMESPACE: return 0
-    except FileNotFoundError: return 0  # before Linux 5.6 there are none
+    except FileNotFoundError: return 0  # time namespaces exist since Linux 5.6
     with open("/proc/self/timens_offsets", "rb") as file: shifts = [line.split() for line in file]
     shift = next(parts for parts in shifts if parts[0] == clock)
     return int(shift[1])*10**9 + int(shift[2])
@@ -90,19 +90,19 @@ def _boot_time_by_psutil() -> float:
     import psutil
     return float(psutil.boot_time())
 
-UNKNOWN_START = 1.0   # of a simulated process whose age was not given
+UNKNOWN_START = 1.0   # of a simulated process without a given age
 
 def process_age(
     start_time: float | None,
 ) -> float | None:  # seconds
-    "Return how long ago a process started; `None` where that is not known"
+    "Return how long ago a process started, in seconds; `None` where that is unknown"
     return None if start_time in (None, UNKNOWN_START) else max(since_boot() - start_time, 0.0)
 
 # %% ../../nbs/core/process.ipynb #f7352978
 _HAS_PROC = os.path.exists("/proc/self/stat")
 
 def _read_line(pid: int, proc: str) -> bytes:
-    "Return the content of /proc/PID/stat; `OSError` if it cannot be read, or its numbers are not those of here"
+    "Return the content of /proc/PID/stat; raise `OSError` if reading fails, or its PIDs are of another namespace"
     if proc == "/proc" and not _proc_is_ours(os.getpid()): raise ProcessLookupError(pid)
     with FileIO(f"{proc}/{pid}/stat") as file: return file.read(4096)   # open() would cost as much as the reading
 
@@ -118,7 +118,7 @@ def _stat_by_psutil(pid: int) -> Stat | None:
 def read_stat(
     pid: int,
     proc: str = "/proc",  # where the process file system is mounted
-) -> Stat | None:  # `None` if the process has ended, is hidden (the mount option hidepid) or cannot be read now
+) -> Stat | None:  # `None` if the process has ended, is hidden (the mount option hidepid) or is unreadable now
     "Return name, state, parent and start of a process, in one read"
     try: return parse_stat(_read_line(pid, proc), _clock_ahead(os.getpid()))
     except (OSError, ValueError, IndexError): return None if _HAS_PROC else _stat_by_psutil(pid)
@@ -126,8 +126,8 @@ def read_stat(
 # %% ../../nbs/core/process.ipynb #c4ec76df
 def read_start(
     pid: int,
-) -> float | None:  # seconds since the machine's boot; `None` if the process has ended, is hidden or cannot be read now
-    "Return when a process started, and read nothing else"
+) -> float | None:  # seconds since boot; `None` if the process has ended, is hidden or is unreadable now
+    "Return when a process started, and read that alone"
     try:
         line = _read_line(pid, "/proc")
         ahead: int = _clock_ahead(os.getpid())
@@ -139,9 +139,9 @@ def read_start(
 # %% ../../nbs/core/process.ipynb #b67c4176
 @dataclass(frozen=True)
 class ProcessInfo:
-    "What is known about a process, or about a number without a visible process"
+    "The known facts of a process, or of a PID without a visible process"
     pid: int
-    start_time: float | None = None           # seconds from boot to its start; `None`: there is no visible process
+    start_time: float | None = None           # seconds from boot to its start; `None`: the process is hidden or has ended
     name: str | None = None
     username: str | None = None
     ancestors: tuple[ProcessId, ...] = ()     # its parent first, then the parent's parent …
@@ -174,7 +174,7 @@ class SimulatedProcesses(NamedTuple):
     "The processes that stand in for real ones while a driver is simulated"
     processes: Mapping[int, ProcessInfo]  # by PID
     pid_namespace: bool = False           # whether this process is shown as inside a container
-    local_pids: bool = False              # whether the driver tells a container its own numbers
+    local_pids: bool = False              # whether the driver gives a container the PIDs of its own namespace
     commands: Mapping[int, str] = {}      # the command lines of those that have one, by PID
 
 simulated: SimulatedProcesses | None = None
@@ -193,11 +193,11 @@ def simulated_command(pid: int) -> str | None:
 def is_free(
     pid: int,
 ) -> bool:  # False also for a process that is hidden
-    "Return whether no process of this PID namespace has this number"
+    "Return whether a PID is free in this PID namespace"
     if simulated_process(pid) is not None: return False
     try: os.kill(pid, 0)
     except (ProcessLookupError, OverflowError): return True
-    except OSError: return False  # it is somebody else's
+    except OSError: return False  # it is another user's
     return False
 
 # %% ../../nbs/core/process.ipynb #c0a275ae
@@ -213,7 +213,7 @@ def is_same_start(
 def has_ended(
     pid: int,
     start_time: float | None,  # as read while the process ran
-) -> bool:  # False for a number that never had a visible process
+) -> bool:  # False for a PID that never had a visible process
     "Return whether that process is known to have ended"
     if start_time is None: return False
     if (info := simulated_process(pid)) is not None: return info.start_time not in (None, start_time)
@@ -230,21 +230,21 @@ def this_process() -> ProcessId:
     if (info := simulated_process(pid)) is not None: return info.lineage[0]
     known: dict[int, ProcessId] = _born()
     me = known.get(pid) or ProcessId(pid, read_start(pid))
-    if me.start_time is not None: known[pid] = me  # else it could not be read now
+    if me.start_time is not None: known[pid] = me  # else reading failed
     return me
 
 # %% ../../nbs/core/process.ipynb #95b80013
 class _Known(NamedTuple):
     "A process that was read, and the mark of its folder in /proc at that time"
     info: ProcessInfo
-    mark: tuple[int, int] | None = None   # `None`: it could not be read
+    mark: tuple[int, int] | None = None   # `None`: reading it failed
 
 _known: dict[int, _Known] = {}   # by PID
 _LEAST = 1000     # processes to keep before any is forgotten
 _most = [_LEAST]  # processes to keep until those that ended are forgotten
 
 def _forget_ended() -> None:
-    "Keep at most twice as many as live, so that a server of months does not grow"
+    "Keep at most twice as many as live, so that a server's memory stays bounded for months"
     for pid, known in list(_known.items()):
         if has_ended(pid, known.info.start_time): _known.pop(pid, None)
     _most[0] = max(_LEAST, 2*len(_known))
@@ -253,7 +253,7 @@ def _forget_ended() -> None:
 def could_be_read(
     pid: int,
 ) -> bool:  # False for a process that has ended or is hidden
-    "Return whether this user can read the facts of a process; needs no file descriptor"
+    "Return whether this user can read the facts of a process, without opening a file"
     return os.access(f"/proc/{pid}/stat", os.R_OK)
 
 # %% ../../nbs/core/process.ipynb #8dd28c09
@@ -261,7 +261,7 @@ def _read_bytes(pid: int, name: str) -> bytes:
     with FileIO(f"/proc/{pid}/{name}") as file: return file.readall()
 
 def _whole_name(pid: int, name: str) -> str:
-    "Return the whole name of a process; `OSError` if its command line cannot be read"
+    "Return the whole name of a process; raise `OSError` if reading its command line fails"
     if len(name.encode("utf-8", "replace")) < 15: return name
     words = _read_bytes(pid, "cmdline").removesuffix(b"\0").split(b"\0")
     if len(words) == 1: words = words[0].split(b" ")   # written by the process itself, as by setproctitle
@@ -270,11 +270,11 @@ def _whole_name(pid: int, name: str) -> str:
 
 @lru_cache(maxsize=1000)
 def _user_name(user: int) -> str:
-    import pwd  # Windows has none
-    return pwd.getpwuid(user).pw_name   # an error is not kept
+    import pwd  # missing on Windows
+    return pwd.getpwuid(user).pw_name   # the cache leaves errors out
 
 def _real_user(pid: int) -> str:
-    "Return a process's user; the number where it has no name. `OSError`, or `LookupError` for a line that is not there"
+    "Return a process's user name, or its number; raise `OSError`, or `LookupError` for a missing line"
     status = _read_bytes(pid, "status")
     user = int(status[status.index(b"\nUid:") + 5:].split(None, 1)[0])
     try: return _user_name(user)
@@ -299,20 +299,20 @@ def _name_and_user(pid: int, stat: Stat) -> tuple[str, str | None]:
 _Found = dict[ProcessId, tuple[ProcessId, ...]]
 
 def _look_at(pid: int, stat: Stat, found: _Found | None = None) -> ProcessInfo:
-    "Read what is kept about a process that was not known before"
+    "Read the constant facts of a process that is new"
     name, username = _name_and_user(pid, stat)
     ancestors = find_ancestors(pid, stat, found or {})
     if found is not None: found[ProcessId(pid, stat.start_time)] = ancestors
     return ProcessInfo(pid, stat.start_time, printable(name), username, ancestors)
 
 def is_whole(info: ProcessInfo) -> bool:
-    "Return whether nothing was left out that could be read at another moment, as with a free descriptor"
+    "Return whether every fact was read that could be read at another moment, as with a free descriptor"
     last = info.lineage[-1]
     return info.username is not None and (last.start_time is not None or not could_be_read(last.pid))
 
 # %% ../../nbs/core/process.ipynb #4d864fea
 def _read_mark(pid: int) -> tuple[int, int] | None:
-    "Return what tells the folder of a process from that of a later one; `None` if it cannot be read"
+    "Return the mark of a process's folder, different for a later process; `None` if reading it fails"
     try: found = os.stat(f"/proc/{pid}") if _proc_is_ours(os.getpid()) else None
     except OSError: return None
     return found and (found.st_ino, found.st_ctime_ns)
@@ -321,15 +321,15 @@ def _read_mark(pid: int) -> tuple[int, int] | None:
 def read_process(
     pid: int,
     found: dict[ProcessId, tuple[ProcessId, ...]] | None = None,   # the ancestors that a reading of many has found
-) -> ProcessInfo:  # with `start_time=None` if there is no such process, or it is hidden
-    "Return what is known about the process that has this number now"
+) -> ProcessInfo:  # with `start_time=None` if it has ended or is hidden
+    "Return the facts of the process that has this PID now"
     if (info := simulated_process(pid)) is not None: return info
     known, mark = _known.get(pid), _read_mark(pid)   # before the rest: an older one is only another one
     if known is not None and _is_still(known, mark): return known.info
     if (stat := read_stat(pid)) is None: return ProcessInfo(pid)
     info = _look_at(pid, stat, found)
     try: info = replace(info, container=read_container(pid))
-    except OSError: return info   # no free descriptor
+    except OSError: return info   # out of file descriptors
     if not is_whole(info): return info
     if len(_known) >= _most[0]: _forget_ended()
     _known[pid] = _Known(info, mark)
@@ -346,14 +346,14 @@ def _is_still(known: _Known, mark: tuple[int, int] | None) -> bool:
 _FIRST_PID_NAMESPACE = 0xEFFFFFFC  # PROC_PID_INIT_INO in the kernel's include/linux/proc_ns.h
 
 def _namespace(proc: str, pid: int | str) -> int | None:
-    "Return the inode of a process's PID namespace, `None` if it cannot be read"
+    "Return the inode of a process's PID namespace, `None` if reading it fails"
     try: return os.stat(f"{proc}/{pid}/ns/pid").st_ino
     except OSError: return None
 
 @cache_until_fork
 def _own_namespace(pid: int) -> int | None: return _namespace("/proc", "self")
 
-def pid_namespace() -> int | None:  # `None` in the machine's first namespace, and where it cannot be read
+def pid_namespace() -> int | None:  # `None` in the machine's first namespace, and where reading it fails
     "Return the inode of this process's PID namespace, a simulated machine aside"
     inode = _own_namespace(os.getpid())
     return None if inode == _FIRST_PID_NAMESPACE else inode
@@ -367,8 +367,8 @@ def in_pid_namespace() -> bool:
 def _numbers_of(
     is_open: bool,  # whether the kernel module is an open one
     release: int,   # such as 580
-) -> str:  # "own", "host", or "mixed": numbers and memory are not of the same processes
-    "Return whose numbers a kernel module tells in a container"
+) -> str:  # "own", "host", or "mixed": PIDs and memory are of different processes
+    "Return whose PIDs a kernel module reports in a container"
     if not is_open or release <= 535: return "host"
     return "own" if release >= 565 else "mixed"
 
@@ -378,15 +378,15 @@ DRIVER_MODULE = "/sys/module/nvidia"
 _MODULE = rb"(Open )?Kernel Module\b.*?\s(\d+)\.\d"
 
 def _head(path: str) -> bytes:
-    "Return the beginning of a file, nothing if it cannot be read"
+    "Return the beginning of a file, empty if reading it fails"
     try:
         with FileIO(path) as file: return file.read(1000)
     except OSError: return b""
 
 def driver_numbers(
     proc: str | None = None,  # the host's process file system, if it is mounted
-) -> str | None:  # "own", "host" or "mixed" as told above; `None` if no file tells
-    "Return whose numbers the driver tells this process"
+) -> str | None:  # "own", "host" or "mixed" as above; `None` if every file is missing
+    "Return whose PIDs the driver reports to this process"
     if simulated: return "own" if simulated.local_pids else "host"
     texts = _head(DRIVER_VERSION), _head(f"{proc}/driver/nvidia/version") if proc else b""
     for found in filter(None, (re.search(_MODULE, text) for text in texts)):
@@ -395,7 +395,7 @@ def driver_numbers(
     return _numbers_of(b"P" not in taint, int(release)) if release.isdigit() and taint else None
 
 def tells_local_pids() -> bool:
-    "Return whether the driver numbers processes as this PID namespace does; False where that cannot be read"
+    "Return whether the driver reports PIDs of this PID namespace; False where reading that fails"
     return driver_numbers() == "own"
 
 # %% ../../nbs/core/process.ipynb #c10cc01b
@@ -405,7 +405,7 @@ def _is_machines(proc: str) -> bool:
     second = read_stat(2, proc)
     return second is not None and second.name == "kthreadd"
 
-def host_proc() -> str | None:  # `None` if it is not mounted
+def host_proc() -> str | None:  # `None` if it is missing
     "Return where the host's processes are: in CJM_HOST_PROC, or else in /host/proc"
     path = os.environ.get("CJM_HOST_PROC") or "/host/proc"
     return path if os.path.exists(f"{path}/self/status") and _is_machines(path) else None
@@ -437,18 +437,18 @@ def to_local_pid(
 def shown_by(
     listed: Iterable[int],  # the numbers in the driver's lists
     proc: str,              # the host's process file system
-) -> str | None:  # "own", "host"; `None`: they do not decide
+) -> str | None:  # "own", "host"; `None`: undecided
     "Return whose numbers these are, as far as they exist on one side only"
     numbers = set(listed)
     if not numbers or any(map(is_free, numbers)): return "host"
-    if not os.path.exists(f"{proc}/1"): return None   # the option hidepid: a number that is not seen can exist
+    if not os.path.exists(f"{proc}/1"): return None   # the option hidepid: a hidden PID can exist
     return None if all(os.path.exists(f"{proc}/{pid}") for pid in numbers) else "own"
 
 # %% ../../nbs/core/process.ipynb #e137ff03
 def has_ended_in(
     space: int | None,   # the PID namespace that the process's number is from
     process: ProcessId,
-) -> bool:  # False where it cannot be seen
+) -> bool:  # False where it is hidden
     "Return whether a process of a PID namespace is known to have ended"
     if space == pid_namespace(): return has_ended(*process)
     is_first = _own_namespace(os.getpid()) == _FIRST_PID_NAMESPACE
@@ -462,16 +462,16 @@ def has_ended_in(
 def _foreign_container(proc: str, pid: int, start: float) -> str | None: return read_container(pid, proc)
 
 def _read_through(proc: str, pid: int) -> ProcessInfo:
-    "Return what is known about the process that has this number on the host"
+    "Return the facts of the process that has this PID on the host"
     if (local := to_local_pid(pid, proc)) is not None: return read_process(local)
     if (stat := read_stat(pid, proc)) is None: return ProcessInfo(pid, foreign=True)
     try: container = _foreign_container(proc, pid, stat.start_time)
-    except OSError: container = None   # no free descriptor
+    except OSError: container = None   # out of file descriptors
     return ProcessInfo(pid, name=printable(stat.name), foreign=True, container=container)
 
 def driver_pid_reader(
-    listed: Iterable[int] = (),  # the numbers in the driver's lists; read only where no file tells the kind of driver
-) -> Callable[[int], ProcessInfo] | None:  # `None`: the numbers cannot be matched
+    listed: Iterable[int] = (),  # the PIDs in the driver's lists; used only where the kind of driver is unknown
+) -> Callable[[int], ProcessInfo] | None:  # `None`: PIDs cannot be matched
     "Return the function that reads a process by the PID that the driver reports"
     if not in_pid_namespace(): return read_process
     proc = host_proc()

@@ -19,7 +19,7 @@ from .resources import DeviceStatus
 # %% ../../nbs/core/queue.ipynb #784ee03e
 @dataclass(frozen=True)
 class QueueRow:
-    "A reservation, or a request that waits. Of a group, each device that was granted has a row"
+    "A reservation, or a waiting request. Of a group, each device that was granted has a row"
     id: int
     state: str                     # "held" or "waiting"
     devices: tuple[int | str, ...] # the id of the device; of a request, those that suit it, as far as they are seen
@@ -58,11 +58,11 @@ def explain_waiting(
     "Return why a request waits"
     if suspended: return "Its process is suspended, as by Ctrl-Z, so it is passed over."
     suitable = [d for d in devices if device_key(d.device) in claim.allowed]
-    if not suitable: return "None of its GPUs can be read from here."
+    if not suitable: return "Its GPUs are unreadable from here."
     if sum(d.room >= claim.memory for d in suitable) < claim.count:
         return explain_shortage(suitable, claim.memory, claim.count)
-    if ahead is None: return "There is room: it is granted when the GPUs are read the next time."
-    return f"There is room, which is kept for {ahead}: that one asked before it."
+    if ahead is None: return "Enough memory is free: it is granted at the next reading of the GPUs."
+    return f"Enough memory is free, but it is kept for {ahead}, which asked first."
 
 # %% ../../nbs/core/queue.ipynb #a77fb9cf
 def find_used(
@@ -88,7 +88,7 @@ def queue_rows(
     starts: Mapping[int, tuple[float, float]] = {},   # of `expected_starts`
     capped: Mapping[int, str] = {},   # of `explain_caps`
 ) -> list[QueueRow]:  # reservations first
-    "Return a row for each reservation, and then for each request that waits"
+    "Return a row for each reservation, and then for each waiting request"
     devices, used = list(devices), find_used(uses, claims)
     ids = {device_key(d.device): d.device.id for d in devices} | {use.key: use.device.id for use in uses}
     waiting = [c for c in claims if c.device is None]

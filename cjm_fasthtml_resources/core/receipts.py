@@ -36,7 +36,7 @@ class Grace(NamedTuple):
 
     def explain(self) -> str:
         "Return in a sentence what happens to a reservation that is not used"
-        return f"Not used yet: it is given back after {self.seconds:g} s without use."
+        return f"Unused: it is released after {self.seconds:g} s without use."
 
 # %% ../../nbs/core/receipts.ipynb #b5ca6af0
 STEP = 2**26   # bytes in which use is noted: a receipt that changes at each reading would be written each time
@@ -90,7 +90,7 @@ class Receipt(NamedTuple):
         if self.grace and self.grace.since is not None: return self.grace.explain()
         if (spare := self.spare(memory)) < max(memory//8, STEP): return ""
         return (f"At most {format_bytes(memory - spare)} of {format_bytes(memory)} were seen in use: "
-                f"{format_bytes(spare)} can be given back.")
+                f"{format_bytes(spare)} can be released.")
 
 # %% ../../nbs/core/receipts.ipynb #b7e64e21
 def new_receipt(

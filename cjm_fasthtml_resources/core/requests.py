@@ -114,7 +114,7 @@ def find_holder(
     holder = read_process(check_pid(pid)).lineage[0]
     if is_free(pid) or has_ended(*holder): raise ValueError(f"pid must be that of a living process, not {pid}")
     if holder.start_time is None:
-        raise ValueError(f"pid {pid} is a process that cannot be seen from here, so nothing can be reserved for it; "
+        raise ValueError(f"pid {pid} is a process that is hidden from here, so reserving for it is impossible; "
                          "it can reserve memory itself")
     return holder
 
@@ -140,7 +140,7 @@ def keep_seen(
     if found := [d for d in devices if device_key(d) in keys]: return found
     assert holder is not None
     raise ResourceUnavailable(f"The process with PID {holder.pid} was started with CUDA_VISIBLE_DEVICES="
-                              f"{shorten(value)}, and can use none of these GPUs.", judge(snapshot))
+                              f"{shorten(value)}, so these GPUs are hidden from it.", judge(snapshot))
 
 # %% ../../nbs/core/requests.ipynb #ab8cee66
 def capacity_beside(
@@ -157,7 +157,7 @@ def whose_beside(
 ) -> str:
     "Return this for a message, with the RAM where the devices use the same memory"
     beside = ram and any(d.unified for d in devices)
-    return f"{whose} beside {format_bytes(ram)} of RAM, which is the same memory," if beside else whose
+    return f"{whose} in addition to {format_bytes(ram)} of RAM, which is the same memory," if beside else whose
 
 # %% ../../nbs/core/requests.ipynb #fd556944
 def choose_devices(
@@ -198,7 +198,7 @@ def _capacity(device: GpuDevice, ram: int, holder: ProcessId | None) -> int:
     return min(beside, group.total - ram) if group else beside
 
 # %% ../../nbs/core/requests.ipynb #04c28ed9
-_ONE_INSTANCE = "a process can use one MIG instance, and then no other device"
+_ONE_INSTANCE = "a process can use one MIG instance, and then only that"
 _ONE_MEMORY = "GPUs that use the machine's memory share it, and count as one"
 
 def _count_memories(devices: Iterable[GpuDevice]) -> int: return len({d.pool for d in devices})
@@ -210,7 +210,7 @@ def _explain_few(allowed: Sequence[GpuDevice], found: Sequence[GpuDevice], count
     if (usable := _count_memories(found)) < len(found): why.append(_ONE_MEMORY)
     value = os.environ.get("CUDA_VISIBLE_DEVICES")
     if value is not None and len(allowed) < count: why.append(f"CUDA_VISIBLE_DEVICES is {shorten(value)}")
-    few = f"Requested {count} GPUs, {usable or 'none'} can be used"
+    few = f"Requested {count} GPUs; {usable or 'none'} can be used"
     return ": ".join([few, "; ".join(why)] if why else [few])
 
 # %% ../../nbs/core/requests.ipynb #1213d8e4
@@ -229,7 +229,7 @@ def choose_several(
     if gpus and count > (most := _count_memories(gpus)):
         hints = [_ONE_INSTANCE]*any(d.mig_mode for d in gpus) + [_ONE_MEMORY]*(most < len(gpus))
         hint = f" ({'; '.join(hints)})" if hints else ""
-        raise ValueError(f"n must be at most {most}, which is how many GPUs this machine has, not {count}{hint}")
+        raise ValueError(f"n must be at most {most}, the number of GPUs of this machine, not {count}{hint}")
     if not (wanted is None or isinstance(wanted, tuple) or wanted in ("cuda", "gpu", "auto")):
         raise ValueError(f"device must be None with n={count}, not {shorten(wanted)}: it names one device")
     keys = {device_key(d) for d in wanted} if isinstance(wanted, tuple) else None
@@ -286,7 +286,7 @@ def find_shortage(
     concerned = [d for d in conflict.allowed if device_key(d.device) in request.devices]
     if request.share:
         capacity = max((d.device.capacity for d in concerned), default=0)
-        return f"All of a GPU is wanted: {explain_free(concerned, capacity)}.", conflict
+        return f"The job needs a whole GPU. {explain_free(concerned, capacity)}.", conflict
     if request.ram and any(d.device.unified for d in concerned):
         both = f"{format_bytes(request.memory)} of GPU memory and {format_bytes(request.ram)} of RAM"
         free = explain_free(concerned, request.memory + request.ram)

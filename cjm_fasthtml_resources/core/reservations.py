@@ -73,8 +73,8 @@ class ReservationOver(RuntimeError):
     "A reservation was released, has run out, or is not this process's"
     def __init__(self, reservation: "Reservation") -> None:
         by = reservation.ended_by
-        why = f"it was released by {by}" if by else "it was released, its ttl ran out, or another process reserved it"
-        super().__init__(f"{reservation!r} is not held: {why}. Reserve again")
+        why = f"it was released by {by}" if by else "it was released, its ttl ran out, or another process took it over"
+        super().__init__(f"{reservation!r} is over: {why}. Reserve again")
 
 class RequestCancelled(ResourceBusy):
     "A request was cancelled from outside, as by `cjm-resources cancel`"
@@ -138,7 +138,7 @@ class OnDevices:
 @dataclass(frozen=True)
 class Reservation(OnDevices, StaysHere, contextlib.AbstractContextManager["Reservation"]):
     "Memory that is reserved for a process, until it is released or the process ends"
-    instead = "Hold it here, and give its `env` to the other process."
+    instead = "Keep it here, and give its `env` to the other process."
     id: int
     devices: tuple[GpuDevice, ...] = field(repr=False)   # in CUDA's order, as they were read when they were promised
     gpu_memory_mb: float      # MiB on each device
@@ -422,7 +422,7 @@ class Request(StaysHere):
             raise RequestCancelled(by)
         self._has_entered = False
         if has_ended(*self.holder):
-            raise ProcessLookupError(f"the process with PID {self.holder.pid} ended before it was given any GPU memory")
+            raise ProcessLookupError(f"the process with PID {self.holder.pid} ended before its request was granted")
 
     def _granted(self, claims: Sequence[Claim]) -> Reservation:
         waited = time.monotonic() - self._asked

@@ -20,11 +20,11 @@ from .process import ProcessId, ProcessInfo, is_whole, read_process
 
 # %% ../../nbs/core/resident.ipynb #5886b190
 class ResidentProcess(NamedTuple):
-    "What a process has in RAM"
+    "The RAM of a process"
     pid: int
     memory: int      # bytes
     mapped: int = 0  # bytes of it that belong to files or to shared memory
-    inode: int = 0   # of /proc/PID; 0: not known, so the process has to be identified again
+    inode: int = 0   # of /proc/PID; 0: unknown, so the process has to be identified again
 
 # %% ../../nbs/core/resident.ipynb #d0a80764
 _PAGE = os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 4096
@@ -41,7 +41,7 @@ def _read_line(path: str) -> bytes:
     with FileIO(path) as file: return file.read(4096)
 
 def _read_threads(folder: str) -> tuple[int, int]:
-    "Return the same of a process whose own line has none"
+    "Return the same of a process whose own line lacks it"
     threads = os.listdir(f"{folder}/task")
     if len(threads) < 2: return 0, 0
     return max(parse_statm(_read_line(f"{folder}/task/{thread}/statm")) for thread in threads)
@@ -50,8 +50,8 @@ def _read_threads(folder: str) -> tuple[int, int]:
 _KERNEL, _FORKED = 0x200000, 0x40   # PF_KTHREAD, PF_FORKNOEXEC in the kernel's include/linux/sched.h
 
 class _Fields(NamedTuple):
-    "What is needed of /proc/PID/stat"
-    state: bytes = b""   # empty: it cannot be read
+    "Fields of /proc/PID/stat"
+    state: bytes = b""   # empty: unreadable
     flags: int = 0       # the kernel's marks
     threads: int = 0
 
@@ -64,13 +64,13 @@ def _read_fields(folder: str) -> _Fields:
 def is_fork(
     pid: int,
     proc: str = "/proc",   # where the process file system is mounted
-) -> bool:  # False if it cannot be read
+) -> bool:  # False if reading it fails
     "Return whether a process runs its parent's program, so that it can share private pages with it"
     return bool(_read_fields(f"{proc}/{pid}").flags & _FORKED)
 
 # %% ../../nbs/core/resident.ipynb #621dc68b
 def _never_has_ram(folder: str) -> bool:
-    "Return whether a process that has no RAM now will have none, either"
+    "Return whether a process without RAM will stay without"
     found = _read_fields(folder)
     return bool(found.flags & _KERNEL) or found.state == b"Z" and found.threads == 1
 
@@ -85,19 +85,19 @@ def _read_by_psutil() -> list[ResidentProcess]:
 
 class _Line(NamedTuple):
     inode: int
-    text: bytes | None                # `None`: it says nothing about the next reading
+    text: bytes | None                # `None`: the next reading can differ
     process: ResidentProcess | None   # `None`: it has ended, or is the kernel's
     for_good: bool = False            # it stays so
 
 class ResidentReader:
-    "Reads what each process has in RAM"
+    "Reads the RAM of each process"
     def __init__(self) -> None: self._lines: dict[str, _Line] = {}   # by PID, as last read
 
     def read(
         self,
         proc: str = "/proc",   # where the process file system is mounted
     ) -> list[ResidentProcess]:
-        "Return the processes that can be read now; without kernel threads"
+        "Return the processes that are readable now, except kernel threads"
         if not _HAS_PROC: return _read_by_psutil()
         before, now = self._lines, dict[str, _Line]()
         with contextlib.suppress(OSError), os.scandir(proc) as entries:
@@ -119,10 +119,10 @@ def _read_entry(entry: os.DirEntry[str], kept: _Line | None) -> _Line | None:
     except (OSError, ValueError): return None
 
 def _parse_entry(entry: os.DirEntry[str], inode: int, text: bytes) -> _Line:
-    "Return what a line of /proc/PID/statm says"
+    "Return the figures of a line of /proc/PID/statm"
     resident, mapped = parse_statm(text)
     told = text if resident else None   # zeros stay, while the figures of its threads change
-    known = inode if inode > 1 else 0   # 1: the kernel could not tell it
+    known = inode if inode > 1 else 0   # 1: unknown to the kernel
     if not resident and known and _never_has_ram(entry.path): return _Line(inode, told, None, for_good=True)
     if not resident: resident, mapped = _read_threads(entry.path)
     if not resident: return _Line(inode, told, None)
@@ -130,7 +130,7 @@ def _parse_entry(entry: os.DirEntry[str], inode: int, text: bytes) -> _Line:
 
 # %% ../../nbs/core/resident.ipynb #325c3033
 class KnownProcess(NamedTuple):
-    "Who a process is, as long as its inode is the same"
+    "The identity of a process, as long as its inode is the same"
     inode: int
     info: ProcessInfo
     pids: tuple[int, ...]   # its own and its ancestors'
@@ -143,7 +143,7 @@ class ProcessNames:
         self,
         processes: Sequence[ResidentProcess],   # all that there are
     ) -> list[KnownProcess]:
-        "Return who they are; those that are not among them are forgotten"
+        "Return their identities, and forget all others"
         before, ancestors = self._known, dict[ProcessId, tuple[ProcessId, ...]]()
         found = [known if (known := before.get(p.pid)) and known.inode == p.inode else _look_up(p, ancestors)
                  for p in processes]
@@ -151,7 +151,7 @@ class ProcessNames:
         return found
 
 def _look_up(process: ResidentProcess, ancestors: dict[ProcessId, tuple[ProcessId, ...]]) -> KnownProcess:
-    "Identify a process that was not known before"
+    "Identify a new process"
     info = read_process(process.pid, ancestors)
     return KnownProcess(process.inode if is_whole(info) else 0, info, tuple(pid for pid, _ in info.lineage))
 
@@ -159,7 +159,7 @@ def _look_up(process: ResidentProcess, ancestors: dict[ProcessId, tuple[ProcessI
 def read_share(
     pid: int,
     proc: str = "/proc",   # where the process file system is mounted
-) -> int | None:  # 0 if it has ended; `None` if it cannot be read, as with another user's process
+) -> int | None:  # 0 if it has ended; `None` if unreadable, as another user's process
     "Return the bytes of a process, shared pages by its share of them, without those of files"
     for name in ("smaps_rollup", "smaps"):   # the former since Linux 4.14
         try:
@@ -178,7 +178,7 @@ def find_sharing(
     processes: Iterable[tuple[ResidentProcess, KnownProcess]],
     proc: str = "/proc",   # where the process file system is mounted
 ) -> list[ResidentProcess]:
-    "Return the processes whose memory cannot be added up"
+    "Return the processes that share memory, so that a sum would be too large"
     found = list(processes)
     forks = {p.pid for p, _ in found if is_fork(p.pid, proc)}
     near = {pid for p, known in found if p.pid in forks for pid in known.pids}
@@ -189,15 +189,15 @@ def find_sharing(
 
 # %% ../../nbs/core/resident.ipynb #90595eb4
 class Counted(NamedTuple):
-    "What processes have together"
+    "The memory that processes share"
     memory: dict[int, int]   # PID → bytes, shared pages counted once
     whole: bool              # whether each share could be read
 
 class _Shares(NamedTuple):
     of: list[int]                    # their inodes
-    less: dict[int, int]             # PID → bytes that `statm` counts and that are not its own
+    less: dict[int, int]             # PID → bytes that `statm` counts and that belong to others
     whole: bool
-    until: float                     # as `time.monotonic` tells it
+    until: float                     # by `time.monotonic`
 
 _MOST, _STAND = 64, 20
 
@@ -224,8 +224,8 @@ class SharedPages:
         processes: Sequence[tuple[ResidentProcess, KnownProcess]],
         proc: str = "/proc",   # where the process file system is mounted
     ) -> Counted:
-        "Return what each has, so that the sum is what they have together"
-        real = [row for row in processes if row[0].inode]   # simulated ones, and those of psutil, have none
+        "Return the bytes of each, so that the sum is right"
+        real = [row for row in processes if row[0].inode]   # simulated ones, and those of psutil, lack it
         of, last = [p.inode for p, _ in real], self._last
         if last.of != of or time.monotonic() >= last.until: self._last = last = _read_shares(real, of, proc)
         memory = {p.pid: p.memory for p, _ in processes}

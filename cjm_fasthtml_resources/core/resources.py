@@ -20,7 +20,7 @@ from .secrets import shown_fields, shown_repr
 
 # %% ../../nbs/core/resources.ipynb #5c0d6bcb
 class ResourceType(Enum):
-    "What a job needs"
+    "The need of a job"
     GPU_MEMORY = "gpu_memory"
     SYSTEM_MEMORY = "system_memory"
 
@@ -34,11 +34,11 @@ class StatusLook(NamedTuple):
     style: str       # in a terminal, as rich has it
 
 class ResourceStatus(Enum):
-    "Whether a job could have the resource now; the best is declared first"
+    "The availability of a resource for a job; the best is declared first"
     AVAILABLE = "available", StatusLook("✓", "+", "available", 0, "green")                    # neither of these
     APP_BUSY = "app_busy", StatusLook("●", "*", "app busy", 10, "cyan")                       # this app uses it
     EXTERNAL_BUSY = "external_busy", StatusLook("▲", "!", "external busy", 11, "bold red")    # other programs do
-    UNAVAILABLE = "unavailable", StatusLook("✕", "-", "unavailable", 12, "bold yellow")       # the `reason` says why
+    UNAVAILABLE = "unavailable", StatusLook("✕", "-", "unavailable", 12, "bold yellow")       # see `reason`
 
     look: StatusLook
 
@@ -50,7 +50,7 @@ class ResourceStatus(Enum):
 # %% ../../nbs/core/resources.ipynb #a5c15392
 def best_status(
     found: Iterable[ResourceStatus],
-) -> ResourceStatus:   # `UNAVAILABLE` where there is none
+) -> ResourceStatus:   # `UNAVAILABLE` without a device
     "Return the best of several statuses"
     there = set(found)
     return next((status for status in ResourceStatus if status in there), ResourceStatus.UNAVAILABLE)
@@ -61,7 +61,7 @@ class OwnedProcess:
     "A process that uses memory, with its owner"
     pid: int
     owner: str                            # "app", "external" or "unknown"
-    memory_used: int | None = None        # bytes; `None` if not known
+    memory_used: int | None = None        # bytes; `None` if unknown
     name: str | None = None
     username: str | None = None
     kind: str | None = None               # on a GPU: "compute", "graphics", "mps"
@@ -73,11 +73,11 @@ class OwnedProcess:
     job_id: str | None = None             # that this worker works on
     start_time: float | None = None       # seconds from boot to its start
     command: str | None = None            # its command line, cut and without secrets, where a sample asked for it
-    load: int | None = None               # percent of the device's time that it computed, where the driver tells it
+    load: int | None = None               # percent of the device's time that it computed, where the driver reports it
 
     @property
     def is_worker(self) -> bool:
-        "Whether it is a registered worker of this app itself"
+        "Return whether it is a registered worker of this app itself"
         return self.worker_type is not None and self.parent_pid is None
 
 # %% ../../nbs/core/resources.ipynb #d7cd7bf4
@@ -87,9 +87,9 @@ class Promise:
     pid: int          # 0: of another PID namespace, where numbers are others
     owner: str        # "app" or "external"
     memory: int       # bytes
-    unused: int       # bytes of it that are not in use yet
+    unused: int       # bytes of it that are still unused
     app: str = ""     # the app's name
-    id: int = 0       # as `cjm-resources queue` shows it; 0: not known
+    id: int = 0       # as `cjm-resources queue` shows it; 0: unknown
     since: float | None = None   # when it was granted, by `machine_time()`
     username: str | None = None  # of another user
     container: str | None = None  # another one: the host name that it has
@@ -97,18 +97,18 @@ class Promise:
 # %% ../../nbs/core/resources.ipynb #fd30f6ec
 @dataclass(frozen=True)
 class Waiting:
-    "A request that waits for GPU memory, or for RAM"
+    "A waiting request for GPU memory, or for RAM"
     pid: int                             # 0: of another PID namespace, where numbers are others
     owner: str                           # "app" or "external"
     memory: int                          # bytes on each device; 0: it waits for RAM alone
     position: int                        # its place in the queue, from 1
     devices: tuple[int | str, ...] = ()  # ids of those that suit it, as far as they are seen
     app: str = ""                        # the app's name
-    name: str | None = None              # of the process; `None` if it is not seen from here
+    name: str | None = None              # of the process; `None` if it is hidden from here
     username: str | None = None
     ram: int = 0                         # bytes of RAM that it waits for, too
     priority: int = 0                    # a smaller one is further ahead
-    id: int = 0                          # as `cjm-resources queue` shows it; 0: not known
+    id: int = 0                          # as `cjm-resources queue` shows it; 0: unknown
     since: float | None = None           # when it entered the queue, by `machine_time()`
     container: str | None = None         # another one than this process's: the host name that it has
 
@@ -121,15 +121,15 @@ class DeviceStatus:
     processes: tuple[OwnedProcess, ...] = ()   # all of them, the small ones too
     app_memory: int = 0                        # bytes
     external_memory: int = 0                   # bytes
-    unattributed_memory: int = 0               # bytes in use that no visible process accounts for
+    unattributed_memory: int = 0               # bytes in use that are not visible by process
     promises: tuple[Promise, ...] = ()         # memory that was reserved on it
-    estimated: bool = False                    # the division by owner is not exact; the conflict's notes say why
+    estimated: bool = False                    # the division by owner is an estimate; see the conflict's notes
     reason: str | None = None                  # why it is unavailable, in words
     ram_memory: int = 0                        # bytes in use as RAM, where the GPU uses the machine's memory
 
     @property
     def external_percent(self) -> float:
-        "The memory that this app cannot use, in percent of the device's total"
+        "Return the memory of other programs, in percent of the device's total"
         taken = self.external_memory + self.unattributed_memory + self.ram_memory + self.promised("external")
         return 100*taken/self.device.memory_total if self.device.memory_total else 0.0
 
@@ -137,7 +137,7 @@ class DeviceStatus:
         self,
         owner: str | None = None,  # "app" or "external"; `None`: both
     ) -> int:
-        "Return the bytes that are reserved and not used yet"
+        "Return the bytes that are reserved and still unused"
         return sum(p.unused for p in self.promises if owner in (None, p.owner))
 
     @property
@@ -149,7 +149,7 @@ class DeviceStatus:
 
     @property
     def room(self) -> int:
-        "Bytes that are neither used nor reserved"
+        "Return the free bytes: those that are neither used nor reserved"
         return max((self.device.memory_free or 0) - self.promised(), 0)
 
 # %% ../../nbs/core/resources.ipynb #7b83d97d
@@ -159,10 +159,10 @@ class MemoryStatus:
     memory: HostMemory
     processes: tuple[OwnedProcess, ...] = ()   # this app's, and the largest of others; the largest first
     app_memory: int = 0                        # bytes; pages that its processes share count once
-    external_memory: int = 0                   # bytes: the rest of what is in use
-    left_out: int = 0                          # processes of other programs that are not listed, all smaller
-    estimated: bool = False                    # what the app's processes share could not all be read
-    promised: int = 0                          # bytes reserved, and not in use yet, also on a GPU that uses this memory
+    external_memory: int = 0                   # bytes: the rest of the memory in use
+    left_out: int = 0                          # number of unlisted processes of other programs, all smaller
+    estimated: bool = False                    # reading the memory that the app's processes share failed in part
+    promised: int = 0                          # bytes reserved and still unused, also on a GPU that uses this memory
     promises: tuple[Promise, ...] = ()         # these reservations, where RAM itself is reserved
 
     @property
@@ -173,17 +173,17 @@ class MemoryStatus:
 
     @property
     def room(self) -> int:
-        "Bytes that are neither in use nor reserved"
+        "Return the free bytes: those that are neither used nor reserved"
         return max(self.memory.available - self.promised, 0)
 
 # %% ../../nbs/core/resources.ipynb #f591708e
 class _Process(TypedDict):
     pid: int
-    name: str                        # "PID 301" where it cannot be read
+    name: str                        # "PID 301" where reading it fails
     username: str | None
 
 class _Child(TypedDict, total=False):
-    parent_pid: int | None           # this app's only: the worker that it descends from, if it is not one itself
+    parent_pid: int | None           # this app's only: the worker that it descends from; `None` for a worker itself
     parent_worker_type: str | None
     worker_type: str                 # of the worker that it is or descends from
     plugin: str | None
@@ -215,20 +215,20 @@ class WorkerState:
     config: dict[str, Any] | None = handed_out(None)  # the plugin's configuration; a copy, as are the other two
     status: str = "idle"                          # "idle", "running", "stopping", or a word of the app's own
     execution_mode: str | None = None             # how the plugin runs its work, such as "subprocess"
-    child_pids: list[int] = handed_out((), made=list)    # processes that the plugin says are its own
+    child_pids: list[int] = handed_out((), made=list)    # processes that the plugin declares as its own
     container_id: str | None = None
     conda_env: str | None = None
     is_remote: bool = False
     remote_resource: dict[str, Any] | None = handed_out(None)  # provider, region, GPU type, cost per hour …
     start_time: float | None = None               # identifies the process with the PID; `None`: tracked by number alone
-    gpu_memory_mb: float | None = None            # MiB that the worker reports, where the driver cannot
+    gpu_memory_mb: float | None = None            # MiB that the worker reports, where the driver omits it
     last_used: float | None = field(default=None, compare=False)  # `time.monotonic()` when a job last began or ended
     host: str | None = None                       # its machine, where workers of several machines are listed
     waiting_jobs: tuple[str, ...] = ()            # jobs that follow `job_id`, in this order
 
     @property
     def jobs(self) -> tuple[str, ...]:
-        "The jobs that are not done: the running one, then those that wait"
+        "Return the unfinished jobs: the running one, then those that wait"
         return self.waiting_jobs if self.job_id is None else (self.job_id, *self.waiting_jobs)
 
     def __repr__(self) -> str:

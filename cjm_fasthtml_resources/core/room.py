@@ -24,7 +24,7 @@ def usable(
 
 def roomiest(
     devices: Iterable[DeviceStatus],
-) -> DeviceStatus | None:   # `None` without a device
+) -> DeviceStatus | None:   # `None` without one
     "Return the device with the most room"
     return max(devices, key=lambda d: d.room, default=None)
 
@@ -38,13 +38,13 @@ def most_room(
     return list(found.values())[:count] if len(found) >= count else []
 
 def by_hope(device: DeviceStatus) -> tuple[int, int]:
-    "Sort devices by what a job could have there, the least first"
+    "Sort devices by the free memory for a job, the least first"
     return -list(ResourceStatus).index(device.status), device.room
 
 def largest_capacity(
     devices: Iterable[DeviceStatus],
     count: int = 1,                   # of the devices that are to have so much
-) -> int:   # bytes; 0 without so many devices
+) -> int:   # bytes; 0 if there are fewer devices
     "Return the memory that programs can use on the largest usable device, or on each of several"
     sizes = sorted(d.device.capacity for d in usable(devices))
     return sizes[-count] if len(sizes) >= count else 0
@@ -74,7 +74,7 @@ def check_capacity(
 ) -> None:
     "Raise `TooMuchMemory` for more memory than the largest device has"
     if memory > largest:
-        most = f"{largest//2**20}, which is what {whose} has"
+        most = f"{largest//2**20}, which {whose} has"
         text = f"{name} must be at most {most}, not {given}"
         raise TooMuchMemory(text).with_amounts(name, memory, largest, whose)
 
@@ -146,8 +146,8 @@ def plan_device(
     device: DeviceStatus,
     idle: Sequence[WorkerState],   # in the order in which they are to go
     need: float,                   # bytes
-) -> list[WorkerState] | None:  # `None` if all of them are not enough
-    "Return the workers after whose end a device has room, none of them for nothing"
+) -> list[WorkerState] | None:  # `None` if all of them together free too little
+    "Return the workers whose end frees enough memory on a device, each of them needed"
     after, plan = device, list[WorkerState]()
     for worker in idle:
         if after.room >= need: break
@@ -166,7 +166,7 @@ def plan_room(
     need: float,                         # bytes
     gentle: Collection[int] = (),        # the PIDs of those that can unload instead
     count: int = 1,                      # of the devices that are to have room
-) -> list[WorkerState]:  # empty if all of them are not enough on any device
+) -> list[WorkerState]:  # empty if all of them together free too little on every device
     "Return the idle workers to unload or stop, so that so many devices have room"
     in_turn = sorted(idle, key=lambda worker: worker.pid not in gentle)
     left, gone = list(devices), list[WorkerState]()

@@ -23,7 +23,7 @@ MANAGER_SCHEMA: dict[str, Any] = {
     "properties": {
         "gpu_memory_threshold_percent": {
             "type": "number", "minimum": 0, "maximum": 100, "default": 45.0,
-            "description": "Share of a device's memory from which on outsiders are in the way, in percent"},
+            "description": "A GPU counts as busy when other programs use this share of its memory, in percent"},
         "track_self": {
             "type": "boolean", "default": True,
             "description": "Whether the manager's own process and its descendants are the app's"},

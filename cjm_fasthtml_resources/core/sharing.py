@@ -62,22 +62,22 @@ def explain_refusal(
 def _problem_of_shared(path: Path, found: os.stat_result) -> str | None:
     "Return what is wrong with a shared folder, `None` if nothing is"
     if found.st_mode & stat.S_IRWXO:
-        return f"is open to users outside of its group, and is not used; sudo chmod o-rwx {path} mends it"
+        return f"is open to users outside its group, so it is refused. To fix it: sudo chmod o-rwx {path}"
     if found.st_uid not in (0, os.geteuid()) and not is_hidden(found.st_uid):
-        return (f"is shared and belongs to {_name('UID', found.st_uid)}, who is neither root nor this user, and is not "
-                f"used. Ask the administrator: sudo chown root {path}")
+        return (f"is shared and belongs to {_name('UID', found.st_uid)}, who is neither root nor this user, so it is "
+                f"refused. Ask the administrator: sudo chown root {path}")
     if not os.access(path, os.R_OK | os.W_OK | os.X_OK, effective_ids=True): return explain_refusal(path, found)
     return None
 
 def _problem_in_shared(path: Path, found: os.stat_result) -> str | None:
     "Return what is wrong with a file in a shared folder, `None` if nothing is"
-    if not stat.S_ISREG(found.st_mode): return "is not a file, and is not used: somebody put it there"
+    if not stat.S_ISREG(found.st_mode): return "is not a regular file, so it is refused: another user put it there"
     if found.st_gid != path.parent.lstat().st_gid:
-        return "does not belong to the group that shares its folder, and is not used: somebody put it there"
+        return "does not belong to the group that shares its folder, so it is refused: another user put it there"
     if found.st_mode & stat.S_IRWXO:
-        return "is open to users outside of its group, and is not used; chmod o-rwx mends it"
+        return "is open to users outside its group, so it is refused. To fix it: chmod o-rwx"
     if not found.st_mode & stat.S_IRGRP or not found.st_mode & stat.S_IWGRP:
-        return f"cannot be used by its group; {_name('UID', found.st_uid)} can mend it with chmod g+rw"
+        return f"cannot be used by its group; {_name('UID', found.st_uid)} can fix it with chmod g+rw"
     return None
 
 # %% ../../nbs/core/sharing.ipynb #5bb1ee06
@@ -90,17 +90,19 @@ def check_owner(
     if problem := _problem(path, found): raise StoreError(f"{path} {problem}")
     return True
 
+_REDIRECTED = ": reservations could be redirected. Replace it with a regular file"
+
 def _problem(path: Path, found: os.stat_result) -> str | None:
     "Return what is wrong with a file or folder, `None` if nothing is"
-    if stat.S_ISLNK(found.st_mode): return "is a symbolic link, and is not used: promises could be led elsewhere"
+    if stat.S_ISLNK(found.st_mode): return f"is a symbolic link, so it is refused{_REDIRECTED}"
     if _shares(found): return _problem_of_shared(path, found)
     mine = found.st_uid == os.geteuid()
     if mine and not found.st_mode & 0o022: return None
     if not stat.S_ISDIR(found.st_mode) and is_shared(path.parent): return _problem_in_shared(path, found)
     if not mine:
         share = f". The administrator can share it: sudo cjm-resources share {path} --group GROUP"
-        return f"belongs to another user (UID {found.st_uid}), and is not used{share*stat.S_ISDIR(found.st_mode)}"
-    return "can be written by other users, and is not used; chmod go-w mends it"
+        return f"belongs to another user (UID {found.st_uid}), so it is refused{share*stat.S_ISDIR(found.st_mode)}"
+    return "can be written by other users, so it is refused. To fix it: chmod go-w"
 
 # %% ../../nbs/core/sharing.ipynb #2c4d34f1
 def _make_shared(path: Path) -> None:

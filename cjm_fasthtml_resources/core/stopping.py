@@ -57,12 +57,12 @@ def find_stoppable(
         owner, _ = find_owner(info, table.workers, table.children, me)
         ends = [info.lineage[0]] if state is None else find_ended(table, state)
     if set(ends) & set(read_process(os.getpid()).lineage):
-        raise PermissionError(f"PID {pid} is this process, or one that it descends from")
+        raise PermissionError(f"Cannot stop PID {pid}: it is this process or one of its parent processes")
     if state is None and owner != "app":
-        raise PermissionError(f"PID {pid} is not a process of this app, so it is not stopped")
+        raise PermissionError(f"PID {pid} does not belong to this app. Only this app's processes can be stopped")
     if state and state.start_time is None and info.start_time is not None:
-        raise PermissionError(f"the worker with PID {pid} was registered before there was such a process, "
-                              "so it may be somebody else's")
+        raise PermissionError(f"Cannot stop PID {pid}: it started after it was registered, so it might be "
+                              "a different program. Register it again")
     return state, ends
 
 # %% ../../nbs/core/stopping.ipynb #7a972e36
@@ -125,7 +125,7 @@ def end_worker(
     if kept is not None: _clean_up(kept.plugin, grace)
     if left := end_processes(ends, grace):
         named = ", ".join(str(p.pid) for p in left)
-        raise TimeoutError(f"of the worker with PID {pid}, these processes could not be ended: {named}")
+        raise TimeoutError(f"Could not stop these processes of worker {pid}: {named}")
     if state: workers.forget_if_same(state)
     workers.events.count("stopped")
 

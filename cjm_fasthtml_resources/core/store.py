@@ -183,7 +183,7 @@ class Store:
             return True
 
     def wake(self) -> None:
-        "Let the next request that waits read the devices at once"
+        "Let the next waiting request read the devices at once"
         with contextlib.suppress(OSError), _to_write(self.lock_path) as file: self._set_looked_at(file, 0.0)
 
     def is_changing(self) -> bool:

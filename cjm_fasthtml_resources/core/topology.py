@@ -14,7 +14,7 @@ from .nvml_errors import ask
 
 # %% ../../nbs/core/topology.ipynb #50f20c43
 class Links(NamedTuple):
-    "How close devices are to one another: 2 for NVLink, 1 for the same NUMA node, 0 for neither and for not known"
+    "How close devices are to one another: 2 for NVLink, 1 for the same NUMA node, 0 for neither and for unknown"
     keys: tuple[str, ...] = ()   # of the devices, as a reservation names them
     ranks: str = ""              # a digit for each pair, in the order of `itertools.combinations`
 
@@ -27,7 +27,7 @@ class Links(NamedTuple):
 _NVLINK = 2    # NVML_P2P_CAPS_INDEX_NVLINK
 _SYSTEM = 50   # NVML_TOPOLOGY_SYSTEM: between NUMA nodes
 
-def _read_rank(nvml: Any, handles: Sequence[Any]) -> int | None:  # `None`: it could not be read now
+def _read_rank(nvml: Any, handles: Sequence[Any]) -> int | None:  # `None`: reading it failed
     "Return the rank of a pair"
     if None in handles: return None
     status = ask(nvml, "nvmlDeviceGetP2PStatus", *handles, _NVLINK)
@@ -39,9 +39,9 @@ def _read_rank(nvml: Any, handles: Sequence[Any]) -> int | None:  # `None`: it c
 def read_links(
     nvml: Any,                                        # the module `pynvml`, initialised
     uuids: Collection[str],
-    known: MutableMapping[tuple[str, str], int],      # what was read before; what is read now is added
+    known: MutableMapping[tuple[str, str], int],      # earlier answers; new ones are added
 ) -> Links:
-    "Return how close GPUs are to one another, asking the driver for the pairs that are not known yet"
+    "Return how close GPUs are to one another, asking the driver for the pairs that are still unknown"
     names = sorted(set(uuids))
     missing = [pair for pair in combinations(names, 2) if pair not in known]
     named = {name for pair in missing for name in pair}

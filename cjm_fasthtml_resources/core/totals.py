@@ -23,7 +23,7 @@ def _write(span: Sequence[int]) -> list[str]:
 
 def name_devices(
     ids: Iterable[int | str],   # as the devices have them
-) -> str:  # empty without a device
+) -> str:  # empty if there are no devices
     "Return the ids of devices as people write them: those that follow each other as a span"
     found = dict.fromkeys(ids)
     numbers = sorted(i for i in found if isinstance(i, int))
@@ -36,16 +36,16 @@ def name_devices(
 # %% ../../nbs/core/totals.ipynb #87985a1a
 @dataclass(frozen=True)
 class Total:
-    "What the processes of one user or app use together"
+    "The memory of one user's or app's processes together"
     name: str
     processes: int                       # each once, on however many devices it is
     memory: int                          # bytes
     devices: tuple[int | str, ...]       # their ids
-    silent: int = 0                      # of these processes, those whose memory is not known on some device
+    silent: int = 0                      # of these processes, those whose memory is unknown on some device
 
     @property
     def size(self) -> str:
-        "The sum in words; where some memory is not known, the least that it is"
+        "Return the sum in words; where some memory is unknown, the least that it is"
         if self.silent and not self.memory: return "unknown"
         return f"at least {format_bytes(self.memory)}" if self.silent else format_bytes(self.memory)
 
@@ -58,7 +58,7 @@ class Total:
 NOT_VISIBLE = "no visible process"
 
 class _Part(NamedTuple):
-    "A process on a device, or what nobody is seen to use there"
+    "A process on a device, or its memory that is not visible by process"
     name: str
     device: DeviceStatus
     process: OwnedProcess | None
@@ -75,7 +75,7 @@ def sum_by(
     devices: Iterable[DeviceStatus],
     name_of: Callable[[OwnedProcess, DeviceStatus], str],   # whose sum a process counts for
 ) -> list[Total]:  # the largest first
-    "Return what the processes on these devices use, by what each one belongs to"
+    "Return the memory of the processes on these devices, by the group of each one"
     parts: dict[str, list[_Part]] = {}
     def add(part: _Part) -> None: parts.setdefault(part.name, []).append(part)
     for d in devices:
@@ -85,7 +85,7 @@ def sum_by(
 
 # %% ../../nbs/core/totals.ipynb #c5cc15e6
 def sum_by_user(devices: Iterable[DeviceStatus]) -> list[Total]:  # the largest first
-    "Return what each user's processes use"
+    "Return the memory of each user's processes"
     return sum_by(devices, lambda process, _: process.username or "unknown user")
 
 def _app_of(process: OwnedProcess, device: DeviceStatus) -> str:
@@ -96,5 +96,5 @@ def _app_of(process: OwnedProcess, device: DeviceStatus) -> str:
     return f"app {known}" if known else process.container or process.name or "no name"
 
 def sum_by_app(devices: Iterable[DeviceStatus]) -> list[Total]:  # the largest first
-    "Return what each app uses: this one, one that reserved memory, a container, or else a program by its name"
+    "Return the memory of each app: this one, one that reserved memory, a container, or else a program by its name"
     return sum_by(devices, _app_of)

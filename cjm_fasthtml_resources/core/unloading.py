@@ -29,7 +29,7 @@ def check_unload(unload: Any) -> Unload | None:
     "Return the function that unloads a worker; `TypeError` for what cannot be called, or only awaited"
     if unload is None or callable(unload) and not inspect.iscoroutinefunction(unload): return unload   # type: ignore
     what = "a coroutine function" if callable(unload) else type(unload).__name__
-    raise TypeError(f"unload must be a function that takes a worker and returns when it has unloaded, not {what}")
+    raise TypeError(f"unload must be a function that takes a worker and returns after unloading, not {what}")
 
 def has_loaded(worker: WorkerState) -> bool:
     "Return whether a worker is known to have a plugin or a model loaded"
@@ -43,7 +43,7 @@ def find_unloader(
     "Return the call that unloads a worker"
     try: release = getattr(asked.plugin, "release", None) if asked else None
     except Exception as error:
-        _log.warning("a plugin's release could not be read: %s", shown_error(error))
+        _log.warning("reading a plugin's release failed: %s", shown_error(error))
         release = None
     if asked and callable(release): return release if has_loaded(worker) or not asked.has_released else None
     return partial(unload, worker) if unload and has_loaded(worker) else None
@@ -66,4 +66,4 @@ def ask_to_unload(
 
     try: start_thread("unload", ask).join(seconds)
     except NoThreadError: ask()
-    return answers[0] if answers else f"it did not answer within {seconds:g} s"
+    return answers[0] if answers else f"it did not respond within {seconds:g} s"

@@ -36,15 +36,15 @@ _log = Log(__name__)
 
 # %% ../../nbs/core/usage.ipynb #2e9d8404
 class Usage(NamedTuple):
-    "What a job was seen to use, and is learned from"
-    bases: tuple[int, ...] = ()  # bytes on each of its devices that its process used before, and that are not the job's
+    "The observed usage of a job, from which its need is learned"
+    bases: tuple[int, ...] = ()  # bytes on each of its devices that its process used before the job
     level: Level | None = None   # of its GPU memory on the device that it uses most, `None` until it was looked at
     ram: int = 0                 # bytes at the highest
-    mixed: bool = False          # another job of the same process ran at the same time: nothing is learned
+    mixed: bool = False          # another job of the same process ran at the same time, so learning is off
     warm: bool = False           # its process used more before than a CUDA context: it can need more than it added
 
     def then(self, gpu_memory: Sequence[int], now: float) -> "Usage":
-        "Return the usage after a look at all that its process uses on each device"
+        "Return the usage after a sample of its process's memory on each device"
         own = max((used - base for used, base in itertools.zip_longest(gpu_memory, self.bases, fillvalue=0)), default=0)
         own = max(own, 0)
         return self._replace(level=self.level.then(own, now) if self.level else Level(own, now, now))
@@ -55,7 +55,7 @@ CONTEXT = 2**30   # bytes that a process can use on a GPU without a model, with 
 def begin_usage(
     bases: Sequence[int],   # bytes on each of a job's devices that its process uses already
 ) -> Usage:
-    "Return what a job was seen to use when it begins"
+    "Return the usage of a job when it begins"
     return Usage(tuple(bases), warm=True) if max(bases, default=0) > CONTEXT else Usage()
 
 # %% ../../nbs/core/usage.ipynb #49057482
@@ -72,7 +72,7 @@ LOOK_EVERY = 1.0    # seconds between two looks at what running jobs use
 RAM_EVERY = 5       # RAM is read at each fifth look: it takes longer
 
 class JobLooks:
-    "Looks at what the running jobs of this process use, on a thread of its own while there are any"
+    "Samples the usage of this process's running jobs, on a thread of its own while there are any"
     def __init__(self, look: Callable[[Sequence["Looked"], bool], None]) -> None:
         self._look = look          # at these jobs; True: at their RAM, too
         self.after_fork()
@@ -81,19 +81,19 @@ class JobLooks:
     def after_fork(self) -> None:
         "Forget the parent's jobs, in a fork's child"
         self._changed = threading.Condition(threading.RLock())   # reentrant: a signal handler can end a job
-        self.turn = threading.RLock()   # of whoever changes what a job was seen to use
+        self.turn = threading.RLock()   # guards the usages
         self._jobs: tuple[Looked, ...] = ()
         self._thread: threading.Thread | None = None
 
     def add(self, job: "Looked") -> None:
-        "Look at a job once a second from now on; where no thread can be started, at its end alone"
+        "Sample a job once a second from now on; where starting a thread fails, at its end alone"
         with holding(self._changed):
             self._jobs = (*(other for other in self._jobs if other is not job), job)
             if self._thread and self._thread.is_alive(): return
             with contextlib.suppress(NoThreadError): self._thread = start_thread("job-looks", self._run)
 
     def remove(self, job: "Looked") -> None:
-        "Look at a job no more, after a last look; a second time nothing happens"
+        "Take a last sample of a job and stop; a second call does nothing"
         if job in self._jobs: self.look(True)
         with holding(self._changed):
             self._jobs = tuple(other for other in self._jobs if other is not job)
@@ -108,7 +108,7 @@ class JobLooks:
         "Look at all jobs now"
         try:
             with holding(self.turn): self._look(self._jobs, with_ram)
-        except Exception as error: _log.warning("what jobs use could not be read: %s", shown_error(error))
+        except Exception as error: _log.warning("reading the usage of jobs failed: %s", shown_error(error))
 
     def _run(self) -> None:
         for number in itertools.count():
@@ -126,7 +126,7 @@ def used_gpu_memory(
     others: Iterable[ProcessId] = (),   # what these and their child processes use is theirs
     device: GpuDevice | None = None,    # on this one alone
 ) -> int:  # bytes
-    "Return what a process with its child processes is known to use"
+    "Return the known usage of a process with its child processes, in bytes"
     key, holders = None if device is None else device_key(device), {holder, *others}
     uses = [use for use in read_use(devices) if key is None or use.is_called(key)]
     return sum(used_by(use, holders).get(holder, 0) for use in uses)
@@ -135,16 +135,16 @@ def used_on_each(
     devices: Iterable[GpuDevice],
     holder: ProcessId,
     others: Iterable[ProcessId],
-    own: Sequence[GpuDevice],           # the devices of a job; none: what it uses of all is one sum
+    own: Sequence[GpuDevice],           # the devices of a job; empty: one sum over all
 ) -> tuple[int, ...]:  # bytes
-    "Return what a process with its child processes is known to use on each of a job's devices"
+    "Return the known usage of a process with its child processes on each of a job's devices"
     return tuple(used_gpu_memory(devices, holder, others, device) for device in own or (None,))
 
 def other_holders(
     manager: Any,          # a ResourceManager
     holder: ProcessId,
 ) -> set[ProcessId]:
-    "Return the processes of the app whose memory is not that of a job in this process: its workers, and other jobs'"
+    "Return the app's processes whose memory belongs to others than this process's jobs: workers, and other jobs"
     with manager.workers.last_read() as table:
         workers = {ProcessId(w.pid, w.start_time) for w in table.workers.values()}
     return (workers | {job.holder for job in manager.job_looks.jobs}) - {holder}
@@ -162,7 +162,7 @@ def look_at_jobs(
     jobs: Sequence["Looked"],
     with_ram: bool,               # also at their RAM
 ) -> None:
-    "Note what each job uses now; of jobs that share a process, nobody can tell which one uses how much"
+    "Note the usage of each job now; usages of jobs that share a process are indistinguishable"
     if not jobs: return
     manager, holders = jobs[0].manager, [job.holder for job in jobs]
     snapshot = manager.read()
@@ -189,17 +189,17 @@ class JobStarter:
         memory_mb: float | None = None,                # MiB of RAM; `None`: as declared
         priority: int = 0,                             # as for `reserve`, as is the next one
         grace: float | None = None,                    # seconds; `None`: it keeps its memory, used or not
-        plugin: str | None = None,                     # its name, for what is learned; with a registry its id
+        plugin: str | None = None,                     # its name, under which needs are learned; with a registry its id
         resource: str | None = None,                   # the model or other resource that it loads
         config: Mapping[str, Any] | None = None,       # the plugin's configuration
-        needs: "PluginNeeds | Mapping[str, Any] | None" = None,   # what it needs, with RAM
-        registry: Any = None,                          # of plugins: then the validation decides what has to happen
+        needs: "PluginNeeds | Mapping[str, Any] | None" = None,   # its needs, with RAM
+        registry: Any = None,                          # of plugins: then the validation decides the next step
         worker: int | None = None,                     # the PID of the registered worker that does it
         worker_type: str = "job",                      # the type of the worker that `watch` registers
         device: int | str | GpuDevice | None = None,   # as for `reserve`
-        timeout: float | None = None,                  # seconds to wait; 0: do not wait; `None`: no limit
-        unknown: float | str = "alone",                # MiB for a need that is not known; "alone": a device of its own
-        concurrent: bool = False,                      # whether its worker may have other jobs at the same time
+        timeout: float | None = None,                  # seconds to wait; 0: answer at once; `None`: no limit
+        unknown: float | str = "alone",                # MiB for an unknown need; "alone": a device of its own
+        concurrent: bool = False,                      # whether its worker can have other jobs at the same time
         progress: bool = False,                        # show a bar while it waits
         make_room: bool = False,                       # let idle workers unload, or stop them, where memory is short
         unload: "Unload | None" = None,                # unloads a worker whose plugin is in another process

@@ -85,12 +85,12 @@ def _suggest(
 ) -> tuple[bool, str]:  # whether waiting can help, and what to do
     "Return the advice for a job that is blocked"
     if action is ValidationAction.USER_INTERVENTION:
-        return False, "ask the owners of the processes named, or take another machine"
+        return False, "ask the owners of these processes to stop them, or use another machine"
     if worker is None:
-        if action is ValidationAction.WAIT_FOR_JOB: return True, "reserve() waits until there is room"
-        return False, "end what the app itself runs"
-    if is_at_work(worker): return True, f"wait until the worker with PID {worker.pid} has done its job"
-    return False, f"stop_worker({worker.pid}) ends the idle worker, or free_gpu as many as it takes"
+        if action is ValidationAction.WAIT_FOR_JOB: return True, "call reserve() to wait for free memory"
+        return False, "stop some of this app's own processes"
+    if is_at_work(worker): return True, f"wait until the worker with PID {worker.pid} has finished its job"
+    return False, f"stop_worker({worker.pid}) stops the idle worker, and free_gpu(mb) as many as needed"
 
 # %% ../../nbs/core/validation.ipynb #599ef1c4
 _SHOWN_FIELDS = ("action", "can_proceed", "message", "current_worker", "plugin_name_to_reload")
@@ -166,7 +166,7 @@ def describe_worker(
     state = f"running {worker.job_id}" if worker.job_id else worker.status
     used = [f"{format_bytes(size)} on GPU {place}" for place, size in held_by(worker, devices).items()]
     details = ", ".join([*([loaded] if loaded else []), state, *used])
-    return f"the {worker.worker_type} worker with PID {worker.pid} ({details})"
+    return f"the {worker.worker_type} worker (PID {worker.pid}, {details})"
 
 # %% ../../nbs/core/validation.ipynb #6820545c
 def free_devices(
@@ -231,7 +231,7 @@ def only_device(
     place = device_place(device)
     if place is None or conflict.status is ResourceStatus.UNAVAILABLE: return conflict
     count = len(conflict.devices)
-    complaint = f"device {shorten(device)} was asked for, and there {'is' if count == 1 else 'are'} {count}"
+    complaint = f"device {shorten(device)} does not exist: {count} {'GPU is' if count == 1 else 'GPUs are'} visible"
     named, notes = conflict.devices[place:place + 1], conflict.notes
     if instead := _meant_instead(conflict, named):
         doubt = explain_doubt(f"device {shorten(device)}", [d.device for d in instead],
@@ -254,7 +254,7 @@ def _result(
 def decide_on_cpu(
     memory: ResourceConflict,           # of `check_memory_availability`
     workers: Sequence[WorkerState],     # of this app
-    why: str = "It runs on the CPU",    # the beginning of the sentence
+    why: str = "The job runs on the CPU",    # the beginning of the sentence
 ) -> ValidationResult:
     "Decide whether a job that uses no GPU may start"
     message = f"{why}. {memory.message}"
@@ -262,9 +262,9 @@ def decide_on_cpu(
     if memory.status is ResourceStatus.EXTERNAL_BUSY:
         return _result(ValidationAction.USER_INTERVENTION, message, memory)
     if busy := next(filter(is_at_work, workers), None):
-        said = f"{message} At work: {describe_worker(busy)}."
+        said = f"{message} Running a job: {describe_worker(busy)}."
         return _result(ValidationAction.WAIT_FOR_JOB, said, memory, busy)
-    message += " No job is running whose end would free it."
+    message += " No running job would free it when it finishes."
     return _result(ValidationAction.WAIT_FOR_OTHER_WORKER, message, memory, next(iter(workers), None))
 
 # %% ../../nbs/core/validation.ipynb #ccae244a
@@ -348,7 +348,7 @@ def decide_for_worker(
     ready = has_loaded(job, worker, conflict.devices)
     if ready and job.may_share(worker): return _already_loaded(worker, conflict)
     if is_at_work(worker):
-        message = f"Its worker is not idle: {describe_worker(worker, conflict.devices)}."
+        message = f"Its worker is busy: {describe_worker(worker, conflict.devices)}."
         return _result(ValidationAction.WAIT_FOR_JOB, message, conflict, worker)
     if ready: return _already_loaded(worker, conflict)
     if worker.plugin_id is None and worker.plugin_name is None: return None
@@ -359,7 +359,7 @@ def decide_for_worker(
 def _on_each(job: Job) -> str: return "" if job.count == 1 else f" on each of {job.count} GPUs"
 
 def _need(job: Job) -> str:
-    return "" if job.memory is None else f"It needs {format_bytes(job.memory)}{_on_each(job)}. "
+    return "" if job.memory is None else f"The job needs {format_bytes(job.memory)}{_on_each(job)}. "
 
 def _lack(job: Job, devices: Sequence[DeviceStatus]) -> str:
     "Return what the job needs and what is free, where less is free; empty where the need is unknown"
@@ -368,16 +368,16 @@ def _lack(job: Job, devices: Sequence[DeviceStatus]) -> str:
     if job.memory is None or (most := roomiest(lacking)) is None: return ""
     need, free = compare_sizes(job.memory, most.room)
     have = "" if job.count == 1 else f"{len(there) - len(lacking)} of {len(there)} have it; "
-    return f"It needs {need}{_on_each(job)}. {have}GPU {most.device.id} has {free} free. "
+    return f"The job needs {need}{_on_each(job)}. {have}GPU {most.device.id} has {free} free. "
 
 def _too_much(job: Job, devices: Sequence[DeviceStatus]) -> str:   # empty if it could run here
     "Return that a job needs more than the devices have for programs"
     if len({d.device.pool for d in usable(devices)}) < job.count:
-        return f"It needs {job.count} GPUs. {len(usable(devices))} can be used for it here."
+        return f"The job needs {job.count} GPUs; {len(usable(devices))} can be used here."
     if job.memory is None or job.memory <= (most := largest_capacity(devices, job.count)): return ""
     wanted, largest = compare_sizes(job.memory, most)
     whose = "The largest GPU here has" if job.count == 1 else f"The {job.count} largest GPUs here have at least"
-    return f"It needs {wanted}{_on_each(job)}. {whose} {largest} for programs."
+    return f"The job needs {wanted}{_on_each(job)}. {whose} {largest} for programs."
 
 # %% ../../nbs/core/validation.ipynb #489537ba
 def decide_by_workers(
@@ -407,7 +407,7 @@ def _explain_reserved(
     found = [d for d in would_do if d.promised("app")]
     if not found or not most_room(would_do, job.count): return None
     names = name_causes(reservation_causes(found, "app"))
-    return f"Reserved by the app itself: {names}; reserve() waits until there is room."
+    return f"This app has already reserved the memory: {names}. Call reserve() to wait for it."
 
 # %% ../../nbs/core/validation.ipynb #9132cee3
 def _filled_by_app(job: Job, devices: Sequence[DeviceStatus]) -> list[DeviceStatus]:
@@ -430,7 +430,7 @@ def decide_without_workers(job: Job, conflict: ResourceConflict) -> ValidationRe
 # %% ../../nbs/core/validation.ipynb #71b58be9
 def _wait_for(job: Job, worker: WorkerState, conflict: ResourceConflict) -> ValidationResult:
     what = _with_resource(job.plugin_name, job.needs.plugin_resource)
-    message = f"{what} is loaded on {describe_worker(worker, conflict.devices)}, which is at work."
+    message = f"{what} is loaded on {describe_worker(worker, conflict.devices)}, which is running a job."
     return _result(ValidationAction.WAIT_FOR_JOB, message, conflict, worker)
 
 # %% ../../nbs/core/validation.ipynb #3fb5169c
@@ -471,7 +471,7 @@ def _expected_need(
     resource = need_key(job.plugin_name, job.needs.plugin_resource or "", devices=job.count).resource
     try: expected = manager.expected_gpu_memory_mb(job.plugin_name, resource)
     except StoreError as error:
-        _log.warning("what %s needs is not known: %s", shown_text(job.plugin_name), error)
+        _log.warning("the need of %s is unknown: %s", shown_text(job.plugin_name), error)
         return None
     return None if expected is None else expected*2**20
 
@@ -560,14 +560,14 @@ def known_durations(manager: ResourceManager) -> Durations:
     def durations(plugin_name: str, resource: str) -> tuple[float, float] | None:
         try: return manager.needs.durations(plugin_name, resource)
         except StoreError as error:
-            _log.warning("how long jobs of %s take is not known: %s", shown_text(plugin_name), error)
+            _log.warning("the duration of jobs of %s is unknown: %s", shown_text(plugin_name), error)
             return None
     return durations
 
 def _stoppable(manager: ResourceManager) -> list[WorkerState]:
     try: return find_idle(manager.workers)
     except (StoreError, OSError) as error:
-        _log.warning("which workers can be stopped is not known: %s", error)
+        _log.warning("the workers that can be stopped are unknown: %s", error)
         return []
 
 class ChecksHosts(Protocol):
@@ -577,7 +577,7 @@ class ChecksHosts(Protocol):
 def _hosts(cluster: ChecksHosts | None) -> Sequence[DeviceStatus]:
     try: return cluster.check_gpu_availability().devices if cluster else ()
     except Exception as error:   # a closed client, or a lost scheduler: a refusal stays a refusal
-        _log.warning("which hosts have room is not known: %s", shown_error(error))
+        _log.warning("the hosts with free memory are unknown: %s", shown_error(error))
         return ()
 
 def _with_ways_out(
@@ -605,9 +605,9 @@ def _decide(
     cluster: ChecksHosts | None = None,
 ) -> ValidationResult:
     "Decide whether a job may start, with what the manager finds now"
-    needs, why = job.needs, "It runs on the CPU"
+    needs, why = job.needs, "The job runs on the CPU"
     if not needs.is_local:
-        said = f"{shown_text(job.plugin_id)} calls a service and needs nothing of this machine."
+        said = f"{shown_text(job.plugin_id)} runs on a remote service. It needs no GPU or RAM check on this machine."
         return _result(ValidationAction.PROCEED, said)
     workers = [free_for(w, job) for w in manager.get_all_workers() if not has_ended(w.pid, w.start_time)]
     if needs.uses_gpu and device_kind(needs.device) != "mps":  # Apple's GPUs use the machine's memory
@@ -622,7 +622,7 @@ def _decide(
             result = decide_on_gpu(job, workers, conflict, own)
         if is_there or device_kind(needs.device) != "auto":
             return _with_ways_out(manager, result, job, workers, whole, own, durations, cluster)
-        why = f"It runs on the CPU, for no GPU can be used: {conflict.reason}"
+        why = f"The job runs on the CPU because no GPU can be used: {conflict.reason}"
     return decide_on_cpu(manager.check_memory_availability(memory_threshold_percent), workers, why)
 
 # %% ../../nbs/core/validation.ipynb #17450b87
@@ -654,7 +654,7 @@ def validate_resources_for_job(
     if plugin_config is not None: plugin_config = copy_config(plugin_config, "plugin_config")
     own = None if worker_pid is None else resource_manager.get_worker_by_pid(worker_pid)  # checks the PID, too
     try: plugin, name, config = find_plugin(plugin_registry, plugin_id, plugin_config)
-    except LookupError as error: result = _result(ValidationAction.ABORT, f"It cannot run: {shown_error(error)}.")
+    except LookupError as error: result = _result(ValidationAction.ABORT, f"The job cannot run: {shown_error(error)}.")
     else:
         requirements = read_requirements(plugin, config)
         declared = declared_needs(plugin)

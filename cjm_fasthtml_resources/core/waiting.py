@@ -26,7 +26,7 @@ def _holders(devices: Sequence[DeviceStatus]) -> dict[tuple[str | None, int], st
 # %% ../../nbs/core/waiting.ipynb #d56a476a
 @dataclass(frozen=True)
 class ReservationRow:
-    "What is shown of a reservation, or of a request that waits"
+    "What is shown of a reservation, or of a waiting request"
     place: str     # of the device; of a request, those that suit it
     pid: int
     owner: str
@@ -60,7 +60,7 @@ def reservation_rows(
     devices: Sequence[DeviceStatus],
     waiting: Iterable[Waiting] = (),   # in the order of asking
 ) -> list[ReservationRow]:
-    "Return a row for each reservation on these devices, and then for each request that waits"
+    "Return a row for each reservation on these devices, and then for each waiting request"
     names = _holders(devices) if any(d.promises for d in devices) else {}
     kept = [_reserved(d.device.id, p, names.get((d.device.host, p.pid)) or _of(p))
             for d in devices for p in d.promises]
@@ -78,4 +78,4 @@ def shorten_uuids(
 def name_unread(ids: Iterable[int | str]) -> str:  # empty where all are read
     "Return a sentence about the devices that are known by their UUIDs alone"
     unread = [id for id in shorten_uuids(ids) if isinstance(id, str) and id.endswith("…")]
-    return f"{name_devices(unread).removeprefix('GPU ')} cannot be read now." if unread else ""
+    return f"{name_devices(unread).removeprefix('GPU ')} are unreadable now." if unread else ""

@@ -32,7 +32,7 @@ class Weights:
     "The tensors of a file, or of several"
     tensors: int = 0                                                # how many
     dtypes: dict[str, int] = field(default_factory=dict, hash=False)  # bytes by type, the most first
-    adapter: bool = False                                           # they change another model, which is not among them
+    adapter: bool = False                                           # they change another model, which is elsewhere
 
     @property
     def size(self) -> int:
@@ -63,7 +63,7 @@ def file_error(
     path: Path,
     problem: str,
 ) -> ValueError:
-    "Return the error for a file from which no need can be read"
+    "Return the error for a file without a readable need"
     return ValueError(f"{printable(str(path))} {problem}")
 
 # %% ../../nbs/core/weights.ipynb #77fbd274
@@ -71,7 +71,7 @@ def file_error(
 def open_file(
     path: Path,
 ) -> Iterator[tuple[BinaryIO, int]]:  # the file, and its bytes
-    "Open a regular file; `ValueError` for anything else, `OSError` if it cannot be opened"
+    "Open a regular file; raise `ValueError` for any other kind, `OSError` if opening fails"
     if not S_ISREG(os.stat(path).st_mode): raise file_error(path, "is not a file")
     with open(path, "rb") as file: yield file, os.fstat(file.fileno()).st_size
 
@@ -82,7 +82,7 @@ _MOST_TENSORS = 250_000        # the largest models have about 150,000, in many 
 def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     "Return an object of JSON; `ValueError` if a key is there twice, which the format rules out"
     found = dict(pairs)
-    if len(found) < len(pairs): raise ValueError("a name is there twice")
+    if len(found) < len(pairs): raise ValueError("a name occurs twice")
     return found
 
 # %% ../../nbs/core/weights.ipynb #e264c81b
@@ -92,18 +92,18 @@ def parse_json(
     "Return an object of JSON; `ValueError` for anything else"
     try: found = json.loads(text.decode(), object_pairs_hook=_distinct)
     except RecursionError: raise ValueError("it is nested too deeply") from None
-    if not isinstance(found, dict): raise ValueError("it is not an object")
+    if not isinstance(found, dict): raise ValueError("it is not a JSON object")
     return found
 
 # %% ../../nbs/core/weights.ipynb #0d1a44ac
 def read_header(
     path: Path,
 ) -> tuple[dict[str, Any], int]:  # the header, and the bytes after it
-    "Return the header of a safetensors file; `ValueError` if there is none, `OSError` if it cannot be read"
+    "Return the header of a safetensors file; raise `ValueError` if it is missing, `OSError` if reading fails"
     with open_file(path) as (file, size):
         length = int.from_bytes(file.read(8), "little")
         if size < 8 + length <= 8 + LONGEST_HEADER:
-            raise file_error(path, f"is not complete: its header alone has {length:,} bytes, the file {size:,}")
+            raise file_error(path, f"is incomplete: its header alone has {length:,} bytes, the file {size:,}")
         if length > LONGEST_HEADER:
             raise file_error(path, f"is not a safetensors file: its header would have {length:,} bytes")
         text = file.read(length)
@@ -124,7 +124,7 @@ def _is_count(value: Any) -> bool:
 
 # %% ../../nbs/core/weights.ipynb #1ba510c0
 def _parse_tensor(entry: Any) -> tuple[str, int, int]:
-    "Return the type, begin and end of a header's entry; `ValueError` if it is not that of a tensor"
+    "Return the type, begin and end of a tensor's entry; raise `ValueError` for any other entry"
     match entry:
         case {"dtype": str(dtype), "shape": [*shape], "data_offsets": [begin, end]} if len(dtype) <= 20:
             numbers = [*shape, begin, end]
@@ -140,7 +140,7 @@ def parse_tensors(
     header: dict[str, Any],
     space: int,             # bytes after the header
 ) -> list[Tensor]:
-    "Return the tensors of a header; `ValueError` if they do not fill the space exactly"
+    "Return the tensors of a header; raise `ValueError` unless they fill the space exactly"
     found = []
     for name, entry in header.items():
         if name == "__metadata__": continue
@@ -156,7 +156,7 @@ def parse_tensors(
 
 # %% ../../nbs/core/weights.ipynb #024e8cab
 def _ask_package(path: Path) -> list[Tensor] | None:
-    "Return the tensors as the safetensors package reads them, `None` where it does not"
+    "Return the tensors as the safetensors package reads them, `None` where it fails"
     if not path.is_file(): return None   # it would wait for a named pipe
     try:
         from safetensors import safe_open
@@ -164,7 +164,7 @@ def _ask_package(path: Path) -> list[Tensor] | None:
             parts = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
             return [Tensor(name, dtype := part.get_dtype(), prod(part.get_shape())*BITS[dtype]//8)
                     for name, part in parts.items()]
-    except Exception: return None   # not installed, too old for this file, or the file is not valid
+    except Exception: return None   # missing, too old for this file, or the file is invalid
 
 # %% ../../nbs/core/weights.ipynb #ba817ef9
 def _is_adapter(tensors: list[Tensor]) -> bool:
@@ -175,12 +175,12 @@ def _is_adapter(tensors: list[Tensor]) -> bool:
 def read_safetensors(
     path: str | os.PathLike[str],
 ) -> Weights:
-    "Return the weights of a safetensors file; `ValueError` if it is not a valid one, `OSError` if it cannot be read"
+    "Return the weights of a safetensors file; raise `ValueError` if it is invalid, `OSError` if reading fails"
     path = Path(path)
     tensors = _ask_package(path)
     if tensors is None:
         header, space = read_header(path)
         try: tensors = parse_tensors(header, space)
-        except ValueError as error: raise file_error(path, f"is damaged or not complete: {error}") from error
+        except ValueError as error: raise file_error(path, f"is damaged or incomplete: {error}") from error
     found = sum_tensors(tensors)
     return Weights(found.tensors, found.dtypes, _is_adapter(tensors))

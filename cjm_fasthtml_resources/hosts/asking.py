@@ -36,8 +36,8 @@ def call_scheduler(
     try: found = waiting.result(seconds + 0.2)
     except concurrent.futures.TimeoutError: found = TimeoutError()
     except Exception as error: found = error
-    if isinstance(found, TimeoutError): return TimeoutError(f"{where} did not answer within {seconds:g} s")
-    if isinstance(found, OSError): return ConnectionError(f"{where} does not answer: {shown_error(found)}")
+    if isinstance(found, TimeoutError): return TimeoutError(f"{where} did not respond within {seconds:g} s")
+    if isinstance(found, OSError): return ConnectionError(f"{where} is not responding: {shown_error(found)}")
     return found
 
 # %% ../../nbs/hosts/asking.ipynb #63497e78
@@ -65,7 +65,7 @@ def gather_hosts(
         report = next((f for f in found if isinstance(f, Report) and f.sample), None)
         if report: answers.append(HostAnswer(name, tuple(addresses), report.sample, report.waiting, id=id))
         else:
-            why = [f.reason if isinstance(f, Report) else f for f in found] or ["it has not been asked yet"]
+            why = [f.reason if isinstance(f, Report) else f for f in found] or ["it has yet to be asked"]
             answers.append(HostAnswer(name, tuple(addresses), reason=why[0], id=id))
     return answers
 

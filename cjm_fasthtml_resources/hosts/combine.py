@@ -31,7 +31,7 @@ from ..core.samples import Sample
 def missing_device(
     host: str,
     name: str,              # stands in place of the product's name
-    reason: str | None,     # why there is no device, in words
+    reason: str | None,     # why no GPU was found, in words
 ) -> DeviceStatus:
     "Return an unavailable device, the row of a host that shows none"
     device = GpuDevice(0, name=name, host=host, reason=reason)
@@ -168,7 +168,7 @@ def combine_memory(
     found = [a.sample.memory.status for a in answers if a.sample]
     notes = tuple(f"{a.host}: {a.sample.memory.message if a.sample else a.reason}" for a in answers)
     total = add_memory([state for a in answers if (state := a.memory)])
-    reason = None if found else "no host answers"
+    reason = None if found else "no host is responding"
     return ResourceConflict(ResourceType.SYSTEM_MEMORY, best_status(found), memory=total, reason=reason, notes=notes)
 
 # %% ../../nbs/hosts/combine.ipynb #7cb7907c

@@ -121,7 +121,7 @@ def check_need_fits(
     if any(can_hold(a, need) for a in answers): return
     if silent := [a for a in answers if a.sample is None]:   # it may be the one that can
         why = f"{silent[0].host}: {silent[0].reason}"
-        raise ResourceUnavailable(f"no host that answers can hold the task ({why})", combine_gpus(answers))
+        raise ResourceUnavailable(f"no responding host has room for the task ({why})", combine_gpus(answers))
     most_ram = max((a.ram.memory.total for a in answers if a.ram), default=0)
     check_capacity(need.ram, most_ram, "memory_mb", f"{need.ram/2**20:.0f}", "the largest host")
     most = max((largest_capacity(a.usable, need.count or 1) for a in answers), default=0)
@@ -129,7 +129,7 @@ def check_need_fits(
         conflict = combine_gpus(answers)
         raise ResourceUnavailable(f"no host has {need.count} GPUs that can be used. {conflict.message}", conflict)
     check_capacity(need.memory, most, "gpu_memory_mb", f"{need.memory/2**20:.0f}")
-    raise ValueError("no host has so much GPU memory and RAM together")
+    raise ValueError("no host has this much GPU memory and RAM together")
 
 # %% ../../nbs/hosts/placing.ipynb #1604ced3
 def choose(

@@ -97,7 +97,7 @@ def _since(kind: type[_Row], data: Mapping[str, Any]) -> _Row:
 def _status(data: Mapping[str, Any]) -> ResourceStatus:
     for status in ResourceStatus:
         if status.value == data["status"]: return status
-    raise ValueError(f"{shorten(data['status'])} is no status")
+    raise ValueError(f"{shorten(data['status'])} is not a valid status")
 
 def _device(data: Mapping[str, Any]) -> DeviceStatus:
     device = read_fields(GpuDevice, data, processes=None, host=None)
@@ -143,19 +143,19 @@ def from_json(
         workers = tuple(read_fields(WorkerState, worker) for worker in data["workers"])
         told = {name: data.get(name) for name in ("simulated", "stale")}
         return read_fields(Sample, told, gpu=_gpu(data["gpu"]), memory=_memory(data["memory"]), workers=workers)
-    except KeyError as error: raise ValueError(f"there is no {error.args[0]!r}") from None
+    except KeyError as error: raise ValueError(f"{error.args[0]!r} is missing") from None
     except (TypeError, AttributeError) as error: raise ValueError(str(error)) from None
 
 # %% ../../nbs/hosts/reading.ipynb #9baa4ebd
-def _refuse(constant: str) -> NoReturn: raise ValueError(f"{constant} is no number of JSON")
+def _refuse(constant: str) -> NoReturn: raise ValueError(f"{constant} is not a valid JSON number")
 
 def _parse(line: str) -> dict[str, Any]:
     "Return the JSON object of a line; `ValueError` if it is none of cjm-resources"
     try: data = json.loads(line, parse_constant=_refuse)
     except (ValueError, RecursionError): data = None
     if not line: raise ValueError("it printed nothing")
-    if not isinstance(data, dict): raise ValueError(f"it printed something else than JSON: {shorten(line)}")
-    if "schema_version" not in data: raise ValueError(f"its JSON is not that of cjm-resources: {shorten(line)}")
+    if not isinstance(data, dict): raise ValueError(f"its output is not JSON: {shorten(line)}")
+    if "schema_version" not in data: raise ValueError(f"its JSON is not from cjm-resources: {shorten(line)}")
     return data
 
 # %% ../../nbs/hosts/reading.ipynb #74f17438
@@ -171,7 +171,7 @@ def read_sample(
                          f"here reads version {SCHEMA_VERSION}. Install the same version on both")
     try: sample = from_json(data)
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"the JSON of cjm-resources {theirs} there cannot be read by {__version__} here: "
+        raise ValueError(f"the JSON of cjm-resources {theirs} there is unreadable for {__version__} here: "
                          f"{error}") from None
     if theirs == __version__: return sample
     note = f"It runs cjm-resources {theirs}, and this machine {__version__}."

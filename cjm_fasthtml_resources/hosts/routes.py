@@ -92,7 +92,7 @@ def find_route(
     sent: OnTheWay,     # the task is counted there
 ) -> Route:
     "Return where a task goes; `ValueError` for a worker that does not exist, and the errors of `place`"
-    if asked.error: check_need_fits(asked.answers, need)   # which says why no host answers
+    if asked.error: check_need_fits(asked.answers, need)   # which says why no host is responding
     if not asked.seats:
         sent.place(key, [], need)
         return Route("", limits.options)

@@ -29,7 +29,7 @@ async def within(
 ) -> Any:  # the result or the error
     "Call, wait at most so long, and return the result or the error"
     try: return await asyncio.wait_for(call(*args, **kwargs), seconds)
-    except asyncio.TimeoutError: return TimeoutError(f"it did not answer within {seconds:g} s")
+    except asyncio.TimeoutError: return TimeoutError(f"it did not respond within {seconds:g} s")
     except Exception as error: return error
 
 # %% ../../nbs/hosts/scheduler.ipynb #21cabc84

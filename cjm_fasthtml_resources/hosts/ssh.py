@@ -61,15 +61,15 @@ def ssh_command(
 # %% ../../nbs/hosts/ssh.ipynb #9490d647
 _BY_SSH = (
     (r"IDENTIFICATION HAS CHANGED|host key for .* has changed",
-     "its host key is another one than ssh knows. If the machine was set up again, remove the old one with "
-     "`ssh-keygen -R {host}`; if not, somebody else answers in its place"),
+     "its host key differs from the one that ssh knows. If the machine was set up again, remove the old one with "
+     "`ssh-keygen -R {host}`; otherwise another machine could be answering in its place"),
     (r"Host key verification failed|No .* host key is known",
      "ssh does not know its host key yet. Run `ssh {host}` once, and compare the key"),
     (r"Permission denied|Too many authentication failures",
      "it refused the key: {said}. Without a password, `ssh -o BatchMode=yes {host}` must get in"),
-    (r"Could not resolve hostname", "its name is not known: {said}"),
+    (r"Could not resolve hostname", "its name is unknown: {said}"),
     (r"Connection refused", "it refused the connection: no ssh server listens there"),
-    (r"timed out", "it cannot be reached: {said}"),
+    (r"timed out", "it is unreachable: {said}"),
     (r"", "ssh could not ask it: {said}"),
 )
 
@@ -92,7 +92,7 @@ def explain_end(
         sentence = next(sentence for pattern, sentence in _BY_SSH if re.search(pattern, errors))
         return sentence.format(host=host, said=said)
     if code == 127:
-        return (f"there is no such command there ({said}). Install cjm-fasthtml-resources, or say where it is: "
+        return (f"the command is missing there ({said}). Install cjm-fasthtml-resources, or give its path: "
                 "--host-command /path/to/cjm-resources")
     if code < 0: return f"ssh was ended by signal {-code}"
     return f"cjm-resources there ended with exit code {code}: {said}" if code else None
@@ -162,9 +162,9 @@ def find_reason(
 ) -> str | None:
     "Return why a host gave no answer; `None` if it gave one"
     if len(question.out) > MOST: return f"it printed more than {MOST/2**20:.0f} MiB"
-    if not question.closed: return f"it did not answer within {question.timeout:g} s"
+    if not question.closed: return f"it did not respond within {question.timeout:g} s"
     try: code = question.process.wait(1.0)
-    except subprocess.TimeoutExpired: return "its command goes on after it has answered"
+    except subprocess.TimeoutExpired: return "its command continues after its answer"
     question.errors.seek(0)
     return explain_end(question.host, code, question.errors.read(MOST).decode(errors="replace"))
 
@@ -229,7 +229,7 @@ class Hosts:
             read_until(self.asked.values(), lambda question: question.end if self._answered(question.host) else
                        min(question.end, until))
             self._take()
-        return [self.last.get(host, HostAnswer(name, (), reason="it has not answered yet"))
+        return [self.last.get(host, HostAnswer(name, (), reason="it has yet to answer"))
                 for host, name in self.names.items()]
 
     def _answered(self, host: str) -> bool: return host in self.last and self.last[host].sample is not None

@@ -42,7 +42,7 @@ def current_reservation() -> Reservation:
     """Return the reservation of the running task.
     It has the device's `index`, `uuid` and `env`. `LookupError` outside of a task with one"""
     if (held := _current.get(None)) is not None: return held
-    raise LookupError("no reservation: this task was not sent by ClusterResources.submit, nor made within annotate")
+    raise LookupError("no reservation: send this task by ClusterResources.submit, or make it within annotate")
 
 @contextlib.contextmanager
 def as_current(held: Reservation) -> Iterator[None]:

@@ -74,7 +74,7 @@ def process_changes(
         known[key] = share
     for key in [key for key in known if key[0] in both and key not in found]:
         share = known.pop(key)
-        yield Change("ended", key[0], share.pid, f"{name_share(share)} is not on {names[key[0]]} any more; it had "
+        yield Change("ended", key[0], share.pid, f"{name_share(share)} left {names[key[0]]}; it used "
                                                  f"{format_bytes(share.memory)}.")
 
 # %% ../../nbs/recorded/changes.ipynb #8a651365
@@ -138,7 +138,7 @@ def status_changes(
 ) -> Iterator[Change]:
     "Yield each GPU whose status is another one, and whether the driver was lost or came back"
     if before.driver_answers and not after.driver_answers:
-        yield Change("driver_lost", "", 0, f"The driver does not answer: {after.gpu.reason or 'it names no GPU'}.")
+        yield Change("driver_lost", "", 0, f"The driver is not responding: {after.gpu.reason or 'it lists no GPU'}.")
     if after.driver_answers and not before.driver_answers:
         yield Change("driver_back", "", 0, "The driver answers.")
     old: Mapping[str, DeviceStatus] = {device_key(d.device): d for d in before.gpu.allowed}

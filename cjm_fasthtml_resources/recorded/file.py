@@ -83,7 +83,7 @@ def _set_aside(path: Path, reason: str) -> None:
     number = next(n for n in itertools.count(1) if not os.path.lexists(f"{path}.damaged-{n}"))
     for suffix in ("-journal", ""):
         with contextlib.suppress(FileNotFoundError): os.rename(f"{path}{suffix}", f"{path}.damaged-{number}{suffix}")
-    _log.warning("%s is damaged (%s): set aside as %s.damaged-%d, and a new one is made", path, reason, path, number)
+    _log.warning("%s is damaged (%s): set aside as %s.damaged-%d, and a new one is created", path, reason, path, number)
 
 def is_damage(error: BaseException | None) -> bool:
     "Return whether the file is damaged, and not one that could not be used now"
@@ -98,7 +98,7 @@ def explain_problem(
 ) -> str:
     "Return why the file cannot be used, in words"
     if isinstance(error, OSError): return explain_os_error(path, error)
-    if "full" in str(error): return f"{path} cannot be written, its disk is full"
+    if "full" in str(error): return f"{path} cannot be written: its disk is full"
     return f"{path} cannot be used: {error}"
 
 def check_place(path: Path) -> None:

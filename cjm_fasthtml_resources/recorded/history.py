@@ -112,7 +112,7 @@ class RecordedHistory:
     def at(
         self,
         moment: Moment,
-    ) -> Row | None:  # `None` if nothing was recorded then
+    ) -> Row | None:  # `None` if no data of that time
         "Return the finest row that stands for a moment"
         when = to_seconds(moment)
         for level in LEVELS:

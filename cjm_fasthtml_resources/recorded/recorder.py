@@ -33,7 +33,7 @@ def count_ran_out(monitor: ResourceMonitor) -> int | None:
 # %% ../../nbs/recorded/recorder.ipynb #20cf9465
 class Recorder(StaysHere):
     "Writes what a monitor sees, until it is closed; use it in a `with` block, or call `start` and `close`"
-    instead = "Make one there: only one of them writes."
+    instead = "Make one there: only one recorder writes."
 
     def __init__(
         self,
@@ -108,5 +108,5 @@ class Recorder(StaysHere):
         else: self._problem = ""
 
     def _tell(self, error: StoreError) -> None:
-        if str(error) != self._problem: _log.warning("the history is not written: %s", error)
+        if str(error) != self._problem: _log.warning("writing the history failed: %s", error)
         self._problem = str(error)

@@ -184,5 +184,5 @@ def unpack(
         had = json.loads(zlib.decompress(shares)) if shares else [()]*len(places)
         found = [Place(*place)._replace(shares=tuple(Share(*share) for share in one))
                  for place, one in zip(places, had, strict=True)]
-    except (zlib.error, TypeError) as error: raise ValueError(f"this is not a row: {error}") from None
+    except (zlib.error, TypeError) as error: raise ValueError(f"invalid row: {error}") from None
     return Row(time, seconds, tuple(found))

@@ -59,8 +59,8 @@ class Notifier:
 
         with contextlib.suppress(NoThreadError): start_thread("notify", send).join(self.within)
         with contextlib.suppress(OSError):   # nobody reads it
-            if not answers: self.say(f"--notify: no answer within {self.within:g} s, so the message may be lost.")
-            elif not answers[0]: self.say("--notify: the message could not be sent to all services.")
+            if not answers: self.say(f"--notify: no answer within {self.within:g} s, so the message can be lost.")
+            elif not answers[0]: self.say("--notify: sending the message failed for some services.")
         return answers == [True]
 
     def granted(self, text: str) -> None:

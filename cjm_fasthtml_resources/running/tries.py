@@ -140,7 +140,7 @@ def next_memory(manager: Any, wanted: Wanted, tried: Tried) -> float:   # MiB
     return more_memory(tried.asked_mb, (need.floor or 0)/2**20 if need else 0, largest)
 
 # %% ../../nbs/running/tries.ipynb #5c1e43c3
-_RESERVE = re.compile(r"wait with reserve\((\d+)\) until so much is free|run it within reserve\(\)"
+_RESERVE = re.compile(r"wait with reserve\((\d+)\) until enough is free|run it within reserve\(\)"
                       r"|reserve more than the [\d.]+ \w+ that it has reserved")
 
 def for_command_line(
@@ -176,7 +176,7 @@ def try_again(
     say(announce(wanted, number, mb))
     try: return try_once(manager, wanted, mb, True, say)
     except (ResourceBusy, ResourceUnavailable, StoreError, OSError, ValueError) as error:
-        say(f"{wanted.name}: not tried again. {error}")
+        say(f"{wanted.name}: no further try. {error}")
         return None
 
 def run_tries(

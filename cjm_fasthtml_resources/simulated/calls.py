@@ -70,7 +70,7 @@ def gpu_index(
     library: Handles,
     call: str,              # the C function's name
     args: tuple[Any, ...],  # its arguments
-) -> int | None:  # `None`: the call names no GPU, or one that was taken out
+) -> int | None:  # `None`: the call is about all GPUs, or a removed one
     "Return the index of the GPU that a call is about; for a MIG instance, that of its GPU"
     if call == "nvmlDeviceGetHandleByIndex_v2": return int(args[0].value)
     try: return library.place(library.gpu(args[0]))[0]
@@ -79,7 +79,7 @@ def gpu_index(
 # %% ../../nbs/simulated/calls.ipynb #d667ee34
 def replace_library(
     library: Any,  # has the C functions as attributes
-) -> Callable[[], None]:  # puts back what was there
+) -> Callable[[], None]:  # restores the original
     "Let `pynvml` use another library, for the whole process"
     found = pynvml._nvmlGetFunctionPointer_cache
     before = pynvml.nvmlLib, pynvml._nvmlLib_refcount, dict(found)

@@ -47,7 +47,7 @@ class SystemCalls:
 ANSWERS: dict[str, int | tuple[int, ...]] = {
     "nvmlDeviceGetFanSpeed": NOT_SUPPORTED,
     "nvmlDeviceGetDriverModel": NOT_SUPPORTED,
-    "nvmlDeviceGetConfComputeMemSizeInfo": NOT_SUPPORTED,     # their presence tells the size of an entry in the
+    "nvmlDeviceGetConfComputeMemSizeInfo": NOT_SUPPORTED,     # their presence shows the size of an entry in the
     "nvmlDeviceGetRunningProcessDetailList": NOT_SUPPORTED,   # lists of processes
     "nvmlDeviceGetDisplayMode": (0,),
     "nvmlDeviceGetDisplayActive": (0,),

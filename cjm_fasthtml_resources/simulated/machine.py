@@ -23,10 +23,10 @@ from ..core.text import printable
 
 # %% ../../nbs/simulated/machine.ipynb #6ea156c3
 class ScenarioError(ValueError):
-    "A scenario cannot be used; the message says which part, and what is allowed"
+    "A scenario is invalid; the message names the part, and the allowed values"
 
 def _fits(value: Any, hint: Any) -> bool:
-    "Return whether a value is of the type that a field declares; a bool is not a number"
+    "Return whether a value is of the type that a field declares; a bool differs from a number"
     origin = get_origin(hint) or hint
     if origin is UnionType: return any(_fits(value, option) for option in get_args(hint))
     if isinstance(value, bool): return origin is bool
@@ -34,16 +34,16 @@ def _fits(value: Any, hint: Any) -> bool:
 
 # %% ../../nbs/simulated/machine.ipynb #e214109b
 _MOST: dict[str, float] = dict(delay=float("inf"), power_usage=4e6, power_limit=4e6)   # else what follows
-_MOST_INT, _MOST_MB, _MOST_BYTES = 2**32 - 1, 2**44 - 1, 95   # what NVML's types hold: an int, MiB, a text
+_MOST_INT, _MOST_MB, _MOST_BYTES = 2**32 - 1, 2**44 - 1, 95   # limits of NVML's types: an int, MiB, a text
 
 def _complaint(name: str, value: Any, hint: Any) -> str | None:
-    "Return what is wrong with the value of a field, if anything is"
+    "Return the problem with the value of a field, if there is one"
     if not _fits(value, hint): return f"must be {getattr(hint, '__name__', hint)}, not {shorten(value)}"
     if isinstance(value, str):
         if problem := unfit_text(value): return problem
         return f"must have at most {_MOST_BYTES} bytes" if len(value.encode()) > _MOST_BYTES else None
     if not isinstance(value, (int, float)): return None
-    if not value >= 0: return f"must not be negative, not {shorten(value)}"
+    if not value >= 0: return f"must be 0 or more, not {shorten(value)}"
     most = _MOST.get(name, _MOST_INT if hint in (int, int | None) else _MOST_MB)
     return f"must be at most {most}, not {shorten(value)}" if value > most else None
 
@@ -64,7 +64,7 @@ def to_bytes(mb: float) -> int:
 class SimulatedProcess(Checked):
     "A process in the list of a GPU"
     pid: int
-    memory_mb: float | None = None  # MiB; `None`: the driver does not report it
+    memory_mb: float | None = None  # MiB; `None`: the driver omits it
     kind: str = "compute"           # "compute", "graphics", "mps", or several joined by "+"
     load: int = 0                   # percent of the last seconds in which it computed
 
@@ -82,7 +82,7 @@ class SimulatedGpu(Checked):
     name: str = "NVIDIA L4"
     memory_total_mb: float = 24576           # MiB
     memory_reserved_mb: float = 0            # MiB, the driver's own
-    memory_used_mb: float | None = None      # MiB; `None`: the sum of what the processes use
+    memory_used_mb: float | None = None      # MiB; `None`: the sum over the processes
     utilization: int = 0                     # percent
     temperature: int = 35                    # °C
     power_usage: float = 20                  # W
@@ -91,13 +91,13 @@ class SimulatedGpu(Checked):
     processes: list[SimulatedProcess] = field(default_factory=list)
     mig: list["SimulatedGpu"] | None = None  # its instances, where it is divided
     gpu_instance: int | None = None          # of an instance: those of one number share its memory; `None`: made up
-    unified: bool = False                    # it has no memory of its own, and uses the machine's
+    unified: bool = False                    # it uses the machine's memory
     addressing_mode: str | None = None       # "NONE", "HMM" or "ATS"; `None`: ATS if it is unified
     asleep: bool = False                     # suspended by runtime power management
     compute_capability: str = "8.9"
     cuda_cores: int = 7424
     max_clock: int = 2040                    # MHz
-    numa_node: int | None = None             # `None`: the driver does not say how far it is from other GPUs
+    numa_node: int | None = None             # `None`: the driver leaves its distance to other GPUs out
     nvlink: int | None = None                # NVLink joins the GPUs that have the same number here
     pci: str | None = None                   # its address, such as "0000:01:00.0"; `None`: by its place at the start
 
@@ -136,24 +136,24 @@ def instance_ids(
 # %% ../../nbs/simulated/machine.ipynb #d7c68ba1
 @dataclass
 class SimulatedHostProcess(Checked):
-    "A process of the machine, whether it is on a GPU or not"
+    "A process of the machine, on a GPU or elsewhere"
     pid: int
     name: str
     username: str | None = None
     parent: int | None = None  # the parent's PID
     memory_mb: float = 0       # MiB of RAM
     container: str | None = None  # or "pod NAMESPACE/NAME" or "job NUMBER" that it is in
-    command: str | None = None    # its command line; `None`: it is not seen
-    age: float | None = None      # seconds that it has run before this module was imported; `None`: not known
+    command: str | None = None    # its command line; `None`: hidden
+    age: float | None = None      # seconds that it has run before this module was imported; `None`: unknown
 
 @dataclass
 class SimulatedMachine(Checked):
     "The machine that the library sees while the driver runs"
     memory_total_mb: float = 65536  # MiB
-    memory_used_mb: float = 16384   # MiB, what is not available
+    memory_used_mb: float = 16384   # MiB: the total less the available memory
     processes: list[SimulatedHostProcess] = field(default_factory=list)
     pid_namespace: bool = False     # as inside a container
-    local_pids: bool = False        # whether the driver tells a container its own PIDs, as the open kernel modules do
+    local_pids: bool = False        # whether the driver gives a container its own PIDs, as the open kernel modules do
 
 # %% ../../nbs/simulated/machine.ipynb #db03a79d
 def _above(pid: int, parents: Mapping[int, int | None]) -> Iterator[int]:
@@ -188,7 +188,7 @@ def to_memory(machine: SimulatedMachine) -> memory.SimulatedMemory:
 # %% ../../nbs/simulated/machine.ipynb #8a259255
 def replace_host(
     machine: SimulatedMachine | None,  # `None`: leave it as it is
-) -> Callable[[], None]:  # puts back what was there
+) -> Callable[[], None]:  # restores the original
     "Let the library see a simulated machine instead of this one"
     before = process.simulated, memory.simulated
     if machine: process.simulated, memory.simulated = to_processes(machine), to_memory(machine)
@@ -206,7 +206,7 @@ def available_ram() -> int:
 def use_ram(
     size: int,   # bytes
 ) -> Callable[[], None]:  # gives it back
-    "Use so much of the simulated machine's RAM; of a real machine's, nothing"
+    "Use so much of the simulated machine's RAM; a real machine's stays as it is"
     def change(more: int) -> None:
         if (now := memory.simulated) is None: return
         memory.simulated = now._replace(memory=replace(now.memory, used=now.memory.used + more))
@@ -218,7 +218,7 @@ def use_ram(
 def replace_listed(
     list_gpus: Callable[[], list[sysfs.ListedGpu]],
     version: str,   # the driver's
-) -> Callable[[], None]:  # puts back what was there
+) -> Callable[[], None]:  # restores the original
     "Let the library see simulated GPUs where it looks for sleeping ones"
     before, sysfs.simulated = sysfs.simulated, sysfs.SimulatedList(list_gpus, version)
 

@@ -45,7 +45,7 @@ def _processes(*rows: tuple[int, float | None], load: int = 0) -> list[Scenario]
 PRESETS: dict[str, Callable[[], Scenario]] = {}
 
 PRESETS["idle"] = lambda: dict(
-    description="One GPU that nobody uses",
+    description="One unused GPU",
     gpus=[dict(name="NVIDIA L4", memory_total_mb=23034, memory_reserved_mb=434, memory_used_mb=0)],
     machine=_machine(*_SERVER[:1], used_mb=9000))
 
@@ -54,14 +54,14 @@ _RTX = dict(name="NVIDIA RTX 6000 Ada Generation", memory_total_mb=49140, memory
 _XORG = dict(pid=4200302, memory_mb=210, kind="graphics")
 
 PRESETS["shared"] = lambda: dict(
-    description="One GPU that the app shares with other people, who hold most of it",
+    description="One GPU that the app shares with other users, who use most of it",
     gpus=[dict(_RTX, memory_used_mb=43130, utilization=99, temperature=71, power_usage=274, processes=[
         *_processes((4200101, 4100), (4200103, 9400), (4200301, 27600), (4200303, 1300)), _XORG])],
     machine=_machine(*_SERVER, *_OTHERS), workers=_WORKERS)
 
 # %% ../../nbs/simulated/presets.ipynb #6f8a2819
 PRESETS["pair"] = lambda: dict(
-    description="Two GPUs that the app shares with other people: one has room, the other is taken",
+    description="Two GPUs that the app shares with other users: one has free memory, the other is full",
     gpus=[dict(_RTX, memory_used_mb=15420, utilization=34, temperature=58, power_usage=141,
                processes=[*_processes((4200101, 4100)), *_processes((4200103, 10600), load=34), _XORG]),
           dict(_RTX, memory_used_mb=39900, utilization=99, temperature=77, power_usage=288,
@@ -113,7 +113,7 @@ PRESETS["mig"] = lambda: dict(
 
 # %% ../../nbs/simulated/presets.ipynb #bf9aa6d8
 PRESETS["container"] = lambda: dict(
-    description="Inside a container: the driver tells how much is used, but not by whom",
+    description="Inside a container: the driver reports the memory in use, but hides the processes",
     gpus=[dict(name="NVIDIA A10G", memory_total_mb=23028, memory_reserved_mb=300, memory_used_mb=17900,
                utilization=66, temperature=52, power_usage=180, power_limit=300)],
     machine=dict(memory_total_mb=16384, memory_used_mb=7200, processes=_SERVER, pid_namespace=True),
@@ -121,7 +121,7 @@ PRESETS["container"] = lambda: dict(
 
 # %% ../../nbs/simulated/presets.ipynb #689c931f
 PRESETS["wsl"] = lambda: dict(
-    description="Windows Subsystem for Linux: processes are listed, but without their memory",
+    description="Windows Subsystem for Linux: processes are listed without their memory",
     gpus=[dict(name="NVIDIA GeForce RTX 4090", memory_total_mb=24564, memory_used_mb=9800,
                utilization=12, temperature=47, power_usage=95, power_limit=450,
                processes=_processes((4200101, None), (4200103, None)))],
@@ -139,7 +139,7 @@ PRESETS["lost"] = lambda: dict(
 
 # %% ../../nbs/simulated/presets.ipynb #396217a1
 PRESETS["spark"] = lambda: dict(
-    description="A DGX Spark: the GPU has no memory of its own, and uses the machine's",
+    description="A DGX Spark: the GPU uses the machine's memory",
     gpus=[dict(name="NVIDIA GB10", unified=True, compute_capability="12.1", cuda_cores=6144, utilization=96,
                temperature=58, power_usage=31, power_limit=140, processes=[
                    *_processes((4200103, 61200), (4200301, 9800)), dict(pid=4200302, memory_mb=38, kind="graphics")])],
@@ -156,7 +156,7 @@ PRESETS["jetson"] = lambda: dict(
 
 # %% ../../nbs/simulated/presets.ipynb #c1daf192
 PRESETS["laptop"] = lambda: dict(
-    description="A laptop whose GPU is suspended by power management, and must not be woken by looking",
+    description="A laptop whose GPU is suspended by power management, and stays asleep during checks",
     gpus=[dict(name="NVIDIA GeForce RTX 4060 Laptop GPU", memory_total_mb=8188, memory_reserved_mb=225, asleep=True,
                power_limit=115, compute_capability="8.9", cuda_cores=3072)],
     machine=dict(memory_total_mb=31800, memory_used_mb=6400, processes=_SERVER[:1]))

@@ -20,17 +20,17 @@ REPORT_VERSION = 1
 def is_report(
     data: Mapping[str, Any],   # from a JSON file
 ) -> bool:
-    "Return whether it is a report and no scenario"
+    "Return whether it is a report instead of a scenario"
     return "schema_version" in data
 
 _Answers = Mapping[str, Mapping[str, Any]]   # C function → its `value` or its `error`
 
 def _value(answers: _Answers, call: str, default: Any = None) -> Any:
-    "Return what a call answered"
+    "Return the answer of a call"
     return answers.get(call, {}).get("value", default)
 
 def _mib(size: int) -> float:
-    "Return bytes in MiB, at most what a scenario can hold"
+    "Return bytes in MiB, cut to a scenario's limit"
     return min(size/2**20, 2**44 - 1)
 
 # %% ../../nbs/simulated/reports.ipynb #73446184
@@ -52,7 +52,7 @@ def _processes(lists: _Answers) -> list[dict[str, Any]]:
             for pid, (memory, kinds) in found.items()]
 
 # %% ../../nbs/simulated/reports.ipynb #32dab574
-_FIGURES: dict[str, tuple[str, Callable[[Any], Any]]] = {   # a simulated GPU's field → the call that tells it, and how
+_FIGURES: dict[str, tuple[str, Callable[[Any], Any]]] = {   # a simulated GPU's field → its call and conversion
     "name": ("nvmlDeviceGetName", str),
     "uuid": ("nvmlDeviceGetUUID", str),
     "utilization": ("nvmlDeviceGetUtilizationRates", lambda rates: rates["gpu"]),
@@ -100,7 +100,7 @@ def _faults(device: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
 
 # %% ../../nbs/simulated/reports.ipynb #b546fc2f
 def _habits(report: Mapping[str, Any]) -> dict[str, Any]:
-    "Return what the driver does that others do not"
+    "Return the driver's peculiarities"
     driver, first = report["driver"], report["driver"].get("init", {}).get("seconds") or 0
     every = [d for top in report["devices"] for d in (top, *(top.get("instances") or ()))]
     lists = [found for d in every for call, found in d.get("lists", {}).items() if call.endswith("_v3")]
@@ -128,13 +128,13 @@ def _scenario(report: Mapping[str, Any]) -> dict[str, Any]:
 def scenario_of(
     report: Mapping[str, Any],   # as `tests/gpu/run.py --report` writes it
 ) -> dict[str, Any]:
-    "Return a report as a scenario; raises `ScenarioError` for another version and for what is no report"
+    "Return a report as a scenario; raise `ScenarioError` for another version and for other data"
     version = report.get("schema_version")
     if isinstance(version, bool) or version != REPORT_VERSION:
         raise ScenarioError(f"this report has the version {shorten(version)}, and this release of "
                             f"cjm-fasthtml-resources reads version {REPORT_VERSION}")
     if not isinstance(report.get("devices"), list):
-        raise ScenarioError("this is no report of tests/gpu/run.py --report: it has no list of devices")
+        raise ScenarioError("this is not a report of tests/gpu/run.py --report: it lacks a list of devices")
     try: return _scenario(report)
     except (AttributeError, ArithmeticError, LookupError, TypeError, ValueError) as error:
-        raise ScenarioError(f"this report cannot be read: {type(error).__name__}: {error}") from None
+        raise ScenarioError(f"this report is unreadable: {type(error).__name__}: {error}") from None

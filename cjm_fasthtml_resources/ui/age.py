@@ -48,7 +48,7 @@ def picture_line(
     sample: Sample,
 ) -> Any:
     "Return what stands above a picture that a notebook keeps"
-    return P(B("A picture, not live. Data from ", time_tag(moment_of(sample)), "."), cls="state")
+    return P(B("A static picture. Data from ", time_tag(moment_of(sample)), "."), cls="state")
 
 # %% ../../nbs/ui/age.ipynb #17decda2
 _NAMES = ("cjm-old", "cjm-old-too")

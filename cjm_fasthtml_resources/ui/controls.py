@@ -19,14 +19,14 @@ def check_controls(
     "Raise `ValueError` for controls of workers that cannot be stopped from here"
     if controls and not isinstance(manager, ResourceManager):
         raise ValueError("controls=True needs a ResourceManager: "
-                         "the workers of other hosts cannot be stopped from here")
+                         "workers of other hosts can only be stopped there")
 
 # %% ../../nbs/ui/controls.ipynb #088ae3d7
 def find_asked(
     manager: ResourceManager,
     pid: int,
     start_time: float | str | None,   # of the worker that the question was about
-) -> WorkerState | None:              # `None`: it has ended meanwhile
+) -> WorkerState | None:              # `None`: it has ended
     "Return the worker that a question was about"
     worker = manager.get_worker_by_pid(pid)
     return worker if worker and str(worker.start_time) == str(start_time) else None

@@ -57,11 +57,11 @@ async def read_body(
     body, end = b"", time.monotonic() + seconds
     while True:
         message = await _receive_within(receive, end - time.monotonic())
-        if message is None: return PlainTextResponse(f"the request did not come within {seconds:g} s", 408)
+        if message is None: return PlainTextResponse(f"the request did not arrive within {seconds:g} s", 408)
         if message["type"] == "http.disconnect": return None
         piece: bytes = message.get("body", b"")
         body += piece
-        if len(body) > BODY_BYTES: return PlainTextResponse(f"the request may have {BODY_BYTES} bytes", 413)
+        if len(body) > BODY_BYTES: return PlainTextResponse(f"the request can have at most {BODY_BYTES} bytes", 413)
         if not message.get("more_body"): return body
 
 # %% ../../nbs/ui/gate.ipynb #d3bad6b6
@@ -96,7 +96,7 @@ def check_token(token: Any) -> str:
     "Return a token that visitors can send; `TypeError` or `ValueError` for any other, without showing it"
     if not isinstance(token, str): raise TypeError(f"token must be a text, not {type(token).__name__}")
     if not token or len(token) > 1000 or unfit_text(token):
-        raise ValueError("token must have 1 to 1000 characters, without NUL and halves of characters")
+        raise ValueError("token must have 1 to 1000 characters, without NUL and lone surrogates")
     return token
 
 # %% ../../nbs/ui/gate.ipynb #57bc64fc

@@ -32,7 +32,7 @@ def text_view(
     from cjm_fasthtml_resources.ui.lines import Terminal, to_text  # when it is used, as the next one
     from cjm_fasthtml_resources.ui.terminal import status_view
     terminal = Terminal(max(shutil.get_terminal_size().columns, 60))
-    old = f", not of this moment: {sample.stale}" if sample.stale else ""
+    old = f", out of date: {sample.stale}" if sample.stale else ""
     return f"{to_text(status_view(sample, terminal, 5))}\nData from {name_time(moment_of(sample))}{old}"
 
 # %% ../../nbs/ui/kept.ipynb #4ee2fac0

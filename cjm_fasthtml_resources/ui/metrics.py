@@ -57,16 +57,16 @@ def _states(name: str, text: str, labels: Iterable[str], rows: Iterable[tuple[li
 # %% ../../nbs/ui/metrics.ipynb #c643852a
 _DEVICE_FIGURES: tuple[tuple[str, str, Callable[[DeviceStatus], float | None]], ...] = (
     ("gpu_memory_total_bytes", "Memory of the device", lambda d: d.device.memory_total),
-    ("gpu_memory_used_bytes", "Memory in use, whoever uses it", lambda d: d.device.memory_used),
+    ("gpu_memory_used_bytes", "Memory in use, by any program", lambda d: d.device.memory_used),
     ("gpu_memory_reserved_bytes", "Memory that the driver and the firmware keep for themselves",
      lambda d: d.device.memory_reserved),
-    ("gpu_memory_room_bytes", "Memory that is neither used nor promised",
+    ("gpu_memory_room_bytes", "Memory that is neither used nor reserved",
      lambda d: None if d.device.memory_free is None else d.room),
     ("gpu_utilization_ratio", "Part of the last sample period in which a kernel ran",
      lambda d: None if d.device.utilization is None else d.device.utilization/100),
     ("gpu_temperature_celsius", "Temperature of the device", lambda d: d.device.temperature),
     ("gpu_power_watts", "Power that the device draws", lambda d: d.device.power_usage),
-    ("gpu_power_limit_watts", "Power that the device may draw", lambda d: d.device.power_limit),
+    ("gpu_power_limit_watts", "Power limit of the device", lambda d: d.device.power_limit),
 )
 
 # %% ../../nbs/ui/metrics.ipynb #020eec9f
@@ -85,10 +85,10 @@ def device_metrics(
     for name, text, read in _DEVICE_FIGURES: yield _gauge(name, text, _DEVICE, [(_labels(d), read(d)) for d in devices])
     readable = [d for d in devices if d.device.memory_used is not None]
     held = [([*_labels(d), owner], float(n)) for d in readable for owner, n in d.shares.items()]
-    yield _gauge("gpu_memory_held_bytes", "Memory by owner; promised is reserved and not in use yet",
+    yield _gauge("gpu_memory_held_bytes", "Memory by owner; promised is reserved and still unused",
                  [*_DEVICE, "owner"], held)
     statuses = [(_labels(d), d.status) for d in devices]
-    yield _states("gpu_status", "Whether a job could have the device now", _DEVICE, statuses)
+    yield _states("gpu_status", "Whether a job can have the device now", _DEVICE, statuses)
 
 # %% ../../nbs/ui/metrics.ipynb #e98c59f9
 def process_metrics(
@@ -134,21 +134,21 @@ def receipt_metrics(
     begun = dict(held=[r.since for c, r in told if c.device is not None],
                  waiting=[r.asked_at for c, r in told if c.device is None])
     ages = {state: max((now - at for at in times if at is not None), default=0.0) for state, times in begun.items()}
-    yield _gauge("reservations_longest_seconds", "For how long the oldest of them is held, or waits", ["state"],
+    yield _gauge("reservations_longest_seconds", "Age of the oldest of them", ["state"],
                  [([state], max(age, 0.0)) for state, age in ages.items()])
     unused = sum(c.memory for c, r in told if c.device is not None and r.unused_since is not None)
-    yield _gauge("reservations_unused_bytes", "GPU memory of reservations that were not in use when last seen", [],
+    yield _gauge("reservations_unused_bytes", "GPU memory of reservations that were unused in the last sample", [],
                  [([], unused)])
 
 # %% ../../nbs/ui/metrics.ipynb #1320dd55
 _EVENTS = dict(
     granted=("reservations_granted", "Requests for GPU memory that were granted"),
-    refused=("reservations_refused", "Requests that were not granted in time, or for which there was no GPU"),
-    ended=("reservations_ended", "Reservations that have ended: given back, run out, or with their process"),
+    refused=("reservations_refused", "Requests that ended without a reservation: out of time, or without a usable GPU"),
+    ended=("reservations_ended", "Reservations that have ended: released, expired, or with their process"),
     stopped=("workers_stopped", "Workers that were stopped"),
-    driver_lost=("driver_losses", "Times that the driver gave no answer after it had given one"),
+    driver_lost=("driver_losses", "Times that the driver stopped answering"),
     out_of_memory=("out_of_memory", "Jobs that ran out of memory"),
-    scrape_failed=("scrape_errors", "Scrapes that could not be answered in full"))
+    scrape_failed=("scrape_errors", "Scrapes with missing figures"))
 
 def event_metrics(
     events: EventCounts,
@@ -219,7 +219,7 @@ def memory_metrics(
     yield _gauge("memory_used_bytes", "System memory in use", [], [([], state.memory.used)])
     held = [([owner], float(n)) for owner, n in state.shares.items()]
     yield _gauge("memory_held_bytes", "System memory by owner", ["owner"], held)
-    yield _gauge("swap_total_bytes", "Swap that there is", [], [([], state.memory.swap_total)])
+    yield _gauge("swap_total_bytes", "Swap in total", [], [([], state.memory.swap_total)])
     yield _gauge("swap_used_bytes", "Swap in use", [], [([], state.memory.swap_used)])
 
 # %% ../../nbs/ui/metrics.ipynb #9988ea76
@@ -228,7 +228,7 @@ def verdict_metrics(
 ) -> Iterator[Metric]:
     "Yield whether a job could start now, by resource"
     rows = [([c.resource_type.value], c.status) for c in (sample.gpu, sample.memory)]
-    yield _states("status", "Whether a job could start now", ["resource"], rows)
+    yield _states("status", "Whether a job can start now", ["resource"], rows)
 
 # %% ../../nbs/ui/metrics.ipynb #2faf9c9e
 class ResourceCollector:
@@ -263,7 +263,7 @@ class ResourceCollector:
                 claims = manager.get_claims()
                 found += [*reservation_metrics(claims), *receipt_metrics(claims, machine_time())]
         except Exception:  # a scrape is answered whatever breaks, and says that something did
-            if not self._logged: _log.exception("the metrics could not be collected; the same again is only counted")
+            if not self._logged: _log.exception("collecting the metrics failed; repetitions are only counted")
             self._logged = True
             self._events.count("scrape_failed")
             events = self._events.read()

@@ -88,7 +88,7 @@ def _tell(base: str) -> Any:
     form = Form(Label("GPU memory in GiB ", size), " ", Button("Tell me"), " ",
                 Button("Stop waiting", type="button", hidden=True, data_cjm_stop=True), data_cjm_wish=f"{base}/room")
     said = P(role="status", aria_live="polite", data_cjm_said=True)
-    return Details(Summary("Tell me when there is room"), form, said, hidden=True, cls="tell", data_cjm_tell=True)
+    return Details(Summary("Notify me when memory is free"), form, said, hidden=True, cls="tell", data_cjm_tell=True)
 
 # %% ../../nbs/ui/page.ipynb #3a352a6f
 def _moment(sample: Sample | None) -> Any:

@@ -170,10 +170,10 @@ def _stop_asked(manager: ResourceManager, worker: WorkerState) -> str:
     "Stop a worker, and return what came of it"
     found = find_asked(manager, worker.pid, worker.start_time)
     try:
-        if found is None: raise ProcessLookupError("it has ended meanwhile")
+        if found is None: raise ProcessLookupError("it has ended")
         manager.stop_worker(worker.pid)
-    except (OSError, RuntimeError) as error: return f"The worker with PID {worker.pid} was not stopped: {error}"
-    return f"Stopped the {worker.shown().worker_type} worker with PID {worker.pid}."
+    except (OSError, RuntimeError) as error: return f"Could not stop worker {worker.pid}: {error}"
+    return f"Stopped the {worker.shown().worker_type} worker (PID {worker.pid})."
 
 # %% ../../nbs/ui/panel.ipynb #15c70f1f
 # a front end runs no <script> of an HTML widget; the style sheet's event is where the one for the tables begins
@@ -182,12 +182,12 @@ _STYLE = f'<style onload="{_SCRIPTS}">{CSS}{read_asset("panel.css")}</style>'
 _FILTER = "<div data-cjm-filter></div>"
 _BELOW = ("reservations", "totals")   # the slots at the end
 _MORE = dict(totals="Show what each user and each app uses", details="Show age, command line and load of a process")
-_PAUSE_HELP = "Look no more until it is pressed again"
+_PAUSE_HELP = "Pause updates"
 
 # %% ../../nbs/ui/panel.ipynb #a8721c04
 class ResourcePanel(StaysHere, SeenBox):
     "GPUs, memory, workers and processes, live. `close()` ends it; so does running its cell again"
-    instead = "Make one there, of a manager there."
+    instead = "Make one there, with a manager of that process."
 
     def __init__(
         self,
@@ -344,7 +344,7 @@ class ResourcePanel(StaysHere, SeenBox):
             if self._closed or worker is None: return
             old, self._asked.children = self._asked.children, ()
             for button in old: _close(button)
-            self._say(f"Stopping the worker with PID {worker.pid} …" if stop else "")
+            self._say(f"Stopping worker {worker.pid} …" if stop else "")
         if stop: _on_thread(partial(self._stop, worker))
 
     def _stop(self, worker: WorkerState) -> None:

@@ -104,7 +104,7 @@ def gpu_head(
 # %% ../../nbs/ui/parts.ipynb #55762c60
 def _memory(device: GpuDevice, shares: Mapping[str, int], free: int, reason: str | None) -> Any:
     total = device.memory_total
-    if not total or device.memory_used is None: return P(printable(reason or "its memory cannot be read"), cls="note")
+    if not total or device.memory_used is None: return P(printable(reason or "its memory is unreadable"), cls="note")
     key = memory_key(shares, free, total, device.memory_reserved or 0)
     return memory_bar(shares, total, f"memory of GPU {device.id}"), key
 

@@ -131,7 +131,7 @@ def _send(clients: Sequence[Client], event: bytes, whole: bytes, beats: Mapping[
 
 # %% ../../nbs/ui/stream.ipynb #8f1e61a5
 async def _events(hub: "Hub", every: float) -> AsyncGenerator[bytes, None]:
-    "Yield what one client is sent; `NoThreadError` where no thread can be started"
+    "Yield what one client is sent; `NoThreadError` where starting a thread failed"
     client = Client(every if every > hub.monitor.interval else 0)
     try:
         await hub.calls.run("draw", hub.draw)
@@ -149,7 +149,7 @@ async def _events(hub: "Hub", every: float) -> AsyncGenerator[bytes, None]:
 def broken_slots(error: BaseException) -> Slots:
     "Return what is shown in place of the figures"
     words = Span("✕ unavailable", cls="cjm-badge unavailable")
-    text = f"The figures cannot be read: {printable(shown_error(error))}"
+    text = f"Cannot read the figures: {printable(shown_error(error))}"
     empty = dict.fromkeys(("state", "memory_banner", "notes", "ram.live", *TABLES), "")
     banner = to_html(P(words, " ", text, cls="banner unavailable", role="status"))
     return {**empty, "banner": banner, "ram.head": to_html(Div(B("RAM"), Span("cannot be read"), cls="head"))}
@@ -176,7 +176,7 @@ class Hub:
         return {**render(sample, self.monitor.history, self.view), **render_tables(sample, self.view, self.actions)}
 
     async def current(self) -> Slots:
-        "Return the slots of this moment. `NoThreadError` where no thread can be started to wait for the driver"
+        "Return the slots of this moment. `NoThreadError` where starting a thread failed to wait for the driver"
         slots: Slots = await self.calls.run("render", self.render)
         return slots
 
@@ -300,7 +300,7 @@ class EventStream(Response):
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         with self.places.take() as is_free:
             if is_free: return await self._stream(scope, send, receive)
-        text = f"{self.places.most} pages are open here, and there may be no more; try again later"
+        text = f"{self.places.most} pages are open, which is the limit; try again later"
         return await PlainTextResponse(text, 503, headers={"Retry-After": str(RETRY_AFTER)})(scope, receive, send)
 
     async def _stream(self, scope: Any, send: Any, receive: Any) -> None:

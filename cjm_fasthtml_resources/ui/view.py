@@ -119,7 +119,7 @@ def _gpu_slots(status: DeviceStatus, trace: Sequence[float]) -> dict[str, str]:
 def _state(sample: Sample) -> Any:
     "Return what a reader must know about the picture itself"
     parts = [f"SIMULATED, nothing here is real: {sample.simulated}"] if sample.simulated else []
-    if sample.stale: parts.append(f"data from {name_time(moment_of(sample))}, not of this moment: {sample.stale}")
+    if sample.stale: parts.append(f"data from {name_time(moment_of(sample))}, out of date: {sample.stale}")
     return P(B(printable("; ".join(parts))), cls="state stale" if sample.stale else "state") if parts else ""
 
 def _memory_banner(conflict: ResourceConflict) -> Any:

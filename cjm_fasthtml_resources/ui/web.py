@@ -58,7 +58,7 @@ _all_ = ["Client", "EventStream", "Gate", "Hub", "Slots", "change_event", "is_sa
 # %% ../../nbs/ui/web.ipynb #795432cc
 SCRIPT = f"{read_asset('tables.js')}\n{read_asset('live.js')}"
 
-_NOT_YET = "The driver has not answered yet."
+_NOT_YET = "The driver has yet to answer."
 
 def _form_id(prefix: str) -> str: return f"cjm-stop{prefix}"
 
@@ -136,11 +136,11 @@ def _stop(manager: Any, who: str) -> Response:
     pid, _, start = who.partition(".")
     try: worker = find_asked(manager, int(pid), start)
     except ValueError: return PlainTextResponse("worker must be a PID and a start time", 400)
-    except StoreError as error: return PlainTextResponse(f"the workers cannot be read: {error}", 503)
-    if worker is None: return PlainTextResponse("this worker has ended meanwhile", 409)
+    except StoreError as error: return PlainTextResponse(f"cannot read the workers: {error}", 503)
+    if worker is None: return PlainTextResponse("this worker has ended", 409)
     try: manager.stop_worker(worker.pid)
     except (OSError, RuntimeError) as error:
-        return PlainTextResponse(f"the worker with PID {pid} was not stopped: {error}", 409)
+        return PlainTextResponse(f"could not stop worker {pid}: {error}", 409)
     return Response(status_code=204)
 
 # %% ../../nbs/ui/web.ipynb #8738a2b2
@@ -189,7 +189,7 @@ def _stop_handler(manager: Any, prefix: str, guard: Callable[..., Any]) -> Calla
     calls = SharedCalls()
 
     async def stop(req: Request) -> Any:
-        if not is_same_origin(req): return PlainTextResponse("this must come from a page of the same origin", 403)
+        if not is_same_origin(req): return PlainTextResponse("the request must come from a page of the same origin", 403)
         if (refused := await ask_guard(guard, req)) is not None: return refused
         form = await req.form()
         who = str(form.get("worker", ""))
@@ -222,7 +222,7 @@ def _add(app: Any, path: str, handler: Callable[..., Any], method: str = "GET") 
 
 def _check_guard(guard: Any, controls: bool) -> None:
     if controls and guard is None:
-        raise ValueError("controls=True needs a guard: a function of the request that gives None to let it pass, "
+        raise ValueError("controls=True needs a guard: a function that takes the request and returns None to allow it, "
                          "or a response to refuse it")
 
 def _check_path(name: str, path: str | None) -> None:

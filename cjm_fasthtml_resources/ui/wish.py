@@ -44,9 +44,9 @@ def judge_room(
         return "ended", f"{format_bytes(need)} is more than the largest GPU has ({format_bytes(largest)})."
     best = max(devices, key=lambda d: free_after(d, claims))
     free = max(free_after(best, claims), 0)
-    beside = " beside the requests that wait" if any(c.device is None for c in claims) else ""
+    beside = " in addition to the waiting requests" if any(c.device is None for c in claims) else ""
     room, where = format_bytes(free), f"GPU {best.device.id}"
-    if free >= need: return "granted", f"{where} has {room} free{beside}. Nothing is reserved."
+    if free >= need: return "granted", f"{where} has {room} free{beside}. This reserves no memory."
     return "waiting", f"Most free now: {room} on {where}{beside}."
 
 # %% ../../nbs/ui/wish.ipynb #315387d6
@@ -66,7 +66,7 @@ async def wish_events(
     shown = ("", "")
     async for sample in newest_samples(monitor):
         try: answer = judge_room(sample, need, await _queue(monitor))
-        except (StoreError, OSError) as error: answer = "waiting", f"The queue cannot be read: {shown_error(error)}"
+        except (StoreError, OSError) as error: answer = "waiting", f"Cannot read the queue: {shown_error(error)}"
         yield beat_event(monitor.interval) if answer == shown else to_event(*answer)
         if answer[0] != "waiting": return
         shown = answer

@@ -143,7 +143,7 @@ def test_it_moves_while_a_cell_runs_and_a_click_is_honoured_once(book):
     wait_until(lambda: book.output(BUSY) == "awake", 20)
     wait_until(lambda: not book.moves(1.5))
     assert book.tell()["paused"] is True
-    assert book.page.locator(".cjm.widget-vbox .state").inner_text().endswith("not of this moment: paused")
+    assert book.page.locator(".cjm.widget-vbox .state").inner_text().endswith("out of date: paused")
     book.page.get_by_role("button", name="Resume").click()
     wait_until(lambda: book.moves(1))
     assert book.tell()["paused"] is False and book.output(SHOW).count("Error") == 0

@@ -111,7 +111,7 @@ def test_paused_figures_are_grey_and_name_their_time(opened):
     page.get_by_role("button", name="Pause").click()
     wait_until(lambda: page.evaluate(GREY))
     said = page.locator(f"{LIVE} .state").first.inner_text()
-    assert re.search(r"data from \d{4}-.*, not of this moment: paused", said)
+    assert re.search(r"data from \d{4}-.*, out of date: paused", said)
     page.get_by_role("button", name="Resume").click()
     wait_until(lambda: not page.evaluate(GREY))
 

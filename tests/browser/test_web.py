@@ -133,7 +133,7 @@ def test_behind_a_prefix_that_a_proxy_removes_pages_are_live_and_a_worker_is_sto
         ask(url, "?temperature=66")
         for page in pages: page.get_by_text("66 °C").wait_for()
         ask_for(pages[0], "10")                               # its streams are below the prefix, too
-        pages[0].get_by_text("Nothing is reserved.").wait_for()
+        pages[0].get_by_text("This reserves no memory.").wait_for()
         page, pid = pages[-1], ask(url)["worker"]
         page.locator(".workers summary").click()
         page.get_by_role("button", name=f"Yes, stop {pid}").click()
@@ -221,7 +221,7 @@ NOTED = """() => {
 
 
 def ask_for(page, gib: str) -> None:
-    if page.locator("details.tell[open]").count() == 0: page.get_by_text("Tell me when there is room").click()
+    if page.locator("details.tell[open]").count() == 0: page.get_by_text("Notify me when memory is free").click()
     page.get_by_label("GPU memory in GiB").fill(gib)
     page.get_by_role("button", name="Tell me").click()
 
@@ -236,7 +236,7 @@ def test_a_reader_is_told_when_there_is_room_and_that_it_cannot_be(server, new_p
     said.get_by_text("Most free now:").wait_for()
     assert page.evaluate("noted") == [] and "Waiting for 30 GiB" in said.inner_text()
     ask(server, "?used=1000")
-    said.get_by_text("Nothing is reserved.").wait_for()
+    said.get_by_text("This reserves no memory.").wait_for()
     (title, body), = page.evaluate("noted")
     assert title == f"There is room on {platform.node()}" and body in said.inner_text() and "GPU 1 has " in body
     assert page.title().startswith("● ")
@@ -258,7 +258,7 @@ def test_a_reader_is_told_in_the_page_where_there_are_no_notifications_and_can_s
     time.sleep(1)
     assert page.locator("[data-cjm-said]").inner_text() == "No longer waiting."
     ask_for(page, "30")
-    page.get_by_text("Nothing is reserved.").wait_for()
+    page.get_by_text("This reserves no memory.").wait_for()
 
 
 def test_a_reader_who_leaves_the_browser_s_question_open_is_told_all_the_same(server, new_page):
@@ -297,7 +297,7 @@ def test_everybody_can_read_it(server, new_page, scheme, width):
     page.goto(f"{server}/resources")
     ask(server, "?used=30000")
     second(page).locator(".cjm-badge", has_text="▲ external busy").wait_for()
-    page.get_by_text("Tell me when there is room").click()
+    page.get_by_text("Notify me when memory is free").click()
     assert violations(page) == [] and violations(page, "header") == []
     assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")   # nothing sticks out
     page.locator(".workers summary").click()
