@@ -2,7 +2,7 @@
 """What the library costs, as ratios that are each measured in one run.
 
     python benchmarks/run.py           make an environment with the peers in .venvs/bench, and print the tables
-    python benchmarks/run.py --save    and keep them in benchmarks/results.md, which the README quotes, and in peers.md
+    python benchmarks/run.py --save    and keep them in benchmarks/results.md, in peers.md
                                        and cluster.md
     python benchmarks/run.py --short   look in a minute whether the ratios are still what was saved
     python benchmarks/run.py --jobs    only print what a job costs beside a reservation, here
@@ -52,7 +52,7 @@ ABOUT = (
     "longer ([0.36 ms for the power on a Tesla K40m](https://github.com/wookayin/gpustat/issues/76)); there it is the"
     " few calls that count, and a check asks once for each list of processes, pynvml twice.")
 SHOWN_IN = ("the pages that show them: "
-            "python tools/notebooks.py --update index cluster && nbdev_clean && python tools/readme.py")
+            "python tools/notebooks.py --update tutorials/costs cluster && nbdev_clean")
 
 
 def in_new_process(*arguments):

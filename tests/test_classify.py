@@ -112,30 +112,41 @@ def test_the_sentences_for_gpu_memory():
     assert said(A, l4(0, A, free=3), l4(1, A, free=5), l4(2, B, free=9)) == \
         "A GPU job can start now: GPU 1 (L4) has 5.0 GiB free."
     assert said(A, l4(0, A, estimated=True, name=None)) == \
-        "A GPU job can start now (an estimate): GPU 0 (no name) has 4.0 GiB free."
+        "A GPU job can start now (estimate): GPU 0 (no name) has 4.0 GiB free."
 
-    own, beside = "A new job would share a GPU with this app: the app is at work with ", "; GPU 0 (L4) has 4.0 GiB free beside it."
+    own = "A new job would share a GPU with this app. Most free: 4.0 GiB on GPU 0 (L4). In use by this app: "
     assert said(B, l4(0, B, *many), l4(1, E, bob)) == \
         f"{own}w5 (PID 5, 5.0 GiB on GPU 0), w4 (PID 4, 4.0 GiB on GPU 0), " \
-        f"w3 (PID 3, 3.0 GiB on GPU 0) and 2 more{beside}"
-    assert said(B, replace(l4(0, B), app_memory=GIB)) == f"{own}1.0 GiB on GPU 0{beside}"
+        "w3 (PID 3, 3.0 GiB on GPU 0) and 2 more (3.0 GiB)."
+    assert said(B, replace(l4(0, B), app_memory=GIB)) == f"{own}1.0 GiB on GPU 0."
 
     promises = (
         Promise(7, "app", 2*GIB, GIB),
         Promise(6, "external", 2*GIB, GIB, "night-run"),
         Promise(5, "app", GIB, 0),
     )
-    assert said(B, l4(0, B, promises=promises)) == \
-        f"{own}1.0 GiB on GPU 0 promised to PID 7; GPU 0 (L4) has 2.0 GiB free beside it."
+    reserved = said(B, l4(0, B, promises=promises))
+    assert "2.0 GiB on GPU 0 (L4)" in reserved
+    assert reserved.endswith(": a reservation of PID 7 (1.0 GiB on GPU 0 not used yet).")
 
-    others = "No GPU is available: "
+    others = "No GPU is available: other programs use 45 % or more of GPU 0. Largest: "
+    bobs, unseen = "train.py (PID 9, user bob, 2.0 GiB on GPU 0)", "processes that are not visible from here"
     assert said(E, l4(0, E, bob, nameless, many[0]), l4(1, B, many[1])) == \
-        f"{others}train.py of bob (PID 9, 2.0 GiB on GPU 0), a process without a name (PID 8 on GPU 0)."
+        f"{others}{bobs}, a process without a name (PID 8, on GPU 0)."
     assert said(E, l4(0, E, bob, unattributed_memory=2*GIB, promises=promises)) == \
-        f"{others}train.py of bob (PID 9, 2.0 GiB on GPU 0), 2.0 GiB on GPU 0 that no visible process accounts for, " \
-        "1.0 GiB on GPU 0 promised to PID 6 of the app night-run."
-    assert said(E, l4(0, E, bob, unattributed_memory=2*GIB + 1)) == \
-        f"{others}2.0 GiB on GPU 0 that no visible process accounts for, train.py of bob (PID 9, 2.0 GiB on GPU 0)."
+        f"{others}{bobs}, {unseen} (2.0 GiB on GPU 0), " \
+        "a reservation of PID 6 (app night-run, 1.0 GiB on GPU 0 not used yet)."
+    larger = said(E, l4(0, E, bob, unattributed_memory=int(2.1*GIB)))
+    assert larger == f"{others}{unseen} (2.1 GiB on GPU 0), {bobs}."
+    assert " of each. Largest: " in said(E, l4(0, E, bob), l4(1, E, bob))
+
+
+def test_the_order_of_causes_stays_while_only_small_digits_change():
+    E = ResourceStatus.EXTERNAL_BUSY
+    def at(first, second):
+        rows = [OwnedProcess(pid, "external", size, "tool") for pid, size in ((11, first), (12, second))]
+        return said(E, l4(0, E, *rows))
+    assert at(2*GIB, 2*GIB + 1) == at(2*GIB + 1, 2*GIB)
 
 
 def test_what_uses_most_is_named_whatever_it_is():
@@ -145,7 +156,7 @@ def test_what_uses_most_is_named_whatever_it_is():
     promise = Promise(6, "external", 3*GIB, 3*GIB, "night-run")
     hidden = l4(0, E, *small, unattributed_memory=large, promises=(promise,))
     for text in (said(E, hidden), explain_shortage([hidden], 9*GIB)):
-        first, second = text.index("20.8 GiB"), text.index("3.0 GiB on GPU 0 promised to PID 6")
+        first, second = text.index("20.8 GiB"), text.index("a reservation of PID 6 (app night-run, 3.0 GiB")
         assert first < second < text.index("tool (PID 11") and "and 2 more" in text
     unified = replace(hidden, ram_memory=30*GIB)
     assert said(E, unified).startswith("No GPU is available: 30.0 GiB in use as RAM")

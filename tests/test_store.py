@@ -183,7 +183,7 @@ def test_a_file_that_cannot_be_read_is_named_in_every_answer(folder, caplog, mon
             "The app's workers are those of an earlier moment: /a is read-only",
             "Reading the reservations failed, so no memory counts as free")
         path.rename(f"{path}.away")
-        gone = f"{path} was removed while other programs use it. End those programs; the file is then re-created"
+        gone = f"{path} was removed while other programs use it. End them; the file is then re-created"
         assert manager.check_gpu_availability().reason == f"cannot read the reservations: {gone}"
         Path(f"{path}.away").rename(path)
         assert manager.check_gpu_availability().reason == "cannot read the reservations: /a is read-only"

@@ -219,7 +219,8 @@ def test_exactly_as_much_as_there_is_is_enough():
     kept = replace(kept, device=replace(kept.device, memory_reserved=500*MIB))   # the driver's own
     assert decide(job(9_500), [], kept).action is PROCEED
     over = decide(job(9_600), [], kept)
-    assert (over.action, over.message) == (ABORT, "The job needs 9.4 GiB. The largest GPU here has 9.3 GiB for programs.")
+    assert over.action is ABORT
+    assert over.message == "The job needs 9.4 GiB. The largest GPU here has 9.3 GiB for programs."
 
 
 def test_what_others_reserved_is_theirs_and_what_the_app_reserved_is_waited_for():

@@ -75,7 +75,7 @@ def tell_holders(manager: ResourceManager) -> Told:
     lines += _unseen(conflict.allowed)
     reserved = [dict(gpu=d.device.id, id=p.id, pid=p.pid, app=p.app, memory_mb=_mib(p.memory), unused_mb=_mib(p.unused))
                 for d, p in promises]
-    if not lines: lines = [conflict.message if conflict.reason else "No process uses a GPU, and there are no reservations."]
+    if not lines: lines = [conflict.message if conflict.reason else "No process uses a GPU; there are no reservations."]
     return Told("\n".join(lines), dict(processes=[_process_figures(*row) for row in every[:MOST]], reserved=reserved,
                                        gpus=[gpu_figures(d) for d in conflict.allowed]))
 

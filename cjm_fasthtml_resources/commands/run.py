@@ -34,8 +34,8 @@ Examples:
 @click.command("run", cls=Command, context_settings=dict(allow_interspersed_args=False), epilog=_EXAMPLES)
 @click.option("--gpu-memory", default="auto", show_default=True, callback=converted(parse_need),
               metavar="auto|all|none|SIZE",
-              help="GPU memory on one device, such as 8GiB. auto: the most that COMMAND used before, plus 10 %; the first "
-                   "time, a whole GPU. all: an empty GPU for COMMAND alone. none: no GPU.")
+              help="GPU memory on one device, such as 8GiB. auto: the most that COMMAND used before, plus 10 %; at "
+                   "first, a whole GPU. all: an empty GPU for COMMAND alone. none: no GPU.")
 @options.ram_option
 @click.option("--gpus", type=click.IntRange(1, 4096), default=1, show_default=True, metavar="N",
               help="Use this many whole GPUs together, each with that much memory.")

@@ -247,7 +247,7 @@ def read_database(path: Path) -> Iterator["sqlite3.Connection"]:
             if not used or not problem or not _is_being_made(path, header): break
             time.sleep(0.004)
         if used and problem:
-            raise StoreError(f"{path} {problem} while other programs use it. End those programs; the file is then re-created")
+            raise StoreError(f"{path} {problem} while other programs use it. End them; the file is then re-created")
         if db is None:
             db = opened.enter_context(contextlib.closing(sqlite3.connect(":memory:", isolation_level=None)))
             create_tables(db, NO_WORLD)

@@ -283,7 +283,7 @@ def find_ordinal(
     Raise `LookupError` if the device is invisible to the process, or if CUDA's order is uncertain"""
     key, visible = device_key(device), [device_key(d) for d in see_devices(devices, environ).visible]
     if key not in visible:
-        raise LookupError(f"GPU {device.id} is not visible to this process; it is to a child process that is started with env")
+        raise LookupError(f"GPU {device.id} is not visible to this process; it is to a child process with env")
     instead, ordinal = doubtful_places(devices, environ), visible.index(key)
     if key in map(device_key, instead): raise LookupError(explain_doubt(f"cuda:{ordinal}", instead))
     return ordinal

@@ -219,14 +219,14 @@ def forbid_new(
 ) -> None:
     "Raise `StoreError` if a new file would hide reservations that are held"
     if in_use(file.fileno()) or is_used_elsewhere(path):
-        raise StoreError(f"{path} {what} while other programs use it. End those programs; the file is then re-created")
+        raise StoreError(f"{path} {what} while other programs use it. End them; the file is then re-created")
 
 # %% ../../nbs/core/lockfile.ipynb #407b5129
 def _check_locks(path: Path) -> None:
     "Raise `StoreError` if the gate, which this process has locked, looks unlocked to another open file"
     with FileIO(path) as other:
         if not is_locked(other.fileno(), 0):
-            raise StoreError(f"{path} is on a file system without locks. Set CJM_RESOURCES_DIR to a folder on a local disk")
+            raise StoreError(f"{path} is on a file system without locks. Set CJM_RESOURCES_DIR to a local folder")
 
 # %% ../../nbs/core/lockfile.ipynb #69127c6f
 def prepare(

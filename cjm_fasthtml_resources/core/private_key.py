@@ -29,7 +29,7 @@ def read_key(
             found, key = os.fstat(file.fileno()), file.read(KEY_SIZE + 1)
     except FileNotFoundError: return None
     if found.st_uid != os.geteuid() or found.st_mode & 0o077:
-        raise PermissionError(f"{path} is refused, because other users can read or write it. To fix it: chmod 600 {path}")
+        raise PermissionError(f"{path} is refused: other users can read or write it. To fix it: chmod 600 {path}")
     if not stat.S_ISREG(found.st_mode) or len(key or b"") != KEY_SIZE:
         raise OSError(f"{path} is refused: it is not a key of {KEY_SIZE} bytes. Remove it; a new one is then created")
     return key

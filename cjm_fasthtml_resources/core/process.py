@@ -141,7 +141,7 @@ def read_start(
 class ProcessInfo:
     "The known facts of a process, or of a PID without a visible process"
     pid: int
-    start_time: float | None = None           # seconds from boot to its start; `None`: the process is hidden or has ended
+    start_time: float | None = None           # seconds from boot to its start; `None`: hidden or ended
     name: str | None = None
     username: str | None = None
     ancestors: tuple[ProcessId, ...] = ()     # its parent first, then the parent's parent …

@@ -189,7 +189,7 @@ def _stop_handler(manager: Any, prefix: str, guard: Callable[..., Any]) -> Calla
     calls = SharedCalls()
 
     async def stop(req: Request) -> Any:
-        if not is_same_origin(req): return PlainTextResponse("the request must come from a page of the same origin", 403)
+        if not is_same_origin(req): return PlainTextResponse("the request must come from the same origin", 403)
         if (refused := await ask_guard(guard, req)) is not None: return refused
         form = await req.form()
         who = str(form.get("worker", ""))
