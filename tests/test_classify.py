@@ -129,7 +129,7 @@ def test_the_sentences_for_gpu_memory():
     assert "2.0 GiB on GPU 0 (L4)" in reserved
     assert reserved.endswith(": a reservation of PID 7 (1.0 GiB on GPU 0 not used yet).")
 
-    others = "No GPU is available: other programs use 45 % or more of GPU 0. Largest: "
+    others = "No GPU is available: other programs use a large part of GPU 0. Largest: "
     bobs, unseen = "train.py (PID 9, user bob, 2.0 GiB on GPU 0)", "processes that are not visible from here"
     assert said(E, l4(0, E, bob, nameless, many[0]), l4(1, B, many[1])) == \
         f"{others}{bobs}, a process without a name (PID 8, on GPU 0)."
@@ -159,7 +159,7 @@ def test_what_uses_most_is_named_whatever_it_is():
         first, second = text.index("20.8 GiB"), text.index("a reservation of PID 6 (app night-run, 3.0 GiB")
         assert first < second < text.index("tool (PID 11") and "and 2 more" in text
     unified = replace(hidden, ram_memory=30*GIB)
-    assert said(E, unified).startswith("No GPU is available: 30.0 GiB in use as RAM")
+    assert said(E, unified).startswith("No GPU is available: other programs use a large part of GPU 0. Largest: programs in RAM")
     mine = (OwnedProcess(21, "app", GIB, "w"), Promise(22, "app", 9*GIB, 9*GIB))
     app = l4(0, ResourceStatus.APP_BUSY, mine[0], promises=mine[1:])
     assert said(app.status, app).index("9.0 GiB on GPU 0 promised") < said(app.status, app).index("w (PID 21")
@@ -172,9 +172,9 @@ def test_the_sentences_for_too_little_gpu_memory():
     full = l4(0, E, bob, free=1)
     shared = l4(1, B, one, two, unattributed_memory=GIB, promises=(Promise(7, "app", 2*GIB, GIB),))
     assert explain_shortage([full, shared], 6*GIB) == \
-        "6.0 GiB the job needs, and GPU 1 has 3.0 GiB free, " \
-        "with w2 (PID 2, 2.0 GiB), w1 (PID 1, 1.0 GiB), 1.0 GiB on GPU 1 promised to PID 7 and 1 more on it."
-    assert explain_shortage([l4(0, A)], 6*GIB) == "6.0 GiB the job needs, and GPU 0 has 4.0 GiB free."
+        "The job needs 6.0 GiB. GPU 1 has 3.0 GiB free. In use there: w2 (PID 2, 2.0 GiB), w1 (PID 1, 1.0 GiB), " \
+        "a reservation of PID 7 (1.0 GiB on GPU 1 not used yet) and 1 more (1.0 GiB)."
+    assert explain_shortage([l4(0, A)], 6*GIB) == "The job needs 6.0 GiB. GPU 0 has 4.0 GiB free."
     assert explain_shortage([], 1) == ""
 
 
@@ -183,10 +183,10 @@ def test_the_sentences_for_ram():
     def ram(used, *processes): return classify_memory(HostMemory(10*GIB, used*GIB), processes, 90.0)
     assert ram(5).message == "RAM is available: 5.0 GiB of 10.0 GiB free."
     mine, theirs = ram(9, OwnedProcess(8, "app", 2*GIB, "child"), bob, worker), ram(9.5, worker, bob)
-    assert mine.message == ("RAM is low, 1.0 GiB of 10.0 GiB free: "
-                            "the app itself holds it, worker (PID 7, 3.0 GiB), child (PID 8, 2.0 GiB).")
-    assert theirs.message == ("RAM is low, 512 MiB of 10.0 GiB free: "
-                              "others hold it, train.py of bob (PID 9, 2.0 GiB).")
+    assert mine.message == ("RAM is low: 1.0 GiB of 10.0 GiB free. "
+                            "This app uses the most: worker (PID 7, 3.0 GiB), child (PID 8, 2.0 GiB).")
+    assert theirs.message == ("RAM is low: 512 MiB of 10.0 GiB free. "
+                              "Other programs use the most: train.py (PID 9, user bob, 2.0 GiB).")
     assert (mine.app_pids, mine.external_pids, theirs.app_pids, theirs.external_pids) == ([7, 8], [], [7], [9])
     assert mine.app_processes[0] == dict(
         pid=7, name="worker", username=None, memory_mb=3*1024, memory_percent=30.0,

@@ -71,9 +71,9 @@ def _release(own: OwnReservations, **given: Any) -> Awaitable[Told]:
 
 # %% ../../nbs/agents/server.ipynb #3778772e
 TOOLS = (
-    AgentTool("check", "Check whether a GPU job can start on this machine now, which processes use memory, and how much "
+    AgentTool("check", "Check whether a GPU job can start on this machine now, what uses the memory, and how much "
               "is free on each GPU and in RAM. Reads only.", _reading(tell_check)),
-    AgentTool("who_holds", "List the processes on the GPUs with their users, and the reservations, largest first. Reads "
+    AgentTool("who_holds", "List the processes on the GPUs with their users, and reservations, largest first. Reads "
               "only.", _reading(tell_holders)),
     AgentTool("why_blocked", "Explain why a job that needs this much memory cannot start now, or why a request "
               "(id) waits. Reads only.", _reading(tell_blocked), {**_NEED, "id": _ID}),

@@ -38,7 +38,7 @@ def check_alone(
     simulate: str | None,       # of `--simulate`
 ) -> list[str]:
     "Return the hosts, each once; refuse what does not go with them"
-    if command: raise click.UsageError(f"--host shows other machines; it cannot be combined with {command}. Run it there: "
+    if command: raise click.UsageError(f"--host shows other machines, so {command} has to run there: "
                                        f"ssh {hosts[0]} cjm-resources {command} …")
     if simulate: raise click.UsageError("--host asks real machines, so it cannot be combined with --simulate")
     try: return list(dict.fromkeys(map(check_host, hosts)))

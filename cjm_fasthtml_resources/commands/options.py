@@ -121,7 +121,7 @@ def grace_option(function: _Function) -> _Function:
 def priority_option(function: _Function) -> _Function:
     "Add `--priority`: a place in the queue"
     return click.option("--priority", type=click.IntRange(-20, 19), default=0, show_default=True, metavar="N",
-                        help="Order in the queue: smaller numbers first, as with nice. Each step is worth ten places in "
+                        help="Order in the queue: smaller numbers first, as with nice. One step is worth ten places in "
                              "the queue.")(function)
 
 def by_index_option(function: _Function) -> _Function:

@@ -22,7 +22,7 @@ from .text import format_bytes, list_names, printable
 SENTENCES = {
     "gpu available": "A GPU job can start now{about}: {free}.",
     "gpu app_busy": "A new job would share a GPU with this app{about}. Most free: {most}. In use by this app: {users}.",
-    "gpu external_busy": "No GPU is available{about}: other programs use {share} or more of {where}. Largest: {users}.",
+    "gpu external_busy": "No GPU is available{about}: other programs use {share} of {where}. Largest: {users}.",
     "gpu unavailable": "No GPU can be used: {reason}.",
     "gpu free": "GPU {id} ({name}) has {free} free",
     "gpu free, in use": "GPU {id} has {free} free. In use there: {users}",
@@ -165,7 +165,7 @@ def explain_gpus(
     status: ResourceStatus,
     devices: Iterable[DeviceStatus],
     reason: str | None = None,         # why every device is unusable
-    threshold: float | None = 45.0,    # percent of a device's memory from which other programs make it busy
+    threshold: float | None = None,    # percent of a device's memory from which other programs make it busy
 ) -> str:
     "Return the result of a check of GPU memory as a sentence"
     devices = list(devices)
@@ -180,8 +180,8 @@ def explain_gpus(
             return say(key, about=about, most=most, users=name_causes(users_in_app(concerned)))
         case ResourceStatus.EXTERNAL_BUSY:
             where = f"GPU {concerned[0].device.id}" if len(concerned) == 1 else "each"
-            return say(key, about=about, share=f"{threshold or 0:g} %", where=where,
-                       users=name_causes(users_outside(concerned)))
+            share = "a large part" if threshold is None else f"{threshold:g} % or more"
+            return say(key, about=about, share=share, where=where, users=name_causes(users_outside(concerned)))
 
 # %% ../../nbs/core/explain.ipynb #54e453bb
 def compare_sizes(
