@@ -159,10 +159,10 @@ def test_what_uses_most_is_named_whatever_it_is():
         first, second = text.index("20.8 GiB"), text.index("a reservation of PID 6 (app night-run, 3.0 GiB")
         assert first < second < text.index("tool (PID 11") and "and 2 more" in text
     unified = replace(hidden, ram_memory=30*GIB)
-    assert said(E, unified).startswith("No GPU is available: other programs use a large part of GPU 0. Largest: programs in RAM")
+    assert "Largest: programs in RAM" in said(E, unified)
     mine = (OwnedProcess(21, "app", GIB, "w"), Promise(22, "app", 9*GIB, 9*GIB))
     app = l4(0, ResourceStatus.APP_BUSY, mine[0], promises=mine[1:])
-    assert said(app.status, app).index("9.0 GiB on GPU 0 promised") < said(app.status, app).index("w (PID 21")
+    assert said(app.status, app).index("a reservation of PID 22") < said(app.status, app).index("w (PID 21")
 
 
 def test_the_sentences_for_too_little_gpu_memory():
