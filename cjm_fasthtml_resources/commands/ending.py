@@ -31,14 +31,14 @@ def fail(
 
 # %% ../../nbs/commands/ending.ipynb #ac06b30b
 def say(line: str) -> None:
-    "Show a line on standard error; where nobody reads it, the exit code still tells"
+    "Show a line on standard error; if it is closed, the exit code still counts"
     with contextlib.suppress(OSError): click.echo(line, err=True)
 
 # %% ../../nbs/commands/ending.ipynb #b26e6cd7
 def end_by(
     number: int,   # a signal
 ) -> NoReturn:
-    "End as a program does that does not catch this signal"
+    "End as a program that leaves this signal uncaught"
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError, ValueError, AttributeError): stream.flush()
     signal.signal(number, signal.SIG_DFL)
@@ -63,7 +63,7 @@ def _as_options(text: str) -> str:
 
 @contextlib.contextmanager
 def failing() -> Iterator[None]:
-    "End with a message and an exit code if a command gets no memory"
+    "End with a message and an exit code if a command's request fails"
     try: yield
     except ResourceBusy as error: fail(str(error), os.EX_TEMPFAIL)
     except ResourceUnavailable as error: fail(str(error), os.EX_UNAVAILABLE)

@@ -22,7 +22,7 @@ def there_command(
     wake: bool = False,
     driver_timeout: float = 5.0,   # seconds
 ) -> str:
-    "Return the command line for the hosts: what differs from the defaults is passed on, so that older versions obey"
+    "Return the command line for the hosts, with changed options alone, so that older versions understand it"
     for app in apps:
         if isinstance(app, str): continue
         raise click.BadParameter(f"{app} is a PID; with --host, name an app", param_hint="--app")
@@ -37,7 +37,7 @@ def check_alone(
     command: str | None,        # that follows, such as "wait"
     simulate: str | None,       # of `--simulate`
 ) -> list[str]:
-    "Return the hosts, each once; refuse what does not go with them"
+    "Return the hosts, each once; refuse options that exclude them"
     if command: raise click.UsageError(f"--host shows other machines, so {command} has to run there: "
                                        f"ssh {hosts[0]} cjm-resources {command} …")
     if simulate: raise click.UsageError("--host asks real machines, so it cannot be combined with --simulate")
@@ -45,14 +45,14 @@ def check_alone(
     except ValueError as error: raise click.BadParameter(str(error), param_hint="--host") from None
 
 # %% ../../nbs/commands/hosts.ipynb #bf5f2b11
-PATIENCE = 2.0   # seconds for which `--watch` waits for a host that has not answered before
+PATIENCE = 2.0   # seconds for which `--watch` waits for the first answer of a host
 
 @contextlib.contextmanager
 def looking_at(
     hosts: Sequence[str],
     command: str,          # of `there_command`
     timeout: float,        # seconds for each host
-    watch: bool = False,   # again and again: a host that is silent is not waited for each time
+    watch: bool = False,   # again and again, waiting only once for a silent host
 ) -> Iterator[Callable[[], Sample]]:
     "Yield the function that asks all hosts, and returns their answers as one sample"
     with Hosts(hosts, command, timeout) as asked:

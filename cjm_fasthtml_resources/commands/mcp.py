@@ -37,7 +37,7 @@ def command(machine: Machine, app: str, longest: float) -> None:
     and queue read only; reserve and release change the queue, as the user who started this command. What the agent
     has reserved ends with its ttl, by release, or with this command.
 
-    Exits with 69 when the SDK is not installed, 74 when the shared file cannot be used.
+    Exits with 69 when the SDK is missing, 74 when the shared file is unusable.
     """
     if find_spec("mcp") is None:
         fail("mcp is not installed: pip install 'cjm-fasthtml-resources[mcp]'", os.EX_UNAVAILABLE)
@@ -46,7 +46,7 @@ def command(machine: Machine, app: str, longest: float) -> None:
     from cjm_fasthtml_resources.agents.held import OwnReservations
     from cjm_fasthtml_resources.agents.server import serve
     from cjm_fasthtml_resources.core.manager import ResourceManager
-    signal.signal(signal.SIGINT, signal.SIG_DFL)   # a thread reads standard input, and would hold up its end
+    signal.signal(signal.SIGINT, signal.SIG_DFL)   # a thread reads standard input, and would delay the end
     with failing():
         manager = ResourceManager(track_self=False, app=app, gpu_timeout=machine.driver_timeout)
         with simulated_machine(machine.simulate, manager): anyio.run(serve, OwnReservations(manager, longest))

@@ -59,7 +59,7 @@ _NEED_COLUMNS: Sequence[Column[AppNeed]] = (
 
 # %% ../../nbs/commands/needs.ipynb #122b2eea
 def read_app_needs(store: Store, app: str | None, now: float) -> list[AppNeed]:
-    "Return what is known of the needs of one app, or of all"
+    "Return the known needs of one app, or of all"
     found = [AppNeed(name, need) for name, days in read_needs(store, app).items()
              for key, by_day in days.items() if (need := learned_need(key, without_refuted(by_day), now))]
     return sorted(found, key=lambda row: (row.app, row.need.plugin, -(row.need.highest or 0)))
@@ -83,9 +83,9 @@ def command(as_json: bool, forget: str | None, app: str | None) -> None:
 
     "Took up to" is the highest amount of the last 30 days, of jobs that ended well or held steady. The next job asks
     for 10 % more, or for a quarter more than one had that ran out of memory. "Or more": it ran in a process that used
-    GPU memory before, so its need is not known.
+    GPU memory before, so its need is unknown.
 
-    Exits with 74 when the file cannot be used, 2 when an argument is wrong.
+    Exits with 74 when the file is unusable, 2 for a wrong argument.
     """
     try:
         if app is not None: check_app(app)

@@ -33,10 +33,10 @@ def serve_app(app: Any, host: str, port: int, query: str) -> None:
 
     family, shown = (socket.AF_INET6, f"[{host}]") if ":" in host else (socket.AF_INET, host)
     try: listening = socket.create_server((host, port), family=family)
-    except (OSError, UnicodeError) as error:   # a name that no address can have
+    except (OSError, UnicodeError) as error:   # an impossible address
         fail(f"cannot listen on {host} port {port}: {getattr(error, 'strerror', error)}", os.EX_UNAVAILABLE)
     config = uvicorn.Config(app, http="h11", log_level="warning", access_log=False,
-                            timeout_graceful_shutdown=1, lifespan="off")  # h11 takes no endless headers
+                            timeout_graceful_shutdown=1, lifespan="off")  # h11 limits headers
 
     async def serve() -> None:
         click.echo(f"http://{shown}:{listening.getsockname()[1]}/resources{query}  (Ctrl-C ends)")
@@ -74,9 +74,9 @@ Examples:
 @click.pass_obj
 def command(machine: Machine, host: str, port: int, token: str | None, apps: list[int | str], interval: float,
             threshold: float, metrics: bool, process_metrics: bool, streams: int) -> None:
-    """Show it live on a web page, until Ctrl-C. It can be looked at, and nothing can be changed.
+    """Show it live on a read-only web page, until Ctrl-C.
 
-    Exits with 69 when it cannot listen there, or when the extra `web` (or `prometheus`) is not installed.
+    Exits with 69 when listening there fails, or when the extra `web` (or `prometheus`) is missing.
     """
     if not token and not is_loopback(host):
         raise click.BadParameter(f"{host} can be reached from other machines: it needs --token", param_hint="--host")

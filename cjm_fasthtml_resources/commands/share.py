@@ -32,8 +32,8 @@ class Group(NamedTuple):
 def find_group(
     text: str,   # a name or a number
 ) -> Group:
-    "Return a group; `ValueError` if there is none"
-    import grp  # Windows has none
+    "Return a group; raise `ValueError` if it is missing"
+    import grp  # missing on Windows
 
     try: found = grp.getgrgid(int(text)) if text.isdecimal() else grp.getgrnam(text)
     except (KeyError, OverflowError):
@@ -46,7 +46,7 @@ _OURS = ("resources.", "user-", CAP_FILE)
 def explain_place(
     path: Path,
 ) -> str | None:  # `None` if the folder can be there
-    "Return why a folder cannot be shared at a place"
+    "Return why sharing a folder at a place is refused"
     if path.is_symlink(): return f"{path} is a symbolic link: name the folder itself"
     for above in path.parents:
         if not above.is_dir(): return f"{above} is not a folder. Make it with: sudo mkdir -p {above}"
@@ -61,7 +61,7 @@ def explain_place(
 
 # %% ../../nbs/commands/share.ipynb #c2176588
 def _set_rights(path: Path, group: int, mode: int, flags: int = 0, owner: int = -1) -> None:
-    "Give a file or a folder its group and mode, whatever is put into its place meanwhile"
+    "Set a file's or folder's group and mode by descriptor, so that a file put in its place is left alone"
     fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK | flags)
     try:
         if not flags and os.fstat(fd).st_nlink > 1: raise StoreError(f"{path} has a second hard link: delete it")
@@ -87,7 +87,7 @@ def write_cap(
     path: Path,   # the folder
     cap: Cap,
 ) -> None:
-    "Write how much one user or app may reserve; `OSError`"
+    "Write the limit of one user or app; raise `OSError` on failure"
     new = path/f"{CAP_FILE}.{os.getpid()}.new"
     fd = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o640)
     with open(fd, "w") as file:
@@ -152,7 +152,7 @@ def _parse_share(context: click.Context, option: click.Parameter, text: str | No
     return share
 
 def _explain_cap(path: Path) -> str:
-    "Return what one user or app may reserve in a shared folder"
+    "Return the limit of one user or app in a shared folder"
     if (cap := read_cap(path)) is None: return ""
     return f"\nOne {cap.per} can reserve at most {cap.share:.0%} of each GPU ({path/CAP_FILE})."
 
@@ -170,7 +170,7 @@ def command(folder: str, group_name: str, max_share: float | None, per: str) -> 
     Prints how programs, containers and pods take part. Root also repairs the rights of a folder that exists; other
     users only get the lines.
 
-    Exits with 77 where only root can do it, 74 when the folder cannot be used, 2 when an argument is wrong.
+    Exits with 77 where only root can do it, 74 when the folder is unusable, 2 for a wrong argument.
     """
     path = Path(os.path.abspath(folder))
     try: group = find_group(group_name)

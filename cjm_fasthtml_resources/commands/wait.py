@@ -60,7 +60,7 @@ Examples:
 
 # %% ../../nbs/commands/wait.ipynb #9c6710f8
 def _open_notifier(context: click.Context, option: click.Parameter, addresses: Sequence[str]) -> Any:
-    "Return what tells the services with these addresses, which are never shown"
+    "Return a notifier for the services with these addresses, which are never shown"
     from cjm_fasthtml_resources.running.notify import Notifier, open_services
     try: return Notifier(open_services(addresses) if addresses else None, partial(click.echo, err=True))
     except ImportError:
@@ -68,7 +68,7 @@ def _open_notifier(context: click.Context, option: click.Parameter, addresses: S
     except ValueError as error: raise click.BadParameter(str(error)) from None
 
 def _what_was_granted(held: Reservation, command: Sequence[str]) -> str:
-    "Return what is told of a reservation: the name of the program, without its arguments"
+    "Return the text of a reservation's notification: the name of the program, without its arguments"
     from cjm_fasthtml_resources.running.names import name_command
     parts = [f"{format_bytes(held.gpu_memory_mb*2**20)} on GPU {held.device.id}"] if held.devices else []
     what = " and ".join([*parts, *([f"{format_bytes(held.memory_mb*2**20)} of RAM"] if held.memory_mb else [])])
@@ -76,7 +76,7 @@ def _what_was_granted(held: Reservation, command: Sequence[str]) -> str:
 
 # %% ../../nbs/commands/wait.ipynb #96abcfe4
 def _child_env(held: Reservation, by_index: bool) -> dict[str, str]:
-    "Return the variables with which a command uses the reserved device and no other"
+    "Return the variables that limit a command to the reserved device"
     try: return held.env_by_index if by_index else held.env
     except LookupError as error: fail(str(error), os.EX_UNAVAILABLE)
 
@@ -112,9 +112,9 @@ def command(machine: Machine, gpu_memory: float | str | None, ram: float, gpus: 
     COMMAND sees that GPU alone (CUDA_VISIBLE_DEVICES). Without COMMAND, print the variable and reserve nothing. With
     --ram and no --gpu-memory only RAM is reserved, and COMMAND sees no GPU.
 
-    Exits as COMMAND does; with 75 when the time is over, 69 when there is no GPU, 74 when the shared file cannot
-    be used, 126 or 127 when COMMAND cannot be run, 2 when an argument is wrong. A notification that fails changes
-    nothing of that.
+    Exits as COMMAND does; with 75 when the time is over, 69 without a GPU, 74 when the shared file is
+    unusable, 126 or 127 when starting COMMAND fails, 2 for a wrong argument. A notification that fails leaves
+    all that as it is.
     """
     if gpu_memory is None and not ram: raise click.UsageError("Missing option '--gpu-memory', or --ram for RAM alone.")
     with end_by_signals(), failing(), notifier.telling_end():

@@ -40,11 +40,11 @@ def watch_lines(
         time.sleep(interval)
 
 # %% ../../nbs/commands/watch.ipynb #29f421e0
-_ENTER = b"\x1b[?1049h\x1b[?25l\x1b[?7l"   # another screen, no cursor, no line goes on in the next one
+_ENTER = b"\x1b[?1049h\x1b[?25l\x1b[?7l"   # another screen, a hidden cursor, lines cut at the edge
 _LEAVE = b"\x1b[?7h\x1b[?25h\x1b[?1049l"
 
 def _set_modes(fd: int, modes: list[Any]) -> None:
-    "Set a terminal's modes, also when a signal comes; nothing happens if it is gone, which the next reading tells"
+    "Set a terminal's modes, also when a signal comes; do nothing if it is gone, which the next reading shows"
     while True:
         try: return termios.tcsetattr(fd, termios.TCSADRAIN, modes)
         except termios.error as error:
@@ -62,7 +62,7 @@ class Screen:
     def __init__(
         self,
         out: int,               # descriptors
-        keyboard: int | None,   # `None`: no keys are read
+        keyboard: int | None,   # `None`: without keys
     ) -> None:
         self.out, self.keyboard = out, keyboard
         self.modes: list[Any] | None = None   # of the keyboard, as they were
@@ -82,7 +82,7 @@ class Screen:
         _set_modes(self.keyboard, self.modes)
         self.modes = None
 
-    def write(self, data: bytes) -> bool:   # False: nobody sees it any longer
+    def write(self, data: bytes) -> bool:   # False: the terminal is gone
         "Write all of it"
         return write_all(self.out, data)
 
@@ -144,7 +144,7 @@ class Watch:
             self.window = press(self.window, key, max(self.page, 1))
 
     def obey(self, number: int) -> None:
-        "Do what a signal asks for"
+        "Act on a signal"
         if number in ENDING: self.ended_by = number
         if number == signal.SIGTSTP:
             self.screen.__exit__()
@@ -154,7 +154,7 @@ class Watch:
 
 # %% ../../nbs/commands/watch.ipynb #68e083c3
 def read_ready(
-    sources: dict[int, str],   # descriptors, with what they are for
+    sources: dict[int, str],   # descriptors, with their purposes
     seconds: float,
 ) -> dict[str, bytes]:
     "Wait until there is something to read, for so many seconds at most, and return it; b\"\" is an end"
@@ -179,7 +179,7 @@ def follow(watch: Watch, signals: int, fresh: int) -> int:  # the signal that en
 
 # %% ../../nbs/commands/watch.ipynb #e810ef0d
 class Looks:
-    "What a monitor takes samples from"
+    "The source of a monitor's samples"
     def __init__(self, look: Callable[[], Sample]) -> None: self.look = look
     def take_sample(self) -> Sample:
         "Return a sample of this moment"

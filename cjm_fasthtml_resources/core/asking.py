@@ -33,7 +33,7 @@ def ask_plugin(
     method: str,
     *args: Any,
     failed: Any = None,   # the answer if it raises
-) -> Any:  # `None` if it has no such method
+) -> Any:  # `None` if it lacks the method
     "Return the answer of a plugin's method"
     try: return call(*args) if callable(call := getattr(plugin, method, None)) else None
     except Exception as error:
@@ -45,13 +45,13 @@ _NOTHING_KNOWN = WorkerState(0, "")  # before a plugin is asked for the first ti
 
 def fitting(
     said: Mapping[str, Any],             # by name
-    check: Callable[[Any, str], Any],    # of core.arguments: raises for what cannot be carried
-) -> dict[str, Any]:  # `None` where it does not fit, which is logged
-    "Return a plugin's answers, without those that cannot be kept or shown"
+    check: Callable[[Any, str], Any],    # of core.arguments: raises for an invalid value
+) -> dict[str, Any]:  # `None` where it is invalid, which is logged
+    "Return a plugin's answers, without invalid ones"
     found: dict[str, Any] = {}
     for name, value in said.items():
         try: found[name] = None if value is None else check(value.value if isinstance(value, Enum) else value, name)
-        except Exception as error:   # its `str` may fail, too
+        except Exception as error:   # its `str` can fail, too
             _log.warning("a plugin's answer is left out: %s", shown_error(error))
             found[name] = None
     return found
@@ -106,7 +106,7 @@ def cloud_fields(
     return dict(is_remote=True, remote_resource=fitting(said, check_word))
 
 def ask_fields(
-    plugin: Any,                            # `None`: the worker has none
+    plugin: Any,                            # `None`: a worker without a plugin
     before: WorkerState = _NOTHING_KNOWN,
 ) -> dict[str, Any]:
     "Return all answers of a plugin, as fields of a worker"
@@ -115,20 +115,20 @@ def ask_fields(
 # %% ../../nbs/core/asking.ipynb #15dfa87b
 REFRESH_AFTER = 3.0   # seconds after which a check asks a lifecycle-aware plugin again
 ANSWER_WITHIN = 1.0   # seconds that a check waits for the answers
-WRITTEN_WITHIN = 0.05   # seconds more, until they are in the app's file, which another process may be changing
+WRITTEN_WITHIN = 0.05   # seconds more, until they are in the app's file, which another process can be changing
 
 class AskedPlugin:
     "A worker's plugin, and when it was asked for its processes"
     def __init__(
         self,
         plugin: Any,
-        asked: float | None = None,               # by `time.monotonic()`; `None` for one that declares no processes
+        asked: float | None = None,               # by `time.monotonic()`; `None`: without declared processes
         asking: threading.Thread | None = None,   # the thread that asks it, or did so last
-        has_released: bool = False,               # whether it has unloaded: asked again once it says a model
+        has_released: bool = False,               # it has unloaded: asked again once it reports a model
     ) -> None:
         self.plugin, self.asked, self.asking, self.has_released = plugin, asked, asking, has_released
         self.since = 0.0                    # when that thread began
-        self.trouble: str | None = None     # why it could not be asked, in words
+        self.trouble: str | None = None     # why asking it failed, in words
         self.answered = threading.Event()   # by that thread
 
     def after_fork(self) -> None:
@@ -150,7 +150,7 @@ class AskedPlugin:
 def keep_plugin(
     plugin: Any,
 ) -> AskedPlugin | None:  # `None` for `None`
-    "Return what the registry keeps beside a worker for its plugin, which has just been asked"
+    "Return the registry's record of a worker's plugin, which has just been asked"
     if plugin is None: return None
     asked = time.monotonic() if callable(_read(plugin, "get_child_pids")) else None
     return reset_in_child(AskedPlugin(plugin, asked))
@@ -160,8 +160,8 @@ def refresh_worker(
     workers: Workers,
     pid: int,
     note_answer: Callable[[], Any] = lambda: None,   # called when the plugin has answered, before that is written
-) -> WorkerState | None:  # the new state; `None` for a PID that is not registered
-    "Ask a worker's plugin again, and wait for its answer. Without a plugin nothing changes"
+) -> WorkerState | None:  # the new state; `None` for an unregistered PID
+    "Ask a worker's plugin again, and wait for its answer. Without a plugin the state stays"
     with workers.reading() as table:
         state, kept = table.workers.get(pid), table.plugins.get(pid)
         known = find_starts(table.children, state) if state else {}
@@ -181,7 +181,7 @@ def refresh_worker(
 
 # %% ../../nbs/core/asking.ipynb #4c396679
 def _begin_to_ask(kept: AskedPlugin, began: float, ask: Callable[[int, AskedPlugin], None], pid: int) -> None:
-    "Ask on a thread; where none can be started, what the plugin said before counts"
+    "Ask on a thread; where starting one fails, the plugin's last answer counts"
     kept.since, kept.trouble, kept.answered = began, None, threading.Event()
     try: kept.asking = start_thread("plugin-refresh", ask, pid, kept)
     except NoThreadError as error: kept.asking, kept.trouble = None, f"cannot be asked: {error}"
@@ -218,7 +218,7 @@ _HANGING = "The plugin of the worker with PID {} {}; its child processes are tho
 def hanging_notes(
     workers: Workers,
 ) -> list[str]:
-    "Return a note for each plugin that was asked and does not answer, or could not be asked"
+    "Return a note for each plugin that is not responding, or that could not be asked"
     with workers.last_read() as table: asked = list(table.plugins.items())
     troubles = [(pid, "does not answer" if kept.hangs else kept.trouble) for pid, kept in asked]
     return [_HANGING.format(pid, trouble) for pid, trouble in troubles if trouble]
@@ -228,8 +228,8 @@ def estimate_cost(
     worker: WorkerState,
     plugin: Any,
     hours: float,
-) -> float:  # in the currency of the plugin's figures; 0.0, and logged, where it has none
-    "Return what a worker's rented machine costs for that many hours"
+) -> float:  # in the currency of the plugin's figures; 0.0, and logged, where they are missing
+    "Return the cost of a worker's rented machine for that many hours"
     said = ask_plugin(plugin, "estimate_cost", hours)
     estimate = fitting(dict(estimate_cost=None if isinstance(said, bool) else said), check_number)["estimate_cost"]
     if estimate is not None: return float(estimate)

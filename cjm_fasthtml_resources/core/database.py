@@ -75,10 +75,10 @@ _COMMIT_SECONDS = 0.05   # for which a reader waits for another process's commit
 
 def _open(
     path: Path,
-    timeout: float = 0.0,   # seconds for which SQLite waits for a lock; Python handles no signal until then
+    timeout: float = 0.0,   # seconds for which SQLite waits for a lock; Python postpones signals until then
 ) -> "sqlite3.Connection":
-    "Open the database, and read nothing of it yet; the caller closes it"
-    import sqlite3  # when it is used: most programs never open one
+    "Open the database without reading it; the caller closes it"
+    import sqlite3  # on use: most programs never open one
     from urllib.parse import quote
     return sqlite3.connect(f"file:{quote(str(path))}?mode=rw", uri=True, timeout=timeout, isolation_level=None)
 
@@ -104,7 +104,7 @@ def _world_of(db: "sqlite3.Connection", path: Path) -> str:
 
 # %% ../../nbs/core/database.ipynb #14b4a2a4
 def is_damage(error: Exception) -> bool:
-    "Return whether SQLite reports wrong content; False if it only could not read the file now"
+    "Return whether SQLite reports wrong content; False if reading the file only failed now"
     import sqlite3
     text = str(error)
     missing = isinstance(error, sqlite3.OperationalError) and "no such table" in text
@@ -148,7 +148,7 @@ def _open_in_gate(path: Path, file: FileIO, header: Header) -> "sqlite3.Connecti
     world = header.world.hex()
     check_owner(path)
     if not path.exists():
-        if header.counter: forbid_new(path, file, "was removed")   # 0: this world never had one
+        if header.counter: forbid_new(path, file, "was removed")   # 0: this world is without one
         _make(path, world)
     try:
         db = _connect(path)
@@ -210,7 +210,7 @@ def changed_database(
     file: FileIO,      # the lock file, in the gate
     header: Header,
 ) -> Iterator["sqlite3.Connection"]:
-    "Open the database and change it in the block: all or nothing"
+    "Open the database and change it in the block, atomically"
     db = None
     with no_fork():
         wait_for_lock(path)
@@ -233,7 +233,7 @@ def _end_change(file: FileIO) -> None:
     if (counter := read_header(file).counter)%2: write_number(file, "counter", counter + 1)
 
 # %% ../../nbs/core/database.ipynb #1d704aef
-NO_WORLD = "none"   # of the empty database that a reading gets where there is none
+NO_WORLD = "none"   # of the empty database that a reading gets where it is missing
 
 @contextlib.contextmanager
 def read_database(path: Path) -> Iterator["sqlite3.Connection"]:
@@ -260,7 +260,7 @@ def _open_to_read(
     header: Header,
     opened: contextlib.ExitStack,
 ) -> "tuple[sqlite3.Connection | None, str]":
-    "Return a connection to a good database, else what is wrong; an empty text if this world never had one"
+    "Return a connection to a good database, else the problem; an empty text if this world is without one"
     import sqlite3
     lost = "was removed" if header.counter or not header.is_good else ""
     if not path.exists(): return None, lost   # asked before it is opened: another process can make it at any moment
@@ -306,6 +306,6 @@ def _copied(path: Path, opened: contextlib.ExitStack) -> Path:
     for _ in range(100):
         before = _look_at(lock_path)[0].counter
         _copy(path, target)
-        if before%2 == 0 and before == _look_at(lock_path)[0].counter: break   # no process changed it in between
+        if before%2 == 0 and before == _look_at(lock_path)[0].counter: break   # unchanged in between
         time.sleep(1e-3)
     return target

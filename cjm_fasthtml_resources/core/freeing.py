@@ -67,8 +67,8 @@ def make_wanted(
 # %% ../../nbs/core/freeing.ipynb #fd6a6290
 @dataclass(frozen=True)
 class RoomMade:
-    "What was done to make room"
-    steps: tuple[str, ...] = ()                  # in words and in order; none if there was room
+    "The actions that made room"
+    steps: tuple[str, ...] = ()                  # in words and in order; empty if there was room
     released: tuple[WorkerState, ...] = ()       # workers that unloaded, as they were before
     stopped: tuple[WorkerState, ...] = ()        # workers that were ended
 
@@ -81,7 +81,7 @@ class RoomMade:
 
 # %% ../../nbs/core/freeing.ipynb #da1b6d05
 class RoomMaker:
-    "Makes room on a GPU, step by step: workers unload first, and are stopped where that is not enough"
+    "Makes room on a GPU, step by step: workers unload first, and are stopped where that frees too little"
     def __init__(
         self,
         workers: Workers,
@@ -92,7 +92,7 @@ class RoomMaker:
         self.waits_until: float | None = None   # for another call, by `time.monotonic()`
 
     def step(self) -> bool:  # False: there is room
-        "Do the next thing. `ResourceBusy` if there is nothing left to do, or `ResourceUnavailable`, `ValueError`, …"
+        "Do the next step. Raise `ResourceBusy` if there is none left, or `ResourceUnavailable`, `ValueError`, …"
         conflict, need, count = self.wanted.check(), self.wanted.need, self.wanted.count
         if has_room(conflict, need, count): return False
         if other := being_stopped(self): return await_other(self, other, conflict)
@@ -115,7 +115,7 @@ def has_room(conflict: ResourceConflict, need: float, count: int = 1) -> bool:
 
 # %% ../../nbs/core/freeing.ipynb #0a1fcf00
 def name_loaded(worker: WorkerState) -> str | None:
-    "Return the name of what a worker has loaded, as it may be shown"
+    "Return the name of a worker's model, without secrets"
     shown = worker.shown()
     return shown.loaded_plugin_resource or shown.plugin_name or shown.plugin_id
 
@@ -143,7 +143,7 @@ def find_gentle(
     idle: Iterable[WorkerState],
     conflict: ResourceConflict,
 ) -> dict[int, Callable[[], Any]]:  # PID → the call that unloads it
-    "Return the workers that can unload, and were not asked yet"
+    "Return the workers that can unload, and are still to be asked"
     reserved = {p.pid for d in conflict.allowed for p in d.promises}
     with maker.workers.last_read() as table: kept = {w.pid: table.plugins.get(w.pid) for w in idle}
     found = {w.pid: find_unloader(w, kept[w.pid], maker.wanted.unload) for w in idle}
@@ -155,10 +155,10 @@ def choose_idle(
     need: float,
     conflict: ResourceConflict,
     gentle: Collection[int] = (),      # the PIDs of those that can unload
-    made: RoomMade = RoomMade(),       # what was done before, for the error
+    made: RoomMade = RoomMade(),       # earlier actions, for the error
     count: int = 1,                    # of the devices that are to have room
 ) -> WorkerState:
-    "Return the idle worker that goes next; `ResourceBusy` if all of them are not enough"
+    "Return the idle worker that goes next; raise `ResourceBusy` if all of them free too little"
     there = usable(conflict.allowed)
     if plan := plan_room(there, idle, need, gentle, count): return plan[0]
     short = there if count == 1 else [d for d in there if d.room < need]
@@ -176,7 +176,7 @@ def mark_unloading(
     lease: int,
     needed: Collection[ProcessId] = (),
 ) -> bool:  # False as in `find_ends`
-    "Take an idle worker out of use, and note that it has nothing loaded"
+    "Take an idle worker out of use, and clear its model"
     with workers.changing() as table:
         if not find_ends(workers, table, worker, needed): return False
         table.update(table.workers.get(worker.pid), dict.fromkeys(_LOADED))
@@ -197,7 +197,7 @@ def use_again(
         table.stop(worker.pid, None)
 
 # %% ../../nbs/core/freeing.ipynb #167dddfe
-UNLOADED_WITHIN = 3.0   # seconds in which the memory of a worker that says that it has unloaded comes free
+UNLOADED_WITHIN = 3.0   # seconds in which the memory of a worker that reports to have unloaded comes free
 
 def used_on(worker: WorkerState, conflict: ResourceConflict) -> int:
     "Return the bytes that a worker uses of the devices together"
@@ -210,7 +210,7 @@ def await_unloaded(
     check: Callable[[], ResourceConflict],
     seconds: float,
 ) -> int:  # bytes
-    "Return what a worker uses once it has come down, or after so many seconds"
+    "Return a worker's use once it has come down, or after so many seconds"
     until, last = time.monotonic() + seconds, before
     while True:
         now = used_on(worker, check())
@@ -230,7 +230,7 @@ def unload_idle(
     worker: WorkerState,
     call: Callable[[], Any],          # unloads it
     lease: int,
-    needed: Collection[ProcessId],    # processes that must not end
+    needed: Collection[ProcessId],    # processes that must keep running
 ) -> None:
     "Ask an idle worker to unload, and note what came of it"
     wanted = maker.wanted
@@ -252,7 +252,7 @@ def stop_idle(
     maker: RoomMaker,
     worker: WorkerState,
     lease: int,
-    needed: Collection[ProcessId],    # processes that must not end
+    needed: Collection[ProcessId],    # processes that must keep running
 ) -> None:
     "Stop an idle worker, and note it"
     wanted = maker.wanted
@@ -271,7 +271,7 @@ def make_room(
     workers: Workers,
     wanted: RoomWanted,
 ) -> RoomMade:
-    "Make room at once, with idle workers alone; nothing is done if they are not enough"
+    "Make room at once, with idle workers alone; leave them alone if they free too little"
     maker = RoomMaker(workers, wanted)
     while maker.step(): pass
     return maker.made
@@ -283,5 +283,5 @@ def free_gpu(
     grace: float,                              # seconds between asking (SIGTERM) and killing (SIGKILL)
     check: Callable[[], ResourceConflict],     # reads the devices
 ) -> list[WorkerState]:  # those that were stopped, in that order
-    "Make room on a device; no worker is stopped if that would not be enough"
+    "Make room on a device; leave all workers alone if they would free too little"
     return list(make_room(workers, RoomWanted(need, check, grace)).stopped)

@@ -53,10 +53,10 @@ def settings_that_matter(
 
 # %% ../../nbs/core/learned.ipynb #39c24f13
 class NeedKey(NamedTuple):
-    "What a need is known for"
+    "The key of a need"
     plugin: str
-    resource: str = ""    # "" for none
-    settings: str = ""    # a hash of the settings that matter, "" if none do; then "." and a mark of all settings
+    resource: str = ""    # "" without one
+    settings: str = ""    # a hash of the settings that matter, "" without any; then "." and a mark of all settings
 
     @property
     def coarse(self) -> "NeedKey":
@@ -69,7 +69,7 @@ def need_key(
     resource: str | None = None,                # `None`: the one that the configuration names
     config: Mapping[str, Any] | None = None,
     devices: int = 1,                           # how many GPUs the job uses: a part of a model on each needs less there
-    mark: str = "",                             # of `settings_mark`, which tells texts and paths apart
+    mark: str = "",                             # of `settings_mark`, which distinguishes texts and paths
 ) -> NeedKey:
     "Return the key of a job's need; `TypeError` or `ValueError` names a malformed text"
     import hashlib  # when it is needed: importing it takes long
@@ -88,16 +88,16 @@ _LARGEST = 2**50   # bytes
 
 @dataclass(frozen=True)
 class JobRun:
-    "A job that has ended, and what it took"
+    "A job that has ended, and its usage"
     key: NeedKey
     ended: float                      # `time.time()`
     seconds: float                    # how long it ran, by `time.monotonic()`
-    gpu_highest: int | None = None    # bytes of GPU memory at its highest; `None` or 0: none was seen
-    gpu_steady: int | None = None     # bytes that it used when it no longer grew
+    gpu_highest: int | None = None    # bytes of GPU memory at its highest; `None` or 0: it used none
+    gpu_steady: int | None = None     # bytes that it used after its growth
     ram: int | None = None            # bytes at its highest
     succeeded: bool = True
-    steady: bool = False              # whether it held steady for a while (`Level`)
-    warm: bool = False                # whether its process used GPU memory before; then the bytes are what it added
+    steady: bool = False              # whether it stayed steady for a while (`Level`)
+    warm: bool = False                # whether its process used GPU memory before; then the bytes are the addition
 
     def __post_init__(self) -> None:
         check_number(self.seconds, "seconds")
@@ -107,12 +107,12 @@ class JobRun:
 
     @property
     def counts(self) -> bool:
-        "Whether its memory is a need"
+        "Return whether its memory is a need"
         return self.succeeded or self.steady
 
     @property
     def gpu_need(self) -> int:
-        "Bytes of GPU memory that count; 0 if none do"
+        "Return the bytes of GPU memory that count"
         if self.succeeded: return int(max(self.gpu_highest or 0, self.gpu_steady or 0))
         return int(self.gpu_steady or self.gpu_highest or 0) if self.steady else 0
 
@@ -127,7 +127,7 @@ class Level(NamedTuple):
 
     @property
     def is_steady(self) -> bool:
-        "Whether it has not grown for `STEADY_SECONDS`"
+        "Return whether it is without growth for `STEADY_SECONDS`"
         return self.checked - self.grew >= STEADY_SECONDS
 
     def then(self, memory: int, now: float) -> "Level":
@@ -136,7 +136,7 @@ class Level(NamedTuple):
 
 # %% ../../nbs/core/learned.ipynb #b88b357d
 class Evidence(NamedTuple):
-    "What the jobs of a day took; 0 where nothing is known"
+    "The usage of a day's jobs; 0 where it is unknown"
     ended: float = 0.0      # the last one, `time.time()`
     samples: int = 0        # jobs whose GPU memory counts
     total: int = 0          # bytes of GPU memory, of these jobs together
@@ -149,7 +149,7 @@ class Evidence(NamedTuple):
     failures: int = 0
     floor: int = 0          # bytes to ask for after a job ran out of memory
     least: int = 0          # bytes that a job added in a process that used GPU memory before
-    wish: int = 0           # bytes to ask for after a job ran out of memory, for what it wanted and never had
+    wish: int = 0           # bytes to ask for after a job ran out of memory, by its failed request
 
 # %% ../../nbs/core/learned.ipynb #967a9ded
 _SUMS = ("samples", "total", "jobs", "seconds", "failures")
@@ -165,7 +165,7 @@ def merge(first: Evidence, second: Evidence) -> Evidence:
 
 # %% ../../nbs/core/learned.ipynb #758b490a
 def evidence_of(run: JobRun) -> Evidence:
-    "Return what one job shows"
+    "Return the evidence of one job"
     need, ram = run.gpu_need, int(run.ram or 0) if run.counts else 0
     if run.warm: found = Evidence(run.ended, ram=ram, least=need, failures=int(not run.succeeded))
     else: found = Evidence(run.ended, int(need > 0), need, need, ram, failures=int(not run.succeeded))
@@ -178,7 +178,7 @@ REFUTED_BY = 3   # jobs
 def without_refuted(
     days: Mapping[int, Evidence],   # of one key, by day
 ) -> dict[int, Evidence]:
-    "Return the evidence of a key without what jobs wanted and never had, if enough later ones ended well"
+    "Return the evidence of a key without failed requests, if enough later jobs ended well"
     last = max((day for day, found in days.items() if found.wish), default=None)
     if last is None or sum(found.jobs for day, found in days.items() if day > last) < REFUTED_BY: return dict(days)
     return {day: found._replace(wish=0) for day, found in days.items()}
@@ -234,7 +234,7 @@ def forget_marks(
     days: Days,       # is changed
     key: NeedKey,     # of this plugin and resource
 ) -> None:
-    "Keep the newest `MOST_MARKS` marks; what is known for older ones is added to the key without a mark"
+    "Keep the newest `MOST_MARKS` marks, and add the evidence of older ones to the key without a mark"
     marked = [other for other in days if other[:2] == key[:2] and other != other.coarse]
     if len(marked) <= MOST_MARKS: return
     newest = sorted(marked, key=lambda other: max(found.ended for found in days[other].values()), reverse=True)
@@ -269,10 +269,10 @@ def format_range(
 
 # %% ../../nbs/core/learned.ipynb #5a280c46
 class LearnedNeed(NamedTuple):
-    "What jobs of a plugin took, with its resource and settings; `None` where nothing is known"
+    "The usage of a plugin's jobs, with its resource and settings; `None` where it is unknown"
     plugin: str
-    resource: str                        # "" for none
-    settings: str                        # of `NeedKey`; "" for none that matter, or for all together; no mark: any
+    resource: str                        # "" without one
+    settings: str                        # of `NeedKey`; "" without any that matter, or for all; without a mark: any
     samples: int                         # jobs whose GPU memory counts
     mean: float | None                   # bytes of GPU memory, of these jobs
     highest: int | None                  # bytes of GPU memory, also of workers that checks saw
@@ -284,14 +284,14 @@ class LearnedNeed(NamedTuple):
     seconds_mean: float | None
     failures: int                        # jobs that failed
     last_seen: float                     # `time.time()`
-    is_old: bool                         # nothing newer is known for 30 days
+    is_old: bool                         # its evidence is older than 30 days
     margin_percent: float = 10.0
     least: int | None = None             # bytes that jobs added in processes that used GPU memory before
     is_shared: bool = False              # of jobs of which some have other texts or paths in their settings
 
     @property
     def gpu_memory_mb(self) -> float | None:
-        "MiB to ask for: the highest with the margin, or more after a job ran out of memory; `None`: it is not known"
+        "Return MiB to ask for: the highest with the margin, or more after a job ran out of memory; `None`: unknown"
         least = (self.least or 0) if self.floor else 0
         return float(math.ceil(max(self.with_margin, self.floor or 0, least)/2**20)) or None
 
@@ -301,7 +301,7 @@ class LearnedNeed(NamedTuple):
         return (self.highest or 0)*(100 + self.margin_percent)/100
 
     def explain(self) -> str:
-        "Return a sentence that says what was learned, and what to ask for"
+        "Return a sentence on the learned need and the amount to ask for"
         return explain_need(self)
 
 # %% ../../nbs/core/learned.ipynb #a6409592
@@ -311,7 +311,7 @@ def learned_need(
     now: float,                      # `time.time()`
     margin_percent: float = 10.0,
 ) -> LearnedNeed | None:
-    "Return what a job needs; `None` if no job ended well, held steady or ran out of memory"
+    "Return the need of a job; `None` unless one ended well, was steady or ran out of memory"
     if not days: return None
     found, is_old = recent_evidence(days, now)
     floor = max(found.floor, found.wish)
@@ -338,12 +338,12 @@ def _details(need: LearnedNeed) -> str:
     return f" ({', '.join(told)})" if told else ""
 
 def explain_least(name: str, need: LearnedNeed) -> str:
-    "Return a sentence on jobs of which it is known what they added, and not what they need"
+    "Return a sentence on jobs with a known addition and an unknown need"
     return (f"{name} needs at least {format_bytes(need.least or 0)}{_details(need)}. More is unknown: "
             "its jobs ran in processes that used GPU memory before")
 
 def explain_need(need: LearnedNeed) -> str:
-    "Return a sentence that says what was learned, and what to ask for"
+    "Return a sentence on the learned need and the amount to ask for"
     name = f"{need.plugin} with {need.resource}" if need.resource else need.plugin
     if need.highest is None:
         if need.least and not need.floor: return explain_least(name, need)

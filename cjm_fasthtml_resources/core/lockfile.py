@@ -43,7 +43,7 @@ def explain_error(
     path: Path | None,   # `None`: in memory
     error: Exception,    # what SQLite or the operating system raised
 ) -> str:
-    "Return what is wrong with the file, in words"
+    "Return the problem with the file, in words"
     name, text = path or as_path("the store in memory"), str(error)
     if isinstance(error, OSError): return explain_os_error(name, error)
     advice = next((advice for sign, advice in _SAID_BY_SQLITE.items() if sign in text), f"cannot be used: {text}")
@@ -79,7 +79,7 @@ NO_HEADER = Header(b"", b"", 0, 0.0, 0, 0, 0, 0, 0)
 
 # %% ../../nbs/core/lockfile.ipynb #8e7cc3bd
 def read_header(file: FileIO) -> Header:
-    "Return the header; in a new file one that is not good"
+    "Return the header; in a new file an invalid one"
     data = os.pread(file.fileno(), _HEADER.size, 0)
     return Header(*_HEADER.unpack(data)) if len(data) == _HEADER.size else NO_HEADER
 
@@ -95,7 +95,7 @@ def write_number(
 
 # %% ../../nbs/core/lockfile.ipynb #deb14c36
 _QUEUE, _QUEUE_END = 2**16, 2**32   # the bytes that are places in the queue; leases come behind
-_FREE_SECONDS = 0.05                # for which the gate is free before one that does not come is passed over
+_FREE_SECONDS = 0.05                # for which the gate is free before an absent process is passed over
 
 def _queue_up(fd: int) -> int:
     "Take a place behind all that wait; return its byte"
@@ -134,11 +134,11 @@ def _pass(file: FileIO, path: Path) -> None:
 class _Gate(FileIO):
     "The lock file of a process that waits for the gate, or is in it"
     def after_fork(self) -> None:
-        "Close the copy in a fork's child, which unlocks nothing: the parent goes on"
+        "Close the copy in a fork's child, which leaves the parent's lock in place"
         self.close()
 
     def leave(self) -> None:
-        "Free the gate, even if a fork's child has a copy of the descriptor; a second time nothing happens"
+        "Free the gate, even if a fork's child has a copy of the descriptor; a second call does nothing"
         if self.closed: return
         with contextlib.suppress(OSError): unlock_byte(self.fileno(), 0)
         with contextlib.suppress(OSError): self.close()   # it is closed, even if the system reports an error
@@ -161,7 +161,7 @@ def _forbid_nested(path: Path) -> None:
 # %% ../../nbs/core/lockfile.ipynb #fe75bbe9
 @contextlib.contextmanager
 def in_gate(path: Path) -> Iterator[FileIO]:
-    "Open the lock file, made if it is missing, with its gate held for the block"
+    "Open the lock file, made if it is missing, with its gate locked for the block"
     file: _Gate | None = None
     _forbid_nested(path)
     try:
@@ -199,7 +199,7 @@ def write_ledger(
 # %% ../../nbs/core/lockfile.ipynb #40731e30
 def read_ledger(
     file: FileIO,
-    known: tuple[Header, bytes] = (NO_HEADER, b""),   # what was read last: if it is still current, it is not read again
+    known: tuple[Header, bytes] = (NO_HEADER, b""),   # the last reading, which is returned while it is current
 ) -> tuple[Header, bytes]:
     "Return the header and the current ledger; `ValueError` if one of them is missing or damaged"
     for _ in range(1000):
@@ -217,7 +217,7 @@ def forbid_new(
     file: FileIO,    # the lock file
     what: str,       # what happened to it
 ) -> None:
-    "Raise `StoreError` if a new file would hide reservations that are held"
+    "Raise `StoreError` if a new file would hide living reservations"
     if in_use(file.fileno()) or is_used_elsewhere(path):
         raise StoreError(f"{path} {what} while other programs use it. End them; the file is then re-created")
 
@@ -233,7 +233,7 @@ def prepare(
     path: Path,
     file: FileIO,    # the lock file, in the gate
 ) -> tuple[Header, bytes]:
-    "Return the header and the ledger; missing or damaged ones are made new while no lease is held"
+    "Return the header and the ledger; make missing or damaged ones new while every lease is unlocked"
     check_owner(path)
     try: return read_ledger(file)
     except ValueError as error: forbid_new(path, file, str(error))

@@ -19,14 +19,14 @@ from typing import Any
 def holding(
     lock: Any,   # a `threading.Lock` or `RLock`
 ) -> Iterator[None]:
-    "Hold a lock for a block; it is free afterwards, whatever interrupts the block"
+    "Take a lock for a block; it is free afterwards, whatever interrupts the block"
     held = False
     try:
         try:
             held = lock.acquire()
             yield
         finally:
-            if held: held = lock.release() and False   # one line, so that nothing comes in between
+            if held: held = lock.release() and False   # one line, which signals cannot split
     finally:
         if held: lock.release()
 
@@ -35,7 +35,7 @@ _FLOCK = "hhqqi"   # struct flock on 64-bit Linux: type, whence, start, length, 
 
 def _lock_call(fd: int, command: str, kind: str, start: int, length: int) -> tuple[int, int, int]:
     "Call fcntl; return the kind of lock that it reports, its first byte and its length (0: to the end)"
-    import fcntl  # Windows has none
+    import fcntl  # missing on Windows
 
     asked = struct.pack(_FLOCK, getattr(fcntl, kind), os.SEEK_SET, start, length, 0)
     found, _, at, count, _ = struct.unpack(_FLOCK, fcntl.fcntl(fd, getattr(fcntl, command), asked))
@@ -51,7 +51,7 @@ def lock_byte(
     _lock_call(fd, "F_OFD_SETLK", "F_WRLCK" if alone else "F_RDLCK", byte, 1)
 
 def unlock_byte(fd: int, byte: int) -> None:
-    "Unlock a byte; nothing happens if it is not locked"
+    "Unlock a byte; do nothing if it is unlocked"
     _lock_call(fd, "F_OFD_SETLK", "F_UNLCK", byte, 1)
 
 # %% ../../nbs/core/locking.ipynb #ae1c9525
@@ -71,7 +71,7 @@ def is_locked_beside(
     length: int,
     known: Iterable[int],   # some of these bytes
 ) -> bool:
-    "Return whether another open file has locked one of these bytes that is not among the known ones"
+    "Return whether another open file has locked one of these bytes outside the known ones"
     bounds = sorted({start - 1, *known, start + length})
     return any(is_locked(fd, at + 1, end - at - 1) for at, end in pairwise(bounds) if end - at > 1)
 
@@ -90,7 +90,7 @@ class OpenFolder:
         return int(open_one[2][0])
 
     def close(self) -> None:
-        "Close it; a second time nothing happens"
+        "Close it; a second call does nothing"
         self._closing()
 
     def __enter__(self) -> "OpenFolder": return self

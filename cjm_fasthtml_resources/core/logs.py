@@ -10,7 +10,7 @@ from typing import Any
 
 # %% ../../nbs/core/logs.ipynb #32519592
 class Log:
-    "The logger of this name, for what is logged now and then"
+    "The logger of this name, for rare messages"
     def __init__(self, name: str) -> None: self.name = name
 
     def __getattr__(self, method: str) -> Any:

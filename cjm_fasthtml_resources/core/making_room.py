@@ -32,7 +32,7 @@ def is_first(
     lease: int,               # of the request
     claims: Iterable[Claim],  # all, in the order of asking
 ) -> bool:
-    "Return whether no request that can use one of its devices is before it"
+    "Return whether it is the first request in the queue for its devices"
     waiting = in_queue(claims)
     mine = next((c for c in waiting if c.lease == lease), None)
     if mine is None: return False
@@ -49,7 +49,7 @@ def find_covered_use(
     conflict: ResourceConflict,
     claims: Sequence[Claim],
 ) -> dict[str, int]:  # key of a device → bytes
-    "Return what the holder of a request uses already, where that is part of what it asks for"
+    "Return the present use of a request's holder, where that is part of the request"
     mine = next((c for c in claims if c.lease == request.lease), None)
     if mine is None or not mine.covers or conflict.snapshot is None: return {}
     return {use.key: find_covered(mine, use, claims) for use in read_use(conflict.snapshot.devices)}
@@ -71,13 +71,13 @@ def can_be_helped(
     claims: Callable[[], Sequence[Claim]],
     check: Callable[[], ResourceConflict],   # of the devices that suit it
 ) -> bool:
-    "Return whether more room would help a request now: it is the first in the queue, and waits for nothing else"
+    "Return whether more room would help a request now: it is the first in the queue, and waits for memory alone"
     if not is_first(request.lease, claims()): return False
     return not (find_cap(request.ledger.store) and find_capped(request, check()))
 
 # %% ../../nbs/core/making_room.ipynb #a41f0d2d
 RETRY_AFTER = 1.0     # seconds until it is tried again
-SETTLES_WITHIN = 1.0  # seconds in which the queue gives the request what is free
+SETTLES_WITHIN = 1.0  # seconds in which the queue gives the request the free memory
 
 class RoomForRequest:
     "Makes room for a request while it waits: it stands in place of the request's `give_up`"
@@ -99,7 +99,7 @@ class RoomForRequest:
     def made(self) -> RoomMade: return self.maker.made
 
     def __call__(self, request: Request) -> None:
-        "Take a step; where none is left, look whether the time is over"
+        "Take a step; where none is left, check the time limit"
         if self.step(request): return
         try: self.give_up(request)
         except ResourceBusy as error:

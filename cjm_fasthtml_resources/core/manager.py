@@ -96,7 +96,7 @@ class ResourceManager(StaysHere, WorkerRegistry, NeedsReader, JobStarter):
         wake: bool = False,                    # ask GPUs that power management has suspended, too
         timeout: float | None = None,          # seconds to wait for the driver; `None`: `gpu_timeout`
     ) -> ResourceConflict:
-        "Return who uses the memory of the GPUs that this app may use, and whether a job could start"
+        "Return whether a job can start on one of the GPUs of this app, and which processes use their memory"
         prepared = self.checks.prepare()
         return self.judge(self.read(wake, timeout) if snapshot is None else snapshot, prepared)
 
@@ -129,17 +129,17 @@ class ResourceManager(StaysHere, WorkerRegistry, NeedsReader, JobStarter):
 
     def reserve(
         self,
-        gpu_memory_mb: float | str | None = None,      # MiB on each device, or "all"; `None` or 0, with RAM: no GPU
+        gpu_memory_mb: float | str | None = None,      # MiB on each device, or "all"; `None` or 0, with RAM: RAM alone
         device: int | str | GpuDevice | None = None,   # a place among the visible ones, "cuda:1", a UUID; `None`: any
-        timeout: float | None = None,                  # seconds to wait for room; 0: do not wait; `None`: no limit
+        timeout: float | None = None,                  # seconds to wait; 0: answer at once; `None`: no limit
         *,
         ttl: float | None = None,                      # seconds; `None`: until it is released or the holder ends
         pid: int | None = None,                        # the process whose tree it is for; `None`: this one
         progress: bool = False,                        # show a bar, with who uses the memory, while it waits
-        n: int = 1,                                    # how many whole GPUs, all or none, with so much memory on each
+        n: int = 1,                                    # how many whole GPUs together, with so much memory on each
         memory_mb: float = 0,                          # MiB of RAM, together with the GPUs or alone
         priority: int = 0,                             # -20 to 19: smaller ones first, ten places for each step
-        grace: float | None = None,                    # seconds: given back if it is not used so soon; `None`: never
+        grace: float | None = None,                    # seconds: released if unused for so long; `None`: never
     ) -> "Reservation":
         """Reserve GPU memory and RAM for a job, in a `with` block or until `release()`, in the order of asking.
         `ResourceBusy` after the timeout, `ResourceUnavailable`, `ValueError` for more than there is, `StoreError`"""
@@ -172,7 +172,7 @@ class ResourceManager(StaysHere, WorkerRegistry, NeedsReader, JobStarter):
         timeout: float | None = None,                  # seconds; `None`: no limit
         *, progress: bool = False, n: int = 1,         # as for `reserve`
     ) -> GpuChoice:
-        "Wait in the same queue until a GPU has room, and reserve nothing: a moment later another program may have it"
+        "Wait in the same queue until a GPU has room, without reserving it: another program can take it a moment later"
         reserve = partial(self.reserve, gpu_memory_mb, device, timeout, progress=progress, n=n)
         with giving_back(reserve) as held: return GpuChoice(held.devices)
 
@@ -197,10 +197,10 @@ class ResourceManager(StaysHere, WorkerRegistry, NeedsReader, JobStarter):
         self,
         pid: int,             # a registered worker, or a process that descends from one or from this process
         *, grace: float = 5.0,   # seconds between asking (SIGTERM) and killing (SIGKILL)
-    ) -> WorkerState | None:  # what was known about the worker; `None` if it was not registered itself
+    ) -> WorkerState | None:  # the worker's last state; `None` if it was unregistered
         """Stop a process of this app with its child processes: its plugin's `force_cleanup`, SIGTERM, SIGKILL.
-        `PermissionError` for other programs, this process and its parents; `TimeoutError` if one does not end,
-        `OSError` if it cannot be read just now what descends from it"""
+        Raise `PermissionError` for other programs, this process and its parents, `TimeoutError` if one keeps running,
+        `OSError` if reading its child processes fails"""
         pid, grace = check_pid(pid), check_number(grace, "grace", 0, threading.TIMEOUT_MAX)
         from cjm_fasthtml_resources.core.stopping import stop_worker  # when it is used
         return stop_worker(self.workers, pid, grace, self.checks.me())
@@ -209,19 +209,19 @@ class ResourceManager(StaysHere, WorkerRegistry, NeedsReader, JobStarter):
         self,
         mb: float,            # MiB that one device is to have free
         *, grace: float = 5.0,   # seconds for a plugin to unload, and between asking (SIGTERM) and killing (SIGKILL)
-        unload: "Unload | None" = None,   # unloads a worker whose plugin is in another process; `False`: it did not
-    ) -> "RoomMade":          # its `steps` say what was done, in order
-        """Let idle workers unload, and stop them where that is not enough, until a GPU has room.
-        Nothing is done if all of them are not enough. Raises what `free_gpu` raises"""
+        unload: "Unload | None" = None,   # unloads a worker whose plugin is elsewhere; returns `False` on failure
+    ) -> "RoomMade":          # its `steps` describe each action, in order
+        """Let idle workers unload, and stop them where that frees too little, until a GPU has room.
+        Leave them alone if all of them are too small. Raise the errors of `free_gpu`"""
         from cjm_fasthtml_resources.core.freeing import make_room, make_wanted  # when it is used
         check = partial(self.check_gpu_availability, wake=True)
         return make_room(self.workers, make_wanted(mb, check, grace, unload, self.get_claims))
 
     def free_gpu(
         self, mb: float, *, grace: float = 5.0, unload: "Unload | None" = None,
-    ) -> list[WorkerState]:  # those that were stopped, in that order; none if there was room, or after unloading
+    ) -> list[WorkerState]:  # those that were stopped, in that order; empty if there was room, or after unloading
         """Make room likewise, and return the workers that were stopped.
-        `ResourceBusy` if there is no room in the end, `ResourceUnavailable`, `ValueError`, `TimeoutError`, `OSError`"""
+        Raise `ResourceBusy` if it is still too full, `ResourceUnavailable`, `ValueError`, `TimeoutError`, `OSError`"""
         return list(self.make_room(mb, grace=grace, unload=unload).stopped)
 
 # %% ../../nbs/core/manager.ipynb #ce945afa
@@ -243,7 +243,7 @@ def open_rooms(
     app: str | None,      # a name: workers and reservations are shared through a file
     track_self: bool,     # whether this process and its child processes are the app's
 ) -> tuple[Workers, Ledger, Needs, Checks]:
-    "Return the parts of a manager; `StoreError` if the file cannot be used"
+    "Return the parts of a manager; raise `StoreError` if the file is unusable"
     store = Store(None if app is None else store_path())
     roster = None if app is None else Roster(open_tables(store), app)
     events = Events(None if app is None else store_path().with_name(f"{app}.events"))

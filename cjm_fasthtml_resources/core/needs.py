@@ -55,7 +55,7 @@ def use_of_workers(
     workers: Mapping[int, WorkerState],        # by PID
     devices: Iterable[DeviceStatus],
 ) -> dict[int, int]:  # PID → bytes
-    "Return how much GPU memory each worker with a plugin uses now; without those that use none"
+    "Return how much GPU memory each worker with a plugin uses now, except those without any"
     seen: dict[int, int] = {}
     for d in devices:
         for p in d.processes:
@@ -69,7 +69,7 @@ def use_of_workers(
 def measure(
     workers: Mapping[int, WorkerState],        # by PID
     devices: Iterable[DeviceStatus],
-) -> dict[tuple[str, str], int]:  # plugin and resource ("" for none) → bytes
+) -> dict[tuple[str, str], int]:  # plugin and resource ("" without one) → bytes
     "Return how much each plugin with its resource uses now, over all devices: of several workers, the most"
     found: dict[tuple[str, str], int] = {}
     for pid, memory in use_of_workers(workers, devices).items():
@@ -78,7 +78,7 @@ def measure(
     return found
 
 # %% ../../nbs/core/needs.ipynb #89eb9d7f
-LOADING = {"loading", "reloading", "starting", "stopping", "unloading"}   # statuses whose memory is no need
+LOADING = {"loading", "reloading", "starting", "stopping", "unloading"}   # their memory differs from the need
 
 class Watched(NamedTuple):
     "A worker that checks have seen"
@@ -89,7 +89,7 @@ class Watched(NamedTuple):
 
     @property
     def counts(self) -> bool:
-        "Whether its highest amount is a need"
+        "Return whether its highest amount is a need"
         if self.worker.status == "idle": return True
         return self.level.is_steady and self.worker.status not in LOADING
 
@@ -110,12 +110,12 @@ def watch(
     if before is None or (before.key, before.worker.start_time) != (key, worker.start_time):
         return Watched(worker, key, Level(memory, now, now), day)
     level = before.level.then(memory, now)
-    if before.day != day: level = level._replace(highest=memory)   # what it used yesterday is yesterday's evidence
+    if before.day != day: level = level._replace(highest=memory)   # each day has its own evidence
     return Watched(worker, key, level, day)
 
 # %% ../../nbs/core/needs.ipynb #0ac84600
 def machine_id() -> str:
-    "Return a text that identifies this machine for longer than a boot; \"\" if there is none"
+    "Return a text that identifies this machine for longer than a boot; \"\" without one"
     import hashlib
     try: found = as_path("/etc/machine-id").read_bytes().strip()
     except OSError: return ""
@@ -123,7 +123,7 @@ def machine_id() -> str:
 
 # %% ../../nbs/core/needs.ipynb #8adf4a11
 def needs_path() -> Path:
-    "Return the path of the database with what jobs need; `StoreError` if the user has no home folder"
+    "Return the path of the database of needs; raise `StoreError` without a home folder"
     if chosen_folder() or not (machine := machine_id()): return tables_path()
     return store_path().parent.parent/f"needs-{machine}"/store_path().name
 
@@ -140,7 +140,7 @@ def find_mark(
     path: Path | None,                                     # of the key; `None`: the one in memory
     get: Callable[[Path], bytes | None] | None = None,     # `make_key`; `None`: `read_key`
 ) -> str:
-    "Return the mark of a configuration; \"\" if there is none, or if the key cannot be used"
+    "Return the mark of a configuration; \"\" without one, or if the key is unusable"
     if config is None: return ""
     from cjm_fasthtml_resources.core.exact import settings_mark  # when it is used, as is the other
     from cjm_fasthtml_resources.core.private_key import PROCESS_KEY, read_key
@@ -161,35 +161,35 @@ def find_closest(
     now: float,   # `time.time()`
     margin_percent: float = 10.0,
 ) -> LearnedNeed | None:
-    "Return what is known for a key, or if that is no amount, for all keys that differ from it in the mark alone"
+    "Return the need of a key, or without an amount, of all keys that differ from it in the mark alone"
     found, alike = learned_need(key, days.get(key, {}), now, margin_percent), same_settings(key, days)
     if key != key.coarse and found and found.highest or not (alike.keys() - {key}): return found
     shared = learned_need(key.coarse, all_settings(alike), now, margin_percent)
     return shared._replace(is_shared=True) if shared else None
 
 # %% ../../nbs/core/needs.ipynb #a55995a5
-RETRY_SECONDS = 10.0   # after a file could not be written
-_MORE = 1.25           # times what a job had when it ran out of memory
+RETRY_SECONDS = 10.0   # after writing a file failed
+_MORE = 1.25           # times the memory of a job when it ran out
 
 # %% ../../nbs/core/needs.ipynb #a33c29a8
 class Needs:
-    "What jobs and workers were seen to need, by plugin, resource and settings"
+    "The observed needs of jobs and workers, by plugin, resource and settings"
     def __init__(
         self,
         roster: Roster | None = None,   # an app's file; `None`: in memory alone
     ) -> None:
         self.roster = roster
         self.key_path = roster.store.path.with_suffix(".key") if roster and roster.store.path else None
-        self._new: Days = {}      # not in the file yet; without a file, all that is known
+        self._new: Days = {}      # still to be written; without a file, everything
         self._told = dict[NeedKey, tuple[int, int]]()   # the day and the bytes that a check last added
         self.after_fork()
         reset_in_child(self)
 
     def after_fork(self) -> None:
-        "Make new locks, also in a fork's child; there, what the parent has not written yet is the parent's to write"
+        "Make new locks, also in a fork's child, which leaves unwritten needs to its parent"
         self._lock, self._turn = threading.RLock(), threading.RLock()   # of the fields; of the one who writes
         self._writer: threading.Thread | None = None
-        self._failed: float | None = None   # when the file could not be written
+        self._failed: float | None = None   # when writing the file failed
         self._writing: Days = {}            # taken from `_new`
         self._watched: dict[int, Watched] = {}
         if self.roster: self._new, self._told = {}, {}
@@ -213,7 +213,7 @@ class Needs:
             self._start_writer()
 
     def mark(self, config: Mapping[str, Any] | None) -> str:
-        "Return the mark of a configuration, for what is written; the key for it is made if there is none"
+        "Return the mark of a configuration, for writing; make its key if it is missing"
         from cjm_fasthtml_resources.core.private_key import make_key  # when it is used
         return find_mark(config, self.key_path, make_key)
 
@@ -234,22 +234,22 @@ class Needs:
         if wanted > 0: self._add(key, found)
 
     def expected(self, plugin_name: str, resource: str = "") -> int:
-        "Return the largest amount in bytes without a margin, 0 if none is known; `StoreError`"
+        "Return the largest amount in bytes without a margin, 0 if it is unknown; raise `StoreError` on failure"
         need = self.find(NeedKey(shown_text(plugin_name), shown_text(resource)))
         return max(need.highest or 0, need.floor or 0) if need else 0
 
     def durations(self, plugin_name: str, resource: str = "") -> tuple[float, float] | None:
-        "Return the seconds of the shortest and of the longest job that ended well; `None` if none is known"
+        "Return the seconds of the shortest and of the longest job that ended well; `None` if unknown"
         need = self.find(NeedKey(shown_text(plugin_name), shown_text(resource)))
         return (need.seconds_min or 0.0, need.seconds_max or 0.0) if need and need.jobs else None
 
     def find(
         self,
         key: NeedKey,
-        each: bool = True,    # jobs with any settings; False: with those of the key, or if there are none, any mark
+        each: bool = True,    # jobs with any settings; False: with those of the key, or without such jobs, any mark
         margin_percent: float = 10.0,
     ) -> LearnedNeed | None:
-        "Return what is known of a need, `None` if nothing is; `StoreError` if the file cannot be read"
+        "Return a need, `None` if it is unknown; raise `StoreError` if reading the file fails"
         with holding(self._lock): known = [concerning(key, days) for days in (self._new, self._writing)]
         if self.roster: known.append(self.roster.evidence(key.plugin, key.resource))
         merged = {each: without_refuted(by_day) for each, by_day in merge_days(*known).items()}
@@ -257,7 +257,7 @@ class Needs:
         return find_closest(key, merged, time.time(), margin_percent)
 
     def write(self) -> None:
-        "Write to the app's file now what is not there yet; log a file that cannot be written"
+        "Write the new evidence to the app's file now; log a failure"
         with holding(self._turn):
             while self.roster and self._take():
                 try: self.roster.add(self._writing)
@@ -268,7 +268,7 @@ class Needs:
                 self._writing, self._failed = {}, None
 
     def _take(self) -> bool:
-        "Take what is to be written, with what could not be written before; return whether there is something"
+        "Take the evidence to write, with that of failed attempts; return whether there is any"
         with holding(self._lock):
             self._writing, self._new = merge_days(self._writing, self._new), {}
             if not self._writing: _unwritten.discard(self)
@@ -281,7 +281,7 @@ class Needs:
             self._start_writer()
 
     def _tell(self, key: NeedKey, memory: int, wall: float) -> None:
-        "Add what a worker uses, if it is more than was told today"
+        "Add a worker's use, if it is more than today's report"
         before, today = self._told.get(key), day_of(wall)
         if before and before[0] == today and before[1] >= memory: return
         add_evidence(self._new, key, Evidence(wall, highest=memory), today)
@@ -296,7 +296,7 @@ class Needs:
         with contextlib.suppress(NoThreadError): self._writer = start_thread("needs-writer", self.write)
 
 # %% ../../nbs/core/needs.ipynb #a55995a6
-_unwritten = WeakSet[Needs]()   # these have something that is not in their file; a thread that writes keeps its own
+_unwritten = WeakSet[Needs]()   # these have evidence to write; a thread that writes keeps its own
 
 @atexit.register
 def _write_at_exit() -> None:
@@ -304,14 +304,14 @@ def _write_at_exit() -> None:
 
 # %% ../../nbs/core/needs.ipynb #e72d67b9
 class NeedsReader:
-    "The methods of a manager that say what a job will need"
+    "The methods of a manager for the needs of jobs"
     needs: Needs
 
     def expected_gpu_memory_mb(
         self,
         plugin_name: str,
         resource: str | None = None,  # its `loaded_plugin_resource`
-    ) -> float | None:  # MiB, without a margin; `None` if it is not known
+    ) -> float | None:  # MiB, without a margin; `None` if it is unknown
         "Return the most GPU memory that jobs and workers were seen to need with this plugin and resource"
         check_fields(plugin_name=plugin_name, resource=resource)
         return self.needs.expected(plugin_name, resource or "")/2**20 or None
@@ -324,8 +324,8 @@ class NeedsReader:
         margin_percent: float = 10.0,               # is added to the highest amount
         *,
         devices: int = 1,                           # how many GPUs a job uses; the need is that of one of them
-    ) -> LearnedNeed | None:  # `None` if it is not known; its `gpu_memory_mb` is what to ask for
-        "Return what jobs with this plugin, resource and settings took, with a margin"
+    ) -> LearnedNeed | None:  # `None` if it is unknown; its `gpu_memory_mb` is the amount to ask for
+        "Return the usage of jobs with this plugin, resource and settings, with a margin"
         margin = check_number(margin_percent, "margin_percent", 0, 1000)
         mark = find_mark(config, self.needs.key_path)
         return self.needs.find(need_key(plugin_name, resource, config, devices, mark), config is None, margin)

@@ -225,7 +225,7 @@ def _type_names(error: object) -> str:
     return "\n".join(own or [f"{k.__module__}.{k.__qualname__}" for k in kinds if k.__module__ != "builtins"])
 
 def _printed(error: object) -> Iterator[str]:
-    "Yield what a command that failed has printed, where its error has it"
+    "Yield the output of a failed command, where its error has it"
     for name in ("output", "stderr"):
         printed = getattr(error, name, None)
         if isinstance(printed, bytes): printed = printed[-_MOST_TEXT:].decode(errors="replace")
@@ -233,7 +233,7 @@ def _printed(error: object) -> Iterator[str]:
 
 # %% ../../nbs/core/out_of_memory.ipynb #982b21d2
 def _texts_of(error: object) -> Iterator[str]:
-    "Yield what one error tells, as far as it lets itself be read"
+    "Yield the texts of one error, as far as they are readable"
     try:
         yield f"{_type_names(error)}: {_both_ends(str(error))}"
         yield from _printed(error)
@@ -264,24 +264,24 @@ def read_errors(
         yield from _texts_of(now)
         if not isinstance(now, BaseException): continue
         try: waiting.extend(_links(now))
-        except Exception: continue   # it does not let itself be read
+        except Exception: continue   # an unreadable error
 
 # %% ../../nbs/core/out_of_memory.ipynb #1cf1d6cd
 def find_out_of_memory(
-    error: BaseException | str,   # or what a program printed: its last 65,536 characters count
+    error: BaseException | str,   # or a program's output: its last 65,536 characters count
 ) -> OutOfMemory | None:  # `None`: it is another error
-    "Return what an error tells about memory that ran out; never raises"
+    "Return an error's facts about memory that ran out; never raise"
     return next((found for text in read_errors(error) if (found := read_text(text))), None)
 
 # %% ../../nbs/core/out_of_memory.ipynb #ab7d31cd
 @dataclass(frozen=True)
 class Scene:
-    "What was seen just after memory ran out"
+    "The state just after memory ran out"
     conflict: ResourceConflict                       # of GPU memory
     memory: ResourceConflict | None = None           # of RAM
     before: ResourceConflict | None = None           # of GPU memory, before it ran out
     workers: tuple[WorkerState, ...] = ()            # the app's
-    pid: int | None = None                           # the process that ran out of memory; `None`: not known
+    pid: int | None = None                           # the process that ran out of memory; `None`: unknown
     environ: Mapping[str, str] = field(default_factory=dict)   # its CUDA_VISIBLE_DEVICES and CUDA_DEVICE_ORDER
 
 # %% ../../nbs/core/out_of_memory.ipynb #67f45daf
@@ -296,7 +296,7 @@ def _possible_ids(place: int, conflict: ResourceConflict, environ: Mapping[str, 
 def find_devices(
     found: OutOfMemory,
     scene: Scene,
-) -> list[DeviceStatus]:  # one where it is certain; none if it cannot be read
+) -> list[DeviceStatus]:  # one where it is certain; empty if reading it failed
     "Return the devices on which memory can have run out, the fullest first"
     conflict, there = scene.conflict, usable(scene.conflict.devices)
     if found.device is not None:
@@ -315,7 +315,7 @@ def name_users(
     scene: Scene,
     devices: Sequence[DeviceStatus],
 ) -> list[str]:
-    "Return what uses or reserves memory there, apart from the process that ran out of it; the largest first"
+    "Return the causes there, apart from the process that ran out of memory, the largest first"
     causes, placed = list[Cause](), len(devices) > 1
     for d in devices:
         where = f" on GPU {d.device.id}" if placed else ""
@@ -326,7 +326,7 @@ def name_users(
     return [cause.words for cause in sorted(causes, key=lambda cause: -(cause.size or 0))]
 
 # %% ../../nbs/core/out_of_memory.ipynb #92b9b741
-_STEP = 64*2**20   # less than this is no growth
+_STEP = 64*2**20   # the least growth that counts
 
 def _growth(now: DeviceStatus, then: DeviceStatus, but: int | None) -> Iterator[tuple[int, str]]:
     "Yield by how much each has grown on a device, with a name"
@@ -343,7 +343,7 @@ def name_growth(
     scene: Scene,
     devices: Sequence[DeviceStatus],
 ) -> list[str]:
-    "Return what is new or has grown since the check before, the largest first"
+    "Return the processes that are new or have grown since the check before, the largest first"
     then = {device_key(d.device): d for d in scene.before.allowed} if scene.before else {}
     pairs = [(d, then[device_key(d.device)]) for d in devices if device_key(d.device) in then]
     comparable = [(d, old) for d, old in pairs if d.device.processes_whole and old.device.processes_whole]
@@ -351,10 +351,10 @@ def name_growth(
     return [name for _, name in sorted(grown, key=lambda row: -row[0])]
 
 # %% ../../nbs/core/out_of_memory.ipynb #3375fc8f
-_LITTLE = 2**30   # what has to be free where the text names no size
+_LITTLE = 2**30   # has to be free where the text names no size
 
 def own_memory(found: OutOfMemory, scene: Scene, there: DeviceStatus) -> int | None:
-    "Return the bytes that the process had on the device, as the text or else the driver tells"
+    "Return the bytes that the process had on the device, by the text or else the driver"
     if found.used is not None or scene.pid is None: return found.used
     mine = [p.memory_used for p in there.processes if p.pid == scene.pid]
     if mine: return mine[0]
@@ -381,7 +381,7 @@ def say_wanted(
     found: OutOfMemory,
     devices: Sequence[DeviceStatus],
 ) -> str:
-    "Return a sentence for what was asked for, and where"
+    "Return a sentence for the request and its device"
     memory = {"ram": "RAM", "gpu": "GPU memory"}.get(found.kind or "", "memory")
     asked = f"ran out of {memory}" if found.wanted is None else f"asked for {format_bytes(found.wanted)} of {memory}"
     names = [f"GPU {d.device.id} ({d.device.name or 'no name'})" for d in devices]
@@ -417,7 +417,7 @@ def say_cause(
     scene: Scene,
     devices: Sequence[DeviceStatus],   # one at least, the fullest first
 ) -> str:
-    "Return why memory ran out, and what uses the devices"
+    "Return why memory ran out, and the causes on the devices"
     there, users = devices[0], name_users(scene, devices)
     own, names = own_memory(found, scene, there) or 0, list_names(users) or "no visible process"
     about = "by estimate, " if any(d.estimated for d in devices) else ""
@@ -446,14 +446,14 @@ def _idle_workers(scene: Scene, devices: Sequence[DeviceStatus]) -> list[str]:
     return [f"stop_worker({w.pid}) frees {format_bytes(n)} of the idle {w.shown().worker_type} worker" for n, w in rows]
 
 # %% ../../nbs/core/out_of_memory.ipynb #73212c4d
-_HUGE = 2**44   # bytes that no GPU has: the size itself is wrong
+_HUGE = 2**44   # bytes, more than any GPU has: the size itself is wrong
 
 def ways_out(
     found: OutOfMemory,
     scene: Scene,
     devices: Sequence[DeviceStatus],   # one at least, the fullest first
 ) -> list[str]:
-    "Return what would help, the best first"
+    "Return the remedies, the best first"
     own, cause = own_memory(found, scene, devices[0]) or 0, find_cause(found, scene, devices[0])
     need, raised = own + (found.wanted or 0), [f"raise {found.setting}"] if found.setting else []
     wait = [f"wait with reserve({-(-need//2**20)}) until enough is free"] if need else ["run it within reserve()"]
@@ -493,7 +493,7 @@ def explain_found(
     found: OutOfMemory,
     scene: Scene,
 ) -> str:
-    "Return what ran out, who used it, and what helps; reads nothing"
+    "Return the explanation in words, without reading the machine"
     if found.kind == "ram": return f"{say_wanted(found, [])} {_say_ram(found, scene.memory)}"
     devices = find_devices(found, scene)
     said = [say_wanted(found, devices), *_say_gpu(found, scene, devices)]
@@ -505,7 +505,7 @@ def explain_found(
 _ELSEWHERE = re.compile(r"RemoteTraceback|RayTaskError|in DataLoader worker process")
 
 def _failing_pid(error: BaseException | str) -> int | None:
-    "Return this process, if the error was not printed or raised by another one"
+    "Return this process, unless another one printed or raised the error"
     if isinstance(error, str) or any(_ELSEWHERE.search(text) for text in read_errors(error)): return None
     return os.getpid()
 
@@ -514,7 +514,7 @@ def _look(
 ) -> Scene:
     "Check the memory that ran out"
     if manager is None:
-        from cjm_fasthtml_resources.core.manager import ResourceManager  # which may import this module
+        from cjm_fasthtml_resources.core.manager import ResourceManager  # which can import this module
         manager = ResourceManager()
     conflict = manager.check_gpu_availability()
     memory = None if found.kind == "gpu" else manager.check_memory_availability(snapshot=conflict.snapshot)
@@ -525,14 +525,14 @@ def explain_out_of_memory(
     error: BaseException | str,               # or the last lines that a program printed
     manager: Any = None,                      # the app's ResourceManager, which knows its workers; `None`: a new one
     *,
-    before: ResourceConflict | None = None,   # an earlier check of the GPUs: what has grown since is told
-    env: Mapping[str, str] | None = None,     # with what the job's environment has beside this process's own
+    before: ResourceConflict | None = None,   # an earlier check of the GPUs, to name growth since then
+    env: Mapping[str, str] | None = None,     # variables of the job, in addition to this process's own
     pid: int | None = None,                   # the process that failed; `None`: this one, if the error is its own
 ) -> str | None:  # `None`: the error is another one
-    "Return in words which memory ran out, who used it and what helps; never raises"
+    "Return in words which memory ran out, the cause and the remedy; never raise"
     if (found := find_out_of_memory(error)) is None: return None
     try:
         failed = _failing_pid(error) if pid is None else pid
         return explain_found(found, _look(found, manager, before, {**os.environ, **(env or {})}, failed))
-    except Exception as problem:   # the error of the job is the one to see, not this
+    except Exception as problem:   # the job's error matters more than this
         return f"{say_wanted(found, [])} Cannot read who used the memory: {type(problem).__name__}."

@@ -20,7 +20,7 @@ from .resources import Promise
 # %% ../../nbs/core/places.ipynb #eb4067c5
 def find_container(
     claim: Claim,
-) -> str | None:  # `None`: the same as this process's, none, or it is not known
+) -> str | None:  # `None`: unknown, missing, or the same as this process's
     "Return the container where a claim was asked, by its host name"
     if claim.space in (None, pid_namespace()) or claim.receipt is None: return None
     return clean_host(claim.receipt.host)
@@ -30,8 +30,8 @@ _name = lru_cache(maxsize=256)(name_user)   # a look-up can ask a server
 
 def find_username(
     claim: Claim,
-) -> str | None:  # `None`: this user, or it is not known
-    "Return the name of another user who asked; the UID where it has no name here"
+) -> str | None:  # `None`: this user, or unknown
+    "Return the name of another user who asked; the UID where its name is unknown here"
     user = find_user(claim)
     return None if user is None or user == machine_user() else _name(user)
 

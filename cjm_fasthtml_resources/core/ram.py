@@ -44,7 +44,7 @@ class InRam(NamedTuple):
     "The processes that a check of RAM names"
     processes: list[OwnedProcess]
     left_out: int   # smaller processes of other programs
-    whole: bool     # whether it could be read what the app's processes share
+    whole: bool     # whether reading the memory that the app's processes share succeeded
 
 class RamReader:
     "Reads the processes in RAM with their owners; it remembers who they are"
@@ -73,10 +73,10 @@ class RamReader:
     def read_others(
         self,
         listed: Iterable[ResidentProcess],
-        workers: Workers,                    # none
+        workers: Workers,                    # empty
         cgroup: str | None,
     ) -> InRam:
-        "Return the largest processes where none can be the app's: who the others are is not read"
+        "Return the largest processes where all belong to other programs, without reading the identity of the rest"
         inside = None if cgroup is None else cgroup_pids(cgroup)
         others = [p for p in listed if inside is None or p.pid in inside]
         named = nlargest(_NAMED, others, key=lambda p: p.memory)

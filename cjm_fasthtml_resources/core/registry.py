@@ -33,7 +33,7 @@ class WorkerRegistry:
 
     def register_worker(
         self,
-        pid: int,                                     # a positive int; replaces what was registered under it
+        pid: int,                                     # a positive int; replaces an earlier registration
         worker_type: str,                             # such as "transcription" or "llm"
         job_id: str | None = None,                    # the job that it works on; then its status is "running"
         plugin_id: str | None = None,
@@ -42,7 +42,7 @@ class WorkerRegistry:
         config: Mapping[str, Any] | None = None,      # the plugin's configuration; a copy is kept
         plugin_instance: Any = None,                  # asked for child processes and rented machines
         *,
-        gpu_memory_mb: float | None = None,           # MiB that it reports, where the driver cannot
+        gpu_memory_mb: float | None = None,           # MiB that it reports, where the driver omits it
     ) -> WorkerState:
         """Register a process as this app's worker.
         `TypeError` or `ValueError` names a malformed argument; `ValueError` for a process that is being stopped"""
@@ -62,7 +62,7 @@ class WorkerRegistry:
         status: str | None = UNCHANGED,               # "idle": its job is done, the next follows; `None` is "idle"
         *,
         gpu_memory_mb: float | None = UNCHANGED,      # MiB that it reports
-    ) -> WorkerState | None:  # the new state; `None` for a PID that is not registered, or is being stopped
+    ) -> WorkerState | None:  # the new state; `None` for an unregistered PID, or one that is being stopped
         "Change fields of a worker. An argument that is left out leaves its field; `None` clears it"
         pid = check_pid(pid)
         changes = find_changes(job_id=job_id, plugin_id=plugin_id, plugin_name=plugin_name, config=config,
@@ -73,14 +73,14 @@ class WorkerRegistry:
     def refresh_worker(
         self,
         pid: int,
-    ) -> WorkerState | None:  # the new state; `None` for a PID that is not registered
+    ) -> WorkerState | None:  # the new state; `None` for an unregistered PID
         "Ask a worker's plugin again for its processes and its rented machine, and wait for its answer"
         return refresh_worker(self.workers, check_pid(pid))
 
     def unregister_worker(
         self,
         pid: int,
-    ) -> WorkerState | None:  # what was known about it; `None` for a PID that is not registered, or is being stopped
+    ) -> WorkerState | None:  # its last state; `None` for an unregistered PID, or one that is being stopped
         "Forget a worker. Its process goes on, and counts as another program unless it descends from this one"
         return self.workers.forget(pid)
 
@@ -89,11 +89,11 @@ class WorkerRegistry:
         return self.workers.prune()
 
     def get_worker_by_pid(self, pid: int) -> WorkerState | None:
-        "Return the worker with this PID, `None` if none is registered"
+        "Return the worker with this PID, `None` if it is unregistered"
         return self.workers.get(pid)
 
     def get_worker_by_job(self, job_id: str) -> WorkerState | None:
-        "Return the worker that has this job, running or waiting; `None` if none has"
+        "Return the worker that has this job, running or waiting; `None` for an unknown job"
         return self.workers.by_job(check_text(job_id, "job_id"))
 
     def get_all_workers(self) -> list[WorkerState]:
@@ -122,7 +122,7 @@ class WorkerRegistry:
         return self.workers.all_pids()
 
     def get_all_related_pids(self, parent_pid: int) -> list[int]:
-        "Return a worker's PID and those of its declared children; the PID alone if it is not registered"
+        "Return a worker's PID and those of its declared children; the PID alone if it is unregistered"
         worker = self.workers.get(parent_pid)
         return [parent_pid, *(worker.child_pids if worker else [])]
 

@@ -26,7 +26,7 @@ def make_seal(
     salt: str | None = None,   # `None`: a new one
     mark: str = "",            # of `settings_mark`, to hand on with it
 ) -> str:
-    "Return a seal of a configuration: it shows whether another one is the same, and does not contain it"
+    "Return a seal of a configuration, which shows whether another one is the same without its content"
     import hashlib  # when it is needed: importing it takes long
 
     salt = salt or ".".join([os.urandom(8).hex(), *([mark] if mark else [])])
@@ -71,14 +71,14 @@ def from_row(
     if known and known.start_time == state.start_time:
         same = {name for name, shown in vars(known.shown()).items() if shown == fields[name]}
         if not fits(seal, known.config): same.discard("config")
-        state = replace(state, **{name: getattr(known, name) for name in same})   # as it is, and not as it is shown
+        state = replace(state, **{name: getattr(known, name) for name in same})   # the original values
     return WorkerRow(state, dict(starts), seal, stopper)
 
 # %% ../../nbs/core/roster.ipynb #046e4922
 class Rows(NamedTuple):
     "The rows of an app, in the order of registration"
     here: list[str]        # of this PID namespace
-    elsewhere: list[str]   # of others: their workers are shown, and their numbers mean nothing here
+    elsewhere: list[str]   # of others: their workers are shown, and their PIDs are ignored here
     over: list[int]        # numbers of the rows whose worker has ended, as has the process that registered it
 
 def _is_gone(process: ProcessId) -> bool:
@@ -104,7 +104,7 @@ def read_needs(
     plugin: str | None = None,     # `None`: all of them
     resource: str | None = None,   # likewise
 ) -> dict[str, Days]:  # by app
-    "Return what is known of the needs; `StoreError` if the file cannot be read"
+    "Return the known needs; raise `StoreError` if reading the file fails"
     given = dict(app=app, plugin=plugin, resource=resource)
     wanted = {name: value for name, value in given.items() if value is not None}
     where = " AND ".join(f"{name} = ?" for name in wanted) or "1"
@@ -140,7 +140,7 @@ def forget_needs(
 ) -> int:
     "Forget what a plugin needs, and return how many needs that were; `StoreError`"
     found = sum(len(days) for days in read_needs(store, app, plugin).values())
-    if not found: return 0   # so that no file is made
+    if not found: return 0   # without making a file
     where, values = ("plugin = ?", [plugin]) if app is None else ("plugin = ? AND app = ?", [plugin, app])
     with store.transaction() as db: db.execute(f"DELETE FROM needs WHERE {where}", values)
     return found
@@ -194,11 +194,11 @@ class Roster:
         db.execute(_ADD_WORKER, [self.app, *worker, text, *this_process(), space, self.boot])
 
     def evidence(self, plugin: str, resource: str) -> Days:
-        "Return what jobs of a plugin with its resource took, with each of its settings; `StoreError`"
+        "Return the usage of jobs of a plugin with its resource, by its settings; raise `StoreError` on failure"
         return read_needs(self.store, self.app, plugin, resource).get(self.app, {})
 
     def add(self, days: Days) -> None:
-        "Add to what is known; all of it or, with a `StoreError`, nothing"
+        "Add to the known needs, atomically; raise `StoreError` on failure"
         with self.store.transaction() as db:
             add_needs_table(db)
             for key, by_day in days.items(): _add_days(db, self.app, key, by_day)
@@ -220,9 +220,9 @@ def write_giver(
     pid: int,              # of the worker
     job: str,
     lease: int,
-    jobs: Iterable[str],   # all that it has; what is noted for others is forgotten
+    jobs: Iterable[str],   # all that it has; notes of others are deleted
 ) -> None:
-    "Note that a worker has a job for as long as a lease is held"
+    "Note that a worker has a job for as long as a lease is locked"
     db.execute(_GIVERS)
     place, job = [app, pid, pid_namespace()], redact(job, "job_id")
     left = [shown for each in jobs if (shown := redact(each, "job_id")) != job]

@@ -24,9 +24,9 @@ class Sample:
     gpu: ResourceConflict
     memory: ResourceConflict          # system memory
     workers: tuple[WorkerState, ...] = ()
-    simulated: str | None = None      # what is simulated, if anything is
+    simulated: str | None = None      # the simulated parts, if there are any
     number: int = 0                   # its place among a monitor's samples, from 1
-    stale: str | None = None          # why it is out of date; `None`: it is not
+    stale: str | None = None          # why it is out of date; `None`: it is current
     taken: float = field(default_factory=time.monotonic)  # when, by `time.monotonic()`
 
     @property
@@ -47,12 +47,12 @@ class Sample:
 
     @property
     def driver_answers(self) -> bool:
-        "Whether the driver has named its devices"
+        "Return whether the driver has named its devices"
         return self.gpu.snapshot is not None and bool(self.gpu.snapshot.devices) and not self.gpu.snapshot.late
 
     @property
     def message(self) -> str:
-        "Whether a job could start and which processes hold the memory, in sentences"
+        "Return whether a job can start and which processes use the memory, in sentences"
         ram_is_short = self.memory.status is not ResourceStatus.AVAILABLE
         if self.gpu.status is ResourceStatus.AVAILABLE and ram_is_short:
             return self.memory.message
@@ -85,6 +85,6 @@ def take_sample(
     gpu = manager.check_gpu_availability(snapshot=snapshot)
     is_simulated = gpu.snapshot is not None and gpu.snapshot.simulated
     try: workers = tuple(manager.get_all_workers())
-    except StoreError: workers = ()  # the checks say what is wrong with the file
+    except StoreError: workers = ()  # the checks' notes name the problem
     memory, gpu = manager.check_memory_availability(snapshot=gpu.snapshot), with_commands(gpu)
     return Sample(gpu, memory, workers, "the NVIDIA driver" if is_simulated else None)

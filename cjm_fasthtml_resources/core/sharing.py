@@ -47,7 +47,7 @@ def explain_refusal(
     path: Path,               # a shared folder that this process may not use
     found: os.stat_result,
 ) -> str:
-    "Return why a process may not use a shared folder, and what to do or to ask for"
+    "Return why a process is not allowed to use a shared folder, and the remedy"
     group, user = _name("GID", found.st_gid), _name("UID", os.geteuid())
     if os.statvfs(path).f_flag & os.ST_RDONLY: return "is mounted read-only here: mount it so that it can be written"
     if found.st_uid == os.geteuid() or found.st_gid in (os.getegid(), *os.getgroups()):
@@ -60,7 +60,7 @@ def explain_refusal(
 
 # %% ../../nbs/core/sharing.ipynb #ef7fdc9d
 def _problem_of_shared(path: Path, found: os.stat_result) -> str | None:
-    "Return what is wrong with a shared folder, `None` if nothing is"
+    "Return the problem with a shared folder, `None` if it is right"
     if found.st_mode & stat.S_IRWXO:
         return f"is open to users outside its group, so it is refused. To fix it: sudo chmod o-rwx {path}"
     if found.st_uid not in (0, os.geteuid()) and not is_hidden(found.st_uid):
@@ -70,7 +70,7 @@ def _problem_of_shared(path: Path, found: os.stat_result) -> str | None:
     return None
 
 def _problem_in_shared(path: Path, found: os.stat_result) -> str | None:
-    "Return what is wrong with a file in a shared folder, `None` if nothing is"
+    "Return the problem with a file in a shared folder, `None` if it is right"
     if not stat.S_ISREG(found.st_mode): return "is not a regular file, so it is refused: another user put it there"
     if found.st_gid != path.parent.lstat().st_gid:
         return "does not belong to the group that shares its folder, so it is refused: another user put it there"
@@ -84,7 +84,7 @@ def _problem_in_shared(path: Path, found: os.stat_result) -> str | None:
 def check_owner(
     path: Path,   # a file or a folder, which can be missing
 ) -> bool:        # whether it is there
-    "Raise `StoreError` for a file or folder that another user could have put there, or that this user may not use"
+    "Raise `StoreError` for a file or folder that another user could have put there, or that is closed to this one"
     try: found = os.lstat(path)
     except FileNotFoundError: return False
     if problem := _problem(path, found): raise StoreError(f"{path} {problem}")
@@ -93,7 +93,7 @@ def check_owner(
 _REDIRECTED = ": reservations could be redirected. Replace it with a regular file"
 
 def _problem(path: Path, found: os.stat_result) -> str | None:
-    "Return what is wrong with a file or folder, `None` if nothing is"
+    "Return the problem with a file or folder, `None` if it is right"
     if stat.S_ISLNK(found.st_mode): return f"is a symbolic link, so it is refused{_REDIRECTED}"
     if _shares(found): return _problem_of_shared(path, found)
     mine = found.st_uid == os.geteuid()
@@ -132,7 +132,7 @@ def open_made(
 def map_user(
     user: int,
     uid_map: str,   # the content of /proc/self/uid_map
-) -> int | None:    # `None` if it is not mapped
+) -> int | None:    # `None` if it is unmapped
     "Return the UID outside this user namespace of a UID inside"
     for line in uid_map.splitlines():
         inside, outside, count = map(int, line.split())
@@ -142,7 +142,7 @@ def map_user(
 def own_folder(
     folder: Path,   # of `state_folder`
 ) -> Path:
-    "Return the folder for what this user does not share: the same one if it is private"
+    "Return the folder for this user's private data: the same one if it is private"
     if not is_shared(folder): return folder
     try: uid_map = as_path("/proc/self/uid_map").read_text()
     except OSError: uid_map = ""

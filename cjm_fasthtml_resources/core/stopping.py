@@ -37,7 +37,7 @@ _log = Log(__name__)
 def find_ended(
     table: WorkerTable | TableChange,
     worker: WorkerState,
-) -> list[ProcessId]:  # without those that were never seen
+) -> list[ProcessId]:  # except those that were never seen
     "Return a worker's process and the children that only it declared: stopping ends these, with their descendants"
     alone = {child: by[worker.pid] for child in worker.child_pids
              if (by := table.children.get(child) or {}).keys() == {worker.pid}}
@@ -50,7 +50,7 @@ def find_stoppable(
     pid: int,
     me: ProcessId | None,   # this process, if its tree is the app's
 ) -> tuple[WorkerState | None, list[ProcessId]]:  # the worker, if it is one, and the processes to end
-    "Return the processes that end with one; `PermissionError` if it may not be stopped"
+    "Return the processes that end with one; raise `PermissionError` if stopping it is forbidden"
     info = read_process(pid)
     with workers.reading() as table:
         state = table.workers.get(pid)
@@ -90,7 +90,7 @@ def find_lines(
     parts = {worker.pid: worker.start_time, **find_starts(table.children, worker)}
     lines = {ProcessId(pid, start) for pid, start in parts.items()}
     for pid, start in parts.items():
-        if start is None and pid != worker.pid: continue  # nobody's
+        if start is None and pid != worker.pid: continue  # of an unknown process
         info = read_process(pid)
         if start in (None, info.start_time): lines.update(info.lineage)
     return {process for process in lines if process.start_time is not None}
@@ -98,7 +98,7 @@ def find_lines(
 def mark_all(
     table: TableChange,
     workers: list[WorkerState],   # all that are registered
-    ends: list[ProcessId],        # what is about to be ended
+    ends: list[ProcessId],        # the processes to end
     lease: int,
 ) -> None:
     "Take out of use the workers that end with these processes"
@@ -107,18 +107,18 @@ def mark_all(
 
 # %% ../../nbs/core/stopping.ipynb #f2028ba1
 def _clean_up(plugin: Any, grace: float) -> None:
-    "Call a plugin's `force_cleanup`, and wait for it: one that hangs does not keep the processes alive"
+    "Call a plugin's `force_cleanup`, and wait for it; the processes end even if it hangs"
     try: start_thread("force_cleanup", ask_plugin, plugin, "force_cleanup").join(grace)
-    except NoThreadError: ask_plugin(plugin, "force_cleanup")   # here, then; it may rent a machine that costs money
+    except NoThreadError: ask_plugin(plugin, "force_cleanup")   # here, then; it can rent a machine that costs money
 
 def end_worker(
     workers: Workers,
-    state: WorkerState | None,   # `None`: it is not registered
+    state: WorkerState | None,   # `None`: it is unregistered
     pid: int,
     ends: list[ProcessId],
     grace: float,                # seconds between asking (SIGTERM) and killing (SIGKILL)
 ) -> None:
-    "Call its plugin's `force_cleanup`, end these processes, forget it; `TimeoutError` if one does not end"
+    "Call its plugin's `force_cleanup`, end these processes, forget it; raise `TimeoutError` if one keeps running"
     with workers.last_read() as table:
         now, kept = table.workers.get(pid), table.plugins.get(pid)  # None if another process registered the worker
     if not state or not now or now.start_time != state.start_time: kept = None
@@ -135,8 +135,8 @@ def stop_worker(
     pid: int,
     grace: float,           # seconds between asking (SIGTERM) and killing (SIGKILL)
     me: ProcessId | None,   # this process, if its tree is the app's
-) -> WorkerState | None:    # what was known about the worker; `None` if it was not registered itself
-    "Stop a worker, also a busy one; `PermissionError` if it is not the app's, `TimeoutError` if it does not end"
+) -> WorkerState | None:    # the worker's last state; `None` if it was unregistered
+    "Stop a worker, also a busy one; raise `PermissionError` for other programs, `TimeoutError` if it keeps running"
     state, ends = find_stoppable(workers, pid, me)
 
     def stop(lease: int) -> None:
@@ -150,7 +150,7 @@ def stop_worker(
 
 # %% ../../nbs/core/stopping.ipynb #cbefcada
 def is_idle(worker: WorkerState) -> bool:
-    "Return whether a worker may be stopped to make room"
+    "Return whether a worker can be stopped to make room"
     return worker.status == "idle" and worker.job_id is None and worker.start_time is not None
 
 def find_waiting(
@@ -166,10 +166,10 @@ def find_used(
     workers: Workers,
     table: WorkerTable | TableChange,
     all_of_them: list[WorkerState],
-    needed: Collection[ProcessId] = (),   # others that must not end
+    needed: Collection[ProcessId] = (),   # others that must keep running
 ) -> set[ProcessId]:
-    "Return the processes that must not end: those of busy workers, this one, and their ancestors"
-    used = {*read_process(os.getpid()).lineage, *needed}  # a server may be registered itself
+    "Return the processes that must keep running: those of busy workers, this one, and their ancestors"
+    used = {*read_process(os.getpid()).lineage, *needed}  # a server can be registered itself
     for worker in all_of_them:
         if not is_idle(workers.seen(table, worker)): used |= find_lines(table, worker)
     return used
@@ -177,7 +177,7 @@ def find_used(
 # %% ../../nbs/core/stopping.ipynb #ca12543a
 def find_idle(
     workers: Workers,
-    needed: Collection[ProcessId] = (),   # processes that must not end
+    needed: Collection[ProcessId] = (),   # processes that must keep running
 ) -> list[WorkerState]:
     "Return the idle workers that can be stopped, the least recently used first"
     with workers.reading() as table:
@@ -200,8 +200,8 @@ def find_ends(
     workers: Workers,
     table: TableChange,
     worker: WorkerState,                  # as it was seen
-    needed: Collection[ProcessId] = (),   # processes that must not end
-) -> list[ProcessId]:  # none if it has a job by now, was replaced, or another call is at a worker
+    needed: Collection[ProcessId] = (),   # processes that must keep running
+) -> list[ProcessId]:  # empty if it has a job by now, was replaced, or another call is at a worker
     "Return the processes that end with an idle worker"
     now, all_of_them = table.workers.get(worker.pid), list(workers.table.workers.values())
     if now is None or now.start_time != worker.start_time: return []
@@ -215,7 +215,7 @@ def mark_idle(
     worker: WorkerState,   # as it was seen
     lease: int,
     needed: Collection[ProcessId] = (),
-) -> list[ProcessId]:  # the processes to end; none as in `find_ends`
+) -> list[ProcessId]:  # the processes to end; empty as in `find_ends`
     "Take an idle worker out of use, with those that end with it"
     with workers.changing() as table:
         if ends := find_ends(workers, table, worker, needed):
@@ -230,7 +230,7 @@ def await_release(
     conflict: ResourceConflict,                # from before it was stopped
     check: Callable[[], ResourceConflict],     # reads the devices again
 ) -> None:
-    "Wait until a stopped worker's processes have left the devices; `ResourceBusy` if they do not"
+    "Wait until a stopped worker's processes have left the devices; raise `ResourceBusy` if they stay"
     on_gpus = [p for d in conflict.allowed for p in d.processes]
     gone = {p.pid for p in on_gpus if p.owner == "app" and worker.pid in (p.pid, p.parent_pid)}
     until = time.monotonic() + RELEASE_WITHIN

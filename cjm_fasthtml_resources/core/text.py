@@ -37,6 +37,6 @@ def list_names(
 def printable(
     text: str,  # from outside, such as the name of a process
 ) -> str:
-    "Return the text with a replacement for each character that cannot be printed"
+    "Return the text with a replacement for each unprintable character"
     if text.isprintable(): return text
     return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)

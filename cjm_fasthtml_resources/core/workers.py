@@ -52,7 +52,7 @@ def give_job(state: WorkerState, job: str) -> WorkerState:
     return replace(state, waiting_jobs=(*state.waiting_jobs, job))
 
 def end_job(state: WorkerState, job: str | None) -> WorkerState:
-    "Return the worker without this job; the next one follows"
+    "Return the worker without this job; its next one follows"
     left = [held for held in state.jobs if held != job]
     return replace(state, job_id=left[0] if left else None, waiting_jobs=tuple(left[1:]))
 
@@ -80,7 +80,7 @@ class WorkerTable:
         self.jobs: dict[str, int] = {}                            # job → PID
         self.children: dict[int, dict[int, float | None]] = {}    # declared PID → worker's PID → the child's start
         self.reporting: dict[int, bool] = {}                      # PIDs of workers that report their GPU memory
-        self.plugins: dict[int, Any] = {}                         # PID → what this process knows of its plugin
+        self.plugins: dict[int, Any] = {}                         # PID → its plugin, as known to this process
         self.seals: dict[int, str] = {}                           # PID → the seal of a configuration that others know
         self.stoppers: dict[int, int] = {}                        # PID → the lease of whoever stops it
         self.givers: dict[tuple[int, str], int] = {}              # PID and job → the lease of whoever gave it
@@ -88,7 +88,7 @@ class WorkerTable:
         self.over: list[int] = []                                 # rows of the file that are to be deleted
 
     def apply(self, change: "TableChange") -> None:
-        "Take a change over; a second time changes nothing"
+        "Take a change over; a second call does nothing"
         for pid, taken in change.changed.items():
             if taken: self.workers.pop(pid, None)   # so that it stands last if it was registered again
         for name in LAYERS:
@@ -138,7 +138,7 @@ class TableChange:
         return self.put(change_state(old, changes))
 
     def take(self, pid: int) -> WorkerState | None:
-        "Remove a worker and return what was known about it"
+        "Remove a worker and return its last state"
         state: WorkerState | None = self.workers.get(pid)
         if state is None: return None
         self._release_jobs(state)
@@ -156,7 +156,7 @@ class TableChange:
             self.children[child] = {**(self.children.get(child) or {}), state.pid: start}
 
     def stop(self, pid: int, lease: int | None) -> None:
-        "Note that a worker is being stopped, for as long as that lease is held; `None`: it is no longer"
+        "Note that a worker is being stopped, for as long as that lease is locked; `None`: the stop is over"
         self.stoppers[pid] = lease
         self.changed.setdefault(pid, False)
 
@@ -192,7 +192,7 @@ def read_starts(
     children: Iterable[int],
     known: Mapping[int, float | None] = {},   # starts that were read before
 ) -> dict[int, float | None]:
-    "Return when each declared child started, `None` where there was no such process"
+    "Return when each declared child started, `None` where its PID was free"
     return {child: known[child] if child in known else read_process(child).start_time for child in children}
 
 # %% ../../nbs/core/workers.ipynb #243b38d0
@@ -214,7 +214,7 @@ def has_lost(roster: Roster, table: WorkerTable) -> bool:
 def read_table(
     roster: Roster,
     db: Any,
-    before: WorkerTable,   # what this process knew: plugins, and secrets that the file does not have
+    before: WorkerTable,   # known to this process: plugins, and secrets that the file lacks
 ) -> WorkerTable:
     "Return the workers that the file has; a worker that was replaced loses its plugin"
     rows, givers, table = roster.read(db), read_givers(db, roster.app), WorkerTable()
@@ -236,7 +236,7 @@ class Workers:
     def __init__(
         self,
         roster: Roster | None = None,   # the app's rows in a file; `None`: in memory alone
-        events: Events | None = None,   # where what happens is counted
+        events: Events | None = None,   # counts events
     ) -> None:
         self.roster, self.table, self.events = roster, WorkerTable(), events or Events()
         self.leases = roster.store.leases if roster else Leases()
@@ -259,14 +259,14 @@ class Workers:
 
     @contextlib.contextmanager
     def reading(self) -> Iterator[WorkerTable]:
-        "Yield the workers as they are now, under the lock; `StoreError` if the file cannot be read"
+        "Yield the workers as they are now, under the lock; raise `StoreError` if reading the file fails"
         if self.roster:
             with self.roster.store.reading() as db: self._catch_up(self.roster, db)
         with self.last_read() as table: yield table
 
     @contextlib.contextmanager
     def changing(self) -> Iterator[TableChange]:
-        "Yield the table for a change: all of it happens, or nothing if the block raises"
+        "Yield the table for a change, which is dropped if the block raises"
         with self.turn:
             with self.roster.store.transaction() if self.roster else contextlib.nullcontext() as db:
                 if self.roster: self._catch_up(self.roster, db)
@@ -279,7 +279,7 @@ class Workers:
             with self.lock: self._finish()
 
     def _finish(self) -> None:
-        "Let the table take over a change; what was interrupted is done again"
+        "Let the table take over a change; an interrupted one is done again"
         if self._made is None: return
         change, version = self._made
         self.table.apply(change)
@@ -320,12 +320,12 @@ class Workers:
         self,
         pid: int,
         changes: Mapping[str, Any],    # of `find_changes`
-    ) -> WorkerState | None:  # the new state; `None`: it is not registered, or is being stopped
-        "Change what is known about a worker"
+    ) -> WorkerState | None:  # the new state; `None`: unregistered, or being stopped
+        "Change the fields of a worker"
         return self._change("update_worker_state", pid, lambda table, old: table.update(old, changes))
 
     def forget(self, pid: int) -> WorkerState | None:
-        "Remove a worker and return what was known; `None` if it is not registered, or is being stopped"
+        "Remove a worker and return its last state; `None` if it is unregistered, or being stopped"
         return self._change("unregister_worker", pid, lambda table, old: table.take(pid))
 
     def _change(self, what: str, pid: int, change: Callable[[TableChange, WorkerState], Any]) -> WorkerState | None:
@@ -345,7 +345,7 @@ class Workers:
         return same
 
     def prune(self) -> list[WorkerState]:
-        "Remove the workers whose processes have ended, and return them; those never seen alive stay"
+        "Remove the workers whose processes have ended, and return them; keep those never seen alive"
         with self.reading() as table: workers = list(table.workers.values())
         ended = [w for w in workers if has_ended(w.pid, w.start_time)]
         return self.forget_if_same(*ended) if ended else []
@@ -360,13 +360,13 @@ class Workers:
         return replace(worker, status="stopping") if self.is_stopping(table, worker.pid) else worker
 
     def get(self, pid: int) -> WorkerState | None:
-        "Return the worker with this PID, `None` if none is registered"
+        "Return the worker with this PID, `None` if it is unregistered"
         with self.reading() as table:
             if worker := table.workers.get(check_pid(pid)): return self.seen(table, worker)
             return table.elsewhere.get(pid)
 
     def by_job(self, job_id: str) -> WorkerState | None:
-        "Return the worker that has this job, `None` if none has"
+        "Return the worker that has this job, `None` for an unknown job"
         with self.reading() as table:
             if worker := table.workers.get(table.jobs.get(job_id, 0)): return self.seen(table, worker)
             return next((w for w in table.elsewhere.values() if job_id in w.jobs), None)
@@ -407,8 +407,8 @@ def give_while(
     workers: Workers,
     pid: int,
     job: str,      # that the worker has
-    lease: int,    # that this process holds
+    lease: int,    # of this process
 ) -> None:
-    "Let a worker have a job for as long as a lease is held; in memory, where all ends together, nothing is to be done"
+    "Let a worker have a job for as long as a lease is locked; do nothing in memory, where all ends together"
     if (roster := workers.roster) is None or (worker := workers.get(pid)) is None: return
     with roster.store.transaction() as db: write_giver(db, roster.app, pid, job, lease, worker.jobs)
