@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,7 @@ from cjm_fasthtml_resources.commands.queue import read_queue
 from cjm_fasthtml_resources.core.endings import end_claim
 from cjm_fasthtml_resources.core.learned import JobRun, need_key
 from cjm_fasthtml_resources.core.ledger import Ledger, Rows, from_bytes, to_bytes
+from cjm_fasthtml_resources.core.process import machine_time
 from cjm_fasthtml_resources.core.receipts import new_receipt
 from cjm_fasthtml_resources.core.reservations import ReservationOver
 from cjm_fasthtml_resources.core.store import Store, StoreError, store_path
@@ -387,3 +389,60 @@ def test_what_one_user_may_have_counts_for_jobs_previews_and_the_queue(rig):
         request.withdraw()
         file.chmod(0o666)
         with pytest.raises(StoreError, match="has to belong to root"): manager.reserve(1, timeout=0)
+
+
+def test_a_short_request_passes_a_large_one_only_where_it_ends_before_that_one_can_start(folder):
+    "Declared time against the shortest job of the holder's kind; `queue` says so, and it cannot be prolonged"
+    with SimulatedDriver([SimulatedGpu("NVIDIA L4", memory_total_mb=24*1024)]):
+        manager = ResourceManager(app="train", track_self=False)
+        for seconds in (600.0, 900.0):
+            manager.needs.record(JobRun(need_key("train.py"), time.time(), seconds))
+        with manager.job("job-1", 16*1024, plugin="train.py"):
+            large, small = manager.request(20*1024), partial(manager.request, 4*1024)
+            assert large.poll() is None
+            for waits in (small(), small(ttl=60), small(duration=460)):
+                assert waits.poll() is None
+                waits.withdraw()
+            passes = small(duration=60)
+            assert passes.poll()
+            held = next(c for c in manager.ledger.claims() if c.lease == passes.lease)
+            row = next(row for row in read_queue(manager, manager.ledger) if row.id == held.id)
+            number = next(c.id for c in manager.ledger.claims() if c.lease == large.lease)
+            assert row.why == f"Passed request {number}: ends before that one could start."
+            assert 59 < held.expires - machine_time() <= 60
+            with pytest.raises(ValueError, match=f"at most .* not 90: request {number} was passed"):
+                manager.ledger.renew(held.lease, 90)
+            assert manager.ledger.renew(held.lease, 30)   # sooner is no harm
+            passes.withdraw()
+        wait_until(large.poll, 10)
+        large.withdraw()
+
+
+def test_where_a_holder_is_not_known_a_short_request_waits(folder):
+    with SimulatedDriver([SimulatedGpu("NVIDIA L4", memory_total_mb=24*1024)]):
+        manager = ResourceManager(app="train", track_self=False)
+        with manager.reserve(16*1024):
+            large, small = manager.request(20*1024), manager.request(4*1024, duration=1)
+            assert large.poll() is None and small.poll() is None
+            for request in (small, large): request.withdraw()
+
+
+def test_a_command_that_says_how_long_it_takes_passes_and_its_reservation_ends(rig):
+    for seconds in (600.0, 1800.0):
+        needs = ResourceManager(app="train", track_self=False).needs
+        needs.record(JobRun(need_key("train.py"), time.time(), seconds))
+        needs.write()
+    script = "echo ready; read line"
+    words = ["run", "--app", "train", "--name", "train.py", "--gpu-memory", "16GiB", "--", "sh", "-c", script]
+    pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    with subprocess.Popen([*rig.words["command"], *words], env=rig.env, **pipes) as process:
+        assert process.stdout.readline() == "ready\n"
+        rig.wait("train", 20)
+        for name in ("wait", "run"):
+            short = [name, "--gpu-memory", "4GiB", "--timeout", "0", "--", "true"]
+            assert rig.run(*short).returncode == os.EX_TEMPFAIL
+            assert rig.run(name, "--for", "5m", *short[1:]).returncode == 0
+            assert rig.run(name, "--for", "8m", *short[1:]).returncode == os.EX_TEMPFAIL
+        done = rig.run("wait", "--for", "1s", "--gpu-memory", "4GiB", "--timeout", "0", "--", "sleep", "1.5")
+        assert done.returncode == 0 and len(rig.rows()) == 2
+        process.communicate("\n", timeout=30)
