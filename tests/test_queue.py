@@ -23,11 +23,18 @@ from cjm_fasthtml_resources.commands.queue import read_queue
 from cjm_fasthtml_resources.core.endings import end_claim
 from cjm_fasthtml_resources.core.learned import JobRun, need_key
 from cjm_fasthtml_resources.core.ledger import Ledger, Rows, from_bytes, to_bytes
+from cjm_fasthtml_resources.core.outlook import expected_start
 from cjm_fasthtml_resources.core.process import machine_time
 from cjm_fasthtml_resources.core.receipts import new_receipt
 from cjm_fasthtml_resources.core.reservations import ReservationOver
+from cjm_fasthtml_resources.core.samples import take_sample
 from cjm_fasthtml_resources.core.store import Store, StoreError, store_path
+from cjm_fasthtml_resources.hosts.reading import from_json
 from cjm_fasthtml_resources.simulate import SimulatedDriver, SimulatedGpu
+from cjm_fasthtml_resources.ui.export import to_json
+from cjm_fasthtml_resources.ui.lines import to_text
+from cjm_fasthtml_resources.ui.terminal import promise_table
+from cjm_fasthtml_resources.ui.view import View, render_reservations
 
 HOLDER = DRIVER + """
 import sys
@@ -367,6 +374,26 @@ def test_a_request_knows_when_it_is_expected_to_start(rig):
         process.communicate("\n", timeout=30)
 
 
+def test_what_waits_says_for_how_many_gpus_and_when_it_starts(folder):
+    "In Python, in JSON there and back, on the page, in the panel and in the terminal"
+    with SimulatedDriver([SimulatedGpu("NVIDIA L4", memory_total_mb=24*1024) for _ in range(2)]):
+        manager = ResourceManager(app="train")
+        with manager.reserve(20*1024, 0, duration=180), manager.reserve(20*1024, 1, duration=300):
+            both, behind = manager.request(8*1024, n=2), manager.request(20*1024, device=0)
+            assert both.poll() is None and behind.poll() is None
+            sample = take_sample(manager)
+            again = from_json(json.loads(json.dumps(to_json(sample))))
+            for waiting in (sample.gpu.waiting, again.gpu.waiting):
+                first, second = waiting
+                assert (first.count, second.count, second.starts) == (2, 1, None)
+                assert first.starts[0] == 0 and 290 < first.starts[1] <= 300
+            assert expected_start(both) and expected_start(behind) is None
+            for shown in (render_reservations(sample, View()), to_text(promise_table((), 200, sample.gpu.waiting))):
+                assert "8.0 GiB x 2" in shown and "expected to start in up to 5 minutes" in shown
+                assert f"Request {second.id}: when it starts is not known." in shown
+            for request in (both, behind): request.withdraw()
+
+
 def test_what_one_user_may_have_counts_for_jobs_previews_and_the_queue(rig):
     "A job whose need is not known asks for that much, and what waits for it says so everywhere"
     (store_path().parent).mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -383,6 +410,11 @@ def test_what_one_user_may_have_counts_for_jobs_previews_and_the_queue(rig):
             request = manager.request(2*1024)
             assert request.poll() is None
             assert re.search(text, read_queue(manager, manager.ledger)[1].why)
+            sample = take_sample(manager)
+            row = to_json(sample)["gpu"]["waiting"][0]
+            for told in (sample.gpu.waiting[0].why, row["why"], render_reservations(sample, View()),
+                         to_text(promise_table((), 200, sample.gpu.waiting))): assert re.search(text, told)
+            assert from_json(json.loads(json.dumps(to_json(sample)))).gpu.waiting[0].why == row["why"]
         with pytest.raises(ValueError, match="more than one user may reserve here"): manager.reserve(13*1024)
         with pytest.raises(ValueError, match="All of a GPU is more"): manager.reserve("all")
         wait_until(request.poll, 10)

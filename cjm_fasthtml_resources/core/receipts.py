@@ -128,7 +128,8 @@ def from_text(text: str) -> Receipt:
     values: list[Any] = [kind(part) if part else None for kind, part in zip(kinds, parts, strict=False)]
     values += [None]*(len(kinds) - len(values))
     grace, (limit, least, most, passed) = Grace(*values[7:10]) if values[7] else None, values[10:]
-    return Receipt(*values[:7], grace=grace, limit=limit, least=least, most=most, passed=passed)
+    receipt = Receipt(*values[:7])._replace(grace=grace, limit=limit, least=least, most=most)
+    return receipt._replace(passed=passed)
 
 # %% ../../nbs/core/receipts.ipynb #98dad3e3
 @lru_cache(maxsize=1)

@@ -30,6 +30,7 @@ from cjm_fasthtml_resources.ui.tables import (
     WorkerRow,
     folded_totals,
     process_table,
+    reservation_notes,
     reservation_table,
     to_row,
     worker_table,
@@ -146,7 +147,8 @@ def render(
 def render_reservations(sample: Sample, view: View) -> str:
     "Return the table of reservations and requests; empty where there are none"
     rows = reservation_rows(view.devices(sample), sample.gpu.waiting)
-    return to_html(reservation_table(rows, view.rows)) if rows else ""
+    shown = [reservation_table(rows, view.rows), *reservation_notes(rows[:view.rows])] if rows else []
+    return "".join(map(to_html, shown))
 
 # %% ../../nbs/ui/view.ipynb #f3020473
 def render_tables(
