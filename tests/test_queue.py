@@ -30,7 +30,7 @@ from cjm_fasthtml_resources.core.reservations import ReservationOver
 from cjm_fasthtml_resources.core.samples import take_sample
 from cjm_fasthtml_resources.core.store import Store, StoreError, store_path
 from cjm_fasthtml_resources.hosts.reading import from_json
-from cjm_fasthtml_resources.simulate import SimulatedDriver, SimulatedGpu
+from cjm_fasthtml_resources.simulate import SimulatedDriver, SimulatedGpu, SimulatedMachine
 from cjm_fasthtml_resources.ui.export import to_json
 from cjm_fasthtml_resources.ui.lines import to_text
 from cjm_fasthtml_resources.ui.terminal import promise_table
@@ -392,6 +392,33 @@ def test_what_waits_says_for_how_many_gpus_and_when_it_starts(folder):
                 assert "8.0 GiB x 2" in shown and "expected to start in up to 5 minutes" in shown
                 assert f"Request {second.id}: when it starts is not known." in shown
             for request in (both, behind): request.withdraw()
+
+
+def test_what_one_user_may_have_of_ram_counts_too(rig):
+    "A request over the cap waits, says so and holds up no other app; one that never is under it is refused"
+    (store_path().parent).mkdir(mode=0o700, parents=True, exist_ok=True)
+    file = store_path().with_name("settings.toml")
+    file.write_text('max_share = 0.5\nper = "app"')
+    file.chmod(0o600)
+    machine = SimulatedMachine(memory_total_mb=64*1024, memory_used_mb=1024)
+    with SimulatedDriver([SimulatedGpu("NVIDIA L4", memory_total_mb=24*1024)], machine=machine):
+        manager, other = ResourceManager(app="train"), ResourceManager(app="speech")
+        with manager.reserve(memory_mb=30*1024, timeout=0):
+            text = "train has 30.0 GiB of at most 32.0 GiB that one app may reserve of RAM"
+            for ask in (dict(memory_mb=3*1024), dict(gpu_memory_mb=1024, memory_mb=3*1024)):
+                with pytest.raises(ResourceBusy, match=text): manager.reserve(**ask, timeout=0)
+                assert re.search(text, foresee(manager, **dict(gpu_memory_mb=None) | ask).why)
+            waits = manager.request(memory_mb=3*1024)
+            assert waits.poll() is None
+            assert re.search(text, read_queue(manager, manager.ledger)[-1].why)
+            assert re.search(text, manager.check_gpu_availability().waiting[0].why)
+            with other.reserve(1024, memory_mb=20*1024, timeout=0): pass
+            with manager.reserve(memory_mb=2*1024, timeout=0): pass
+        for call in (manager.reserve, partial(foresee, manager, None)):
+            with pytest.raises(ValueError, match="33.0 GiB of RAM is more than one app may reserve here: 32.0 GiB"):
+                call(memory_mb=33*1024)
+        wait_until(waits.poll, 10)
+        waits.withdraw()
 
 
 def test_what_one_user_may_have_counts_for_jobs_previews_and_the_queue(rig):

@@ -64,8 +64,9 @@ def read_queue(
     uses = read_use(conflict.snapshot.devices) if conflict.snapshot else []
     suspended = [c.id for c in claims if c.device is None and c.is_suspended]
     known, awake = known_times(claims), [c for c in claims if c.id not in suspended]
-    rule, capped = find_rule(ledger.store), explain_caps(find_cap(ledger.store), awake, uses)
-    starts = find_starts(claims, see_ram(uses, claims), now, known, rule, suspended)
+    rule, every = find_rule(ledger.store), see_ram(uses, claims, ledger.unified)
+    capped = explain_caps(find_cap(ledger.store), awake, every)
+    starts = find_starts(claims, every, now, known, rule, suspended)
     return queue_rows(claims, uses, conflict.allowed, now, _name, suspended, starts, capped)
 
 # %% ../../nbs/commands/queue.ipynb #a57a7466

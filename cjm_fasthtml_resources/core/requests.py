@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['ALL', 'LEAST_TIME', 'SHOW_EVERY', 'check_memory', 'check_ttl', 'check_grace', 'check_duration', 'check_priority',
            'check_count', 'Asked', 'find_ram', 'check_asked', 'find_holder', 'read_environ', 'keep_seen',
-           'capacity_beside', 'whose_beside', 'choose_devices', 'choose_several', 'choose_under_cap', 'find_capped',
-           'find_shortage', 'check_timeout', 'make_give_up', 'time_for_driver', 'within', 'make_check', 'make_request',
-           'pend', 'show_progress', 'complete', 'giving_back', 'acquire']
+           'capacity_beside', 'whose_beside', 'choose_devices', 'choose_several', 'choose_under_cap',
+           'check_ram_under_cap', 'find_capped', 'find_shortage', 'check_timeout', 'make_give_up', 'time_for_driver',
+           'within', 'make_check', 'make_request', 'pend', 'show_progress', 'complete', 'giving_back', 'acquire']
 
 # %% ../../nbs/core/requests.ipynb #d9afc2dc
 import contextlib
@@ -27,7 +27,7 @@ from .explain import explain_free, explain_shortage
 from .forks import reset_in_child
 from .gpu import GpuDevice, GpuSnapshot, read_gpu_links
 from .ledger import find_cap
-from .memory import find_cgroup
+from .memory import find_cgroup, read_machine
 from .paths import as_path
 from .process import ProcessId, has_ended, is_free, read_process, this_process
 from .receipts import new_receipt
@@ -55,10 +55,14 @@ def check_grace(grace: float | None) -> float | None:
     "Return the seconds in which a reservation has to be used, 1 or more, `None` without; `TypeError` or `ValueError`"
     return None if grace is None else check_number(grace, "grace", 1)
 
+
+# %% ../../nbs/core/requests.ipynb #3c060036
 def check_duration(duration: float | None) -> float | None:
     "Return the seconds that a job takes at most, `None` if it is not known; `TypeError` or `ValueError`"
     return None if duration is None else float(check_number(duration, "duration", 1e-3))
 
+
+# %% ../../nbs/core/requests.ipynb #61928613
 def check_priority(priority: Any) -> int:
     "Return a request's priority, from -20 to 19 as nice has it; `TypeError` or `ValueError`"
     if isinstance(priority, bool) or not isinstance(priority, int):
@@ -261,8 +265,19 @@ def choose_under_cap(
     devices = choose(snapshot)
     if cap := find_cap(store):
         from cjm_fasthtml_resources.core.caps import check_cap  # when it is used
-        check_cap(cap, devices, asked.memory, asked.devices, asked.share > 0)
+        check_cap(cap, devices, asked.memory, asked.devices, asked.share > 0, asked.ram)
     return devices
+
+
+# %% ../../nbs/core/requests.ipynb #aaa8dca5
+def check_ram_under_cap(
+    ram: int,          # bytes; 0: none
+    store: "Store",
+) -> None:
+    "Raise `ValueError` for more RAM than the user, or app, may ever have"
+    if ram and (cap := find_cap(store)):
+        from cjm_fasthtml_resources.core.caps import check_ram_cap  # when it is used
+        check_ram_cap(cap, ram, read_machine().total)
 
 # %% ../../nbs/core/requests.ipynb #d1b25354
 def find_capped(
@@ -271,11 +286,12 @@ def find_capped(
 ) -> str:  # empty if it does not wait for that
     "Return in a sentence what the user or app of a request has already, if a cap is why it waits"
     cap = find_cap(request.ledger.store)
-    if cap is None or conflict.snapshot is None: return ""
-    from cjm_fasthtml_resources.core.caps import explain_cap  # when it is used
-    claims = request.ledger.claims()
+    if cap is None: return ""
+    from cjm_fasthtml_resources.core.caps import explain_cap  # when it is used, as the next one
+    from cjm_fasthtml_resources.core.ram_use import see_ram
+    claims, devices = request.ledger.claims(), conflict.snapshot.devices if conflict.snapshot else ()
     mine = next((c for c in claims if c.lease == request.lease), None)
-    return explain_cap(cap, mine, read_use(conflict.snapshot.devices), claims) if mine and mine.count else ""
+    return explain_cap(cap, mine, see_ram(read_use(devices), claims, request.ledger.unified), claims) if mine else ""
 
 # %% ../../nbs/core/requests.ipynb #afd00373
 def find_shortage(
@@ -285,7 +301,8 @@ def find_shortage(
     "Return why a request has to wait: RAM, if that is what is short, or GPU memory"
     memory = request.check_ram() if request.ram and request.check_ram else None
     if memory and memory.memory and (not request.count or memory.memory.room < request.ram):
-        return f"The job needs {format_bytes(request.ram)} of RAM. {memory.message}", memory
+        capped = find_capped(request, memory)
+        return capped or f"The job needs {format_bytes(request.ram)} of RAM. {memory.message}", memory
     conflict = check()
     if capped := find_capped(request, conflict): return capped, conflict
     concerned = [d for d in conflict.allowed if device_key(d.device) in request.devices]
@@ -358,6 +375,7 @@ def make_request(
     "Return a request that is not in the queue yet; raises what `reserve` raises for a wrong argument"
     from cjm_fasthtml_resources.core.reservations import Request  # when it is used
     holder, asked = find_holder(pid), check_asked(gpu_memory_mb, memory_mb, n, pid)
+    check_ram_under_cap(asked.ram, manager.ledger.store)
     seconds = time_for_driver(timeout, lambda: manager.gpu_timeout)
     choose = partial(choose_devices, wanted=device, memory=asked.memory, judge=manager.judge, count=asked.devices,
                      holder=holder, ram=asked.ram)
