@@ -263,7 +263,7 @@ def find_pools(
     "Return the promises on a device, with the memory that their holders are known to use"
     holders: dict[ProcessId, list[Claim]] = {}
     for c in claims:
-        if use.is_called(c.device): holders.setdefault(use.holder_of(c), []).append(c)
+        if c.device is not None and use.is_called(c.device): holders.setdefault(use.holder_of(c), []).append(c)
     used = used_by(use, holders) if holders else {}
     return {holder: Pool(tuple(found), used.get(holder, 0)) for holder, found in holders.items()}
 
@@ -386,9 +386,9 @@ def _raise_bases(
     lines = [use.lineage_of(use.holder_of(c)) for c in claims if c.id in moved and use.is_called(c.device)]
 
     def raised(claim: Claim) -> Claim:
+        if claim.device is None or claim.id in moved or not use.is_called(claim.device): return claim
         holder = use.holder_of(claim)
-        concerned = any(line is None or holder in line for line in lines)
-        if claim.id in moved or not concerned or not use.is_called(claim.device): return claim
+        if not any(line is None or holder in line for line in lines): return claim
         was, now = before[holder], after[holder]
         gone = sum(min(spent.get(c.id, c.memory), c.memory) for c in was.claims if c.id in moved)
         if use.whole and not gone and was.used == now.used: return claim
@@ -482,7 +482,7 @@ def _give(shares: Iterable[_Share], first: int, after: dict[int, Claim]) -> None
         after[id] = replace(claim, id=id, device=key, base=base, count=1, links=None, beside=(), priority=0, share=0)
         room.take(taken)
 
-# %% ../../nbs/core/claims.ipynb #af4f030b
+# %% ../../nbs/core/claims.ipynb #f365f7a1
 class _Offer(NamedTuple):
     "What a request could be given"
     claim: Claim
@@ -532,7 +532,7 @@ def choose_any(found: Sequence[Any]) -> Any:
     return random.choice(found)
 
 
-# %% ../../nbs/core/claims.ipynb #fd60d816
+# %% ../../nbs/core/claims.ipynb #2b64afb3
 def grant(
     claims: Sequence[Claim],                                 # all, waiting or promised, in the order of asking
     uses: Sequence[DeviceUse],                               # every device of the machine
@@ -577,7 +577,7 @@ def _offer(claim: Claim, rooms: Mapping[str, _Room], after: Mapping[int, Claim],
     return _Offer(claim, shares, named, fitting, fits, [*hopeful.values()], hopes)
 
 
-# %% ../../nbs/core/claims.ipynb #b1333074
+# %% ../../nbs/core/claims.ipynb #c14e4264
 def _rooms_of(claim: Claim, rooms: Mapping[str, _Room]) -> set[int]:
     "Return the rooms that a request can be given a part of"
     return {id(rooms[key]) for key in (*claim.allowed, *(key for key, _ in claim.beside)) if key in rooms}
