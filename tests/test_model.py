@@ -1,9 +1,9 @@
-"The model of the promises, looked through by spin"
+"The models of the promises and of the queue, looked through by spin"
 import os
 import shutil
 
 import pytest
-from model.check import ALL, BROKEN, BROKEN_GROUPS, PART, check, find_broken
+from model.check import ALL, BROKEN, BROKEN_GROUPS, BROKEN_QUEUE, PART, check, check_queue, find_broken
 
 pytestmark = pytest.mark.skipif(
     not os.environ.get("CI") and not (shutil.which("spin") and shutil.which("cc")),
@@ -20,6 +20,12 @@ def test_nor_are_three_on_two_devices_as_far_as_a_short_look_goes(tmp_path):
     assert found.violated is None and found.states > 1_000_000
 
 
-@pytest.mark.parametrize("broken", [*BROKEN, *BROKEN_GROUPS])
+def test_in_the_queue_nobody_waits_for_ever_and_neither_gpu_memory_nor_ram_is_promised_twice(tmp_path):
+    "Priorities age: a request is passed by fewer that asked later, and take some of the same, than a step has places"
+    found = check_queue(tmp_path, 3)
+    assert found.violated is None and found.complete and found.states > 10_000
+
+
+@pytest.mark.parametrize("broken", [*BROKEN, *BROKEN_GROUPS, *BROKEN_QUEUE])
 def test_a_model_that_is_broken_is_found_wrong(tmp_path, broken):
     assert find_broken(tmp_path, broken).violated

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -22,10 +23,18 @@ from cjm_fasthtml_resources.commands.queue import read_queue
 from cjm_fasthtml_resources.core.endings import end_claim
 from cjm_fasthtml_resources.core.learned import JobRun, need_key
 from cjm_fasthtml_resources.core.ledger import Ledger, Rows, from_bytes, to_bytes
+from cjm_fasthtml_resources.core.outlook import expected_start
+from cjm_fasthtml_resources.core.process import machine_time
 from cjm_fasthtml_resources.core.receipts import new_receipt
 from cjm_fasthtml_resources.core.reservations import ReservationOver
+from cjm_fasthtml_resources.core.samples import take_sample
 from cjm_fasthtml_resources.core.store import Store, StoreError, store_path
-from cjm_fasthtml_resources.simulate import SimulatedDriver, SimulatedGpu
+from cjm_fasthtml_resources.hosts.reading import from_json
+from cjm_fasthtml_resources.simulate import SimulatedDriver, SimulatedGpu, SimulatedMachine
+from cjm_fasthtml_resources.ui.export import to_json
+from cjm_fasthtml_resources.ui.lines import to_text
+from cjm_fasthtml_resources.ui.terminal import promise_table
+from cjm_fasthtml_resources.ui.view import View, render_reservations
 
 HOLDER = DRIVER + """
 import sys
@@ -365,6 +374,53 @@ def test_a_request_knows_when_it_is_expected_to_start(rig):
         process.communicate("\n", timeout=30)
 
 
+def test_what_waits_says_for_how_many_gpus_and_when_it_starts(folder):
+    "In Python, in JSON there and back, on the page, in the panel and in the terminal"
+    with SimulatedDriver([SimulatedGpu("NVIDIA L4", memory_total_mb=24*1024) for _ in range(2)]):
+        manager = ResourceManager(app="train")
+        with manager.reserve(20*1024, 0, duration=180), manager.reserve(20*1024, 1, duration=300):
+            both, behind = manager.request(8*1024, n=2), manager.request(20*1024, device=0)
+            assert both.poll() is None and behind.poll() is None
+            sample = take_sample(manager)
+            again = from_json(json.loads(json.dumps(to_json(sample))))
+            for waiting in (sample.gpu.waiting, again.gpu.waiting):
+                first, second = waiting
+                assert (first.count, second.count, second.starts) == (2, 1, None)
+                assert first.starts[0] == 0 and 290 < first.starts[1] <= 300
+            assert expected_start(both) and expected_start(behind) is None
+            for shown in (render_reservations(sample, View()), to_text(promise_table((), 200, sample.gpu.waiting))):
+                assert "8.0 GiB x 2" in shown and "expected to start in up to 5 minutes" in shown
+                assert f"Request {second.id}: when it starts is not known." in shown
+            for request in (both, behind): request.withdraw()
+
+
+def test_what_one_user_may_have_of_ram_counts_too(rig):
+    "A request over the cap waits, says so and holds up no other app; one that never is under it is refused"
+    (store_path().parent).mkdir(mode=0o700, parents=True, exist_ok=True)
+    file = store_path().with_name("settings.toml")
+    file.write_text('max_share = 0.5\nper = "app"')
+    file.chmod(0o600)
+    machine = SimulatedMachine(memory_total_mb=64*1024, memory_used_mb=1024)
+    with SimulatedDriver([SimulatedGpu("NVIDIA L4", memory_total_mb=24*1024)], machine=machine):
+        manager, other = ResourceManager(app="train"), ResourceManager(app="speech")
+        with manager.reserve(memory_mb=30*1024, timeout=0):
+            text = "train has 30.0 GiB of at most 32.0 GiB that one app may reserve of RAM"
+            for ask in (dict(memory_mb=3*1024), dict(gpu_memory_mb=1024, memory_mb=3*1024)):
+                with pytest.raises(ResourceBusy, match=text): manager.reserve(**ask, timeout=0)
+                assert re.search(text, foresee(manager, **dict(gpu_memory_mb=None) | ask).why)
+            waits = manager.request(memory_mb=3*1024)
+            assert waits.poll() is None
+            assert re.search(text, read_queue(manager, manager.ledger)[-1].why)
+            assert re.search(text, manager.check_gpu_availability().waiting[0].why)
+            with other.reserve(1024, memory_mb=20*1024, timeout=0): pass
+            with manager.reserve(memory_mb=2*1024, timeout=0): pass
+        for call in (manager.reserve, partial(foresee, manager, None)):
+            with pytest.raises(ValueError, match="33.0 GiB of RAM is more than one app may reserve here: 32.0 GiB"):
+                call(memory_mb=33*1024)
+        wait_until(waits.poll, 10)
+        waits.withdraw()
+
+
 def test_what_one_user_may_have_counts_for_jobs_previews_and_the_queue(rig):
     "A job whose need is not known asks for that much, and what waits for it says so everywhere"
     (store_path().parent).mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -381,9 +437,71 @@ def test_what_one_user_may_have_counts_for_jobs_previews_and_the_queue(rig):
             request = manager.request(2*1024)
             assert request.poll() is None
             assert re.search(text, read_queue(manager, manager.ledger)[1].why)
+            sample = take_sample(manager)
+            row = to_json(sample)["gpu"]["waiting"][0]
+            for told in (sample.gpu.waiting[0].why, row["why"], render_reservations(sample, View()),
+                         to_text(promise_table((), 200, sample.gpu.waiting))): assert re.search(text, told)
+            assert from_json(json.loads(json.dumps(to_json(sample)))).gpu.waiting[0].why == row["why"]
         with pytest.raises(ValueError, match="more than one user is allowed to reserve here"): manager.reserve(13*1024)
         with pytest.raises(ValueError, match="All of a GPU is more"): manager.reserve("all")
         wait_until(request.poll, 10)
         request.withdraw()
         file.chmod(0o666)
         with pytest.raises(StoreError, match="has to belong to root"): manager.reserve(1, timeout=0)
+
+
+def test_a_short_request_passes_a_large_one_only_where_it_ends_before_that_one_can_start(folder):
+    "Declared time against the shortest job of the holder's kind; `queue` says so, and it cannot be prolonged"
+    with SimulatedDriver([SimulatedGpu("NVIDIA L4", memory_total_mb=24*1024)]):
+        manager = ResourceManager(app="train", track_self=False)
+        for seconds in (600.0, 900.0):
+            manager.needs.record(JobRun(need_key("train.py"), time.time(), seconds))
+        with manager.job("job-1", 16*1024, plugin="train.py"):
+            large, small = manager.request(20*1024), partial(manager.request, 4*1024)
+            assert large.poll() is None
+            for waits in (small(), small(ttl=60), small(duration=460)):
+                assert waits.poll() is None
+                waits.withdraw()
+            passes = small(duration=60)
+            assert passes.poll()
+            held = next(c for c in manager.ledger.claims() if c.lease == passes.lease)
+            row = next(row for row in read_queue(manager, manager.ledger) if row.id == held.id)
+            number = next(c.id for c in manager.ledger.claims() if c.lease == large.lease)
+            assert row.why == f"Passed request {number}: ends before that one could start."
+            assert 59 < held.expires - machine_time() <= 60
+            with pytest.raises(ValueError, match=f"at most .* not 90: request {number} was passed"):
+                manager.ledger.renew(held.lease, 90)
+            assert manager.ledger.renew(held.lease, 30)   # sooner is no harm
+            passes.withdraw()
+        wait_until(large.poll, 10)
+        large.withdraw()
+
+
+def test_where_a_holder_is_not_known_a_short_request_waits(folder):
+    with SimulatedDriver([SimulatedGpu("NVIDIA L4", memory_total_mb=24*1024)]):
+        manager = ResourceManager(app="train", track_self=False)
+        with manager.reserve(16*1024):
+            large, small = manager.request(20*1024), manager.request(4*1024, duration=1)
+            assert large.poll() is None and small.poll() is None
+            for request in (small, large): request.withdraw()
+
+
+def test_a_command_that_says_how_long_it_takes_passes_and_its_reservation_ends(rig):
+    for seconds in (600.0, 1800.0):
+        needs = ResourceManager(app="train", track_self=False).needs
+        needs.record(JobRun(need_key("train.py"), time.time(), seconds))
+        needs.write()
+    script = "echo ready; read line"
+    words = ["run", "--app", "train", "--name", "train.py", "--gpu-memory", "16GiB", "--", "sh", "-c", script]
+    pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    with subprocess.Popen([*rig.words["command"], *words], env=rig.env, **pipes) as process:
+        assert process.stdout.readline() == "ready\n"
+        rig.wait("train", 20)
+        for name in ("wait", "run"):
+            short = [name, "--gpu-memory", "4GiB", "--timeout", "0", "--", "true"]
+            assert rig.run(*short).returncode == os.EX_TEMPFAIL
+            assert rig.run(name, "--for", "5m", *short[1:]).returncode == 0
+            assert rig.run(name, "--for", "8m", *short[1:]).returncode == os.EX_TEMPFAIL
+        done = rig.run("wait", "--for", "1s", "--gpu-memory", "4GiB", "--timeout", "0", "--", "sleep", "1.5")
+        assert done.returncode == 0 and len(rig.rows()) == 2
+        process.communicate("\n", timeout=30)

@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['RAM', 'PLACES', 'LEAST_USE', 'Claim', 'is_ram', 'asks_for_ram', 'has_partners', 'DeviceUse', 'no_less',
            'lineage_here', 'read_use', 'Pool', 'used_by', 'find_pools', 'owner_of', 'find_promises', 'find_base',
-           'find_covered', 'find_freed', 'lower_bases', 'drop', 'move', 'in_queue', 'MayHave', 'has_no_cap',
-           'choose_any', 'grant', 'find_most_used', 'observe']
+           'find_covered', 'find_freed', 'lower_bases', 'drop', 'move', 'in_queue', 'MayHave', 'has_no_cap', 'MayPass',
+           'passes_none', 'choose_any', 'grant', 'find_most_used', 'observe']
 
 # %% ../../nbs/core/claims.ipynb #effac725
 import re
-from collections.abc import Callable, Collection, Container, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
 from operator import attrgetter
@@ -263,7 +263,7 @@ def find_pools(
     "Return the promises on a device, with the memory that their holders are known to use"
     holders: dict[ProcessId, list[Claim]] = {}
     for c in claims:
-        if use.is_called(c.device): holders.setdefault(use.holder_of(c), []).append(c)
+        if c.device is not None and use.is_called(c.device): holders.setdefault(use.holder_of(c), []).append(c)
     used = used_by(use, holders) if holders else {}
     return {holder: Pool(tuple(found), used.get(holder, 0)) for holder, found in holders.items()}
 
@@ -386,9 +386,9 @@ def _raise_bases(
     lines = [use.lineage_of(use.holder_of(c)) for c in claims if c.id in moved and use.is_called(c.device)]
 
     def raised(claim: Claim) -> Claim:
+        if claim.device is None or claim.id in moved or not use.is_called(claim.device): return claim
         holder = use.holder_of(claim)
-        concerned = any(line is None or holder in line for line in lines)
-        if claim.id in moved or not concerned or not use.is_called(claim.device): return claim
+        if not any(line is None or holder in line for line in lines): return claim
         was, now = before[holder], after[holder]
         gone = sum(min(spent.get(c.id, c.memory), c.memory) for c in was.claims if c.id in moved)
         if use.whole and not gone and was.used == now.used: return claim
@@ -482,6 +482,29 @@ def _give(shares: Iterable[_Share], first: int, after: dict[int, Claim]) -> None
         after[id] = replace(claim, id=id, device=key, base=base, count=1, links=None, beside=(), priority=0, share=0)
         room.take(taken)
 
+# %% ../../nbs/core/claims.ipynb #f365f7a1
+class _Offer(NamedTuple):
+    "What a request could be given"
+    claim: Claim
+    shares: Mapping[str, _Share]   # of the devices that it may have
+    named: Sequence[_Share]        # of what it names, as of RAM
+    fitting: Mapping[str, _Room]   # the devices that have room for it now
+    fits: bool                     # whether there is room for all that it asks for
+    hopeful: Sequence[_Room]       # the devices that would have room if every promise were released
+    hopes: bool                    # whether there would be room for all that it asks for
+
+    def give(self, after: dict[int, Claim], choose: _Choose) -> None:
+        "Give the request all of it"
+        if self.claim.count != 1: keys = _choose_together(self.claim, self.fitting, choose)
+        else: keys = [choose(_most_nearly(self.fitting))]
+        _give([*(self.shares[key] for key in keys), *self.named], self.claim.id, after)
+
+    def block(self) -> None:
+        "Keep the rooms with the most free memory for the request"
+        best = sorted(self.hopeful, key=lambda room: room.free, reverse=True)
+        for room in [room for room in best if not room.blocked][:self.claim.count]: room.blocked = True
+        for share in self.named: share.room.blocked = True
+
 # %% ../../nbs/core/claims.ipynb #65814f5d
 class MayHave(Protocol):
     "Says whether a request may be given a device, beside all claims by then"
@@ -491,24 +514,43 @@ def has_no_cap(claim: Claim, use: DeviceUse, claims: Collection[Claim]) -> bool:
     "Return that a request may have any device"
     return True
 
+class MayPass(Protocol):
+    "Says whether a request can be granted ahead of others, because it ends before one of them could start"
+    def __call__(
+        self, claim: Claim, ahead: Sequence[Claim], claims: Collection[Claim], uses: Sequence[DeviceUse],
+    ) -> bool: ...
+
+def passes_none(
+    claim: Claim, ahead: Sequence[Claim], claims: Collection[Claim], uses: Sequence[DeviceUse],
+) -> bool:
+    "Return that no request is granted ahead of others"
+    return False
+
 def choose_any(found: Sequence[Any]) -> Any:
     "Return one of several, by chance"
     import random  # when it is used
     return random.choice(found)
 
+
+# %% ../../nbs/core/claims.ipynb #2b64afb3
 def grant(
     claims: Sequence[Claim],                                 # all, waiting or promised, in the order of asking
     uses: Sequence[DeviceUse],                               # every device of the machine
     choose: Callable[[Sequence[Any]], Any] = choose_any,  # among nearly equal devices, or groups of devices
     passes_over: Callable[[Claim], bool] = lambda claim: False,   # a request; not asked of those that get nothing
     may_have: MayHave = has_no_cap,   # a request, a device, all claims by then; else it gets and blocks nothing there
+    may_pass: MayPass = passes_none,  # a request whose time is limited, those ahead of it, all claims by then
 ) -> list[Claim]:  # the same ones; those that were given a device have it, a group has one for each device
     "Give devices to the requests that fit, in the order of the queue"
     after = {c.id: c for c in lower_bases(claims, uses)}
     pools: dict[Any, _Room] = {}   # devices that share their memory have one room
     rooms = {use.key: pools.setdefault(use.device.pool, _measure_room(use, after.values())) for use in uses}
     for claim in in_queue(claims):
-        if _is_open(claim, rooms) and not passes_over(claim): _grant_one(claim, rooms, after, choose, may_have)
+        if not _is_open(claim, rooms) or passes_over(claim): continue
+        offer = _offer(claim, rooms, after, may_have)
+        if offer.fits: offer.give(after, choose)
+        elif offer.hopes: offer.block()
+    for offer in _find_passing(rooms, after, uses, passes_over, may_have, may_pass): offer.give(after, choose)
     return list(after.values()) if len(after) == len(claims) else sorted(after.values(), key=attrgetter("id"))
 
 def _is_open(claim: Claim, rooms: Mapping[str, _Room]) -> bool:
@@ -516,12 +558,11 @@ def _is_open(claim: Claim, rooms: Mapping[str, _Room]) -> bool:
     names = (*claim.allowed, *(key for key, _ in claim.beside))
     return any(not rooms[key].blocked for key in names if key in rooms)
 
-def _grant_one(
-    claim: Claim, rooms: Mapping[str, _Room], after: dict[int, Claim], choose: _Choose, may_have: MayHave,
-) -> None:
-    "Give a request all that it asks for, let it block as much, or pass it over; `after` gets the claims given"
+def _offer(claim: Claim, rooms: Mapping[str, _Room], after: Mapping[int, Claim], may_have: MayHave) -> _Offer:
+    "Return what a request could be given: all that it asks for, or a hope of as much"
     beside = list(after.values())
     named = _named_shares(claim, rooms, beside) if claim.beside else []
+    if not all(may_have(s.claim, s.room.use, beside) for s in named): return _Offer(claim, {}, (), {}, False, (), False)
     owed, needed = {id(s.room): s.taken for s in named}, {id(s.room): s.missing for s in named}
     beside += [replace(s.claim, device=s.key) for s in named]
     shares = {key: _share(claim, key, rooms[key], beside) for key in claim.allowed
@@ -531,13 +572,35 @@ def _grant_one(
                and not (claim.share and s.room.shared)}
     hopeful = {id(s.room): s.room for s in shares.values() if s.room.hoped >= s.missing + needed.get(id(s.room), 0)}
     fits = len(named) == len(claim.beside) and all(not s.room.blocked and s.room.free >= s.taken for s in named)
-    if fits and len({id(room) for room in fitting.values()}) >= claim.count:
-        keys = [choose(_most_nearly(fitting))] if claim.count == 1 else _choose_together(claim, fitting, choose)
-        _give([*(shares[key] for key in keys), *named], claim.id, after)
-    elif len(hopeful) >= claim.count and all(s.room.hoped >= s.missing for s in named):
-        best = sorted(hopeful.values(), key=lambda room: room.free, reverse=True)
-        for room in [room for room in best if not room.blocked][:claim.count]: room.blocked = True
-        for share in named: share.room.blocked = True
+    fits = fits and len({id(room) for room in fitting.values()}) >= claim.count
+    hopes = len(hopeful) >= claim.count and all(s.room.hoped >= s.missing for s in named)
+    return _Offer(claim, shares, named, fitting, fits, [*hopeful.values()], hopes)
+
+
+# %% ../../nbs/core/claims.ipynb #c14e4264
+def _rooms_of(claim: Claim, rooms: Mapping[str, _Room]) -> set[int]:
+    "Return the rooms that a request can be given a part of"
+    return {id(rooms[key]) for key in (*claim.allowed, *(key for key, _ in claim.beside)) if key in rooms}
+
+def _find_passing(
+    rooms: Mapping[str, _Room], after: Mapping[int, Claim], uses: Sequence[DeviceUse],
+    passes_over: Callable[[Claim], bool], may_have: MayHave, may_pass: MayPass,
+) -> Iterator[_Offer]:
+    "Yield what requests could be given although others are ahead of them, one after the other"
+    limited = [c for c in after.values() if c.device is None and c.receipt and c.receipt.limit is not None]
+    if may_pass is passes_none or not limited: return
+    for room in rooms.values(): room.blocked = False
+    for claim in in_queue(limited):
+        offer = _offer(claim, rooms, after, may_have)
+        if not offer.fits or passes_over(claim): continue
+        mine, waiting = _rooms_of(claim, rooms), in_queue(after.values())
+        ahead = [c for c in waiting[:waiting.index(claim)] if not mine.isdisjoint(_rooms_of(c, rooms))]
+        if not ahead or not may_pass(claim, ahead, [*after.values()], uses): continue
+        yield _offer(_passed(claim, ahead[0]), rooms, after, may_have)
+
+def _passed(claim: Claim, other: Claim) -> Claim:
+    "Return a request with a receipt that says of which other one it was granted ahead"
+    return replace(claim, receipt=claim.receipt and claim.receipt._replace(passed=other.id))
 
 # %% ../../nbs/core/claims.ipynb #8ad99fa5
 def find_most_used(claim: Claim, use: DeviceUse, claims: Iterable[Claim]) -> int:  # bytes

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['ProcessRow', 'PROCESS_COLUMNS', 'WORKER_COLUMNS', 'RESERVATION_COLUMNS', 'Column', 'make_table', 'without_details',
-           'process_table', 'WorkerRow', 'to_row', 'worker_table', 'reservation_table', 'total_tables', 'folded_totals']
+           'process_table', 'WorkerRow', 'to_row', 'worker_table', 'reservation_notes', 'reservation_table',
+           'total_tables', 'folded_totals']
 
 # %% ../../nbs/ui/tables.ipynb #b39431ca
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -12,14 +13,14 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
-from fastcore.xml import FT, Caption, Details, Safe, Small, Summary, Table, Td, Th
+from fastcore.xml import FT, Caption, Details, P, Safe, Small, Summary, Table, Td, Th
 
 from ..core.explain import name_worker
 from ..core.process import process_age
 from ..core.resources import DeviceStatus, OwnedProcess, WorkerState
 from ..core.text import format_age, format_bytes, printable
 from ..core.totals import Total, name_devices, sum_by_app, sum_by_user
-from ..core.waiting import ReservationRow
+from ..core.waiting import ReservationRow, waiting_notes
 from .parts import to_html
 
 # %% ../../nbs/ui/tables.ipynb #b05fa1be
@@ -204,7 +205,13 @@ RESERVATION_COLUMNS = (
     Column("app", lambda row: _long(printable(row.app), 12, "xl"), "xl", "w6"),
     Column("state", lambda row: row.state, "two", "w9"),
     Column("for", lambda row: row.age, "n xl", "w4"),
-    Column("memory", lambda row: _size(row.memory), "n"))
+    Column("memory", lambda row: f"{_size(row.memory)} x {row.count}" if row.count > 1 else _size(row.memory), "n"))
+
+def reservation_notes(
+    rows: Sequence[ReservationRow],   # that are shown
+) -> Any:   # nothing where no request waits
+    "Return why requests wait and when each is expected to start, for below the table"
+    return [P(Small(printable(note)), cls="note") for note in waiting_notes(rows)]
 
 def reservation_table(
     rows: Sequence[ReservationRow],

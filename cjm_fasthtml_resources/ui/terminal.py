@@ -322,7 +322,7 @@ _PROMISE_COLUMNS: Sequence["Column[ReservationRow]"] = (
     Column("reserved", lambda row: f"GPU {row.place}" if row.place else "GPU"),
     Column("PID", lambda row: str(row.pid or ""), "right"),
     Column("owner", lambda row: _owner(row.owner), leaves=2),
-    Column("memory", lambda row: format_bytes(row.memory), "right"),
+    Column("memory", lambda row: row.size, "right"),
     Column("state", lambda row: row.state),
     Column("for", lambda row: row.age, "right", leaves=4),
     Column("app", lambda row: row.app, shrinks=True, least=6, leaves=1))
@@ -332,9 +332,11 @@ def promise_table(
     width: int,                       # of the terminal
     waiting: Sequence[Waiting] = (),  # in the order of asking
 ) -> list[Line]:
-    "Return a table of the reservations on these devices, and of the requests that wait"
-    from cjm_fasthtml_resources.core.waiting import reservation_rows  # when it is used: most screens have none
-    return make_table(_PROMISE_COLUMNS, [reservation_rows(devices), reservation_rows((), waiting)], width, 20)
+    "Return a table of the reservations on these devices, and of the requests that wait, with what is known of these"
+    from cjm_fasthtml_resources.core.waiting import reservation_rows, waiting_notes  # when they are used
+    groups = [reservation_rows(devices), reservation_rows((), waiting)]
+    notes = [line for note in waiting_notes(groups[1][:20]) for line in wrap(note, width)]
+    return [*make_table(_PROMISE_COLUMNS, groups, width, 20), *((Piece(line),) for line in notes)]
 
 # %% ../../nbs/ui/terminal.ipynb #421c76e7
 def name_versions(answer: Sample) -> str:
