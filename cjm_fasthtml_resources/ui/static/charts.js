@@ -1,0 +1,212 @@
+// Charts of an element `.cjm`: figures under the pointer and by arrow keys and, on the page, charts that move on.
+// It may be loaded more than once: what it declares are functions, and each element is taken once.
+// biome-ignore lint/suspicious/noRedundantUseStrict: a classic script, which is no module
+"use strict";
+
+// The figures of the column that is looked at, and what happened then, stand above the chart.
+function cjmFigures(root) {
+  const plotOf = ({ target }) => target.closest?.(".plot");
+  const columnsOf = (plot) => [...plot.querySelectorAll(".columns > g")];
+  const titleOf = (element) => element?.querySelector("title").textContent ?? "";
+  const placeOf = (column) => Number(/-?\d+/.exec(column.getAttribute("transform"))[0]);
+
+  const clear = (plot) => {
+    const output = plot.parentNode.querySelector("output");
+    for (const column of plot.querySelectorAll(".at")) column.classList.remove("at");
+    output.classList.remove("at");
+    output.textContent = titleOf(columnsOf(plot).at(-1));
+  };
+  const show = (plot, column) => {
+    const output = plot.parentNode.querySelector("output");
+    const mark = plot.querySelector(`.mark[data-x="${placeOf(column)}"]`);
+    for (const other of plot.querySelectorAll(".at")) other.classList.remove("at");
+    column.classList.add("at");
+    output.classList.add("at");
+    output.textContent = [titleOf(column), ...(mark ? titleOf(mark).split("\n") : [])].join(" · ");
+  };
+  const near = (plot, event) => {
+    const box = plot.querySelector(".columns").getBoundingClientRect();
+    const count = plot.querySelector(".columns").viewBox.baseVal.width;
+    const x = ((event.clientX - box.left) / box.width) * count - 0.5;
+    const far = (column) => Math.abs(placeOf(column) - x);
+    return columnsOf(plot).reduce((best, column) => (best && far(best) <= far(column) ? best : column), undefined);
+  };
+
+  root.addEventListener("pointermove", (event) => {
+    const plot = plotOf(event);
+    const column = plot && near(plot, event);
+    if (column && !column.classList.contains("at")) show(plot, column);
+  });
+  root.addEventListener("pointerout", (event) => {
+    const plot = plotOf(event);
+    if (plot && !plot.contains(event.relatedTarget) && document.activeElement !== plot) clear(plot);
+  });
+  root.addEventListener("focusin", (event) => {
+    const plot = plotOf(event);
+    if (!plot) return;
+    plot.parentNode.querySelector("output").ariaLive = "polite";
+    if (!plot.matches(":hover") && columnsOf(plot).length) show(plot, columnsOf(plot).at(-1));
+  });
+  root.addEventListener("focusout", (event) => {
+    const plot = plotOf(event);
+    if (!plot) return;
+    plot.parentNode.querySelector("output").ariaLive = "off";
+    clear(plot);
+  });
+  root.addEventListener("keydown", (event) => {
+    const plot = plotOf(event);
+    const columns = plot ? columnsOf(plot) : [];
+    const at = columns.findIndex((column) => column.classList.contains("at"));
+    const last = columns.length - 1;
+    const places = { ArrowLeft: Math.max(at - 1, 0), ArrowRight: Math.min(at + 1, last), Home: 0, End: last };
+    if (!columns.length || !(event.key in places) || event.ctrlKey || event.metaKey || event.altKey) return;
+    event.preventDefault();
+    event.stopPropagation();
+    show(plot, columns[places[event.key]]);
+  });
+  root.cjmClearFigures = (plot) => {
+    const at = plot.querySelector(".at");
+    if (at) show(plot, at);
+    else clear(plot);
+  };
+}
+
+// Move a chart on: `wanted` has the columns that are new, and places all of them.
+function moveChart(figure, wanted) {
+  const [plot, next] = [figure, wanted].map((element) => element.querySelector(".plot"));
+  const moved = next.dataset.first - plot.dataset.first;
+  const known = new Map();
+  const columns = plot.querySelector(".columns");
+  const placeOf = (column) => Number(/-?\d+/.exec(column.getAttribute("transform"))[0]);
+  for (const column of [...columns.children]) {
+    const place = placeOf(column) - moved;
+    column.setAttribute("transform", `translate(${place})`);
+    if (place < 0) column.remove();
+    else known.set(place, column);
+  }
+  for (const column of [...next.querySelector(".columns").children]) {
+    const old = known.get(placeOf(column));
+    if (!old) columns.append(column);
+    else if (!old.isEqualNode(column)) {
+      column.classList.toggle("at", old.classList.contains("at"));
+      old.replaceWith(column);
+    }
+  }
+  columns.setAttribute("viewBox", next.querySelector(".columns").getAttribute("viewBox"));
+  plot.firstElementChild.replaceWith(next.firstElementChild);
+  plot.lastElementChild.replaceWith(next.lastElementChild);
+  plot.dataset.first = next.dataset.first;
+  plot.ariaLabel = next.getAttribute("aria-label");
+  const [legend, other] = [figure, wanted].map((element) => element.querySelector(".key"));
+  if (!legend.isEqualNode(other)) legend.replaceWith(other);
+}
+
+// Put charts that came into their place: those that are there move on, if they are the same ones. False: they are not
+function putCharts(root, body, wanted, isWhole) {
+  const keysOf = (element) => [...element.querySelectorAll(".chart")].map((figure) => figure.dataset.key).join(" ");
+  if (isWhole || keysOf(body) !== keysOf(wanted)) {
+    if (!isWhole) return false;
+    const isOpen = body.querySelector(".fold")?.open;
+    body.replaceChildren(...wanted.childNodes);
+    const fold = body.querySelector(".fold");
+    if (fold) fold.open = isOpen;
+    return true;
+  }
+  const figures = [...body.querySelectorAll(".chart")];
+  for (const [i, next] of [...wanted.querySelectorAll(".chart")].entries()) {
+    moveChart(figures[i], next);
+    root.cjmClearFigures(figures[i].querySelector(".plot"));
+  }
+  const [notes, others] = [body, wanted].map((element) => element.querySelector(":scope > .note"));
+  if (notes && others) notes.replaceWith(others);
+  else if (notes) notes.remove();
+  else if (others) body.append(others);
+  return true;
+}
+
+// On the page: charts that are fetched while they are open, apart from the stream of changes.
+function cjmCharts(root) {
+  if (root.cjmFillCharts) return;
+  cjmFigures(root);
+  root.cjmFillCharts = () => undefined;
+  if (!root.dataset.cjmCharts) return;
+  const url = new URL(root.dataset.cjmCharts, document.baseURI);
+  const number = document.querySelectorAll("[data-cjm-charts-of]").length;
+  const box = document.createElement("details");
+  const body = document.createElement("div");
+  const ranges = { "10m": "10 minutes", "1h": "1 hour", "24h": "24 hours" };
+  const radios = Object.entries(ranges).map(([value, words]) => {
+    const checked = value === "10m" ? "checked" : "";
+    return `<label><input type="radio" name="cjm-range-${number}" value="${value}" ${checked}>${words}</label>`;
+  });
+  box.className = "charts fold";
+  box.dataset.cjmChartsOf = "";
+  box.innerHTML = `<summary>Charts</summary><fieldset><legend>Show the last</legend>${radios.join("")}</fieldset>`;
+  box.append(body);
+  let timer;
+  let shown = "";
+  let turn = 0;
+
+  const say = (text) => {
+    const note = document.createElement("p");
+    note.className = "note";
+    note.textContent = text;
+    body.replaceChildren(note);
+    shown = "";
+  };
+  const fetchFor = async (range, since) => {
+    const query = { range, zone: -new Date().getTimezoneOffset(), ...(since ? { since } : {}) };
+    for (const [name, value] of Object.entries(query)) url.searchParams.set(name, value);
+    if (!since) url.searchParams.delete("since");
+    const answer = await fetch(url, { redirect: "error", cache: "no-store", signal: AbortSignal.timeout(2e4) });
+    if (!answer.ok) throw new Error(`The server answers with ${answer.status}.`);
+    const wanted = document.createElement("template");
+    wanted.innerHTML = await answer.text();
+    return [wanted.content, answer.headers.get("cjm-charts")];
+  };
+  // the last column that is there can still grow
+  const sinceOf = () => {
+    const ends = [...body.querySelectorAll(".plot")].map((plot) => {
+      const last = plot.querySelector(".columns > g:last-child")?.getAttribute("transform") ?? "0";
+      return Number(plot.dataset.first) + Number(/-?\d+/.exec(last)[0]);
+    });
+    return ends.length ? Math.min(...ends) : 0;
+  };
+  const load = async () => {
+    clearTimeout(timer);
+    if (!box.open || document.hidden || root.hasAttribute("data-cjm-paused")) return;
+    const mine = ++turn;
+    const range = box.querySelector("input:checked").value;
+    let pause = 5;
+    try {
+      let isWhole = !shown.startsWith(`${range} `);
+      let [wanted, shape] = await fetchFor(range, isWhole ? 0 : sinceOf());
+      if (mine !== turn) return;
+      // more or fewer charts, or others
+      if (!isWhole && (shape !== shown || !putCharts(root, body, wanted, false))) {
+        isWhole = true;
+        [wanted, shape] = await fetchFor(range, 0);
+        if (mine !== turn) return;
+      }
+      if (isWhole) putCharts(root, body, wanted, true);
+      shown = shape;
+      pause = Number(shape.split(" ")[1]);
+    } catch (error) {
+      if (mine !== turn) return;
+      say(`Cannot load the charts: ${error.message} Trying again …`);
+    }
+    timer = setTimeout(load, 1e3 * pause);
+  };
+
+  box.addEventListener("toggle", load);
+  box.addEventListener("change", load);
+  document.addEventListener("visibilitychange", load);
+  root.addEventListener("cjm-open", load);
+  root.cjmFillCharts = () => {
+    const place = root.querySelector("[data-cjm-charts]");
+    if (place && box.parentNode !== place) place.replaceChildren(box);
+  };
+  root.cjmFillCharts();
+}
+
+for (const root of document.querySelectorAll(".cjm")) cjmCharts(root);
