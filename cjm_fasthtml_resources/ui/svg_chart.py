@@ -6,7 +6,7 @@
 __all__ = ['WORDS', 'HEIGHT', 'STRIP', 'Column', 'Mark', 'Span', 'Chart', 'clock', 'column_text', 'describe', 'strokes',
            'tick_times', 'scale_sizes', 'chart_parts', 'draw_chart', 'legend']
 
-# %% ../../nbs/ui/svg_chart.ipynb #12b8612b
+# %% ../../nbs/ui/svg_chart.ipynb #776b22ec
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta, timezone
@@ -17,7 +17,7 @@ from fastcore.xml import Safe, ft
 
 from ..core.text import format_bytes, printable
 
-# %% ../../nbs/ui/svg_chart.ipynb #c04f9d36
+# %% ../../nbs/ui/svg_chart.ipynb #85c87e9b
 @dataclass(frozen=True)
 class Column:
     "What used memory in a stretch of time, in bytes, and the load in percent"
@@ -33,13 +33,14 @@ class Column:
         "Bytes that are used"
         return self.app + self.external + self.unattributed
 
+# %% ../../nbs/ui/svg_chart.ipynb #c0abcb36
 @dataclass(frozen=True)
 class Mark:
     "An event: when it was, in seconds since the epoch, and a sentence"
     time: float
     text: str
 
-# %% ../../nbs/ui/svg_chart.ipynb #c66c0ca8
+# %% ../../nbs/ui/svg_chart.ipynb #80fc074a
 @dataclass(frozen=True)
 class Span:
     "How much time a chart shows, in seconds"
@@ -52,6 +53,7 @@ class Span:
         "How many columns there are"
         return self.length//self.width
 
+# %% ../../nbs/ui/svg_chart.ipynb #dbca9828
 @dataclass(frozen=True)
 class Chart:
     "All that is drawn of a GPU, of RAM or of a worker"
@@ -71,7 +73,7 @@ class Chart:
         "The number of the first column"
         return self.end - self.span.count
 
-# %% ../../nbs/ui/svg_chart.ipynb #d20aeca6
+# %% ../../nbs/ui/svg_chart.ipynb #6b2c4504
 WORDS = dict(external="other programs", unattributed="not visible", app="app", promised="reserved")   # from the bottom
 
 def clock(
@@ -83,6 +85,7 @@ def clock(
     at = timezone(timedelta(minutes=zone)) if zone is not None else None
     return datetime.fromtimestamp(when, at).strftime(form)
 
+# %% ../../nbs/ui/svg_chart.ipynb #11fbb9f9
 def column_text(
     column: Column,
     chart: Chart,
@@ -94,12 +97,13 @@ def column_text(
     when = clock(column.number*chart.span.width, chart.zone, form)
     return " · ".join([when, *(shares or ["nothing in use"]), *load])
 
-# %% ../../nbs/ui/svg_chart.ipynb #a110a62b
+# %% ../../nbs/ui/svg_chart.ipynb #c1c99616
 def _between(values: Sequence[float], form: str) -> str:
     "Return the smallest and the largest of some values, or the only one"
     low, high = (form.format(value) for value in (min(values), max(values)))
     return low if low == high else f"{low} to {high}"
 
+# %% ../../nbs/ui/svg_chart.ipynb #626657f6
 def describe(chart: Chart) -> str:
     "Return what a chart shows, in a sentence for each figure"
     if not chart.columns: return f"{chart.label}: no figures yet."
@@ -111,7 +115,7 @@ def describe(chart: Chart) -> str:
     if chart.marks: said.append(f"Events: {len(chart.marks)}.")
     return " ".join(said)
 
-# %% ../../nbs/ui/svg_chart.ipynb #0679d5e4
+# %% ../../nbs/ui/svg_chart.ipynb #6901b102
 HEIGHT, STRIP = 100, 24   # px of the memory, and of the load below it
 _LOAD = HEIGHT + 12 + STRIP   # px from the top to the bottom of the load
 
@@ -119,6 +123,7 @@ def _bottom(chart: Chart) -> int:
     "Return the px from the top to where the times begin"
     return _LOAD if any(column.load is not None for column in chart.columns) else HEIGHT
 
+# %% ../../nbs/ui/svg_chart.ipynb #40f9ed84
 def strokes(
     column: Column,
     total: int,   # bytes
@@ -131,14 +136,14 @@ def strokes(
     if column.load: found.append(("load", _LOAD, round(_LOAD - STRIP*min(column.load, 100)/100, 1)))
     return [stroke for stroke in found if stroke[1] > stroke[2]]
 
-# %% ../../nbs/ui/svg_chart.ipynb #fb5fd024
+# %% ../../nbs/ui/svg_chart.ipynb #66a1f2af
 def _column(column: Column, chart: Chart) -> str:
     "Return a column: what is under the pointer, its figures, and its strokes"
     parts = [f'<path class={name} d="M.5 {a:g}V{b:g}"/>' for name, a, b in strokes(column, chart.total)]
     return (f"<g transform=translate({column.number - chart.first})><title>{column_text(column, chart)}</title>"
             f"<rect />{''.join(parts)}</g>")
 
-# %% ../../nbs/ui/svg_chart.ipynb #69432605
+# %% ../../nbs/ui/svg_chart.ipynb #e1ea188c
 def tick_times(chart: Chart) -> list[int]:
     "Return the round times within a chart, in seconds since the epoch"
     since, until, tick = chart.first*chart.span.width, chart.end*chart.span.width, chart.span.tick
@@ -147,6 +152,7 @@ def tick_times(chart: Chart) -> list[int]:
     east = round(offset.total_seconds()) if offset else 0
     return [when - east for when in range(-(-(since + east)//tick)*tick, until + east + 1, tick)]
 
+# %% ../../nbs/ui/svg_chart.ipynb #88ef5816
 def scale_sizes(
     total: int,   # bytes
 ) -> list[int]:
@@ -156,7 +162,7 @@ def scale_sizes(
     round_sizes = [n for n in range(0, total, step) if total - n > 0.15*total]
     return [*round_sizes, total]
 
-# %% ../../nbs/ui/svg_chart.ipynb #d8719698
+# %% ../../nbs/ui/svg_chart.ipynb #5ebd85a7
 def _percent(chart: Chart, number: float) -> str:
     return f"{100*(number - chart.first)/chart.span.count:.4g}%"
 
@@ -169,6 +175,7 @@ def _grid(chart: Chart) -> Iterator[str]:
     if _bottom(chart) == _LOAD:
         yield f'<line x2=100% y1={_LOAD} y2={_LOAD} /><text class=size x=-6 y={_LOAD - 6} >load</text>'
 
+# %% ../../nbs/ui/svg_chart.ipynb #9cc1129e
 def _axis(chart: Chart) -> Iterator[str]:
     "Yield the times below a chart, each with its line"
     bottom = _bottom(chart)
@@ -177,12 +184,13 @@ def _axis(chart: Chart) -> Iterator[str]:
         yield (f'<line class=tick x1={x} x2={x} y2={bottom + 4} />'
                f'<text class=time x={x} y={bottom + 16}>{clock(when, chart.zone)}</text>')
 
-# %% ../../nbs/ui/svg_chart.ipynb #07719325
+# %% ../../nbs/ui/svg_chart.ipynb #8794a45d
 _MOST_TEXTS = 3   # of events in one column
 
 def _escaped(text: str) -> str:
     return printable(text).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;").replace('"', "&quot;")
 
+# %% ../../nbs/ui/svg_chart.ipynb #2e7bb671
 def _marks(chart: Chart) -> Iterator[str]:
     "Yield a mark for each column in which something happened, with its sentences"
     inside = [m for m in chart.marks if chart.first <= m.time/chart.span.width < chart.end]
@@ -195,12 +203,13 @@ def _marks(chart: Chart) -> Iterator[str]:
         yield (f'<g class=mark data-x={number - chart.first}><title>{said}</title><line x1={x} x2={x} y2={HEIGHT} />'
                f"<circle cx={x} r=4 /></g>")
 
-# %% ../../nbs/ui/svg_chart.ipynb #152e43c0
+# %% ../../nbs/ui/svg_chart.ipynb #8bf03599
 def _threshold(chart: Chart) -> str:
     if chart.threshold is None: return ""
     y = round(HEIGHT - chart.threshold, 1)
     return f"<line class=limit x2=100% y1={y:g} y2={y:g} />"
 
+# %% ../../nbs/ui/svg_chart.ipynb #4cff291a
 def chart_parts(
     chart: Chart,
     since: int | None = None,   # the first column that is wanted; `None`: all
@@ -210,6 +219,7 @@ def chart_parts(
     return ("".join([*_grid(chart), *_axis(chart)]), "".join(_column(c, chart) for c in columns),
             "".join([_threshold(chart), *_marks(chart)]))
 
+# %% ../../nbs/ui/svg_chart.ipynb #15c9ac11
 def draw_chart(
     chart: Chart,
     since: int | None = None,   # the first column that is wanted; `None`: all
@@ -222,7 +232,7 @@ def draw_chart(
     return ft("svg", Safe(inside), cls="plot", role="img", tabindex="0", aria_label=describe(chart),
               height=_bottom(chart) + 20, data_first=chart.first, data_lm_suppress_shortcuts="true")
 
-# %% ../../nbs/ui/svg_chart.ipynb #66ac43f6
+# %% ../../nbs/ui/svg_chart.ipynb #2a566186
 def legend(chart: Chart) -> Any:
     "Return what the colours of a chart mean"
     shown = [owner for owner in WORDS if any(getattr(column, owner) for column in chart.columns)]
