@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['RANGES', 'Stretch', 'HINT', 'span_of', 'Wanted', 'to_columns', 'Subject', 'subjects_of', 'subjects_of_rows',
            'point_stretches', 'status_marks', 'monitor_charts', 'marks_of', 'row_charts', 'recorded_charts', 'figure',
-           'chart_grid', 'draw_charts', 'chart_shape']
+           'chart_grid', 'draw_charts', 'kept_for', 'charts_of', 'chart_shape']
 
-# %% ../../nbs/ui/charts.ipynb #a271570c
+# %% ../../nbs/ui/charts.ipynb #fe62609a
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -28,7 +28,7 @@ from ..recorded.rows import Place, Row
 from .svg_chart import Chart, Column, Mark, Span, column_text, draw_chart, legend
 from .view import View
 
-# %% ../../nbs/ui/charts.ipynb #16bcb9cd
+# %% ../../nbs/ui/charts.ipynb #ec00bdb5
 RANGES = {"10m": "10 minutes", "1h": "1 hour", "24h": "24 hours"}
 _SPANS = {"10m": Span(600, 5, 120), "1h": Span(3600, 60, 900), "24h": Span(86400, 900, 4*3600)}
 _MANY = 6   # charts, above which columns are wider
@@ -42,7 +42,7 @@ def span_of(
     span = _SPANS[name]
     return replace(span, width=2*span.width) if name == "10m" and count > _MANY else span
 
-# %% ../../nbs/ui/charts.ipynb #374c0f13
+# %% ../../nbs/ui/charts.ipynb #28cfb1b7
 @dataclass(frozen=True)
 class Wanted:
     "The charts that a reader asks for"
@@ -51,8 +51,9 @@ class Wanted:
     since: int | None = None     # the first column; `None`: all
     view: View = View()
     interval: float = 1.0        # seconds between two samples
+    workers: bool = True         # whether those of workers are drawn, which are folded
 
-# %% ../../nbs/ui/charts.ipynb #344b6541
+# %% ../../nbs/ui/charts.ipynb #825a4e00
 Stretch = tuple[float, float, Column]   # since and until, in seconds since the epoch, and the figures
 
 def _fullest(number: int, found: Sequence[Column]) -> Column:
@@ -60,7 +61,7 @@ def _fullest(number: int, found: Sequence[Column]) -> Column:
     load = round(sum(loads)/len(loads)) if loads else None
     return replace(max(found, key=lambda figures: figures.used), number=number, load=load)
 
-# %% ../../nbs/ui/charts.ipynb #e8a855e4
+# %% ../../nbs/ui/charts.ipynb #307427ba
 def to_columns(
     stretches: Iterable[Stretch],
     span: Span,
@@ -74,7 +75,7 @@ def to_columns(
             found.setdefault(number, []).append(figures)
     return tuple(_fullest(number, found[number]) for number in sorted(found))
 
-# %% ../../nbs/ui/charts.ipynb #4df6d4d5
+# %% ../../nbs/ui/charts.ipynb #e0687f0f
 @dataclass(frozen=True)
 class Subject:
     "What a chart is of"
@@ -85,7 +86,7 @@ class Subject:
     limit: str = ""                   # what the threshold means
     pids: frozenset[int] = frozenset()   # of a worker and its child processes
 
-# %% ../../nbs/ui/charts.ipynb #c05e2bff
+# %% ../../nbs/ui/charts.ipynb #18a356dc
 def _workers(sample: Sample, view: View) -> Iterator[Subject]:
     "Yield the workers that have GPU memory"
     devices = sample.gpu.allowed
@@ -97,7 +98,7 @@ def _workers(sample: Sample, view: View) -> Iterator[Subject]:
         label = printable(f"{worker.shown().worker_type} worker (PID {worker.pid})")
         yield Subject(worker_key(worker), label, total, pids=frozenset({worker.pid, *children}))
 
-# %% ../../nbs/ui/charts.ipynb #75ebc58e
+# %% ../../nbs/ui/charts.ipynb #d1097450
 def subjects_of(
     sample: Sample,
     view: View = View(),
@@ -111,13 +112,13 @@ def subjects_of(
     rams = [Subject("ram", "RAM", ram.memory.memory.total, ram.threshold_percent, low)] if ram.memory else []
     return [*gpus, *rams, *_workers(sample, view)]
 
-# %% ../../nbs/ui/charts.ipynb #30d1ade9
+# %% ../../nbs/ui/charts.ipynb #00d94c20
 def subjects_of_rows(rows: Sequence[Row]) -> list[Subject]:
     "Return the GPUs and RAM of recorded rows, as they were last called"
     last = {place.key: place for row in rows for place in row.places}
     return [Subject(key, printable(place.label), place.total or 0) for key, place in last.items()]
 
-# %% ../../nbs/ui/charts.ipynb #c9715391
+# %% ../../nbs/ui/charts.ipynb #f27b72e6
 def _of_device(point: DevicePoint) -> Column | None:
     if point.total is None or point.used is None: return None
     return Column(0, point.app, point.external, point.unattributed, point.promised, point.utilization)
@@ -129,7 +130,7 @@ def _of_point(subject: Subject, point: Point) -> Column | None:
     memory = point.workers.get(subject.key)
     return None if memory is None else Column(0, memory)
 
-# %% ../../nbs/ui/charts.ipynb #cd9e32eb
+# %% ../../nbs/ui/charts.ipynb #a04e864e
 def point_stretches(
     points: Sequence[Point],
     interval: float,          # seconds between two samples
@@ -142,11 +143,11 @@ def point_stretches(
     return [(begin, end if 0 <= end - begin <= 3*interval + 1 else begin, point)
             for begin, end, point in zip(begins, ends, points, strict=True)]
 
-# %% ../../nbs/ui/charts.ipynb #ef7ff1b7
+# %% ../../nbs/ui/charts.ipynb #eddc38d6
 _WORDS = dict(available="available", app_busy="busy with this app", external_busy="busy with other programs",
               unavailable="unavailable")
 
-# %% ../../nbs/ui/charts.ipynb #c0de77ab
+# %% ../../nbs/ui/charts.ipynb #ae561d6e
 def status_marks(
     subject: Subject,
     stretches: Sequence[tuple[float, float, Point]],
@@ -156,7 +157,7 @@ def status_marks(
     return tuple(Mark(begin, f"{subject.label} is {_WORDS[status.value]}.")
                  for (_, before), (begin, status) in zip(known, known[1:], strict=False) if status is not before)
 
-# %% ../../nbs/ui/charts.ipynb #aeb6cb42
+# %% ../../nbs/ui/charts.ipynb #4f2df5b6
 def monitor_charts(
     sample: Sample,
     history: History,
@@ -174,13 +175,13 @@ def monitor_charts(
         return _chart(subject, to_columns(found, span, end), marks, span, end, wanted.zone)
     return list(map(draw, subjects))
 
-# %% ../../nbs/ui/charts.ipynb #9752bdc3
+# %% ../../nbs/ui/charts.ipynb #fa0fdf53
 def _chart(subject: Subject, columns: tuple[Column, ...], marks: tuple[Mark, ...], span: Span, end: int,
            zone: int | None) -> Chart:
     total = max([subject.total, *(column.used for column in columns)])
     return Chart(subject.key, subject.label, total, span, end, columns, marks, subject.threshold, subject.limit, zone)
 
-# %% ../../nbs/ui/charts.ipynb #fe12a13b
+# %% ../../nbs/ui/charts.ipynb #25473e30
 _OF_ALL = "driver_lost", "driver_back", "out_of_memory"   # kinds of changes that every GPU's chart shows
 
 def marks_of(
@@ -193,7 +194,7 @@ def marks_of(
         return change.place == subject.key or subject.key != "ram" and change.kind in _OF_ALL
     return tuple(Mark(when, change.text) for when, change in changes if is_of(change))
 
-# %% ../../nbs/ui/charts.ipynb #1c122125
+# %% ../../nbs/ui/charts.ipynb #6b7e9507
 def _of_place(place: Place) -> Column | None:
     "Return the figures of a place at its fullest moment, divided as they were on average"
     if not place.total or place.used is None: return None
@@ -201,7 +202,7 @@ def _of_place(place: Place) -> Column | None:
     app, external, unseen = (round(n*more) for n in (place.app, place.external, place.unattributed))
     return Column(0, app, external, unseen, place.promised, place.utilization)
 
-# %% ../../nbs/ui/charts.ipynb #f71049bd
+# %% ../../nbs/ui/charts.ipynb #26209955
 def _of_row(subject: Subject, row: Row) -> Column | None:
     "Return the figures of a row; `None` if it has none"
     if not subject.pids: return _of_place(place) if (place := row.place(subject.key)) else None
@@ -209,7 +210,7 @@ def _of_row(subject: Subject, row: Row) -> Column | None:
               if share.pid in subject.pids]
     return Column(0, sum(share.most for share in shares)) if shares else None
 
-# %% ../../nbs/ui/charts.ipynb #a0489550
+# %% ../../nbs/ui/charts.ipynb #fababe29
 def row_charts(
     rows: Sequence[Row],
     subjects: Sequence[Subject],
@@ -224,7 +225,7 @@ def row_charts(
         return _chart(subject, to_columns(found, span, end), marks_of(subject, changes), span, end, zone)
     return list(map(draw, subjects))
 
-# %% ../../nbs/ui/charts.ipynb #e95b7d21
+# %% ../../nbs/ui/charts.ipynb #3fb406c7
 def recorded_charts(
     recorded: RecordedHistory,
     range: str = "24h",             # one of `RANGES`
@@ -239,29 +240,29 @@ def recorded_charts(
     rows = recorded.between(since, now, span.width)
     return row_charts(rows, subjects_of_rows(rows), span, end, recorded.changes(since, now), zone)
 
-# %% ../../nbs/ui/charts.ipynb #58bab668
+# %% ../../nbs/ui/charts.ipynb #f6da22a0
 def figure(
     chart: Chart,
     since: int | None = None,   # the first column that is wanted; `None`: all
 ) -> Any:
-    "Return a chart with its name, its last figures and its legend"
+    "Return a chart with its legend, and with its name and its last figures, unless it is what is new of one"
     now = column_text(chart.columns[-1], chart) if chart.columns else "no figures yet"
     caption = ft("figcaption", B(chart.label), ft("output", now, aria_live="off"))
-    return ft("figure", caption, draw_chart(chart, since), legend(chart), cls="chart", data_key=chart.key)
+    parts = [caption] if since is None else []
+    return ft("figure", *parts, draw_chart(chart, since), legend(chart), cls="chart", data_key=chart.key)
 
-# %% ../../nbs/ui/charts.ipynb #e570f7f8
+# %% ../../nbs/ui/charts.ipynb #54dee200
 def chart_grid(
     charts: Sequence[Chart],
-    since: int | None = None,   # the first column that is wanted; `None`: all
+    wanted: Wanted = Wanted(),
 ) -> Any:
-    "Return charts next to each other; those of workers, which have no threshold and no place of their own, folded"
-    drawn = [(figure(chart, since), "/" in chart.key) for chart in charts]
-    first, workers = ([shown for shown, is_worker in drawn if is_worker is wanted] for wanted in (False, True))
-    folded = Details(Summary(f"Workers ({len(workers)})"), Div(*workers, cls="chart-grid"), cls="fold",
-                     data_key="workers")
-    return (Div(*first, cls="chart-grid"), *([folded] if workers else []))
+    "Return charts next to each other; those of workers folded"
+    machine, workers = ([c for c in charts if ("/" in c.key) is is_worker] for is_worker in (False, True))
+    drawn, folded = ([figure(c, wanted.since) for c in found] for found in (machine, workers if wanted.workers else []))
+    fold = Details(Summary(f"Workers ({len(workers)})"), Div(*folded, cls="chart-grid"), cls="fold")
+    return (Div(*drawn, cls="chart-grid"), *([fold] if workers else []))
 
-# %% ../../nbs/ui/charts.ipynb #de70524d
+# %% ../../nbs/ui/charts.ipynb #c2c422d7
 HINT = "cjm-resources record"
 
 def _hint(range: str, problem: str = "") -> Any:
@@ -269,7 +270,7 @@ def _hint(range: str, problem: str = "") -> Any:
     last = "hour" if range == "1h" else "24 hours"
     return P(f"No recorder has kept the last {last}. To keep what happens from now on: ", Code(HINT), cls="note")
 
-# %% ../../nbs/ui/charts.ipynb #d2a10068
+# %% ../../nbs/ui/charts.ipynb #9e2296b2
 def _late(charts: Sequence[Chart], zone: int | None) -> list[Any]:
     "Say when the last figures are from, if the recorder has stopped"
     last = max((chart.columns[-1].number for chart in charts if chart.columns), default=None)
@@ -277,7 +278,7 @@ def _late(charts: Sequence[Chart], zone: int | None) -> list[Any]:
     when = column_text(Column(last), charts[0]).split(" · ")[0]
     return [P(f"The last figures are from {when}: no recorder is running. To go on: ", Code(HINT), cls="note")]
 
-# %% ../../nbs/ui/charts.ipynb #2ad6f633
+# %% ../../nbs/ui/charts.ipynb #13fd868e
 def _recorded(sample: Sample, recorded: RecordedHistory, wanted: Wanted) -> Any:
     subjects = subjects_of(sample, wanted.view)
     span, now = span_of(wanted.range, len(subjects)), datetime.now().timestamp()
@@ -287,15 +288,15 @@ def _recorded(sample: Sample, recorded: RecordedHistory, wanted: Wanted) -> Any:
     except StoreError as error: return (_hint(wanted.range, str(error)),)
     if not rows: return (_hint(wanted.range),)
     charts = row_charts(rows, subjects, span, end, changes, wanted.zone)
-    return (*chart_grid(charts, wanted.since), *_late(charts, wanted.zone))
+    return (*chart_grid(charts, wanted), *_late(charts, wanted.zone))
 
-# %% ../../nbs/ui/charts.ipynb #d27534a1
+# %% ../../nbs/ui/charts.ipynb #481fc298
 def _changes(recorded: RecordedHistory | None, sample: Sample) -> list[tuple[float, Change]]:
     now = sample.time or 0.0
     try: return recorded.changes(now - 600, now + 1) if recorded else []
     except StoreError: return []   # the longer charts show why
 
-# %% ../../nbs/ui/charts.ipynb #95da990d
+# %% ../../nbs/ui/charts.ipynb #a0a7562f
 def draw_charts(
     sample: Sample,
     history: History,
@@ -306,10 +307,25 @@ def draw_charts(
     if wanted.range != "10m":
         span_of(wanted.range, 0)
         return _recorded(sample, recorded, wanted) if recorded else (_hint(wanted.range),)
-    return chart_grid(monitor_charts(sample, history, wanted, _changes(recorded, sample)), wanted.since)
+    return chart_grid(monitor_charts(sample, history, wanted, _changes(recorded, sample)), wanted)
 
-# %% ../../nbs/ui/charts.ipynb #7edbcd75
+# %% ../../nbs/ui/charts.ipynb #7a15d21e
+def kept_for(sample: Sample) -> RecordedHistory | None:
+    "Return what this user's recorder keeps of a machine; `None` for a simulated one, of which it keeps nothing"
+    return None if sample.simulated else RecordedHistory()
+
+def charts_of(
+    sample: Sample,
+    history: History,
+    view: View,              # with the charts that are wanted
+    interval: float = 1.0,   # seconds between two samples
+) -> Any:
+    "Return the charts of a view, for a panel and for the picture that a notebook keeps"
+    return draw_charts(sample, history, Wanted(view.charts, view=view, interval=interval), kept_for(sample))
+
+# %% ../../nbs/ui/charts.ipynb #bcb67b9b
 def chart_shape(sample: Sample, wanted: Wanted) -> str:
-    "Return what is the same for charts that follow each other: their range, their seconds for a column, their number"
-    count = len(subjects_of(sample, wanted.view))
-    return f"{wanted.range} {min(span_of(wanted.range, count).width, 60)} {count}"
+    "Return the range, the seconds until there is more, and what is the same while the same charts move on"
+    subjects = subjects_of(sample, wanted.view)
+    seconds = min(span_of(wanted.range, len(subjects)).width, 60)
+    return f"{wanted.range} {seconds} {len(subjects)} {sum(subject.total for subject in subjects)}"

@@ -65,6 +65,7 @@ class View:
     rows: int = 20                              # processes and workers at most
     totals: bool = False                        # whether the panel shows totals, which the page folds
     details: bool = False                       # whether it shows ages, command lines and loads, as the page does
+    charts: str = ""                            # how far back its charts go: "10m", "1h", "24h"; empty: none
 
     def devices(self, sample: Sample) -> list[DeviceStatus]:
         "Return those that are shown"

@@ -44,7 +44,7 @@ from ..sizes import parse_size
 from .age import moment_of, not_live
 from .assets import read_asset
 from .cards import CSS, arrange
-from .charts import Wanted, chart_shape, draw_charts, span_of
+from .charts import Wanted, chart_shape, draw_charts, kept_for, span_of
 from .controls import check_controls, find_asked, name_question
 from .gate import Bounded, Gate, ask_guard, is_same_origin
 from .headers import Headed
@@ -59,7 +59,7 @@ from .wish import wish_events
 _all_ = ["Client", "EventStream", "Gate", "Hub", "Slots", "change_event", "is_same_origin", "layout_event", "to_event"]
 
 # %% ../../nbs/ui/web.ipynb #795432cc
-SCRIPT = "\n".join(map(read_asset, ("tables.js", "charts.js", "live.js")))
+SCRIPT = "\n".join(map(read_asset, ("tables.js", "figures.js", "charts.js", "live.js")))
 
 _NOT_YET = "The driver has not answered yet."
 
@@ -170,7 +170,7 @@ def _picture_handlers(hub: Hub, prefix: str) -> dict[str, Callable[..., Any]]:  
     scripts = {"/live": _script(SCRIPT), "/page": _script(read_asset("page.js"))}
     return {"": page, "/": page, "/fragment": fragment, **scripts}
 
-# %% ../../nbs/ui/web.ipynb #e924229d
+# %% ../../nbs/ui/web.ipynb #f1b4e4c4
 _EAST = 24*60   # minutes that a time zone can be from UTC, at most
 
 def _whole_number(req: Request, name: str, most: int) -> int | None:
@@ -183,14 +183,15 @@ def _whole_number(req: Request, name: str, most: int) -> int | None:
 def _wanted(req: Request, hub: Hub) -> Wanted:
     "Return the charts that a request asks for; `ValueError`"
     zone, since = _whole_number(req, "zone", _EAST), _whole_number(req, "since", 10**12)
-    return Wanted(req.query_params.get("range", "10m"), zone, since, hub.view, hub.monitor.interval)
+    workers = req.query_params.get("workers") == "1"
+    return Wanted(req.query_params.get("range", "10m"), zone, since, hub.view, hub.monitor.interval, workers)
 
 def _charts_handlers(hub: Hub, recorded: RecordedHistory | None) -> dict[str, Callable[..., Any]]:
     "Return the handler of the charts"
     def draw(wanted: Wanted) -> tuple[str, str]:
         sample = hub.monitor.current()
-        kept = recorded or (None if sample.simulated else RecordedHistory())
-        return to_html(draw_charts(sample, hub.monitor.history, wanted, kept)), chart_shape(sample, wanted)
+        drawn = draw_charts(sample, hub.monitor.history, wanted, recorded or kept_for(sample))
+        return to_html(drawn), chart_shape(sample, wanted)
 
     async def charts(req: Request) -> Any:
         try:

@@ -1,75 +1,7 @@
-// Charts of an element `.cjm`: figures under the pointer and by arrow keys and, on the page, charts that move on.
+// The charts of the page, which move on while they are open; figures.js comes before this file.
 // It may be loaded more than once: what it declares are functions, and each element is taken once.
 // biome-ignore lint/suspicious/noRedundantUseStrict: a classic script, which is no module
 "use strict";
-
-// The figures of the column that is looked at, and what happened then, stand above the chart.
-function cjmFigures(root) {
-  const plotOf = ({ target }) => target.closest?.(".plot");
-  const columnsOf = (plot) => [...plot.querySelectorAll(".columns > g")];
-  const titleOf = (element) => element?.querySelector("title").textContent ?? "";
-  const placeOf = (column) => Number(/-?\d+/.exec(column.getAttribute("transform"))[0]);
-
-  const clear = (plot) => {
-    const output = plot.parentNode.querySelector("output");
-    for (const column of plot.querySelectorAll(".at")) column.classList.remove("at");
-    output.classList.remove("at");
-    output.textContent = titleOf(columnsOf(plot).at(-1));
-  };
-  const show = (plot, column) => {
-    const output = plot.parentNode.querySelector("output");
-    const mark = plot.querySelector(`.mark[data-x="${placeOf(column)}"]`);
-    for (const other of plot.querySelectorAll(".at")) other.classList.remove("at");
-    column.classList.add("at");
-    output.classList.add("at");
-    output.textContent = [titleOf(column), ...(mark ? titleOf(mark).split("\n") : [])].join(" · ");
-  };
-  const near = (plot, event) => {
-    const box = plot.querySelector(".columns").getBoundingClientRect();
-    const count = plot.querySelector(".columns").viewBox.baseVal.width;
-    const x = ((event.clientX - box.left) / box.width) * count - 0.5;
-    const far = (column) => Math.abs(placeOf(column) - x);
-    return columnsOf(plot).reduce((best, column) => (best && far(best) <= far(column) ? best : column), undefined);
-  };
-
-  root.addEventListener("pointermove", (event) => {
-    const plot = plotOf(event);
-    const column = plot && near(plot, event);
-    if (column && !column.classList.contains("at")) show(plot, column);
-  });
-  root.addEventListener("pointerout", (event) => {
-    const plot = plotOf(event);
-    if (plot && !plot.contains(event.relatedTarget) && document.activeElement !== plot) clear(plot);
-  });
-  root.addEventListener("focusin", (event) => {
-    const plot = plotOf(event);
-    if (!plot) return;
-    plot.parentNode.querySelector("output").ariaLive = "polite";
-    if (!plot.matches(":hover") && columnsOf(plot).length) show(plot, columnsOf(plot).at(-1));
-  });
-  root.addEventListener("focusout", (event) => {
-    const plot = plotOf(event);
-    if (!plot) return;
-    plot.parentNode.querySelector("output").ariaLive = "off";
-    clear(plot);
-  });
-  root.addEventListener("keydown", (event) => {
-    const plot = plotOf(event);
-    const columns = plot ? columnsOf(plot) : [];
-    const at = columns.findIndex((column) => column.classList.contains("at"));
-    const last = columns.length - 1;
-    const places = { ArrowLeft: Math.max(at - 1, 0), ArrowRight: Math.min(at + 1, last), Home: 0, End: last };
-    if (!columns.length || !(event.key in places) || event.ctrlKey || event.metaKey || event.altKey) return;
-    event.preventDefault();
-    event.stopPropagation();
-    show(plot, columns[places[event.key]]);
-  });
-  root.cjmClearFigures = (plot) => {
-    const at = plot.querySelector(".at");
-    if (at) show(plot, at);
-    else clear(plot);
-  };
-}
 
 // Move a chart on: `wanted` has the columns that are new, and places all of them.
 function moveChart(figure, wanted) {
@@ -93,8 +25,7 @@ function moveChart(figure, wanted) {
     }
   }
   columns.setAttribute("viewBox", next.querySelector(".columns").getAttribute("viewBox"));
-  plot.firstElementChild.replaceWith(next.firstElementChild);
-  plot.lastElementChild.replaceWith(next.lastElementChild);
+  for (const name of ["axis", "over"]) plot.querySelector(`.${name}`).replaceWith(next.querySelector(`.${name}`));
   plot.dataset.first = next.dataset.first;
   plot.ariaLabel = next.getAttribute("aria-label");
   const [legend, other] = [figure, wanted].map((element) => element.querySelector(".key"));
@@ -106,7 +37,7 @@ function putCharts(root, body, wanted, isWhole) {
   const keysOf = (element) => [...element.querySelectorAll(".chart")].map((figure) => figure.dataset.key).join(" ");
   if (isWhole || keysOf(body) !== keysOf(wanted)) {
     if (!isWhole) return false;
-    const isOpen = body.querySelector(".fold")?.open;
+    const isOpen = body.querySelector(".fold")?.open ?? false;
     body.replaceChildren(...wanted.childNodes);
     const fold = body.querySelector(".fold");
     if (fold) fold.open = isOpen;
@@ -128,8 +59,6 @@ function putCharts(root, body, wanted, isWhole) {
 function cjmCharts(root) {
   if (root.cjmFillCharts) return;
   cjmFigures(root);
-  root.cjmFillCharts = () => undefined;
-  if (!root.dataset.cjmCharts) return;
   const url = new URL(root.dataset.cjmCharts, document.baseURI);
   const number = document.querySelectorAll("[data-cjm-charts-of]").length;
   const box = document.createElement("details");
@@ -147,6 +76,7 @@ function cjmCharts(root) {
   let shown = "";
   let turn = 0;
 
+  const isFilled = (fold) => fold.querySelector(".chart") !== null;
   const say = (text) => {
     const note = document.createElement("p");
     note.className = "note";
@@ -155,9 +85,11 @@ function cjmCharts(root) {
     shown = "";
   };
   const fetchFor = async (range, since) => {
-    const query = { range, zone: -new Date().getTimezoneOffset(), ...(since ? { since } : {}) };
+    const workers = body.querySelector(".fold")?.open ? 1 : 0;
+    const query = { range, workers, zone: -new Date().getTimezoneOffset() };
     for (const [name, value] of Object.entries(query)) url.searchParams.set(name, value);
-    if (!since) url.searchParams.delete("since");
+    if (since) url.searchParams.set("since", since);
+    else url.searchParams.delete("since");
     const answer = await fetch(url, { redirect: "error", cache: "no-store", signal: AbortSignal.timeout(2e4) });
     if (!answer.ok) throw new Error(`The server answers with ${answer.status}.`);
     const wanted = document.createElement("template");
@@ -198,7 +130,8 @@ function cjmCharts(root) {
     timer = setTimeout(load, 1e3 * pause);
   };
 
-  box.addEventListener("toggle", load);
+  // of the charts, and of those of workers in them, whose event does not bubble
+  box.addEventListener("toggle", ({ target }) => (target === box || isFilled(target) !== target.open) && load(), true);
   box.addEventListener("change", load);
   document.addEventListener("visibilitychange", load);
   root.addEventListener("cjm-open", load);
@@ -209,4 +142,4 @@ function cjmCharts(root) {
   root.cjmFillCharts();
 }
 
-for (const root of document.querySelectorAll(".cjm")) cjmCharts(root);
+for (const root of document.querySelectorAll("[data-cjm-stream][data-cjm-charts]")) cjmCharts(root);
