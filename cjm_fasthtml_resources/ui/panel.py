@@ -39,7 +39,7 @@ from ..core.text import printable
 from ..core.threads import NoThreadError, start_thread
 from .assets import read_asset
 from .cards import CSS
-from .charts import RANGES, charts_of
+from .charts import RANGES, REDRAW, charts_of
 from .controls import check_controls, find_asked, name_question
 from .kept import find_shell, picture
 from .parts import to_html
@@ -104,7 +104,7 @@ def _renew(
     box.children = new
     for button in old: _close(button)
 
-# %% ../../nbs/ui/panel.ipynb #3106b5f2
+# %% ../../nbs/ui/panel.ipynb #a1f03236
 def _put(
     shown: dict[str, Any],       # slot → widget; is brought up to date
     slots: Mapping[str, str],    # slot → HTML
@@ -193,9 +193,7 @@ def _stop_asked(manager: ResourceManager, worker: WorkerState) -> str:
     except (OSError, RuntimeError) as error: return f"The worker with PID {worker.pid} was not stopped: {error}"
     return f"Stopped the {worker.shown().worker_type} worker with PID {worker.pid}."
 
-# %% ../../nbs/ui/panel.ipynb #797fc6c1
-_REDRAW = 10.0   # seconds between two drawings of the charts, at least
-
+# %% ../../nbs/ui/panel.ipynb #a8ae40f1
 class PanelCharts:
     "The menu and the charts of a panel"
     def __init__(self, chosen: str = "") -> None:
@@ -207,7 +205,7 @@ class PanelCharts:
         "Draw what the menu names, if that is due or the view is another one"
         view, now = replace(view, charts=self.menu.value), time.monotonic()
         if view == self._view and (now < self._due or not view.charts): return
-        self._due, self._view = now + _REDRAW, view
+        self._due, self._view = now + REDRAW, view
         drawn = charts_of(sample, monitor.history, view, monitor.interval) if view.charts else ()
         self.widget.value = to_html(drawn)
 

@@ -77,12 +77,13 @@ function cjmCharts(root) {
   let turn = 0;
 
   const isFilled = (fold) => fold.querySelector(".chart") !== null;
+  // below the charts that are there
   const say = (text) => {
     const note = document.createElement("p");
     note.className = "note";
     note.textContent = text;
-    body.replaceChildren(note);
-    shown = "";
+    body.querySelector(":scope > .note")?.remove();
+    body.append(note);
   };
   const fetchFor = async (range, since) => {
     const workers = body.querySelector(".fold")?.open ? 1 : 0;

@@ -89,7 +89,7 @@ function cjmFigures(root) {
     if (column) show(plot, column);
   };
   const observer = new MutationObserver(restore);
-  if (!root.matches("[data-cjm-stream]")) observer.observe(root, { childList: true, subtree: true });
+  if (!root.matches("[data-cjm-charts]")) observer.observe(root, { childList: true, subtree: true });
   root.cjmClearFigures = (plot) => {
     const at = plot.querySelector(".at");
     if (at) show(plot, at);
