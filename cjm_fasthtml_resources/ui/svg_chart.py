@@ -6,7 +6,7 @@
 __all__ = ['WORDS', 'HEIGHT', 'STRIP', 'Column', 'Mark', 'Span', 'Chart', 'clock', 'column_text', 'describe', 'strokes',
            'tick_times', 'scale_sizes', 'draw_chart', 'legend']
 
-# %% ../../nbs/ui/svg_chart.ipynb #ae0244c4
+# %% ../../nbs/ui/svg_chart.ipynb #334b89e5
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta, timezone
@@ -17,7 +17,7 @@ from fastcore.xml import Safe, ft
 
 from ..core.text import format_bytes, printable
 
-# %% ../../nbs/ui/svg_chart.ipynb #509fab6e
+# %% ../../nbs/ui/svg_chart.ipynb #4cb627be
 @dataclass(frozen=True)
 class Column:
     "What used memory in a stretch of time, in bytes, and the load in percent"
@@ -33,14 +33,14 @@ class Column:
         "Bytes that are used"
         return self.app + self.external + self.unattributed
 
-# %% ../../nbs/ui/svg_chart.ipynb #2ce0f841
+# %% ../../nbs/ui/svg_chart.ipynb #9a7bda94
 @dataclass(frozen=True)
 class Mark:
     "An event: when it was, in seconds since the epoch, and a sentence"
     time: float
     text: str
 
-# %% ../../nbs/ui/svg_chart.ipynb #0f6b947d
+# %% ../../nbs/ui/svg_chart.ipynb #e3cc7175
 @dataclass(frozen=True)
 class Span:
     "How much time a chart shows, in seconds"
@@ -53,7 +53,7 @@ class Span:
         "How many columns there are"
         return self.length//self.width
 
-# %% ../../nbs/ui/svg_chart.ipynb #340e8877
+# %% ../../nbs/ui/svg_chart.ipynb #ca9496d0
 @dataclass(frozen=True)
 class Chart:
     "All that is drawn of a GPU, of RAM or of a worker"
@@ -73,7 +73,7 @@ class Chart:
         "The number of the first column"
         return self.end - self.span.count
 
-# %% ../../nbs/ui/svg_chart.ipynb #1442c3ac
+# %% ../../nbs/ui/svg_chart.ipynb #ef0552ab
 WORDS = dict(external="other programs", unattributed="not visible", app="app", promised="reserved")   # from the bottom
 
 def clock(
@@ -85,7 +85,7 @@ def clock(
     at = timezone(timedelta(minutes=zone)) if zone is not None else None
     return datetime.fromtimestamp(when, at).strftime(form)
 
-# %% ../../nbs/ui/svg_chart.ipynb #7428ede9
+# %% ../../nbs/ui/svg_chart.ipynb #92b00042
 def column_text(
     column: Column,
     chart: Chart,
@@ -97,13 +97,13 @@ def column_text(
     when = clock(column.number*chart.span.width, chart.zone, form)
     return " · ".join([when, *(shares or ["nothing in use"]), *load])
 
-# %% ../../nbs/ui/svg_chart.ipynb #d789d4cf
+# %% ../../nbs/ui/svg_chart.ipynb #1e984590
 def _between(values: Sequence[float], form: str) -> str:
     "Return the smallest and the largest of some values, or the only one"
     low, high = (form.format(value) for value in (min(values), max(values)))
     return low if low == high else f"{low} to {high}"
 
-# %% ../../nbs/ui/svg_chart.ipynb #5abe3970
+# %% ../../nbs/ui/svg_chart.ipynb #420001e3
 def describe(chart: Chart) -> str:
     "Return what a chart shows, in a sentence for each figure"
     if not chart.columns: return f"{chart.label}: no figures yet."
@@ -115,7 +115,7 @@ def describe(chart: Chart) -> str:
     if chart.marks: said.append(f"Events: {len(chart.marks)}.")
     return " ".join(said)
 
-# %% ../../nbs/ui/svg_chart.ipynb #fe11bbae
+# %% ../../nbs/ui/svg_chart.ipynb #b1ce2a29
 HEIGHT, STRIP = 100, 24   # px of the memory, and of the load below it
 _LOAD = HEIGHT + 12 + STRIP   # px from the top to the bottom of the load
 
@@ -123,7 +123,7 @@ def _bottom(chart: Chart) -> int:
     "Return the px from the top to where the times begin"
     return _LOAD if any(column.load is not None for column in chart.columns) else HEIGHT
 
-# %% ../../nbs/ui/svg_chart.ipynb #595de332
+# %% ../../nbs/ui/svg_chart.ipynb #988f282f
 def strokes(
     column: Column,
     total: int,   # bytes
@@ -136,14 +136,14 @@ def strokes(
     if column.load: found.append(("load", _LOAD, round(_LOAD - STRIP*min(column.load, 100)/100, 1)))
     return [stroke for stroke in found if stroke[1] > stroke[2]]
 
-# %% ../../nbs/ui/svg_chart.ipynb #5ed8e123
+# %% ../../nbs/ui/svg_chart.ipynb #ed674046
 def _column(column: Column, chart: Chart) -> str:
     "Return a column: what is under the pointer, its figures, and its strokes"
     parts = [f'<path class={name} d="M.5 {a:g}V{b:g}"/>' for name, a, b in strokes(column, chart.total)]
     return (f"<g transform=translate({column.number - chart.first})><title>{column_text(column, chart)}</title>"
             f"<rect />{''.join(parts)}</g>")
 
-# %% ../../nbs/ui/svg_chart.ipynb #a31d73fb
+# %% ../../nbs/ui/svg_chart.ipynb #1ed9ebea
 def tick_times(chart: Chart) -> list[int]:
     "Return the round times within a chart, in seconds since the epoch"
     since, until, tick = chart.first*chart.span.width, chart.end*chart.span.width, chart.span.tick
@@ -152,7 +152,7 @@ def tick_times(chart: Chart) -> list[int]:
     east = round(offset.total_seconds()) if offset else 0
     return [when - east for when in range(-(-(since + east)//tick)*tick, until + east + 1, tick)]
 
-# %% ../../nbs/ui/svg_chart.ipynb #2fa06ed0
+# %% ../../nbs/ui/svg_chart.ipynb #76e15ff9
 def scale_sizes(
     total: int,   # bytes
 ) -> list[int]:
@@ -162,7 +162,7 @@ def scale_sizes(
     round_sizes = [n for n in range(0, total, step) if total - n > 0.15*total]
     return [*round_sizes, total]
 
-# %% ../../nbs/ui/svg_chart.ipynb #93e483bb
+# %% ../../nbs/ui/svg_chart.ipynb #9e7e836f
 def _percent(chart: Chart, number: float) -> str:
     return f"{100*(number - chart.first)/chart.span.count:.4g}%"
 
@@ -175,7 +175,7 @@ def _sizes(chart: Chart) -> Iterator[str]:
     if _bottom(chart) == _LOAD:
         yield f'<line x2=100% y1={_LOAD} y2={_LOAD} /><text x=-6 y={_LOAD - 6} >load</text>'
 
-# %% ../../nbs/ui/svg_chart.ipynb #e2a22bf8
+# %% ../../nbs/ui/svg_chart.ipynb #f0ca125f
 def _axis(chart: Chart) -> Iterator[str]:
     "Yield the times below a chart, each with its line"
     bottom = _bottom(chart)
@@ -184,13 +184,13 @@ def _axis(chart: Chart) -> Iterator[str]:
         yield (f"<line x1={x} x2={x} y2={bottom + 4} />"
                f"<text x={x} y={bottom + 16}>{clock(when, chart.zone)}</text>")
 
-# %% ../../nbs/ui/svg_chart.ipynb #690b4450
+# %% ../../nbs/ui/svg_chart.ipynb #e877a7e2
 _MOST_TEXTS = 3   # of events in one column
 
 def _escaped(text: str) -> str:
     return printable(text).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;").replace('"', "&quot;")
 
-# %% ../../nbs/ui/svg_chart.ipynb #1d99f0e0
+# %% ../../nbs/ui/svg_chart.ipynb #4c1fb75f
 def _marks(chart: Chart) -> Iterator[str]:
     "Yield a mark for each column in which something happened, with its sentences"
     inside = [m for m in chart.marks if chart.first <= m.time/chart.span.width < chart.end]
@@ -203,20 +203,20 @@ def _marks(chart: Chart) -> Iterator[str]:
         yield (f'<g class=mark data-x={number - chart.first}><title>{said}</title><line x1={x} x2={x} y2={HEIGHT} />'
                f"<circle cx={x} r=4 /></g>")
 
-# %% ../../nbs/ui/svg_chart.ipynb #fd399e59
+# %% ../../nbs/ui/svg_chart.ipynb #a85e807f
 def _threshold(chart: Chart) -> str:
     if chart.threshold is None: return ""
     y = round(HEIGHT - chart.threshold, 1)
     return f"<line class=limit x2=100% y1={y:g} y2={y:g} />"
 
-# %% ../../nbs/ui/svg_chart.ipynb #7cb5a407
+# %% ../../nbs/ui/svg_chart.ipynb #ab9cc7a5
 def _columns(chart: Chart, since: int | None) -> str:
     first = chart.first if since is None else max(chart.first, since)
     columns = "".join(_column(column, chart) for column in chart.columns if first <= column.number < chart.end)
     size = f'viewBox="0 0 {chart.span.count} {_bottom(chart)}" height={_bottom(chart)}'
     return f"<svg class=columns preserveAspectRatio=none {size} >{columns}</svg>"
 
-# %% ../../nbs/ui/svg_chart.ipynb #399c780e
+# %% ../../nbs/ui/svg_chart.ipynb #9c78aa38
 def draw_chart(
     chart: Chart,
     since: int | None = None,   # the first column that is wanted; `None`: all
@@ -229,7 +229,7 @@ def draw_chart(
     return ft("svg", Safe(inside), cls="plot", role="img", tabindex="0", aria_label=describe(chart),
               height=_bottom(chart) + 20, data_first=chart.first, **more)
 
-# %% ../../nbs/ui/svg_chart.ipynb #57ee3cfc
+# %% ../../nbs/ui/svg_chart.ipynb #47ec9429
 def legend(chart: Chart) -> Any:
     "Return what the colours of a chart mean"
     shown = [owner for owner in WORDS if any(getattr(column, owner) for column in chart.columns)]
