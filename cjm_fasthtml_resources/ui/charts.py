@@ -7,7 +7,7 @@ __all__ = ['RANGES', 'Stretch', 'HINT', 'REDRAW', 'span_of', 'Wanted', 'to_colum
            'point_stretches', 'status_marks', 'monitor_charts', 'marks_of', 'row_charts', 'recorded_charts', 'figure',
            'chart_grid', 'ChartView', 'draw_charts', 'kept_for', 'charts_of', 'chart_shape']
 
-# %% ../../nbs/ui/charts.ipynb #3c6f2e88
+# %% ../../nbs/ui/charts.ipynb #21825439
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -39,7 +39,7 @@ from .cards import framed
 from .parts import to_html
 from .view import View
 
-# %% ../../nbs/ui/charts.ipynb #54250bbc
+# %% ../../nbs/ui/charts.ipynb #84d61e52
 RANGES = {"10m": "10 minutes", "1h": "1 hour", "24h": "24 hours"}
 _SPANS = {"10m": Span(600, 5, 120), "1h": Span(3600, 60, 900), "24h": Span(86400, 900, 4*3600)}
 _MANY = 6   # charts, above which columns are wider
@@ -53,7 +53,7 @@ def span_of(
     span = _SPANS[name]
     return replace(span, width=2*span.width) if name == "10m" and count > _MANY else span
 
-# %% ../../nbs/ui/charts.ipynb #3f99341b
+# %% ../../nbs/ui/charts.ipynb #2f894130
 @dataclass(frozen=True)
 class Wanted:
     "The charts that a reader asks for"
@@ -64,7 +64,7 @@ class Wanted:
     interval: float = 1.0        # seconds between two samples
     workers: bool = True         # whether those of workers are drawn, which are folded
 
-# %% ../../nbs/ui/charts.ipynb #ad6b0f06
+# %% ../../nbs/ui/charts.ipynb #1feff262
 Stretch = tuple[float, float, Column]   # since and until, in seconds since the epoch, and the figures
 
 def _fullest(number: int, found: Sequence[Column]) -> Column:
@@ -72,7 +72,7 @@ def _fullest(number: int, found: Sequence[Column]) -> Column:
     load = round(sum(loads)/len(loads)) if loads else None
     return replace(max(found, key=lambda figures: figures.used), number=number, load=load)
 
-# %% ../../nbs/ui/charts.ipynb #5cdb3bbf
+# %% ../../nbs/ui/charts.ipynb #78297440
 def to_columns(
     stretches: Iterable[Stretch],
     span: Span,
@@ -86,7 +86,7 @@ def to_columns(
             found.setdefault(number, []).append(figures)
     return tuple(_fullest(number, found[number]) for number in sorted(found))
 
-# %% ../../nbs/ui/charts.ipynb #1314a645
+# %% ../../nbs/ui/charts.ipynb #099c13ad
 @dataclass(frozen=True)
 class Subject:
     "What a chart is of"
@@ -96,8 +96,9 @@ class Subject:
     threshold: float | None = None    # percent
     limit: str = ""                   # what the threshold means
     pids: frozenset[int] = frozenset()   # of a worker and its child processes
+    app: frozenset[tuple[int, float | None]] = frozenset()   # of this app's processes: PIDs, and when they started
 
-# %% ../../nbs/ui/charts.ipynb #9ffbcf32
+# %% ../../nbs/ui/charts.ipynb #1d894b7d
 def _workers(sample: Sample, view: View) -> Iterator[Subject]:
     "Yield the workers that have GPU memory"
     devices = sample.gpu.allowed
@@ -109,7 +110,7 @@ def _workers(sample: Sample, view: View) -> Iterator[Subject]:
         label = printable(f"{worker.shown().worker_type} worker (PID {worker.pid})")
         yield Subject(worker_key(worker), label, total, pids=frozenset({worker.pid, *children}))
 
-# %% ../../nbs/ui/charts.ipynb #b6fa32e0
+# %% ../../nbs/ui/charts.ipynb #1e043a3a
 def subjects_of(
     sample: Sample,
     view: View = View(),
@@ -117,19 +118,20 @@ def subjects_of(
     "Return what a sample has charts of: its GPUs, RAM and its workers"
     percent, ram = sample.gpu.threshold_percent, sample.memory
     limit = f"threshold for other programs: {percent:g} %" if percent is not None else ""
-    gpus = [Subject(device_key(d.device), printable(f"GPU {d.device.id}"), d.device.memory_total or 0, percent, limit)
-            for d in view.devices(sample)]
+    app = frozenset((p.pid, p.start_time) for d in sample.gpu.allowed for p in d.processes if p.owner == "app")
+    gpus = [Subject(device_key(d.device), printable(f"GPU {d.device.id}"), d.device.memory_total or 0, percent, limit,
+                    app=app) for d in view.devices(sample)]
     low = f"RAM is low from {ram.threshold_percent:g} % on" if ram.threshold_percent is not None else ""
     rams = [Subject("ram", "RAM", ram.memory.memory.total, ram.threshold_percent, low)] if ram.memory else []
     return [*gpus, *rams, *_workers(sample, view)]
 
-# %% ../../nbs/ui/charts.ipynb #85aeb0e1
+# %% ../../nbs/ui/charts.ipynb #0ee71d50
 def subjects_of_rows(rows: Sequence[Row]) -> list[Subject]:
     "Return the GPUs and RAM of recorded rows, as they were last called"
     last = {place.key: place for row in rows for place in row.places}
     return [Subject(key, printable(place.label), place.total or 0) for key, place in last.items()]
 
-# %% ../../nbs/ui/charts.ipynb #32b6755c
+# %% ../../nbs/ui/charts.ipynb #e33d7211
 def _of_device(point: DevicePoint) -> Column | None:
     if point.total is None or point.used is None: return None
     return Column(0, point.app, point.external, point.unattributed, point.promised, point.utilization)
@@ -141,7 +143,7 @@ def _of_point(subject: Subject, point: Point) -> Column | None:
     memory = point.workers.get(subject.key)
     return None if memory is None else Column(0, memory)
 
-# %% ../../nbs/ui/charts.ipynb #885f6fe9
+# %% ../../nbs/ui/charts.ipynb #5f9c7d4d
 def point_stretches(
     points: Sequence[Point],
     interval: float,          # seconds between two samples
@@ -154,11 +156,11 @@ def point_stretches(
     return [(begin, end if 0 <= end - begin <= 3*interval + 1 else begin, point)
             for begin, end, point in zip(begins, ends, points, strict=True)]
 
-# %% ../../nbs/ui/charts.ipynb #56551344
+# %% ../../nbs/ui/charts.ipynb #292f114b
 _WORDS = dict(available="available", app_busy="busy with this app", external_busy="busy with other programs",
               unavailable="unavailable")
 
-# %% ../../nbs/ui/charts.ipynb #0a70ea64
+# %% ../../nbs/ui/charts.ipynb #70dc164c
 def status_marks(
     subject: Subject,
     stretches: Sequence[tuple[float, float, Point]],
@@ -168,7 +170,7 @@ def status_marks(
     return tuple(Mark(begin, f"{subject.label} is {_WORDS[status.value]}.")
                  for (_, before), (begin, status) in zip(known, known[1:], strict=False) if status is not before)
 
-# %% ../../nbs/ui/charts.ipynb #5b3a13ae
+# %% ../../nbs/ui/charts.ipynb #bd1d30b8
 def monitor_charts(
     sample: Sample,
     history: History,
@@ -186,13 +188,13 @@ def monitor_charts(
         return _chart(subject, to_columns(found, span, end), marks, span, end, wanted.zone)
     return list(map(draw, subjects))
 
-# %% ../../nbs/ui/charts.ipynb #68400d43
+# %% ../../nbs/ui/charts.ipynb #8d0858c1
 def _chart(subject: Subject, columns: tuple[Column, ...], marks: tuple[Mark, ...], span: Span, end: int,
            zone: int | None) -> Chart:
     total = max([subject.total, *(column.used for column in columns)])
     return Chart(subject.key, subject.label, total, span, end, columns, marks, subject.threshold, subject.limit, zone)
 
-# %% ../../nbs/ui/charts.ipynb #7f0436fd
+# %% ../../nbs/ui/charts.ipynb #546dc4e1
 _OF_ALL = "driver_lost", "driver_back", "out_of_memory"   # kinds of changes that every GPU's chart shows
 
 def marks_of(
@@ -205,23 +207,25 @@ def marks_of(
         return change.place == subject.key or subject.key != "ram" and change.kind in _OF_ALL
     return tuple(Mark(when, change.text) for when, change in changes if is_of(change))
 
-# %% ../../nbs/ui/charts.ipynb #1e227ad9
-def _of_place(place: Place) -> Column | None:
+# %% ../../nbs/ui/charts.ipynb #ebbc40f5
+def _of_place(subject: Subject, place: Place) -> Column | None:
     "Return the figures of a place at its fullest moment, divided as they were on average"
     if not place.total or place.used is None: return None
     more = place.most/place.used if place.most and place.used else 1.0
-    app, external, unseen = (round(n*more) for n in (place.app, place.external, place.unattributed))
+    ours = sum(share.memory for share in place.shares if share.owner == "external" and share.key in subject.app)
+    ours = min(ours, place.external)
+    app, external, unseen = (round(n*more) for n in (place.app + ours, place.external - ours, place.unattributed))
     return Column(0, app, external, unseen, place.promised, place.utilization)
 
-# %% ../../nbs/ui/charts.ipynb #1c7607dc
+# %% ../../nbs/ui/charts.ipynb #269fe3ab
 def _of_row(subject: Subject, row: Row) -> Column | None:
     "Return the figures of a row; `None` if it has none"
-    if not subject.pids: return _of_place(place) if (place := row.place(subject.key)) else None
+    if not subject.pids: return _of_place(subject, place) if (place := row.place(subject.key)) else None
     shares = [share for place in row.places if place.key != "ram" for share in place.shares
               if share.pid in subject.pids]
     return Column(0, sum(share.most for share in shares)) if shares else None
 
-# %% ../../nbs/ui/charts.ipynb #a2dd54d3
+# %% ../../nbs/ui/charts.ipynb #4b1f6817
 def row_charts(
     rows: Sequence[Row],
     subjects: Sequence[Subject],
@@ -236,7 +240,7 @@ def row_charts(
         return _chart(subject, to_columns(found, span, end), marks_of(subject, changes), span, end, zone)
     return list(map(draw, subjects))
 
-# %% ../../nbs/ui/charts.ipynb #e075d752
+# %% ../../nbs/ui/charts.ipynb #4b177176
 def recorded_charts(
     recorded: RecordedHistory,
     range: str = "24h",             # one of `RANGES`
@@ -251,7 +255,7 @@ def recorded_charts(
     rows = recorded.between(since, now, span.width)
     return row_charts(rows, subjects_of_rows(rows), span, end, recorded.changes(since, now), zone)
 
-# %% ../../nbs/ui/charts.ipynb #a6c8027a
+# %% ../../nbs/ui/charts.ipynb #5e163c2f
 def figure(
     chart: Chart,
     since: int | None = None,   # the first column that is wanted; `None`: all
@@ -262,7 +266,7 @@ def figure(
     parts = [caption] if since is None else []
     return ft("figure", *parts, draw_chart(chart, since), legend(chart), cls="chart", data_key=chart.key)
 
-# %% ../../nbs/ui/charts.ipynb #90dd954e
+# %% ../../nbs/ui/charts.ipynb #2fc37d61
 def chart_grid(
     charts: Sequence[Chart],
     wanted: Wanted = Wanted(),
@@ -273,7 +277,7 @@ def chart_grid(
     fold = Details(Summary(f"Workers ({len(workers)})"), Div(*folded, cls="chart-grid"), cls="fold")
     return (Div(*drawn, cls="chart-grid"), *([fold] if workers else []))
 
-# %% ../../nbs/ui/charts.ipynb #a676cbcf
+# %% ../../nbs/ui/charts.ipynb #e4d87edf
 @dataclass(frozen=True)
 class ChartView:
     "Charts as a notebook shows them; in a terminal, what they show in sentences"
@@ -283,7 +287,7 @@ class ChartView:
 
     def _repr_html_(self) -> str: return to_html(framed(*chart_grid(self.charts)))
 
-# %% ../../nbs/ui/charts.ipynb #234b7461
+# %% ../../nbs/ui/charts.ipynb #2ee2b0a8
 HINT = "cjm-resources record"
 
 def _hint(range: str, problem: str = "") -> Any:
@@ -291,7 +295,7 @@ def _hint(range: str, problem: str = "") -> Any:
     last = "hour" if range == "1h" else "24 hours"
     return P(f"No recorder has kept the last {last}. To keep what happens from now on: ", Code(HINT), cls="note")
 
-# %% ../../nbs/ui/charts.ipynb #5dfe77eb
+# %% ../../nbs/ui/charts.ipynb #b69e2048
 def _late(charts: Sequence[Chart], zone: int | None) -> list[Any]:
     "Say when the last figures are from, if the recorder has stopped"
     last = max((chart.columns[-1].number for chart in charts if chart.columns), default=None)
@@ -299,7 +303,7 @@ def _late(charts: Sequence[Chart], zone: int | None) -> list[Any]:
     when = column_text(Column(last), charts[0]).split(" · ")[0]
     return [P(f"The last figures are from {when}: no recorder is running. To go on: ", Code(HINT), cls="note")]
 
-# %% ../../nbs/ui/charts.ipynb #086dbf67
+# %% ../../nbs/ui/charts.ipynb #99e7466f
 def _recorded(sample: Sample, recorded: RecordedHistory, wanted: Wanted) -> Any:
     subjects = subjects_of(sample, wanted.view)
     span, now = span_of(wanted.range, len(subjects)), datetime.now().timestamp()
@@ -311,13 +315,13 @@ def _recorded(sample: Sample, recorded: RecordedHistory, wanted: Wanted) -> Any:
     charts = row_charts(rows, subjects, span, end, changes, wanted.zone)
     return (*chart_grid(charts, wanted), *_late(charts, wanted.zone))
 
-# %% ../../nbs/ui/charts.ipynb #d3c35a75
+# %% ../../nbs/ui/charts.ipynb #033a9589
 def _changes(recorded: RecordedHistory | None, sample: Sample) -> list[tuple[float, Change]]:
     now = sample.time or 0.0
     try: return recorded.changes(now - 600, now + 1) if recorded else []
     except StoreError: return []   # the longer charts show why
 
-# %% ../../nbs/ui/charts.ipynb #6c3439af
+# %% ../../nbs/ui/charts.ipynb #67e701e1
 def draw_charts(
     sample: Sample,
     history: History,
@@ -330,7 +334,7 @@ def draw_charts(
         return _recorded(sample, recorded, wanted) if recorded else (_hint(wanted.range),)
     return chart_grid(monitor_charts(sample, history, wanted, _changes(recorded, sample)), wanted)
 
-# %% ../../nbs/ui/charts.ipynb #f393260f
+# %% ../../nbs/ui/charts.ipynb #b5a6081e
 REDRAW = 10.0   # seconds between two drawings of a panel's charts, at least
 
 def kept_for(sample: Sample) -> RecordedHistory | None:
@@ -346,7 +350,7 @@ def charts_of(
     "Return the charts of a view, for a panel and for the picture that a notebook keeps"
     return draw_charts(sample, history, Wanted(view.charts, view=view, interval=interval), kept_for(sample))
 
-# %% ../../nbs/ui/charts.ipynb #18f4751e
+# %% ../../nbs/ui/charts.ipynb #409a06c4
 def chart_shape(sample: Sample, wanted: Wanted) -> str:
     "Return the range, the seconds until there is more, and what is the same while the same charts move on"
     subjects = subjects_of(sample, wanted.view)
