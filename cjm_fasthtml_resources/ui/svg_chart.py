@@ -6,7 +6,7 @@
 __all__ = ['WORDS', 'HEIGHT', 'STRIP', 'Column', 'Mark', 'Span', 'Chart', 'clock', 'column_text', 'describe', 'strokes',
            'tick_times', 'scale_sizes', 'draw_chart', 'legend']
 
-# %% ../../nbs/ui/svg_chart.ipynb #b5b4583c
+# %% ../../nbs/ui/svg_chart.ipynb #db3bdd51
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta, timezone
@@ -17,7 +17,7 @@ from fastcore.xml import Safe, ft
 
 from ..core.text import format_bytes, printable
 
-# %% ../../nbs/ui/svg_chart.ipynb #edbcec8d
+# %% ../../nbs/ui/svg_chart.ipynb #8b976844
 @dataclass(frozen=True)
 class Column:
     "What used memory in a stretch of time, in bytes, and the load in percent"
@@ -33,14 +33,14 @@ class Column:
         "Bytes that are used"
         return self.app + self.external + self.unattributed
 
-# %% ../../nbs/ui/svg_chart.ipynb #4e2e379c
+# %% ../../nbs/ui/svg_chart.ipynb #0056c7b5
 @dataclass(frozen=True)
 class Mark:
     "An event: when it was, in seconds since the epoch, and a sentence"
     time: float
     text: str
 
-# %% ../../nbs/ui/svg_chart.ipynb #d72c5357
+# %% ../../nbs/ui/svg_chart.ipynb #6b546ada
 @dataclass(frozen=True)
 class Span:
     "How much time a chart shows, in seconds"
@@ -53,7 +53,7 @@ class Span:
         "How many columns there are"
         return self.length//self.width
 
-# %% ../../nbs/ui/svg_chart.ipynb #a55aa590
+# %% ../../nbs/ui/svg_chart.ipynb #9832f7da
 @dataclass(frozen=True)
 class Chart:
     "All that is drawn of a GPU, of RAM or of a worker"
@@ -73,7 +73,7 @@ class Chart:
         "The number of the first column"
         return self.end - self.span.count
 
-# %% ../../nbs/ui/svg_chart.ipynb #ce9fa4f2
+# %% ../../nbs/ui/svg_chart.ipynb #10d2b406
 WORDS = dict(external="other programs", unattributed="not visible", app="app", promised="reserved")   # from the bottom
 
 def clock(
@@ -85,7 +85,7 @@ def clock(
     at = timezone(timedelta(minutes=zone)) if zone is not None else None
     return datetime.fromtimestamp(when, at).strftime(form)
 
-# %% ../../nbs/ui/svg_chart.ipynb #e0f5065f
+# %% ../../nbs/ui/svg_chart.ipynb #23abb22b
 def column_text(
     column: Column,
     chart: Chart,
@@ -97,13 +97,13 @@ def column_text(
     when = clock(column.number*chart.span.width, chart.zone, form)
     return " · ".join([when, *(shares or ["nothing in use"]), *load])
 
-# %% ../../nbs/ui/svg_chart.ipynb #f1129dde
+# %% ../../nbs/ui/svg_chart.ipynb #90660fcf
 def _between(values: Sequence[float], form: str) -> str:
     "Return the smallest and the largest of some values, or the only one"
     low, high = (form.format(value) for value in (min(values), max(values)))
     return low if low == high else f"{low} to {high}"
 
-# %% ../../nbs/ui/svg_chart.ipynb #1f957494
+# %% ../../nbs/ui/svg_chart.ipynb #2e1f93e0
 def describe(chart: Chart) -> str:
     "Return what a chart shows, in a sentence for each figure"
     if not chart.columns: return f"{chart.label}: no figures yet."
@@ -115,7 +115,7 @@ def describe(chart: Chart) -> str:
     if chart.marks: said.append(f"Events: {len(chart.marks)}.")
     return " ".join(said)
 
-# %% ../../nbs/ui/svg_chart.ipynb #4f82152c
+# %% ../../nbs/ui/svg_chart.ipynb #ff9f820e
 HEIGHT, STRIP = 100, 24   # px of the memory, and of the load below it
 _LOAD = HEIGHT + 12 + STRIP   # px from the top to the bottom of the load
 
@@ -123,7 +123,7 @@ def _bottom(chart: Chart) -> int:
     "Return the px from the top to where the times begin"
     return _LOAD if any(column.load is not None for column in chart.columns) else HEIGHT
 
-# %% ../../nbs/ui/svg_chart.ipynb #0db3ed2e
+# %% ../../nbs/ui/svg_chart.ipynb #fa89489d
 def strokes(
     column: Column,
     total: int,   # bytes
@@ -136,14 +136,14 @@ def strokes(
     if column.load: found.append(("load", _LOAD, round(_LOAD - STRIP*min(column.load, 100)/100, 1)))
     return [stroke for stroke in found if stroke[1] > stroke[2]]
 
-# %% ../../nbs/ui/svg_chart.ipynb #85e2ef8d
+# %% ../../nbs/ui/svg_chart.ipynb #144f08d2
 def _column(column: Column, chart: Chart) -> str:
     "Return a column: what is under the pointer, its figures, and its strokes"
     parts = [f'<path class={name} d="M.5 {a:g}V{b:g}"/>' for name, a, b in strokes(column, chart.total)]
     return (f"<g transform=translate({column.number - chart.first})><title>{column_text(column, chart)}</title>"
             f"<rect />{''.join(parts)}</g>")
 
-# %% ../../nbs/ui/svg_chart.ipynb #71ab6bcd
+# %% ../../nbs/ui/svg_chart.ipynb #84c219ae
 def tick_times(chart: Chart) -> list[int]:
     "Return the round times within a chart, in seconds since the epoch"
     since, until, tick = chart.first*chart.span.width, chart.end*chart.span.width, chart.span.tick
@@ -152,7 +152,7 @@ def tick_times(chart: Chart) -> list[int]:
     east = round(offset.total_seconds()) if offset else 0
     return [when - east for when in range(-(-(since + east)//tick)*tick, until + east + 1, tick)]
 
-# %% ../../nbs/ui/svg_chart.ipynb #001ac0a0
+# %% ../../nbs/ui/svg_chart.ipynb #9f32cb58
 def scale_sizes(
     total: int,   # bytes
 ) -> list[int]:
@@ -162,7 +162,7 @@ def scale_sizes(
     round_sizes = [n for n in range(0, total, step) if total - n > 0.15*total]
     return [*round_sizes, total]
 
-# %% ../../nbs/ui/svg_chart.ipynb #c4e766aa
+# %% ../../nbs/ui/svg_chart.ipynb #802aeeec
 def _percent(chart: Chart, number: float) -> str:
     return f"{100*(number - chart.first)/chart.span.count:.4g}%"
 
@@ -179,7 +179,7 @@ def _sizes(chart: Chart) -> Iterator[str]:
     if _bottom(chart) == _LOAD:
         yield f'<line x2=100% y1={_LOAD} y2={_LOAD} /><text x=-6 y={_LOAD - 6} >load</text>'
 
-# %% ../../nbs/ui/svg_chart.ipynb #c5a39965
+# %% ../../nbs/ui/svg_chart.ipynb #7bc2d9a7
 def _axis(chart: Chart) -> Iterator[str]:
     "Yield the times below a chart, each with its line"
     bottom = _bottom(chart)
@@ -188,13 +188,13 @@ def _axis(chart: Chart) -> Iterator[str]:
         yield (f"<line x1={x} x2={x} y2={bottom + 4} />"
                f"<text x={x} y={bottom + 16}>{clock(when, chart.zone)}</text>")
 
-# %% ../../nbs/ui/svg_chart.ipynb #62bbbd75
+# %% ../../nbs/ui/svg_chart.ipynb #1c01840f
 _MOST_TEXTS = 3   # of events in one column
 
 def _escaped(text: str) -> str:
     return printable(text).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;").replace('"', "&quot;")
 
-# %% ../../nbs/ui/svg_chart.ipynb #ff2ffa5d
+# %% ../../nbs/ui/svg_chart.ipynb #778fe3af
 def _marks(chart: Chart) -> Iterator[str]:
     "Yield a mark for each column in which something happened, with its sentences"
     inside = [m for m in chart.marks if chart.first <= m.time/chart.span.width < chart.end]
@@ -207,20 +207,20 @@ def _marks(chart: Chart) -> Iterator[str]:
         yield (f'<g class=mark data-x={number - chart.first}><title>{said}</title><line x1={x} x2={x} y2={HEIGHT} />'
                f"<circle cx={x} r=4 /></g>")
 
-# %% ../../nbs/ui/svg_chart.ipynb #692414be
+# %% ../../nbs/ui/svg_chart.ipynb #45ae9a7e
 def _threshold(chart: Chart) -> str:
     if chart.threshold is None: return ""
     y = round(HEIGHT - chart.threshold, 1)
     return f"<line class=limit x2=100% y1={y:g} y2={y:g} />"
 
-# %% ../../nbs/ui/svg_chart.ipynb #5bc02b54
+# %% ../../nbs/ui/svg_chart.ipynb #a83c2bba
 def _columns(chart: Chart, since: int | None) -> str:
     first = chart.first if since is None else max(chart.first, since)
     columns = "".join(_column(column, chart) for column in chart.columns if first <= column.number < chart.end)
     size = f'viewBox="0 0 {chart.span.count} {_bottom(chart)}" height={_bottom(chart)}'
     return f"<svg class=columns preserveAspectRatio=none {size} >{columns}</svg>"
 
-# %% ../../nbs/ui/svg_chart.ipynb #9d23ebec
+# %% ../../nbs/ui/svg_chart.ipynb #90d35776
 def draw_chart(
     chart: Chart,
     since: int | None = None,   # the first column that is wanted; `None`: all
@@ -233,7 +233,7 @@ def draw_chart(
     return ft("svg", Safe(inside), cls="plot", role="img", tabindex="0", aria_label=describe(chart),
               height=_bottom(chart) + 20, data_first=chart.first, **more)
 
-# %% ../../nbs/ui/svg_chart.ipynb #ee60d823
+# %% ../../nbs/ui/svg_chart.ipynb #477350f2
 def legend(chart: Chart) -> Any:
     "Return what the colours of a chart mean"
     shown = [owner for owner in WORDS if any(getattr(column, owner) for column in chart.columns)]
