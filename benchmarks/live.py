@@ -17,7 +17,9 @@ from cjm_fasthtml_resources.core.manager import ResourceManager
 from cjm_fasthtml_resources.core.samples import take_sample, with_commands
 from cjm_fasthtml_resources.simulate import load_scenario
 from cjm_fasthtml_resources.ui.cards import View, render, render_tables
+from cjm_fasthtml_resources.ui.charts import Wanted, draw_charts
 from cjm_fasthtml_resources.ui.panel import ResourcePanel, panel_slots
+from cjm_fasthtml_resources.ui.parts import to_html
 from cjm_fasthtml_resources.ui.web import change_event
 
 CLIENTS, SECONDS = 100, 20
@@ -139,6 +141,19 @@ def wire():
     return statistics.median(sizes), len(change_event(before, after)), len(idle.messages)
 
 
+def charts():
+    "Bytes that a page with open charts is sent each ten seconds, and bytes and CPU seconds of all of them at first"
+    sample = samples()[0]
+    points = full_history(sample).points
+    moved = [replace(point, time=sample.time - len(points) + n, taken=sample.taken - len(points) + n)
+             for n, point in enumerate(points, 1)]
+    began = time.thread_time()
+    whole = to_html(draw_charts(sample, History(tuple(moved)), Wanted(workers=False)))
+    spent = time.thread_time() - began
+    new = draw_charts(sample, History(tuple(moved)), Wanted(since=int(sample.time//10) - 1, workers=False))
+    return len(to_html(new)), len(whole), spent
+
+
 def cycles():
     "Megabytes and threads more after a hundred panels were opened and closed"
     with load_scenario("eight-h100") as driver:
@@ -209,12 +224,15 @@ def stream():
 def measure():
     "Rows: what, figure, bound, whether it holds, detail"
     render_time, (panel_bytes, page_bytes, idle), (grown, threads) = update_cost(), wire(), cycles()
+    chart_bytes, chart_whole, chart_time = charts()
     load, rate, lines = stream()
     return [
         ("rendering an update: 8 GPUs' figures and 10 processes changed", f"{render_time*1e3:.1f} ms",
          "< 3 ms CPU", render_time < 3e-3, "of 8 GPUs with 20 processes each"),
         ("that update on the wire, to a panel and to a page", f"{panel_bytes/1e3:.1f} and {page_bytes/1e3:.1f} KB",
          "< 12 KB", max(panel_bytes, page_bytes) < 12e3, f"{idle} messages when nothing changed"),
+        ("open charts of 8 GPUs and RAM, each ten seconds, on the wire", f"{chart_bytes/1e3:.1f} KB", "< 12 KB",
+         chart_bytes < 12e3, f"{chart_whole/1e3:.0f} KB when they are opened, drawn in {chart_time*1e3:.0f} ms CPU"),
         ("100 panels opened and closed", f"{grown:+.1f} MB",
          "within 2 MB", abs(grown) < 2 and threads == 0, f"{threads:+d} threads"),
         ("100 clients of the stream at 1 Hz", f"{100*load:.0f} % of a core",

@@ -1,8 +1,9 @@
 #!/usr/bin/env python3
 """Take the pictures of the documentation that are of a real browser: the panel in JupyterLab, and the page, each at
-three widths in light and dark.
+three widths in light and dark, and the charts of the page.
 
-    python tools/screenshots.py     writes nbs/images/panel-*.png and page-*.png
+    python tools/screenshots.py               writes nbs/images/panel-*.png, page-*.png and charts-*.png
+    python tools/screenshots.py charts        only these
 
 It needs Chromium, and the extras web and browser.
 
@@ -49,6 +50,37 @@ SERVE = SETUP + """
 import sys, uvicorn
 from cjm_fasthtml_resources.ui.web import make_app
 app = make_app(manager, interval=0.5)
+uvicorn.run(app, host="127.0.0.1", port=int(sys.argv[1]), log_level="warning", timeout_graceful_shutdown=1)"""
+
+# Ten minutes of an app that loads a model, and of a program that comes, as a monitor would have seen them
+REMEMBER = """import math, time
+from dataclasses import replace
+import uvicorn
+from fasthtml.common import FastHTML
+from cjm_fasthtml_resources import ResourceManager, ResourceMonitor
+from cjm_fasthtml_resources.core.samples import take_sample
+from cjm_fasthtml_resources.simulate import load_scenario
+from cjm_fasthtml_resources.ui.web import resource_routes
+driver = load_scenario("pair").start()
+manager = ResourceManager(track_self=False)
+for worker in driver.workers: _ = manager.register_worker(**worker)
+monitor, now, clock = ResourceMonitor(manager), time.time(), time.monotonic()
+own, others = (next(p for p in gpu.processes if p.memory_mb > 9000) for gpu in driver.gpus)
+full, theirs, first, second = own.memory_mb, others.memory_mb, *(gpu.memory_used_mb for gpu in driver.gpus)
+for ago in range(598, -1, -2):
+    loaded = min(max((480 - ago)/90, 0.1), 1)
+    came = 1 if ago < 210 else 0.12
+    own.memory_mb, others.memory_mb = full*loaded, theirs*came
+    driver.gpus[0].memory_used_mb = first - full*(1 - loaded) + (700*math.sin(ago/23) if loaded == 1 else 0) + 700
+    driver.gpus[1].memory_used_mb = second - theirs*(1 - came)
+    driver.gpus[0].utilization = int(62 + 30*math.sin(ago/17) + 7*math.sin(ago*1.7)) if loaded == 1 else 2
+    driver.gpus[1].utilization = int(90 + 9*math.sin(ago/5)) if came == 1 else int(20 + 14*math.sin(ago/31))
+    sample = take_sample(manager)
+    snapshot = replace(sample.gpu.snapshot, time=now - ago)
+    monitor.keep(replace(sample, gpu=replace(sample.gpu, snapshot=snapshot), taken=clock - ago))
+import sys
+app = FastHTML(secret_key="of a picture", default_hdrs=False)
+resource_routes(app, manager, monitor=monitor)
 uvicorn.run(app, host="127.0.0.1", port=int(sys.argv[1]), log_level="warning", timeout_graceful_shutdown=1)"""
 
 
@@ -105,8 +137,29 @@ def page(browser, folder: Path) -> None:
         for name, tab in tabs.items(): tab.screenshot(path=IMAGES/name, full_page=True)
 
 
+def charts(browser, folder: Path) -> None:
+    "The charts of the page, with the figures of a column that the keyboard has chosen"
+    (folder/"remember.py").write_text(REMEMBER)
+    port = free_port()
+    url = f"http://127.0.0.1:{port}/resources"
+    with serving([sys.executable, str(folder/"remember.py"), str(port)], url, folder/"charts-log"):
+        for name, width in WIDTHS.items():
+            for theme in THEMES:
+                tab = browser.new_page(viewport=dict(width=width, height=900), color_scheme=theme)
+                tab.goto(url)
+                tab.locator(".charts > summary").click()
+                tab.locator(".columns g").first.wait_for(state="attached")
+                tab.locator(".plot").first.focus()
+                for _ in range(40): tab.keyboard.press("ArrowLeft")
+                tab.mouse.move(0, 0)
+                box = tab.locator(".charts").bounding_box()
+                clip = dict(x=box["x"] - 10, y=box["y"] - 6, width=box["width"] + 20, height=box["height"] + 12)
+                tab.screenshot(path=IMAGES/f"charts-{name}-{theme}.png", full_page=True, clip=clip)
+                tab.close()
+
+
 if __name__ == "__main__":
+    parts = dict(page=page, charts=charts, panel=panel)
     with tempfile.TemporaryDirectory() as folder, sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
-        page(browser, Path(folder))
-        panel(browser, Path(folder))
+        for name in sys.argv[1:] or parts: parts[name](browser, Path(folder))

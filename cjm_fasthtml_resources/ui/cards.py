@@ -56,7 +56,7 @@ _all_ = ["badge", "conflict_banner", "memory_bar", "memory_key", "notes", "spark
          "SORTS", "View", "render", "render_tables"]
 
 # %% ../../nbs/ui/cards.ipynb #3e8ec1ae
-CSS = read_asset("cards.css") + read_asset("tables.css") + read_asset("age.css")
+CSS = "".join(map(read_asset, ("cards.css", "tables.css", "charts.css", "age.css")))
 
 # %% ../../nbs/ui/cards.ipynb #f2302bc8
 def card(
@@ -99,7 +99,8 @@ def arrange(
     count = sum(key.startswith("gpu") for key in slots)//2
     cards = [card(hold(f"{name}.head"), hold(f"{name}.live")) for name in (*(f"gpu{i}" for i in range(count)), "ram")]
     above = [hold(key) for key in ("state", "banner", "memory_banner", "notes")]
-    return Div(*above, Div(*cards, cls="cjm-cards"), Div(data_cjm_filter=True), *map(hold, TABLES))
+    charts = Div(Safe(slots.get("charts", "")), data_cjm_charts=True, data_key="charts")
+    return Div(*above, Div(*cards, cls="cjm-cards"), charts, Div(data_cjm_filter=True), *map(hold, TABLES))
 
 # %% ../../nbs/ui/cards.ipynb #1ee5f175
 def framed(*components: Any) -> Any:

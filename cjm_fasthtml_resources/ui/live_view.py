@@ -20,6 +20,7 @@ from ..core.samples import Sample
 from .age import pulse
 from .assets import read_asset
 from .cards import CSS, arrange
+from .charts import REDRAW, charts_of
 from .heard import SIGN, Hearing
 from .kept import text_view
 from .parts import to_html
@@ -46,12 +47,14 @@ def draw_view(sample: Sample, history: History, view: View) -> str:
     return to_html(arrange(render(sample, history, view) | render_tables(sample, view)))
 
 # %% ../../nbs/ui/live_view.ipynb #47018d6a
-_SCRIPT = "\n".join(map(read_asset, ("live.js", "tables.js", "live_view.js")))
+_SCRIPT = "\n".join(map(read_asset, ("live.js", "tables.js", "figures.js", "live_view.js")))
 
+# %% ../../nbs/ui/live_view.ipynb #0a338627
 class LiveView(anywidget.AnyWidget):
     "GPUs, memory, workers and processes, live where anywidgets are shown. `close()` ends it"
     _esm = _SCRIPT
     html = Unicode().tag(sync=True)       # the figures
+    charts = Unicode().tag(sync=True)     # apart, since they are drawn at most every ten seconds
     beat = Unicode().tag(sync=True)       # what greys them once they are old
     style, name = Unicode(CSS).tag(sync=True), Unicode().tag(sync=True)
     every = Float().tag(sync=True)        # seconds between two signs of a page
@@ -64,8 +67,10 @@ class LiveView(anywidget.AnyWidget):
         history: float = 600.0,                   # seconds that the small curves go back
         *,
         rows: int = 20,                           # processes and workers to show at most
+        charts: str = "",                         # how far back charts go: "10m", "1h" or "24h"; empty: none
     ) -> None:
-        self._lock, self._turn, self._view = threading.RLock(), 0, View(rows=rows)
+        self._lock, self._turn, self._view = threading.RLock(), 0, View(rows=rows, charts=charts)
+        self._redraw = 0.0   # when charts are due, by `time.monotonic()`
         self._subscription: Subscription | None = None
         self.monitor = share_monitor(manager, interval, history)
         self.hearing, self._until = Hearing(), time.monotonic() + EXPECT
@@ -81,8 +86,14 @@ class LiveView(anywidget.AnyWidget):
         with self._lock:
             self._turn += 1
             self.html = draw_view(sample, self.monitor.history, self._view)
+            self._show_charts(sample)
             self.beat = "" if sample.stale else pulse(self.name, sample, self.monitor.interval, self._turn)
             self.follow()
+
+    def _show_charts(self, sample: Sample) -> None:
+        if not self._view.charts or time.monotonic() < self._redraw: return
+        self._redraw = time.monotonic() + REDRAW
+        self.charts = to_html(charts_of(sample, self.monitor.history, self._view, self.monitor.interval))
 
     def follow(self) -> None:
         "Listen as long as a page shows it. `NoThreadError` where the sampler cannot be started"

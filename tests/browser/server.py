@@ -3,17 +3,20 @@
 With a prefix, the server stands for a proxy, too: it removes that, and the app does not learn of it.
 PUT /test?used=MIB fills the second GPU, ?grown=MIB is what train.py uses on the first, ?workers=N has so many idle
 workers before the first one, ?idle ends its job, ?reset has all as at the start; /test says what the driver was asked
-and which threads there are.
+and which threads there are. Where HISTORY names a recorder's file, the charts show it.
 """
+import os
 import subprocess
 import sys
 import threading
+from pathlib import Path
 
 import uvicorn
 from fasthtml.common import FastHTML, Titled
 from starlette.responses import JSONResponse, Response
 
 from cjm_fasthtml_resources.core.manager import ResourceManager
+from cjm_fasthtml_resources.recorded.history import RecordedHistory
 from cjm_fasthtml_resources.simulate import (
     SimulatedDriver,
     SimulatedGpu,
@@ -30,7 +33,8 @@ gpus = [SimulatedGpu("NVIDIA L4", memory_used_mb=5000, processes=on_gpu),
         SimulatedGpu("NVIDIA L40S", memory_total_mb=46068)]
 driver, manager = SimulatedDriver(gpus, SimulatedMachine(processes=hosted)), ResourceManager()
 app = FastHTML(secret_key="of a test", default_hdrs=False)
-resource_routes(app, manager, interval=0.25, controls=True, guard=lambda req: None)
+recorded = RecordedHistory(Path(os.environ["HISTORY"])) if "HISTORY" in os.environ else None
+resource_routes(app, manager, interval=0.25, controls=True, guard=lambda req: None, recorded=recorded)
 at_first = [(gpu, gpu.memory_used_mb, gpu.temperature) for gpu in gpus]
 
 

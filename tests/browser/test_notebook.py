@@ -230,6 +230,33 @@ def test_a_closed_page_ends_the_sampler_and_one_that_is_opened_begins_it(open_no
     wait_until(lambda: told.read_text() == "1" and book.moves(1), 30)
 
 
+def test_charts_are_chosen_and_read_by_keyboard_while_they_are_drawn_anew(book):
+    page = book.page
+    panel = page.locator(".cjm.widget-vbox").first
+    choose = panel.locator(".widget-dropdown", has_text="charts").locator("select")
+    assert panel.locator(".chart").count() == 0
+    choose.select_option("10 minutes")
+    plot = panel.locator(".chart .plot").first
+    plot.locator(".columns g").first.wait_for(state="attached")
+    plot.evaluate("e => { e.drawn = 'at first'; e.focus(); }")
+    page.keyboard.press("Home")
+    said = panel.locator(".chart output").first
+    first = plot.locator(".columns title").first.text_content()
+    assert said.inner_text().startswith(first) and re.match(r"\d\d:\d\d:\d\d · ", first)
+    for scheme in ("light", "dark"):
+        page.emulate_media(color_scheme=scheme)
+        page.locator(f"body[data-jp-theme-light={str(scheme == 'light').lower()}]").wait_for(state="attached")
+        assert violations(page, ".chart") == []
+    wait_until(lambda: plot.evaluate("e => e.drawn") != "at first", 30)
+    page.wait_for_timeout(200)
+    assert plot.evaluate("e => e === document.activeElement")          # the keyboard stays where it was
+    assert said.inner_text().split(" · ")[0] == first.split(" · ")[0]
+    choose.select_option("24 hours")
+    panel.locator("code", has_text="cjm-resources record").wait_for()   # simulated, so there is no recorder
+    choose.select_option("none")
+    wait_until(lambda: panel.locator(".chart, .note code").count() == 0)
+
+
 def test_everybody_can_read_the_panel_and_nothing_of_it_is_cut_in_a_narrow_window(book):
     page = book.page
     page.get_by_role("button", name=re.compile("Stop llm")).click()

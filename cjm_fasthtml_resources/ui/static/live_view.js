@@ -1,5 +1,5 @@
 // Shows a LiveView (see ui.live_view) where a front end shows anywidgets. The figures are put into place as on the page
-// (live.js), and their tables are sorted and filtered as there (tables.js): both come before this file.
+// (live.js), tables are sorted and filtered as there (tables.js), and charts are read as there (figures.js).
 function render({ model, el }) {
   const root = document.createElement("div");
   const [style, beat, place] = ["style", "div", "div"].map((tag) => document.createElement(tag));
@@ -11,7 +11,12 @@ function render({ model, el }) {
   root.append(style, beat, place);
   el.append(root);
   cjmTables(root);
+  cjmFigures(root);
   const show = () => put(place, model.get("html"));
+  const draw = () => {
+    const charts = place.querySelector("[data-cjm-charts]");
+    if (charts) charts.innerHTML = model.get("charts");
+  };
   const pulse = () => {
     beat.innerHTML = model.get("beat");
   };
@@ -22,13 +27,16 @@ function render({ model, el }) {
   };
   const timer = setInterval(sign, 1e3 * model.get("every"));
   show();
+  draw();
   pulse();
   sign();
   model.on("change:html", show);
+  model.on("change:charts", draw);
   model.on("change:beat", pulse);
   return () => {
     clearInterval(timer);
     model.off("change:html", show);
+    model.off("change:charts", draw);
     model.off("change:beat", pulse);
   };
 }
