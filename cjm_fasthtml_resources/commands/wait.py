@@ -19,8 +19,6 @@ import click
 from ..core.manager import ResourceManager
 from ..core.reservations import Reservation
 from ..core.text import format_bytes
-from ..running.child import CannotRun
-from ..running.first import end_by_signals, run_as_first
 from ..running.orphans import is_first
 from . import options
 from .ending import fail, failing
@@ -45,8 +43,16 @@ def become(command: Sequence[str], env: dict[str, str]) -> NoReturn:
     except OSError as error:
         fail(f"{command[0]}: {error.strerror}", 127 if isinstance(error, FileNotFoundError) else 126)
 
+def _ended_by_signals() -> contextlib.AbstractContextManager[None]:
+    "Let signals end this process in a block, if it is the first one of a container"
+    if not is_first(): return contextlib.nullcontext()
+    from cjm_fasthtml_resources.running.first import end_by_signals
+    return end_by_signals()
+
 def stay_with(command: Sequence[str], env: dict[str, str]) -> NoReturn:
     "Run that program as a child, as a container's first process, and end with its exit code"
+    from cjm_fasthtml_resources.running.child import CannotRun  # few processes are the first of a container
+    from cjm_fasthtml_resources.running.first import run_as_first
     sys.stdout.flush()
     try: sys.exit(run_as_first(command, env))
     except CannotRun as error: fail(error.message, error.code)
@@ -60,9 +66,10 @@ Examples:
 
 # %% ../../nbs/commands/wait.ipynb #9c6710f8
 def _open_notifier(context: click.Context, option: click.Parameter, addresses: Sequence[str]) -> Any:
-    "Return what tells the services with these addresses, which are never shown"
+    "Return the `Notifier` of the services with these addresses, which are never shown; `None` without addresses"
+    if not addresses: return None
     from cjm_fasthtml_resources.running.notify import Notifier, open_services
-    try: return Notifier(open_services(addresses) if addresses else None, partial(click.echo, err=True))
+    try: return Notifier(open_services(addresses), partial(click.echo, err=True))
     except ImportError:
         fail("apprise is not installed: pip install 'cjm-fasthtml-resources[notify]'", os.EX_UNAVAILABLE)
     except ValueError as error: raise click.BadParameter(str(error)) from None
@@ -117,13 +124,14 @@ def command(machine: Machine, gpu_memory: float | str | None, ram: float, gpus: 
     nothing of that.
     """
     if gpu_memory is None and not ram: raise click.UsageError("Missing option '--gpu-memory', or --ram for RAM alone.")
-    with end_by_signals(), failing(), notifier.telling_end():
+    telling = notifier.telling_end() if notifier else contextlib.nullcontext()
+    with _ended_by_signals(), failing(), telling:
         manager = ResourceManager(track_self=False, app=app, gpu_timeout=machine.driver_timeout)
         with (simulated_machine(machine.simulate, manager),
               manager.reserve(options.to_mib(gpu_memory), device, timeout, progress=shows_progress(), n=gpus,
                               memory_mb=ram/2**20, priority=priority, grace=grace) as held):
             env = _child_env(held, env_by_index)
-            notifier.granted(_what_was_granted(held, command))
+            if notifier: notifier.granted(_what_was_granted(held, command))
             if not command: click.echo("\n".join(f"{name}={value}" for name, value in env.items()))
             elif is_first(): stay_with(command, env)
             else:

@@ -14,7 +14,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from cjm_fasthtml_resources.core.claims import (
@@ -355,12 +355,11 @@ def _examine(ledger: "Ledger", rows: Rows) -> _Moment:
 def _change(rows: Rows, lease: int, fields: Mapping[str, Any]) -> Rows:
     return rows._replace(claims=tuple(replace(c, **fields) if c.lease == lease else c for c in rows.claims))
 
-@dataclass(frozen=True)
-class HandOver:
+class HandOver(NamedTuple):
     "How a reservation goes to another process"
     holder: ProcessId
     bases: Mapping[str, int]            # by device: bytes that it uses there already, beside this
-    spent: Mapping[str, int] = field(default_factory=dict)   # by device: the most that the former holder can be using
+    spent: Mapping[str, int] = {}       # by device: the most that the former holder can be using
     uses: Sequence[DeviceUse] | None = None   # every device; `None`: the former holder's tree has no other reservation
 
     def change(self, rows: Rows, lease: int) -> Rows:
