@@ -95,7 +95,7 @@ def main() -> None:
     if program == "nvitop":
         from nvitop.cli import main as run
     elif program == "cjm-resources":
-        from cjm_fasthtml_resources.__main__ import main as run
+        from cjm_fasthtml_resources.__main__ import run
     else: return   # only what both programs need
     sys.exit(run())
 

@@ -10,4 +10,13 @@ def main() -> None:
     command()
 
 
-if __name__ == "__main__": main()
+def run() -> None:
+    "Run the command as a process of its own, which ends with it"
+    try: main()
+    except SystemExit as ended:
+        from .commands.ending import leave
+        leave(ended.code)
+        raise
+
+
+if __name__ == "__main__": run()

@@ -191,6 +191,49 @@ def test_a_reader_that_goes_away_is_no_traceback():
     assert "Traceback" not in process.stderr
 
 
+# a program that ends as the command does, after it has done something
+ENDING = """if True:
+    import atexit, sys, threading, time
+    from cjm_fasthtml_resources import __main__, cli
+    {}
+    __main__.run()"""
+
+
+@pytest.mark.parametrize(("before", "printed", "code"), [
+    ("cli.main = lambda: sys.exit(10)", "", 10),
+    ("cli.main = lambda: sys.exit(None)", "", 0),
+    ("cli.main = lambda: sys.exit('a message')", "", 1),
+    ("atexit.register(print, 'given back'); cli.main = lambda: sys.exit(10)", "given back\n", 10),
+    ("cli.main = lambda: sys.exit(bool(sys.stdout.write('written')))", "written", 1),
+    ("cli.main = lambda: sys.exit(threading.Timer(0.1, print, ['waited for']).start())", "waited for\n", 0)])
+def test_what_a_normal_end_does_is_done_by_a_quick_one(before, printed, code):
+    done = subprocess.run([sys.executable, "-c", ENDING.format(before)], capture_output=True, text=True, timeout=60)
+    assert (done.stdout, done.returncode) == (printed, code), done.stderr
+    assert done.stderr == ("a message\n" if "message" in before else "")
+
+
+def test_the_command_ends_without_taking_python_apart():
+    "What `sys` has is freed last when Python takes itself apart"
+    late = ("import os\n    class Late:\n        def __del__(self, write=os.write): write(1, b'apart')\n"
+            "    sys.late = Late()\n    cli.main = sys.exit")
+    done = [subprocess.run([sys.executable, "-c", ENDING.format(late).replace("run()", how)], capture_output=True,
+                           text=True, timeout=60).stdout for how in ("run()", "main()")]
+    assert done == ["", "apart"]
+
+
+def test_what_observes_the_command_has_the_last_word():
+    profile = [sys.executable, "-m", "cProfile", "-m", "cjm_fasthtml_resources", "--simulate", "lost"]
+    assert "function calls" in subprocess.run(profile, capture_output=True, text=True, timeout=60).stdout
+
+
+def test_a_stream_that_cannot_be_written_at_the_end_is_said_by_python():
+    code = ENDING.format("cli.main = lambda: sys.exit(bool(sys.stdout.write('lost')))")
+    with open("/dev/full", "w") as full:
+        done = subprocess.run([sys.executable, "-c", code], stdout=full, stderr=subprocess.PIPE, text=True, timeout=60,
+                              env={**os.environ, "PYTHONUNBUFFERED": ""})
+    assert done.returncode == 120 and "No space left" in done.stderr
+
+
 @pytest.mark.parametrize("args", [[], ["--json"], ["--watch", "--json"]], ids=["text", "json", "watch"])
 def test_a_full_disk_is_said_in_words(args):
     show = [PROGRAM, "--simulate", "idle", *args]

@@ -169,6 +169,8 @@ def test_a_private_name_of_another_module_is_found():
     assert list(measures.check_privacy({"a": own, "b": "def _helper(): pass"})) == []
     assert list(measures.check_privacy({"a": own, "b": "def _helper(): pass", "c": other})) == [
         "c:1: _helper is private to b", "c:2: _x is private to a"]
+    assert list(measures.check_privacy({"a": own, "c": "import x\ndef see(y): return x._x, y.x._x"})) == [
+        "c:2: _x is private to a"]
 
 
 def test_a_long_line_of_a_file_is_found(tmp_path):

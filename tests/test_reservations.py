@@ -2,6 +2,7 @@
 import asyncio
 import contextlib
 import errno
+import gc
 import os
 import re
 import shutil
@@ -116,6 +117,15 @@ def test_threads_never_hold_more_than_there_is(folder, app):
     assert not errors and manager.ledger.claims() == []
 
 
+@contextlib.contextmanager
+def no_search_of_older_objects():
+    "A full garbage collection stops all threads: 0.26 s for the 400,000 objects of pytest with this project's tests"
+    gc.collect()
+    gc.freeze()
+    try: yield
+    finally: gc.unfreeze()
+
+
 def test_the_event_loop_goes_on_while_a_task_waits():
     manager, ticks = ResourceManager(), []
 
@@ -138,7 +148,7 @@ def test_the_event_loop_goes_on_while_a_task_waits():
         assert (await waiting).devices[0].index == 0
         clock.cancel()
 
-    with SimulatedDriver([SimulatedGpu()]) as driver: asyncio.run(main())
+    with SimulatedDriver([SimulatedGpu()]) as driver, no_search_of_older_objects(): asyncio.run(main())
     assert max(b - a for a, b in pairwise(ticks)) < 0.2 and manager.ledger.claims() == []
 
 

@@ -122,12 +122,12 @@ def test_what_unloading_does_not_bring_is_brought_by_stopping_and_each_step_is_s
 @pytest.mark.parametrize("release, said, plugin", [
     (lambda self: False, "was asked to unload llama: it refused.", "llama"),
     (lambda self: 1/0, "was asked to unload llama: it raised ZeroDivisionError.", None),
-    (lambda self: time.sleep(60), "was asked to unload llama: it did not respond within 0.3 s.", None),
+    (lambda self: self.gone_on.wait(60), "was asked to unload llama: it did not respond within 0.3 s.", None),
     (lambda self: None, "unloaded llama: 0 MiB of GPU memory freed.", None),
 ], ids=["refuses", "raises", "hangs", "lies"])
 def test_a_worker_that_does_not_unload_is_stopped(machine, monkeypatch, release, said, plugin):
     process, = machine.workers(10_000)
-    manager, seen = ResourceManager(), []
+    manager, seen, gone_on = ResourceManager(), [], threading.Event()
     end = freeing.end_worker
 
     def ending(workers, state, *given):
@@ -136,8 +136,10 @@ def test_a_worker_that_does_not_unload_is_stopped(machine, monkeypatch, release,
 
     monkeypatch.setattr(freeing, "end_worker", ending)
     monkeypatch.setattr(freeing, "UNLOADED_WITHIN", 0.3)
-    register(manager, process, plugin_name="llama", plugin_instance=type("Plugin", (), dict(release=release))())
+    plugin_instance = type("Plugin", (), dict(release=release, gone_on=gone_on))()
+    register(manager, process, plugin_name="llama", plugin_instance=plugin_instance)
     made = manager.make_room(20_000, grace=0.3)
+    gone_on.set()   # the thread that hangs is not left to the tests that follow
     assert made.steps[0] == f"The idle llm worker (PID {process.pid}) {said}"
     assert "was stopped: 9.8 GiB" in made.steps[1] and not lives(process) and seen == [plugin]
 

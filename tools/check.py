@@ -3,6 +3,7 @@
 site).
 
     python3 tools/check.py
+    python3 tools/check.py --wheel dist/NAME.whl      only what is tested of an installed wheel, of this one
 
 In .venvs/dev are nbdev 2 and fastcore 1, which the notebooks are made with; in .venvs/clean is the built wheel with the
 newest fastcore and no nbdev, as a user has it. Closes with 'N passed, N failed' over all steps.
@@ -159,12 +160,17 @@ OF_A_WHEEL = ("app", "arguments", "cli", "cluster", "examples", "job_app", "live
               "prefix", "report", "settings", "states")
 
 
-def as_installed() -> list[Step]:
-    "The wheel, where there is neither nbdev nor this folder's package"
+def build(folder: Path) -> tuple[Step, Path]:
+    "Build the wheel in a folder"
+    step = run("build", VENVS/"dev"/BIN, "python", "-m", "build", "--outdir", str(folder))
+    return step, next(folder.glob("*.whl"))
+
+
+def as_installed(given: Path | None = None) -> list[Step]:
+    "A wheel, this one or one that is built, where there is neither nbdev nor this folder's package"
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        built = run("build", VENVS/"dev"/BIN, "python", "-m", "build", "--outdir", name)
-        wheel = next(folder.glob("*.whl"))
+        built, wheel = (None, given.resolve()) if given else build(folder)
         programs = environment("clean", f"{wheel}[web,prometheus,cluster,mcp,marimo]", "fastcore>=2", "pytest>=8",
                                "hypothesis>=6.100", "jsonschema>=4.20", "httpx>=0.27")
         where = run("installed, not from this folder", programs, "python", "-I", "-c", INSTALLED, cwd=folder)
@@ -175,11 +181,12 @@ def as_installed() -> list[Step]:
         isolated = "-P" if sys.version_info >= (3, 11) else "-s"
         tests = run("tests against the wheel", programs, "python", isolated, "-m", "pytest", "-q",
                     "-p", "no:cacheprovider", *(f"tests/test_{name}.py" for name in OF_A_WHEEL), cwd=folder)
-        return [built, where, tests]
+        return [*([built] if built else []), where, tests]
 
 
 def main() -> int:
-    steps = [*development(), *as_installed()]
+    wheel = Path(sys.argv[2]) if sys.argv[1:2] == ["--wheel"] else None
+    steps = as_installed(wheel) if wheel else [*development(), *as_installed()]
     for step in steps:
         if step.failed: print(f"\n== failed: {step.title}", *step.failures, sep="\n")
     passed, failed = (sum(getattr(step, word) for step in steps) for word in ("passed", "failed"))

@@ -133,9 +133,13 @@ def private_names(tree: ast.Module) -> set[str]:
 
 
 def private_uses(tree: ast.Module) -> Iterator[tuple[int, str]]:
-    "Return each private name that a module imports or takes from an object, with its line"
+    """Return each private name that a module imports or takes from an object, with its line; not from a module that
+    a plain `import` names, such as `os._exit`, for the package's own are imported with `from`"""
+    imports = [node.names for node in ast.walk(tree) if isinstance(node, ast.Import)]
+    libraries = {name.asname or name.name for names in imports for name in names}
     for node in ast.walk(tree):
-        if isinstance(node, ast.Attribute) and is_private(node.attr): yield node.lineno, node.attr
+        if isinstance(node, ast.Attribute) and is_private(node.attr):
+            if ast.unparse(node.value) not in libraries: yield node.lineno, node.attr
         elif isinstance(node, ast.ImportFrom):
             for name in node.names:
                 if is_private(name.name): yield node.lineno, name.name

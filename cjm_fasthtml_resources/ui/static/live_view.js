@@ -11,11 +11,24 @@ function render({ model, el }) {
   root.append(style, beat, place);
   el.append(root);
   cjmTables(root);
-  cjmFigures(root);
-  const show = () => put(place, model.get("html"));
-  const draw = () => {
-    const charts = place.querySelector("[data-cjm-charts]");
-    if (charts) charts.innerHTML = model.get("charts");
+  let turn = 0;
+  // the answer is the whole picture; a random number, because several pages can ask
+  const ask = () => {
+    model.set("asked", Math.random());
+    model.save_changes();
+  };
+  const show = () => {
+    turn = model.get("whole").turn;
+    put(place, model.get("whole").html);
+  };
+  const change = () => {
+    const { turn: now, slots } = model.get("change");
+    if (now !== turn + 1) return ask();
+    turn = now;
+    for (const [name, html] of Object.entries(slots)) {
+      const slot = place.querySelector(`[data-cjm="${name}"]`);
+      if (slot) put(slot, html);
+    }
   };
   const pulse = () => {
     beat.innerHTML = model.get("beat");
@@ -30,13 +43,14 @@ function render({ model, el }) {
   draw();
   pulse();
   sign();
-  model.on("change:html", show);
-  model.on("change:charts", draw);
+  model.on("change:whole", show);
+  model.on("change:change", change);
   model.on("change:beat", pulse);
+  ask();
   return () => {
     clearInterval(timer);
-    model.off("change:html", show);
-    model.off("change:charts", draw);
+    model.off("change:whole", show);
+    model.off("change:change", change);
     model.off("change:beat", pulse);
   };
 }
