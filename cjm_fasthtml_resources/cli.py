@@ -82,8 +82,9 @@ class Commands(click.Group):
 
     def resolve_command(self, ctx: click.Context, args: list[str]) -> Any:
         "Find a command, with an error that names the one that was meant"
+        if args[0] in COMMANDS: return super().resolve_command(ctx, args)
         from difflib import get_close_matches
-        near = [] if args[0] in COMMANDS else get_close_matches(args[0], COMMANDS, 1)
+        near = get_close_matches(args[0], COMMANDS, 1)
         if near: ctx.fail(f"No such command {args[0]!r}. Did you mean {near[0]!r}?")
         return super().resolve_command(ctx, args)
 

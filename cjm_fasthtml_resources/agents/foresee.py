@@ -10,6 +10,14 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
+from cjm_fasthtml_resources.core.requests import (
+    Asked,
+    check_asked,
+    check_priority,
+    check_ram_under_cap,
+    choose_devices,
+    choose_under_cap,
+)
 from ..core.caps import explain_caps
 from ..core.claims import Claim, grant, in_queue, read_use
 from ..core.conflict import ResourceConflict
@@ -21,7 +29,6 @@ from ..core.process import this_process
 from ..core.queue import explain_waiting
 from ..core.ram_use import see_ram
 from ..core.receipts import Receipt, machine_user
-from ..core.requests import Asked, check_asked, check_priority, choose_devices, choose_under_cap
 from ..core.reservations import find_suiting
 from ..core.text import format_bytes
 from ..core.totals import name_devices
@@ -85,6 +92,7 @@ def foresee(
     """Return what a reservation would do now, without making one.
     Raises what `reserve` raises for an argument that is wrong, and `ResourceUnavailable` without a GPU"""
     asked, rank = check_asked(gpu_memory_mb, memory_mb, n), check_priority(priority)
+    check_ram_under_cap(asked.ram, manager.ledger.store)
     claims = [c for c in manager.get_claims() if c.device is not None or not c.is_suspended]   # read before the devices
     snapshot = manager.read(True)
     choose = partial(choose_devices, wanted=device, memory=asked.memory, judge=manager.judge, count=asked.devices,

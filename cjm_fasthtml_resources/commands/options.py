@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['converted', 'parse_memory', 'parse_need', 'parse_name', 'parse_positive', 'check_nan', 'read_apps', 'options_of',
-           'Command', 'timeout_option', 'device_option', 'to_mib', 'ram_option', 'grace_option', 'priority_option',
-           'by_index_option', 'complete_machines', 'complete_files']
+           'Command', 'timeout_option', 'device_option', 'to_mib', 'ram_option', 'grace_option', 'duration_option',
+           'priority_option', 'by_index_option', 'complete_machines', 'complete_files']
 
 # %% ../../nbs/commands/options.ipynb #ad180b08
 import threading
@@ -117,6 +117,12 @@ def grace_option(function: _Function) -> _Function:
     return click.option("--grace", callback=converted(parse_duration), metavar="TIME",
                         help="Release the memory if it stays unused for this time while requests wait, such as 5m. "
                              "Default: no limit.")(function)
+
+def duration_option(function: _Function) -> _Function:
+    "Add `--for`: the seconds that a command takes at most, as `duration`; `None` without it"
+    return click.option("--for", "duration", callback=converted(parse_positive), metavar="TIME",
+                        help="COMMAND takes at most so long, such as 10m: then its reservation ends. It can start "
+                             "before a larger request that surely starts later. Default: not known.")(function)
 
 def priority_option(function: _Function) -> _Function:
     "Add `--priority`: a place in the queue"

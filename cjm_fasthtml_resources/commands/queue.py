@@ -19,11 +19,12 @@ from ..core.caps import explain_caps
 from ..core.checks import name_holder
 from ..core.claims import Claim, owner_of, read_use
 from ..core.endings import find_user, name_user
-from ..core.expected import Range, describe_start, expected_starts, times_of_workers, within_limit
+from ..core.expected import Range, describe_start, find_starts, times_of_workers
 from ..core.ledger import Ledger, find_cap, find_rule
 from ..core.manager import ResourceManager
 from ..core.process import machine_time
 from ..core.queue import QueueRow, queue_rows
+from ..core.ram_use import see_ram
 from ..core.store import Store, StoreError, store_path
 from ..core.text import format_age, format_bytes
 from ..core.totals import name_devices
@@ -63,8 +64,9 @@ def read_queue(
     uses = read_use(conflict.snapshot.devices) if conflict.snapshot else []
     suspended = [c.id for c in claims if c.device is None and c.is_suspended]
     known, awake = known_times(claims), [c for c in claims if c.id not in suspended]
-    rule, capped = find_rule(ledger.store), explain_caps(find_cap(ledger.store), awake, uses)
-    starts = expected_starts(awake, uses, lambda claim: within_limit(claim, known.get(claim.id), now), rule)
+    rule, every = find_rule(ledger.store), see_ram(uses, claims, ledger.unified)
+    capped = explain_caps(find_cap(ledger.store), awake, every)
+    starts = find_starts(claims, every, now, known, rule, suspended)
     return queue_rows(claims, uses, conflict.allowed, now, _name, suspended, starts, capped)
 
 # %% ../../nbs/commands/queue.ipynb #a57a7466

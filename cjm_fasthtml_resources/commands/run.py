@@ -44,6 +44,7 @@ Examples:
 @options.timeout_option
 @options.priority_option
 @options.grace_option
+@options.duration_option
 @options.device_option
 @click.option("--app", default="cjm-resources", show_default=True, metavar="NAME",
               help="App name for the reservation and for learned needs.")
@@ -54,8 +55,8 @@ Examples:
 @click.argument("command", nargs=-1, required=True, type=click.UNPROCESSED, shell_complete=complete_files)
 @click.pass_obj
 def command(machine: Machine, gpu_memory: float | str | None, ram: float, gpus: int, retries: int,
-            timeout: float | None, priority: int, grace: float | None, device: str | None, app: str, name: str | None,
-            env_by_index: bool, command: tuple[str, ...]) -> None:
+            timeout: float | None, priority: int, grace: float | None, duration: float | None, device: str | None,
+            app: str, name: str | None, env_by_index: bool, command: tuple[str, ...]) -> None:
     """Run COMMAND as a job: wait for a GPU, reserve it, and learn what COMMAND takes.
 
     COMMAND sees that GPU alone (CUDA_VISIBLE_DEVICES). Its input, output and signals are its own. If it runs out of
@@ -67,7 +68,7 @@ def command(machine: Machine, gpu_memory: float | str | None, ram: float, gpus: 
     """
     known_by, settings = (name_command(command), command_settings(command)) if name is None else (name, None)
     wanted = tries.Wanted(command, known_by, options.to_mib(gpu_memory), ram/2**20, retries, device, timeout,
-                          env_by_index, shows_progress(), gpus, priority, grace, settings)
+                          env_by_index, shows_progress(), gpus, priority, grace, settings, duration)
     ended = Ended(-signal.SIGINT, signals=(signal.SIGINT,))   # Ctrl-C before there is a command
     with contextlib.suppress(KeyboardInterrupt), end_by_signals(), failing():
         manager = ResourceManager(track_self=False, app=app, gpu_timeout=machine.driver_timeout)

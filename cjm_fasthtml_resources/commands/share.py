@@ -154,14 +154,14 @@ def _parse_share(context: click.Context, option: click.Parameter, text: str | No
 def _explain_cap(path: Path) -> str:
     "Return the limit of one user or app in a shared folder"
     if (cap := read_cap(path)) is None: return ""
-    return f"\nOne {cap.per} can reserve at most {cap.share:.0%} of each GPU ({path/CAP_FILE})."
+    return f"\nOne {cap.per} can reserve at most {cap.share:.0%} of each GPU and of RAM ({path/CAP_FILE})."
 
 # %% ../../nbs/commands/share.ipynb #99880f06
 @click.command("share", cls=Command, epilog=_EXAMPLES)
 @click.argument("folder", metavar="FOLDER", type=click.Path())
 @click.option("--group", "group_name", required=True, metavar="GROUP", help="Its members share the folder.")
 @click.option("--max-share", callback=_parse_share, metavar="SHARE",
-              help="Limit the reservations of one user to this share of each GPU, such as 50%. 100%: no limit.")
+              help="Let one user reserve at most so much of each GPU and of RAM, such as 50%. 100%: all of it.")
 @click.option("--per", type=click.Choice(["user", "app"]), default="user", show_default=True,
               help="Count the reservations of a user or of an app together for --max-share.")
 def command(folder: str, group_name: str, max_share: float | None, per: str) -> None:

@@ -19,8 +19,6 @@ import click
 from ..core.manager import ResourceManager
 from ..core.reservations import Reservation
 from ..core.text import format_bytes
-from ..running.child import CannotRun
-from ..running.first import end_by_signals, run_as_first
 from ..running.orphans import is_first
 from . import options
 from .ending import fail, failing
@@ -45,8 +43,16 @@ def become(command: Sequence[str], env: dict[str, str]) -> NoReturn:
     except OSError as error:
         fail(f"{command[0]}: {error.strerror}", 127 if isinstance(error, FileNotFoundError) else 126)
 
+def _ended_by_signals() -> contextlib.AbstractContextManager[None]:
+    "Let signals end this process in a block, if it is the first one of a container"
+    if not is_first(): return contextlib.nullcontext()
+    from cjm_fasthtml_resources.running.first import end_by_signals
+    return end_by_signals()
+
 def stay_with(command: Sequence[str], env: dict[str, str]) -> NoReturn:
     "Run that program as a child, as a container's first process, and end with its exit code"
+    from cjm_fasthtml_resources.running.child import CannotRun  # few processes are the first of a container
+    from cjm_fasthtml_resources.running.first import run_as_first
     sys.stdout.flush()
     try: sys.exit(run_as_first(command, env))
     except CannotRun as error: fail(error.message, error.code)
@@ -60,9 +66,10 @@ Examples:
 
 # %% ../../nbs/commands/wait.ipynb #9c6710f8
 def _open_notifier(context: click.Context, option: click.Parameter, addresses: Sequence[str]) -> Any:
-    "Return a notifier for the services with these addresses, which are never shown"
+    "Return the `Notifier` of the services with these addresses, which are never shown; `None` without addresses"
+    if not addresses: return None
     from cjm_fasthtml_resources.running.notify import Notifier, open_services
-    try: return Notifier(open_services(addresses) if addresses else None, partial(click.echo, err=True))
+    try: return Notifier(open_services(addresses), partial(click.echo, err=True))
     except ImportError:
         fail("apprise is not installed: pip install 'cjm-fasthtml-resources[notify]'", os.EX_UNAVAILABLE)
     except ValueError as error: raise click.BadParameter(str(error)) from None
@@ -94,6 +101,7 @@ def shows_progress() -> bool:
 @options.timeout_option
 @options.priority_option
 @options.grace_option
+@options.duration_option
 @options.device_option
 @click.option("--app", default="cjm-resources", show_default=True, metavar="NAME",
               help="App name for the reservation.")
@@ -105,8 +113,8 @@ def shows_progress() -> bool:
 @click.argument("command", nargs=-1, type=click.UNPROCESSED, shell_complete=complete_files)
 @click.pass_obj
 def command(machine: Machine, gpu_memory: float | str | None, ram: float, gpus: int, timeout: float | None,
-            priority: int, grace: float | None, device: str | None, app: str, env_by_index: bool, notifier: Any,
-            command: tuple[str, ...]) -> None:
+            priority: int, grace: float | None, duration: float | None, device: str | None, app: str,
+            env_by_index: bool, notifier: Any, command: tuple[str, ...]) -> None:
     """Wait until a GPU has room, reserve it, and run COMMAND on it.
 
     COMMAND sees that GPU alone (CUDA_VISIBLE_DEVICES). Without COMMAND, print the variable and reserve nothing. With
@@ -117,13 +125,14 @@ def command(machine: Machine, gpu_memory: float | str | None, ram: float, gpus: 
     all that as it is.
     """
     if gpu_memory is None and not ram: raise click.UsageError("Missing option '--gpu-memory', or --ram for RAM alone.")
-    with end_by_signals(), failing(), notifier.telling_end():
+    telling = notifier.telling_end() if notifier else contextlib.nullcontext()
+    with _ended_by_signals(), failing(), telling:
         manager = ResourceManager(track_self=False, app=app, gpu_timeout=machine.driver_timeout)
         with (simulated_machine(machine.simulate, manager),
               manager.reserve(options.to_mib(gpu_memory), device, timeout, progress=shows_progress(), n=gpus,
-                              memory_mb=ram/2**20, priority=priority, grace=grace) as held):
+                              memory_mb=ram/2**20, priority=priority, grace=grace, duration=duration) as held):
             env = _child_env(held, env_by_index)
-            notifier.granted(_what_was_granted(held, command))
+            if notifier: notifier.granted(_what_was_granted(held, command))
             if not command: click.echo("\n".join(f"{name}={value}" for name, value in env.items()))
             elif is_first(): stay_with(command, env)
             else:

@@ -6,11 +6,12 @@
 __all__ = ['CONTAINER_NOTE', 'SILENT_NOTE', 'NO_INSTANCE', 'LISTS_NOTE', 'SHARED_NOTE', 'GROUP_NOTE', 'UNSEEN_NOTE',
            'UNREAD_NOTE', 'EARLIER_NOTE', 'UNREAD_RAM_NOTE', 'estimate_notes', 'seen_notes', 'each_memory_once',
            'tell_unified', 'number_here', 'unseen_promises', 'stand_in', 'memory_for', 'reserves_ram', 'least_left',
-           'Prepared', 'Checks', 'promises_on', 'count_reported', 'name_holder', 'find_waiting', 'pick_devices']
+           'Prepared', 'Checks', 'promises_on', 'count_reported', 'name_holder', 'see_waiting', 'find_waiting',
+           'pick_devices']
 
 # %% ../../nbs/core/checks.ipynb #2e3507fe
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
@@ -204,7 +205,7 @@ class Checks:
         self.learn(found)
         notes += [*seen_notes(seen.complaint, visible, others), *hanging_notes(self.workers)]
         return conclude(visible, threshold_percent, _why_none(snapshot, seen.complaint), notes, snapshot, others,
-                        find_waiting(known, snapshot.devices, self.app))
+                        see_waiting(self, known, snapshot.devices))
 
     def see(self, machine: Sequence[GpuDevice], known: LedgerReading, threshold_percent: float) -> Seen:
         "Return the devices that this process can use; of those that a number can mean, the worst"
@@ -355,12 +356,22 @@ def name_holder(claim: Claim) -> tuple[str | None, str | None]:
     return (found.name, found.username) if found.start_time == claim.holder.start_time else (None, None)
 
 # %% ../../nbs/core/checks.ipynb #c68878a5
+def see_waiting(checks: "Checks", known: LedgerReading, machine: Sequence[GpuDevice]) -> tuple[Waiting, ...]:
+    "Return the requests that wait, in the order of the queue, with why and until when as far as it is known"
+    claims = [c for c in known.claims if c.id not in known.over]
+    if all(c.device is not None for c in claims): return ()
+    from cjm_fasthtml_resources.core.outlook import find_outlook, times_of_app  # when it is used
+    found = find_outlook(checks.ledger, claims, machine, times_of_app(claims, checks.workers, checks.needs, checks.app))
+    return find_waiting(known, machine, checks.app, found.why, found.starts)
+
 _NAMED = 20
 
 def find_waiting(
     known: LedgerReading,
     devices: Sequence[GpuDevice],
     app: str,                    # its name, which its requests have
+    why: Mapping[int, str] = {},                    # by ID, of those that wait because of a cap
+    starts: Mapping[int, tuple[float, float]] = {},   # by ID: when they are expected to start
 ) -> tuple[Waiting, ...]:
     "Return the requests that wait, in the order of the queue; the first 20 with the names of their processes"
     waiting = in_queue(c for c in known.claims if c.id not in known.over)
@@ -378,7 +389,7 @@ def find_waiting(
 
             names, container = (None, find_username(claim)), find_container(claim)
         return Waiting(number_here(claim), owner, claim.memory, position, suits, claim.app, *names, ram, claim.priority,
-                       claim.id, since, container)
+                       claim.id, since, container, claim.count, why.get(claim.id, ""), starts.get(claim.id))
 
     return tuple(row(position, claim) for position, claim in enumerate(waiting, 1))
 

@@ -219,8 +219,7 @@ def _identify(
     return lineages, complete and len(known) == len(found)
 
 # %% ../../nbs/core/claims.ipynb #8cd4a19a
-@dataclass(frozen=True)
-class Pool:
+class Pool(NamedTuple):
     "The promises of one holder on one device, in bytes"
     claims: tuple[Claim, ...]
     used: int                 # by the holder with its child processes, as far as it is known
@@ -398,14 +397,16 @@ def _raise_bases(
     return [raised(c) for c in left]
 
 # %% ../../nbs/core/claims.ipynb #b125cb29
-@dataclass
 class _Room:
     "A device while `grant` gives it away, in bytes"
-    use: DeviceUse
-    free: int         # neither used nor promised
-    hoped: int        # the same if every promise were released
-    blocked: bool = False
-    shared: bool = False   # a part of it is promised
+    def __init__(
+        self,
+        use: DeviceUse,
+        free: int,         # neither used nor reserved
+        hoped: int,        # the same if every reservation were released
+        shared: bool = False,   # a part of it is reserved
+    ) -> None:
+        self.use, self.free, self.hoped, self.shared, self.blocked = use, free, hoped, shared, False
 
     def take(self, memory: int) -> None: self.free, self.shared = self.free - memory, True
 

@@ -8,7 +8,6 @@ __all__ = ['find_user', 'name_user', 'may_end', 'note_ending', 'read_ending', 'f
 
 # %% ../../nbs/core/endings.ipynb #e750eff4
 import contextlib
-import logging
 import os
 from dataclasses import replace
 from typing import Any
@@ -16,12 +15,13 @@ from typing import Any
 from .claims import Claim
 from .grace import is_given_up, name_unused
 from .ledger import Ledger, from_bytes, to_bytes
+from .logs import Log
 from .process import has_ended, pid_namespace, read_process
 from .receipts import machine_user
 from .store import Store, StoreError
 
 # %% ../../nbs/core/endings.ipynb #d3db04bf
-_log = logging.getLogger(__name__)
+_log = Log(__name__)
 
 # %% ../../nbs/core/endings.ipynb #5692ee76
 def find_user(

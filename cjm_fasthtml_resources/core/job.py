@@ -6,10 +6,10 @@
 __all__ = ['ALONE', 'TELL_AFTER', 'JobRequest', 'choose_alone', 'is_turn', 'is_loading', 'name_turn', 'name_double', 'ActiveJob',
            'put_back_left', 'end_job_of', 'lease_for', 'keep_while_held', 'await_turn', 'ask_for_ram', 'read_need',
            'find_learned', 'guess_within', 'find_unknown', 'device_of_worker', 'devices_of_worker', 'find_alone',
-           'find_memory', 'name_unknown', 'tell_alone', 'poll', 'await_memory', 'decide', 'ask_validation',
-           'take_ready', 'await_decision', 'show_here', 'start', 'begin', 'read_all_use', 'bases_of', 'spent_before',
-           'watch_process', 'add_note', 'explain_error', 'find_lack', 'learn', 'finish', 'make_job', 'PluginNeeds',
-           'declared_needs']
+           'find_memory', 'name_unknown', 'tell_alone', 'poll', 'with_times', 'await_memory', 'decide',
+           'ask_validation', 'take_ready', 'await_decision', 'show_here', 'start', 'begin', 'read_all_use', 'bases_of',
+           'spent_before', 'watch_process', 'add_note', 'explain_error', 'find_lack', 'learn', 'finish', 'make_job',
+           'PluginNeeds', 'declared_needs']
 
 # %% ../../nbs/core/job.ipynb #466a9486
 import atexit
@@ -33,6 +33,7 @@ from cjm_fasthtml_resources.core.process import (
     this_process,
 )
 from cjm_fasthtml_resources.core.requests import (
+    check_duration,
     check_priority,
     choose_devices,
     find_holder,
@@ -53,6 +54,7 @@ from .ledger import find_cap
 from .locking import holding
 from .making_room import RoomForRequest
 from .plugins import PluginNeeds, declared_needs, find_plugin, read_requirements
+from .receipts import Receipt
 from .reservations import Request, Reservation, StackExit, pauses, surely
 from .resources import DeviceStatus, ResourceType, WorkerState
 from .room import held_by, largest_capacity, usable
@@ -88,6 +90,7 @@ class JobRequest:
     n: int | None = None                          # how many devices; `None`: as many as it needs
     priority: int = 0                             # a smaller one is further ahead in the queue
     grace: float | None = None                    # seconds in which its memory has to be used; `None`: no limit
+    duration: float | None = None                 # seconds at most, then its reservation ends; `None`: no limit
     timeout: float | None = None                  # seconds; `None`: no limit
     unknown: float | None = None                  # MiB to reserve for an unknown need; `None`: a device
     concurrent: bool = False                      # whether its worker can have other jobs at the same time
@@ -101,6 +104,7 @@ class JobRequest:
             if not check_text(getattr(self, name), name): raise ValueError(f"{name} must not be empty")
         if self.timeout is not None: check_number(self.timeout, "timeout", 0, threading.TIMEOUT_MAX)
         if self.grace is not None: check_number(self.grace, "grace", 1)
+        check_duration(self.duration)
         if self.worker_pid is not None: check_pid(self.worker_pid, "worker")
         if self.n is not None: check_pid(self.n, "n")
         check_priority(self.priority)
@@ -461,12 +465,23 @@ def poll(job: ActiveJob, request: Request) -> Reservation | None:
         raise
 
 # %% ../../nbs/core/job.ipynb #4614b945
+def with_times(receipt: Receipt, job: ActiveJob) -> Receipt:
+    "Return a receipt with the seconds of the shortest and of the longest job of its kind, as far as they are known"
+    name, resource = job.asked.plugin_name, job.asked.resource or ""
+    try: found = job.manager.needs.durations(name, resource) if name else None
+    except StoreError as error:
+        _log.warning("how long jobs took before could not be read: %s", shown_error(error))
+        found = None
+    return receipt._replace(least=found[0], most=found[1]) if found else receipt
+
 def await_memory(job: ActiveJob, mb: float | str | None, device: Any) -> Iterator[float]:
     "Wait in the queue for a job's memory, of the GPU and RAM together; the errors are those of `reserve`"
     manager, left, asked = job.manager, job.time_left, job.asked.timeout
     timeout = None if left is None else asked if not asked or left > 0.99*asked else max(round(left, 1), 0.1)
     request = manager.request(mb, device, timeout, pid=job.worker_pid, n=job.asked.count,
-                              memory_mb=job.asked.needs.ram_mb, priority=job.asked.priority, grace=job.asked.grace)
+                              memory_mb=job.asked.needs.ram_mb, priority=job.asked.priority, grace=job.asked.grace,
+                              duration=job.asked.duration)
+    request.receipt = with_times(request.receipt or Receipt(), job)
     request.covers = job.worker_pid is not None
     job.defer(request.withdraw)
     if job.asked.make_room and request.count: job.room = RoomForRequest(manager, request, unload=job.asked.unload)

@@ -7,6 +7,7 @@ __all__ = ['FIRST_LEASE', 'new_lease', 'in_use', 'is_used_elsewhere', 'hides_any
 
 # %% ../../nbs/core/leases.ipynb #b21a401f
 import contextlib
+import itertools
 import os
 import threading
 import weakref
@@ -17,6 +18,7 @@ from zlib import crc32
 
 from cjm_fasthtml_resources.core.locking import (
     OpenFolder,
+    find_locked,
     holding,
     is_locked,
     is_locked_beside,
@@ -34,9 +36,23 @@ _all_ = ["StoreError", "explain_os_error"]   # they stood here before
 # %% ../../nbs/core/leases.ipynb #c9cd1dc3
 FIRST_LEASE = 2**32   # leases are bytes from here on
 
+class _Numbers:
+    "Numbers of leases: a process takes them in a row, so that the kernel tells of many of its locks at once"
+    def __init__(self) -> None:
+        self.after_fork()
+        reset_in_child(self)
+
+    def after_fork(self) -> None:
+        "Begin elsewhere in a fork's child: the next number is its parent's"
+        first = FIRST_LEASE + int.from_bytes(os.urandom(8), "big")//8   # 61 bits
+        self.made_in, self.next = os.getpid(), itertools.count(first).__next__
+
+_numbers = _Numbers()
+
 def new_lease() -> int:
     "Return a unique number for a lease"
-    return FIRST_LEASE + int.from_bytes(os.urandom(8), "big")//8   # 61 bits
+    if _numbers.made_in != os.getpid(): _numbers.after_fork()   # a fork that Python has not seen
+    return _numbers.next()
 
 def in_use(fd: int) -> bool:
     "Return whether another open file has locked any lease of this file"
@@ -228,7 +244,7 @@ def _quietly(call: Callable[[int, int], None], file: FileIO | OpenFolder | None,
 def _find_held(path: Path, leases: Collection[int]) -> set[int]:
     "Return those that other open files have locked: by their byte, or by their mark if the file was replaced"
     try:
-        with FileIO(path) as file: found = {n for n in leases if is_locked(file.fileno(), n)}
+        with FileIO(path) as file: found = find_locked(file.fileno(), leases)
     except FileNotFoundError: found = set()
     except (OSError, ImportError, AttributeError) as error:
         raise StoreError(explain_os_error(path, error)) from error

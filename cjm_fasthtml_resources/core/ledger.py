@@ -14,7 +14,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from cjm_fasthtml_resources.core.claims import (
@@ -34,6 +34,7 @@ from .events import WAIT_BUCKETS, Events
 from .forks import reset_in_child
 from .leases import hides_any
 from .logs import Log
+from .passing import passing_rule
 from .process import ProcessId, machine_time, pid_namespace
 from .receipts import Receipt, from_text, is_receipt, machine_user, to_text
 from .store import ChangedInside, Draft, Store, StoreError
@@ -233,9 +234,10 @@ class Ledger:
         return self.withdraw(lease)
 
     def renew(self, lease: int, ttl: float | None) -> bool:
-        "Let a reservation hold for `ttl` seconds from now on (`None`: until released); False if it is over"
+        """Let a reservation hold for `ttl` seconds from now on (`None`: until released); False if it is over.
+        `ValueError` for one that was granted ahead of a request, and would end later than it declared"""
         expires = None if ttl is None else machine_time() + ttl
-        if not self.change(lease, ttl=ttl, expires=expires): return False
+        if not self.change(lease, lambda rows: _renewed(rows, lease, ttl, expires)): return False
         self.note_deadline(lease, expires)
         return True
 
@@ -355,12 +357,20 @@ def _examine(ledger: "Ledger", rows: Rows) -> _Moment:
 def _change(rows: Rows, lease: int, fields: Mapping[str, Any]) -> Rows:
     return rows._replace(claims=tuple(replace(c, **fields) if c.lease == lease else c for c in rows.claims))
 
-@dataclass(frozen=True)
-class HandOver:
+def _renewed(rows: Rows, lease: int, ttl: float | None, expires: float | None) -> Rows:
+    "Return the ledger with a reservation that ends at another time"
+    for c in rows.claims:
+        if c.lease != lease or c.receipt is None or c.receipt.passed is None or c.expires is None: continue
+        if expires is not None and expires <= c.expires: continue
+        raise ValueError(f"ttl must be at most {max(c.expires - machine_time(), 0.0):.1f}, not {ttl}: request "
+                         f"{c.receipt.passed} was passed because this reservation ends before it could start")
+    return _change(rows, lease, dict(ttl=ttl, expires=expires))
+
+class HandOver(NamedTuple):
     "How a reservation goes to another process"
     holder: ProcessId
     bases: Mapping[str, int]            # by device: bytes that it uses there already, beside this
-    spent: Mapping[str, int] = field(default_factory=dict)   # by device: the most that the former holder can be using
+    spent: Mapping[str, int] = {}       # by device: the most that the former holder can be using
     uses: Sequence[DeviceUse] | None = None   # every device; `None`: the former holder's tree has no other reservation
 
     def change(self, rows: Rows, lease: int) -> Rows:
@@ -468,7 +478,7 @@ def _enter(
     current = [_choose_again(c, allowed) for c in before]
     def is_asleep(claim: Claim) -> bool: return claim.id <= rows.last_id and claim.is_suspended   # a new one asks now
 
-    after = grant(current, uses, passes_over=is_asleep, may_have=may_have)
+    after = grant(current, uses, passes_over=is_asleep, may_have=may_have, may_pass=passing_rule(now, may_have))
     held = {c.id for c in current if c.device is not None}
     given = {c.id for c in after if c.device is not None and c.id not in held}
     after = observe([_start(c, now) if c.id in given else c for c in after], uses, now)

@@ -91,8 +91,7 @@ class ResourceManager(StaysHere, WorkerRegistry, NeedsReader, JobStarter):
 
     def check_gpu_availability(
         self,
-        *,
-        snapshot: GpuSnapshot | None = None,   # read already; `None`: read the driver now
+        *, snapshot: GpuSnapshot | None = None,   # read already; `None`: read the driver now
         wake: bool = False,                    # ask GPUs that power management has suspended, too
         timeout: float | None = None,          # seconds to wait for the driver; `None`: `gpu_timeout`
     ) -> ResourceConflict:
@@ -140,30 +139,31 @@ class ResourceManager(StaysHere, WorkerRegistry, NeedsReader, JobStarter):
         memory_mb: float = 0,                          # MiB of RAM, together with the GPUs or alone
         priority: int = 0,                             # -20 to 19: smaller ones first, ten places for each step
         grace: float | None = None,                    # seconds: released if unused for so long; `None`: never
+        duration: float | None = None,                 # seconds at most, then it ends: so it can pass a larger request
     ) -> "Reservation":
         """Reserve GPU memory and RAM for a job, in a `with` block or until `release()`, in the order of asking.
         `ResourceBusy` after the timeout, `ResourceUnavailable`, `ValueError` for more than there is, `StoreError`"""
         request = self.request(gpu_memory_mb, device, timeout, ttl=ttl, pid=pid, n=n, memory_mb=memory_mb,
-                               priority=priority, grace=grace)
+                               priority=priority, grace=grace, duration=duration)
         return complete(request, make_check(self, timeout), progress)
 
     def reserve_async(
         self, gpu_memory_mb: float | str | None = None, device: int | str | GpuDevice | None = None,
         timeout: float | None = None, *, ttl: float | None = None, pid: int | None = None, progress: bool = False,
-        n: int = 1, memory_mb: float = 0, priority: int = 0, grace: float | None = None,
+        n: int = 1, memory_mb: float = 0, priority: int = 0, grace: float | None = None, duration: float | None = None,
     ) -> "PendingReservation":
         "Reserve likewise with `await` or `async with`. A task that is cancelled leaves the queue"
         make = partial(self.request, gpu_memory_mb, device, timeout, ttl=ttl, pid=pid, n=n, memory_mb=memory_mb,
-                       priority=priority, grace=grace)
+                       priority=priority, grace=grace, duration=duration)
         return pend(partial(acquire, make, make_check(self, timeout), progress))
 
     def request(
         self, gpu_memory_mb: float | str | None = None, device: int | str | GpuDevice | None = None,
         timeout: float | None = None, *, ttl: float | None = None, pid: int | None = None, n: int = 1,
-        memory_mb: float = 0, priority: int = 0, grace: float | None = None,
+        memory_mb: float = 0, priority: int = 0, grace: float | None = None, duration: float | None = None,
     ) -> "Request":
         "Return a request that enters the queue at its first `poll`, for programs that wait by themselves"
-        return make_request(self, gpu_memory_mb, device, timeout, ttl, pid, n, memory_mb, priority, grace)
+        return make_request(self, gpu_memory_mb, device, timeout, ttl, pid, n, memory_mb, priority, grace, duration)
 
     def wait_for_gpu(
         self,

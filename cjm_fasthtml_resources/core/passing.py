@@ -42,7 +42,7 @@ def _without_others(use: DeviceUse) -> DeviceUse:
     return replace(use, device=device, processes=(), whole=False)
 
 def could_start_within(
-    claim: Claim,                  # a request that waits
+    claim: Claim,                  # a waiting request
     seconds: float,                # from now on
     claims: Collection[Claim],     # all that count
     uses: Sequence[DeviceUse],     # every device

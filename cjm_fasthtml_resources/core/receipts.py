@@ -51,6 +51,10 @@ class Receipt(NamedTuple):
     unused_since: float | None = None   # when it was first seen unused, if it was not seen in use after that
     host: str | None = None             # the host name where it was asked, which of a container is the container's
     grace: Grace | None = None          # the time in which it has to be used; `None`: no limit, or it was used
+    limit: float | None = None          # seconds that the job takes at most, as the asker declared; then it ends
+    least: float | None = None          # seconds of the shortest job of its kind that ended well
+    most: float | None = None           # and of the longest
+    passed: int | None = None          # ID of the request that it was granted ahead of: it ends before that one
 
     def seen(
         self,
@@ -95,16 +99,21 @@ class Receipt(NamedTuple):
 # %% ../../nbs/core/receipts.ipynb #b7e64e21
 def new_receipt(
     grace: float | None = None,   # seconds in which the reservation has to be used; `None`: no limit
+    limit: float | None = None,   # seconds that the job takes at most, as declared; `None`: not declared
+    lasts: tuple[float, float] | None = None,   # seconds of the shortest and the longest job of its kind
 ) -> Receipt:
     "Return the receipt of a request that is just being made"
-    return Receipt(grace=None if grace is None else Grace(float(grace)))
+    least, most = lasts or (None, None)
+    return Receipt(grace=None if grace is None else Grace(float(grace)), limit=limit, least=least, most=most)
 
 # %% ../../nbs/core/receipts.ipynb #9c25ac4c
 _BEGIN = "!"   # no name of a device begins with it
 
 def to_text(receipt: Receipt) -> str:
     "Return a receipt as it is written"
-    values = (*receipt[:-1], *(receipt.grace or ()))
+    first, more = receipt[:7], [*(receipt.grace or (None, None, None)), *receipt[8:]]
+    while more and more[-1] is None: more.pop()
+    values = (*first, *more)
     parts = ("" if value is None else f"{value:.1f}" if isinstance(value, float) else str(value) for value in values)
     return _BEGIN + ",".join(parts)
 
@@ -115,9 +124,12 @@ def is_receipt(text: str) -> bool:
 def from_text(text: str) -> Receipt:
     "Return a receipt as it was read; what a later version added is left out"
     parts = text.removeprefix(_BEGIN).split(",")
-    kinds: tuple[Any, ...] = (int, float, float, int, int, float, str, float, float, float)
+    kinds: tuple[Any, ...] = (int, float, float, int, int, float, str, *(float,)*6, int)
     values: list[Any] = [kind(part) if part else None for kind, part in zip(kinds, parts, strict=False)]
-    return Receipt(*values[:7])._replace(grace=Grace(*values[7:]) if values[7:] and values[7] else None)
+    values += [None]*(len(kinds) - len(values))
+    grace, (limit, least, most, passed) = Grace(*values[7:10]) if values[7] else None, values[10:]
+    receipt = Receipt(*values[:7])._replace(grace=grace, limit=limit, least=least, most=most)
+    return receipt._replace(passed=passed)
 
 # %% ../../nbs/core/receipts.ipynb #98dad3e3
 @lru_cache(maxsize=1)

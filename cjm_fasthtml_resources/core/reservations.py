@@ -43,7 +43,7 @@ from .leases import new_lease
 from .ledger import HandOver, Ledger, Rows, Waits, machine_devices
 from .memory import HostMemory, find_cgroup, read_machine
 from .process import ProcessId, has_ended, machine_time, this_process
-from .receipts import Receipt, new_receipt
+from .receipts import Receipt
 from .resources import Promise
 from .threads import in_thread
 from .topology import Links
@@ -194,7 +194,7 @@ class Reservation(OnDevices, StaysHere, contextlib.AbstractContextManager["Reser
         self,
         ttl: float | None = None,  # seconds from now on; `None`: until it is released
     ) -> bool:  # False if it has run out; then reserve again
-        "Let the reservation end later or sooner"
+        "Let the reservation end later or sooner. `ValueError` for later, if it was granted ahead of a request"
         return self._ledger.renew(self.lease, ttl)
 
     def hand_over(
@@ -307,10 +307,10 @@ class Request(StaysHere):
         priority: int = 0,                              # a smaller one is further ahead in the queue
         check_ram: Callable[[], ResourceConflict] | None = None,   # checks RAM, to say why it waits for that
         share: float = 0,                               # of each device, as a `Claim` has it
-        grace: float | None = None,                     # seconds in which the reservation has to be used
+        receipt: Receipt | None = None,                 # of `new_receipt`
     ) -> None:
         self.ledger, self.look, self.choose, self.give_up, self.check_ram = ledger, look, choose, give_up, check_ram
-        self.holder, self.memory, self.app, self.ttl, self.grace = holder, memory, app, ttl, grace
+        self.holder, self.memory, self.app, self.ttl, self.receipt = holder, memory, app, ttl, receipt
         self.count, self.find_links, self.beside, self.priority, self.share = count, find_links, beside, priority, share
         self.devices: dict[str, GpuDevice] = {}          # those that suited it at the last reading, by key
         self.lease, self._asked, self._made_in = new_lease(), time.monotonic(), os.getpid()
@@ -401,7 +401,7 @@ class Request(StaysHere):
     def _claim(self) -> Claim:
         return Claim(0, self.holder, self.memory, self._suiting, app=self.app, ttl=self.ttl, lease=self.lease,
                      for_other=self.is_for_other, covers=self.covers, count=self.count, links=self._links,
-                     beside=self.beside, priority=self.priority, share=self.share, receipt=new_receipt(self.grace))
+                     beside=self.beside, priority=self.priority, share=self.share, receipt=self.receipt)
 
     def _check(self) -> Sequence[Claim]:
         "Read the request's own rows; settle before that on its turn, or if the machine's devices have changed"

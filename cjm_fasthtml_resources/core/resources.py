@@ -111,6 +111,9 @@ class Waiting:
     id: int = 0                          # as `cjm-resources queue` shows it; 0: unknown
     since: float | None = None           # when it entered the queue, by `machine_time()`
     container: str | None = None         # another one than this process's: the host name that it has
+    count: int = 1                       # of the devices that it waits for together; 0: it waits for RAM alone
+    why: str = ""                        # in a sentence, where a cap is why it waits
+    starts: tuple[float, float] | None = None   # seconds until it is expected to start, at least and at most
 
 # %% ../../nbs/core/resources.ipynb #5a65063d
 @dataclass(frozen=True)

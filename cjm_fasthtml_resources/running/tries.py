@@ -43,6 +43,7 @@ class Wanted:
     priority: int = 0                     # a smaller one is further ahead in the queue
     grace: float | None = None            # seconds in which its memory has to be used
     settings: dict[str, Any] | None = None   # of `command_settings`; `None`: all commands of that name share a need
+    duration: float | None = None         # seconds that it takes at most; then its reservation ends
 
 # %% ../../nbs/running/tries.ipynb #d5c40f8b
 _COLOUR = re.compile(r"\x1b\[[0-9;:?]*[ -/]*[@-~]|\x1b\][^\x07\x1b]*(?:\x07|\x1b\\)")
@@ -107,7 +108,7 @@ def try_once(
     needs = PluginNeeds(None, wanted.ram_mb, wanted.devices)
     job = manager.job(wanted.name, mb, plugin=wanted.name, config=wanted.settings, needs=needs, worker_type="command",
                       device=wanted.device, timeout=wanted.timeout, progress=wanted.progress, make_room=make_room,
-                      priority=wanted.priority, grace=wanted.grace)
+                      priority=wanted.priority, grace=wanted.grace, duration=wanted.duration)
     job.asked_by = "--gpu-memory"
     found = None
     try:

@@ -21,6 +21,7 @@ from ..core.history import History
 from ..core.samples import Sample
 from .age import moment_of, name_time, picture_line
 from .cards import CSS, arrange
+from .charts import charts_of
 from .parts import to_html
 from .view import View, render, render_tables
 
@@ -49,6 +50,7 @@ def picture(
 ) -> str:
     "Return a sample as HTML that needs nothing else, with its time"
     slots = render(sample, history, view) | render_tables(sample, view)
+    if view.charts: slots["charts"] = to_html(charts_of(sample, history, view))
     style = Style(Safe(CSS + (_hiding(id) if id else "")))
     return to_html(Div(style, picture_line(sample), arrange(slots), cls=f"cjm kept-{id}" if id else "cjm"))
 

@@ -182,9 +182,12 @@ class _Resource(NamedTuple):
     load: str = ""                     # how busy and how warm it is
     words: str = ""                    # in place of the status's own
 
-def _used(row: _Resource) -> str:
+def _used(
+    row: _Resource,
+    whole_from: int = 1000,   # GiB from which on there are no decimals: "210 of 2048 GiB"
+) -> str:
     if row.used is None or not row.total: return ""
-    digits = 1 if row.total < 1000*2**30 else 0   # "210 of 2048 GiB"
+    digits = 1 if row.total < whole_from*2**30 else 0
     return f"{row.used/2**30:.{digits}f} of {row.total/2**30:.{digits}f} GiB"
 
 # %% ../../nbs/ui/terminal.ipynb #6158aae9
@@ -214,20 +217,25 @@ def _resources(answer: Sample) -> list[_Resource]:
 # %% ../../nbs/ui/terminal.ipynb #c6afa318
 _BAR = "memory"   # the heading of the bars
 
-def resource_table(
-    answer: Sample,
-    terminal: Terminal,
-) -> list[Line]:
-    "Return a table with a row for each device and one for RAM"
-    is_ascii, width = terminal.ascii, max(6, min(24, terminal.width - 76))
-    columns: list[Column[_Resource]] = [
+def _resource_columns(is_ascii: bool, width: int, whole_from: int) -> list[Column[_Resource]]:
+    return [
         Column("", lambda row: row.place),
         Column("device", lambda row: row.name, shrinks=True, least=11, leaves=1),
         Column("status", lambda row: _status(row.status, row.words)),
         Column(_BAR, lambda row: _bar(row.shares, row.total, width, is_ascii), leaves=3),
-        Column("used", _used, "right"),
+        Column("used", lambda row: _used(row, whole_from), "right"),
         Column("load", lambda row: row.load, leaves=2)]
-    return make_table(columns, [_resources(answer)], terminal.width)
+
+def resource_table(
+    answer: Sample,
+    terminal: Terminal,
+) -> list[Line]:
+    "Return a table with a row for each device and one for RAM; decimals leave where there is too little room"
+    bar, rows, lines = max(6, min(24, terminal.width - 76)), _resources(answer), list[Line]()
+    for whole_from in (1000, 100, 0):
+        lines = make_table(_resource_columns(terminal.ascii, bar, whole_from), [rows], terminal.width)
+        if all(cell_len(plain(line)) <= terminal.width for line in lines): break
+    return lines
 
 # %% ../../nbs/ui/terminal.ipynb #8508fd28
 def _owner(owner: str) -> Line:

@@ -30,6 +30,7 @@ from cjm_fasthtml_resources.ui.tables import (
     WorkerRow,
     folded_totals,
     process_table,
+    reservation_notes,
     reservation_table,
     to_row,
     worker_table,
@@ -65,6 +66,7 @@ class View:
     rows: int = 20                              # processes and workers at most
     totals: bool = False                        # whether the panel shows totals, which the page folds
     details: bool = False                       # whether it shows ages, command lines and loads, as the page does
+    charts: str = ""                            # how far back its charts go: "10m", "1h", "24h"; empty: none
 
     def devices(self, sample: Sample) -> list[DeviceStatus]:
         "Return those that are shown"
@@ -146,7 +148,8 @@ def render(
 def render_reservations(sample: Sample, view: View) -> str:
     "Return the table of reservations and requests; empty where there are none"
     rows = reservation_rows(view.devices(sample), sample.gpu.waiting)
-    return to_html(reservation_table(rows, view.rows)) if rows else ""
+    shown = [reservation_table(rows, view.rows), *reservation_notes(rows[:view.rows])] if rows else []
+    return "".join(map(to_html, shown))
 
 # %% ../../nbs/ui/view.ipynb #f3020473
 def render_tables(

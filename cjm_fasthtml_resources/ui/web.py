@@ -8,6 +8,7 @@ __all__ = ['SCRIPT', 'ResourceCard', 'ResourceRoutes', 'resource_routes', 'make_
 
 # %% ../../nbs/ui/web.ipynb #eb2e54b7
 import asyncio
+import re
 import secrets
 import threading
 from collections.abc import Callable
@@ -38,10 +39,12 @@ from ..core.manager import ResourceManager
 from ..core.monitor import ResourceMonitor, TakesSamples
 from ..core.store import StoreError
 from ..core.threads import NoThreadError, SharedCalls
+from ..recorded.history import RecordedHistory
 from ..sizes import parse_size
 from .age import moment_of, not_live
 from .assets import read_asset
 from .cards import CSS, arrange
+from .charts import Wanted, chart_shape, draw_charts, kept_for, span_of
 from .controls import check_controls, find_asked, name_question
 from .gate import Bounded, Gate, ask_guard, is_same_origin
 from .headers import Headed
@@ -56,7 +59,7 @@ from .wish import wish_events
 _all_ = ["Client", "EventStream", "Gate", "Hub", "Slots", "change_event", "is_same_origin", "layout_event", "to_event"]
 
 # %% ../../nbs/ui/web.ipynb #795432cc
-SCRIPT = f"{read_asset('tables.js')}\n{read_asset('live.js')}"
+SCRIPT = "\n".join(map(read_asset, ("tables.js", "figures.js", "charts.js", "live.js")))
 
 _NOT_YET = "The driver has yet to answer."
 
@@ -73,7 +76,7 @@ def _component(
     stop = Form(id=_form_id(prefix), method="post", action=f"{base}/stop", hidden=True)
     script = Script(src=f"{base}/live", defer=True)
     return Div(Style(Safe(CSS)), lost, place, stop, script, cls="cjm ages", data_cjm_stream=f"{base}/stream",
-               data_cjm_now=f"{1000*now:.0f}")
+               data_cjm_charts=f"{base}/charts", data_cjm_now=f"{1000*now:.0f}")
 
 # %% ../../nbs/ui/web.ipynb #c3000543
 _LOOP_WAITS = 0.04   # seconds that a component may keep an event loop from its other work
@@ -167,6 +170,39 @@ def _picture_handlers(hub: Hub, prefix: str) -> dict[str, Callable[..., Any]]:  
     scripts = {"/live": _script(SCRIPT), "/page": _script(read_asset("page.js"))}
     return {"": page, "/": page, "/fragment": fragment, **scripts}
 
+# %% ../../nbs/ui/web.ipynb #f1b4e4c4
+_EAST = 24*60   # minutes that a time zone can be from UTC, at most
+
+def _whole_number(req: Request, name: str, most: int) -> int | None:
+    "Return a number of the query, `None` if it has none; `ValueError`"
+    text = req.query_params.get(name)
+    if text is None: return None
+    if not re.fullmatch(r"-?[0-9]{1,12}", text) or abs(int(text)) > most: raise ValueError(f"{name} must be a number")
+    return int(text)
+
+def _wanted(req: Request, hub: Hub) -> Wanted:
+    "Return the charts that a request asks for; `ValueError`"
+    zone, since = _whole_number(req, "zone", _EAST), _whole_number(req, "since", 10**12)
+    workers = req.query_params.get("workers") == "1"
+    return Wanted(req.query_params.get("range", "10m"), zone, since, hub.view, hub.monitor.interval, workers)
+
+def _charts_handlers(hub: Hub, recorded: RecordedHistory | None) -> dict[str, Callable[..., Any]]:
+    "Return the handler of the charts"
+    def draw(wanted: Wanted) -> tuple[str, str]:
+        sample = hub.monitor.current()
+        drawn = draw_charts(sample, hub.monitor.history, wanted, recorded or kept_for(sample))
+        return to_html(drawn), chart_shape(sample, wanted)
+
+    async def charts(req: Request) -> Any:
+        try:
+            wanted = _wanted(req, hub)
+            span_of(wanted.range, 0)
+        except ValueError as error: return PlainTextResponse(str(error), 400)
+        try: html, shape = await hub.calls.run(wanted, partial(draw, wanted))
+        except NoThreadError as error: return _no_thread(error)
+        return HTMLResponse(html, headers={**_NEW, "cjm-charts": shape})
+    return {"/charts": charts}
+
 # %% ../../nbs/ui/web.ipynb #57ea3001
 _MOST_SECONDS, _LARGEST = 3600, 2**60   # that a visitor may ask for
 
@@ -249,6 +285,7 @@ def resource_routes(
     metrics: str | None = None,               # where Prometheus finds metrics, as "/metrics" (extra `prometheus`)
     process_metrics: bool = False,            # a metric for each process, too: labels without bound
     streams: int = STREAMS,                   # that may be open at a time; each page has one
+    recorded: RecordedHistory | None = None,  # for charts of an hour and a day; `None`: what this user's recorder keeps
 ) -> ResourceRoutes:
     """Add the page, its fragment, its streams and its scripts.
 
@@ -262,7 +299,7 @@ def resource_routes(
     # before anything is added: it may not be installed
     scrape = _metrics_handler(monitor, process_metrics) if metrics else None
     hub = Hub(monitor, view, (_stop_column(prefix),) if controls else ())
-    handlers = {**_picture_handlers(hub, prefix), **_stream_handlers(hub, places)}
+    handlers = {**_picture_handlers(hub, prefix), **_stream_handlers(hub, places), **_charts_handlers(hub, recorded)}
     for path, handler in handlers.items(): _add(app, f"{prefix}{path}", handler)
     if guard and controls: _add(app, f"{prefix}/stop", _stop_handler(manager, prefix, guard), "POST")
     if metrics and scrape: _add(app, metrics, scrape)

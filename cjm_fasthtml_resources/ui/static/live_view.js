@@ -11,15 +11,21 @@ function render({ model, el }) {
   root.append(style, beat, place);
   el.append(root);
   cjmTables(root);
+  cjmFigures(root);
   let turn = 0;
   // the answer is the whole picture; a random number, because several pages can ask
   const ask = () => {
     model.set("asked", Math.random());
     model.save_changes();
   };
+  const draw = () => {
+    const charts = place.querySelector("[data-cjm-charts]");
+    if (charts) charts.innerHTML = model.get("charts");
+  };
   const show = () => {
     turn = model.get("whole").turn;
     put(place, model.get("whole").html);
+    draw();
   };
   const change = () => {
     const { turn: now, slots } = model.get("change");
@@ -40,17 +46,18 @@ function render({ model, el }) {
   };
   const timer = setInterval(sign, 1e3 * model.get("every"));
   show();
-  draw();
   pulse();
   sign();
   model.on("change:whole", show);
   model.on("change:change", change);
+  model.on("change:charts", draw);
   model.on("change:beat", pulse);
   ask();
   return () => {
     clearInterval(timer);
     model.off("change:whole", show);
     model.off("change:change", change);
+    model.off("change:charts", draw);
     model.off("change:beat", pulse);
   };
 }
