@@ -4,6 +4,7 @@ import contextlib
 import getpass
 import json
 import os
+import pty
 import shutil
 import signal
 import socket
@@ -118,6 +119,15 @@ def reasons(*hosts: str, timeout: float = 20) -> dict[str, str | None]:
     return {answer.host: answer.reason for answer in ask_hosts(hosts, timeout=timeout)}
 
 
+def asking(sshd) -> set[str]:
+    "The PIDs of each `ssh` that asks this server"
+    found = set()
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):
+            if str(sshd.folder/"config") in path.read_bytes().decode(errors="replace"): found.add(path.parent.name)
+    return found
+
+
 def test_each_trouble_is_a_sentence(sshd):
     hosts = ("good", "without", "stranger", "changed", "unknown", "nobody", "other", "chatty", "shy", "fails", "older")
     answers = {answer.host: answer for answer in ask_hosts(hosts, timeout=60)}
@@ -176,6 +186,27 @@ def test_who_watches_does_not_wait_for_a_host_that_hangs(sshd):
         finally: os.killpg(process.pid, signal.SIGKILL)
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize("terminal", [False, True])
+def test_a_signal_ends_each_ssh_before_the_command(sshd, number, terminal):
+    command = [sys.executable, "-m", "cjm_fasthtml_resources", "--host", "good", "--host", "hangs", "--host-timeout",
+               "10m", "--watch", "--interval", "0.2"]
+    screen, out = pty.openpty()
+    with open(screen, "rb", buffering=0) as shown, \
+            subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=out if terminal else subprocess.PIPE,
+                             start_new_session=True) as process:
+        os.close(out)
+        try:
+            seen = b""
+            while b"good:0" not in seen: seen += (shown if terminal else process.stdout).read(4096)
+            assert asking(sshd)
+            process.send_signal(number)
+            assert process.wait(20) == -number
+            assert not asking(sshd), "it is left behind"
+        finally:
+            with contextlib.suppress(ProcessLookupError): os.killpg(process.pid, signal.SIGKILL)
+
+
 def test_a_connection_that_ssh_keeps_holds_up_nothing(sshd):
     "With ControlPersist the first ssh leaves a process behind, which has its standard error"
     began = time.monotonic()
@@ -198,14 +229,8 @@ def test_a_host_that_comes_back_is_asked_as_before(sshd):
 
 
 def test_nothing_is_left_running(sshd):
-    def children() -> set[str]:
-        found = set()
-        for path in Path("/proc").glob("[0-9]*/cmdline"):
-            with contextlib.suppress(OSError):
-                if str(sshd.folder/"config") in path.read_bytes().decode(errors="replace"): found.add(path.parent.name)
-        return found
     assert reasons("hangs", timeout=1)["hangs"] == "it did not answer within 1 s"
-    wait_until(lambda: not children(), told=lambda: f"{children()} still run")
+    wait_until(lambda: not asking(sshd), told=lambda: f"{asking(sshd)} still run")
     threads = threading.active_count()
     reasons("good")
     assert threading.active_count() == threads

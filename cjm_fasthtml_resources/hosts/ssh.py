@@ -206,7 +206,7 @@ class Hosts:
         self.command, self.timeout = command, timeout
         self.asked: dict[str, Question] = {}      # those that have not answered yet
         self.last: dict[str, HostAnswer] = {}     # what each answered last
-        self._lock, self._is_over = threading.Lock(), False
+        self._lock, self._is_over, self.is_starting = threading.Lock(), False, False
 
     def __enter__(self) -> "Hosts": return self
     def __exit__(self, *error: object) -> None:
@@ -236,17 +236,20 @@ class Hosts:
 
     def _ask(self, host: str) -> None:
         if self._is_over: return
-        found = start(host, self.command, self.timeout)
-        if isinstance(found, Question): self.asked[host] = found
-        else: self.last[host] = HostAnswer(self.names[host], (), reason=found)
+        self.is_starting = True   # an `ssh` that is not in `asked` yet would be left behind
+        try:
+            found = start(host, self.command, self.timeout)
+            if isinstance(found, Question): self.asked[host] = found
+            else: self.last[host] = HostAnswer(self.names[host], (), reason=found)
+        finally: self.is_starting = False
 
     def _take(self) -> None:
         "Take the answers of those that have one, and end those whose time is over"
         now = time.monotonic()
         done = {host: question for host, question in self.asked.items() if question.closed or now >= question.end}
         for host, question in done.items(): self.last[host] = take_answer(self.names[host], question)
+        end_all(done.values())   # first: an interruption leaves none of them behind
         for host in done: del self.asked[host]
-        end_all(done.values())
 
 # %% ../../nbs/hosts/ssh.ipynb #b8604906
 def ask_hosts(
