@@ -26,8 +26,9 @@ from ..core.samples import Sample, take_sample
 from ..core.secrets import shown_error
 from ..core.store import StoreError, boot_id, store_path
 from ..core.threads import SharedCalls
+from .handing import Handing
 from .shown import ShownJob
-from .tasks import begin_task
+from .tasks import Entered, begin_task
 
 # %% ../../nbs/hosts/worker.ipynb #31a7d890
 def host_name() -> str:
@@ -54,6 +55,7 @@ class Residents:
     def after_fork(self) -> None:
         "Begin with none, in a fork's child"
         self._lock, self._there = threading.Lock(), dict[str, set[int]]()
+        self.turn = threading.Lock()   # held while a thread asks for memory or gives it back
 
     def enter(self, app: str, worker: object) -> None:
         "Count a dask worker"
@@ -101,8 +103,8 @@ class HostPlugin(WorkerPlugin):
         """Register this process as a worker of the app.
         If the host's file cannot be used, the worker starts all the same"""
         self.host, self.worker, self._lock = host_name(), worker, threading.RLock()
-        self.turn = threading.Lock()   # held while a thread asks for memory or gives it back
         self._manager: ResourceManager | None = None
+        self.handing, self.entered = Handing(lambda: self.manager, lambda: self.turn, self._has_next), Entered(worker)
         self.shown = ShownJob(self._show)
         self.calls, self.refusals = SharedCalls(), dict[str, int]()   # how often a task was sent away, by its key
         reset_in_child(self)
@@ -110,12 +112,13 @@ class HostPlugin(WorkerPlugin):
         with contextlib.suppress(StoreError): self.manager.register_worker(os.getpid(), "dask", plugin_name="dask")
 
     def after_fork(self) -> None:
-        "Make new locks, in a fork's child"
-        self._lock, self.turn = threading.RLock(), threading.Lock()
+        "Make a new lock, in a fork's child"
+        self._lock = threading.RLock()
 
     def teardown(self, worker: Any) -> None:
         "Unregister this process after its last dask worker"
         self.shown.close()
+        self.handing.release_all()
         if not _residents.leave(self.app, self): return
         with contextlib.suppress(StoreError):
             if self.manager.get_worker_by_pid(os.getpid()): self.manager.unregister_worker(os.getpid())
@@ -130,6 +133,13 @@ class HostPlugin(WorkerPlugin):
         with self._lock:
             if self._manager is None: self._manager = ResourceManager(app=self.app, **self.settings)
             return self._manager
+
+    @property
+    def turn(self) -> threading.Lock:
+        "The lock that threads of this process have in turn while they ask for memory or give it back"
+        return _residents.turn
+
+    def _has_next(self) -> bool: return bool(self.worker.state.ready)
 
     @property
     def id(self) -> str:
