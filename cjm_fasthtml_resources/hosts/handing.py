@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, suppress
 from typing import Any, NamedTuple
 
-from ..core.claims import Claim, DeviceUse, find_most_used, read_use
+from ..core.claims import Claim, DeviceUse, find_base, read_use
 from ..core.forks import reset_in_child
 from ..core.manager import ResourceManager
 from ..core.reservations import Reservation
@@ -34,17 +34,21 @@ def waits(claims: Iterable[Claim]) -> bool:
     "Return whether a request of any program waits"
     return any(c.device is None for c in claims)
 
+def _names(claims: Iterable[Claim]) -> frozenset[tuple[int, str | None]]:
+    return frozenset((c.id, c.device) for c in claims)
+
 def is_unused(
     lease: int,
     claims: Sequence[Claim],     # all of the machine
     uses: Iterable[DeviceUse],   # read after the last task's end
 ) -> bool:
-    "Return whether a reservation is held on each of its devices, and none of it can be in use"
+    "Return whether a reservation is held on its devices, and its holder uses no more there than before it had it"
     mine, there = [c for c in claims if c.lease == lease], list(uses)
 
     def is_free(claim: Claim) -> bool:
         use = next((use for use in there if use.is_called(claim.device)), None)
-        return use is not None and not use.device.unified and not find_most_used(claim, use, claims)
+        if use is None or use.device.unified: return False
+        return find_base(use.holder_of(claim), use, ()) <= claim.base
 
     return bool(mine) and all(map(is_free, mine))
 
@@ -55,17 +59,24 @@ LONGEST = 2.0                  # seconds for which one goes from task to task
 class _Kept(NamedTuple):
     need: Need
     held: Reservation
-    until: float   # by `time.monotonic()`
+    at: float   # when its task had ended, by `time.monotonic()`
+
+class _Reading(NamedTuple):
+    "A reading of the devices, which serves for all tasks that had ended before it"
+    began: float = -1.0   # by `time.monotonic()`
+    names: frozenset[Any] = frozenset()   # of the claims before it and after it
+    uses: Sequence[DeviceUse] = ()
 
 class Handing:
     "Hands the reservations of a process's tasks on. For any thread"
     def __init__(
         self,
         manager: Callable[[], ResourceManager],
-        turn: Callable[[], AbstractContextManager[Any]],   # held while a thread of this process asks for memory or gives it back
+        turn: Callable[[], AbstractContextManager[Any]],   # held while a thread asks for memory or gives it back
         is_wanted: Callable[[], bool],       # whether the worker has a task that could begin now
+        seconds: float = KEEP,
     ) -> None:
-        self.manager, self.turn, self.is_wanted = manager, turn, is_wanted
+        self.manager, self.turn, self.is_wanted, self.seconds = manager, turn, is_wanted, seconds
         self.after_fork()
         reset_in_child(self)
 
@@ -73,6 +84,7 @@ class Handing:
         "Begin with none, in a fork's child: they are its parent's"
         self._lock, self._kept, self._since = threading.RLock(), list[_Kept](), dict[int, float]()
         self._thread: threading.Thread | None = None
+        self._last = _Reading()
 
     def keep(self, asked: Mapping[str, Any], held: Reservation) -> bool:
         "Keep the reservation of a task that has ended; False if it has to be released"
@@ -82,7 +94,7 @@ class Handing:
         with self._lock:
             if not self._guard(): return False
             self._since[held.lease] = since
-            self._kept.append(_Kept(need, held, now + KEEP))
+            self._kept.append(_Kept(need, held, now))
             return True
 
     def take(self, asked: Mapping[str, Any]) -> Reservation | None:
@@ -93,7 +105,7 @@ class Handing:
             found = next((k for k in self._kept if k.need == need), None)
             if found: self._kept.remove(found)
         if found is None: self.release_all()
-        elif self._may_hand_on(found.held): return found.held
+        elif self._may_hand_on(found): return found.held
         else: self._release([found])
         return None
 
@@ -107,16 +119,20 @@ class Handing:
             self._since.pop(one.held.lease, None)
             with self.turn(), one.held: pass   # given back twice, as at the end of its own block
 
-    def _may_hand_on(self, held: Reservation) -> bool:
+    def _may_hand_on(self, kept: _Kept) -> bool:
         "Return whether the rules allow it now; no thread of this process asks or gives back meanwhile"
-        manager = self.manager()
         with self.turn(), suppress(StoreError):
-            claims = manager.get_claims()
+            claims = self.manager().get_claims()
             if waits(claims): return False
-            uses = read_use(manager.read(True).devices)
-            now = {(c.id, c.device) for c in manager.get_claims()}   # of other processes
-            return is_unused(held.lease, claims, uses) and now == {(c.id, c.device) for c in claims}
+            if self._last.began <= kept.at or self._last.names != _names(claims): self._last = self._read(claims)
+            return self._last.names == _names(claims) and is_unused(kept.held.lease, claims, self._last.uses)
         return False
+
+    def _read(self, claims: Sequence[Claim]) -> _Reading:
+        "Read the devices; claims that other processes change meanwhile make it serve for nothing"
+        began, uses = time.monotonic(), read_use(self.manager().read(True).devices)
+        is_same = _names(self.manager().get_claims()) == _names(claims)
+        return _Reading(began, _names(claims), uses) if is_same else _Reading()
 
     def _guard(self) -> bool:
         "Have a thread release what nobody takes; False if none can be started"
@@ -131,7 +147,7 @@ class Handing:
             time.sleep(LOOK_EVERY)
             with self._lock:
                 idle = 0.0 if self._kept else idle + LOOK_EVERY
-                if idle > KEEP: self._thread = None
+                if idle > KEEP: self._thread = None   # the next reservation starts another
             if idle > KEEP: return
             if not idle: self._release_late()
 
@@ -140,6 +156,6 @@ class Handing:
         is_needed, now = True, time.monotonic()
         with suppress(StoreError): is_needed = waits(self.manager().get_claims())
         with self._lock:
-            late = [k for k in self._kept if is_needed or now >= k.until]
+            late = [k for k in self._kept if is_needed or now >= k.at + self.seconds]
             self._kept = [k for k in self._kept if k not in late]
         self._release(late)
