@@ -18,7 +18,7 @@ import pytest
 from servers import free_port, need_program, running, wait_until
 
 from cjm_fasthtml_resources.core.ledger import Ledger
-from cjm_fasthtml_resources.core.store import Store, store_path
+from cjm_fasthtml_resources.core.store import Store, find_ids, store_path
 from cjm_fasthtml_resources.hosts.ssh import ask_hosts, combine_hosts
 
 # What the account there runs, whatever it is asked for: the words of the client are in SSH_ORIGINAL_COMMAND
@@ -115,6 +115,12 @@ def own_ssh(sshd, monkeypatch):
     monkeypatch.setenv("PATH", f"{sshd.folder}/bin{os.pathsep}{os.environ['PATH']}")
 
 
+def find_ids_in(folder: Path) -> tuple[str, str | None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CJM_RESOURCES_DIR", str(folder))
+        return find_ids()
+
+
 def reasons(*hosts: str, timeout: float = 20) -> dict[str, str | None]:
     return {answer.host: answer.reason for answer in ask_hosts(hosts, timeout=timeout)}
 
@@ -171,6 +177,16 @@ def test_the_command_shows_table_json_and_exit_code(sshd):
         assert words in table.stdout, table.stdout
     found = json.loads(subprocess.run([*command, "--json"], **options).stdout)
     assert [d["id"] for d in found["gpu"]["devices"]] == ["good:0", "nobody:0"]
+
+
+def test_a_machine_under_two_names_counts_once(sshd):
+    command = [sys.executable, "-m", "cjm_fasthtml_resources", "--host", "good", "--host", "kept", "--json"]
+    found = json.loads(subprocess.run(command, capture_output=True, text=True, timeout=60).stdout)
+    assert [d["id"] for d in found["gpu"]["devices"]] == ["good:0"]
+    assert "kept is good under another name: one machine, which counts once." in found["gpu"]["notes"]
+    assert found["memory"]["machines"] == 1
+    answers = ask_hosts(["good", "kept"], timeout=60)
+    assert {(a.sample.machine, a.sample.queue) for a in answers} == {find_ids_in(sshd.folder)}
 
 
 def test_who_watches_does_not_wait_for_a_host_that_hangs(sshd):

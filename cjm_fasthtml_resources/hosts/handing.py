@@ -67,6 +67,7 @@ class _Reading(NamedTuple):
     names: frozenset[Any] = frozenset()   # of the claims before it and after it
     uses: Sequence[DeviceUse] = ()
 
+# %% ../../nbs/hosts/handing.ipynb #6ad3bee8
 class Handing:
     "Hands the reservations of a process's tasks on. For any thread"
     def __init__(
