@@ -56,8 +56,10 @@ def tasks() -> str:
         client = stack.enter_context(Client(scheduler_file=str(cluster.file)))
         client.wait_for_workers(2, timeout=300)
         resources = stack.enter_context(ClusterResources(client, timeout=60))
-        plain = [time_tasks(client, lambda n: client.submit(abs, n, pure=False)) for _ in range(5)]
-        own = [time_tasks(client, lambda n: resources.submit(abs, n, gpu_memory_mb=10)) for _ in range(5)]
+        plain, own = list[tuple[float, float]](), list[tuple[float, float]]()
+        for _ in range(5):   # in turn: other programs that use the machine slow both down
+            plain.append(time_tasks(client, lambda n: client.submit(abs, n, pure=False)))
+            own.append(time_tasks(client, lambda n: resources.submit(abs, n, gpu_memory_mb=10)))
         (sent, done), (own_sent, own_done) = ([min(column) for column in zip(*runs, strict=True)]
                                               for runs in (plain, own))
         return (f"{TASKS} tasks that do nothing are sent in {own_sent:.0f} ms and done after {own_done:.0f} ms, each "

@@ -5,9 +5,10 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 
@@ -285,3 +286,123 @@ def test_workers_that_share_a_process(tmp_path, monkeypatch):
         cluster.scale(1)
         wait_until(lambda: len(resources.check_hosts()[0].workers) == 1, 30)
         assert [w.pid for w in resources.take_sample().workers] == [os.getpid()]
+
+
+def noted(seconds: float) -> tuple[int, float, float]:
+    "The reservation of a task, and when it ran"
+    began = time.monotonic()
+    time.sleep(seconds)
+    return current_reservation().id, began, time.monotonic()
+
+
+def raises(): raise RuntimeError(current_reservation().id, time.monotonic())
+
+
+def leaves_memory_behind():
+    import sim_host
+    held = sim_host.driver.allocate(1_000, current_reservation().index)
+    held.__enter__()
+    sim_host.left = held      # until the worker ends
+    return current_reservation().id
+
+
+@pytest.fixture
+def one_worker(tmp_path):
+    "A host with one GPU and a worker with one thread, and the manager of another app there"
+    with contextlib.ExitStack() as stack:
+        cluster = Cluster(tmp_path, stack)
+        cluster.add("ada", threads=1)
+        client = stack.enter_context(Client(scheduler_file=str(cluster.file), set_as_default=False))
+        client.wait_for_workers(1, timeout=90)
+        yield cluster, client, stack.enter_context(ClusterResources(client, timeout=10))
+
+
+OTHER = """
+import sys, time
+sys.path.insert(0, sys.argv[1])
+import sim_host
+from cjm_fasthtml_resources.core.manager import ResourceManager
+manager = ResourceManager(app="other")
+print("ready", flush=True)
+input()
+with manager.reserve(20_000, timeout=30) as held:
+    print(time.monotonic(), flush=True)
+    time.sleep(0.5)
+    print(time.monotonic(), flush=True)
+"""
+
+
+@contextlib.contextmanager
+def other_app(cluster: Cluster) -> Iterator[Callable[[], tuple[float, float]]]:
+    "Another app on the host; a call has it ask for memory, and returns when it had that"
+    env = {**os.environ, "CJM_RESOURCES_DIR": str(cluster.folder/"ada"), "CJM_RESOURCES_HOST": "ada", "SIM_GPUS": "1"}
+    with subprocess.Popen([sys.executable, "-c", OTHER, str(cluster.folder)], env=env, text=True,
+                          stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        try:
+            assert process.stdout.readline() == "ready\n"
+
+            def ask() -> tuple[float, float]:
+                begins, ends = map(float, process.communicate("\n", timeout=60)[0].split())
+                return begins, ends
+            yield ask
+        finally: process.kill()
+
+
+def promised(resources: ClusterResources) -> int:
+    return sum(d.promised() for d in resources.check_gpu_availability().devices)
+
+
+def test_tasks_that_follow_one_another_share_a_reservation(one_worker):
+    _, client, resources = one_worker
+    runs = client.gather([resources.submit(noted, 0.001, gpu_memory_mb=20_000) for _ in range(100)])
+    assert at_once([(began, end) for _, began, end in runs]) == 1
+    assert len({id for id, _, _ in runs}) < 20, "each has asked by itself"
+    wait_until(lambda: not promised(resources), 5)      # nothing is kept for a task that does not come
+    ids = client.gather([resources.submit(lambda n: current_reservation().id, n, gpu_memory_mb=10_000 + n%2)
+                         for n in range(10)])
+    assert len(set(ids)) > 1, "another need is another reservation"
+
+
+def test_another_app_gets_its_turn_while_tasks_follow_one_another(one_worker):
+    cluster, client, resources = one_worker
+    with other_app(cluster) as ask:
+        futures = [resources.submit(noted, 0.02, gpu_memory_mb=20_000) for _ in range(200)]
+        wait_until(lambda: futures[10].status == "finished", 30)
+        begins, ends = ask()
+    runs = [(began, end) for _, began, end in client.gather(futures)]
+    before, after = [r for r in runs if r[1] <= begins], [r for r in runs if r[0] >= ends]
+    assert before and after and len(before) + len(after) == len(runs), "a task ran beside the other app"
+    assert len(after) > 20, "it had to wait for nearly all tasks"
+    wait_until(lambda: not promised(resources), 5)
+
+
+def test_what_a_task_leaves_behind_is_not_promised_to_the_next(one_worker):
+    _, client, resources = one_worker
+    first, *others = client.gather([resources.submit(leaves_memory_behind, gpu_memory_mb=10_000),
+                                    *(resources.submit(noted, 0.001, gpu_memory_mb=10_000) for _ in range(20))])
+    assert first not in {id for id, _, _ in others}
+    assert len({id for id, _, _ in others}) < 20
+    wait_until(lambda: not promised(resources), 5)
+
+
+def test_a_task_that_raises_hands_nothing_on(one_worker):
+    _, client, resources = one_worker
+    futures = [resources.submit(raises if n%2 else noted, *([] if n%2 else [0.001]), gpu_memory_mb=20_000)
+               for n in range(40)]
+    failed = [future.exception(timeout=60).args for future in futures[1::2]]
+    runs = client.gather(futures[::2])
+    assert len({id for id, _ in failed}) == 20
+    assert not [run for run in runs for id, at in failed if run[0] == id and run[1] > at]
+    wait_until(lambda: not promised(resources), 5)
+
+
+def test_a_worker_that_is_killed_while_tasks_follow_one_another(one_worker):
+    cluster, client, resources = one_worker
+    with other_app(cluster) as ask:
+        futures = [resources.submit(noted, 0.02, gpu_memory_mb=20_000) for _ in range(100)]
+        wait_until(lambda: futures[10].status == "finished", 30)
+        cluster.hosts["ada"][0].kill()
+        ask()
+    cluster.add("ada", threads=1)
+    assert len(client.gather(futures)) == 100
+    wait_until(lambda: not promised(resources), 10)

@@ -41,6 +41,11 @@ def claims() -> list[int]:
     return [claim.id for claim in Ledger(Store(store_path())).claims()]
 
 
+def holders() -> dict[int, int]:
+    "The PID of each one's process, by ID"
+    return {claim.id: claim.holder.pid for claim in Ledger(Store(store_path())).claims()}
+
+
 def server(folder: Path, *options: str):
     env = {"CJM_RESOURCES_DIR": str(folder), "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     parameters = StdioServerParameters(command=sys.executable, args=[*COMMAND, *options], env=env)
@@ -52,9 +57,10 @@ def text(answer) -> str: return answer.content[0].text
 
 async def the_tools_say_what_they_change(client):
     tools = {tool.name: tool for tool in (await client.list_tools()).tools}
-    assert list(tools) == ["check", "who_holds", "why_blocked", "preview", "queue", "reserve", "release"]
+    assert list(tools) == ["check", "who_holds", "why_blocked", "preview", "queue", "reserve", "hand_over",
+                           "release"]
     for name, tool in tools.items():
-        changes = name in ("reserve", "release")
+        changes = name in ("reserve", "hand_over", "release")
         assert tool.annotations.read_only_hint is not changes and ("CHANGES" in tool.description) is changes
     assert tools["reserve"].input_schema["required"] == ["ttl"] and tools["release"].annotations.destructive_hint
 
@@ -91,6 +97,30 @@ async def a_reservation_runs_out(client):
     await asyncio.to_thread(wait_until, lambda: claims() == [])
     over = await client.call_tool("release", dict(id=held.structured_content["id"]))
     assert "was over already: its ttl had run out" in text(over)
+
+
+async def a_reservation_goes_to_the_program_that_the_agent_started(client):
+    async def call(name, **given): return await client.call_tool(name, given)
+    held = (await call("reserve", gpu_memory_mb=4000, ttl=600)).structured_content
+    with subprocess.Popen(["sleep", "100"]) as program:
+        try:
+            for pid, said in ((2**22 + 1, "must be that of a living process"), ("1", "pid")):
+                refused = await call("hand_over", id=held["id"], pid=pid)
+                assert refused.is_error and said in text(refused), text(refused)
+            assert (await call("hand_over", id=held["id"] + 100, pid=program.pid)).is_error
+            assert holders() == {held["id"]: held["pid"]}
+            given = await call("hand_over", id=held["id"], pid=program.pid)
+            assert not given.is_error and f"reserved for sleep (PID {program.pid})" in text(given), text(given)
+            assert holders() == {held["id"]: program.pid}
+            limited = await call("hand_over", id=held["id"], pid=os.getpid(), ttl=600)
+            assert limited.structured_content == dict(id=held["id"], pid=os.getpid(), ttl=600)
+            assert not (await call("hand_over", id=held["id"], pid=program.pid)).is_error
+        finally: program.kill()
+    await asyncio.to_thread(wait_until, lambda: claims() == [])
+    over = await call("hand_over", id=held["id"], pid=os.getpid())
+    assert over.is_error and "is not held" in text(over), text(over)
+    late = await call("release", id=held["id"])
+    assert not late.structured_content["was_held"] and "its program had ended" in text(late), text(late)
 
 
 async def a_reservation_that_somebody_else_released_is_over(client):
@@ -130,6 +160,7 @@ def test_a_conversation(folder):
         async with server(folder, "--longest", "1h") as client:
             for talk in (the_tools_say_what_they_change, what_reads_changes_nothing,
                          a_reservation_needs_a_ttl_and_is_given_back, a_reservation_runs_out,
+                         a_reservation_goes_to_the_program_that_the_agent_started,
                          a_reservation_that_somebody_else_released_is_over,
                          a_call_that_waits_holds_up_no_other_call, a_call_that_is_cancelled_leaves_the_queue):
                 await asyncio.wait_for(talk(client), 60)
@@ -154,6 +185,26 @@ def test_what_an_agent_reserved_ends_with_its_server(folder):
     asyncio.run(run())
     (mine, theirs, both), refused, left = found
     assert both == [mine, theirs] and left == [mine] and "not a reservation of this agent" in refused
+    wait_until(lambda: claims() == [])
+
+
+@pytest.mark.parametrize("killed", [False, True])
+def test_what_was_handed_over_outlives_the_server(folder, killed):
+    async def run(pid: int) -> int:
+        with contextlib.suppress(Exception):   # its server is killed
+            async with server(folder) as client:
+                held = (await client.call_tool("reserve", dict(gpu_memory_mb=4000, ttl=600))).structured_content
+                found.append(held["id"])
+                assert not (await client.call_tool("hand_over", dict(id=held["id"], pid=pid))).is_error
+                kept = (await client.call_tool("reserve", dict(gpu_memory_mb=4000, ttl=600))).structured_content
+                if killed: os.kill(held["pid"], signal.SIGKILL)
+                await asyncio.to_thread(wait_until, lambda: not killed or kept["id"] not in claims())
+    found = []
+    with subprocess.Popen(["sleep", "100"]) as program:
+        try:
+            asyncio.run(run(program.pid))
+            wait_until(lambda: holders() == {found[0]: program.pid}, told=holders)
+        finally: program.kill()
     wait_until(lambda: claims() == [])
 
 

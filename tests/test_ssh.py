@@ -4,6 +4,7 @@ import contextlib
 import getpass
 import json
 import os
+import pty
 import shutil
 import signal
 import socket
@@ -17,7 +18,7 @@ import pytest
 from servers import free_port, need_program, running, wait_until
 
 from cjm_fasthtml_resources.core.ledger import Ledger
-from cjm_fasthtml_resources.core.store import Store, store_path
+from cjm_fasthtml_resources.core.store import Store, find_ids, store_path
 from cjm_fasthtml_resources.hosts.ssh import ask_hosts, combine_hosts
 
 # What the account there runs, whatever it is asked for: the words of the client are in SSH_ORIGINAL_COMMAND
@@ -114,8 +115,23 @@ def own_ssh(sshd, monkeypatch):
     monkeypatch.setenv("PATH", f"{sshd.folder}/bin{os.pathsep}{os.environ['PATH']}")
 
 
+def find_ids_in(folder: Path) -> tuple[str, str | None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CJM_RESOURCES_DIR", str(folder))
+        return find_ids()
+
+
 def reasons(*hosts: str, timeout: float = 20) -> dict[str, str | None]:
     return {answer.host: answer.reason for answer in ask_hosts(hosts, timeout=timeout)}
+
+
+def asking(sshd) -> set[str]:
+    "The PIDs of each `ssh` that asks this server"
+    found = set()
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):
+            if str(sshd.folder/"config") in path.read_bytes().decode(errors="replace"): found.add(path.parent.name)
+    return found
 
 
 def test_each_trouble_is_a_sentence(sshd):
@@ -163,6 +179,16 @@ def test_the_command_shows_table_json_and_exit_code(sshd):
     assert [d["id"] for d in found["gpu"]["devices"]] == ["good:0", "nobody:0"]
 
 
+def test_a_machine_under_two_names_counts_once(sshd):
+    command = [sys.executable, "-m", "cjm_fasthtml_resources", "--host", "good", "--host", "kept", "--json"]
+    found = json.loads(subprocess.run(command, capture_output=True, text=True, timeout=60).stdout)
+    assert [d["id"] for d in found["gpu"]["devices"]] == ["good:0"]
+    assert "kept is good under another name: one machine, which counts once." in found["gpu"]["notes"]
+    assert found["memory"]["machines"] == 1
+    answers = ask_hosts(["good", "kept"], timeout=60)
+    assert {(a.sample.machine, a.sample.queue) for a in answers} == {find_ids_in(sshd.folder)}
+
+
 def test_who_watches_does_not_wait_for_a_host_that_hangs(sshd):
     command = [sys.executable, "-m", "cjm_fasthtml_resources", "--host", "good", "--host", "hangs",
                "--host-timeout", "10m", "--json", "--watch", "--interval", "0.1"]
@@ -174,6 +200,27 @@ def test_who_watches_does_not_wait_for_a_host_that_hangs(sshd):
                 assert hangs["reason"] == "it has yet to answer"
                 if good["status"] == "external_busy": seen.append(good)
         finally: os.killpg(process.pid, signal.SIGKILL)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize("terminal", [False, True])
+def test_a_signal_ends_each_ssh_before_the_command(sshd, number, terminal):
+    command = [sys.executable, "-m", "cjm_fasthtml_resources", "--host", "good", "--host", "hangs", "--host-timeout",
+               "10m", "--watch", "--interval", "0.2"]
+    screen, out = pty.openpty()
+    with open(screen, "rb", buffering=0) as shown, \
+            subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=out if terminal else subprocess.PIPE,
+                             start_new_session=True) as process:
+        os.close(out)
+        try:
+            seen = b""
+            while b"good:0" not in seen: seen += (shown if terminal else process.stdout).read(4096)
+            assert asking(sshd)
+            process.send_signal(number)
+            assert process.wait(20) == -number
+            assert not asking(sshd), "it is left behind"
+        finally:
+            with contextlib.suppress(ProcessLookupError): os.killpg(process.pid, signal.SIGKILL)
 
 
 def test_a_connection_that_ssh_keeps_holds_up_nothing(sshd):
@@ -198,14 +245,8 @@ def test_a_host_that_comes_back_is_asked_as_before(sshd):
 
 
 def test_nothing_is_left_running(sshd):
-    def children() -> set[str]:
-        found = set()
-        for path in Path("/proc").glob("[0-9]*/cmdline"):
-            with contextlib.suppress(OSError):
-                if str(sshd.folder/"config") in path.read_bytes().decode(errors="replace"): found.add(path.parent.name)
-        return found
     assert reasons("hangs", timeout=1)["hangs"] == "it did not respond within 1 s"
-    wait_until(lambda: not children(), told=lambda: f"{children()} still run")
+    wait_until(lambda: not asking(sshd), told=lambda: f"{asking(sshd)} still run")
     threads = threading.active_count()
     reasons("good")
     assert threading.active_count() == threads

@@ -72,7 +72,8 @@ def to_json(answer: Sample) -> dict[str, Any]:
     devices, others = ([_device(d) for d in found] for found in (answer.gpu.devices, answer.gpu.other_instances))
     return dict(
         schema_version=SCHEMA_VERSION, version=__version__, time=answer.time, stale=answer.stale,
-        simulated=answer.simulated, status=answer.status.value, message=answer.message,
+        simulated=answer.simulated, machine=answer.machine, queue=answer.queue,
+        status=answer.status.value, message=answer.message,
         gpu=dict(_answer(answer.gpu), driver_version=driver_version, devices=devices, other_instances=others,
                  waiting=[_since(request) for request in answer.gpu.waiting], totals=_totals(answer.gpu)),
         memory=dict(_answer(answer.memory), **(_memory(memory) if memory else {})),
