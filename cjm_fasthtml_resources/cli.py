@@ -35,7 +35,7 @@ from cjm_fasthtml_resources.commands.options import (
     read_apps,
 )
 from . import __version__
-from .commands.ending import end_by
+from .commands.ending import EndedBy, end_by
 from .core.resources import ResourceStatus
 from .core.samples import Sample
 from .sizes import parse_duration, parse_size
@@ -89,9 +89,10 @@ class Commands(click.Group):
         return super().resolve_command(ctx, args)
 
     def invoke(self, ctx: click.Context) -> Any:
-        "Do what is asked; after Ctrl-C, end as by the signal"
+        "Do what is asked; after Ctrl-C and other signals, end as by the signal"
         try: return super().invoke(ctx)
         except KeyboardInterrupt: end_by(signal.SIGINT)
+        except EndedBy as ended: end_by(ended.number)
 
 # %% ../nbs/cli.ipynb #b6f3e963
 EXIT_CODES = {status: status.look.exit_code for status in ResourceStatus}

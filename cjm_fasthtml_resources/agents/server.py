@@ -43,6 +43,10 @@ _NEED: dict[str, Any] = dict(
 _ID: dict[str, Any] = dict(type="integer", minimum=1, description="the ID, as `queue` and `reserve` show it")
 _TTL: dict[str, Any] = dict(type="number", minimum=1,
                             description="seconds after which the reservation ends by itself, such as 600")
+_PID: dict[str, Any] = dict(type="integer", minimum=1,
+                            description="of a process that runs as this server's user, such as a training's")
+_UNTIL: dict[str, Any] = dict(_TTL, description="seconds from now on after which it ends although the process still "
+                              "runs; without it, it ends with the process")
 _WAIT: dict[str, Any] = dict(type="number", minimum=0, maximum=3600,
                              description="seconds to wait in the queue; without it, the answer comes at once")
 
@@ -57,6 +61,7 @@ class AgentTool:
     required: tuple[str, ...] = ()
     changes: bool = False                    # whether it changes anything
 
+# %% ../../nbs/agents/server.ipynb #250eebb1
 def _reading(tell: Callable[..., Told]) -> Callable[..., Awaitable[Told]]:
     "Return the answer of a tool that only reads: in a thread, since it can wait for the driver"
     def answer(own: OwnReservations, **given: Any) -> Awaitable[Told]:
@@ -64,9 +69,13 @@ def _reading(tell: Callable[..., Told]) -> Callable[..., Awaitable[Told]]:
         return found
     return answer
 
+# %% ../../nbs/agents/server.ipynb #1a86a80f
 def _reserve(own: OwnReservations, **given: Any) -> Awaitable[Told]: return own.reserve(**given)
 def _release(own: OwnReservations, **given: Any) -> Awaitable[Told]:
     found: Awaitable[Told] = in_thread(partial(own.release, **given))
+    return found
+def _hand_over(own: OwnReservations, **given: Any) -> Awaitable[Told]:
+    found: Awaitable[Told] = in_thread(partial(own.hand_over, **given))
     return found
 
 # %% ../../nbs/agents/server.ipynb #3778772e
@@ -86,6 +95,10 @@ TOOLS = (
               "server. To run a program, the shell command `cjm-resources wait --gpu-memory SIZE -- COMMAND` is "
               "better: it reserves for just as long as the program runs.", _reserve,
               {**_NEED, "ttl": _TTL, "timeout": _WAIT}, ("ttl",), True),
+    AgentTool("hand_over", "CHANGES the machine's queue: gives a reservation that this agent made to the program that "
+              "it started, by its PID. What that process and its child processes use then counts as part of the "
+              "reservation, which lasts until the process ends, also when this server ends before that. No program "
+              "is started or stopped.", _hand_over, {"id": _ID, "pid": _PID, "ttl": _UNTIL}, ("id", "pid"), True),
     AgentTool("release", "CHANGES the machine's queue: releases a reservation that this agent made, by its id. Those "
               "of others are refused. Programs keep running.", _release, {"id": _ID}, ("id",), True),
 )
@@ -138,7 +151,8 @@ async def call_tool(
 INSTRUCTIONS = (
     "Whether this machine's GPUs and RAM have room, who uses them, and reservations that other programs of this "
     "library respect. Call check or preview before you start a GPU program. Start it with `cjm-resources wait "
-    "--gpu-memory SIZE -- COMMAND`, or reserve first. Never end processes that who_holds shows of others.")
+    "--gpu-memory SIZE -- COMMAND`; or reserve first, and hand_over to its PID once it runs. Never end processes that "
+    "who_holds shows of others.")
 
 def make_server(own: OwnReservations) -> Server[Any]:
     "Return the protocol's server with these tools"

@@ -13,6 +13,7 @@ import click
 
 from ..core.samples import Sample
 from ..hosts.ssh import Hosts, check_host, combine_hosts
+from .ending import unwinding
 
 # %% ../../nbs/commands/hosts.ipynb #13012fdc
 def there_command(
@@ -54,6 +55,8 @@ def looking_at(
     timeout: float,        # seconds for each host
     watch: bool = False,   # again and again, waiting only once for a silent host
 ) -> Iterator[Callable[[], Sample]]:
-    "Yield the function that asks all hosts, and returns their answers as one sample"
-    with Hosts(hosts, command, timeout) as asked:
+    """Yield the function that asks all hosts, and returns their answers as one sample.
+    A signal that ends this process ends each `ssh` first"""
+    asked = Hosts(hosts, command, timeout)
+    with unwinding(lambda: asked.is_starting), asked:
         yield lambda: combine_hosts(asked.look(PATIENCE if watch else None))

@@ -26,7 +26,7 @@ from ..running.child import ENDING, catching, open_pipe, suspend
 from ..running.copier import write_all
 from ..ui.lines import read_terminal
 from ..ui.screen import Window, compose, draw, paint_frame, press, read_keys
-from .ending import end_by, say
+from .ending import EndedBy, say
 
 # %% ../../nbs/commands/watch.ipynb #52ba7d84
 def watch_lines(
@@ -200,5 +200,5 @@ def watch_screen(
     with (keeping_warnings(), catching(_CAUGHT) as signals, screen,
           monitor.subscribe(lambda sample: os.write(write, b"."))):
         number = follow(Watch(monitor, screen, settings), signals, fresh)
-    if number: end_by(number)
+    if number: raise EndedBy(number)
     return monitor.latest or look()

@@ -372,10 +372,12 @@ class HandOver(NamedTuple):
     bases: Mapping[str, int]            # by device: bytes that it uses there already, beside this
     spent: Mapping[str, int] = {}       # by device: the most that the former holder can be using
     uses: Sequence[DeviceUse] | None = None   # every device; `None`: the former holder's tree has no other reservation
+    until_released: bool = True         # False: it ends with its new holder, also while the former one lives
 
     def change(self, rows: Rows, lease: int) -> Rows:
         "Return the ledger with the claims of a lease handed over"
-        now: dict[str, Any] = dict(holder=self.holder, for_other=True, covers=True, space=pid_namespace())
+        now: dict[str, Any] = dict(holder=self.holder, for_other=True, covers=self.until_released,
+                                   space=pid_namespace())
         mine = {c.id: c.device or "" for c in rows.claims if c.lease == lease}
         moved = {c.id: replace(c, base=self.bases.get(c.device or "", c.base), **now)
                  for c in rows.claims if c.id in mine}

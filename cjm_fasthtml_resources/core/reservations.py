@@ -203,13 +203,15 @@ class Reservation(OnDevices, StaysHere, contextlib.AbstractContextManager["Reser
         base: int | Mapping[str, int] = 0,   # bytes that it uses there already, beside this; of several by `device_key`
         spent: Mapping[str, int] = {},       # the most of it that this process's tree uses, by `device_key`
         uses: Sequence[DeviceUse] | None = None,   # every device, if that tree has another reservation
+        *,
+        until_released: bool = True,               # False: until the other process ends, or it is released
     ) -> "Reservation":
         """Return the reservation for another process with its child processes; `ReservationOver` if it is over
 
         It holds until it is released; if this process ends before that, until the other process ends."""
         keys = (*map(device_key, self.devices), *self.ram)
         bases = {key: base if isinstance(base, int) else base[key] for key in keys}
-        change = partial(HandOver(holder, bases, spent, uses).change, lease=self.lease)
+        change = partial(HandOver(holder, bases, spent, uses, until_released).change, lease=self.lease)
         if not self._ledger.change(self.lease, change): raise ReservationOver(self)
         return replace(self, holder=holder, _exit=contextlib.ExitStack())
 

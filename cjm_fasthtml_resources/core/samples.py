@@ -15,7 +15,7 @@ from .explain import by_size
 from .gpu import GpuSnapshot
 from .manager import ResourceManager
 from .resources import DeviceStatus, ResourceStatus, WorkerState
-from .store import StoreError
+from .store import StoreError, find_ids
 
 # %% ../../nbs/core/samples.ipynb #792be5d4
 @dataclass(frozen=True)
@@ -27,6 +27,8 @@ class Sample:
     simulated: str | None = None      # the simulated parts, if there are any
     number: int = 0                   # its place among a monitor's samples, from 1
     stale: str | None = None          # why it is out of date; `None`: it is current
+    machine: str | None = None        # the same under each name of a machine, until it is booted again
+    queue: str | None = None          # the same for all programs that share a queue of reservations
     taken: float = field(default_factory=time.monotonic)  # when, by `time.monotonic()`
 
     @property
@@ -87,4 +89,6 @@ def take_sample(
     try: workers = tuple(manager.get_all_workers())
     except StoreError: workers = ()  # the checks' notes name the problem
     memory, gpu = manager.check_memory_availability(snapshot=gpu.snapshot), with_commands(gpu)
-    return Sample(gpu, memory, workers, "the NVIDIA driver" if is_simulated else None)
+    machine, queue = find_ids()
+    simulated = "the NVIDIA driver" if is_simulated else None
+    return Sample(gpu, memory, workers, simulated, machine=machine, queue=queue)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['missing_device', 'HostAnswer', 'name_apart', 'find_shared', 'pool_devices', 'combine_gpus', 'add_memory',
-           'combine_memory', 'combine']
+           'find_first_of_each', 'combine_memory', 'combine']
 
 # %% ../../nbs/hosts/combine.ipynb #a0cd8721
 from collections.abc import Sequence
@@ -160,16 +160,31 @@ def add_memory(
     promised = sum(s.promised for s in states)
     return MemoryStatus(memory, tuple(processes), app, external, left_out, estimated, promised)
 
+# %% ../../nbs/hosts/combine.ipynb #b7422466
+def find_first_of_each(
+    answers: Sequence[HostAnswer],
+) -> dict[str, HostAnswer]:   # by the host's name
+    "Return for each host the first that reports the same RAM of the same machine, which can be itself"
+    first, found = dict[object, HostAnswer](), dict[str, HostAnswer]()
+    for a in answers:
+        machine = a.sample.machine if a.sample and not a.sample.simulated else None
+        found[a.host] = first.setdefault((machine, a.ram.memory.total), a) if machine and a.ram else a
+    return found
+
 # %% ../../nbs/hosts/combine.ipynb #ac772e6c
 def combine_memory(
     answers: Sequence[HostAnswer],
 ) -> ResourceConflict:
     "Return the check of RAM over all hosts: the best host decides"
     found = [a.sample.memory.status for a in answers if a.sample]
-    notes = tuple(f"{a.host}: {a.sample.memory.message if a.sample else a.reason}" for a in answers)
-    total = add_memory([state for a in answers if (state := a.memory)])
+    once = find_first_of_each(answers)
+    notes = [f"{a.host}: {a.sample.memory.message if a.sample else a.reason}" for a in answers]
+    notes += [f"{a.host} is on the machine of {once[a.host].host}, whose RAM counts once" for a in answers
+              if once[a.host] is not a]
+    total = add_memory([state for a in answers if once[a.host] is a and (state := a.memory)])
     reason = None if found else "no host is responding"
-    return ResourceConflict(ResourceType.SYSTEM_MEMORY, best_status(found), memory=total, reason=reason, notes=notes)
+    return ResourceConflict(ResourceType.SYSTEM_MEMORY, best_status(found), memory=total, reason=reason,
+                            notes=tuple(notes))
 
 # %% ../../nbs/hosts/combine.ipynb #7cb7907c
 def combine(

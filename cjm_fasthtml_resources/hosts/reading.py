@@ -141,7 +141,7 @@ def from_json(
     "Return the sample that was written; `ValueError` for figures that cannot be those of a sample"
     try:
         workers = tuple(read_fields(WorkerState, worker) for worker in data["workers"])
-        told = {name: data.get(name) for name in ("simulated", "stale")}
+        told = {name: data.get(name) for name in ("simulated", "stale", "machine", "queue")}
         return read_fields(Sample, told, gpu=_gpu(data["gpu"]), memory=_memory(data["memory"]), workers=workers)
     except KeyError as error: raise ValueError(f"{error.args[0]!r} is missing") from None
     except (TypeError, AttributeError) as error: raise ValueError(str(error)) from None

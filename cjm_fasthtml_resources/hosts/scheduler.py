@@ -41,8 +41,8 @@ class Rehoming(SchedulerPlugin):
     def __init__(self) -> None: self.entered: dict[str, deque[str]] = {}   # sender → its tasks
 
     def log_event(self, topic: str, msg: Any) -> None:
-        "Called with every event: note a task whose request is in the queue of its host"
-        if topic == TOPIC: self.entered.setdefault(msg[0], deque(maxlen=100_000)).append(msg[1])
+        "Called with every event: note tasks whose requests are in the queue of their host"
+        if topic == TOPIC: self.entered.setdefault(msg[0], deque(maxlen=100_000)).extend(msg[1])
 
     def take_entered(self, sender: str) -> tuple[str, ...]:
         "Return the tasks of a sender that entered their queue since the last time"

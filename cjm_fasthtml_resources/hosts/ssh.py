@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MOST', 'check_host', 'name_hosts', 'ssh_command', 'last_line', 'explain_end', 'Question', 'start', 'end_all',
-           'find_reason', 'take_answer', 'read_until', 'Hosts', 'ask_hosts', 'combine_hosts']
+           'find_reason', 'take_answer', 'read_until', 'Hosts', 'ask_hosts', 'join_names', 'combine_hosts']
 
 # %% ../../nbs/hosts/ssh.ipynb #32948107
 import contextlib
@@ -23,7 +23,7 @@ from typing import IO
 from ..core.arguments import shorten
 from ..core.samples import Sample
 from ..core.text import printable
-from .combine import HostAnswer, combine
+from .combine import HostAnswer, combine, pool_devices
 from .reading import read_sample
 
 # %% ../../nbs/hosts/ssh.ipynb #3972cc16
@@ -206,7 +206,7 @@ class Hosts:
         self.command, self.timeout = command, timeout
         self.asked: dict[str, Question] = {}      # those that have not answered yet
         self.last: dict[str, HostAnswer] = {}     # what each answered last
-        self._lock, self._is_over = threading.Lock(), False
+        self._lock, self._is_over, self.is_starting = threading.Lock(), False, False
 
     def __enter__(self) -> "Hosts": return self
     def __exit__(self, *error: object) -> None:
@@ -236,17 +236,20 @@ class Hosts:
 
     def _ask(self, host: str) -> None:
         if self._is_over: return
-        found = start(host, self.command, self.timeout)
-        if isinstance(found, Question): self.asked[host] = found
-        else: self.last[host] = HostAnswer(self.names[host], (), reason=found)
+        self.is_starting = True   # an `ssh` that is not in `asked` yet would be left behind
+        try:
+            found = start(host, self.command, self.timeout)
+            if isinstance(found, Question): self.asked[host] = found
+            else: self.last[host] = HostAnswer(self.names[host], (), reason=found)
+        finally: self.is_starting = False
 
     def _take(self) -> None:
         "Take the answers of those that have one, and end those whose time is over"
         now = time.monotonic()
         done = {host: question for host, question in self.asked.items() if question.closed or now >= question.end}
         for host, question in done.items(): self.last[host] = take_answer(self.names[host], question)
+        end_all(done.values())   # first: an interruption leaves none of them behind
         for host in done: del self.asked[host]
-        end_all(done.values())
 
 # %% ../../nbs/hosts/ssh.ipynb #b8604906
 def ask_hosts(
@@ -257,11 +260,25 @@ def ask_hosts(
     "Ask all hosts once, and return each one's answer in this order"
     with Hosts(hosts, command, timeout) as asked: return asked.look()
 
+# %% ../../nbs/hosts/ssh.ipynb #b43a9892
+def join_names(
+    answers: Sequence[HostAnswer],
+) -> tuple[list[HostAnswer], list[str]]:
+    "Return each host once, under its first name, and a note for each further one"
+    first, hosts, notes = dict[str, HostAnswer](), list[HostAnswer](), list[str]()
+    for answer in answers:
+        queue = answer.sample.queue if answer.sample else None
+        known = first.setdefault(queue, answer) if queue else answer
+        if known is answer: hosts.append(answer)
+        else: notes.append(f"{answer.host} is {known.host} under another name: one machine, which counts once.")
+    return hosts, notes
+
 # %% ../../nbs/hosts/ssh.ipynb #b29096c4
 def combine_hosts(
     answers: Sequence[HostAnswer],
 ) -> Sample:
-    "Return hosts as one sample, with a note for each that gave no answer"
-    sample = combine(answers)
+    "Return hosts as one sample, with a note for each that gave no answer, and for each further name of one"
+    hosts, notes = join_names(answers)
+    sample = combine(pool_devices(hosts))
     silent = tuple(f"{answer.host}: {answer.reason}." for answer in answers if answer.sample is None)
-    return replace(sample, gpu=replace(sample.gpu, notes=(*silent, *sample.gpu.notes)))
+    return replace(sample, gpu=replace(sample.gpu, notes=(*silent, *notes, *sample.gpu.notes)))
