@@ -203,3 +203,88 @@ def test_each_test_that_watch_it_live_names_is_there():
         files = [ROOT/name for name in re.findall(r"`(tests/[\w/]+\.py)`", row)]
         tests = re.findall(r"`(test_\w+)…`", row)
         assert files and all(any(f"def {name}" in path.read_text() for path in files) for name in tests), row
+
+
+@pytest.fixture
+def site(tmp_path, monkeypatch):
+    "tools/docs.py with an empty site, and what writes a file of it"
+    sys.path.insert(0, str(ROOT/"tools"))
+    import docs
+    monkeypatch.setattr(docs, "SITE", tmp_path)
+
+    def write(name: str, content: str) -> Path:
+        (tmp_path/name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path/name).write_text(content, encoding="utf-8")
+        return tmp_path/name
+
+    yield docs, write
+    sys.path.remove(str(ROOT/"tools"))
+
+
+@pytest.mark.parametrize("name, content, address", [
+    ("a.html", '<script src="https://cdn.test/a.js"></script>', "https://cdn.test/a.js"),
+    ("a.html", '<link rel="stylesheet" href="//cdn.test/a.css">', "//cdn.test/a.css"),
+    ("a.html", '<img src="http://cdn.test/a.png">', "http://cdn.test/a.png"),
+    ("a.html", '<style>@import "https://cdn.test/b.css";</style>', "https://cdn.test/b.css"),
+    ("a.html", '<p style="background: url(https://cdn.test/b.png)">', "https://cdn.test/b.png"),
+    ("a.html", '<script type="module">import m from "https://cdn.test/m.js"</script>', "https://cdn.test/m.js"),
+    ("a.css", "@import url(https://fonts.test/css2?family=Lato);", "https://fonts.test/css2?family=Lato"),
+    ("a.css", '@font-face { src: url("https://fonts.test/a.woff2") }', "https://fonts.test/a.woff2"),
+    ("a.js", 'fetch("https://api.test/x")', "https://api.test/x")])
+def test_a_page_that_fetches_from_another_site_is_found(site, name, content, address):
+    docs, write = site
+    path = write(name, content)
+    pages = {path: docs.Page(path)} if path.suffix == ".html" else {}
+    assert docs.fetched_from_elsewhere(pages) == {path: [address]}
+
+
+def test_a_link_to_another_site_fetches_nothing(site):
+    docs, write = site
+    page = write("a.html", '<a href="https://other.test/">x</a><img src="a.png"><link rel="icon" href="a.svg">'
+                           '<a href="#x" style="color: red"></a><script>const at = "https://other.test/";</script>')
+    write("a.svg", '<svg xmlns="http://www.w3.org/2000/svg"></svg>')
+    assert docs.fetched_from_elsewhere({page: docs.Page(page)}) == {}
+
+
+def test_the_fonts_of_a_theme_are_not_fetched(site):
+    docs, write = site
+    write("site_libs/fuse/fuse.min.js", "")
+    font = "@import url(https://fonts.test/css2?family=Lato:wght@300;400&display=swap);"
+    theme = write("site_libs/themes/cosmo.min.css", font + "body{color:red}")
+    docs.keep_inside()
+    assert theme.read_text() == "body{color:red}"
+
+
+def test_pictures_open_large_and_sentences_wrap(site):
+    docs, write = site
+    table = '<div class="cell-output cell-output-stdout">\n<pre><code>GPU  memory\n0    1 GiB</code></pre></div>'
+    page = write("core/a.html", '<a href="https://published.test/ui/b.html">b</a><p><img src="../b.png" width="3"></p>'
+                 '<a href="c.html"><img src="c.png"></a><img src="data:image/png;base64,x">' + table +
+                 '<div class="cell-output cell-output-stdout"><pre><code>One GPU is free.</code></pre></div>')
+    docs.finish(page, "https://published.test/")
+    text = page.read_text()
+    assert 'href="../ui/b.html"' in text
+    assert '<a class="picture" href="../b.png"><img src="../b.png" width="3"></a>' in text
+    assert text.count('class="picture"') == 1
+    assert table in text and '<pre class="sentences"><code>One GPU is free.' in text
+
+
+def test_a_frequent_question_leads_to_a_page(site):
+    docs, write = site
+    questions = json.loads((ROOT/"tools"/"site"/"questions.json").read_text(encoding="utf-8"))
+    pages = {question["page"] for question in questions}
+    assert {page for page in pages if not (ROOT/"nbs"/page).with_suffix(".ipynb").is_file()} == set()
+    shown = sorted(pages)[1:]
+    index = write("search.json", json.dumps([dict(href=f"{page}#x", title=page) for page in shown]))
+    missing = docs.add_questions()
+    assert missing and all(sorted(pages)[0] in line for line in missing)
+    assert len(json.loads(index.read_text())) == len(questions) + len(shown)
+
+
+def test_the_site_shows_the_version():
+    import yaml
+    settings = configparser.ConfigParser()
+    settings.read(ROOT/"settings.ini", encoding="utf-8")
+    website = yaml.safe_load((ROOT/"_quarto.yml").read_text(encoding="utf-8"))["website"]
+    assert settings["DEFAULT"]["version"] in [entry["text"] for entry in website["navbar"]["right"]]
+    assert (ROOT/"nbs"/"_quarto.yml").read_text() == (ROOT/"_quarto.yml").read_text()   # Quarto reads the one in nbs

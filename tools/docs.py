@@ -3,8 +3,12 @@
 
     python tools/docs.py     closes with 'N passed, N failed': one for each page
 
-nbdev processes the notebooks, smalldocs makes pages of them. Who has Quarto may run nbdev_docs on the same files.
+nbdev processes the notebooks, smalldocs makes pages of them, and `finish` adds this site's own search, links from
+pictures to their files, and marks at printed sentences. A page or style sheet that fetches something from another
+site fails. With Quarto installed, nbdev_docs makes a site of the same files.
 """
+import html
+import json
 import os
 import re
 import shutil
@@ -16,6 +20,7 @@ from urllib.parse import unquote, urlsplit
 
 ROOT = Path(__file__).resolve().parent.parent
 PROC, SITE = ROOT/"_proc", ROOT/"_docs"
+OWN = ROOT/"tools"/"site"
 
 
 def process() -> str:
@@ -42,28 +47,76 @@ def render() -> None:
         shutil.copy(ROOT/"nbs"/name, SITE/name)
 
 
-def make_relative(page: Path, published: str) -> None:
-    "nbdev links symbols to the published site; here they lead to the page beside"
+def keep_inside() -> None:
+    "Replace the search of smalldocs by this site's own, and remove the fonts that its themes fetch"
+    shutil.rmtree(SITE/"site_libs"/"fuse")
+    shutil.copy(OWN/"search.js", SITE/"site_libs")
+    for path in (SITE/"site_libs"/"themes").glob("*.css"):
+        text = path.read_text(encoding="utf-8")
+        path.write_text(re.sub(r"@import\s*url\([^)]*\);", "", text), encoding="utf-8")
+
+
+def add_questions() -> list[str]:
+    "Add frequent questions to the search, each with the page that answers it; return those whose page is missing"
+    questions = json.loads((OWN/"questions.json").read_text(encoding="utf-8"))
+    entries = json.loads((SITE/"search.json").read_text(encoding="utf-8"))
+    titles = {entry["href"].partition("#")[0]: entry["title"] for entry in entries}
+    rows = [dict(href=q["page"], title=q["question"], section=titles.get(q["page"]), text=q["answer"], asked=True)
+            for q in questions]
+    (SITE/"search.json").write_text(json.dumps(rows + entries, ensure_ascii=False), encoding="utf-8")
+    return [f"the search's question {q['question']!r} leads to {q['page']}, which is not a page"
+            for q in questions if q["page"] not in titles]
+
+
+def mark_sentences(match: re.Match) -> str:
+    "Mark printed text that has no columns, so that a phone wraps its lines"
+    columns = re.search(r"\S {2,}\S|^ {2,}\S|[│█▏▕─]", html.unescape(re.sub(r"<[^>]+>", "", match[2])), re.M)
+    return match[0] if columns else f'{match[1]}<pre class="sentences">{match[2]}</pre>'
+
+
+def link_picture(match: re.Match) -> str:
+    "Link a picture to its file, unless it is a link already"
+    return match[0] if match[1] else f'<a class="picture" href="{match[2]}">{match[0]}</a>'
+
+
+def finish(page: Path, published: str) -> None:
+    "Adapt a page: links to symbols lead to the page in this folder, pictures open large, the search is this site's own"
     text = page.read_text(encoding="utf-8")
     up = os.path.relpath(SITE, page.parent)
-    page.write_text(text.replace(f'href="{published}', f'href="{up}/'), encoding="utf-8")
+    text = text.replace(f'href="{published}', f'href="{up}/').replace("/fuse/fuse.min.js", "/search.js")
+    text = re.sub(r'(<a [^>]*>\s*)?<img [^>]*?src="(?!data:)([^"]+)"[^>]*>', link_picture, text)
+    text = re.sub(r'(<div class="cell-output cell-output-stdout">\s*)<pre>(.*?)</pre>', mark_sentences, text,
+                  flags=re.S)
+    page.write_text(text, encoding="utf-8")
+
+
+# what a style sheet, a script or a picture fetches from another site by itself
+FETCHES = re.compile(r"""(?:@import\s*|url\(|\bfrom\s*|\bimport\s*\(?|\bfetch\()\s*["']?((?:https?:)?//[^"')\s]+)""")
 
 
 class Page(HTMLParser):
-    "What a page links to, and what in it can be linked to"
+    "The links of a page, the places in it that can be linked to, and the addresses that it fetches by itself"
     def __init__(self, path: Path) -> None:
         super().__init__()
         self.links: list[str] = []
         self.anchors: set[str] = {""}
         self.raw: list[str] = []  # Markdown that nbdev made of a symbol in a comment, where nothing renders it
+        self.fetched: list[str] = []
+        self.inside = ""          # the tag whose text is read
         self.feed(path.read_text(encoding="utf-8"))
 
     def handle_starttag(self, tag, attrs) -> None:
         found = dict(attrs)
         self.links += [found[key] for key in ("href", "src") if found.get(key)]
         self.anchors |= {found[key] for key in ("id", "name") if found.get(key)}
+        self.inside = tag
+        if tag == "a" or found.get("rel") in ("canonical", "alternate"): return
+        keys = ("src", "srcset", "href", "data", "poster")
+        self.fetched += [found[key] for key in keys if re.match(r"(https?:)?//", found.get(key) or "")]
+        self.fetched += FETCHES.findall(found.get("style") or "")
 
     def handle_data(self, data) -> None:
+        if self.inside in ("script", "style"): self.fetched += FETCHES.findall(data)
         self.raw += re.findall(r"\[[^\]]*\]\(http[^)]*\)", data)
 
 
@@ -79,20 +132,34 @@ def dead_links(path: Path, pages: dict[Path, Page]) -> list[str]:
     return dead
 
 
+def fetched_from_elsewhere(pages: dict[Path, Page]) -> dict[Path, list[str]]:
+    "Addresses outside the site that a browser would fetch with a page, style sheet, script or picture"
+    found = {path: page.fetched for path, page in pages.items()}
+    for path in (path for kind in ("css", "js", "svg") for path in SITE.rglob(f"*.{kind}")):
+        found[path] = FETCHES.findall(path.read_text(encoding="utf-8"))
+    return {path: addresses for path, addresses in found.items() if addresses}
+
+
 def main() -> int:
     os.chdir(ROOT)
     published = process()
     render()
+    keep_inside()
     paths = sorted(SITE.rglob("*.html"))
-    for path in paths: make_relative(path, published)
+    for path in paths: finish(path, published)
     pages = {path: Page(path) for path in paths}
     dead = {path: found for path in paths if (found := dead_links(path, pages))}
     for path, links in dead.items(): print(f"{path.relative_to(SITE)}: dead links {sorted(set(links))}")
+    outside = fetched_from_elsewhere(pages)
+    for path, links in outside.items():
+        print(f"{path.relative_to(SITE)} fetches from another site: {sorted(set(links))}")
     expected = {path.relative_to(ROOT/"nbs").with_suffix(".html") for path in (ROOT/"nbs").rglob("[!_.]*.ipynb")}
     missing = expected - {path.relative_to(SITE) for path in paths}
     for path in sorted(missing): print(f"{path} was not made")
-    failed = len(dead) + len(missing)
-    print(f"{len(paths) - len(dead)} passed, {failed} failed")
+    unanswered = add_questions()
+    for line in unanswered: print(line)
+    failed = len(unanswered) + len(dead.keys() | outside.keys()) + len(missing)
+    print(f"{len(paths) - len(dead.keys() | outside.keys())} passed, {failed} failed")
     return bool(failed)
 
 
