@@ -98,4 +98,5 @@ def test_reserve():
     with SimulatedDriver([SimulatedGpu()]):
         manager = ResourceManager()
         with manager.reserve(20_000): assert manager.check_gpu_availability().status is ResourceStatus.APP_BUSY
-    for module in (nvitop, gpustat): assert not [name for name in dir(module) if "reserv" in name.lower()]
+    for module in (nvitop, gpustat):
+        assert not [name for name in dir(module) if "reserv" in name.lower()]  # codespell:ignore reserv

@@ -71,7 +71,7 @@ def test_what_is_typed_in_a_shell_is_a_command(path):
 
 
 def test_a_command_that_is_none_would_be_found():
-    for wrong in (["--no-such"], ["wait", "--timeot", "1m"], ["wit"], ["serve", "--port", "x"]):
+    for wrong in (["--no-such"], ["wait", "--timeot", "1m"], ["wiat"], ["serve", "--port", "x"]):
         with pytest.raises(click.UsageError): check_command(["cjm-resources", *wrong])
 
 

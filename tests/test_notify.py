@@ -18,7 +18,7 @@ import os, time, logging
 class Apprise:
     def __init__(self): self.added = []
     def add(self, address):
-        logging.getLogger("apprise").warning("Unparseable %s", address)
+        logging.getLogger("apprise").warning("Unparseable %s", address)  # codespell:ignore unparseable
         self.added.append(address)
         return address.startswith(("told://", "hang://", "fail://", "refuse://"))
     def notify(self, title, body):

@@ -24,8 +24,8 @@ VENVS = ROOT/".venvs"
 BIN = "Scripts" if os.name == "nt" else "bin"
 MADE = ("nbs", "cjm_fasthtml_resources", "README.md")  # what the notebooks make, besides themselves
 
-# lines of a step's output that say what failed: of pytest, of benchmarks/run.py, of tools/notebooks.py, of ruff
-COMPLAINT = re.compile(r"^(?:FAILED|ERROR) .*|^.* - MORE THAN .*|^\S+\.ipynb, code cell .*|^\S+:\d+:\d+: .*", re.M)
+# lines of a step's output that show what failed: of pytest, benchmarks/run.py, tools/notebooks.py, ruff, mypy, codespell
+COMPLAINT = re.compile(r"^(?:FAILED|ERROR) .*|^.* - MORE THAN .*|^\S+\.ipynb, code cell .*|^\S+:\d+:(?:\d+:)? .*", re.M)
 
 
 class Step(NamedTuple):
@@ -110,12 +110,13 @@ def unpack(package: str, *programs: str) -> None:
 
 
 def static_checks(programs: Path) -> list[Step]:
-    "The checks that read files and run none: Python first, then style sheets and scripts"
+    "The checks that read files and run none: Python first, then style sheets and scripts, then words"
     biome = ["biome", "ci", "--colors=off"] if (programs/"biome").exists() else []   # a wheel for Linux on x86_64 alone
     return [
         run("lint", programs, "ruff", "check", "--output-format", "concise"),
         *([run("style sheets and script", programs, *biome)] if biome else []),
         run("types", programs, "mypy"),
+        run("spelling", programs, "codespell"),
     ]
 
 
