@@ -208,7 +208,7 @@ def test_each_test_that_watch_it_live_names_is_there():
 @pytest.fixture
 def site(tmp_path, monkeypatch):
     "tools/docs.py with an empty site, and what writes a file of it"
-    sys.path.insert(0, str(ROOT/"tools"))
+    monkeypatch.syspath_prepend(ROOT/"tools")
     import docs
     monkeypatch.setattr(docs, "SITE", tmp_path)
 
@@ -217,8 +217,7 @@ def site(tmp_path, monkeypatch):
         (tmp_path/name).write_text(content, encoding="utf-8")
         return tmp_path/name
 
-    yield docs, write
-    sys.path.remove(str(ROOT/"tools"))
+    return docs, write
 
 
 @pytest.mark.parametrize("name, content, address", [
@@ -288,3 +287,57 @@ def test_the_site_shows_the_version():
     website = yaml.safe_load((ROOT/"_quarto.yml").read_text(encoding="utf-8"))["website"]
     assert settings["DEFAULT"]["version"] in [entry["text"] for entry in website["navbar"]["right"]]
     assert (ROOT/"nbs"/"_quarto.yml").read_text() == (ROOT/"_quarto.yml").read_text()   # Quarto reads the one in nbs
+
+
+def anchors(text: str) -> set[str]:
+    "The anchors that GitHub gives the headings of a Markdown text, and those that the text sets itself"
+    text = re.sub(r"^(```|~~~).*?^\1", "", text, flags=re.M | re.S)
+    found: list[str] = re.findall(r"""<a (?:id|name)=["']([^"']+)""", text)
+    for heading in re.findall(r"^#{1,6} +(.*?) *#*$", text, re.M):
+        name = re.sub(r"\[([^]]*)\]\([^)]*\)", r"\1", heading).lower()
+        name = re.sub(r"[^\w\- ]", "", name).replace(" ", "-")
+        number = sum(re.fullmatch(rf"{re.escape(name)}(-\d+)?", other) is not None for other in found)
+        found.append(f"{name}-{number}" if number else name)
+    return set(found)
+
+
+def dead(path: Path) -> list[str]:
+    "The links of a Markdown file to files and anchors that are missing"
+    content = re.sub(r"^(```|~~~).*?^\1|`[^`\n]*`", "", path.read_text(encoding="utf-8"), flags=re.M | re.S)
+    links = re.findall(r"\]\(<?([^)\s>]+)", content)
+    links += re.findall(r"^\[[^]]+\]: +(\S+)", content, re.M)
+    links += re.findall(r"""\b(?:href|src|srcset)=["']([^"']+)""", content)
+    missing = []
+    for link in links:
+        if re.match(r"[a-z]+:|//", link): continue
+        name, _, anchor = link.partition("#")
+        target = path.parent/name if name else path
+        if not target.exists() or anchor and anchor not in anchors(text(target)): missing.append(link)
+    return missing
+
+
+MARKDOWN = [*ROOT.glob("*.md"), ROOT/"tests"/"README.md", *(ROOT/"benchmarks").glob("*.md")]
+
+
+@pytest.mark.parametrize("path", MARKDOWN, ids=lambda p: str(p.relative_to(ROOT)))
+def test_the_links_of_markdown_files_lead_somewhere(path):
+    assert dead(path) == []
+
+
+def test_a_dead_link_is_found(tmp_path):
+    page = tmp_path/"a.md"
+    (tmp_path/"b.md").write_text("# One `call()` more\n## Same\n## Same\n```sh\n# no heading\n```\n")
+    page.write_text("# Here\n[1](b.md) [2](b.md#one-call-more) [3](#here) [4](b.md#same-1)\n"
+                    "[5](https://x.test/none) `[6](no)`\n[a](none.md) [b](#there) [c](b.md#no-heading)\n"
+                    "[d](b.md#same-2) <img src='no.png'>\n\n[e]: gone.md\n")
+    assert sorted(dead(page)) == ["#there", "b.md#no-heading", "b.md#same-2", "gone.md", "no.png", "none.md"]
+
+
+def test_the_prose_linter_finds_and_forgives(monkeypatch):
+    pytest.importorskip("proselint")
+    monkeypatch.syspath_prepend(ROOT/"tools")
+    import lint_prose
+    lint_prose.CheckRegistry().register_many(lint_prose.__register__)
+    texts = ["It waits 10 s.", "It is a very good thing.", "It said \"no\" ... resume it.", "bytes", "bytes", "In bytes"]
+    found = list(lint_prose.complaints("a", texts))
+    assert len(found) == 1 and found[0].startswith("a:2: weasel_words.very") and "very good thing" in found[0]
