@@ -24,7 +24,7 @@ VENVS = ROOT/".venvs"
 BIN = "Scripts" if os.name == "nt" else "bin"
 MADE = ("nbs", "cjm_fasthtml_resources", "README.md")  # what the notebooks make, besides themselves
 
-# lines of a step's output that show what failed: of pytest, benchmarks/run.py, tools/notebooks.py, ruff, mypy, codespell
+# lines of a step's output that show what failed: of pytest, benchmarks/run.py, tools/notebooks.py, ruff and codespell
 COMPLAINT = re.compile(r"^(?:FAILED|ERROR) .*|^.* - MORE THAN .*|^\S+\.ipynb, code cell .*|^\S+:\d+:(?:\d+:)? .*", re.M)
 
 
@@ -117,6 +117,8 @@ def static_checks(programs: Path) -> list[Step]:
         *([run("style sheets and script", programs, *biome)] if biome else []),
         run("types", programs, "mypy"),
         run("spelling", programs, "codespell"),
+        *([run("prose", programs, "python", "tools/lint_prose.py")] if sys.platform == "linux" else []),
+        run("habits of writing", programs, "python", "tools/prose.py"),
     ]
 
 

@@ -120,7 +120,7 @@ def _asked(value: str) -> Iterator[int]:
         if (index := read_index(entry)) is None: return
         yield index
 
-_FASTEST = "CUDA counts the fastest GPU first, and which one that is is uncertain"
+_FASTEST = "CUDA counts the fastest GPU first, and the fastest one is uncertain"
 
 def explain_doubt(
     what: str,                     # the request

@@ -27,7 +27,7 @@ def send_signal(
     process: ProcessId,
     number: int,         # such as `signal.SIGTERM`
 ) -> bool:  # False if it has ended, was never seen, or its start is unreadable now
-    "Send a signal to that very process; raise `PermissionError` if that is forbidden"
+    "Send a signal to exactly that process; raise `PermissionError` if that is forbidden"
     if process.start_time is None: return False
     try: pidfd = FileIO(os.pidfd_open(process.pid))   # an object closes it, wherever an interruption comes
     except ProcessLookupError: return False

@@ -97,7 +97,7 @@ def _to_claim(id: int, holder: list[Any], memory: int, allowed: list[str], *othe
                    beside=tuple((key, size) for key, size in beside), priority=priority, share=share)
 
 def to_bytes(rows: Rows, known: Mapping[bytes, Claim] = {}) -> bytes:
-    "Return a ledger as it is written; the lines of known claims, of these very objects, are not made again"
+    "Return a ledger as it is written; the lines of known claims, of the same objects, are kept"
     lines = {id(claim): line for line, claim in known.items()}
     claims = (lines.get(id(c)) or _encode(_to_row(c)).encode() for c in rows.claims)
     return b"".join(b"%s\n" % line for line in (_encode(rows[1:]).encode(), *claims))

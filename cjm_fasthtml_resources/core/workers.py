@@ -182,7 +182,7 @@ def find_starts(
     return {child: (children.get(child) or {}).get(state.pid) for child in state.child_pids}
 
 def known_starts(table: TableChange, state: WorkerState) -> dict[int, float | None]:
-    "Return the starts of children that this very worker declared before"
+    "Return the starts of children that this worker, and no other, declared before"
     old: WorkerState | None = table.workers.get(state.pid)
     is_same = old is not None and None is not old.start_time == state.start_time
     return find_starts(table.children, old) if old and is_same else {}

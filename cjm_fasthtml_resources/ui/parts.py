@@ -34,7 +34,7 @@ def badge(
     status: ResourceStatus,
     words: str = "",   # in place of the status's own
 ) -> Any:
-    "Return a status in a word"
+    "Return a status as one word"
     look = status.look
     return Span(f"{look.sign} {words or look.words}", cls=f"cjm-badge {status.value}")
 
