@@ -341,3 +341,36 @@ def test_the_prose_linter_finds_and_forgives(monkeypatch):
     texts = ["It waits.", "It is a very good thing.", "It said \"no\" ... resume it.", "bytes", "bytes", "In bytes"]
     found = list(lint_prose.complaints("a", texts))
     assert len(found) == 1 and found[0].startswith("a:2: weasel_words.very") and "very good thing" in found[0]
+
+
+IMPORTS = re.compile(r"(?:from|import) (?:.|\n(?=[ )]|from |import ))*$")
+
+
+def begins_with_use(cells: list[dict]) -> bool:
+    "Whether a page shows what a reader would type, or what is printed, before it defines anything"
+    for cell in cells:
+        source = "".join(cell["source"])
+        if cell["cell_type"] == "markdown":
+            if "```" in source: return True
+        elif re.search(r"^#\| *export", source, re.M):
+            if re.search(r"^(?:@|class |(?:async )?def [a-z])", source, re.M): return False
+        elif not re.match(r"#\| *(?:hide|default_exp)", source) and not IMPORTS.match(source): return True
+    return False
+
+
+API = sorted({path for path in (ROOT/"nbs").rglob("*.ipynb") if ".ipynb_checkpoints" not in path.parts} - {*PAGES})
+
+
+@pytest.mark.parametrize("path", API, ids=lambda p: str(p.relative_to(ROOT/"nbs").with_suffix("")))
+def test_a_page_of_the_api_begins_with_what_one_would_type(path):
+    assert begins_with_use(json.loads(path.read_text(encoding="utf-8"))["cells"])
+
+
+def test_a_page_that_begins_with_a_definition_is_found():
+    title = dict(cell_type="markdown", source="# core.a")
+    hidden = dict(cell_type="code", source="#| hide\nimport a\na.b()")
+    imports = dict(cell_type="code", source="from a import (\n    b,\n)\nimport c")
+    made = dict(cell_type="code", source="#| export\ndef f(): pass")
+    use, block = dict(cell_type="code", source="f()"), dict(cell_type="markdown", source="```py\nf()\n```")
+    assert not begins_with_use([title, hidden, imports, made, use])
+    assert begins_with_use([title, hidden, imports, use, made]) and begins_with_use([title, block, made])
