@@ -39,7 +39,7 @@ def _told(held: Reservation, ttl: float) -> Told:
     env = " ".join(f"{name}={value}" for name, value in held.env.items())
     text = (f"Reserved {what}, as {held.id}. It ends in {ttl:g} s, with this server, or by release. "
             f"Start the program with: {env}. Then call hand_over with its PID, or the memory that it uses "
-            "counts beside the reservation.")
+            "counts in addition to the reservation.")
     return Told(text, dict(id=held.id, gpus=[d.id for d in held.devices], uuids=[d.uuid for d in held.devices],
                            gpu_memory_mb=held.gpu_memory_mb, memory_mb=held.memory_mb, ttl=ttl, env=held.env,
                            pid=held.holder.pid))

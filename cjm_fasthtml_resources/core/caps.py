@@ -67,7 +67,7 @@ def explain_cap(
 def _name_share(cap: Cap, claim: Claim, use: DeviceUse, claims: Collection[Claim]) -> str:
     who = claim.app if cap.per == "app" else name_user(claim.receipt.user if claim.receipt else None)
     has, most = format_bytes(cap.reserved(claim, use, claims)), format_bytes(cap.most(use.device))
-    return f"{who} has {has} of at most {most} that one {cap.per} may reserve"
+    return f"{who} has {has} of at most {most} that one {cap.per} is allowed to reserve"
 
 def _explain_ram(cap: Cap, claim: Claim, uses: Iterable[DeviceUse], claims: Collection[Claim]) -> str:
     for use in uses:
