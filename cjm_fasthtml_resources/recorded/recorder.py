@@ -56,7 +56,7 @@ class Recorder(StaysHere):
     def __repr__(self) -> str: return f"Recorder({str(self.path)!r}, records={self.records})"
 
     def start(self) -> None:
-        "Begin; where another recorder writes this file, begin when that has ended. Raise `StoreError` if it is unusable"
+        "Begin; where another recorder writes this file, begin when that has ended. Raise `StoreError` on failure"
         if self._thread is not None: return
         self._take_over()
         self._thread = start_thread("recorder", self._run)
