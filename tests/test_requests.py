@@ -93,12 +93,12 @@ def test_the_devices_with_the_most_room_come_first():
         assert len(too_many.value.conflict.devices) == 3
     outsider = SimulatedProcess(GONE, 900)
     with SimulatedDriver([SimulatedGpu(memory_total_mb=1_000, memory_reserved_mb=0, processes=[outsider])]):
-        who = rf"^Requested 1 GPU with 500 MiB free; 0 of 1 have it\. GPU 0 has 100 MiB free. In use there: .*PID {GONE}, 900"
+        who = rf"^Requested 1 GPU with 500 MiB free; 0 of 1 have it\. GPU 0 has 100 MiB free. In .*PID {GONE}, 900"
         with pytest.raises(ResourceBusy, match=who) as busy: ResourceManager().pick_gpus(1, min_free_mb=500)
         assert busy.value.retryable
     with SimulatedDriver([SimulatedGpu(memory_total_mb=1_000, processes=[SimulatedProcess(GONE, 1_000)])]):
         assert ResourceManager().pick_gpus().devices[0].index == 0   # without a figure a full one is one
-    none = "^Requested 1 GPU, none can be used: the NVIDIA driver lists no GPU$"
+    none = "^Requested 1 GPU; none can be used: the NVIDIA driver lists no GPU$"
     with SimulatedDriver([]), pytest.raises(ResourceUnavailable, match=none): ResourceManager().pick_gpus()
 
 
