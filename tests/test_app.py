@@ -222,7 +222,7 @@ def test_the_promise_is_the_commands_and_ends_with_it(command, folder, tmp_path)
     job = subprocess.Popen([*waiting, *job], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     assert job.stdout.readline() == "on it\n"
     busy = command(*machine, "wait", "--gpu-memory", "8GiB", "--timeout", "0.2s")
-    assert busy.returncode == 75 and f"promised to PID {job.pid}" in busy.stderr
+    assert busy.returncode == 75 and f"a reservation of PID {job.pid}" in busy.stderr
     shown = command(*machine, "--app", "night", "--json", "--exit-code")
     promise, = json.loads(shown.stdout)["gpu"]["devices"][0]["promises"]
     assert (promise["pid"], promise["memory"], promise["app"], shown.returncode) == (job.pid, 20_000*2**20, "night", 10)
@@ -234,7 +234,7 @@ def test_the_promise_is_the_commands_and_ends_with_it(command, folder, tmp_path)
 
 def test_without_a_gpu_it_says_so_at_once(command, folder, tmp_path):
     result = command(*simulated(tmp_path, gpus=0), "wait", "--gpu-memory", "1MiB")
-    assert result.returncode == 69 and "sees no GPU" in result.stderr
+    assert result.returncode == 69 and "lists no GPU" in result.stderr
 
 
 def test_a_file_that_cannot_be_used_is_named(command, folder, tmp_path):
@@ -250,7 +250,7 @@ def test_a_bar_on_a_terminal_says_who_is_in_the_way(folder, tmp_path):
     from test_cli import on_terminal
     with SimulatedDriver([SimulatedGpu(memory_total_mb=24_000)]), ResourceManager(app="day").reserve(20_000):
         code, written = on_terminal(*simulated(tmp_path), "wait", "--gpu-memory", "8GiB", "--timeout", "0.8")
-    assert code == 75 and f"promised to PID {os.getpid()}" in written and "GiB free" in written
+    assert code == 75 and f"a reservation of PID {os.getpid()}" in written and "GiB free" in written
 
 
 def test_workers_are_shown(command, folder, tmp_path, spawn):

@@ -188,7 +188,7 @@ def test_the_interpreter_ends_although_the_driver_hangs():
             "d = SimulatedDriver([SimulatedGpu()]); d.start(); d.hang('nvmlDeviceGetName')\n"
             "print(read_gpus(0.1).reason)")
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=10)
-    assert (result.returncode, result.stderr) == (0, "") and "did not answer" in result.stdout
+    assert (result.returncode, result.stderr) == (0, "") and "did not respond" in result.stdout
 
 
 PEERS = {  # each replaces or wraps something of pynvml when it is imported

@@ -296,12 +296,12 @@ def test_devices_are_named_in_the_order_of_cuda(monkeypatch):
 
 
 @pytest.mark.parametrize("asked, error, words", [
-    (dict(n=3), ValueError, "n must be at most 2, which is how many GPUs this machine has, not 3"),
+    (dict(n=3), ValueError, "n must be at most 2, the number of GPUs of this machine, not 3"),
     (dict(n=0), ValueError, "n must be a positive int, not 0"),
     (dict(n=2.0), TypeError, "n must be a positive int, not 2.0"),
     (dict(n=2, device=1), ValueError, "device must be None with n=2, not 1: it names one device"),
     (dict(n=2, gpu_memory_mb=950), ValueError,
-     "gpu_memory_mb must be at most 900, which each of the 2 largest devices has, not 950"),
+     "gpu_memory_mb must be at most 900, the capacity of each of the 2 largest devices, not 950"),
 ])
 def test_a_bad_request_names_its_argument(asked, error, words):
     gpus = [SimulatedGpu(memory_total_mb=1_000), SimulatedGpu(memory_total_mb=1_000, memory_reserved_mb=100)]
@@ -314,7 +314,7 @@ def test_a_bad_request_names_its_argument(asked, error, words):
 def test_too_few_that_can_be_used_are_named_with_the_reason(monkeypatch):
     parts = [SimulatedGpu(memory_total_mb=5_000, uuid=f"MIG-{n}") for n in "ab"]
     with SimulatedDriver([SimulatedGpu(mig=parts, memory_total_mb=10_000), SimulatedGpu(uuid="GPU-b")]):
-        few = "^Requested 2 GPUs, 1 can be used: a process can use one MIG instance, and then only that$"
+        few = "^Requested 2 GPUs; 1 can be used: a process can use one MIG instance, and then only that$"
         with pytest.raises(ResourceUnavailable, match=few): ResourceManager().reserve(1_000, n=2)
     with SimulatedDriver([SimulatedGpu(uuid=f"GPU-{n}") for n in "abc"]) as driver:
         manager = ResourceManager()
@@ -337,7 +337,7 @@ def test_a_group_waits_as_a_whole_and_says_for_what():
         waiting = manager.request(5_000, n=2)
         assert waiting.poll() is None and [(c.device, c.count) for c in manager.get_claims()][2:] == [(None, 2)]
         with pytest.raises(ResourceBusy) as busy: manager.reserve(5_000, n=2, timeout=0.1)
-        assert str(busy.value).startswith("4.9 GiB of GPU memory on each of 2 GPUs are wanted, 1 of 3 have it, and GPU")
+        assert str(busy.value).startswith("The job needs 4.9 GiB on each of 2 GPUs: 1 of 3 have it. GPU")
         with pytest.raises(ResourceBusy): manager.reserve(5_000, first.index, timeout=0)
         first.release()
         held = waiting.wait()
@@ -405,7 +405,7 @@ def test_room_is_made_on_as_many_devices_as_a_job_needs(spawn):
         with manager.job("job", 5_000, n=2, make_room=True, timeout=5) as job:
             assert len(job.devices) == 2 and len(job.room_made.released) == 2
         assert sum(bool(gpu.processes) for gpu in gpus) == 1
-        with pytest.raises(ResourceBusy, match="on each of 3 GPUs are wanted, 2 of 3 have it"):
+        with pytest.raises(ResourceBusy, match="on each of 3 GPUs: 2 of 3 have it"):
             manager.update_worker_state(next(w for w, g in zip(workers, gpus, strict=True) if g.processes).pid,
                                         status="busy")
             with manager.job("job", 5_000, n=3, make_room=True, timeout=0): pass

@@ -555,7 +555,7 @@ def test_without_a_gpu_it_is_said_at_once(folder):
             if need == "no_gpu":
                 with manager.job("job-1", **asked): pass
                 continue
-            with pytest.raises(ResourceUnavailable, match="sees no GPU"), manager.job("job-1", **asked): pass
+            with pytest.raises(ResourceUnavailable, match="lists no GPU"), manager.job("job-1", **asked): pass
         assert manager.get_claims() == []
 
 
@@ -605,7 +605,7 @@ def test_a_full_disk_keeps_no_job_at_its_worker(folder):
         manager.register_worker(worker.pid, "llm")
         out = subprocess.run([sys.executable, "-c", LATER, str(worker.pid)], capture_output=True, text=True, timeout=60)
         assert out.stdout == "None\n", out.stderr       # the job's lease ended with its block
-        assert "will be later: no space left" in out.stderr
+        assert "is tried again later: no space left" in out.stderr
         assert manager.get_worker_by_pid(worker.pid).jobs == ()
         assert manager.get_worker_by_pid(worker.pid).status == "idle"
     finally:

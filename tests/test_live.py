@@ -166,7 +166,7 @@ def test_a_sleeping_driver_is_shown_and_nothing_is_called_available():
     with SimulatedDriver([SimulatedGpu()]) as driver:
         panel = ResourcePanel(ResourceManager(gpu_timeout=1.0), interval=0.1)
         driver.hang("nvmlDeviceGetTemperature")
-        wait_until(lambda: "out of date: the NVIDIA driver did not answer" in panel._slots["state"].value)
+        wait_until(lambda: "out of date: the NVIDIA driver did not respond" in panel._slots["state"].value)
         wait_until(lambda: panel._sample.gpu.status is ResourceStatus.UNAVAILABLE)
         wait_until(lambda: "did not respond within 1 s" in panel._slots["banner"].value)
         driver.recover()
@@ -284,7 +284,7 @@ def test_a_sampler_that_is_held_up_makes_the_stream_say_so(monkeypatch):
     async def main():
         async for event in hub.events():
             if b"NVIDIA L4" in event and not held.is_set(): held.set()
-            if b"out of date: nothing newer for" in event: return
+            if b"out of date: no new data for" in event: return
 
     held, release = threading.Event(), threading.Event()
     with SimulatedDriver([SimulatedGpu()]):
@@ -424,7 +424,7 @@ def test_a_page_over_a_broken_file_answers_in_words(folder, how, spawn):
             assert answer.status_code == 200 and "resources.sqlite" in answer.text
         stop = browser.post("/resources/stop", data=dict(worker=f"{worker.pid}.{worker.start_time}"),
                             headers={"Sec-Fetch-Site": "same-origin"})
-    assert stop.status_code == 503 and "the workers cannot be read" in stop.text
+    assert stop.status_code == 503 and "cannot read the workers" in stop.text
 
 
 def test_a_page_without_any_sample_answers_in_words_and_its_stream_recovers():
@@ -451,8 +451,8 @@ def test_a_page_without_any_sample_answers_in_words_and_its_stream_recovers():
         app, routes = make_app(manager, interval=0.1)
         page = TestClient(app).get("/resources")
         first = asyncio.run(asyncio.wait_for(main(routes.hub), 10))
-    assert page.status_code == 200 and "The figures cannot be read: a plugin broke" in page.text
-    assert b"The figures cannot be read: a plugin broke" in first
+    assert page.status_code == 200 and "Cannot read the figures: a plugin broke" in page.text
+    assert b"Cannot read the figures: a plugin broke" in first
 
 
 def test_the_command_s_server_answers_to_every_address_of_this_machine_and_to_no_name():

@@ -118,7 +118,7 @@ async def a_reservation_goes_to_the_program_that_the_agent_started(client):
         finally: program.kill()
     await asyncio.to_thread(wait_until, lambda: claims() == [])
     over = await call("hand_over", id=held["id"], pid=os.getpid())
-    assert over.is_error and "is not held" in text(over), text(over)
+    assert over.is_error and "is over" in text(over), text(over)
     late = await call("release", id=held["id"])
     assert not late.structured_content["was_held"] and "its program had ended" in text(late), text(late)
 

@@ -427,14 +427,14 @@ FULL = a_device(0, TRAIN, JOB)
 
 def test_others_are_named_as_the_cause_only_where_they_are():
     blamed = explain_found(LACK, scene_of(FULL))
-    assert "Others use the rest: train.py of ada (PID 4200301, 30.0 GiB)" in blamed
+    assert "Others use the rest: train.py (PID 4200301, user ada, 30.0 GiB)" in blamed
     assert "Its process had 14.0 GiB, and would fit without them" in blamed
     alone = explain_found(LACK, scene_of(a_device(0, a_process(4200110, 43, "app"), a_process(4200301, 1))))
     assert "other programs are not the cause" in alone and "43.0 GiB of 48.0 GiB itself" in alone
     nearly = a_device(0, a_process(4200110, 44, "app"), a_process(4200301, 3.9))
     assert "which is nearly all" in explain_found(replace(LACK, wanted=GIB), scene_of(nearly))
     limited = explain_found(find_out_of_memory(LIMITED), scene_of(FULL))
-    assert "its own limit" in limited and "train.py" not in limited
+    assert "Its own limit" in limited and "train.py" not in limited
     whose = explain_found(LACK, scene_of(FULL, pid=None))   # a text does not tell which process printed it
     assert "Others" not in whose and "train.py" in whose
     unsure = explain_found(LACK, scene_of(replace(FULL, estimated=True), pid=4200999))
@@ -472,7 +472,7 @@ def test_memory_of_no_visible_process_and_reservations_are_named():
     held = a_device(0, a_process(4200110, 4, "app"), unseen=40,
                     promises=(Promise(4200400, "external", 3*GIB, 3*GIB, "night-run"),))
     said = explain_found(LACK, scene_of(held))
-    assert "40.0 GiB that no visible process accounts for" in said
+    assert "processes that are not visible from here (40.0 GiB)" in said
     assert said.index("40.0 GiB") < said.index("PID 4200400")
 
 
@@ -506,7 +506,7 @@ def test_secrets_of_a_worker_are_not_told():
 def test_growth_is_told_for_processes_that_can_be_compared():
     early = a_device(0, a_process(4200301, 10, name="train.py"), a_process(4200110, 1, "app"))
     said = explain_found(LACK, scene_of(FULL, before=[early]))
-    assert "train.py of ada (PID 4200301, 30.0 GiB) has grown by 20.0 GiB" in said
+    assert "train.py (PID 4200301, user ada, 30.0 GiB) has grown by 20.0 GiB" in said
     assert "PID 4200110" not in said
     assert "is new" in explain_found(LACK, scene_of(FULL, before=[a_device(0)]))
     assert "is new" in explain_found(LACK, scene_of(FULL, before=[a_device(0, replace(TRAIN, name="other"))]))
@@ -572,7 +572,7 @@ def test_a_driver_that_hangs_does_not_keep_the_error():
         driver.hang("nvmlDeviceGetCount_v2")
         began = time.monotonic()
         said = explain_out_of_memory(TORCH, ResourceManager(gpu_timeout=0.2))
-        assert "did not answer" in said and time.monotonic() - began < 5
+        assert "did not respond" in said and time.monotonic() - began < 5
         driver.recover()
 
 

@@ -133,10 +133,10 @@ def test_who_has_what_and_who_waits_behind_whom(rig):
     held, large, larger = rig.rows()
     assert (held["state"], held["app"], held["pid"], held["devices"]) == ("held", "speech", holder.pid, [0])
     assert (held["memory"], held["used"]) == (16*GIB, 11*GIB) and 0 <= held["seconds"] < 60
-    assert "5.0 GiB can be given back" in held["why"]
+    assert "5.0 GiB can be released" in held["why"]
     assert (large["pid"], large["behind"], larger["pid"], larger["behind"]) == (
         first.pid, None, second.pid, large["id"])
-    assert "20.0 GiB the job needs" in large["why"] and 0 <= large["seconds"] < 60
+    assert "The job needs 20.0 GiB" in large["why"] and 0 <= large["seconds"] < 60
     assert [row["pid"] for row in rig.rows("--app", "train")] == [first.pid, second.pid]
     text = rig.run("queue").stdout
     assert re.search(rf"{held['id']} +0 +16.0 GiB +11.0 GiB +held .*speech", text), text
@@ -214,7 +214,7 @@ def test_a_command_goes_on_when_its_memory_is_released(rig, name):
 def test_a_reservation_that_is_not_used_within_its_grace_goes_to_the_next_and_its_holder_is_told(rig):
     idle = rig.hold("speech", 16, 2)
     waiting, _ = rig.wait("train", 20)
-    assert "Not used yet: it is given back after 2 s" in rig.rows()[0]["why"]
+    assert "Unused: it is released after 2 s" in rig.rows()[0]["why"]
     assert waiting.stdout.readline() == "has it\n" and idle.poll() is None
     assert "it was released by the queue (not used within 2 s)" in ask(idle, "keep")
     assert ask(idle, "release") == "False the queue (not used within 2 s)"
@@ -370,7 +370,7 @@ def test_a_request_knows_when_it_is_expected_to_start(rig):
         least, most = first["starts"]
         assert 400 < least <= 600 and 1600 < most <= 1800 and second["starts"] is None
         text = " ".join(rig.run("queue").stdout.split())
-        assert re.search(r"expected to start in \d+ to \d+ minutes", text) and "When it starts is not known" in text
+        assert re.search(r"expected to start in \d+ to \d+ minutes", text) and "Its start is unknown" in text
         process.communicate("\n", timeout=30)
 
 
@@ -404,7 +404,7 @@ def test_what_one_user_may_have_of_ram_counts_too(rig):
     with SimulatedDriver([SimulatedGpu("NVIDIA L4", memory_total_mb=24*1024)], machine=machine):
         manager, other = ResourceManager(app="train"), ResourceManager(app="speech")
         with manager.reserve(memory_mb=30*1024, timeout=0):
-            text = "train has 30.0 GiB of at most 32.0 GiB that one app may reserve of RAM"
+            text = "train has 30.0 GiB of at most 32.0 GiB that one app is allowed to reserve of RAM"
             for ask in (dict(memory_mb=3*1024), dict(gpu_memory_mb=1024, memory_mb=3*1024)):
                 with pytest.raises(ResourceBusy, match=text): manager.reserve(**ask, timeout=0)
                 assert re.search(text, foresee(manager, **dict(gpu_memory_mb=None) | ask).why)
@@ -415,7 +415,7 @@ def test_what_one_user_may_have_of_ram_counts_too(rig):
             with other.reserve(1024, memory_mb=20*1024, timeout=0): pass
             with manager.reserve(memory_mb=2*1024, timeout=0): pass
         for call in (manager.reserve, partial(foresee, manager, None)):
-            with pytest.raises(ValueError, match="33.0 GiB of RAM is more than one app may reserve here: 32.0 GiB"):
+            with pytest.raises(ValueError, match="one app is allowed to reserve here: 32.0 GiB"):
                 call(memory_mb=33*1024)
         wait_until(waits.poll, 10)
         waits.withdraw()
@@ -431,7 +431,7 @@ def test_what_one_user_may_have_counts_for_jobs_previews_and_the_queue(rig):
         manager, capacity = ResourceManager(app="train"), driver.gpus[0].memory_total_mb*2**20
         with manager.job("unknown") as job:
             assert 0.4*capacity < job.reservation.gpu_memory_mb*2**20 <= capacity/2
-            text = "of at most .* that one user may reserve on GPU 0"
+            text = "of at most .* that one user is allowed to reserve on GPU 0"
             with pytest.raises(ResourceBusy, match=text): manager.reserve(2*1024, timeout=0)
             assert re.search(f"It would wait. .*{text}", foresee(manager, 2*1024).why)
             request = manager.request(2*1024)
@@ -443,11 +443,11 @@ def test_what_one_user_may_have_counts_for_jobs_previews_and_the_queue(rig):
                          to_text(promise_table((), 200, sample.gpu.waiting))): assert re.search(text, told)
             assert from_json(json.loads(json.dumps(to_json(sample)))).gpu.waiting[0].why == row["why"]
         with pytest.raises(ValueError, match="more than one user is allowed to reserve here"): manager.reserve(13*1024)
-        with pytest.raises(ValueError, match="All of a GPU is more"): manager.reserve("all")
+        with pytest.raises(ValueError, match="A whole GPU is more"): manager.reserve("all")
         wait_until(request.poll, 10)
         request.withdraw()
         file.chmod(0o666)
-        with pytest.raises(StoreError, match="has to belong to root"): manager.reserve(1, timeout=0)
+        with pytest.raises(StoreError, match="another user than root"): manager.reserve(1, timeout=0)
 
 
 def test_a_short_request_passes_a_large_one_only_where_it_ends_before_that_one_can_start(folder):

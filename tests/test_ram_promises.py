@@ -54,7 +54,7 @@ def room(manager): return manager.check_memory_availability().memory.room//MIB
 def test_two_jobs_are_not_promised_the_same_ram(manager):
     with manager.job("a", 0, needs=dict(ram_mb=40*GIB), timeout=0) as job:
         assert room(manager) == 14*GIB and job.device is None and job.env == {"CUDA_VISIBLE_DEVICES": ""}
-        with pytest.raises(ResourceBusy, match="40.0 GiB of RAM.*14.0 GiB of 64.0 GiB free.*reserved for PID"):
+        with pytest.raises(ResourceBusy, match="40.0 GiB of RAM.*14.0 GiB of 64.0 GiB free.*reserved by PID"):
             manager.job("b", 0, memory_mb=40*GIB, timeout=0).__enter__()
         with manager.job("c", 0, memory_mb=14*GIB, timeout=0): assert room(manager) == 0
     assert room(manager) == 54*GIB and manager.get_claims() == []
@@ -76,14 +76,14 @@ def test_gpu_memory_and_ram_are_granted_together_or_not_at_all(manager):
     with manager.reserve(20_000, memory_mb=30*GIB, timeout=0) as held:
         assert held.device.index == 0 and (held.gpu_memory_mb, held.memory_mb) == (20_000, 30*GIB)
         assert {c.device for c in manager.get_claims()} == {held.uuid, RAM}
-        for gpu, ram, short in ((1_000, 30*GIB, "of RAM"), (20_000, GIB, "of GPU memory")):
+        for gpu, ram, short in ((1_000, 30*GIB, "of RAM"), (20_000, GIB, "needs 19.5 GiB. GPU 0")):
             with pytest.raises(ResourceBusy, match=short): manager.reserve(gpu, memory_mb=ram, timeout=0)
         assert len(manager.get_claims()) == 2 and manager.check_gpu_availability().devices[0].room == 4_000*MIB
     assert manager.get_claims() == []
 
 
 def test_what_can_never_fit_fails_at_once_and_says_why(manager):
-    with pytest.raises(TooMuchMemory, match="memory_mb must be at most 65536, which is what this machine"):
+    with pytest.raises(TooMuchMemory, match="memory_mb must be at most 65536, the capacity of this machine"):
         manager.reserve(memory_mb=65*GIB)
     with pytest.raises(TooMuchMemory, match="memory_mb"): manager.job("a", 0, memory_mb=65*GIB).__enter__()
     assert manager.get_claims() == []
@@ -91,7 +91,7 @@ def test_what_can_never_fit_fails_at_once_and_says_why(manager):
 
 def test_what_can_never_fit_into_one_memory_fails_at_once_and_says_why():
     with (SimulatedDriver([SimulatedGpu("NVIDIA GB10", unified=True)], machine=MACHINE),
-          pytest.raises(TooMuchMemory, match="beside 40.0 GiB of RAM, which is the same memory")):
+          pytest.raises(TooMuchMemory, match="without 40.0 GiB of RAM in the same memory")):
         ResourceManager().reserve(40*GIB, memory_mb=40*GIB)
 
 
@@ -104,7 +104,7 @@ def test_a_job_that_runs_on_the_cpu_waits_for_what_is_promised(manager):
     assert decide_on_cpu(manager.check_memory_availability(), []).can_proceed
     with ResourceManager(app="b").reserve(memory_mb=50*GIB, timeout=0):
         decision = decide_on_cpu(manager.check_memory_availability(), [])
-        assert not decision.can_proceed and "of the app b" in decision.message
+        assert not decision.can_proceed and "(app b)" in decision.message
         found = manager.check_memory_availability().memory
         assert [(p.owner, p.app, p.unused//MIB) for p in found.promises] == [("external", "b", 50*GIB)]
         assert found.shares["promised"] == 50*GIB*MIB
@@ -427,7 +427,7 @@ def test_the_commands_reserve_ram():
     assert command("wait").exit_code == 2 and "--ram" in command("wait").output
     assert command("wait", "--ram", "1GiB", "--priority", "20").exit_code == 2
     found = command("wait", "--gpu-memory", "all", "--timeout", "0")
-    assert found.exit_code == 75 and "All of a GPU is wanted" in found.output   # others use both of the pair
+    assert found.exit_code == 75 and "The job needs a whole GPU" in found.output   # others use both of the pair
 
 
 
@@ -445,7 +445,7 @@ def test_a_benchmark_gets_an_empty_gpu_for_itself(manager):
             with pytest.raises(ResourceBusy): manager.reserve(1, timeout=0)
         with manager.reserve(1, 0, timeout=0), manager.reserve("all", timeout=0) as alone: assert alone.index == 1
         with (manager.reserve(1, 0, timeout=0), manager.reserve(1, 1, timeout=0),
-              pytest.raises(ResourceBusy, match="All of a GPU is wanted.*promised to PID")):
+              pytest.raises(ResourceBusy, match="The job needs a whole GPU.*a reservation of PID")):
             manager.job("benchmark", "all", timeout=0).__enter__()
         with manager.job("benchmark", needs=dict(gpu_memory_mb="all", devices=2), timeout=0) as job:
             assert len(job.devices) == 2

@@ -148,8 +148,8 @@ def test_it_is_written_without_a_gpu_too_and_says_so(tmp_path):
 @pytest.mark.parametrize("changed, words", [
     (dict(schema_version=2), "this report has the version 2, and this release of cjm-fasthtml-resources reads"),
     (dict(schema_version="1"), "this report has the version '1'"), (dict(schema_version=True), "the version True"),
-    (dict(devices=None), "it lacks a list of devices"), (dict(devices=["?"]), "this report cannot be read"),
-    (dict(machine={}), "this report cannot be read: KeyError: 'memory_total'"),
+    (dict(devices=None), "it lacks a list of devices"), (dict(devices=["?"]), "this report is unreadable"),
+    (dict(machine={}), "this report is unreadable: KeyError: 'memory_total'"),
     (dict(devices=[dict(index=0, answers=dict(nvmlDeviceGetName=dict(value="x"*200)))]), "SimulatedGpu.name")])
 def test_a_report_of_another_version_or_a_damaged_one_is_a_sentence(changed, words, tmp_path):
     with SimulatedDriver([SimulatedGpu()]): report = written()
@@ -180,7 +180,7 @@ def test_what_the_command_prints_as_json_is_no_report(tmp_path):
     path = tmp_path/"answer.json"
     path.write_text(CliRunner().invoke(main, ["--simulate", "idle", "--json"]).output)
     shown = CliRunner(env=dict(COLUMNS="300")).invoke(main, ["--simulate", str(path)])
-    assert shown.exit_code == 2 and "no report of tests/gpu/run.py" in shown.output
+    assert shown.exit_code == 2 and "not a report of tests/gpu/run.py" in shown.output
 
 
 def test_which_kernel_module_it_is(tmp_path):

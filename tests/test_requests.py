@@ -44,12 +44,12 @@ def test_a_check_says_what_it_estimates():
         found = manager.check_gpu_availability()
         assert found.devices[0].processes == (OwnedProcess(GONE, "unknown", 900*MIB, kind="graphics"),)
         assert [d.app_memory//MIB for d in found.devices] == [900, 100]
-        assert len(found.notes) == 1 and found.notes[0].startswith("An estimate: inside a container")
+        assert len(found.notes) == 1 and found.notes[0].startswith("Estimate: in a container")
     without_figure = SimulatedProcess(GONE, None, "graphics")
     with SimulatedDriver([SimulatedGpu(memory_used_mb=900, processes=[without_figure])]):
         found = manager.check_gpu_availability()
         assert found.devices[0].processes[0].kind == "graphics"
-        assert found.notes[0].startswith("An estimate: the driver does not say")
+        assert found.notes[0].startswith("Estimate: the driver reports no memory")
 
 
 def test_any_device_is_meant_by_no_number_and_an_unknown_word_is_refused():
@@ -84,21 +84,21 @@ def test_the_devices_with_the_most_room_come_first():
         assert [d.index for d in manager.pick_gpus(3).devices] == [1, 2, 0]
         free = [d.room/2**20 for d in manager.check_gpu_availability().devices]
         assert [d.index for d in manager.pick_gpus(2, min_free_mb=free[2]).devices] == [1, 2]   # exactly what it has
-        too_few = r"^Requested 2 GPUs with 2,001 MiB free, 1 of 3 have it\. GPU 2 has 2,000 MiB free\.$"
+        too_few = r"^Requested 2 GPUs with 2,001 MiB free; 1 of 3 have it\. GPU 2 has 2,000 MiB free\.$"
         with pytest.raises(ResourceBusy, match=too_few) as busy: manager.pick_gpus(2, min_free_mb=free[2] + 1)
         assert len(busy.value.conflict.devices) == 3
         assert not busy.value.retryable            # the two smaller GPUs will never have so much
-        with pytest.raises(ResourceUnavailable, match=r"^Requested 4 GPUs, 3 can be used$") as too_many:
+        with pytest.raises(ResourceUnavailable, match=r"^Requested 4 GPUs; 3 can be used$") as too_many:
             manager.pick_gpus(4)
         assert len(too_many.value.conflict.devices) == 3
     outsider = SimulatedProcess(GONE, 900)
     with SimulatedDriver([SimulatedGpu(memory_total_mb=1_000, memory_reserved_mb=0, processes=[outsider])]):
-        who = rf"^Requested 1 GPU with 500 MiB free, 0 of 1 have it\. GPU 0 has 100 MiB free, with .*PID {GONE}, 900"
+        who = rf"^Requested 1 GPU with 500 MiB free; 0 of 1 have it\. GPU 0 has 100 MiB free. In .*PID {GONE}, 900"
         with pytest.raises(ResourceBusy, match=who) as busy: ResourceManager().pick_gpus(1, min_free_mb=500)
         assert busy.value.retryable
     with SimulatedDriver([SimulatedGpu(memory_total_mb=1_000, processes=[SimulatedProcess(GONE, 1_000)])]):
         assert ResourceManager().pick_gpus().devices[0].index == 0   # without a figure a full one is one
-    none = "^Requested 1 GPU, none can be used: the NVIDIA driver lists no GPU$"
+    none = "^Requested 1 GPU; none can be used: the NVIDIA driver lists no GPU$"
     with SimulatedDriver([]), pytest.raises(ResourceUnavailable, match=none): ResourceManager().pick_gpus()
 
 
@@ -117,13 +117,13 @@ def test_a_child_sees_the_devices_by_uuid_and_where_there_is_none_by_number():
     (dict(ttl=0), ValueError, "ttl must be 0.001 or more, not 0"),
     (dict(pid=GONE), ValueError, f"pid must be that of a living process, not {GONE}"),
     (dict(pid=True), TypeError, "pid must be a positive int, not True"),
-    (dict(device=2), ValueError, "device must name one of the 2 that are visible, not 2: GPU-a, GPU-b"),
+    (dict(device=2), ValueError, "device 2 is not visible to this process. Visible: GPU-a, GPU-b"),
     (dict(device=True), TypeError, "device must be a number, 'cuda:1', a UUID, a GpuDevice or None, not True"),
-    (dict(device="GPU-c"), ValueError, "device must name one of the 2 that are visible, not 'GPU-c': GPU-a, GPU-b"),
+    (dict(device="GPU-c"), ValueError, "device 'GPU-c' is not visible to this process. Visible: GPU-a, GPU-b"),
     (dict(gpu_memory_mb=1_001), ValueError,
-     "gpu_memory_mb must be at most 1000, which the largest device has, not 1001"),
+     "gpu_memory_mb must be at most 1000, the capacity of the largest device, not 1001"),
     (dict(gpu_memory_mb=901, device=1), ValueError,
-     "gpu_memory_mb must be at most 900, which the largest device has, not 901"),
+     "gpu_memory_mb must be at most 900, the capacity of the largest device, not 901"),
 ])
 def test_a_bad_request_names_its_argument_and_enters_no_queue(args, error, words):
     gpus = [
@@ -192,8 +192,8 @@ def test_a_child_can_be_given_each_mig_instance_and_no_two():
             with pytest.raises(ResourceBusy, match="GPU 0:1 has"): manager.reserve(8_000, timeout=0)
         for name in ("MIG-b", "0:1"):
             with manager.reserve(1, name) as held: assert held.uuid == "MIG-b"
-        with pytest.raises(ValueError, match="not 1: MIG-a; for a child process also MIG-b$"): manager.reserve(1, 1)
-        one = "^Requested 2 GPUs, 1 can be used: a process can use one MIG instance, and then only that$"
+        with pytest.raises(ValueError, match="Visible: MIG-a; for a child process also MIG-b$"): manager.reserve(1, 1)
+        one = "^Requested 2 GPUs; 1 can be used: a process can use one MIG instance, and then only that$"
         with pytest.raises(ResourceUnavailable, match=one): manager.pick_gpus(2)
         driver.gpus += [SimulatedGpu(uuid="GPU-c"), SimulatedGpu(uuid="GPU-d")]
         assert {d.uuid for d in manager.pick_gpus(2).devices} == {"GPU-c", "GPU-d"}
@@ -218,12 +218,12 @@ def test_a_device_that_cannot_be_used_is_named_with_its_reason():
 def test_who_gives_up_says_who_was_in_the_way_where_it_asked(capfd):
     outsider = SimulatedProcess(GONE, 9*1024)
     gpus = [SimulatedGpu(memory_total_mb=10*1024, processes=[outsider]), SimulatedGpu(memory_total_mb=10*1024)]
-    short = "2.0 GiB the job needs, and GPU 0 has 1.0 GiB free"
+    short = "The job needs 2.0 GiB. GPU 0 has 1.0 GiB free"
     with SimulatedDriver(gpus):
         manager = ResourceManager()
         with pytest.raises(ResourceBusy) as busy: manager.reserve(2*1024, 0, timeout=0.2)
         assert str(busy.value) == \
-            f"{short}, with a process without a name (PID {GONE}, 9.0 GiB) on it. Gave up after 0.2 s."
+            f"{short}. In use there: a process without a name (PID {GONE}, 9.0 GiB). Gave up after 0.2 s."
         assert len(busy.value.conflict.devices) == 2 and busy.value.retryable and manager.get_claims() == []
         assert manager.waits.read()[0][-1] == (float("inf"), 0)   # it was not granted, so it is not in the histogram
         with pytest.raises(ResourceBusy): manager.reserve(2*1024, 0, timeout=0.7, progress=True)

@@ -156,7 +156,7 @@ def test_a_bar_says_who_is_in_the_way(capfd):
     manager, gpu = ResourceManager(), SimulatedGpu(processes=[SimulatedProcess(os.getpid(), 20_000)])
     with SimulatedDriver([gpu]), pytest.raises(ResourceBusy): manager.reserve(10_000, timeout=0.8, progress=True)
     shown = capfd.readouterr().err
-    assert f"PID {os.getpid()}, 19.5 GiB" in shown and re.search(r"4\.5 of 9\.8 GiB free", shown)
+    assert f"(PID {os.getpid()}, user" in shown and re.search(r"4\.5 of 9\.8 GiB free", shown)
 
 
 def test_inside_a_container_nothing_is_known_of_a_promise_but_its_size():
@@ -217,7 +217,7 @@ def test_another_apps_promise_counts_until_it_is_killed(folder, spawn):
     with SimulatedDriver([SimulatedGpu()]):
         conflict = manager.check_gpu_availability()
         assert conflict.status is ResourceStatus.EXTERNAL_BUSY
-        assert f"promised to PID {other.pid} of the app theirs" in conflict.message
+        assert f"a reservation of PID {other.pid} (app theirs, " in conflict.message
         with pytest.raises(ResourceBusy, match=f"PID {other.pid}"): manager.reserve(10_000, timeout=0)
         assert ResourceManager(app="theirs").check_gpu_availability().status is ResourceStatus.APP_BUSY
         # it names no app, so it shares nothing
@@ -256,8 +256,8 @@ LOCKS = ["gate", "BEGIN IMMEDIATE", "BEGIN EXCLUSIVE"]
 def test_a_file_that_is_locked_is_said_to_be(folder, monkeypatch, how):
     for place in (lockfile, database): monkeypatch.setattr(place, "BUSY_SECONDS", 0.1)
     manager, path = ResourceManager(app="mine"), store_path()
-    named = f"{path} is locked by another process for 0.1 s"
-    if how == "gate": named = f"{path.with_suffix('.lock')} is locked by the process with PID {os.getpid()} for 0.1 s"
+    named = f"{path} has been locked by another process for 0.1 s"
+    if how == "gate": named = f"{path.with_suffix('.lock')} has been locked by PID {os.getpid()} for 0.1 s"
     with SimulatedDriver([SimulatedGpu()]):
         for change in (lambda: manager.reserve(1_000), lambda: manager.register_worker(os.getpid(), "llm")):
             with locked(how), ThreadPoolExecutor(1) as other_thread, pytest.raises(StoreError, match=re.escape(named)):
@@ -468,5 +468,5 @@ def test_what_belongs_to_another_user_is_not_used(folder, which):
     ResourceManager(app="mine").register_worker(2**31 - 2, "llm")
     given = store_path() if which == "file" else store_path().parent
     os.chown(given, 12345, -1)
-    refused = rf"{re.escape(str(given))} belongs to another user \(UID 12345\), and is not used"
+    refused = rf"{re.escape(str(given))} belongs to another user \(UID 12345\), so it is refused"
     with pytest.raises(StoreError, match=refused): ResourceManager(app="mine")

@@ -181,7 +181,7 @@ def test_who_has_nothing_there_or_is_waited_for_is_left_alone(machine):
     assert request.poll() is None              # it waits
     assert [w.pid for w in manager.free_gpu(10_000)] == [second.pid]
     assert lives(empty) and lives(first)
-    with pytest.raises(ResourceBusy, match="cannot be made free by stopping idle workers"): manager.free_gpu(20_000)
+    with pytest.raises(ResourceBusy, match="cannot be freed by stopping all idle workers"): manager.free_gpu(20_000)
     request.withdraw()
     assert [w.pid for w in manager.free_gpu(20_000)] == [first.pid] and lives(empty)
 
@@ -403,7 +403,7 @@ def test_a_worker_that_cannot_be_ended_does_not_end_the_waiting(machine, monkeyp
     register(manager, process)
     monkeypatch.setattr(stopping, "end_processes", lambda ends, grace: ends)
     with pytest.raises(ResourceBusy, match="Gave up after 0.3 s"), job_of(manager, "a", 10_000, timeout=0.3): pass
-    assert any("no room was made" in line for line in warned(caplog))
+    assert any("making room failed" in line for line in warned(caplog))
     assert manager.get_worker_by_pid(process.pid).status == "idle"
 
 

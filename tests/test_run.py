@@ -114,7 +114,7 @@ def test_no_room_is_75_and_no_file_is_74(rig):
     with rig.driver() as driver, driver.allocate(20_000):
         found = rig.run("--gpu-memory", "20GiB", "--timeout", "0", "true")
         unknown = rig.run("--timeout", "0", "true")
-    assert found.returncode == 75 and b"20.0 GiB the job needs" in found.stderr
+    assert found.returncode == 75 and b"The job needs 20.0 GiB" in found.stderr
     assert unknown.returncode == 75 and b"--gpu-memory asks for less" in unknown.stderr
     assert b"gpu_memory_mb" not in unknown.stderr
     rig.env["CJM_RESOURCES_DIR"] = "/proc/nowhere"
@@ -468,7 +468,7 @@ def test_no_memory_for_the_second_try(rig):
     took = f"{DRIVER}\nimport time\nwith driver.allocate(20_000): time.sleep(8)"
     start = f"{sys.executable} -c '{took}' >/dev/null 2>&1 & sleep 3; echo '{OUT_OF_MEMORY}' >&2; exit 5"
     found = rig.run("--gpu-memory", "8GiB", "--retries", "1", "--timeout", "0.5", *shell(start))
-    assert found.returncode == 5 and b"sh: not tried again. " in found.stderr
+    assert found.returncode == 5 and b"sh: no further try. " in found.stderr
 
 
 def test_idle_workers_of_the_app_make_room(rig):

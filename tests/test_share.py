@@ -205,7 +205,7 @@ def test_a_reservation_names_its_user_and_its_container(program, place):
     assert holder.do("reserve", 20_000) == "granted"
     assert other.do("promises") == [["external", "whisper", 20_000, False, f"UID {BOB}", True]]
     name, user = re.escape(os.uname().nodename), f"UID {BOB}"
-    assert re.search(rf"a process in the container {name} \(user {user}\) of the app whisper", other.do("sentence"))
+    assert re.search(rf"a process in container {name} \(app whisper, user {user}", other.do("sentence"))
 
 
 def test_a_reservation_for_another_process_is_nobody_elses_to_end(machine, program):
@@ -324,7 +324,7 @@ def test_the_machines_settings_name_the_folder(machine, program):
     assert one.do("reserve", 20_000) == "granted" and other.do("claims") == [20_000]
     assert program(HOSTS[2]).do("claims") == [20_000]   # with the environment's variable
     settings.chmod(0o666)
-    assert "belong to root" in said(machine, HOSTS[2], shell=shell, CJM_RESOURCES_DIR=None)
+    assert "another user than root" in said(machine, HOSTS[2], shell=shell, CJM_RESOURCES_DIR=None)
     settings.chmod(0o644)
     settings.write_text('folder = "/not/there"\n')
     assert "share /not/there" in said(machine, HOSTS[2], shell=shell, CJM_RESOURCES_DIR=None)
@@ -340,14 +340,14 @@ def test_a_user_who_has_its_share_waits_and_holds_nobody_up(machine, program):
     os.chown(file, 0, GROUP)
     alice, again, bob, contained = map(program, (HOSTS[0], HOSTS[0], HOSTS[1], CONTAINERS[0]))
     assert alice.do("reserve", 8_000) == "granted"
-    assert re.search(rf"UID {ALICE} has 7.8 GiB of at most 11.7 GiB that one user may reserve on GPU 0\. Gave up",
+    assert re.search(rf"UID {ALICE} has 7.8 GiB of at most 11.7 GiB that one user is allowed to reserve on GPU 0",
                      again.do("reserve", 5_000))
     assert "is more than one user is allowed to reserve here: 11.7 GiB" in again.do("reserve", 13_000)
     assert bob.do("reserve", 10_000) == "granted" and again.do("reserve", 4_000) == "granted"
     assert f"UID {BOB} has" in contained.do("reserve", 2_001)   # the same user
     assert contained.do("reserve", 2_000) == "granted"
     os.chown(file, BOB, GROUP)
-    assert "settings.toml is not used: it has to belong to root" in alice.do("reserve", 1)
+    assert "settings.toml is refused, because another user than root" in alice.do("reserve", 1)
     file.unlink()
     assert [one.do("release") for one in (alice, bob)] == [[True]]*2 and again.do("reserve", 13_000) == "granted"
 
@@ -363,7 +363,7 @@ def test_root_makes_the_folder_and_others_get_the_lines(machine):
     assert subprocess.run([*command, "daemon"], capture_output=True).returncode == 0
     assert (place/"resources.lock").stat().st_mode & 0o777 == 0o660
     capped = subprocess.run([*command, "daemon", "--max-share", "50%"], capture_output=True, text=True)
-    assert "One user may reserve at most 50% of each GPU" in capped.stdout, capped.stderr
+    assert "One user can reserve at most 50% of each GPU" in capped.stdout, capped.stderr
     assert subprocess.run([*command, "daemon"], capture_output=True).returncode == 0
     assert (place/"settings.toml").stat().st_mode & 0o777 == 0o640
     (place/"other").touch()
@@ -375,7 +375,7 @@ def test_a_command_without_the_right_says_what_to_ask_for(machine):
     dora = Place("dora", DORA, member=False)
     with machine.start(dora, RUNS) as looks: out, errors = looks.communicate(timeout=60)
     assert looks.returncode == 0 and "RAM" in out
-    assert errors.startswith("Reservations cannot be read") and "sudo usermod" in errors
+    assert errors.startswith("Cannot read the reservations") and "sudo usermod" in errors
     with machine.start(dora, RUNS, "--simulate", "idle", "wait", "--gpu-memory", "1GiB") as waits:
         _, errors = waits.communicate(timeout=60)
     assert waits.returncode == os.EX_IOERR and "sudo usermod" in errors

@@ -82,7 +82,7 @@ def test_a_number_that_changed_hands_is_not_stopped(spawn):
     assert other.poll() is None and manager.get_all_workers() == []
     # registered before there was a process with this number
     manager.workers.table.workers[other.pid] = replace(state, start_time=None)
-    with pytest.raises(PermissionError, match="registered before"): manager.stop_worker(other.pid)
+    with pytest.raises(PermissionError, match="started after it was registered"): manager.stop_worker(other.pid)
     assert other.poll() is None
 
 
@@ -198,7 +198,7 @@ def test_an_idle_worker_with_a_busy_one_below_it_is_not_stopped(spawn):
     manager, process, gpu = one_worker(spawn, lambda *_: None, CHILD)
     child = int(process.stdout.readline())
     manager.register_worker(child, "llm", "job")
-    with SimulatedDriver([gpu]), pytest.raises(ResourceBusy, match="cannot be made free"): manager.free_gpu(900)
+    with SimulatedDriver([gpu]), pytest.raises(ResourceBusy, match="cannot be freed"): manager.free_gpu(900)
     assert not gone(process.pid) and not gone(child)
     manager.update_worker_state(child, status="idle")      # both are idle, and both go
     with SimulatedDriver([gpu]): assert [w.pid for w in manager.free_gpu(900)] == [process.pid]
@@ -345,7 +345,7 @@ def test_a_server_that_is_registered_itself_is_not_stopped(spawn):
     room = Room(spawn, 1)
     room.manager.register_worker(os.getpid(), "server")
     room.gpu.processes.append(SimulatedProcess(os.getpid(), 9000))
-    with SimulatedDriver([room.gpu]), pytest.raises(ResourceBusy, match="cannot be made free"):
+    with SimulatedDriver([room.gpu]), pytest.raises(ResourceBusy, match="cannot be freed"):
         room.manager.free_gpu(20000)
     assert room.living == [0]
 
@@ -372,11 +372,11 @@ def test_what_cannot_be_made_free_is_said_with_who_holds_it(monkeypatch):
             SimulatedGpu(memory_total_mb=3_000, memory_reserved_mb=0, processes=[SimulatedProcess(GONE, 500)])]
     with SimulatedDriver(gpus):
         assert manager.free_gpu(2_500) == [] and manager.free_gpu(0) == []   # exactly as much as there is
-        message = (r"^2.9 GiB cannot be made free by stopping idle workers\. GPU 1 has 2.4 GiB free, "
-                   rf"with a process without a name \(PID {GONE}, 500 MiB\) on it\.$")
+        message = (r"^2.9 GiB cannot be freed by stopping all idle workers\. GPU 1 has 2.4 GiB free\. "
+                   rf"In use there: a process without a name \(PID {GONE}, 500 MiB\)\.$")
         with pytest.raises(ResourceBusy, match=message) as busy: manager.free_gpu(3_000)
         assert len(busy.value.conflict.devices) == 2
-        message = "^mb must be at most 3000, which the largest device has, not 3001$"
+        message = "^mb must be at most 3000, the capacity of the largest device, not 3001$"
         with pytest.raises(ValueError, match=message): manager.free_gpu(3_001)
         with pytest.raises(ValueError, match="^mb must be 0 or more, not -1$"): manager.free_gpu(-1)
     message = "^No GPU can be used: the NVIDIA driver lists no GPU.$"
@@ -408,7 +408,7 @@ def test_what_could_not_be_ended_is_named(spawn, monkeypatch):
     manager.register_worker(process.pid, "llm")
     left = [ProcessId(7, 1.0), ProcessId(8, 1.0)]
     monkeypatch.setattr(stopping, "end_processes", lambda roots, grace: asked.append((roots, grace)) or left)
-    message = f"^of the worker with PID {process.pid}, these processes could not be ended: 7, 8$"
+    message = f"^Could not stop these processes of worker {process.pid}: 7, 8$"
     with pytest.raises(TimeoutError, match=message): manager.stop_worker(process.pid, grace=2)
     assert asked == [([ProcessId(process.pid, host.read_start(process.pid))], 2)]
     assert manager.get_worker_by_pid(process.pid)   # it is still there

@@ -113,7 +113,7 @@ def test_of_another_run_of_the_machine_nothing_lives_and_of_another_container_ev
     with SimulatedDriver([SimulatedGpu(processes=[SimulatedProcess(GONE, 700)])]):
         assert ResourceManager(app="rows", track_self=False).check_gpu_availability().app_pids == []
     stranger = ResourceManager(app="rows", track_self=False)
-    with pytest.raises(PermissionError, match="not a process of this app"): stranger.stop_worker(lives)
+    with pytest.raises(PermissionError, match="does not belong to this app"): stranger.stop_worker(lives)
     mine = other.register_worker(GONE, "speech")   # this container's own with that number
     assert other.get_worker_by_pid(GONE) is mine
     assert [pid for _, pid, _ in rows(other)] == [lives, GONE, GONE]
@@ -236,7 +236,7 @@ def test_what_is_damage():
 
 @pytest.mark.parametrize("path, error, said", [
     (None, "interrupted", "the store in memory cannot be used: interrupted"),
-    (Path("/a"), "database is locked", "/a is locked by another process for 30 s now; is that one stopped?"),
+    (Path("/a"), "database is locked", "/a has been locked by another process for 30 s now; is that one stopped?"),
     (Path("/a"), "database or disk is full", "/a cannot be written: its disk is full"),
     (Path("/a"), "attempt to write a readonly database", "/a cannot be written: it or its disk is read-only"),
     (Path("/a"), "unable to open database file", "/a cannot be opened. Check that its folder is writable"),

@@ -226,8 +226,8 @@ def test_exactly_as_much_as_there_is_is_enough():
 def test_what_others_reserved_is_theirs_and_what_the_app_reserved_is_waited_for():
     mine = Promise(7, "app", 6_000*MIB, 6_000*MIB)
     theirs = Promise(8, "external", 6_000*MIB, 6_000*MIB, "night-run")
-    reserved = ("The job needs 8.8 GiB. Reserved by the app itself: 5.9 GiB on GPU 0 promised to PID 7; "
-                "reserve() waits until there is room.")
+    reserved = ("The job needs 8.8 GiB. This app has already reserved the memory: a reservation of PID 7 "
+                "(5.9 GiB on GPU 0 not used yet). Call reserve() to wait for it.")
     waits = decide(job(9_000), [], device(status=APP, promises=(mine,)))
     assert (waits.action, waits.message) == (WAIT_FOR_JOB, reserved)
     assert decide(job(10_000), [], device(status=APP, promises=(mine,))).action is WAIT_FOR_JOB
@@ -235,7 +235,7 @@ def test_what_others_reserved_is_theirs_and_what_the_app_reserved_is_waited_for(
     blocked = decide(job(9_000), [], device(status=EXTERNAL, promises=(theirs,)), status=EXTERNAL)
     assert blocked.action is INTERVENE
     assert blocked.message == ("The job needs 8.8 GiB. GPU 0 has 3.9 GiB free. Other programs use 60 % of GPU 0: "
-                               "5.9 GiB on GPU 0 promised to PID 8 of the app night-run.")
+                               "a reservation of PID 8 (app night-run, 5.9 GiB on GPU 0 not used yet).")
     nearly = (mine, replace(theirs, unused=1))      # with the app's own back there would be one byte too little
     assert decide(job(9_000), [], device(status=EXTERNAL, free=9_000, promises=nearly)).action is INTERVENE
     assert decide(job(), [], device(status=APP, promises=(mine,))).action is WAIT_FOR_JOB
@@ -249,7 +249,7 @@ def test_what_others_reserved_is_theirs_and_what_the_app_reserved_is_waited_for(
 
 def test_who_is_in_the_way_is_named_also_below_the_threshold():
     unseen = decide(job(9_500), [], device(free=9_000, unattributed_memory=1_000*MIB)).message
-    assert unseen.endswith("Other programs use 10 % of GPU 0: 1000 MiB on GPU 0 that no visible process accounts for.")
+    assert unseen.endswith("use 10 % of GPU 0: processes that are not visible from here (1000 MiB on GPU 0).")
     nobody = decide(job(9_500), [], device(free=9_000, name=None), status=ResourceStatus.AVAILABLE)
     assert nobody.message == "The job needs 9.3 GiB. GPU 0 has 8.8 GiB free."   # nobody has it, and it is not free
     assert decide(job(), [], device(name=None)).message == "GPU 0 (no name) has 9.8 GiB free."
@@ -259,9 +259,9 @@ def test_of_those_in_the_way_an_idle_one_is_named_first():
     running = replace(LLM, pid=43, status="running", job_id="chat")
     blocked = decide(job(6_000), [running, LLM], busy((42, 4_000), (43, 5_000)))
     assert (blocked.action, blocked.current_worker) == (WAIT_FOR_WORKER, LLM)
-    assert blocked.message.endswith("in use by the llm worker with PID 42 (llama, idle, 3.9 GiB on GPU 0).")
+    assert blocked.message.endswith("in use by the llm worker (PID 42, llama, idle, 3.9 GiB on GPU 0).")
     works = decide(job(6_000), [running], busy((43, 9_000)))
-    assert works.message.endswith("(llama, running chat, 8.8 GiB on GPU 0).")
+    assert works.message.endswith("llama, running chat, 8.8 GiB on GPU 0).")
     other = replace(SPEECH, pid=44)   # of the same type, idle, and with too little to let go of
     assert decide(job(6_000), [other, running], busy((44, 1_000), (43, 8_000))).current_worker is other
     same = [other, replace(other, pid=45, status="running")]
@@ -275,9 +275,9 @@ def test_the_worker_that_a_job_is_for():
     assert (done.conflict, done.current_worker) == (held, SPEECH)
     running = replace(SPEECH, status="running")
     where = "2.9 GiB on GPU 0, 4.9 GiB on GPU 1"
-    not_idle = f"Its worker is not idle: the transcription worker with PID 41 (whisper with tiny, running, {where})."
+    not_idle = f"Its worker is busy: the transcription worker (PID 41, whisper with tiny, running, {where})."
     assert decide_for_worker(job(), running, held) == ValidationResult(WAIT_FOR_JOB, False, not_idle, held, running)
-    load = f"Load Whisper on the transcription worker with PID 41 (whisper with tiny, idle, {where})."
+    load = f"Load Whisper on the transcription worker (PID 41, whisper with tiny, idle, {where})."
     assert decide_for_worker(job(resource=None), SPEECH, held).message == load
     by_name = WorkerState(41, "transcription", plugin_name="Whisper", loaded_plugin_resource="large")
     assert job().loaded_on(by_name) and not job().loaded_on(replace(by_name, plugin_name="llama"))
@@ -285,7 +285,7 @@ def test_the_worker_that_a_job_is_for():
     ready = decide_by_device(job(), [replace(LLM, worker_type="llm"), by_name], held)
     assert (ready.action, ready.current_worker) == (PROCEED, by_name)
     assert (ready.device.index, ready.conflict) == (1, held)
-    assert "PID 41 (idle, 2.9 GiB on GPU 0" in describe_worker(WorkerState(41, "transcription"), held.devices)
+    assert "PID 41, idle, 2.9 GiB on GPU 0" in describe_worker(WorkerState(41, "transcription"), held.devices)
 
 
 def test_where_nobody_can_be_told_the_workers_reports_say_who_is_in_the_way():
@@ -311,7 +311,7 @@ def test_ram_that_is_short_names_the_worker_that_could_end():
     running = replace(LLM, status="running")
     found = decide_on_cpu(replace(memory, status=APP), [SPEECH, running])
     assert (found.action, found.current_worker, found.conflict.status) == (WAIT_FOR_JOB, running, APP)
-    assert found.message.endswith("At work: the llm worker with PID 42 (llama, running).")
+    assert found.message.endswith("Running a job: the llm worker (PID 42, llama, running).")
     loading = replace(SPEECH, status="loading")
     assert decide_on_cpu(replace(memory, status=APP), [loading]).current_worker is loading
     assert decide_on_cpu(replace(memory, status=APP), []).current_worker is None
@@ -343,12 +343,12 @@ def test_what_is_asked_of_it_is_passed_on(monkeypatch, caplog):
         monkeypatch.setattr(manager, "expected_gpu_memory_mb", broken)
         assert ask("whisper").action is PROCEED
         warnings = [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING]
-        assert warnings == ["what whisper needs is not known: /a is damaged"]
+        assert warnings == ["the need of whisper is unknown: /a is damaged"]
     with SimulatedDriver([], SimulatedMachine(100, 95, [SimulatedHostProcess(41, "worker", memory_mb=90)])):
         manager.register_worker(41, "transcription")
         found = ask("whisper", {"device": "auto"})
         assert (found.action, found.current_worker.pid) == (WAIT_FOR_WORKER, 41)
-        why = "It runs on the CPU, for no GPU can be used: the NVIDIA driver lists no GPU. RAM is low"
+        why = "The job runs on the CPU because no GPU can be used: the NVIDIA driver lists no GPU. RAM is low"
         assert found.message.startswith(why)
 
 

@@ -95,8 +95,8 @@ class Terminal:
 
 @pytest.mark.parametrize("columns, lines", [(60, 12), (80, 24), (100, 30), (120, 40)])
 @pytest.mark.parametrize("preset, verdict", [
-    ("shared", "Not now, others hold"), ("eight-h100", "A new job would share a GPU with this app"),
-    ("container", "Not now, others hold")])
+    ("shared", "No GPU is available"), ("eight-h100", "A new job would share a GPU with this app"),
+    ("container", "No GPU is available")])
 def test_the_answer_and_the_last_line_are_there_in_any_window(preset, verdict, columns, lines):
     with Terminal("--simulate", preset, "--watch", columns=columns, lines=lines) as terminal:
         terminal.until("q quit", "RAM is available", verdict)
@@ -212,7 +212,7 @@ def test_a_driver_that_hangs_is_seen_and_holds_up_no_key(tmp_path):
     watch = ("--simulate", str(scenario), "--watch", "--interval", "0.2", "--driver-timeout", "30s")
     with Terminal(*watch) as terminal:
         terminal.until("q quit")
-        terminal.until("OLD FIGURES: nothing newer for")
+        terminal.until("OLD FIGURES: no new data for")
         began = time.monotonic()
         assert terminal.end(b"q") == 0 and time.monotonic() - began < 3
 

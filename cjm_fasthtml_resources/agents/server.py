@@ -56,7 +56,7 @@ class AgentTool:
     "A tool that an agent can call"
     name: str
     description: str
-    answer: Callable[..., Awaitable[Told]]   # called with what the agent has reserved, and the arguments
+    answer: Callable[..., Awaitable[Told]]   # called with the agent's reservations, and the arguments
     arguments: Mapping[str, Any] = field(default_factory=dict)   # their JSON Schemas by name
     required: tuple[str, ...] = ()
     changes: bool = False                    # whether it changes anything
@@ -166,7 +166,7 @@ def make_server(own: OwnReservations) -> Server[Any]:
                   on_call_tool=call)
 
 async def serve(own: OwnReservations) -> None:
-    "Serve an agent over standard input and output until it closes them; then release what is left"
+    "Serve an agent over standard input and output until it closes them; then release its reservations"
     server = make_server(own)
     try:
         async with stdio_server() as (read, write):

@@ -41,20 +41,20 @@ class Claim:
     memory: int                   # bytes, on each device
     allowed: tuple[str, ...]      # keys of the devices that suit it
     device: str | None = None     # the key of the device that it was given; `None` while it waits
-    base: int = 0                 # bytes that the holder uses there beside this promise
+    base: int = 0                 # bytes that the holder uses there in addition to this promise
     app: str = ""                 # the app that asked
-    ttl: float | None = None      # seconds that the promise holds; `None`: until it is released
+    ttl: float | None = None      # seconds that the promise lasts; `None`: until it is released
     expires: float | None = None  # by `machine_time()`
-    lease: int = 0                # the claim counts while this is held; 0: while the holder lives
+    lease: int = 0                # the claim counts while this is locked; 0: while the holder lives
     for_other: bool = False       # the holder is another process than the one that asked
     space: int | None = None      # the PID namespace that the holder's number is from
-    covers: bool = False          # of a job: includes what the holder uses already, and then holds as long as its lease
+    covers: bool = False          # of a job: includes the holder's present use, and then lasts as long as its lease
     count: int = 1                # of the devices that it asks for together; a promise is one for each of them
     links: Links | None = None    # with a `count`: how close the devices are to one another
-    beside: tuple[tuple[str, int], ...] = ()   # what it asks for together with them: bytes by name, as ("RAM", 10)
+    beside: tuple[tuple[str, int], ...] = ()   # asked for together with them: bytes by name, as ("RAM", 10)
     priority: int = 0             # while it waits: a smaller one is `PLACES` places further ahead in the queue
     share: float = 0              # while it waits: of each device's capacity, which it is to have for itself
-    receipt: Receipt | None = None   # who asked and when, and what was seen of its use; `None`: not known
+    receipt: Receipt | None = None   # the asker, the time, and the observed use; `None`: unknown
 
     @property
     def size(self) -> int:
@@ -64,7 +64,7 @@ class Claim:
     def is_over(
         self,
         now: float,                          # by `machine_time()`
-        held: Container[int] = frozenset(),  # the leases that are held now
+        held: Container[int] = frozenset(),  # the leases that are locked now
     ) -> bool:
         "Return whether its time has run out, its lease has ended, or its holder is known to have ended"
         if self.expires is not None and now >= self.expires: return True
@@ -75,13 +75,13 @@ class Claim:
 
     @property
     def is_suspended(self) -> bool:
-        "Whether the process that waits for it is suspended, as by Ctrl-Z"
+        "Return whether the process that waits for it is suspended, as by Ctrl-Z"
         if self.for_other or self.covers or self.space != pid_namespace(): return False
         stat = read_stat(self.holder.pid)
         return stat is not None and stat.state in ("T", "t") and stat.start_time == self.holder.start_time
 
 # %% ../../nbs/core/claims.ipynb #31499c64
-RAM = "RAM"   # the machine's; no device has this name
+RAM = "RAM"   # the machine's; devices have other names
 
 def is_ram(
     key: str | None,   # a claim's `device`
@@ -97,7 +97,7 @@ def asks_for_ram(claim: Claim) -> bool:
 _WHOLE = re.compile(r"\bMIG \d+g\.")   # "MIG 3g.20gb"; a part of it is "MIG 1c.3g.20gb"
 
 def has_partners(device: GpuDevice) -> bool:
-    "Return whether a device can share its memory with MIG instances that are not seen now"
+    "Return whether a device can share its memory with MIG instances that are hidden now"
     return device.mig_parent is not None and _WHOLE.search(device.name or "") is None
 
 def _is_instance(key: str) -> bool:
@@ -109,15 +109,15 @@ def _is_instance(key: str) -> bool:
 class DeviceUse:
     "A device at one moment, and the processes on it"
     device: GpuDevice
-    processes: tuple[tuple[tuple[ProcessId, ...], int], ...] | None  # lineage and bytes of each; `None`: not known
+    processes: tuple[tuple[tuple[ProcessId, ...], int], ...] | None  # lineage and bytes of each; `None`: unknown
     whole: bool = True                       # `processes` has every process on the device
     others: frozenset[str] = frozenset()     # keys of the machine's other devices
     sharing: frozenset[str] = frozenset()    # names of those among them that share this one's memory, or can
-    # a process and its ancestors, itself first; `None` if it is not seen from here
+    # a process and its ancestors, itself first; `None` if it is hidden from here
     lineage_of: Callable[[ProcessId], tuple[ProcessId, ...] | None] = field(
         default=lambda p: (p,), compare=False, repr=False)
     space: int | None = None                 # the PID namespace of the lineages
-    in_doubt: bool = False                   # a name that no device has can be that of one that shares its memory
+    in_doubt: bool = False                   # an unknown name can be that of a device that shares its memory
     # bytes that a process can be using beyond its figure in `processes`, where two figures for it can overlap
     slack: Mapping[ProcessId, int] = field(default_factory=dict, compare=False, repr=False)
     has_partners: bool = field(init=False, repr=False, compare=False)   # the same for the name of a MIG instance
@@ -132,7 +132,7 @@ class DeviceUse:
         object.__setattr__(self, "address", device_address(self.device))
 
     def holder_of(self, claim: Claim) -> ProcessId:
-        "Return a claim's holder as it is numbered here; of another PID namespace, a number that no process has"
+        "Return a claim's holder by its PID here; of another PID namespace, by a free PID"
         return claim.holder if claim.space == self.space else ProcessId(-claim.holder.pid, None)
 
     def is_called(self, key: str | None) -> bool:
@@ -164,7 +164,7 @@ def lineage_here(
 
 # %% ../../nbs/core/claims.ipynb #f1c7ed62
 def _could_share(device: GpuDevice, other: GpuDevice) -> bool:
-    "Return whether two devices share their memory, or can, as far as the driver says it now"
+    "Return whether two devices share their memory, or can, by the driver's present report"
     if other.pool == device.pool: return True
     same_gpu = device.mig_parent is not None and (device.host, device.mig_parent) == (
         other.host, other.index if other.mig_mode else other.mig_parent)
@@ -173,7 +173,7 @@ def _could_share(device: GpuDevice, other: GpuDevice) -> bool:
     return device.unified or same_gpu and other.gpu_instance is None
 
 def _near(device: GpuDevice, machine: Iterable[GpuDevice]) -> list[GpuDevice]:
-    "Return the other devices that could share a device's memory: none for a GPU that has its own"
+    "Return the other devices that could share a device's memory: empty for a GPU that has its own"
     if device.mig_parent is None and not device.unified: return []
     return [d for d in machine if d is not device and _could_share(device, d)]
 
@@ -184,17 +184,17 @@ def _listed_in(pool: Sequence[GpuDevice]) -> tuple[GpuProcess, ...] | None:
     if any(d.processes is None for d in pool): return None
     if len(pool) == 1: return pool[0].processes
     every = sorted((p for d in pool for p in d.processes or ()), key=lambda p: p.memory_used or 0)
-    return tuple({p.pid: p for p in every}.values())   # what it uses on one of them at least
+    return tuple({p.pid: p for p in every}.values())   # at least its use of one of them
 
 # %% ../../nbs/core/claims.ipynb #9ff79152
 def read_use(
     devices: Iterable[GpuDevice],   # every device of the machine
-) -> list[DeviceUse]:  # without devices whose memory cannot be read
+) -> list[DeviceUse]:  # except devices with unreadable memory
     "Return the processes on each device, as far as the driver shows them"
     devices = list(devices)
     read = driver_pid_reader(p.pid for d in devices for p in d.processes or ())
     keys = frozenset(device_key(d) for d in devices)
-    lineage_of = cache(lineage_here)   # of this moment: of a process that was there, it does not change
+    lineage_of = cache(lineage_here)   # of this moment: the lineage of a known process is constant
 
     def on(device: GpuDevice) -> DeviceUse:
         near = _near(device, devices)
@@ -211,7 +211,7 @@ def read_use(
 def _identify(
     listed: Sequence[GpuProcess], complete: bool, read: Callable[[int], ProcessInfo],
 ) -> tuple[tuple[tuple[tuple[ProcessId, ...], int], ...], bool]:   # and whether those are all
-    "Return lineage and bytes of the processes that are known; if others are missing, not of those that draw"
+    "Return lineage and bytes of the known processes; if others are missing, except those that draw"
     found = [(read(p.pid), p.memory_used if complete or "graphics" not in p.kind else None) for p in listed]
     known = [(info, used) for info, used in found
              if used is not None and (info.foreign or info.start_time is not None)]
@@ -226,20 +226,20 @@ class Pool(NamedTuple):
 
     @property
     def promised(self) -> int:
-        "The sum of the promises, used or not"
+        "Return the sum of the promises, used or unused"
         return sum(c.memory for c in self.claims)
     @property
     def consumed(self) -> int:
-        "The part of the promises that is surely used: what the holder uses beyond its highest base"
+        "Return the part of the promises that is surely used: the holder's use beyond its highest base"
         base = max((c.base for c in self.claims), default=self.used)
         return max(min(self.used - base, self.promised), 0)
     @property
     def unused(self) -> int:
-        "The part of the promises that is not used yet"
+        "Return the part of the promises that is still unused"
         return self.promised - self.consumed
     @property
     def base(self) -> int:
-        "The base of one more promise: what the holder uses beyond its present promises"
+        "Return the base of one more promise: the holder's use beyond its present promises"
         return self.used - self.consumed
 
 # %% ../../nbs/core/claims.ipynb #3c3764ca
@@ -327,7 +327,7 @@ def find_freed(
     use: DeviceUse,
     claims: Sequence[Claim],
 ) -> int:  # bytes
-    "Return by how much less of other promises is used once a claim covers what its holder uses"
+    "Return by how much less of other promises is used once a claim covers its holder's use"
     if not claim.covers: return 0
     before, after = find_pools(use, claims), find_pools(use, [*claims, replace(claim, device=use.key)])
     return sum(max(pool.consumed - after[holder].consumed, 0)
@@ -338,7 +338,7 @@ def lower_bases(
     claims: Iterable[Claim],
     uses: Iterable[DeviceUse],
 ) -> list[Claim]:
-    "Return the claims, each with a base that is at most what a whole reading shows its holder to use"
+    "Return the claims, each with a base cut to its holder's use in a complete reading"
     whole = [use for use in uses if use.whole]
 
     def lowered(claim: Claim) -> Claim:
@@ -359,7 +359,7 @@ def drop(
     over: Collection[int],       # the ids of those that are over, found before the devices were read
     uses: Sequence[DeviceUse],   # every device
 ) -> list[Claim]:
-    "Return the claims that are not over, with bases so that none looks more used than before"
+    "Return the living claims, with bases so that none looks more used than before"
     return move(claims, dict.fromkeys(over), uses)
 
 def move(
@@ -368,7 +368,7 @@ def move(
     uses: Sequence[DeviceUse],           # every device
     spent: Mapping[int, int] = {},       # by id: the most of a claim that its holder can be using; left out: all
 ) -> list[Claim]:
-    "Return the claims after some have left their holders, with bases so that no other looks more used than before"
+    "Return the claims after some have left their holders, with bases so that the others look as used as before"
     after = [new for c in claims if (new := moved.get(c.id, c)) is not None]
     names = {c.device for c in claims if c.id in moved and c.device}
     for use in uses:
@@ -391,7 +391,7 @@ def _raise_bases(
         was, now = before[holder], after[holder]
         gone = sum(min(spent.get(c.id, c.memory), c.memory) for c in was.claims if c.id in moved)
         if use.whole and not gone and was.used == now.used: return claim
-        kept = max(was.consumed - gone, 0)   # surely used of what is left
+        kept = max(was.consumed - gone, 0)   # surely used of the rest
         return replace(claim, base=max(claim.base, _most_used(use, holder, now.used) - kept))
 
     return [raised(c) for c in left]
@@ -412,9 +412,9 @@ class _Room:
 
 # %% ../../nbs/core/claims.ipynb #930733a6
 def _measure_room(use: DeviceUse, claims: Iterable[Claim]) -> _Room:
-    "Return the room of a device beside these claims"
+    "Return the room of a device given these claims"
     pools, free = find_pools(use, claims).values(), use.device.memory_free or 0
-    used = sum(p.consumed if use.whole else p.promised for p in pools)   # this can come back; at most, if not known
+    used = sum(p.consumed if use.whole else p.promised for p in pools)   # can come back; at most, if unknown
     return _Room(use, free - sum(p.unused for p in pools), free + min(used, use.device.memory_used or 0),
                  shared=bool(pools))
 
@@ -450,28 +450,28 @@ def in_queue(
 
 # %% ../../nbs/core/claims.ipynb #4e87a636
 class _Share(NamedTuple):
-    "What a request takes of one room, in bytes"
+    "The bytes that a request takes of one room"
     claim: Claim      # the request, for this room alone
     key: str          # the device's
     room: _Room
-    missing: int      # what its holder does not use already
+    missing: int      # beyond its holder's present use
     taken: int        # and what other promises have unused again
 
 def _whole_of(claim: Claim, room: _Room, beside: Sequence[Claim]) -> Claim:
-    "Return a request for a device of its own with all that it can have there, and no less than its share"
+    "Return a request for a device of its own with all that is free there, at least its share"
     capacity = room.use.device.capacity
     covered = find_covered(replace(claim, memory=capacity), room.use, beside)
     return replace(claim, memory=max(int(claim.share*capacity), room.free + covered, 1))
 
 def _share(claim: Claim, key: str, room: _Room, beside: Sequence[Claim]) -> _Share:
-    "Return what a request takes of a room beside all other claims"
+    "Return the bytes that a request takes of a room given all other claims"
     if not (claim.share or claim.covers): return _Share(claim, key, room, claim.memory, claim.memory)   # most are so
     if claim.share: claim = _whole_of(claim, room, beside)
     missing = claim.memory - find_covered(claim, room.use, beside)
     return _Share(claim, key, room, missing, missing + find_freed(claim, room.use, beside))
 
 def _named_shares(claim: Claim, rooms: Mapping[str, _Room], beside: Sequence[Claim]) -> list[_Share]:
-    "Return what a request takes of the rooms that it names, as of RAM; without those that are not seen from here"
+    "Return the bytes that a request takes of the rooms that it names, as of RAM, except hidden ones"
     named = [(replace(claim, memory=memory, share=0), key) for key, memory in claim.beside if key in rooms]
     return [_share(asked, key, rooms[key], beside) for asked, key in named]
 
@@ -485,9 +485,9 @@ def _give(shares: Iterable[_Share], first: int, after: dict[int, Claim]) -> None
 
 # %% ../../nbs/core/claims.ipynb #f365f7a1
 class _Offer(NamedTuple):
-    "What a request could be given"
+    "The possible grant of a request"
     claim: Claim
-    shares: Mapping[str, _Share]   # of the devices that it may have
+    shares: Mapping[str, _Share]   # of the devices that it can have
     named: Sequence[_Share]        # of what it names, as of RAM
     fitting: Mapping[str, _Room]   # the devices that have room for it now
     fits: bool                     # whether there is room for all that it asks for
@@ -508,15 +508,15 @@ class _Offer(NamedTuple):
 
 # %% ../../nbs/core/claims.ipynb #65814f5d
 class MayHave(Protocol):
-    "Says whether a request may be given a device, beside all claims by then"
+    "Returns whether a request can be given a device, given all claims by then"
     def __call__(self, claim: Claim, use: DeviceUse, claims: Collection[Claim]) -> bool: ...
 
 def has_no_cap(claim: Claim, use: DeviceUse, claims: Collection[Claim]) -> bool:
-    "Return that a request may have any device"
+    "Return True: a request can have any device"
     return True
 
 class MayPass(Protocol):
-    "Says whether a request can be granted ahead of others, because it ends before one of them could start"
+    "Returns whether a request can be granted ahead of others, because it ends before one of them could start"
     def __call__(
         self, claim: Claim, ahead: Sequence[Claim], claims: Collection[Claim], uses: Sequence[DeviceUse],
     ) -> bool: ...
@@ -524,7 +524,7 @@ class MayPass(Protocol):
 def passes_none(
     claim: Claim, ahead: Sequence[Claim], claims: Collection[Claim], uses: Sequence[DeviceUse],
 ) -> bool:
-    "Return that no request is granted ahead of others"
+    "Return False: requests are granted in their order"
     return False
 
 def choose_any(found: Sequence[Any]) -> Any:
@@ -560,7 +560,7 @@ def _is_open(claim: Claim, rooms: Mapping[str, _Room]) -> bool:
     return any(not rooms[key].blocked for key in names if key in rooms)
 
 def _offer(claim: Claim, rooms: Mapping[str, _Room], after: Mapping[int, Claim], may_have: MayHave) -> _Offer:
-    "Return what a request could be given: all that it asks for, or a hope of as much"
+    "Return the possible grant of a request: all that it asks for, or a hope of as much"
     beside = list(after.values())
     named = _named_shares(claim, rooms, beside) if claim.beside else []
     if not all(may_have(s.claim, s.room.use, beside) for s in named): return _Offer(claim, {}, (), {}, False, (), False)
@@ -587,7 +587,7 @@ def _find_passing(
     rooms: Mapping[str, _Room], after: Mapping[int, Claim], uses: Sequence[DeviceUse],
     passes_over: Callable[[Claim], bool], may_have: MayHave, may_pass: MayPass,
 ) -> Iterator[_Offer]:
-    "Yield what requests could be given although others are ahead of them, one after the other"
+    "Yield the possible grants of requests ahead of others, one after the other"
     limited = [c for c in after.values() if c.device is None and c.receipt and c.receipt.limit is not None]
     if may_pass is passes_none or not limited: return
     for room in rooms.values(): room.blocked = False
@@ -600,17 +600,17 @@ def _find_passing(
         yield _offer(_passed(claim, ahead[0]), rooms, after, may_have)
 
 def _passed(claim: Claim, other: Claim) -> Claim:
-    "Return a request with a receipt that says of which other one it was granted ahead"
+    "Return a request with a receipt that names the other one ahead of which it was granted"
     return replace(claim, receipt=claim.receipt and claim.receipt._replace(passed=other.id))
 
 # %% ../../nbs/core/claims.ipynb #8ad99fa5
 def find_most_used(claim: Claim, use: DeviceUse, claims: Iterable[Claim]) -> int:  # bytes
-    "Return the most of a promise that its holder can be using, beside its other promises on the device"
+    "Return the most of a promise that its holder can be using, given its other promises on the device"
     holder = use.holder_of(claim)
     pool = find_pools(use, claims)[holder]
     return max(min(_most_used(use, holder, pool.used) - (pool.promised - claim.memory), claim.memory), 0)
 
-LEAST_USE = 2**25   # bytes: a CUDA context takes more, and what the driver keeps of an idle GPU is less
+LEAST_USE = 2**25   # bytes: more than the driver keeps of an idle GPU, less than a CUDA context
 
 def observe(
     claims: Sequence[Claim],

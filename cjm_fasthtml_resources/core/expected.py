@@ -19,7 +19,7 @@ from .resources import WorkerState
 
 # %% ../../nbs/core/expected.ipynb #a5dec9de
 def _unused_again(use: DeviceUse, claims: Sequence[Claim]) -> DeviceUse:
-    "Return a device as if no holder used any of its reservation yet"
+    "Return a device as if all reservations were still unused"
     used = sum(pool.consumed for pool in find_pools(use, claims).values())
     device = replace(use.device, memory_used=max((use.device.memory_used or 0) - used, 0),
                      memory_free=(use.device.memory_free or 0) + used, processes=())
@@ -30,8 +30,8 @@ def _first(options: Sequence[object]) -> object: return options[0]
 
 def play(
     claims: Sequence[Claim],             # all, waiting or promised, in the order of asking
-    uses: Sequence[DeviceUse],           # every device, as if no holder used any of its reservation yet
-    lasts: Callable[[Claim], float],     # seconds until a holder gives back, from now or its start; infinite: not known
+    uses: Sequence[DeviceUse],           # every device, as if all reservations were still unused
+    lasts: Callable[[Claim], float],     # seconds until a holder releases, from now or its start; infinite: unknown
     may_have: MayHave = has_no_cap,      # as for `grant`
 ) -> dict[int, float]:  # by the request's ID, for those that start
     "Return in how many seconds each request starts, if each reservation lasts so long"
@@ -56,9 +56,9 @@ def expected_starts(
     uses: Sequence[DeviceUse],                      # every device, as it is read
     remaining: Callable[[Claim], Range | None],     # how long a holder still keeps its reservation, or a request will
     may_have: MayHave = has_no_cap,                 # as for `grant`
-) -> dict[int, Range]:  # by the request's ID; left out: not known
+) -> dict[int, Range]:  # by the request's ID; left out: unknown
     "Return in how many seconds each waiting request is expected to start"
-    if not all(use.whole for use in uses): return {}   # what holders use is not known
+    if not all(use.whole for use in uses): return {}   # the holders' use is unknown
     free, known = [_unused_again(use, claims) for use in uses], {c.id: remaining(c) for c in claims}
 
     def lasts(which: int) -> Callable[[Claim], float]:
@@ -73,7 +73,7 @@ def times_of_workers(
     workers: Iterable[WorkerState],       # of the same one
     durations: Durations,                 # of its plugins
     now: float,                           # `time.monotonic()`
-) -> dict[int, Range]:  # by the claim's ID; left out: not known
+) -> dict[int, Range]:  # by the claim's ID; left out: unknown
     "Return how long the jobs of holders still take"
     by_process = {ProcessId(worker.pid, worker.start_time): worker for worker in workers}
     held = {c.id: by_process.get(c.holder) for c in claims if c.device and c.space == pid_namespace()}
@@ -94,7 +94,7 @@ def time_by_receipt(
 # %% ../../nbs/core/expected.ipynb #07ec638f
 def within_limit(
     claim: Claim,
-    known: Range | None,   # by what is known of its job
+    known: Range | None,   # by the earlier jobs of its kind
     now: float,            # by `machine_time()`
 ) -> Range | None:
     "Return how long a reservation lasts, at most as long as its time limit allows"
@@ -107,13 +107,13 @@ def within_limit(
 MOST_ENDS = 32   # reservations of known length: with more, playing the queue through takes too long
 
 def find_starts(
-    claims: Sequence[Claim],              # all that are not over, in the order of asking
+    claims: Sequence[Claim],              # all living ones, in the order of asking
     uses: Sequence[DeviceUse],            # every device, and RAM if a request is for it
     now: float,                           # by `machine_time()`
     times: Mapping[int, Range] = {},      # of `times_of_workers`, where that is known better than by receipts
     may_have: MayHave = has_no_cap,       # as for `grant`
     suspended: Collection[int] = (),      # IDs of requests whose processes are suspended
-) -> dict[int, Range]:  # by the request's ID; left out: not known
+) -> dict[int, Range]:  # by the request's ID; left out: unknown
     "Return in how many seconds each waiting request is expected to start"
     left = {c.id: within_limit(c, times.get(c.id) or time_by_receipt(c, now), now) for c in claims}
     if sum(left[c.id] is not None for c in claims) > MOST_ENDS: return {}

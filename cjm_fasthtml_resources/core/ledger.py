@@ -319,7 +319,7 @@ class Ledger:
         else: _keep_unended(self, self._to_end - {lease})
 
     def change(self, lease: int, changed: Callable[[Rows], Rows] | None = None, **fields: Any) -> bool:
-        "Change the claims with a lease, or all; False if that lease is over, or is not held by this process"
+        "Change the claims with a lease, or all; False if that lease is over, or is over by this process"
         with self.store.changing() as draft:
             rows = self._parse(draft.data)
             mine = tuple(c for c in rows.claims if c.lease == lease)

@@ -31,8 +31,8 @@ _all_ = ["boot_id", "state_folder", "check_owner"]   # they stood here before
 # %% ../../nbs/core/lockfile.ipynb #ebb7bd37
 BUSY_SECONDS = 30.0  # how long to wait for other processes, in a transaction or before one
 _SAID_BY_SQLITE = {
-    "locked": "is locked by another process for {seconds:g} s now; is that one stopped?",
-    "busy": "is locked by another process for {seconds:g} s now; is that one stopped?",
+    "locked": "has been locked by another process for {seconds:g} s. It might be suspended (Ctrl-Z)",
+    "busy": "has been locked by another process for {seconds:g} s. It might be suspended (Ctrl-Z)",
     "full": "cannot be written: its disk is full",
     "readonly": "cannot be written: it or its disk is read-only",
     "unable to open": "cannot be opened. Check that its folder is writable",

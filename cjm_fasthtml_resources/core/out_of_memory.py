@@ -396,7 +396,7 @@ _NOT_OTHERS = "other programs are not the cause"
 def _say_limit(found: OutOfMemory) -> str:
     if found.limit is None:
         return "Enough was free: the cause is a limit of its own, or fragmented memory."
-    had = "" if found.used is None else f", and had {format_bytes(found.used)}"
+    had = "" if found.used is None else f"; it had {format_bytes(found.used)}"
     return f"Its own limit is {format_bytes(found.limit)}{had}: {_NOT_OTHERS}."
 
 def _say_itself(own: int, wanted: int, capacity: int) -> str:

@@ -28,19 +28,19 @@ if TYPE_CHECKING:
 TOLD, MOST_ROWS = 20, 100   # requests with a reason, and rows with which starts are found
 
 class Outlook(NamedTuple):
-    "What is known of requests that wait, by their IDs"
+    "The reasons and expected starts of waiting requests, by their IDs"
     why: Mapping[int, str] = {}        # in a sentence, of those that wait because of a cap
     starts: Mapping[int, Range] = {}   # seconds until they are expected to start
 
 def find_outlook(
     ledger: Ledger,
-    claims: Sequence[Claim],          # all that are not over
+    claims: Sequence[Claim],          # all living ones
     devices: Sequence[GpuDevice],     # every device of the machine
     times: Mapping[int, Range] = {},  # how long holders still keep their reservations, by ID, as far as that is known
 ) -> Outlook:
-    "Return why requests wait and when they are expected to start; nothing where the settings cannot be read"
+    "Return why requests wait and their expected starts; empty where the settings are unreadable"
     try: cap, rule = find_cap(ledger.store), find_rule(ledger.store)
-    except StoreError: return Outlook()   # who reserves is told; a check goes on
+    except StoreError: return Outlook()   # a reservation raises it; a check goes on
     uses, told = see_ram(read_use(devices), claims, ledger.unified), {c.id for c in in_queue(claims)[:TOLD]}
     why = explain_caps(cap, [c for c in claims if c.device is not None or c.id in told], uses)
     if len(claims) > MOST_ROWS: return Outlook(why)
@@ -51,20 +51,20 @@ def find_outlook(
 def expected_start(
     request: "Request",   # that waits
 ) -> Range | None:
-    "Return in how many seconds a request is expected to start, at least and at most; `None`: it is not known"
+    "Return in how many seconds a request is expected to start, at least and at most; `None`: unknown"
     claims = request.ledger.claims()
     found = find_outlook(request.ledger, claims, request.look().devices)
     return next((found.starts.get(c.id) for c in claims if c.lease == request.lease), None)
 
 # %% ../../nbs/core/outlook.ipynb #f6898f28
 def times_of_app(
-    claims: Sequence[Claim],   # all that are not over
+    claims: Sequence[Claim],   # all living ones
     workers: Workers,          # of this app
     needs: Needs,              # of its plugins
     app: str,                  # its name, which its reservations have
-) -> dict[int, Range]:  # by the claim's ID; left out: not known
+) -> dict[int, Range]:  # by the claim's ID; left out: unknown
     "Return how long the jobs of an app's workers still take"
     mine = [c for c in claims if c.device is not None and owner_of(c, app) == "app"]
     states = workers.some({c.holder.pid for c in mine}).values()
     try: return times_of_workers(mine, states, needs.durations, time.monotonic())
-    except StoreError: return {}   # then it is not known
+    except StoreError: return {}   # unknown

@@ -25,7 +25,7 @@ SURE = 0.75   # of the time of the shortest job that was seen: so long the next 
 def least_left(
     claim: Claim,
     now: float,   # by `machine_time()`
-) -> float:  # seconds; 0 if it is not known
+) -> float:  # seconds; 0 if it is unknown
     "Return for how long a holder still keeps its reservation, by the shortest job of its kind"
     receipt = claim.receipt
     if receipt is None or receipt.least is None or receipt.since is None: return 0.0
@@ -36,7 +36,7 @@ def least_left(
 def _first(options: Sequence[Any]) -> Any: return options[0]
 
 def _without_others(use: DeviceUse) -> DeviceUse:
-    "Return a device as if all that is not reserved were free"
+    "Return a device as if all unreserved memory were free"
     free = (use.device.memory_used or 0) + (use.device.memory_free or 0)
     device = replace(use.device, memory_used=0, memory_free=max(free, use.device.capacity), processes=())
     return replace(use, device=device, processes=(), whole=False)
@@ -48,7 +48,7 @@ def could_start_within(
     uses: Sequence[DeviceUse],     # every device
     now: float,                    # by `machine_time()`
     may_have: MayHave = has_no_cap,
-) -> bool:  # also where that is not known
+) -> bool:  # also where that is unknown
     "Return whether a request could start in this time, if holders give back as early as they can"
     names = {*claim.allowed, *(key for key, _ in claim.beside)}
     if claim.count and not claim.allowed or not names <= {use.key for use in uses}: return True

@@ -18,12 +18,12 @@ from .text import format_bytes
 class Grace(NamedTuple):
     "The time in which a reservation has to be used. Times are by `machine_time()`"
     seconds: float
-    since: float | None = None   # since when each reading has shown that it is not in use
+    since: float | None = None   # since when each reading has shown that it is unused
     at: float | None = None      # and when one did last, in steps of an eighth of the time
 
     @property
     def is_over(self) -> bool:
-        "Whether all readings in that time have shown that it is not in use"
+        "Return whether all readings in that time have shown that it is unused"
         return self.since is not None and self.at is not None and self.at - self.since >= self.seconds
 
     def seen(self, is_used: bool, is_idle: bool, now: float) -> "Grace | None":
@@ -35,22 +35,22 @@ class Grace(NamedTuple):
         return self._replace(at=now) if is_step else self
 
     def explain(self) -> str:
-        "Return in a sentence what happens to a reservation that is not used"
+        "Return in a sentence the end of an unused reservation"
         return f"Unused: it is released after {self.seconds:g} s without use."
 
 # %% ../../nbs/core/receipts.ipynb #b5ca6af0
 STEP = 2**26   # bytes in which use is noted: a receipt that changes at each reading would be written each time
 
 class Receipt(NamedTuple):
-    "What is known of a request from its beginning on; `None`: not known. Times are by `machine_time()`"
+    "The facts of a request from its beginning on; `None`: unknown. Times are by `machine_time()`"
     user: int | None = None             # of the process that asked: its UID on the machine
     asked_at: float | None = None       # when it entered the queue
     since: float | None = None          # when it was granted
     asked: int | None = None            # bytes on each device, before any was given back
-    most_used: int | None = None        # bytes that are the most it was seen to use; `None`: no reading since
+    most_used: int | None = None        # bytes: its highest observed use; `None`: without a reading since
     unused_since: float | None = None   # when it was first seen unused, if it was not seen in use after that
     host: str | None = None             # the host name where it was asked, which of a container is the container's
-    grace: Grace | None = None          # the time in which it has to be used; `None`: no limit, or it was used
+    grace: Grace | None = None          # the time in which it has to be used; `None`: no limit, or used already
     limit: float | None = None          # seconds that the job takes at most, as the asker declared; then it ends
     least: float | None = None          # seconds of the shortest job of its kind that ended well
     most: float | None = None           # and of the longest
@@ -61,7 +61,7 @@ class Receipt(NamedTuple):
         most: int,      # bytes that it can be using at this moment, at most
         is_used: bool,  # whether it is seen to use some of it
         now: float,
-        is_idle: bool = False,   # whether the reading shows that it uses nothing; neither of both: not known
+        is_idle: bool = False,   # whether the reading shows that it is unused; neither of both: unknown
     ) -> "Receipt":
         "Return the receipt after one more reading"
         unused_since = None if is_used else now if self.unused_since is None else self.unused_since
@@ -73,7 +73,7 @@ class Receipt(NamedTuple):
         self,
         memory: int,   # bytes that are reserved now
     ) -> int:
-        "Return the bytes that were never seen in use, of a reservation that was used; 0 where that is not known"
+        "Return the bytes that were never observed in use, of a reservation that was used; 0 where that is unknown"
         return max(memory - self.most_used, 0) if self.most_used and self.unused_since is None else 0
 
     def joined(
@@ -89,8 +89,8 @@ class Receipt(NamedTuple):
     def explain(
         self,
         memory: int,   # bytes that are reserved now
-    ) -> str:  # empty if there is nothing to be told
-        "Return in a sentence what was never seen in use, if that is an eighth of it or more"
+    ) -> str:  # empty if there is nothing to report
+        "Return in a sentence the part that was never observed in use, if that is an eighth of it or more"
         if self.grace and self.grace.since is not None: return self.grace.explain()
         if (spare := self.spare(memory)) < max(memory//8, STEP): return ""
         return (f"At most {format_bytes(memory - spare)} of {format_bytes(memory)} were seen in use: "
@@ -99,7 +99,7 @@ class Receipt(NamedTuple):
 # %% ../../nbs/core/receipts.ipynb #b7e64e21
 def new_receipt(
     grace: float | None = None,   # seconds in which the reservation has to be used; `None`: no limit
-    limit: float | None = None,   # seconds that the job takes at most, as declared; `None`: not declared
+    limit: float | None = None,   # seconds that the job takes at most, as declared; `None`: undeclared
     lasts: tuple[float, float] | None = None,   # seconds of the shortest and the longest job of its kind
 ) -> Receipt:
     "Return the receipt of a request that is just being made"
@@ -107,7 +107,7 @@ def new_receipt(
     return Receipt(grace=None if grace is None else Grace(float(grace)), limit=limit, least=least, most=most)
 
 # %% ../../nbs/core/receipts.ipynb #9c25ac4c
-_BEGIN = "!"   # no name of a device begins with it
+_BEGIN = "!"   # names of devices begin otherwise
 
 def to_text(receipt: Receipt) -> str:
     "Return a receipt as it is written"
@@ -122,7 +122,7 @@ def is_receipt(text: str) -> bool:
     return text.startswith(_BEGIN)
 
 def from_text(text: str) -> Receipt:
-    "Return a receipt as it was read; what a later version added is left out"
+    "Return a receipt as it was read, without fields of later versions"
     parts = text.removeprefix(_BEGIN).split(",")
     kinds: tuple[Any, ...] = (int, float, float, int, int, float, str, *(float,)*6, int)
     values: list[Any] = [kind(part) if part else None for kind, part in zip(kinds, parts, strict=False)]
@@ -134,13 +134,13 @@ def from_text(text: str) -> Receipt:
 # %% ../../nbs/core/receipts.ipynb #98dad3e3
 @lru_cache(maxsize=1)
 def _uid_map(pid: int) -> str | None:
-    "Return how UIDs are mapped, `None` if it cannot be read; once for each process"
+    "Return how UIDs are mapped, `None` if unreadable; once for each process"
     try: return as_path("/proc/self/uid_map").read_text()
     except OSError: return None
 
 def machine_user(
     user: int | None = None,   # a UID here; `None`: of this process
-) -> int | None:  # `None` if it is not known
+) -> int | None:  # `None` if it is unknown
     "Return a UID as the machine counts it"
     found = _uid_map(os.getpid())
     return None if found is None else map_user(os.geteuid() if user is None else user, found)

@@ -166,7 +166,7 @@ def whose_beside(
 ) -> str:
     "Return this for a message, with the RAM where the devices use the same memory"
     beside = ram and any(d.unified for d in devices)
-    return f"{whose} in addition to {format_bytes(ram)} of RAM, which is the same memory," if beside else whose
+    return f"{whose} without {format_bytes(ram)} of RAM in the same memory" if beside else whose
 
 # %% ../../nbs/core/requests.ipynb #fd556944
 def choose_devices(

@@ -70,7 +70,7 @@ class StackExit(property):
 
 # %% ../../nbs/core/reservations.ipynb #f80bc29b
 class ReservationOver(RuntimeError):
-    "A reservation was released, has run out, or is not this process's"
+    "A reservation was released, has run out, or belongs to another process"
     def __init__(self, reservation: "Reservation") -> None:
         by = reservation.ended_by
         why = f"it was released by {by}" if by else "it was released, its ttl ran out, or another process took it over"
@@ -99,7 +99,7 @@ def _observed(rows: Rows, uses: Sequence[DeviceUse]) -> Rows:
 
 # %% ../../nbs/core/reservations.ipynb #d8689e10
 class OnDevices:
-    "What a reservation says of its devices, and of how a program is started on them"
+    "The devices of a reservation, and the ways to start a program on them"
     devices: tuple[GpuDevice, ...]     # in CUDA's order
     _machine: tuple[GpuDevice, ...]    # every device, as it was read
 
@@ -119,7 +119,7 @@ class OnDevices:
     @property
     def ordinal(self) -> int:
         """CUDA's number of the device in this process, as in `torch.device("cuda", held.ordinal)`.
-        `LookupError` if this process does not see it, or if it is not certain how CUDA counts"""
+        Raise `LookupError` if it is invisible to this process, or if CUDA's order is uncertain"""
         return find_ordinal(self.device, self._machine, os.environ)
     @property
     def ordinals(self) -> tuple[int, ...]:
@@ -127,11 +127,11 @@ class OnDevices:
         return tuple(find_ordinal(device, self._machine, os.environ) for device in self.devices)
     @property
     def env(self) -> dict[str, str]:
-        "The environment variables with which a child process uses these devices and no others"
-        return visible_env(self.devices)   # without one, that no GPU is visible
+        "Return environment variables that limit a child process to these devices"
+        return visible_env(self.devices)   # without one, every GPU is hidden
     @property
     def env_by_index(self) -> dict[str, str]:
-        "The same with numbers, for programs that cannot read UUIDs; `LookupError` for a MIG instance"
+        "Return the same with numbers, for programs that cannot read UUIDs; raise `LookupError` for a MIG instance"
         return env_by_index(self.devices)
 
 # %% ../../nbs/core/reservations.ipynb #41b9ace7
@@ -143,7 +143,7 @@ class Reservation(OnDevices, StaysHere, contextlib.AbstractContextManager["Reser
     devices: tuple[GpuDevice, ...] = field(repr=False)   # in CUDA's order, as they were read when they were promised
     gpu_memory_mb: float      # MiB on each device
     holder: ProcessId         # the process whose tree it is reserved for
-    lease: int = field(repr=False)          # the reservation counts as long as this is held
+    lease: int = field(repr=False)          # the reservation counts as long as this is locked
     _ledger: Ledger = field(repr=False, compare=False)
     _exit: contextlib.ExitStack = field(repr=False, compare=False, default_factory=contextlib.ExitStack)
     _machine: tuple[GpuDevice, ...] = field(repr=False, compare=False, default=())   # every device, as it was read
@@ -158,15 +158,15 @@ class Reservation(OnDevices, StaysHere, contextlib.AbstractContextManager["Reser
 
     @property
     def is_for_other(self) -> bool:
-        "Whether it is for another process than this one"
+        "Return whether it is for another process than this one"
         return self.holder != this_process()
     @property
     def ended_by(self) -> str | None:
-        "Who released it from outside, as `cjm-resources release` does; `None` if nobody did"
+        "Return who released it from outside, as by `cjm-resources release`; `None` otherwise"
         return find_ending(self._ledger, self.lease)
     @property
     def receipt(self) -> Receipt:
-        """What was asked for, and how much of it was seen in use; the devices are read now for that.
+        """Return the size and the highest observed use, after reading the devices.
         `ReservationOver` if it is over. Of several devices, the one with the most use counts"""
         uses = read_use(self._look().devices)
         if not self._ledger.change(self.lease, partial(_observed, uses=uses)): raise ReservationOver(self)
@@ -175,7 +175,7 @@ class Reservation(OnDevices, StaysHere, contextlib.AbstractContextManager["Reser
     def release(self) -> bool:
         """Give the memory back after the job has freed it; False if the reservation was over
 
-        Call it from anywhere, also twice. In a fork's child nothing happens: the reservation is the parent's."""
+        Call it from anywhere, also twice. In a fork's child it does nothing: the reservation is the parent's."""
         return give_back(self._ledger, self.lease, self.is_for_other)
 
     def shrink(

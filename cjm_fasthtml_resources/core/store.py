@@ -278,8 +278,8 @@ def _read_ledger(path: Path, lock_path: Path, known: tuple[Header, bytes]) -> tu
     try: file = FileIO(lock_path)
     except FileNotFoundError:
         if not is_used_elsewhere(lock_path): return NO_HEADER, b""
-        raise StoreError(f"{lock_path} was removed while other programs use it; end them, "
-                         "and it is made anew") from None
+        raise StoreError(f"{lock_path} was removed while other programs use it. End those programs; "
+                         "the file is then re-created") from None
     with file:
         try: return read_ledger(file, known)
         except ValueError as error:

@@ -31,9 +31,9 @@ from ..core.samples import Sample
 def missing_device(
     host: str,
     name: str,              # stands in place of the product's name
-    reason: str | None,     # why no GPU was found, in words
+    reason: str | None,     # why the GPUs are missing, in words
 ) -> DeviceStatus:
-    "Return an unavailable device, the row of a host that shows none"
+    "Return an unavailable device, the row of a host without any"
     device = GpuDevice(0, name=name, host=host, reason=reason)
     return DeviceStatus(device, ResourceStatus.UNAVAILABLE, reason=reason)
 
@@ -50,8 +50,8 @@ class HostAnswer:
     workers: tuple[str, ...]          # addresses of its dask workers
     sample: Sample | None = None      # `None`: no answer
     waiting: int = 0                  # bytes that requests wait for there
-    reason: str | None = None         # why there is no answer, in words
-    id: str = ""                      # tells hosts apart that have one name
+    reason: str | None = None         # why the answer is missing, in words
+    id: str = ""                      # distinguishes hosts of one name
     beside: tuple[str, ...] = ()      # the ids of hosts that report a GPU of this one, too
 
     # its devices, which know their host, an unavailable one if it shows none; and those that a job can use

@@ -25,7 +25,7 @@ Need = tuple[Any, ...]
 def need_of(
     asked: Mapping[str, Any],   # for `ResourceManager.request`
 ) -> Need | None:
-    "Return what the next task must ask for as well; `None` if the reservation is not handed on"
+    "Return the need that the next task must share; `None` if the reservation is released"
     if asked.get("memory_mb") or not asked.get("gpu_memory_mb"): return None
     return asked["gpu_memory_mb"], asked.get("n", 1), asked.get("priority", 0)
 
@@ -42,7 +42,7 @@ def is_unused(
     claims: Sequence[Claim],     # all of the machine
     uses: Iterable[DeviceUse],   # read after the last task's end
 ) -> bool:
-    "Return whether a reservation is held on its devices, and its holder uses no more there than before it had it"
+    "Return whether a reservation lives, and its holder uses at most as much there as before it had it"
     mine, there = [c for c in claims if c.lease == lease], list(uses)
 
     def is_free(claim: Claim) -> bool:
@@ -73,7 +73,7 @@ class Handing:
     def __init__(
         self,
         manager: Callable[[], ResourceManager],
-        turn: Callable[[], AbstractContextManager[Any]],   # held while a thread asks for memory or gives it back
+        turn: Callable[[], AbstractContextManager[Any]],   # taken while a thread asks for memory or releases it
         is_wanted: Callable[[], bool],       # whether the worker has a task that could begin now
         seconds: float = KEEP,
     ) -> None:
@@ -82,7 +82,7 @@ class Handing:
         reset_in_child(self)
 
     def after_fork(self) -> None:
-        "Begin with none, in a fork's child: they are its parent's"
+        "Begin empty, in a fork's child: the reservations are its parent's"
         self._lock, self._kept, self._since = threading.RLock(), list[_Kept](), dict[int, float]()
         self._thread: threading.Thread | None = None
         self._last = _Reading()
@@ -99,7 +99,7 @@ class Handing:
             return True
 
     def take(self, asked: Mapping[str, Any]) -> Reservation | None:
-        "Return a reservation for a task, if one is kept that may be handed on; release those for other needs"
+        "Return a reservation for a task, if one is kept that can be handed on; release those for other needs"
         if not self._kept: return None   # most often
         need = need_of(asked)
         with self._lock:
@@ -111,7 +111,7 @@ class Handing:
         return None
 
     def release_all(self) -> None:
-        "Release what is kept"
+        "Release the kept reservations"
         with self._lock: kept, self._kept = self._kept, []
         self._release(kept)
 
@@ -136,7 +136,7 @@ class Handing:
         return _Reading(began, _names(claims), uses) if is_same else _Reading()
 
     def _guard(self) -> bool:
-        "Have a thread release what nobody takes; False if none can be started"
+        "Have a thread release leftover reservations; return False if starting it fails"
         if self._thread and self._thread.is_alive(): return True
         try: self._thread = start_thread("kept-reservations", self._follow)
         except NoThreadError: return False
@@ -153,7 +153,7 @@ class Handing:
             if not idle: self._release_late()
 
     def _release_late(self) -> None:
-        "Release those whose time is over; all of them if a request waits, or if that cannot be read"
+        "Release those whose time is over; all of them if a request waits, or if reading that fails"
         is_needed, now = True, time.monotonic()
         with suppress(StoreError): is_needed = waits(self.manager().get_claims())
         with self._lock:

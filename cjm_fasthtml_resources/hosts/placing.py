@@ -38,12 +38,12 @@ class Need:
 
 # %% ../../nbs/hosts/placing.ipynb #a15e103e
 def check_need(
-    gpu_memory_mb: float | str | None,   # MiB on each device, "all" for an empty one; `None` or 0, with RAM: no GPU
+    gpu_memory_mb: float | str | None,   # MiB on each device, "all" for an empty one; `None` or 0, with RAM: RAM alone
     timeout: float | None,               # seconds to wait for them; `None`: indefinitely
     n: int = 1,                          # how many devices
     memory_mb: float = 0,                # MiB of RAM
 ) -> Need:
-    "Return what a task needs; `TypeError` or `ValueError` names a malformed argument"
+    "Return the need of a task; raise `TypeError` or `ValueError` for a malformed argument"
     if timeout is not None: check_number(timeout, "timeout", 0, threading.TIMEOUT_MAX)
     ram, count = int(check_number(memory_mb, "memory_mb")*2**20), check_count(n)
     if gpu_memory_mb == "all": return Need(1, count, ram, ALL)
@@ -76,7 +76,7 @@ def devices_left(
     devices: Sequence[DeviceStatus],
     coming: Mapping[Need, int],     # the requests that are on their way, and how many of each
 ) -> list[tuple[DeviceStatus, int]]:   # with the bytes that are left, the most first
-    "Return what each device has free once those requests have arrived"
+    "Return the free memory of each device once those requests have arrived"
     rooms = [d.room for d in devices]
     for need in sorted(coming, key=lambda each: -each.memory):
         if need.count == 1 and not need.share: take_often(rooms, need.memory, coming[need])
@@ -93,7 +93,7 @@ def room_for(
     answer: HostAnswer,
     need: Need,
     coming: Mapping[Need, int],     # the requests that are on their way there, and how many of each
-) -> int | None:  # `None`: no room now
+) -> int | None:  # `None`: too full now
     "Return the bytes that a host has free for such a task, on the device with the least of those that it would get"
     memory = answer.ram
     if memory is None or memory.room - sum(each.ram*times for each, times in coming.items()) < need.ram: return None
@@ -104,7 +104,7 @@ def room_for(
 
 # %% ../../nbs/hosts/placing.ipynb #f08b5ef2
 def can_hold(answer: HostAnswer, need: Need) -> bool:
-    "Return whether a host can hold such a task when nothing else uses it"
+    "Return whether a host has room for such a task when it is otherwise unused"
     memory = answer.ram
     if memory is None or memory.memory.total < need.ram: return False
     return sum(d.device.capacity >= need.on(d.device) for d in answer.usable) >= need.count
@@ -114,12 +114,12 @@ def check_need_fits(
     answers: Sequence[HostAnswer],
     need: Need,
 ) -> None:
-    "Raise `ValueError` for more than any host has, `ResourceUnavailable` where no host has a GPU that can be used"
+    "Raise `ValueError` for more than any host has, `ResourceUnavailable` where every host lacks a usable GPU"
     if need.count and not any(a.usable for a in answers):
         conflict = combine_gpus(answers)
         raise ResourceUnavailable(f"no host of the cluster has a GPU that can be used: {conflict.message}", conflict)
     if any(can_hold(a, need) for a in answers): return
-    if silent := [a for a in answers if a.sample is None]:   # it may be the one that can
+    if silent := [a for a in answers if a.sample is None]:   # it can be the one with room
         why = f"{silent[0].host}: {silent[0].reason}"
         raise ResourceUnavailable(f"no responding host has room for the task ({why})", combine_gpus(answers))
     most_ram = max((a.ram.memory.total for a in answers if a.ram), default=0)
@@ -133,7 +133,7 @@ def check_need_fits(
 
 # %% ../../nbs/hosts/placing.ipynb #1604ced3
 def choose(
-    able: Sequence[HostAnswer],             # the hosts that can hold the task
+    able: Sequence[HostAnswer],             # the hosts with room for the task
     need: Need,
     sent: Mapping[str, Counter[Need]],      # host's id → the requests that are on their way there; "": to any host
 ) -> HostAnswer:
@@ -145,7 +145,7 @@ def choose(
     return min(able, key=lambda a: a.waiting + _total(coming[a.id]))
 
 def _coming(answer: HostAnswer, sent: Mapping[str, Counter[Need]]) -> Mapping[Need, int]:
-    "Return what is on its way to a host, to one that shares a GPU with it, and to any"
+    "Return the requests on their way to a host, to one that shares a GPU with it, and to any"
     found = [sent[id] for id in (answer.id, "", *answer.beside) if id in sent]
     return found[0] if len(found) == 1 else sum(found, Counter[Need]())
 
@@ -237,7 +237,7 @@ class ClusterChoice:
 
     @property
     def env(self) -> dict[str, str]:
-        "Environment variables that show a child process these devices and no others"
+        "Return environment variables that limit a child process to these devices"
         return visible_env(self.devices)
 
 # %% ../../nbs/hosts/placing.ipynb #23ded30d
@@ -247,7 +247,7 @@ def pick_host(
     least: float,               # bytes that each must have free
 ) -> ClusterChoice:
     """Return the host whose devices have the most room.
-    `ResourceBusy` if no host has enough, `ResourceUnavailable` if none has so many devices"""
+    Raise `ResourceBusy` if every host is too full, `ResourceUnavailable` if each has too few devices"""
     usable = {a.host: sorted(a.usable, key=lambda d: -d.room) for a in answers}
     able = [a for a in answers if len(usable[a.host]) >= count]
     fitting = [a for a in able if usable[a.host][count - 1].room >= least]

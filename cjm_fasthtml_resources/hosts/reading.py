@@ -109,7 +109,7 @@ def _device(data: Mapping[str, Any]) -> DeviceStatus:
 # %% ../../nbs/hosts/reading.ipynb #cb4ae0e7
 @dataclass(frozen=True)
 class _Told:
-    "What both checks say"
+    "The results of both checks"
     reason: str | None
     threshold_percent: float
     notes: tuple[str, ...]
@@ -124,7 +124,7 @@ def _gpu(data: Mapping[str, Any]) -> ResourceConflict:
     return conclude(devices, told.threshold_percent, told.reason, told.notes, None, others, waiting)
 
 def _memory(data: Mapping[str, Any]) -> ResourceConflict:
-    "Return the check of RAM; where it could not be read there is no total"
+    "Return the check of RAM; where reading it failed, the total is missing"
     told, state = read_fields(_Told, data), None
     if "total" in data:
         processes = tuple(map(_process, data["processes"]))
@@ -138,7 +138,7 @@ def _memory(data: Mapping[str, Any]) -> ResourceConflict:
 def from_json(
     data: Mapping[str, Any],   # of `to_json`
 ) -> Sample:
-    "Return the sample that was written; `ValueError` for figures that cannot be those of a sample"
+    "Return the sample that was written; raise `ValueError` for impossible figures"
     try:
         workers = tuple(read_fields(WorkerState, worker) for worker in data["workers"])
         told = {name: data.get(name) for name in ("simulated", "stale", "machine", "queue")}
@@ -150,7 +150,7 @@ def from_json(
 def _refuse(constant: str) -> NoReturn: raise ValueError(f"{constant} is not a valid JSON number")
 
 def _parse(line: str) -> dict[str, Any]:
-    "Return the JSON object of a line; `ValueError` if it is none of cjm-resources"
+    "Return the JSON object of a line; raise `ValueError` if it is from another program"
     try: data = json.loads(line, parse_constant=_refuse)
     except (ValueError, RecursionError): data = None
     if not line: raise ValueError("it printed nothing")
@@ -162,7 +162,7 @@ def _parse(line: str) -> dict[str, Any]:
 def read_sample(
     text: str,   # that `cjm-resources --json` printed, perhaps behind the lines of a shell
 ) -> Sample:
-    "Return the sample of another machine; `ValueError` says in a sentence why it cannot be read"
+    "Return the sample of another machine; raise `ValueError` with the reason if it is unreadable"
     lines = [line for line in text.splitlines() if line.strip()]
     data = _parse(lines[-1].strip() if lines else "")
     theirs, schema = str(data.get("version", "of an unknown version"))[:40], data["schema_version"]

@@ -24,7 +24,7 @@ from .scheduler import Seat
 # %% ../../nbs/hosts/routes.ipynb #149487df
 @dataclass(frozen=True)
 class Limits:
-    "The workers that a task may run on, as its sender limits them"
+    "The workers that a task can run on, as its sender limits them"
     workers: Collection[str] | None = None         # addresses, names or hosts
     resources: Mapping[str, float] | None = None   # dask's abstract resources that its worker has
 
@@ -39,7 +39,7 @@ def find_limits(
     workers: str | int | Collection[str | int] | None,
     resources: Mapping[str, float] | None,
 ) -> Limits:
-    "Return the limits of a task, with those of `dask.annotate`; `TypeError` for what are no names"
+    "Return the limits of a task, with those of `dask.annotate`; raise `TypeError` for invalid names"
     around = get_annotations()
     names = around.get("workers") if workers is None else workers
     names = [names] if isinstance(names, (str, int)) else names
@@ -65,7 +65,7 @@ def narrow(
     seats: Mapping[str, Seat],       # the workers, by address
     limits: Limits,
 ) -> Sequence[HostAnswer]:
-    "Return the hosts with those of their workers that a task may run on; a host without one is left out"
+    "Return the hosts with those of their workers that a task can run on, except hosts without one"
     if not limits.options: return answers
 
     def allows(answer: HostAnswer, address: str) -> bool:
@@ -79,7 +79,7 @@ def narrow(
 # %% ../../nbs/hosts/routes.ipynb #8b61a97f
 @dataclass(frozen=True)
 class Route:
-    "Where a task goes"
+    "The route of a task"
     host: str                   # the id of its host; "": dask chooses one
     options: Mapping[str, Any]  # of `Client.submit`
 
@@ -91,8 +91,8 @@ def find_route(
     asked: Asked,       # the hosts' answers
     sent: OnTheWay,     # the task is counted there
 ) -> Route:
-    "Return where a task goes; `ValueError` for a worker that does not exist, and the errors of `place`"
-    if asked.error: check_need_fits(asked.answers, need)   # which says why no host is responding
+    "Return the route of a task; raise `ValueError` for an unknown worker, and the errors of `place`"
+    if asked.error: check_need_fits(asked.answers, need)   # raises with the reason
     if not asked.seats:
         sent.place(key, [], need)
         return Route("", limits.options)

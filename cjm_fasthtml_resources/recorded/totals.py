@@ -24,8 +24,8 @@ _By = Literal["user", "program"]
 BY: tuple[_By, ...] = ("user", "program")   # how it can be summed up
 
 class Used(NamedTuple):
-    "What somebody has used of the GPUs"
-    name: str          # of the user, or of the program; empty if it is not known
+    "The use of the GPUs by a user or program"
+    name: str          # of the user, or of the program; empty if unknown
     gpu_hours: float
     gib_hours: float
 
@@ -40,7 +40,7 @@ def sum_up(
     rows: Sequence[Row],
     by: _By = "user",
 ) -> list[Used]:
-    "Return what each user, or each program, has used of all GPUs; who used the most first"
+    "Return the use of all GPUs by each user, or each program, the largest first"
     if by not in BY: raise ValueError(f"by must be 'user' or 'program', not {by!r}")
     sums = defaultdict[str, list[float]](lambda: [0.0, 0.0])
     for row in rows:
@@ -50,7 +50,7 @@ def sum_up(
 
 # %% ../../nbs/recorded/totals.ipynb #7b44602d
 def unused_hours(rows: Iterable[Row]) -> float:
-    "Return the GiB-hours that were reserved on GPUs, and not in use"
+    "Return the GiB-hours that were reserved on GPUs, but unused"
     return sum(place.promised*row.seconds for row in rows for place in row.places if place.key != "ram")/2**30/3600
 
 def recorded_hours(rows: Iterable[Row]) -> float:

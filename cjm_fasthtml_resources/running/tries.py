@@ -29,15 +29,15 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Wanted:
-    "What was asked of `cjm-resources run`"
+    "The arguments of `cjm-resources run`"
     command: tuple[str, ...]
-    name: str                             # what it needs is learned under this name
+    name: str                             # its need is learned under this name
     gpu_memory_mb: float | str | None = None   # MiB, or "all"; `None`: as learned, or a device of its own
     ram_mb: float = 0
     retries: int = 0                      # after memory ran out
     device: str | None = None
     timeout: float | None = None          # seconds to wait before each try
-    by_index: bool = False                # whether the command is told the device by number
+    by_index: bool = False                # whether the command gets the device by number
     progress: bool = False
     devices: int = 1                      # how many GPUs, with so much memory on each
     priority: int = 0                     # a smaller one is further ahead in the queue
@@ -49,7 +49,7 @@ class Wanted:
 _COLOUR = re.compile(r"\x1b\[[0-9;:?]*[ -/]*[@-~]|\x1b\][^\x07\x1b]*(?:\x07|\x1b\\)")
 
 def plain_text(written: bytes) -> str:
-    "Return what a program wrote to a terminal as lines of text"
+    "Return a program's output to a terminal as lines of text"
     return _COLOUR.sub("", written.decode(errors="replace")).replace("\r", "\n")
 
 class CommandFailed(Exception):
@@ -60,19 +60,19 @@ class CommandFailed(Exception):
 
 # %% ../../nbs/running/tries.ipynb #b4677071
 def watch(job: ActiveJob, pid: int) -> None:
-    "Make the reservation the command's; where that cannot be, it stays this process's, of which the command is a child"
+    "Make the reservation the command's; where that fails, it stays this process's, the command's parent"
     try: job.watch(pid)
     except (StoreError, OSError, ValueError) as error:
         if not has_exited(pid): _log.warning("if this process is killed, its command loses the reservation: %s", error)
 
 def env_of(job: ActiveJob, wanted: Wanted) -> dict[str, str]:
-    "Return the variables for a command; `CannotRun` if its device has no number"
+    "Return the variables for a command; raise `CannotRun` if its device lacks a number"
     try: return job.env_by_index if wanted.by_index else job.env
     except LookupError as error: raise CannotRun(str(error), os.EX_UNAVAILABLE) from None
 
 def run_inside(job: ActiveJob, wanted: Wanted) -> Ended:
     "Run a command inside of its job; `CommandFailed`, or `CannotRun`"
-    job.is_over = True   # a command that does not start teaches nothing
+    job.is_over = True   # a command that fails to start is no evidence
     with Child(wanted.command, env_of(job, wanted)) as child:
         job.is_over = False
         watch(job, child.pid)
@@ -83,16 +83,16 @@ def run_inside(job: ActiveJob, wanted: Wanted) -> Ended:
 # %% ../../nbs/running/tries.ipynb #b85dcc68
 @dataclass(frozen=True)
 class Tried:
-    "What came of one try"
+    "The outcome of one try"
     ended: Ended
     asked_mb: float = 0                # MiB that it had reserved
     capacity: int = 0                  # bytes of its device, of several the smallest
-    found: OutOfMemory | None = None   # what its error tells about memory that ran out
+    found: OutOfMemory | None = None   # its error's facts about memory that ran out
     explanation: str | None = None     # who used it
 
     @property
     def can_be_retried(self) -> bool:
-        "Whether GPU memory ran out, and nobody wanted it to end; C++ ends with SIGABRT after an error"
+        "Return whether GPU memory ran out, without a signal to end; C++ ends with SIGABRT after an error"
         is_end = self.ended.status > 0 or self.ended.status == -signal.SIGABRT
         return self.found is not None and self.found.kind != "ram" and is_end and not self.ended.signals
 
@@ -104,7 +104,7 @@ def try_once(
     make_room: bool = False,                           # with idle workers of the same app
     say: Callable[[str], None] = lambda line: None,    # shows a line to the user
 ) -> Tried:
-    "Run a command as a job; raises what a job raises that cannot begin, and what `run_inside` raises"
+    "Run a command as a job; raise the errors of a job's beginning, and of `run_inside`"
     needs = PluginNeeds(None, wanted.ram_mb, wanted.devices)
     job = manager.job(wanted.name, mb, plugin=wanted.name, config=wanted.settings, needs=needs, worker_type="command",
                       device=wanted.device, timeout=wanted.timeout, progress=wanted.progress, make_room=make_room,
@@ -124,15 +124,15 @@ def try_once(
 # %% ../../nbs/running/tries.ipynb #e8685e88
 def more_memory(
     asked_mb: float,   # of the try before
-    seen_mb: float,    # MiB that earlier tries show to be too little, with the quarter; 0: none do
-    largest: int,      # bytes that programs can have on the largest device that it may use
+    seen_mb: float,    # MiB that were too little in earlier tries, with the quarter; 0: unknown
+    largest: int,      # bytes that programs can have on the largest device that it can use
 ) -> float:   # MiB
-    "Return what the next try asks for"
+    "Return the memory for the next try"
     return max(min(max(1.25*asked_mb, seen_mb), int(ALONE*largest/2**20)), asked_mb)
 
 # %% ../../nbs/running/tries.ipynb #e5d4b385
 def next_memory(manager: Any, wanted: Wanted, tried: Tried) -> float:   # MiB
-    "Return what the next try asks for, from what is known"
+    "Return the memory for the next try, by the known needs"
     need, largest = None, tried.capacity
     with contextlib.suppress(StoreError):
         need = manager.expected_need(wanted.name, config=wanted.settings, devices=wanted.devices)
@@ -148,7 +148,7 @@ def for_command_line(
     text: str,
     asked_mb: float = 0,   # MiB that the command had reserved
 ) -> str:
-    "Return an explanation with what helps as a user of the command can do it"
+    "Return an explanation with remedies for a user of the command"
     def ask(found: re.Match[str]) -> str:
         mb, more = max(float(found[1] or 0), asked_mb), "more than " if float(found[1] or 0) <= asked_mb else ""
         return f"ask for {more}{format_bytes(mb*2**20)} with --gpu-memory"
@@ -171,7 +171,7 @@ def try_again(
     before: Tried,
     number: int,                   # of the retry, from 1 on
     say: Callable[[str], None],
-) -> Tried | None:  # `None`: it got no memory
+) -> Tried | None:  # `None`: without memory
     "Ask for more memory, let idle workers of the app make room, and run the command once more in a fresh process"
     mb = next_memory(manager, wanted, before)
     say(announce(wanted, number, mb))
@@ -185,7 +185,7 @@ def run_tries(
     wanted: Wanted,
     say: Callable[[str], None],    # shows a line to the user
 ) -> Ended:  # of the last try that ran
-    "Run a command as a job, and again after GPU memory ran out; raises what the first `try_once` raises"
+    "Run a command as a job, and again after GPU memory ran out; raise the errors of the first `try_once`"
     tried = try_once(manager, wanted, wanted.gpu_memory_mb)
     for number in range(1, wanted.retries + 2):
         if tried.explanation: say(explain_try(wanted, tried))

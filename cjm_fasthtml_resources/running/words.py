@@ -17,7 +17,7 @@ from ..core.secrets import mask_tokens, names_secret
 _SWITCHES = {"verbose", "debug", "cache"}   # options that are left out, and take no other word
 
 def words_that_matter(command: Sequence[str]) -> Iterator[str]:
-    "Yield the words of a command without those that are one run's own, or secret"
+    "Yield the words of a command, except those of one run alone, and secrets"
     words = list(command)
     for i, word in enumerate(words):
         name, equals, _ = word.partition("=")
@@ -36,7 +36,7 @@ def resolve_word(
     word: str,
     folder: str,             # in which the command runs
     is_module: bool = False,   # whether it follows `-m`
-) -> str | None:  # `None`: it names no file
+) -> str | None:  # `None`: without a file
     "Return a word with the resolved path of the file that it names"
     name, equals, value = word.rpartition("=")
     value = value or word
@@ -48,14 +48,14 @@ def resolve_word(
 
 # %% ../../nbs/running/words.ipynb #d2741623
 def _readable(word: str) -> str:
-    "Return a word as text, also one that is bytes and no text"
+    "Return a word as text, even if it is binary"
     return word.encode("utf-8", "backslashreplace").decode()
 
 def command_settings(
     command: Sequence[str],
     folder: str | None = None,   # in which it runs; `None`: this process's
 ) -> dict[str, Any]:
-    "Return a command as settings, for what it needs"
+    "Return a command as settings, for its need"
     try: here = folder or os.getcwd()
     except FileNotFoundError: here = ""   # it was removed
     words = list(words_that_matter(command))

@@ -50,10 +50,10 @@ SIGN = 20.0       # seconds between two signs of a page
 SILENCE = 180.0   # seconds; a browser calls the script of a hidden page once a minute
 
 class Hearing:
-    "Counts the seconds in which the kernel could have heard a page, and did not"
+    "Counts the seconds of silence in which the kernel could have heard a page"
     def __init__(self) -> None:
         running_cells.follow(find_shell())
-        self.silence: float | None = None   # `None`: no page has been heard
+        self.silence: float | None = None   # `None`: before the first sign of a page
         self.cells, self.loop = running_cells, _find_loop()
         self._at, self._free = time.monotonic(), False
 
@@ -75,7 +75,7 @@ class Hearing:
         return self.silence >= SILENCE
 
     def _ask(self) -> None:
-        "Have the event loop say that it is free"
+        "Have the event loop note that it is free"
         if self.loop is None or self.loop.is_closed(): return
         self.loop.call_soon_threadsafe(self._answer)
 

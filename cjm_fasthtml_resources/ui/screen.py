@@ -105,7 +105,7 @@ def total_table(
     width: int,                        # of the terminal
     whose: str = "user",               # one of `SUMS`
 ) -> list[Line]:
-    "Return a table of what each user, or each app, uses of the GPUs"
+    "Return a table of the GPU memory of each user, or each app"
     columns: list[Column[Total]] = [
         Column(whose, lambda total: total.name, shrinks=True, least=10),
         Column("GPU memory", lambda total: total.size, "right"),
@@ -125,7 +125,7 @@ def _longest(answer: Sample, rows: int, most: int) -> int:
 
 # %% ../../nbs/ui/screen.ipynb #1fd79e4d
 def _body(answer: Sample, terminal: Terminal, window: Window, rows: int, most: int) -> list[Line]:
-    "Return the lines of all tables; as long as nothing is scrolled, of what fits best"
+    "Return the lines of all tables; before scrolling, of the parts that fit best"
     whole = window.offset > 0
     if window.fold:
         processes = total_table(answer.gpu.allowed, terminal.width, window.fold)
@@ -138,7 +138,7 @@ def _body(answer: Sample, terminal: Terminal, window: Window, rows: int, most: i
 
 # %% ../../nbs/ui/screen.ipynb #855dae78
 def _foot(terminal: Terminal, window: Window, place: str, keys: bool, interval: float) -> Line:
-    "Return the last line: what the keys do, and which part of the tables is in sight"
+    "Return the last line: the keys, and the visible part of the tables"
     arrows = "arrows scroll" if terminal.ascii else "↑↓ scroll"
     order = "" if window.fold else f"s sort: {window.sort}"
     folds = [f"{key} processes" if window.fold == whose else f"{key} {whose}s" for key, whose in _FOLDS.items()]
@@ -151,7 +151,7 @@ def _foot(terminal: Terminal, window: Window, place: str, keys: bool, interval: 
 
 # %% ../../nbs/ui/screen.ipynb #fd76851e
 class Frame(NamedTuple):
-    "What a terminal shows, line by line"
+    "The content of a terminal, line by line"
     lines: list[Line]
     window: Window   # with the offset that there is
     page: int        # lines of the tables that are in sight
@@ -186,9 +186,9 @@ def compose(
 # %% ../../nbs/ui/screen.ipynb #4903b463
 def draw(
     lines: Sequence[str],    # painted
-    before: Sequence[str],   # what is there; empty: the window is cleared first
+    before: Sequence[str],   # the present content; empty: the window is cleared first
 ) -> str:
-    "Return what is written to a terminal"
+    "Return the text to write to a terminal"
     parts = [] if before else ["\x1b[2J"]
     for number, line in enumerate(lines, 1):
         if not before or line != before[number - 1]: parts.append(f"\x1b[{number};1H{line}\x1b[K")

@@ -51,7 +51,7 @@ def layout_event(slots: Slots) -> bytes:
     return to_event("layout", to_html(arrange(slots)))
 
 def change_event(before: Slots, after: Slots) -> bytes | None:
-    "Return what takes a page from the one to the other; `None` if nothing changed"
+    "Return the event that takes a page from the one to the other; `None` if both are equal"
     if before.keys() != after.keys(): return layout_event(after)
     changed = {key: html for key, html in after.items() if html != before[key]}
     return to_event("slots", *(line for slot in changed.items() for line in slot)) if changed else None
@@ -62,7 +62,7 @@ async def done_within(task: "asyncio.Future[Any]", seconds: float) -> bool:
     return bool((await asyncio.wait({task}, timeout=seconds))[0])
 
 # %% ../../nbs/ui/stream.ipynb #0bd9e805
-QUEUE = 8   # events that may wait for a client
+QUEUE = 8   # events that can wait for a client
 
 class Client:
     "One stream, on the event loop of its request"
@@ -77,10 +77,10 @@ class Client:
     def put(
         self,
         event: bytes,
-        whole: bytes,       # the whole picture; the same object as long as nothing changes
+        whole: bytes,       # the whole picture; the same object until a change
         beat: bytes = b"",  # follows the event
     ) -> None:
-        "On the loop: queue an event, or in place of what was left out the whole picture"
+        "On the loop: queue an event, or the whole picture in place of missed events"
         if self.every:
             if time.monotonic() < self._due: return
             self._due = time.monotonic() + 0.9*self.every   # samples are on a beat, and a little early or late
@@ -92,13 +92,13 @@ class Client:
         self.events.put_nowait(event + beat)
 
     async def next(self, seconds: float) -> bytes | None:
-        "Wait for the next event for so long; `None`: there was none"
+        "Wait for the next event for so long; return `None` without one"
         if not await done_within(self._coming, seconds): return None
         event, self._coming = self._coming.result(), asyncio.ensure_future(self.events.get())
         return event
 
     def close(self) -> None:
-        "Wait for no more events"
+        "Stop waiting for events"
         self._coming.cancel()
 
 # %% ../../nbs/ui/stream.ipynb #e0669146
@@ -112,7 +112,7 @@ def pace(
 
 def beat_event(
     interval: float,               # seconds between two samples
-    sample: Sample | None = None,  # what is shown
+    sample: Sample | None = None,  # the shown one
 ) -> bytes:
     "Return a sign of life: in ms, the time after which a page takes the stream for lost, now, and when it was read"
     now = moment_of()
@@ -124,14 +124,14 @@ def _put_all(clients: Sequence[Client], event: bytes, whole: bytes, beats: Mappi
     for client in clients: client.put(event, whole, beats[client.every])
 
 def _send(clients: Sequence[Client], event: bytes, whole: bytes, beats: Mapping[float, bytes]) -> None:
-    "From any thread: queue an event for clients, whose loops need not be the same"
+    "From any thread: queue an event for clients, whose loops can differ"
     for loop in {c.loop for c in clients}:
         with contextlib.suppress(RuntimeError):  # that loop was closed, and its clients with it
             loop.call_soon_threadsafe(_put_all, [c for c in clients if c.loop is loop], event, whole, beats)
 
 # %% ../../nbs/ui/stream.ipynb #8f1e61a5
 async def _events(hub: "Hub", every: float) -> AsyncGenerator[bytes, None]:
-    "Yield what one client is sent; `NoThreadError` where starting a thread failed"
+    "Yield the events for one client; raise `NoThreadError` where starting a thread failed"
     client = Client(every if every > hub.monitor.interval else 0)
     try:
         await hub.calls.run("draw", hub.draw)
@@ -147,7 +147,7 @@ async def _events(hub: "Hub", every: float) -> AsyncGenerator[bytes, None]:
 
 # %% ../../nbs/ui/stream.ipynb #66271801
 def broken_slots(error: BaseException) -> Slots:
-    "Return what is shown in place of the figures"
+    "Return the error in place of the figures"
     words = Span("✕ unavailable", cls="cjm-badge unavailable")
     text = f"Cannot read the figures: {printable(shown_error(error))}"
     empty = dict.fromkeys(("state", "memory_banner", "notes", "ram.live", *TABLES), "")
@@ -164,13 +164,13 @@ class Hub:
 
     def after_fork(self) -> None:
         "Begin without clients, in a fork's child"
-        self._drawing = threading.RLock()   # taken by threads alone: held while a sample is drawn
-        self._lock = threading.RLock()      # of what follows: held for a moment, so an event loop may take it, too
-        self._clients, self._shown = set[Client](), (Slots(), b"")   # what they are shown, and the same as an event
+        self._drawing = threading.RLock()   # taken by threads alone, while a sample is drawn
+        self._lock = threading.RLock()      # of the fields below: taken for a moment, so an event loop can take it, too
+        self._clients, self._shown = set[Client](), (Slots(), b"")   # the shown slots, and the same as an event
         self._subscription: Subscription | None = None
 
     def render(self, sample: Sample | None = None) -> Slots:
-        "Return a sample's slots; without one, those of the last or of one that is taken now, or why there is none"
+        "Return a sample's slots; without one, those of the last or of one that is taken now, or the reason"
         try: sample = sample or self.monitor.current()
         except Exception as error: return broken_slots(error)   # a plugin, a file: the sampler goes on, and tries again
         return {**render(sample, self.monitor.history, self.view), **render_tables(sample, self.view, self.actions)}
@@ -194,7 +194,7 @@ class Hub:
             _send(clients, changed or b"", whole, beats)
 
     def draw(self) -> None:
-        "Draw what the first client is shown; those that are there are kept up to date. May wait for the driver"
+        "Draw the first client's picture; the others are kept up to date. Can wait for the driver"
         if self._clients: return
         slots = self.render()
         shown = slots, layout_event(slots)
@@ -209,7 +209,7 @@ class Hub:
     # On an event loop, or on a thread
 
     def enter(self, client: Client) -> None:
-        "Add a client, with what is shown as its first event, and how long that holds"
+        "Add a client, with the present picture as its first event, and the time for which it is current"
         with self._lock:
             if client.gone: return  # it left while it waited for this
             beat = beat_event(max(self.monitor.interval, client.every), self.monitor.latest)
@@ -219,7 +219,7 @@ class Hub:
             self._clients.add(client)
 
     def leave(self, client: Client) -> None:
-        "Send a client nothing more"
+        "End the events of a client"
         with self._lock:
             client.gone = True
             self._clients.discard(client)
@@ -231,17 +231,17 @@ class Hub:
         self,
         every: float = 0.0,   # seconds between two events, at least
     ) -> AsyncGenerator[bytes, None]:
-        "Yield what one client is sent"
+        "Yield the events for one client"
         return _events(self, every)
 
     async def tell_if_stale(self) -> None:
-        "Send the last sample where the sampler itself is held up"
+        "Send the last sample where the sampler itself hangs"
         latest = self.monitor.latest
         if not latest or not latest.stale: return
         with contextlib.suppress(NoThreadError): await self.calls.run("tell", partial(self.publish, latest))
 
 # %% ../../nbs/ui/stream.ipynb #c2c8b285
-STREAMS, RETRY_AFTER = 200, 30   # streams that may be open at a time, and seconds after which one may be free
+STREAMS, RETRY_AFTER = 200, 30   # maximum of open streams, and seconds after which one can be free
 
 class Places:
     "Counts the streams that are open"
@@ -256,7 +256,7 @@ class Places:
 
     @contextlib.contextmanager
     def take(self) -> Iterator[bool]:
-        "Take a place for the block; False: there is none"
+        "Take a place for the block; False: all are taken"
         with self._lock:
             is_free = self.taken < self.most
             self.taken += is_free
@@ -265,7 +265,7 @@ class Places:
             with self._lock: self.taken -= is_free
 
 # %% ../../nbs/ui/stream.ipynb #06fc2a48
-PATIENCE = 20.0   # seconds that a connection may take nothing
+PATIENCE = 20.0   # seconds without progress on a connection
 
 async def _until_gone(receive: Any) -> None:
     while (await receive())["type"] != "http.disconnect": pass
@@ -282,15 +282,15 @@ async def _taken(send: Any, event: bytes, seconds: float, more: bool = True) -> 
 
 # %% ../../nbs/ui/stream.ipynb #e26448ba
 def _only_this(scope: Mapping[str, Any]) -> list[tuple[bytes, bytes]]:
-    "Return the header that ends the connection with the answer; HTTP/2 has no such header"
+    "Return the header that ends the connection with the answer; empty for HTTP/2"
     return [(b"connection", b"close")] if scope.get("http_version", "1.1").startswith("1") else []
 
 class EventStream(Response):
-    "A response that goes on until the client leaves or takes nothing for too long, or the server shuts down"
+    "A response that goes on until the client leaves or stalls, or the server shuts down"
     def __init__(
         self,
         events: AsyncGenerator[bytes, None],
-        places: Places | None = None,   # of which it takes one; `None`: there is no limit
+        places: Places | None = None,   # of which it takes one; `None`: no limit
     ) -> None:
         headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
         super().__init__(headers=headers, media_type="text/event-stream")

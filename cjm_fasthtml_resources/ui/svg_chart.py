@@ -20,12 +20,12 @@ from ..core.text import format_bytes, printable
 # %% ../../nbs/ui/svg_chart.ipynb #8b976844
 @dataclass(frozen=True)
 class Column:
-    "What used memory in a stretch of time, in bytes, and the load in percent"
+    "Memory by owner in a stretch of time, in bytes, and the load in percent"
     number: int               # its time in seconds since the epoch, divided by the seconds of a column
     app: int = 0
     external: int = 0         # other programs
     unattributed: int = 0     # not visible
-    promised: int = 0         # reserved and not used yet
+    promised: int = 0         # reserved and still unused
     load: int | None = None
 
     @property
@@ -65,7 +65,7 @@ class Chart:
     columns: tuple[Column, ...] = ()   # in the order of time
     marks: tuple[Mark, ...] = ()
     threshold: float | None = None     # percent of the total, as a line
-    limit: str = ""                    # what the line means
+    limit: str = ""                    # the meaning of the line
     zone: int | None = None            # minutes east of UTC; `None`: as this machine
 
     @property
@@ -105,7 +105,7 @@ def _between(values: Sequence[float], form: str) -> str:
 
 # %% ../../nbs/ui/svg_chart.ipynb #2e1f93e0
 def describe(chart: Chart) -> str:
-    "Return what a chart shows, in a sentence for each figure"
+    "Return a chart's figures as sentences"
     if not chart.columns: return f"{chart.label}: no figures yet."
     since, until = (clock(n*chart.span.width, chart.zone) for n in (chart.first, chart.end))
     used = _between([column.used/2**30 for column in chart.columns], "{:.1f}")
@@ -138,7 +138,7 @@ def strokes(
 
 # %% ../../nbs/ui/svg_chart.ipynb #144f08d2
 def _column(column: Column, chart: Chart) -> str:
-    "Return a column: what is under the pointer, its figures, and its strokes"
+    "Return a column: its area for the pointer, its figures, and its strokes"
     parts = [f'<path class={name} d="M.5 {a:g}V{b:g}"/>' for name, a, b in strokes(column, chart.total)]
     return (f"<g transform=translate({column.number - chart.first})><title>{column_text(column, chart)}</title>"
             f"<rect />{''.join(parts)}</g>")
@@ -225,7 +225,7 @@ def draw_chart(
     chart: Chart,
     since: int | None = None,   # the first column that is wanted; `None`: all
 ) -> Any:
-    "Return a chart as an SVG; with `since` what is new of it, without the sizes, which stay"
+    "Return a chart as an SVG; with `since` its new part, without the constant sizes"
     sizes = "".join(_sizes(chart)) if since is None else ""
     inside = (f"<g class=sizes>{sizes}</g><g class=axis>{''.join(_axis(chart))}</g>{_columns(chart, since)}"
               f"<g class=over>{_threshold(chart)}{''.join(_marks(chart))}</g>")
@@ -235,7 +235,7 @@ def draw_chart(
 
 # %% ../../nbs/ui/svg_chart.ipynb #477350f2
 def legend(chart: Chart) -> Any:
-    "Return what the colours of a chart mean"
+    "Return the legend of a chart"
     shown = [owner for owner in WORDS if any(getattr(column, owner) for column in chart.columns)]
     rows = [ft("i", WORDS[owner], cls=owner) for owner in shown]
     if chart.threshold is not None: rows.append(ft("i", chart.limit, cls="limit"))

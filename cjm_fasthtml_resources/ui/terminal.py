@@ -57,9 +57,9 @@ PARTS = (*OWNERS, Part("free", "░", ".", "bright_black"))
 # %% ../../nbs/ui/terminal.ipynb #d8f3537b
 def split_cells(
     shares: Sequence[float],  # bytes of each part
-    total: float,             # bytes of the whole bar; what the parts leave over is the last part
+    total: float,             # bytes of the whole bar; the rest is the last part
     width: int,               # cells
-) -> list[int]:  # cells for each part and for what is left over
+) -> list[int]:  # cells for each part and for the rest
     "Divide a bar into cells"
     cells = [max(round(width*share/total), 1) if share > 0 and total > 0 else 0 for share in shares]
     while sum(cells) > width: cells[cells.index(max(cells))] -= 1
@@ -81,13 +81,13 @@ def _signs(
     is_ascii: bool,         # ASCII signs only
     unified: bool = False,  # a GPU uses the machine's memory
 ) -> Line:
-    "Return what the parts of a bar mean"
+    "Return the legend of a bar"
     parts = [part for part in PARTS if part.name != "ram" or unified]
     return tuple(Piece(f"{part.mark(is_ascii)} {part.name}  ", part.style) for part in parts)
 
 def _legend(
-    signs: Line,            # empty where no bar is shown
-    kept: str = "",         # what the drivers keep for themselves
+    signs: Line,            # empty without a bar
+    kept: str = "",         # the drivers' own memory
     width: int = 80,        # cells
 ) -> list[Line]:
     if signs and cell_len(plain(signs) + kept) <= width: return [(*signs, Piece(kept))]
@@ -95,7 +95,7 @@ def _legend(
 
 # %% ../../nbs/ui/terminal.ipynb #3431b5ae
 def name_kept(devices: Sequence[DeviceStatus]) -> str:
-    "Return what the driver keeps for itself of each GPU's memory, so that the figures add up to the total"
+    "Return the driver's own memory on each GPU, so that the figures add up to the total"
     sizes = {d.device.id: d.device.memory_reserved for d in devices if d.device.memory_reserved}
     if not sizes: return ""
     if len(set(sizes.values())) == 1 and len(sizes) == len(devices):
@@ -151,7 +151,7 @@ def make_table(
     groups: Sequence[Sequence[_Row]],  # rows; an empty line stands between two groups
     width: int,                        # cells of the terminal
     top: int | None = None,            # rows to show of each group; `None`: all
-    left_out: int = 0,                 # rows that the last group has beside these
+    left_out: int = 0,                 # further rows of the last group
 ) -> list[Line]:
     "Return a plain table that fits the terminal"
     lines: list[list[Line]] = [[(Piece(column.name, "bold"),) for column in columns]]
@@ -266,7 +266,7 @@ _PROCESS_COLUMNS: Sequence[Column[_PlacedProcess]] = (
     Column("user", lambda row: row.process.username or "", leaves=1),
     Column("container", lambda row: _container(row.process), leaves=2),   # shown if a process is in one
     Column("age", lambda row: _age(row.process), "right", leaves=3),      # shown if one is known
-    Column("load", lambda row: _percent(row.process), "right", leaves=4),  # shown if the driver tells one
+    Column("load", lambda row: _percent(row.process), "right", leaves=4),  # shown if the driver reports one
     Column("child of worker", lambda row: _worker(row.process), leaves=5))
 
 # without a value, the column is left out
@@ -340,7 +340,7 @@ def promise_table(
     width: int,                       # of the terminal
     waiting: Sequence[Waiting] = (),  # in the order of asking
 ) -> list[Line]:
-    "Return a table of the reservations on these devices, and of the requests that wait, with what is known of these"
+    "Return a table of the reservations on these devices, and of the waiting requests with their notes"
     from cjm_fasthtml_resources.core.waiting import reservation_rows, waiting_notes  # when they are used
     groups = [reservation_rows(devices), reservation_rows((), waiting)]
     notes = [line for note in waiting_notes(groups[1][:20]) for line in wrap(note, width)]
@@ -358,7 +358,7 @@ def name_simulated(answer: Sample) -> str:
     return f"SIMULATED, nothing here is real: {answer.simulated}" if answer.simulated else ""
 
 def _heading(answer: Sample, width: int) -> list[Line]:
-    "Return what stands above the tables"
+    "Return the lines above the tables"
     styled = [(name_simulated(answer), "bold magenta"), (name_versions(answer), "bright_black")]
     return [(Piece(line, style),) for text, style in styled for line in wrap(text, width)]
 
@@ -367,7 +367,7 @@ def wrap_verdict(
     answer: Sample,
     width: int,      # cells
 ) -> tuple[list[Line], list[Line], list[Line]]:
-    "Return the answer for GPUs, that for RAM, and what makes them less than exact"
+    "Return the answer for GPUs, that for RAM, and their notes"
     def styled(text: str, style: str) -> list[Line]: return [(Piece(line, style),) for line in wrap(text, width)]
     gpu, ram = (styled(check.message, check.status.look.style) for check in (answer.gpu, answer.memory))
     return gpu, ram, [line for note in answer.gpu.notes for line in styled(note, "bright_black")]
@@ -382,7 +382,7 @@ def list_tables(
     "Return all tables, with an empty line between two"
     devices, width = answer.gpu.allowed, terminal.width
     first = resource_table(answer, terminal)
-    bars = _BAR in plain(first[0])   # no room for them in a narrow terminal
+    bars = _BAR in plain(first[0])   # a narrow terminal leaves them out
     signs = _signs(terminal.ascii, any(d.device.unified for d in devices)) if bars else ()
     tables = [[*first, *([] if dense else _legend(signs, name_kept(devices), width))], processes]
     if answer.workers: tables.append(worker_table(answer.workers, width))

@@ -60,27 +60,27 @@ SORTS: dict[str, Callable[[ProcessRow], Any]] = {
 # %% ../../nbs/ui/view.ipynb #809f4e6a
 @dataclass(frozen=True)
 class View:
-    "Which devices, processes and workers are shown, and in which order"
+    "The choice and order of devices, processes and workers"
     gpus: tuple[int | str, ...] | None = None   # ids of devices; `None`: all
     sort: str = "memory"                        # one of `SORTS`
     rows: int = 20                              # processes and workers at most
     totals: bool = False                        # whether the panel shows totals, which the page folds
     details: bool = False                       # whether it shows ages, command lines and loads, as the page does
-    charts: str = ""                            # how far back its charts go: "10m", "1h", "24h"; empty: none
+    charts: str = ""                            # how far back its charts go: "10m", "1h", "24h"; empty: without
 
     def devices(self, sample: Sample) -> list[DeviceStatus]:
         "Return those that are shown"
         return [d for d in sample.gpu.allowed if self.gpus is None or d.device.id in self.gpus]
 
     def processes(self, devices: Iterable[DeviceStatus]) -> tuple[list[ProcessRow], str]:
-        "Return the rows that are shown, and what is said of the rest"
+        "Return the shown rows, and a line for the rest"
         rows = sorted(((d.device.id, p) for d in devices for p in d.processes), key=SORTS[self.sort])
         left = rows[self.rows:]
         size = format_bytes(sum(p.memory_used or 0 for _, p in left))
         return rows[:self.rows], f"and {len(left)} more with {size}" if left else ""
 
     def workers(self, sample: Sample) -> tuple[list[WorkerRow], str]:
-        "Return the rows that are shown, those at work first, and what is said of the rest"
+        "Return the shown rows, those at work first, and a line for the rest"
         ordered = sorted(sample.workers, key=lambda w: w.status == "idle")
         left = len(ordered) - self.rows
         shown = [to_row(w, held_by(w, sample.gpu.allowed)) for w in ordered[:self.rows]]
@@ -119,7 +119,7 @@ def _gpu_slots(status: DeviceStatus, trace: Sequence[float]) -> dict[str, str]:
 
 # %% ../../nbs/ui/view.ipynb #3886d469
 def _state(sample: Sample) -> Any:
-    "Return what a reader must know about the picture itself"
+    "Return the notes about the picture itself"
     parts = [f"SIMULATED, nothing here is real: {sample.simulated}"] if sample.simulated else []
     if sample.stale: parts.append(f"data from {name_time(moment_of(sample))}, out of date: {sample.stale}")
     return P(B(printable("; ".join(parts))), cls="state stale" if sample.stale else "state") if parts else ""

@@ -66,7 +66,7 @@ _NOT_YET = "The driver has yet to answer."
 def _form_id(prefix: str) -> str: return f"cjm-stop{prefix}"
 
 def _component(
-    slots: Slots | None,   # `None`: nothing was read yet; the stream brings it
+    slots: Slots | None,   # `None`: before the first reading; the stream brings it
     prefix: str,           # where the routes begin in the app
     base: str,             # the same as the page names it
 ) -> Any:
@@ -79,11 +79,11 @@ def _component(
                data_cjm_charts=f"{base}/charts", data_cjm_now=f"{1000*now:.0f}")
 
 # %% ../../nbs/ui/web.ipynb #c3000543
-_LOOP_WAITS = 0.04   # seconds that a component may keep an event loop from its other work
+_LOOP_WAITS = 0.04   # seconds for which a component can block an event loop
 _looks = SharedCalls()
 
 class _Waiters:
-    "The threads that may wait for a component at a time: an app has about forty for all its pages"
+    "Limits the threads that wait for a component: an app has about forty for all its pages"
     def __init__(self) -> None:
         self.after_fork()
         reset_in_child(self)
@@ -115,7 +115,7 @@ def ResourceCard(
     prefix: str = "/resources",   # where the routes begin
 ) -> Any:
     """Return all of it as a component. It is live where the app has the routes, and else a picture of this moment.
-    In an `async` handler, and in more than a few threads at a time, it does not wait for a slow driver or cluster:
+    In an `async` handler, and in more than a few threads at a time, it never waits for a slow driver or cluster:
     the stream brings the picture"""
     return _component(_look(manager), prefix, current_base(prefix))
 
@@ -152,7 +152,7 @@ _NEW = {"Cache-Control": "no-store"}
 def _no_thread(error: NoThreadError) -> Response: return PlainTextResponse(str(error), 503)
 
 async def _answer(hub: Hub, write: Callable[[Slots], str]) -> Response:
-    "Return what is written about this moment; the event loop goes on until the driver has answered"
+    "Return the data of this moment, without blocking the event loop"
     try: return HTMLResponse(write(await hub.current()), headers=_NEW)
     except NoThreadError as error: return _no_thread(error)
 
@@ -162,7 +162,7 @@ def _script(text: str) -> Callable[..., Any]:
     return script
 
 def _picture_handlers(hub: Hub, prefix: str) -> dict[str, Callable[..., Any]]:  # path after the prefix → handler
-    "Return what shows one moment, and the scripts: the page, and its fragment"
+    "Return the routes for one moment, and the scripts: the page, and its fragment"
     async def page(req: Request) -> Any:
         return await _answer(hub, lambda slots: _page(hub, slots, prefix, find_base(req, prefix)))
     async def fragment(req: Request) -> Any:
@@ -174,7 +174,7 @@ def _picture_handlers(hub: Hub, prefix: str) -> dict[str, Callable[..., Any]]:  
 _EAST = 24*60   # minutes that a time zone can be from UTC, at most
 
 def _whole_number(req: Request, name: str, most: int) -> int | None:
-    "Return a number of the query, `None` if it has none; `ValueError`"
+    "Return a number of the query, `None` without one; raise `ValueError` if it is invalid"
     text = req.query_params.get(name)
     if text is None: return None
     if not re.fullmatch(r"-?[0-9]{1,12}", text) or abs(int(text)) > most: raise ValueError(f"{name} must be a number")
@@ -204,7 +204,7 @@ def _charts_handlers(hub: Hub, recorded: RecordedHistory | None) -> dict[str, Ca
     return {"/charts": charts}
 
 # %% ../../nbs/ui/web.ipynb #57ea3001
-_MOST_SECONDS, _LARGEST = 3600, 2**60   # that a visitor may ask for
+_MOST_SECONDS, _LARGEST = 3600, 2**60   # limits for visitors
 
 def _stream_handlers(hub: Hub, places: Places) -> dict[str, Callable[..., Any]]:  # path after the prefix → handler
     "Return the streams: of changes, and of one wish"
@@ -250,7 +250,7 @@ def _metrics_handler(monitor: ResourceMonitor, processes: bool) -> Callable[...,
 
 # %% ../../nbs/ui/web.ipynb #ede4a538
 def _add(app: Any, path: str, handler: Callable[..., Any], method: str = "GET") -> None:
-    "Add a route, which is given requests that are no larger than a form, and whose answers have the headers"
+    "Add a route, which gets only requests up to the size of a form, and whose answers have the headers"
     name = f"resources_{handler.__name__}"
     app.route(path, methods=[method], name=name)(handler)
     route = next(r for r in reversed(app.router.routes) if getattr(r, "name", None) == name)
@@ -268,35 +268,35 @@ def _check_path(name: str, path: str | None) -> None:
 # %% ../../nbs/ui/web.ipynb #e12d4aee
 @dataclass(frozen=True)
 class ResourceRoutes:
-    "What `resource_routes` put into an app"
+    "The routes that `resource_routes` put into an app"
     hub: Hub
     monitor: ResourceMonitor
 
 def resource_routes(
-    app: Any,                                 # a FastHTML app; its own beforeware holds for these routes, too
+    app: Any,                                 # a FastHTML app; its own beforeware applies to these routes, too
     manager: ResourceManager | TakesSamples,  # or what watches a cluster, a ClusterResources
     prefix: str = "/resources",               # where they begin
     *,
     interval: float = 1.0,                    # seconds between two looks
     monitor: ResourceMonitor | None = None,   # one to share; `None`: the routes have their own
-    view: View = View(),                      # what is shown, and in which order
+    view: View = View(),                      # the choice and order
     controls: bool = False,                   # whether workers can be stopped
-    guard: Callable[..., Any] | None = None,  # who may stop them: `None` lets pass, a response refuses
+    guard: Callable[..., Any] | None = None,  # decides who can stop them: `None` allows, a response refuses
     metrics: str | None = None,               # where Prometheus finds metrics, as "/metrics" (extra `prometheus`)
     process_metrics: bool = False,            # a metric for each process, too: labels without bound
-    streams: int = STREAMS,                   # that may be open at a time; each page has one
-    recorded: RecordedHistory | None = None,  # for charts of an hour and a day; `None`: what this user's recorder keeps
+    streams: int = STREAMS,                   # maximum of open streams; each page has one
+    recorded: RecordedHistory | None = None,  # for charts of an hour and a day; `None`: this user's record
 ) -> ResourceRoutes:
     """Add the page, its fragment, its streams and its scripts.
 
-    `ValueError` for controls without a guard, `ImportError` for metrics without the extra.
+    Raise `ValueError` for controls without a guard, `ImportError` for metrics without the extra.
     """
     check_controls(manager, controls)
     _check_guard(guard, controls)
     places = Places(check_pid(streams, "streams"))
     for name, path in (("prefix", prefix), ("metrics", metrics)): _check_path(name, path)
     monitor = monitor or ResourceMonitor(manager, interval)
-    # before anything is added: it may not be installed
+    # before anything is added: it can be missing
     scrape = _metrics_handler(monitor, process_metrics) if metrics else None
     hub = Hub(monitor, view, (_stop_column(prefix),) if controls else ())
     handlers = {**_picture_handlers(hub, prefix), **_stream_handlers(hub, places), **_charts_handlers(hub, recorded)}
@@ -313,11 +313,11 @@ def make_app(
     interval: float = 1.0,      # seconds between two looks
     metrics: bool = False,      # whether Prometheus finds metrics at /metrics (extra `prometheus`)
     process_metrics: bool = False,   # with a metric for each process
-    streams: int = STREAMS,     # that may be open at a time; each page has one
+    streams: int = STREAMS,     # maximum of open streams; each page has one
 ) -> Gate:
     "Return an app with the page at /resources, and metrics if they are wanted"
     from fasthtml.core import FastHTML
-    app = FastHTML(default_hdrs=False, secret_key=secrets.token_hex(16))  # it writes no key into the current folder
+    app = FastHTML(default_hdrs=False, secret_key=secrets.token_hex(16))  # keeps keys out of the current folder
     resource_routes(app, manager, interval=interval, metrics="/metrics" if metrics else None,
                     process_metrics=process_metrics, streams=streams)
 
