@@ -160,7 +160,7 @@ def test_a_scheduler_that_hangs(shared):
             with within_limit(): conflict = resources.check_gpu_availability()
             assert {d.device.id for d in conflict.devices} == {"ada:0", "bob:0"}
             assert "did not respond within 1.5 s" in conflict.message
-            with within_limit(), pytest.raises(ResourceUnavailable, match="the scheduler tcp://.* did not answer"):
+            with within_limit(), pytest.raises(ResourceUnavailable, match="the scheduler tcp://.* did not respond"):
                 resources.submit(reserved, gpu_memory_mb=100)
             with within_limit(): assert "did not respond within" in visitor.get(f"{url}/resources").text
             with within_limit(): assert "cjm_resources_status" in visitor.get(f"{url}/metrics").text

@@ -320,7 +320,7 @@ def test_a_request_keeps_waiting_while_nothing_can_be_used_and_its_time_is_not_u
             assert waiting.poll() is None
         with pytest.raises(REFUSED): manager.reserve(1, timeout=5)   # … which only a new request is told at once
         time.sleep(0.5)
-        with pytest.raises(ResourceBusy, match="UUID could not be read.*Gave up after 1 s"): waiting.poll()
+        with pytest.raises(ResourceBusy, match="reading its UUID failed.*Gave up after 1 s"): waiting.poll()
         waiting.withdraw()
 
 

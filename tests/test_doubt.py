@@ -313,7 +313,7 @@ def test_a_driver_that_hangs_takes_no_more_than_the_callers_time(progress):
         async def reserve(): await manager.reserve_async(10, timeout=0.4, progress=progress)
         for attempt in (lambda: manager.reserve(10, timeout=0.4, progress=progress), lambda: asyncio.run(reserve())):
             started = time.monotonic()
-            with pytest.raises(ResourceUnavailable, match="did not answer"): attempt()
+            with pytest.raises(ResourceUnavailable, match="did not respond"): attempt()
             took.append(time.monotonic() - started)
         assert max(took) < 5
 

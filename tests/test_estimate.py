@@ -157,7 +157,7 @@ def test_parts_are_added_whichever_is_named(tmp_path):
         assert need.files == tuple(parts)
     parts[1].unlink()
     for path in (parts[0], parts[1], tmp_path):
-        with pytest.raises(ValueError, match="part 2 of 3 is not there"): estimate_need(path)
+        with pytest.raises(ValueError, match="part 2 of 3 is missing"): estimate_need(path)
     parts[0].rename(tmp_path/"blob")
     with pytest.raises(ValueError, match="is one of 3 parts"): estimate_need(tmp_path/"blob")
 
@@ -197,8 +197,8 @@ HEADER, SPACE = layout({"q": ("F32", (4,)), "k": ("F32", (2,))})
     ({"q": "F32"}, 8, "no dtype"),
     ({"__metadata__": {}}, 0, "has no tensors"),
     (b"", 0, "no valid header"),
-    (b"[]", 0, "not an object"),
-    (b"null", 0, "not an object"),
+    (b"[]", 0, "not a JSON object"),
+    (b"null", 0, "not a JSON object"),
     (b"\xff\xfe", 0, "no valid header"),
     (b"{" + b'"a":{'*100_000, 0, "nested too deeply"),
     (b'{"a": ' + b"9"*10_000 + b"}", 0, ""),
@@ -270,7 +270,7 @@ def test_links_that_lead_nowhere_or_around(tmp_path):
 
 def test_names_stay_in_the_folder_and_on_one_line(tmp_path):
     (tmp_path/"model.safetensors.index.json").write_text('{"weight_map": {"q": "../../etc/passwd"}}')
-    with pytest.raises(ValueError, match="something else than a file beside it"): estimate_need(tmp_path)
+    with pytest.raises(ValueError, match="it names files outside its folder"): estimate_need(tmp_path)
     odd = tmp_path/"a\x1b[2J\n.safetensors"
     odd.write_bytes(b"")
     with pytest.raises(ValueError) as caught: estimate_need(odd)

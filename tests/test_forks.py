@@ -52,7 +52,7 @@ if os.fork() == 0:
     if os.fork() == 0: os._exit(10*first.calls + last.calls)
     os._exit(os.waitstatus_to_exitcode(os.wait()[1]))
 print(os.waitstatus_to_exitcode(os.wait()[1]), first.calls)
-""").count("Broken could not be made new after a fork") == 2    # in the child and in its child
+""").count("resetting Broken after a fork failed") == 2    # in the child and in its child
 
 
 def test_a_grandchild_of_a_daemon_and_the_children_of_multiprocessing_use_everything():

@@ -149,7 +149,7 @@ def test_the_app_never_has_more_than_is_used(monkeypatch):
     monkeypatch.setattr(ram.SharedPages, "count", huge)
     found = ResourceManager().check_memory_availability(0)
     assert found.memory.app_memory == found.memory.memory.used and found.memory.external_memory == 0
-    assert found.status is ResourceStatus.APP_BUSY and found.estimated and "(an estimate)" in found.message
+    assert found.status is ResourceStatus.APP_BUSY and found.estimated and "(estimate)" in found.message
 
 
 @linux

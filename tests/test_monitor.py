@@ -119,7 +119,7 @@ def test_a_sample_is_old_after_three_intervals():
             monitor.keep(replace(first, taken=time.monotonic() - seconds))
             return monitor.latest.stale
 
-        assert [aged(29), aged(30.6)] == [None, "nothing newer for 31 s"]
+        assert [aged(29), aged(30.6)] == [None, "no new data for 31 s"]
         old = monitor.latest.number
         assert monitor.current().number == old + 1      # one was taken
         assert monitor.current() is monitor.latest      # and it is of this moment
@@ -178,7 +178,7 @@ def test_what_a_monitor_cannot_watch_is_named(caplog):
         subscription = Subscription(bad, lambda s: None)
         for _ in range(2): subscription.tell(seen[0])
         logged = [r.getMessage() for r in caplog.records]
-        assert logged == ["a subscriber of the resource monitor raised; its further errors are left out of the log"]
+        assert logged == ["a subscriber of the resource monitor raised; further errors of it are not logged"]
         assert calls == [seen[0]]*2
 
 
@@ -254,7 +254,7 @@ def test_a_subscriber_that_raises_what_ends_programs_does_not_end_the_sampler(ca
         for subscription in bad: subscription.close()
         wait_until(lambda: not monitor.running)
     logged = [r.getMessage() for r in caplog.records]
-    assert logged.count("a subscriber of the resource monitor raised; its further errors are left out of the log") == 4
+    assert logged.count("a subscriber of the resource monitor raised; further errors of it are not logged") == 4
     assert logged.count("the resource monitor could not take a sample; repetitions are left out of the log") == 1
 
 

@@ -58,7 +58,7 @@ def test_what_is_not_known_is_not_the_same(first, second, same): assert compare_
 def test_a_plugin_is_called_by_its_name_else_by_its_id():
     assert [find_plugin(Registry(), name)[1] for name in Registry.plugins] == ["Whisper", "nameless", "empty", "remote"]
     for registry in (Registry(), Quiet()):
-        with pytest.raises(LookupError, match="^there is no plugin 'other'$"): find_plugin(registry, "other")
+        with pytest.raises(LookupError, match="^no plugin is called 'other'$"): find_plugin(registry, "other")
 
 
 def test_what_is_given_counts_before_what_is_saved_and_is_copied():

@@ -52,7 +52,7 @@ def test_a_reservation_counts_against_both_and_what_is_used_of_it_only_once():
                 ram = manager.check_memory_availability()
                 assert ram.memory.room == 30_000*MIB and ram.memory.promised == 15_000*MIB
                 assert sum(ram.memory.shares.values()) == (USED + 40_000)*MIB
-            with pytest.raises(ResourceBusy, match="in use as RAM"): manager.reserve(30_001, timeout=0)
+            with pytest.raises(ResourceBusy, match="programs in RAM"): manager.reserve(30_001, timeout=0)
         assert manager.check_memory_availability().memory.promised == 0
 
 

@@ -288,7 +288,7 @@ def test_a_plugin_that_fails_is_named_with_what_it_did(caplog):
     assert (state.container_id, state.conda_env) == ("c0ffee", "speech")
     assert warned(caplog) == [
         "Odd.get_execution_mode() raised RuntimeError: not ready",
-        "Odd.get_child_pids() gave ['7', True, -1, 0], which are no PIDs",
+        "Odd.get_child_pids() returned ['7', True, -1, 0], which are not valid PIDs",
     ]
     plugin.get_execution_mode, plugin.get_child_pids = (lambda: "docker"), (lambda: [])
     assert manager.refresh_worker(5_000_007).execution_mode == "docker" and not warned(caplog)
@@ -336,7 +336,7 @@ def test_a_rented_machine_costs_what_its_plugin_estimates_else_its_price_per_hou
     assert cost(2, None) == 2 and cost(2, None, 3) == 6
     assert cost(2, lambda hours: True, 3) == 6 and not warned(caplog)
     assert cost(None, None) == 0.0
-    assert warned(caplog) == ["the plugin of worker 5000041 says nothing about cost; it is left out of the sum"]
+    assert warned(caplog) == ["the plugin of worker 5000041 reports no cost; it is left out of the sum"]
 
 
 def test_a_plugin_that_hangs_holds_up_no_check_and_is_heard_when_it_answers(caplog, monkeypatch):
@@ -364,7 +364,7 @@ def test_a_plugin_that_hangs_holds_up_no_check_and_is_heard_when_it_answers(capl
         assert (conflict.status, conflict.notes) == (ResourceStatus.AVAILABLE, (note,))
         assert 0.5 <= time.monotonic() - began < 2
         assert warned(caplog) == [
-            "the plugin of worker 5000007 does not answer within 0.5 s; what it said before counts until it does"]
+            "the plugin of worker 5000007 is not responding within 0.5 s; its last report counts until it does"]
         assert manager.get_worker_by_pid(5_000_007).child_pids == [GONE]
         assert manager.get_worker_by_pid(5_000_008).child_pids == [GONE + 1]   # the others are heard
         time.sleep(0.06)
