@@ -1,6 +1,7 @@
 "The history: a recorder that is killed, a full disk, a clock that jumps, hostile names, months in 64 MB"
 import os
 import signal
+import sqlite3
 import subprocess
 import sys
 import time
@@ -11,10 +12,12 @@ import pytest
 from click.testing import CliRunner
 from conftest import GIB, wait_until
 
+from cjm_fasthtml_resources import explain_out_of_memory
 from cjm_fasthtml_resources.cli import main
 from cjm_fasthtml_resources.core.folder import StoreError
 from cjm_fasthtml_resources.core.manager import ResourceManager
 from cjm_fasthtml_resources.core.monitor import ResourceMonitor
+from cjm_fasthtml_resources.recorded.changes import Change
 from cjm_fasthtml_resources.recorded.file import (
     LEVELS,
     MINUTE,
@@ -181,3 +184,55 @@ def test_a_file_of_a_later_version_is_said_and_left(tmp_path):
     for use in (lambda: read_rows(path, SECOND), lambda: add(path, [row_at(2)])):
         with pytest.raises(StoreError, match="has version 99"): use()
     assert path.exists() and not list(tmp_path.glob("*.damaged*"))
+
+
+def lacks_memory(**more) -> str:
+    "The explanation of an error on a GPU that another program has filled"
+    gpu = SimulatedGpu(memory_total_mb=24576, uuid="GPU-1", processes=[SimulatedProcess(4711, 24000)])
+    with SimulatedDriver([gpu], SimulatedMachine(processes=[SimulatedHostProcess(4711, "train.py", "bob")])):
+        found = explain_out_of_memory(RuntimeError("CUDA out of memory. Tried to allocate 8.00 GiB."), **more)
+    assert found is not None and "train.py" in found
+    return found
+
+
+def test_an_explanation_names_who_came_shortly_before_and_not_who_came_long_before(tmp_path):
+    path, now = tmp_path/"history.sqlite3", time.time()
+    came = Change("started", "GPU-1", 4711, f"{HOSTILE} (PID 4711, bob) started on GPU 0, 27.0 GiB.")
+    add(path, [], [(now - 4000, came._replace(text="long ago")), (now - 60, came),
+                   (now - 50, came._replace(place="GPU-2", text="elsewhere")),
+                   (now - 40, came._replace(pid=os.getpid(), text="the job itself"))])
+    text = lacks_memory(history=path)
+    clock = time.strftime("%H:%M", time.localtime(now - 60))
+    assert f"Shortly before: at {clock}" in text and "(PID 4711, bob) started on GPU 0, 27.0 GiB. To fix it" in text
+    assert not {"\x1b", "\x07", "\u202e", "\n"} & set(text)
+    assert not any(words in text for words in ("long ago", "elsewhere", "itself"))
+
+
+def test_an_explanation_goes_without_a_history_that_cannot_be_read_now(tmp_path):
+    path = tmp_path/"history.sqlite3"
+    plain = lacks_memory()
+    assert lacks_memory(history=path) == plain and not path.exists()
+    add(path, [], [(time.time(), Change("started", "GPU-1", 4711, "train.py started."))])
+    assert "Shortly before" in lacks_memory(history=path)
+    writer = sqlite3.connect(path, isolation_level=None)
+    writer.execute("BEGIN EXCLUSIVE")                              # a recorder in the middle of writing
+    began = time.monotonic()
+    assert lacks_memory(history=path) == plain
+    assert time.monotonic() - began < 4                            # SQLite's own wait would be 5 s
+    writer.execute("UPDATE changes SET text = x'ff', pid = 'x'")
+    writer.execute("COMMIT")
+    assert "Cannot read" not in lacks_memory(history=path)
+    writer.execute("UPDATE changes SET time = 1e300")
+    writer.close()
+    assert lacks_memory(history=path) == plain
+    path.write_bytes(b"damaged"*1000)
+    assert lacks_memory(history=path) == plain
+    assert [*tmp_path.iterdir()] == [path] and path.read_bytes() == b"damaged"*1000
+
+
+def test_where_there_is_no_history_an_explanation_does_not_import_it(tmp_path):
+    code = ("import sys\nfrom cjm_fasthtml_resources.core.out_of_memory import history_file, read_lately\n"
+            "assert read_lately() == ()\nassert not any('.recorded' in name for name in sys.modules)\n"
+            "from cjm_fasthtml_resources.recorded.file import history_path\nassert history_file() == history_path()\n")
+    env = dict(os.environ, CJM_RESOURCES_DIR=str(tmp_path))
+    subprocess.run([sys.executable, "-c", code], env=env, check=True, timeout=60)
