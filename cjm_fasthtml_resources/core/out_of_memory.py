@@ -27,7 +27,7 @@ from .room import held_by, usable
 from .stopping import is_idle
 from .text import format_bytes, list_names, printable
 
-# %% ../../nbs/core/out_of_memory.ipynb #c5c49531
+# %% ../../nbs/core/out_of_memory.ipynb #09b6379d
 if TYPE_CHECKING:
     from cjm_fasthtml_resources.recorded.changes import Change
 
@@ -293,7 +293,7 @@ class Scene:
     workers: tuple[WorkerState, ...] = ()            # the app's
     pid: int | None = None                           # the process that ran out of memory; `None`: unknown
     environ: Mapping[str, str] = field(default_factory=dict)   # its CUDA_VISIBLE_DEVICES and CUDA_DEVICE_ORDER
-    lately: "tuple[tuple[float, Change], ...]" = ()            # a recorder's events of the last minutes, with their times
+    lately: "tuple[tuple[float, Change], ...]" = ()            # a recorder's events of the last minutes
 
 # %% ../../nbs/core/out_of_memory.ipynb #67f45daf
 def _possible_ids(place: int, conflict: ResourceConflict, environ: Mapping[str, str]) -> set[int | str]:
@@ -479,7 +479,7 @@ def ways_out(
         case "freed": return [*wait, *raised]
         case _: return [*_elsewhere(scene, devices, need), *_idle_workers(scene, devices), *wait]
 
-# %% ../../nbs/core/out_of_memory.ipynb #f153d494
+# %% ../../nbs/core/out_of_memory.ipynb #d4563fd7
 LATELY = 300.0   # seconds before memory ran out
 
 def history_file() -> Path:
