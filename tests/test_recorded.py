@@ -17,6 +17,7 @@ from cjm_fasthtml_resources.cli import main
 from cjm_fasthtml_resources.core.folder import StoreError
 from cjm_fasthtml_resources.core.manager import ResourceManager
 from cjm_fasthtml_resources.core.monitor import ResourceMonitor
+from cjm_fasthtml_resources.core.samples import take_sample
 from cjm_fasthtml_resources.recorded.changes import Change
 from cjm_fasthtml_resources.recorded.file import (
     LEVELS,
@@ -31,13 +32,16 @@ from cjm_fasthtml_resources.recorded.file import (
 )
 from cjm_fasthtml_resources.recorded.history import RecordedHistory
 from cjm_fasthtml_resources.recorded.recorder import Recorder
-from cjm_fasthtml_resources.recorded.rows import Place, Row, Share
+from cjm_fasthtml_resources.recorded.replay import replay
+from cjm_fasthtml_resources.recorded.rows import Place, Row, Share, to_row
+from cjm_fasthtml_resources.recorded.scenario import save_scenario
 from cjm_fasthtml_resources.simulate import (
     SimulatedDriver,
     SimulatedGpu,
     SimulatedHostProcess,
     SimulatedMachine,
     SimulatedProcess,
+    load_scenario,
 )
 
 HOSTILE = "\x1b]0;owned\x07<script>alert(1)</script>\n\u202e"
@@ -236,3 +240,104 @@ def test_where_there_is_no_history_an_explanation_does_not_import_it(tmp_path):
             "from cjm_fasthtml_resources.recorded.file import history_path\nassert history_file() == history_path()\n")
     env = dict(os.environ, CJM_RESOURCES_DIR=str(tmp_path))
     subprocess.run([sys.executable, "-c", code], env=env, check=True, timeout=60)
+
+
+def test_a_saved_moment_is_the_same_machine_on_the_simulated_driver(tmp_path):
+    gpus = [SimulatedGpu("NVIDIA A100", 40960, uuid="GPU-7", temperature=61, processes=[
+        SimulatedProcess(4711, 9000), SimulatedProcess(4712, None), SimulatedProcess(4713, 12000)]), SimulatedGpu()]
+    machine = SimulatedMachine(40000, 9000, processes=[
+        SimulatedHostProcess(4711, "train.py", "bob", memory_mb=700), SimulatedHostProcess(4713, "python", "ada")])
+    with SimulatedDriver(gpus, machine):
+        manager = ResourceManager(track_self=False)
+        manager.register_worker(4713, "transcription", plugin_name="whisper", job_id="job-1")
+        row = to_row(take_sample(manager))
+        told = manager.check_gpu_availability()
+    save_scenario(row, tmp_path/"moment.json")
+    with load_scenario(tmp_path/"moment.json") as driver:
+        again = ResourceManager(track_self=False)
+        for worker in driver.workers: again.register_worker(**worker)
+        answer, ram = again.check_gpu_availability(), again.check_memory_availability().memory
+
+    def known(conflict):
+        return [(d.device.name, d.device.uuid, d.device.memory_total, d.device.memory_used, d.device.temperature,
+                 d.status, d.shares, [(p.pid, p.name, p.username, p.memory_used, p.owner) for p in d.processes])
+                for d in conflict.devices]
+
+    first, second = known(told), known(answer)
+    assert first[0][:7] == second[0][:7] and answer.message == told.message
+    assert {p[0]: p[2:] for p in first[0][7]} == {p[0]: p[2:] for p in second[0][7]}
+    assert ram.memory.total == 40000*2**20 and ram.memory.used == 9000*2**20
+    assert again.get_worker_by_pid(4713).job_id == "job-1"
+    output = CliRunner().invoke(main, ["--simulate", str(tmp_path/"moment.json")]).output
+    assert "train.py" in output and "bob" in output
+
+
+@pytest.mark.parametrize("name", [HOSTILE, "\ud800", "x\0y", "界"*60, "", "../../etc worker, x", "a worker"*20])
+def test_hostile_names_in_a_saved_scenario_stay_text(tmp_path, name):
+    share = Share(4711, 7.5, "app", name, name, GIB, GIB)
+    row = row_at(1_800_000_000)
+    row = row._replace(places=(row.places[0]._replace(name=name, shares=(share, share._replace(pid=0))),))
+    save_scenario(row, tmp_path/"moment.json")
+    with load_scenario(tmp_path/"moment.json") as driver:
+        manager = ResourceManager(track_self=False)
+        for worker in driver.workers: manager.register_worker(**worker)
+        found = manager.check_gpu_availability()
+    assert len(found.devices[0].processes) == 2 and len(found.app_pids) == 2
+    output = CliRunner().invoke(main, ["--simulate", str(tmp_path/"moment.json")]).output
+    assert "4711" in output and not {"\x1b", "\x07", "\u202e", "\0"} & set(output)
+
+
+@pytest.mark.parametrize("wrong", [
+    dict(temperature="hot"), dict(total="x"), dict(most=-5), dict(key=7), dict(name=None),
+    dict(shares=(Share(-4, 1.0, "app", "x", "y", GIB, GIB),))])
+def test_a_row_of_a_damaged_history_is_refused_and_no_file_is_left(tmp_path, wrong):
+    row = row_at(1_800_000_000)
+    with pytest.raises(ValueError, match="this row of the history cannot be a scenario"):
+        save_scenario(row._replace(places=(row.places[0]._replace(**wrong),)), tmp_path/"moment.json")
+    assert not [*tmp_path.iterdir()]
+
+
+def test_the_commands_say_what_is_wrong_with_their_files(tmp_path):
+    path, out = tmp_path/"history.sqlite3", tmp_path/"moment.json"
+    for arguments in (["--at", "03:12", "--save-scenario", str(out)], ["--what-if-threshold", "60"]):
+        def run(*more, arguments=arguments):
+            return CliRunner().invoke(main, ["history", *arguments, "--file", str(path), *more])
+        path.unlink(missing_ok=True)
+        assert run().exit_code == 66 and "no data of that time" in run().output and not path.exists()
+        path.write_bytes(b"damaged"*1000)
+        assert run().exit_code == 74 and "not a database" in run().output
+        assert not out.exists() and path.read_bytes() == b"damaged"*1000
+    now = time.time()
+    path.unlink()
+    add(path, [row_at(now - 20 + n) for n in range(10)])
+    when = time.strftime("%Y-%m-%dT%H:%M:%S", time.localtime(now - 15))
+    for target, code in ((tmp_path/"nowhere"/"x.json", 74), (tmp_path/"x.txt", 2)):
+        found = CliRunner().invoke(main, ["history", "--at", when, "--save-scenario", str(target), "--file", str(path)])
+        assert found.exit_code == code, found.output
+
+
+@pytest.mark.parametrize("threshold", [0, 4.1, 4.2, 45, 60, 100])
+@pytest.mark.parametrize("used", [(0, 0, 0), (1, 0, 0), (0, 1, 0), (6, 1, 0), (10, 14, 0), (0, 1, 13), (20, 0, 4)])
+def test_a_replay_answers_as_a_check_of_the_same_moment_does(tmp_path, threshold, used):
+    app, external, hidden = (size*GIB for size in used)
+    shares = tuple(Share(pid, 7.5, owner, "python", "ada", size, size)
+                   for pid, owner, size in ((11, "app", app), (12, "external", external)) if size)
+    total = app + external + hidden
+    gpu = Place("GPU-1", 0, "NVIDIA L4", "", 24*GIB, total, total, app, external, hidden, 0, 5, 40, 30.0, shares)
+    row = Row(1_800_000_000.0, 1.0, (gpu,))
+    save_scenario(row, tmp_path/"moment.json")
+    with load_scenario(tmp_path/"moment.json") as driver:
+        manager = ResourceManager(threshold, track_self=False)
+        for worker in driver.workers: manager.register_worker(**worker)
+        checked = manager.check_gpu_availability().status
+    assert replay([row], threshold, usual=45).answers[0].other is checked
+
+
+def test_what_if_lists_the_stretches_with_another_answer(tmp_path):
+    path, now = tmp_path/"history.sqlite3", time.time()
+    rows = [row_at(now - 100 + n) for n in range(100)]
+    busy = [row._replace(places=(row.places[0]._replace(used=12*GIB, external=12*GIB),)) for row in rows[40:]]
+    add(path, rows[:40] + busy)
+    found = CliRunner().invoke(main, ["history", "--since", "10m", "--what-if-threshold", "60", "--file", str(path)])
+    assert found.exit_code == 0 and "With 60 %" in found.output and "(45 %)" in found.output
+    assert "available instead of external busy, for 1 min" in found.output
