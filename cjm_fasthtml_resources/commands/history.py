@@ -122,7 +122,7 @@ def moment_view(
         yield ()
         yield from change_lines(changes, width)
 
-# %% ../../nbs/commands/history.ipynb #2497e841
+# %% ../../nbs/commands/history.ipynb #35cf4c08
 def only_gpu(
     rows: Sequence[Row],
     gpu: str | None,   # as tables show it; `None`: all
@@ -147,8 +147,8 @@ def replay_record(found: Replay) -> dict[str, Any]:
     "Return the same as a record for JSON; times in seconds"
     answers = [dict(time=a.time, seconds=a.seconds, usual=a.usual.value, other=a.other.value) for a in found.answers]
     return dict(schema_version=SCHEMA_VERSION, threshold_percent=found.threshold, usual_threshold_percent=found.usual,
-                seconds=found.seconds, available_seconds=found.available,
-                usually_available_seconds=found.usually_available, answers=answers)
+                seconds=found.seconds, available_seconds=found.seconds_of()[0],
+                usually_available_seconds=found.seconds_of()[1], answers=answers)
 
 # %% ../../nbs/commands/history.ipynb #77a0fe19
 _EXAMPLES = """\b
@@ -157,7 +157,6 @@ Examples:
   cjm-resources history --since 30m --until 03:30
   cjm-resources history --at 03:12
   cjm-resources history --at 03:12 --save-scenario night.json
-  cjm-resources history --since 12h --what-if-threshold 60
   cjm-resources history --since 12h --what-if-threshold 60
   cjm-resources history --since 7d --csv > week.csv"""
 
@@ -173,7 +172,7 @@ def _write(rows: Sequence[Row], changes: Sequence[tuple[float, Change]], as_csv:
     writer.writeheader()
     writer.writerows(records)
 
-# %% ../../nbs/commands/history.ipynb #25ae6aff
+# %% ../../nbs/commands/history.ipynb #721f021b
 def _fail_without_data(history: RecordedHistory) -> NoReturn:
     fail(f"no data of that time in {history.file}. cjm-resources record collects it, and writes every ten seconds",
          os.EX_NOINPUT)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['recheck', 'recheck_row', 'Answers', 'say_hours', 'Replay', 'replay']
 
-# %% ../../nbs/recorded/replay.ipynb #02a206c9
+# %% ../../nbs/recorded/replay.ipynb #2e30c528
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -16,7 +16,7 @@ from ..core.gpu import GpuDevice
 from ..core.resources import DeviceStatus, OwnedProcess, Promise, ResourceStatus
 from .rows import Place, Row
 
-# %% ../../nbs/recorded/replay.ipynb #5b34f2af
+# %% ../../nbs/recorded/replay.ipynb #15a12278
 def recheck(
     place: Place,       # a GPU
     threshold: float,   # percent of its memory
@@ -33,7 +33,7 @@ def recheck_row(row: Row, threshold: float) -> ResourceStatus:
     "Return what a check of all GPUs of a row answers with a threshold"
     return conclude([recheck(place, threshold) for place in row.places if place.key != "ram"], threshold).status
 
-# %% ../../nbs/recorded/replay.ipynb #33dc9690
+# %% ../../nbs/recorded/replay.ipynb #27d9643e
 class Answers(NamedTuple):
     "What a check would have answered in one row"
     time: float                # when it begins, in seconds since the epoch
@@ -46,7 +46,7 @@ def say_hours(seconds: float) -> str:
     hours, minutes = divmod(round(seconds/60), 60)
     return f"{hours} h {minutes} min" if hours else f"{minutes} min"
 
-# %% ../../nbs/recorded/replay.ipynb #94e5b16c
+# %% ../../nbs/recorded/replay.ipynb #0875e8ba
 @dataclass(frozen=True)
 class Replay:
     "The answers of checks in a stretch of time, with two thresholds"
@@ -55,17 +55,17 @@ class Replay:
     answers: tuple[Answers, ...]    # of each row, the oldest first
 
     @property
-    def seconds(self) -> float: return sum(answer.seconds for answer in self.answers)
+    def seconds(self) -> float:
+        "Return for how many seconds there are rows"
+        return sum(answer.seconds for answer in self.answers)
 
-    @property
-    def available(self) -> float:
-        "Return the seconds for which the other threshold answers that a job can start"
-        return sum(a.seconds for a in self.answers if a.other is ResourceStatus.AVAILABLE)
-
-    @property
-    def usually_available(self) -> float:
-        "Return the same for the threshold that is compared with"
-        return sum(a.seconds for a in self.answers if a.usual is ResourceStatus.AVAILABLE)
+    def seconds_of(
+        self,
+        status: ResourceStatus = ResourceStatus.AVAILABLE,
+    ) -> tuple[float, float]:
+        "Return for how many seconds a check answers so, with the threshold and with the usual one"
+        return (sum(a.seconds for a in self.answers if a.other is status),
+                sum(a.seconds for a in self.answers if a.usual is status))
 
     @property
     def stretches(self) -> list[Answers]:
@@ -74,10 +74,13 @@ class Replay:
 
     def __str__(self) -> str:
         if not self.answers: return "There is no data of that time."
-        return (f"With {self.threshold:g} % a job could have started for {say_hours(self.available)} instead of "
-                f"{say_hours(self.usually_available)} ({self.usual:g} %), of {say_hours(self.seconds)} on record.")
+        free, usually_free = map(say_hours, self.seconds_of())
+        busy, usually_busy = map(say_hours, self.seconds_of(ResourceStatus.EXTERNAL_BUSY))
+        return (f"With {self.threshold:g} % a job could have started for {free} instead of {usually_free} "
+                f"({self.usual:g} %), of {say_hours(self.seconds)} on record. Every GPU would have been busy with "
+                f"other programs for {busy} instead of {usually_busy}.")
 
-# %% ../../nbs/recorded/replay.ipynb #ac223bd4
+# %% ../../nbs/recorded/replay.ipynb #62cae82b
 def _join(answers: Sequence[Answers]) -> Iterator[Answers]:
     "Yield the rows in which both answers differ, and those that follow one another as one"
     now: Answers | None = None
