@@ -15,6 +15,7 @@ from conftest import GIB, wait_until
 from cjm_fasthtml_resources import explain_out_of_memory
 from cjm_fasthtml_resources.cli import main
 from cjm_fasthtml_resources.core.folder import StoreError
+from cjm_fasthtml_resources.core.gpu import GpuSnapshot
 from cjm_fasthtml_resources.core.manager import ResourceManager
 from cjm_fasthtml_resources.core.monitor import ResourceMonitor
 from cjm_fasthtml_resources.core.samples import take_sample
@@ -26,6 +27,7 @@ from cjm_fasthtml_resources.recorded.file import (
     SECOND,
     add,
     alone,
+    history_path,
     opened,
     read_changes,
     read_rows,
@@ -57,6 +59,7 @@ def row_at(when: float, seconds: float = 1.0, processes: int = 1) -> Row:
 RECORDER = """
 import sys, time
 from pathlib import Path
+from cjm_fasthtml_resources.core.gpu import GpuSnapshot
 from cjm_fasthtml_resources.core.manager import ResourceManager
 from cjm_fasthtml_resources.core.monitor import ResourceMonitor
 from cjm_fasthtml_resources.recorded import recorder
@@ -341,3 +344,15 @@ def test_what_if_lists_the_stretches_with_another_answer(tmp_path):
     found = CliRunner().invoke(main, ["history", "--since", "10m", "--what-if-threshold", "60", "--file", str(path)])
     assert found.exit_code == 0 and "With 60 %" in found.output and "(45 %)" in found.output
     assert "available instead of external busy, for 1 min" in found.output
+
+
+def test_the_error_of_a_job_names_who_came_shortly_before(tmp_path, monkeypatch):
+    monkeypatch.setenv("CJM_RESOURCES_DIR", str(tmp_path))
+    monkeypatch.setattr(GpuSnapshot, "simulated", False)      # of a real machine the user's own history is read
+    add(history_path(), [], [(time.time() - 60, Change("started", "GPU-1", 4711, "train.py (PID 4711, bob) started."))])
+    gpu = SimulatedGpu(memory_total_mb=24576, uuid="GPU-1", processes=[SimulatedProcess(4711, 1000)])
+    with SimulatedDriver([gpu]), pytest.raises(RuntimeError) as raised, ResourceManager().job("a", gpu_memory_mb=2000):
+        gpu.processes[0].memory_mb = 24000
+        raise RuntimeError("CUDA out of memory. Tried to allocate 8.00 GiB.")
+    text = "\n".join([str(raised.value), *getattr(raised.value, "__notes__", ())])
+    assert "Shortly before: at " in text and "(PID 4711, bob) started" in text

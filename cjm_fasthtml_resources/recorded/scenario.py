@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['number_processes', 'to_worker', 'to_scenario', 'save_scenario']
 
-# %% ../../nbs/recorded/scenario.ipynb #b1ec8386
+# %% ../../nbs/recorded/scenario.ipynb #77da822a
 import itertools
 import json
 import os
@@ -17,10 +17,9 @@ from typing import Any
 
 from ..core.arguments import check_pid
 from ..core.text import printable
-from ..simulated.scenarios import parse_scenario
 from .rows import Place, Row, Share
 
-# %% ../../nbs/recorded/scenario.ipynb #1949667b
+# %% ../../nbs/recorded/scenario.ipynb #5cf07ed0
 _FIRST = 2_000_000_000   # of the PIDs that are made up, above those of Linux
 
 def number_processes(
@@ -36,7 +35,7 @@ def number_processes(
 
 def _shares(row: Row) -> Iterator[Share]: return (share for place in row.places for share in place.shares)
 
-# %% ../../nbs/recorded/scenario.ipynb #2617cf4d
+# %% ../../nbs/recorded/scenario.ipynb #d93c3637
 _LONGEST = 95   # bytes of a text that the driver gives
 
 def _fit(text: str) -> str:
@@ -59,7 +58,7 @@ def to_worker(
     parts = found.groupdict() if found else dict(worker_type=name or "recorded")
     return dict(pid=pid, **{key: value for key, value in parts.items() if value})
 
-# %% ../../nbs/recorded/scenario.ipynb #8cef5bbc
+# %% ../../nbs/recorded/scenario.ipynb #d71aba6d
 def _gpu(place: Place, numbers: dict[tuple[int, float | None], int]) -> dict[str, Any]:
     "Return a GPU as the fields of a simulated one"
     processes = [dict(pid=numbers[s.key], memory_mb=_mib(s.most) if s.most else None) for s in place.shares]
@@ -79,7 +78,7 @@ def _faults(number: int, place: Place) -> Iterator[dict[str, Any]]:
     if not place.total or place.most is None: calls += ["nvmlDeviceGetMemoryInfo", "nvmlDeviceGetMemoryInfo_v2"]
     for call in calls: yield dict(call=call, error=_NOT_SUPPORTED, gpu=number)
 
-# %% ../../nbs/recorded/scenario.ipynb #2acac886
+# %% ../../nbs/recorded/scenario.ipynb #6f12b9aa
 def _machine(row: Row, numbers: dict[tuple[int, float | None], int]) -> dict[str, Any]:
     "Return the machine with its processes"
     ram, found = row.place("ram"), {share.key: share for share in _shares(row)}
@@ -92,6 +91,7 @@ def to_scenario(
     row: Row,   # of `RecordedHistory.at`
 ) -> dict[str, Any]:
     "Return a recorded moment as a scenario; `ValueError` if a figure is impossible, as in a damaged file"
+    from cjm_fasthtml_resources.simulated.scenarios import parse_scenario  # 20 ms, which `history` starts without
     try:
         numbers, gpus = number_processes(row), [place for place in row.places if place.key != "ram"]
         app = {numbers[share.key]: share for share in _shares(row) if share.owner == "app"}
@@ -105,7 +105,7 @@ def to_scenario(
         raise ValueError(f"this row of the history cannot be a scenario: {error}") from None
     return scenario
 
-# %% ../../nbs/recorded/scenario.ipynb #10b2dc7e
+# %% ../../nbs/recorded/scenario.ipynb #584bea56
 def save_scenario(
     row: Row,           # of `RecordedHistory.at`
     path: str | Path,   # of a new or an existing file, whose name ends in .json
