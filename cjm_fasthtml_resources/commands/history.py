@@ -122,7 +122,7 @@ def moment_view(
         yield ()
         yield from change_lines(changes, width)
 
-# %% ../../nbs/commands/history.ipynb #35cf4c08
+# %% ../../nbs/commands/history.ipynb #90beb111
 def only_gpu(
     rows: Sequence[Row],
     gpu: str | None,   # as tables show it; `None`: all
@@ -172,7 +172,7 @@ def _write(rows: Sequence[Row], changes: Sequence[tuple[float, Change]], as_csv:
     writer.writeheader()
     writer.writerows(records)
 
-# %% ../../nbs/commands/history.ipynb #721f021b
+# %% ../../nbs/commands/history.ipynb #b3bd5359
 def _fail_without_data(history: RecordedHistory) -> NoReturn:
     fail(f"no data of that time in {history.file}. cjm-resources record collects it, and writes every ten seconds",
          os.EX_NOINPUT)
@@ -222,7 +222,8 @@ def command(since: float, until: float | None, moment: float | None, gpu: str | 
 
     Exits with 66 without data of that time, with 74 when the file is unusable.
     """
-    if scenario and moment is None: raise click.UsageError("--save-scenario needs --at, which names the moment")
+    if scenario and (moment is None or gpu is not None or as_json or as_csv):
+        raise click.UsageError("--save-scenario saves the whole machine at one moment: give --at alone with it")
     if what_if is not None and (moment is not None or as_csv):
         raise click.UsageError("--what-if-threshold is about a stretch of time: leave --at and --csv out")
     history, terminal = RecordedHistory(path), read_terminal()
