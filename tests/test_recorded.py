@@ -1,6 +1,7 @@
 "The history: a recorder that is killed, a full disk, a clock that jumps, hostile names, months in 64 MB"
 import os
 import signal
+import sqlite3
 import subprocess
 import sys
 import time
@@ -11,10 +12,14 @@ import pytest
 from click.testing import CliRunner
 from conftest import GIB, wait_until
 
+from cjm_fasthtml_resources import explain_out_of_memory
 from cjm_fasthtml_resources.cli import main
 from cjm_fasthtml_resources.core.folder import StoreError
+from cjm_fasthtml_resources.core.gpu import GpuSnapshot
 from cjm_fasthtml_resources.core.manager import ResourceManager
 from cjm_fasthtml_resources.core.monitor import ResourceMonitor
+from cjm_fasthtml_resources.core.samples import take_sample
+from cjm_fasthtml_resources.recorded.changes import Change
 from cjm_fasthtml_resources.recorded.file import (
     LEVELS,
     MINUTE,
@@ -22,19 +27,23 @@ from cjm_fasthtml_resources.recorded.file import (
     SECOND,
     add,
     alone,
+    history_path,
     opened,
     read_changes,
     read_rows,
 )
 from cjm_fasthtml_resources.recorded.history import RecordedHistory
 from cjm_fasthtml_resources.recorded.recorder import Recorder
-from cjm_fasthtml_resources.recorded.rows import Place, Row, Share
+from cjm_fasthtml_resources.recorded.replay import replay
+from cjm_fasthtml_resources.recorded.rows import Place, Row, Share, to_row
+from cjm_fasthtml_resources.recorded.scenario import save_scenario
 from cjm_fasthtml_resources.simulate import (
     SimulatedDriver,
     SimulatedGpu,
     SimulatedHostProcess,
     SimulatedMachine,
     SimulatedProcess,
+    load_scenario,
 )
 
 HOSTILE = "\x1b]0;owned\x07<script>alert(1)</script>\n\u202e"
@@ -50,6 +59,7 @@ def row_at(when: float, seconds: float = 1.0, processes: int = 1) -> Row:
 RECORDER = """
 import sys, time
 from pathlib import Path
+from cjm_fasthtml_resources.core.gpu import GpuSnapshot
 from cjm_fasthtml_resources.core.manager import ResourceManager
 from cjm_fasthtml_resources.core.monitor import ResourceMonitor
 from cjm_fasthtml_resources.recorded import recorder
@@ -181,3 +191,168 @@ def test_a_file_of_a_later_version_is_said_and_left(tmp_path):
     for use in (lambda: read_rows(path, SECOND), lambda: add(path, [row_at(2)])):
         with pytest.raises(StoreError, match="has version 99"): use()
     assert path.exists() and not list(tmp_path.glob("*.damaged*"))
+
+
+def lacks_memory(**more) -> str:
+    "The explanation of an error on a GPU that another program has filled"
+    gpu = SimulatedGpu(memory_total_mb=24576, uuid="GPU-1", processes=[SimulatedProcess(4711, 24000)])
+    with SimulatedDriver([gpu], SimulatedMachine(processes=[SimulatedHostProcess(4711, "train.py", "bob")])):
+        found = explain_out_of_memory(RuntimeError("CUDA out of memory. Tried to allocate 8.00 GiB."), **more)
+    assert found is not None and "train.py" in found
+    return found
+
+
+def test_an_explanation_names_who_came_shortly_before_and_not_who_came_long_before(tmp_path):
+    path, now = tmp_path/"history.sqlite3", time.time()
+    came = Change("started", "GPU-1", 4711, f"{HOSTILE} (PID 4711, bob) started on GPU 0, 27.0 GiB.")
+    add(path, [], [(now - 4000, came._replace(text="long ago")), (now - 60, came),
+                   (now - 50, came._replace(place="GPU-2", text="elsewhere")),
+                   (now - 40, came._replace(pid=os.getpid(), text="the job itself"))])
+    text = lacks_memory(history=path)
+    clock = time.strftime("%H:%M", time.localtime(now - 60))
+    assert f"Shortly before: at {clock}" in text and "(PID 4711, bob) started on GPU 0, 27.0 GiB. To fix it" in text
+    assert not {"\x1b", "\x07", "\u202e", "\n"} & set(text)
+    assert not any(words in text for words in ("long ago", "elsewhere", "itself"))
+
+
+def test_an_explanation_goes_without_a_history_that_cannot_be_read_now(tmp_path):
+    path = tmp_path/"history.sqlite3"
+    plain = lacks_memory()
+    assert lacks_memory(history=path) == plain and not path.exists()
+    add(path, [], [(time.time(), Change("started", "GPU-1", 4711, "train.py started."))])
+    assert "Shortly before" in lacks_memory(history=path)
+    writer = sqlite3.connect(path, isolation_level=None)
+    writer.execute("BEGIN EXCLUSIVE")                              # a recorder in the middle of writing
+    began = time.monotonic()
+    assert lacks_memory(history=path) == plain
+    assert time.monotonic() - began < 4                            # SQLite's own wait would be 5 s
+    writer.execute("UPDATE changes SET text = x'ff', pid = 'x'")
+    writer.execute("COMMIT")
+    assert "Cannot read" not in lacks_memory(history=path)
+    writer.execute("UPDATE changes SET time = 1e300")
+    writer.close()
+    assert lacks_memory(history=path) == plain
+    path.write_bytes(b"damaged"*1000)
+    assert lacks_memory(history=path) == plain
+    assert [*tmp_path.iterdir()] == [path] and path.read_bytes() == b"damaged"*1000
+
+
+def test_where_there_is_no_history_an_explanation_does_not_import_it(tmp_path):
+    code = ("import sys\nfrom cjm_fasthtml_resources.core.out_of_memory import history_file, read_lately\n"
+            "assert read_lately() == ()\nassert not any('.recorded' in name for name in sys.modules)\n"
+            "from cjm_fasthtml_resources.recorded.file import history_path\nassert history_file() == history_path()\n")
+    env = dict(os.environ, CJM_RESOURCES_DIR=str(tmp_path))
+    subprocess.run([sys.executable, "-c", code], env=env, check=True, timeout=60)
+
+
+def test_a_saved_moment_is_the_same_machine_on_the_simulated_driver(tmp_path):
+    gpus = [SimulatedGpu("NVIDIA A100", 40960, uuid="GPU-7", temperature=61, processes=[
+        SimulatedProcess(4711, 9000), SimulatedProcess(4712, None), SimulatedProcess(4713, 12000)]), SimulatedGpu()]
+    machine = SimulatedMachine(40000, 9000, processes=[
+        SimulatedHostProcess(4711, "train.py", "bob", memory_mb=700), SimulatedHostProcess(4713, "python", "ada")])
+    with SimulatedDriver(gpus, machine):
+        manager = ResourceManager(track_self=False)
+        manager.register_worker(4713, "transcription", plugin_name="whisper", job_id="job-1")
+        row = to_row(take_sample(manager))
+        told = manager.check_gpu_availability()
+    save_scenario(row, tmp_path/"moment.json")
+    with load_scenario(tmp_path/"moment.json") as driver:
+        again = ResourceManager(track_self=False)
+        for worker in driver.workers: again.register_worker(**worker)
+        answer, ram = again.check_gpu_availability(), again.check_memory_availability().memory
+
+    def known(conflict):
+        return [(d.device.name, d.device.uuid, d.device.memory_total, d.device.memory_used, d.device.temperature,
+                 d.status, d.shares, [(p.pid, p.name, p.username, p.memory_used, p.owner) for p in d.processes])
+                for d in conflict.devices]
+
+    first, second = known(told), known(answer)
+    assert first[0][:7] == second[0][:7] and answer.message == told.message
+    assert {p[0]: p[2:] for p in first[0][7]} == {p[0]: p[2:] for p in second[0][7]}
+    assert ram.memory.total == 40000*2**20 and ram.memory.used == 9000*2**20
+    assert again.get_worker_by_pid(4713).job_id == "job-1"
+    output = CliRunner().invoke(main, ["--simulate", str(tmp_path/"moment.json")]).output
+    assert "train.py" in output and "bob" in output
+
+
+@pytest.mark.parametrize("name", [HOSTILE, "\ud800", "x\0y", "界"*60, "", "../../etc worker, x", "a worker"*20])
+def test_hostile_names_in_a_saved_scenario_stay_text(tmp_path, name):
+    share = Share(4711, 7.5, "app", name, name, GIB, GIB)
+    row = row_at(1_800_000_000)
+    row = row._replace(places=(row.places[0]._replace(name=name, shares=(share, share._replace(pid=0))),))
+    save_scenario(row, tmp_path/"moment.json")
+    with load_scenario(tmp_path/"moment.json") as driver:
+        manager = ResourceManager(track_self=False)
+        for worker in driver.workers: manager.register_worker(**worker)
+        found = manager.check_gpu_availability()
+    assert len(found.devices[0].processes) == 2 and len(found.app_pids) == 2
+    output = CliRunner().invoke(main, ["--simulate", str(tmp_path/"moment.json")]).output
+    assert "4711" in output and not {"\x1b", "\x07", "\u202e", "\0"} & set(output)
+
+
+@pytest.mark.parametrize("wrong", [
+    dict(temperature="hot"), dict(total="x"), dict(most=-5), dict(key=7), dict(name=None),
+    dict(shares=(Share(-4, 1.0, "app", "x", "y", GIB, GIB),))])
+def test_a_row_of_a_damaged_history_is_refused_and_no_file_is_left(tmp_path, wrong):
+    row = row_at(1_800_000_000)
+    with pytest.raises(ValueError, match="this row of the history cannot be a scenario"):
+        save_scenario(row._replace(places=(row.places[0]._replace(**wrong),)), tmp_path/"moment.json")
+    assert not [*tmp_path.iterdir()]
+
+
+def test_the_commands_say_what_is_wrong_with_their_files(tmp_path):
+    path, out = tmp_path/"history.sqlite3", tmp_path/"moment.json"
+    for arguments in (["--at", "03:12", "--save-scenario", str(out)], ["--what-if-threshold", "60"]):
+        def run(*more, arguments=arguments):
+            return CliRunner().invoke(main, ["history", *arguments, "--file", str(path), *more])
+        path.unlink(missing_ok=True)
+        assert run().exit_code == 66 and "no data of that time" in run().output and not path.exists()
+        path.write_bytes(b"damaged"*1000)
+        assert run().exit_code == 74 and "not a database" in run().output
+        assert not out.exists() and path.read_bytes() == b"damaged"*1000
+    now = time.time()
+    path.unlink()
+    add(path, [row_at(now - 20 + n) for n in range(10)])
+    when = time.strftime("%Y-%m-%dT%H:%M:%S", time.localtime(now - 15))
+    for target, code in ((tmp_path/"nowhere"/"x.json", 74), (tmp_path/"x.txt", 2)):
+        found = CliRunner().invoke(main, ["history", "--at", when, "--save-scenario", str(target), "--file", str(path)])
+        assert found.exit_code == code, found.output
+
+
+@pytest.mark.parametrize("threshold", [0, 4.1, 4.2, 45, 60, 100])
+@pytest.mark.parametrize("used", [(0, 0, 0), (1, 0, 0), (0, 1, 0), (6, 1, 0), (10, 14, 0), (0, 1, 13), (20, 0, 4)])
+def test_a_replay_answers_as_a_check_of_the_same_moment_does(tmp_path, threshold, used):
+    app, external, hidden = (size*GIB for size in used)
+    shares = tuple(Share(pid, 7.5, owner, "python", "ada", size, size)
+                   for pid, owner, size in ((11, "app", app), (12, "external", external)) if size)
+    total = app + external + hidden
+    gpu = Place("GPU-1", 0, "NVIDIA L4", "", 24*GIB, total, total, app, external, hidden, 0, 5, 40, 30.0, shares)
+    row = Row(1_800_000_000.0, 1.0, (gpu,))
+    save_scenario(row, tmp_path/"moment.json")
+    with load_scenario(tmp_path/"moment.json") as driver:
+        manager = ResourceManager(threshold, track_self=False)
+        for worker in driver.workers: manager.register_worker(**worker)
+        checked = manager.check_gpu_availability().status
+    assert replay([row], threshold, usual=45).answers[0].other is checked
+
+
+def test_what_if_lists_the_stretches_with_another_answer(tmp_path):
+    path, now = tmp_path/"history.sqlite3", time.time()
+    rows = [row_at(now - 100 + n) for n in range(100)]
+    busy = [row._replace(places=(row.places[0]._replace(used=12*GIB, external=12*GIB),)) for row in rows[40:]]
+    add(path, rows[:40] + busy)
+    found = CliRunner().invoke(main, ["history", "--since", "10m", "--what-if-threshold", "60", "--file", str(path)])
+    assert found.exit_code == 0 and "With 60 %" in found.output and "(45 %)" in found.output
+    assert "available instead of external busy, for 1 min" in found.output
+
+
+def test_the_error_of_a_job_names_who_came_shortly_before(tmp_path, monkeypatch):
+    monkeypatch.setenv("CJM_RESOURCES_DIR", str(tmp_path))
+    monkeypatch.setattr(GpuSnapshot, "simulated", False)      # of a real machine the user's own history is read
+    add(history_path(), [], [(time.time() - 60, Change("started", "GPU-1", 4711, "train.py (PID 4711, bob) started."))])
+    gpu = SimulatedGpu(memory_total_mb=24576, uuid="GPU-1", processes=[SimulatedProcess(4711, 1000)])
+    with SimulatedDriver([gpu]), pytest.raises(RuntimeError) as raised, ResourceManager().job("a", gpu_memory_mb=2000):
+        gpu.processes[0].memory_mb = 24000
+        raise RuntimeError("CUDA out of memory. Tried to allocate 8.00 GiB.")
+    text = "\n".join([str(raised.value), *getattr(raised.value, "__notes__", ())])
+    assert "Shortly before: at " in text and "(PID 4711, bob) started" in text

@@ -73,8 +73,8 @@ def history_path() -> Path:
     return needs_path().with_name("history.sqlite3")
 
 # %% ../../nbs/recorded/file.ipynb #38b0a73c
-def _connect(path: Path, mode: str) -> sqlite3.Connection:
-    db = sqlite3.connect(f"file:{quote(str(path))}?mode={mode}", uri=True, timeout=5, isolation_level=None)
+def _connect(path: Path, mode: str, waits: float = 5) -> sqlite3.Connection:
+    db = sqlite3.connect(f"file:{quote(str(path))}?mode={mode}", uri=True, timeout=waits, isolation_level=None)
     db.execute(f"PRAGMA max_page_count = {LARGEST//_PAGE - 16}")   # and a journal's head
     return db
 
@@ -122,12 +122,13 @@ def _make(path: Path) -> None:
 def opened(
     path: Path,
     mode: str = "ro",   # "rw": it is made if it is missing, and made new if it is damaged
+    waits: float = 5,   # seconds, for a program that writes
 ) -> Iterator[sqlite3.Connection]:
     "Open the file for the block, as one transaction; `StoreError` if it cannot be used"
     try:
         check_place(path)
         if mode == "rw" and not path.exists(): _make(path)
-        with contextlib.closing(_connect(path, mode)) as db:
+        with contextlib.closing(_connect(path, mode, waits)) as db:
             db.execute("BEGIN" if mode == "ro" else "BEGIN IMMEDIATE")
             version = db.execute("PRAGMA user_version").fetchone()[0]
             if version != SCHEMA_VERSION:
@@ -248,10 +249,11 @@ def read_changes(
     path: Path,
     since: float = 0,            # seconds since the epoch, as is the next
     until: float = math.inf,
+    waits: float = 5,            # seconds, for a program that writes
 ) -> list[tuple[float, Change]]:
     "Return the changes between two times, the oldest first; `StoreError`"
     if not path.exists(): return []
-    with opened(path) as db:
+    with opened(path, waits=waits) as db:
         found = db.execute("SELECT time, kind, place, pid, text FROM changes WHERE time >= ? AND time <= ? "
                            "ORDER BY time, id", (since, until))
         return [(time, Change(*change)) for time, *change in found]
