@@ -278,7 +278,7 @@ driver, manager, seen = SimulatedDriver([SimulatedGpu()]).start(), ResourceManag
 monitor, usual = ResourceMonitor(manager, interval=0.1), threading.stack_size()
 threading.stack_size(2**46)     # no thread has such a stack: the system refuses it
 words = "starting a thread failed (can't start new thread); end some, or raise the limit"
-assert read_gpus().reason.startswith("the NVIDIA driver cannot be asked: " + words), read_gpus().reason
+assert read_gpus().reason.startswith("cannot ask the NVIDIA driver: " + words), read_gpus().reason
 assert words in manager.check_gpu_availability().message
 assert words in monitor.take().gpu.message
 try: monitor.subscribe(seen.append)

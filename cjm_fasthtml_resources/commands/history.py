@@ -232,7 +232,8 @@ def command(since: float, until: float | None, moment: float | None, gpu: str | 
     stretch = Stretch(end - since, end) if moment is None else Stretch(moment, moment)
     try:
         if what_if is not None: return _show_replay(history, stretch, what_if, gpu, as_json)
-        if as_json or as_csv: return _write(history.between(*stretch), history.changes(*stretch), as_csv)
+        if as_json or as_csv:
+            return _write(only_gpu(history.between(*stretch), gpu), history.changes(*stretch), as_csv)
         shown = [*(stretch_view(history, stretch, terminal, gpu) if moment is None
                    else moment_view(history, moment, terminal.width, gpu))]
     except (StoreError, OSError) as error: fail(str(error), os.EX_IOERR)

@@ -73,7 +73,7 @@ class Replay:
         return [*_join(self.answers)]
 
     def __str__(self) -> str:
-        if not self.answers: return "There is no data of that time."
+        if not self.answers: return "No data for that time."
         free, usually_free = map(say_hours, self.seconds_of())
         busy, usually_busy = map(say_hours, self.seconds_of(ResourceStatus.EXTERNAL_BUSY))
         return (f"With {self.threshold:g} % a job could have started for {free} instead of {usually_free} "
