@@ -34,7 +34,7 @@ def steady(output) -> dict:
     for kind, lines in data.items():
         text = re.sub(r"(?<=Data from )<time .*?</time>", "<time>12:00:00</time>", "".join(lines))
         text = re.sub(r"(?<=Data from )\d.*", "12:00:00", text)
-        data[kind] = re.sub(r"(?<=data-key=)(\d+)\.\d+\.\d+", r"\1.0", text).splitlines(keepends=True)
+        data[kind] = re.sub(r"(?<=data-key=)(\d+)\.-?\d+(?:\.\d+)?(?=[ >])", r"\1.0", text).splitlines(keepends=True)
     return output
 
 
