@@ -199,7 +199,7 @@ def test_marimo_shows_it(chromium, new_page, tmp_path):
         page.goto(f"http://127.0.0.1:{port}/")
         page.locator(".cjm .cjm-card").nth(8).wait_for()
         panel = page.locator(".cjm").first
-        assert "A picture, not live. Data from" in panel.inner_text() or moves(page)   # old figures never look live
+        assert "A static picture. Data from" in panel.inner_text() or moves(page)   # old figures never look live
         assert moves(page, 1) and moves(page, 2)   # a LiveView, and what marimo shows again each second
         wait_until(lambda: told.read_text() == "1", 30)              # the picture takes no samples
         live = page.locator(".cjm[data-cjm-watched]")                # the LiveView

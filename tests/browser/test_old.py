@@ -138,7 +138,7 @@ def test_a_saved_notebook_keeps_the_last_sample_and_shows_it_without_its_kernel(
     later.goto(book.address)
     later.locator(f"{PICTURE}:visible").wait_for()
     assert later.locator(f"{PICTURE} .load", has_text="77 °C").is_visible()
-    assert later.get_by_text("A picture, not live").is_visible()
+    assert later.get_by_text("A static picture").is_visible()
     assert later.get_by_text("model not found").locator("visible=true").count() == 0
 
 
