@@ -1,5 +1,6 @@
 """`cjm-resources queue`, `release` and `cancel` with real processes of two apps that hold and wait on a simulated GPU:
 what is shown of each, who ended it, holders that are killed, wrong IDs, and what belongs to another user"""
+import contextlib
 import itertools
 import json
 import os
@@ -353,8 +354,9 @@ def test_a_program_without_receipts_leaves_them_where_they_are(rig, monkeypatch)
     assert holder.poll() is None
 
 
-def test_a_request_knows_when_it_is_expected_to_start(rig):
-    "By how long the holder's command took before; behind a request of unknown length it is not known"
+@contextlib.contextmanager
+def train_of_known_length(rig):
+    "A train.py that holds 16 GiB during the block, and that took 10 and 30 minutes before"
     for seconds in (600.0, 1800.0):
         needs = ResourceManager(app="train", track_self=False).needs
         needs.record(JobRun(need_key("train.py"), time.time(), seconds))
@@ -364,6 +366,13 @@ def test_a_request_knows_when_it_is_expected_to_start(rig):
     pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     with subprocess.Popen([*rig.words["command"], *words], env=rig.env, **pipes) as process:
         assert process.stdout.readline() == "ready\n"
+        yield
+        process.communicate("\n", timeout=30)
+
+
+def test_a_request_knows_when_it_is_expected_to_start(rig):
+    "By how long the holder's command took before; behind a request of unknown length it is not known"
+    with train_of_known_length(rig):
         rig.wait("train", 20)
         rig.wait("speech", 20)
         _, first, second = rig.rows()
@@ -371,7 +380,6 @@ def test_a_request_knows_when_it_is_expected_to_start(rig):
         assert 400 < least <= 600 and 1600 < most <= 1800 and second["starts"] is None
         text = " ".join(rig.run("queue").stdout.split())
         assert re.search(r"expected to start in \d+ to \d+ minutes", text) and "Its start is unknown" in text
-        process.communicate("\n", timeout=30)
 
 
 def test_what_waits_says_for_how_many_gpus_and_when_it_starts(folder):
@@ -390,7 +398,7 @@ def test_what_waits_says_for_how_many_gpus_and_when_it_starts(folder):
             assert expected_start(both) and expected_start(behind) is None
             for shown in (render_reservations(sample, View()), to_text(promise_table((), 200, sample.gpu.waiting))):
                 assert "8.0 GiB x 2" in shown and "expected to start in up to 5 minutes" in shown
-                assert f"Request {second.id}: when it starts is not known." in shown
+                assert f"Request {second.id}: its start is unknown." in shown
             for request in (both, behind): request.withdraw()
 
 
@@ -487,15 +495,7 @@ def test_where_a_holder_is_not_known_a_short_request_waits(folder):
 
 
 def test_a_command_that_says_how_long_it_takes_passes_and_its_reservation_ends(rig):
-    for seconds in (600.0, 1800.0):
-        needs = ResourceManager(app="train", track_self=False).needs
-        needs.record(JobRun(need_key("train.py"), time.time(), seconds))
-        needs.write()
-    script = "echo ready; read line"
-    words = ["run", "--app", "train", "--name", "train.py", "--gpu-memory", "16GiB", "--", "sh", "-c", script]
-    pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    with subprocess.Popen([*rig.words["command"], *words], env=rig.env, **pipes) as process:
-        assert process.stdout.readline() == "ready\n"
+    with train_of_known_length(rig):
         rig.wait("train", 20)
         for name in ("wait", "run"):
             short = [name, "--gpu-memory", "4GiB", "--timeout", "0", "--", "true"]
@@ -504,4 +504,3 @@ def test_a_command_that_says_how_long_it_takes_passes_and_its_reservation_ends(r
             assert rig.run(name, "--for", "8m", *short[1:]).returncode == os.EX_TEMPFAIL
         done = rig.run("wait", "--for", "1s", "--gpu-memory", "4GiB", "--timeout", "0", "--", "sleep", "1.5")
         assert done.returncode == 0 and len(rig.rows()) == 2
-        process.communicate("\n", timeout=30)

@@ -18,6 +18,7 @@ from cjm_fasthtml_resources.core.folder import StoreError
 from cjm_fasthtml_resources.core.gpu import GpuSnapshot
 from cjm_fasthtml_resources.core.manager import ResourceManager
 from cjm_fasthtml_resources.core.monitor import ResourceMonitor
+from cjm_fasthtml_resources.core.needs import history_path
 from cjm_fasthtml_resources.core.samples import take_sample
 from cjm_fasthtml_resources.recorded.changes import Change
 from cjm_fasthtml_resources.recorded.file import (
@@ -27,7 +28,6 @@ from cjm_fasthtml_resources.recorded.file import (
     SECOND,
     add,
     alone,
-    history_path,
     opened,
     read_changes,
     read_rows,
@@ -59,7 +59,6 @@ def row_at(when: float, seconds: float = 1.0, processes: int = 1) -> Row:
 RECORDER = """
 import sys, time
 from pathlib import Path
-from cjm_fasthtml_resources.core.gpu import GpuSnapshot
 from cjm_fasthtml_resources.core.manager import ResourceManager
 from cjm_fasthtml_resources.core.monitor import ResourceMonitor
 from cjm_fasthtml_resources.recorded import recorder
@@ -238,9 +237,8 @@ def test_an_explanation_goes_without_a_history_that_cannot_be_read_now(tmp_path)
 
 
 def test_where_there_is_no_history_an_explanation_does_not_import_it(tmp_path):
-    code = ("import sys\nfrom cjm_fasthtml_resources.core.out_of_memory import history_file, read_lately\n"
-            "assert read_lately() == ()\nassert not any('.recorded' in name for name in sys.modules)\n"
-            "from cjm_fasthtml_resources.recorded.file import history_path\nassert history_file() == history_path()\n")
+    code = ("import sys\nfrom cjm_fasthtml_resources.core.out_of_memory import read_lately\n"
+            "assert read_lately() == ()\nassert not any('.recorded' in name for name in sys.modules)\n")
     env = dict(os.environ, CJM_RESOURCES_DIR=str(tmp_path))
     subprocess.run([sys.executable, "-c", code], env=env, check=True, timeout=60)
 

@@ -24,8 +24,9 @@ from cjm_fasthtml_resources.core.lockfile import (
     read_header,
     write_number,
 )
+from .folder import StoreError
 from .forks import no_fork
-from .leases import StoreError, in_use, is_used_elsewhere
+from .leases import in_use, is_used_elsewhere
 from .locking import is_locked
 from .logs import Log
 from .paths import Path, as_path

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['LOADING', 'RETRY_SECONDS', 'use_of_workers', 'measure', 'Watched', 'watch', 'machine_id', 'needs_path',
-           'needs_roster', 'find_mark', 'find_closest', 'Needs', 'NeedsReader']
+           'history_path', 'needs_roster', 'find_mark', 'find_closest', 'Needs', 'NeedsReader']
 
 # %% ../../nbs/core/needs.ipynb #5c51d4e5
 import atexit
@@ -126,6 +126,10 @@ def needs_path() -> Path:
     "Return the path of the database of needs; raise `StoreError` without a home folder"
     if chosen_folder() or not (machine := machine_id()): return tables_path()
     return store_path().parent.parent/f"needs-{machine}"/store_path().name
+
+def history_path() -> Path:
+    "Return the path of this user's history on this machine, which a recorder writes; `StoreError` as `needs_path`"
+    return needs_path().with_name("history.sqlite3")
 
 def needs_roster(
     roster: Roster | None,   # of the app's workers

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['FRAMEWORKS', 'SERVERS', 'CUDA', 'RAM', 'KNOWN', 'FIGURES', 'LATELY', 'OutOfMemory', 'Known', 'read_size',
            'read_figures', 'read_text', 'read_errors', 'find_out_of_memory', 'Scene', 'find_devices', 'name_users',
-           'name_growth', 'own_memory', 'find_cause', 'say_wanted', 'say_cause', 'ways_out', 'history_file',
-           'read_lately', 'name_lately', 'explain_found', 'explain_out_of_memory']
+           'name_growth', 'own_memory', 'find_cause', 'say_wanted', 'say_cause', 'ways_out', 'read_lately',
+           'name_lately', 'explain_found', 'explain_out_of_memory']
 
 # %% ../../nbs/core/out_of_memory.ipynb #fa8fa6aa
 import os
@@ -482,17 +482,13 @@ def ways_out(
 # %% ../../nbs/core/out_of_memory.ipynb #d4563fd7
 LATELY = 300.0   # seconds before memory ran out
 
-def history_file() -> Path:
-    "Return where this user's recorder writes, without importing it"
-    from cjm_fasthtml_resources.core.needs import needs_path
-    return Path(needs_path()).with_name("history.sqlite3")
-
 def read_lately(
     path: Path | None = None,   # of a recorder's file; `None`: this user's
 ) -> "tuple[tuple[float, Change], ...]":
     "Return a recorder's events of the last minutes; empty without a file, and for one that cannot be read now"
     try:
-        path = path or history_file()
+        from cjm_fasthtml_resources.core.needs import history_path
+        path = path or history_path()
         if not path.is_file(): return ()
         from cjm_fasthtml_resources.recorded.file import read_changes  # which costs time, so only with a file
         now = time.time()

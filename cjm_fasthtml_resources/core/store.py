@@ -38,8 +38,9 @@ from cjm_fasthtml_resources.core.lockfile import (
     write_ledger,
     write_number,
 )
+from .folder import StoreError
 from .forks import no_fork, reset_in_child, waited_in_vain
-from .leases import Leases, StoreError, is_used_elsewhere, new_lease
+from .leases import Leases, is_used_elsewhere, new_lease
 from .locking import holding, is_locked
 from .paths import Path
 from .process import machine_time

@@ -89,7 +89,7 @@ def waiting_notes(
     unknown = [row.number for row in waiting if not row.is_known]
     if not unknown: return told
     return [*told, f"{', '.join([unknown[0], *(n.removeprefix('Request ') for n in unknown[1:])])}: "
-                   f"when {'it starts' if len(unknown) == 1 else 'they start'} is not known."]
+                   f"{'its start is' if len(unknown) == 1 else 'their starts are'} unknown."]
 
 
 # %% ../../nbs/core/waiting.ipynb #29421fbb

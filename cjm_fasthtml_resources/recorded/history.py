@@ -19,12 +19,12 @@ from cjm_fasthtml_resources.recorded.file import (
     LEVELS,
     QUARTER,
     Level,
-    history_path,
     read_changes,
     read_figures,
     read_rows,
 )
 from ..core.arguments import shorten
+from ..core.needs import history_path
 from .changes import Change
 from .rows import Row, merge_rows
 

@@ -16,9 +16,10 @@ from ..core.folder import StoreError
 from ..core.forks import reset_in_child
 from ..core.manager import ResourceManager
 from ..core.monitor import ResourceMonitor
+from ..core.needs import history_path
 from ..core.samples import Sample
 from ..core.threads import start_thread
-from .file import add, alone, history_path
+from .file import add, alone
 from .notes import Notes
 
 # %% ../../nbs/recorded/recorder.ipynb #7c96a6ec

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from ..core.arguments import shorten
+from ..core.arguments import check_number
 from ..core.classify import classify_device, conclude
 from ..core.gpu import GpuDevice
 from ..core.resources import DeviceStatus, OwnedProcess, Promise, ResourceStatus
@@ -99,9 +99,6 @@ def replay(
     usual: float = 45.0,         # percent, to compare with: the default of a manager
 ) -> Replay:
     "Return what a check would have answered at each time with a threshold, and with the usual one"
-    for name, percent in (("threshold", threshold), ("usual", usual)):
-        if isinstance(percent, bool) or not isinstance(percent, (int, float)):
-            raise TypeError(f"{name} must be a number, not {shorten(percent)}")
-        if not 0 <= percent <= 100: raise ValueError(f"{name} must be from 0 to 100 percent, not {shorten(percent)}")
+    for name, percent in (("threshold", threshold), ("usual", usual)): check_number(percent, name, 0, 100)
     return Replay(threshold, usual, tuple(
         Answers(row.time, row.seconds, recheck_row(row, usual), recheck_row(row, threshold)) for row in rows))
