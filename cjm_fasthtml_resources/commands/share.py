@@ -64,7 +64,8 @@ def _set_rights(path: Path, group: int, mode: int, flags: int = 0, owner: int = 
     "Set a file's or folder's group and mode by descriptor, so that a file put in its place is left alone"
     fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK | flags)
     try:
-        if not flags and os.fstat(fd).st_nlink > 1: raise StoreError(f"{path} has a second hard link: delete it")
+        if not flags and os.fstat(fd).st_nlink > 1:
+            raise StoreError(f"{path} has a second hard link, so it can belong to another program. Remove {path}")
         os.fchown(fd, owner, group)
         os.fchmod(fd, mode)
     finally: os.close(fd)

@@ -96,8 +96,8 @@ def find_by_id(
         known = ", ".join(str(c.id) for c in claims if (c.device is None) == waits)
         raise LookupError(f"No {kind} has the ID {id}. Existing IDs: {known or 'none'}.")
     if (claim.device is None) == waits: return claim
-    if waits: raise LookupError(f"{id} is a reservation already: release it.")
-    raise LookupError(f"{id} is a request that still waits: cancel it.")
+    if waits: raise LookupError(f"{id} is a reservation by now. To end it, release it.")
+    raise LookupError(f"{id} is a request that is still waiting. To end it, cancel it.")
 
 def _mark_over(store: Store, claim: Claim) -> bool:
     "Mark the claims of a lease as over; False if they are by now, or if the request was granted"

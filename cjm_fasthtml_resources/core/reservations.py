@@ -324,7 +324,7 @@ class Request(StaysHere):
 
     def poll(self) -> Reservation | None:
         "Return the reservation if it is given by now, else `None`; the first call enters the queue"
-        if os.getpid() != self._made_in: raise RuntimeError("this request is a parent process's: make one here")
+        if os.getpid() != self._made_in: raise RuntimeError("the parent process made this request: make a new one")
         try: return self._poll()
         except (ResourceBusy, ResourceUnavailable):
             self.ledger.events.count("refused")

@@ -171,7 +171,7 @@ def read_sample(
                          f"here reads version {SCHEMA_VERSION}. Install the same version on both")
     try: sample = from_json(data)
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"the JSON of cjm-resources {theirs} there is unreadable for {__version__} here: "
+        raise ValueError(f"version {__version__} here cannot read the JSON that cjm-resources {theirs} wrote there: "
                          f"{error}") from None
     if theirs == __version__: return sample
     note = f"It runs cjm-resources {theirs}, and this machine {__version__}."

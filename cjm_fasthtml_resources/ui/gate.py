@@ -96,7 +96,7 @@ def check_token(token: Any) -> str:
     "Return a token that visitors can send; `TypeError` or `ValueError` for any other, without showing it"
     if not isinstance(token, str): raise TypeError(f"token must be a text, not {type(token).__name__}")
     if not token or len(token) > 1000 or unfit_text(token):
-        raise ValueError("token must have 1 to 1000 characters, without NUL and lone surrogates")
+        raise ValueError("token must have 1 to 1000 characters, without NUL or lone surrogates")
     return token
 
 # %% ../../nbs/ui/gate.ipynb #57bc64fc
