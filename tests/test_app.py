@@ -123,7 +123,7 @@ def test_a_change_that_cannot_be_written_has_not_happened(folder, spawn, monkeyp
     mine, worker = ResourceManager(app="app"), spawn("input()")
     other = sqlite3.connect(store_path())
     other.execute("BEGIN EXCLUSIVE")
-    with pytest.raises(StoreError, match="is locked"): mine.register_worker(worker.pid, "llm", "job-1")
+    with pytest.raises(StoreError, match="has been locked by another"): mine.register_worker(worker.pid, "llm", "job-1")
     other.rollback()
     assert mine.get_all_workers() == [] and mine.get_worker_by_job("job-1") is None
     assert mine.register_worker(worker.pid, "llm", "job-1") == mine.get_worker_by_job("job-1")

@@ -302,9 +302,9 @@ def calls(path: Path) -> set[str]:
 
 
 def test_the_time_of_day_is_read_for_people_and_for_days_alone():
-    """A snapshot's, a point's or a row's without a snapshot, a page's; the day of a need; the end of what is shown of a
-    history; boot's, without a clock for it
+    """A snapshot's, a point's or a row's without a snapshot, a page's; the day of a need; the end of what is shown
+    or told of a history; boot's, without a clock for it
     """
     found = [path.name for path in Path(gpu.__file__).parents[1].rglob("*.py") if "time.time()" in calls(path)]
     assert sorted(found) == ["age.py", "gpu.py", "history.py", "history.py", "history.py", "job.py", "needs.py",
-                             "needs.py", "process.py", "report.py", "rows.py", "screen.py"]
+                             "needs.py", "out_of_memory.py", "process.py", "report.py", "rows.py", "screen.py"]

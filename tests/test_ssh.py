@@ -143,7 +143,7 @@ def test_each_trouble_is_a_sentence(sshd):
     assert answers["older"].sample.gpu.notes[-1].startswith("It runs cjm-resources 0.0.9, and this machine")
     said = {host: answer.reason for host, answer in answers.items() if answer.sample is None}
     for host, words in dict(
-            without="there is no such command there",
+            without="the command is missing there (",
             stranger="it refused the key: ", changed="its host key is another one than ssh knows",
             unknown="ssh does not know its host key yet", nobody="no ssh server listens there",
             other="cjm-resources 9.9 there writes JSON of version 99", shy="it printed nothing",

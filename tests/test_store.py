@@ -236,7 +236,8 @@ def test_what_is_damage():
 
 @pytest.mark.parametrize("path, error, said", [
     (None, "interrupted", "the store in memory cannot be used: interrupted"),
-    (Path("/a"), "database is locked", "/a has been locked by another process for 30 s now; is that one stopped?"),
+    (Path("/a"), "database is locked",
+     "/a has been locked by another process for 30 s. It might be suspended (Ctrl-Z)"),
     (Path("/a"), "database or disk is full", "/a cannot be written: its disk is full"),
     (Path("/a"), "attempt to write a readonly database", "/a cannot be written: it or its disk is read-only"),
     (Path("/a"), "unable to open database file", "/a cannot be opened. Check that its folder is writable"),
