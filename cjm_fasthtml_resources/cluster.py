@@ -180,6 +180,7 @@ class ClusterResources(StaysHere):
     ) -> Future:
         """Run `fn(*args, **kwargs)` on a host with room.
         The memory is reserved from before it starts until it ends; in it, `current_reservation()` names the device.
+        Tasks of one priority begin in the order in which they are submitted.
         The task fails with `ResourceBusy` after `timeout`.
         `ValueError` for more memory than any host has, `ResourceUnavailable` without a device"""
         need = check_need(gpu_memory_mb, timeout, n, memory_mb)

@@ -363,10 +363,17 @@ def test_tasks_that_follow_one_another_share_a_reservation(one_worker):
     assert len(set(ids)) > 1, "another need is another reservation"
 
 
+def test_tasks_begin_in_the_order_in_which_they_were_submitted(one_worker):
+    _, client, resources = one_worker
+    runs = client.gather([resources.submit(noted, 0.001, gpu_memory_mb=20_000) for _ in range(60)])
+    began = [began for _, began, _ in runs]
+    assert began == sorted(began)
+
+
 def test_another_app_gets_its_turn_while_tasks_follow_one_another(one_worker):
     cluster, client, resources = one_worker
     with other_app(cluster) as ask:
-        futures = [resources.submit(noted, 0.02, gpu_memory_mb=20_000) for _ in range(200)]
+        futures = [resources.submit(noted, 0.02, gpu_memory_mb=20_000) for _ in range(60)]
         wait_until(lambda: futures[10].status == "finished", 30)
         begins, ends = ask()
     runs = [(began, end) for _, began, end in client.gather(futures)]

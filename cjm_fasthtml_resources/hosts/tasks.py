@@ -220,8 +220,8 @@ def send_task(
     kwargs: Mapping[str, Any] = {},    # of `fn`
     **options: Any,                    # of `Client.submit`, such as `workers` and `retries`
 ) -> Future:
-    "Send a task to a host's workers, or to any"
-    return client.submit(run_task, task, fn, kwargs, *args, key=task.key, pure=False, **options)
+    "Send a task to a host's workers, or to any. Of one priority, the first sent is the first to begin"
+    return client.submit(run_task, task, fn, kwargs, *args, key=task.key, pure=False, fifo_timeout=0, **options)
 
 # %% ../../nbs/hosts/tasks.ipynb #d59b72d5
 def begin_task(
