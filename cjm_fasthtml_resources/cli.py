@@ -52,7 +52,8 @@ def __getattr__(name: str) -> Any:
 
 # %% ../nbs/cli.ipynb #83c0dee4
 # each is in a module of `commands`
-COMMANDS = ("wait", "run", "queue", "release", "cancel", "needs", "record", "history", "report", "serve", "share",
+COMMANDS = ("wait", "run", "queue", "release", "cancel", "answer", "needs", "record", "history", "report", "serve",
+            "share",
             "mcp")
 
 def find_command(name: str) -> Command:

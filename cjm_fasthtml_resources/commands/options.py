@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['converted', 'parse_memory', 'parse_need', 'parse_name', 'parse_positive', 'check_nan', 'read_apps', 'options_of',
            'Command', 'timeout_option', 'device_option', 'to_mib', 'ram_option', 'grace_option', 'duration_option',
-           'priority_option', 'by_index_option', 'complete_machines', 'complete_files']
+           'ask_idle_option', 'priority_option', 'by_index_option', 'complete_machines', 'complete_files']
 
 # %% ../../nbs/commands/options.ipynb #ad180b08
 import threading
@@ -123,6 +123,11 @@ def duration_option(function: _Function) -> _Function:
     return click.option("--for", "duration", callback=converted(parse_positive), metavar="TIME",
                         help="COMMAND takes at most so long, such as 10m: then its reservation ends. It can start "
                              "before a larger request that surely starts later. Default: not known.")(function)
+
+def ask_idle_option(function: _Function) -> _Function:
+    "Add `--ask-idle`, a flag: whether idle holders of other apps are asked to unload"
+    return click.option("--ask-idle", is_flag=True, help="While it waits, ask the apps of idle models to unload them. "
+                        "They decide.")(function)
 
 def priority_option(function: _Function) -> _Function:
     "Add `--priority`: a place in the queue"

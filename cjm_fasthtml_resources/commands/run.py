@@ -45,6 +45,7 @@ Examples:
 @options.priority_option
 @options.grace_option
 @options.duration_option
+@options.ask_idle_option
 @options.device_option
 @click.option("--app", default="cjm-resources", show_default=True, metavar="NAME",
               help="App name for the reservation and for learned needs.")
@@ -55,7 +56,8 @@ Examples:
 @click.argument("command", nargs=-1, required=True, type=click.UNPROCESSED, shell_complete=complete_files)
 @click.pass_obj
 def command(machine: Machine, gpu_memory: float | str | None, ram: float, gpus: int, retries: int,
-            timeout: float | None, priority: int, grace: float | None, duration: float | None, device: str | None,
+            timeout: float | None, priority: int, grace: float | None, duration: float | None, ask_idle: bool,
+            device: str | None,
             app: str, name: str | None, env_by_index: bool, command: tuple[str, ...]) -> None:
     """Run COMMAND as a job: wait for a GPU, reserve it, and learn what COMMAND takes.
 
@@ -68,7 +70,8 @@ def command(machine: Machine, gpu_memory: float | str | None, ram: float, gpus: 
     """
     known_by, settings = (name_command(command), command_settings(command)) if name is None else (name, None)
     wanted = tries.Wanted(command, known_by, options.to_mib(gpu_memory), ram/2**20, retries, device, timeout,
-                          env_by_index, shows_progress(), gpus, priority, grace, settings, duration)
+                          env_by_index, shows_progress(), gpus, priority, grace, settings, duration,
+                          ask_idle)
     ended = Ended(-signal.SIGINT, signals=(signal.SIGINT,))   # Ctrl-C before there is a command
     with contextlib.suppress(KeyboardInterrupt), end_by_signals(), failing():
         manager = ResourceManager(track_self=False, app=app, gpu_timeout=machine.driver_timeout)

@@ -102,6 +102,7 @@ def shows_progress() -> bool:
 @options.priority_option
 @options.grace_option
 @options.duration_option
+@options.ask_idle_option
 @options.device_option
 @click.option("--app", default="cjm-resources", show_default=True, metavar="NAME",
               help="App name for the reservation.")
@@ -113,7 +114,7 @@ def shows_progress() -> bool:
 @click.argument("command", nargs=-1, type=click.UNPROCESSED, shell_complete=complete_files)
 @click.pass_obj
 def command(machine: Machine, gpu_memory: float | str | None, ram: float, gpus: int, timeout: float | None,
-            priority: int, grace: float | None, duration: float | None, device: str | None, app: str,
+            priority: int, grace: float | None, duration: float | None, ask_idle: bool, device: str | None, app: str,
             env_by_index: bool, notifier: Any, command: tuple[str, ...]) -> None:
     """Wait until a GPU has room, reserve it, and run COMMAND on it.
 
@@ -130,7 +131,8 @@ def command(machine: Machine, gpu_memory: float | str | None, ram: float, gpus: 
         manager = ResourceManager(track_self=False, app=app, gpu_timeout=machine.driver_timeout)
         with (simulated_machine(machine.simulate, manager),
               manager.reserve(options.to_mib(gpu_memory), device, timeout, progress=shows_progress(), n=gpus,
-                              memory_mb=ram/2**20, priority=priority, grace=grace, duration=duration) as held):
+                              memory_mb=ram/2**20, priority=priority, grace=grace, duration=duration,
+                              ask_idle=ask_idle) as held):
             env = _child_env(held, env_by_index)
             if notifier: notifier.granted(_what_was_granted(held, command))
             if not command: click.echo("\n".join(f"{name}={value}" for name, value in env.items()))

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['REFRESH_AFTER', 'ANSWER_WITHIN', 'WRITTEN_WITHIN', 'ask_plugin', 'fitting', 'check_word', 'declared_children',
-           'lifecycle_fields', 'cloud_fields', 'ask_fields', 'AskedPlugin', 'keep_plugin', 'refresh_worker',
-           'refresh_stale', 'hanging_notes', 'estimate_cost', 'estimate_costs']
+           'lifecycle_fields', 'cloud_fields', 'ask_fields', 'AskedPlugin', 'answers_requests', 'keep_plugin',
+           'refresh_worker', 'refresh_stale', 'hanging_notes', 'estimate_cost', 'estimate_costs']
 
 # %% ../../nbs/core/asking.ipynb #234050da
 import threading
@@ -146,6 +146,12 @@ class AskedPlugin:
     def is_stale(self, now: float) -> bool:
         "Return whether it is time to ask it again"
         return self.asked is not None and now - self.asked > REFRESH_AFTER and not self.is_being_asked
+
+def answers_requests(
+    plugin: Any,
+) -> bool:
+    "Return whether a plugin has `on_request`, with which it answers the requests of other apps"
+    return callable(_read(plugin, "on_request"))
 
 def keep_plugin(
     plugin: Any,

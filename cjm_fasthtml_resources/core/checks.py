@@ -389,7 +389,8 @@ def find_waiting(
 
             names, container = (None, find_username(claim)), find_container(claim)
         return Waiting(number_here(claim), owner, claim.memory, position, suits, claim.app, *names, ram, claim.priority,
-                       claim.id, since, container, claim.count, why.get(claim.id, ""), starts.get(claim.id))
+                       claim.id, since, container, claim.count, why.get(claim.id, ""), starts.get(claim.id),
+                       bool(claim.receipt and claim.receipt.asks_idle))
 
     return tuple(row(position, claim) for position, claim in enumerate(waiting, 1))
 

@@ -23,6 +23,7 @@ from cjm_fasthtml_resources.core.stopping import (
     find_other,
     find_waiting,
     mark_idle,
+    own_lineage,
     with_lease,
 )
 from cjm_fasthtml_resources.core.unloading import (
@@ -96,7 +97,7 @@ class RoomMaker:
         conflict, need, count = self.wanted.check(), self.wanted.need, self.wanted.count
         if has_room(conflict, need, count): return False
         if other := being_stopped(self): return await_other(self, other, conflict)
-        self.waits_until, needed = None, find_waiting(self.wanted.waiting())
+        self.waits_until, needed = None, own_lineage() | find_waiting(self.wanted.waiting())
         idle = find_idle(self.workers, needed)
         gentle = find_gentle(self, idle, conflict)
         worker = choose_idle(idle, need, conflict, gentle, self.made, count)

@@ -91,6 +91,7 @@ class JobRequest:
     priority: int = 0                             # a smaller one is further ahead in the queue
     grace: float | None = None                    # seconds in which its memory has to be used; `None`: no limit
     duration: float | None = None                 # seconds at most, then its reservation ends; `None`: no limit
+    ask_idle: bool = False                        # whether idle holders of other apps are asked to unload
     timeout: float | None = None                  # seconds; `None`: no limit
     unknown: float | None = None                  # MiB to reserve for an unknown need; `None`: a device
     concurrent: bool = False                      # whether its worker can have other jobs at the same time
@@ -108,7 +109,7 @@ class JobRequest:
         if self.worker_pid is not None: check_pid(self.worker_pid, "worker")
         if self.n is not None: check_pid(self.n, "n")
         check_priority(self.priority)
-        for name in ("concurrent", "progress", "make_room"): check_flag(getattr(self, name), name)
+        for name in ("ask_idle", "concurrent", "progress", "make_room"): check_flag(getattr(self, name), name)
         check_unload(self.unload)
         given = check_fields(plugin=self.plugin_name, resource=self.resource, config=self.config)
         object.__setattr__(self, "config", given["config"])   # a copy
@@ -480,7 +481,7 @@ def await_memory(job: ActiveJob, mb: float | str | None, device: Any) -> Iterato
     timeout = None if left is None else asked if not asked or left > 0.99*asked else max(round(left, 1), 0.1)
     request = manager.request(mb, device, timeout, pid=job.worker_pid, n=job.asked.count,
                               memory_mb=job.asked.needs.ram_mb, priority=job.asked.priority, grace=job.asked.grace,
-                              duration=job.asked.duration)
+                              duration=job.asked.duration, ask_idle=job.asked.ask_idle)
     request.receipt = with_times(request.receipt or Receipt(), job)
     request.covers = job.worker_pid is not None
     job.defer(request.withdraw)

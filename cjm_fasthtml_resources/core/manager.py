@@ -85,8 +85,7 @@ class ResourceManager(StaysHere, WorkerRegistry, NeedsReader, JobStarter):
     def _repr_html_(self) -> str | None: return repr_html(self)
 
     def read(self, wake: bool = False, timeout: float | None = None) -> GpuSnapshot:
-        """Read the driver now, for at most so many seconds (`None`: `gpu_timeout`).
-        `wake` GPUs that power management has suspended"""
+        "Read the driver now, for at most so many seconds (`None`: `gpu_timeout`); `wake` suspended GPUs"
         return read_gpus(self.gpu_timeout if timeout is None else timeout, wake)
 
     def check_gpu_availability(
@@ -140,30 +139,34 @@ class ResourceManager(StaysHere, WorkerRegistry, NeedsReader, JobStarter):
         priority: int = 0,                             # -20 to 19: smaller ones first, ten places for each step
         grace: float | None = None,                    # seconds: released if unused for so long; `None`: never
         duration: float | None = None,                 # seconds at most, then it ends: so it can pass a larger request
+        ask_idle: bool = False,                        # while it waits, ask idle holders of other apps to unload
     ) -> "Reservation":
         """Reserve GPU memory and RAM for a job, in a `with` block or until `release()`, in the order of asking.
         `ResourceBusy` after the timeout, `ResourceUnavailable`, `ValueError` for more than there is, `StoreError`"""
         request = self.request(gpu_memory_mb, device, timeout, ttl=ttl, pid=pid, n=n, memory_mb=memory_mb,
-                               priority=priority, grace=grace, duration=duration)
+                               priority=priority, grace=grace, duration=duration, ask_idle=ask_idle)
         return complete(request, make_check(self, timeout), progress)
 
     def reserve_async(
         self, gpu_memory_mb: float | str | None = None, device: int | str | GpuDevice | None = None,
         timeout: float | None = None, *, ttl: float | None = None, pid: int | None = None, progress: bool = False,
         n: int = 1, memory_mb: float = 0, priority: int = 0, grace: float | None = None, duration: float | None = None,
+        ask_idle: bool = False,
     ) -> "PendingReservation":
         "Reserve likewise with `await` or `async with`. A task that is cancelled leaves the queue"
         make = partial(self.request, gpu_memory_mb, device, timeout, ttl=ttl, pid=pid, n=n, memory_mb=memory_mb,
-                       priority=priority, grace=grace, duration=duration)
+                       priority=priority, grace=grace, duration=duration, ask_idle=ask_idle)
         return pend(partial(acquire, make, make_check(self, timeout), progress))
 
     def request(
         self, gpu_memory_mb: float | str | None = None, device: int | str | GpuDevice | None = None,
         timeout: float | None = None, *, ttl: float | None = None, pid: int | None = None, n: int = 1,
         memory_mb: float = 0, priority: int = 0, grace: float | None = None, duration: float | None = None,
+        ask_idle: bool = False,
     ) -> "Request":
         "Return a request that enters the queue at its first `poll`, for programs that wait by themselves"
-        return make_request(self, gpu_memory_mb, device, timeout, ttl, pid, n, memory_mb, priority, grace, duration)
+        return make_request(self, gpu_memory_mb, device, timeout, ttl, pid, n, memory_mb, priority, grace, duration,
+                            ask_idle)
 
     def wait_for_gpu(
         self,
@@ -199,8 +202,7 @@ class ResourceManager(StaysHere, WorkerRegistry, NeedsReader, JobStarter):
         *, grace: float = 5.0,   # seconds between asking (SIGTERM) and killing (SIGKILL)
     ) -> WorkerState | None:  # the worker's last state; `None` if it was unregistered
         """Stop a process of this app with its child processes: its plugin's `force_cleanup`, SIGTERM, SIGKILL.
-        Raise `PermissionError` for other programs, this process and its parents, `TimeoutError` if one keeps running,
-        `OSError` if reading its child processes fails"""
+        `PermissionError` for other programs, this process and its parents, `TimeoutError`, `OSError`"""
         pid, grace = check_pid(pid), check_number(grace, "grace", 0, threading.TIMEOUT_MAX)
         from cjm_fasthtml_resources.core.stopping import stop_worker  # when it is used
         return stop_worker(self.workers, pid, grace, self.checks.me())
@@ -212,16 +214,14 @@ class ResourceManager(StaysHere, WorkerRegistry, NeedsReader, JobStarter):
         unload: "Unload | None" = None,   # unloads a worker whose plugin is elsewhere; returns `False` on failure
     ) -> "RoomMade":          # its `steps` describe each action, in order
         """Let idle workers unload, and stop them where that frees too little, until a GPU has room.
-        Leave them alone if all of them are too small. Raise the errors of `free_gpu`"""
+        Leave them alone if all of them are too small.
+        `ResourceBusy` if it is still too full, `ResourceUnavailable`, `ValueError`, `TimeoutError`, `OSError`"""
         from cjm_fasthtml_resources.core.freeing import make_room, make_wanted  # when it is used
         check = partial(self.check_gpu_availability, wake=True)
         return make_room(self.workers, make_wanted(mb, check, grace, unload, self.get_claims))
 
-    def free_gpu(
-        self, mb: float, *, grace: float = 5.0, unload: "Unload | None" = None,
-    ) -> list[WorkerState]:  # those that were stopped, in that order; empty if there was room, or after unloading
-        """Make room likewise, and return the workers that were stopped.
-        Raise `ResourceBusy` if it is still too full, `ResourceUnavailable`, `ValueError`, `TimeoutError`, `OSError`"""
+    def free_gpu(self, mb: float, *, grace: float = 5.0, unload: "Unload | None" = None) -> list[WorkerState]:
+        "Make room likewise, and return the workers that were stopped, in that order; empty where that was not needed"
         return list(self.make_room(mb, grace=grace, unload=unload).stopped)
 
 # %% ../../nbs/core/manager.ipynb #ce945afa

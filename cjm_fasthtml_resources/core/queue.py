@@ -13,6 +13,7 @@ from .claims import Claim, DeviceUse, find_pools, observe
 from .devices import device_key
 from .explain import explain_shortage
 from .places import find_container
+from .questions import asks_idle
 from .receipts import Receipt
 from .resources import DeviceStatus
 
@@ -38,6 +39,7 @@ class QueueRow:
     why: str = ""                  # why it waits, or a hint for its holder, in a sentence
     container: str | None = None   # another one than this process's: the host name that it has
     starts: tuple[float, float] | None = None   # seconds until its expected start; `None`: unknown, or granted
+    asks_idle: bool = False        # whether it asks idle holders of other apps to unload
 
 # %% ../../nbs/core/queue.ipynb #b8c93660
 def find_ahead(
@@ -98,6 +100,7 @@ def queue_rows(
     suspended: Collection[int] = (),        # IDs of requests whose processes are suspended
     starts: Mapping[int, tuple[float, float]] = {},   # of `expected_starts`
     capped: Mapping[int, str] = {},   # of `explain_caps`
+    asked: Mapping[int, str] = {},    # by ID: what a request asks idle holders, and their answers, in sentences
 ) -> list[QueueRow]:  # reservations first
     "Return a row for each reservation, and then for each waiting request"
     devices, used = list(devices), find_used(uses, claims)
@@ -109,11 +112,11 @@ def queue_rows(
         receipt, waits = c.receipt or Receipt(), c.device is None
         ahead = find_ahead(c, waiting) if waits else None
         why = explain_waiting(c, devices, ahead, c.id in suspended) if waits else explain_held(c, ids_waiting)
-        why = capped.get(c.id, why)
+        why = " ".join(filter(None, [capped.get(c.id, why), asked.get(c.id)]))
         places = tuple(ids.get(key, key) for key in (c.allowed if c.device is None else (c.device,)))
         return QueueRow(c.id, "waiting" if waits else "held", places, c.memory, c.count, c.holder.pid, *name(c), c.app,
                         _since(receipt.asked_at if waits else receipt.since, now), used.get(c.id), receipt.asked,
                         receipt.most_used, _since(receipt.unused_since, now), ahead, why, find_container(c),
-                        starts.get(c.id))
+                        starts.get(c.id), asks_idle(c))
 
     return [row(c) for c in (*(c for c in observe(claims, uses, now) if c.device is not None), *waiting)]

@@ -55,6 +55,7 @@ class Receipt(NamedTuple):
     least: float | None = None          # seconds of the shortest job of its kind that ended well
     most: float | None = None           # and of the longest
     passed: int | None = None          # ID of the request that it was granted ahead of: it ends before that one
+    asks_idle: int | None = None       # 1: while it waits, it asks idle holders of other apps to unload
 
     def seen(
         self,
@@ -101,10 +102,12 @@ def new_receipt(
     grace: float | None = None,   # seconds in which the reservation has to be used; `None`: no limit
     limit: float | None = None,   # seconds that the job takes at most, as declared; `None`: undeclared
     lasts: tuple[float, float] | None = None,   # seconds of the shortest and the longest job of its kind
+    asks_idle: bool = False,       # whether it asks idle holders of other apps to unload
 ) -> Receipt:
     "Return the receipt of a request that is just being made"
     least, most = lasts or (None, None)
-    return Receipt(grace=None if grace is None else Grace(float(grace)), limit=limit, least=least, most=most)
+    return Receipt(grace=None if grace is None else Grace(float(grace)), limit=limit, least=least, most=most,
+                   asks_idle=1 if asks_idle else None)
 
 # %% ../../nbs/core/receipts.ipynb #9c25ac4c
 _BEGIN = "!"   # names of devices begin otherwise
@@ -124,12 +127,12 @@ def is_receipt(text: str) -> bool:
 def from_text(text: str) -> Receipt:
     "Return a receipt as it was read, without fields of later versions"
     parts = text.removeprefix(_BEGIN).split(",")
-    kinds: tuple[Any, ...] = (int, float, float, int, int, float, str, *(float,)*6, int)
+    kinds: tuple[Any, ...] = (int, float, float, int, int, float, str, *(float,)*6, int, int)
     values: list[Any] = [kind(part) if part else None for kind, part in zip(kinds, parts, strict=False)]
     values += [None]*(len(kinds) - len(values))
-    grace, (limit, least, most, passed) = Grace(*values[7:10]) if values[7] else None, values[10:]
+    grace, (limit, least, most, passed, asks) = Grace(*values[7:10]) if values[7] else None, values[10:]
     receipt = Receipt(*values[:7])._replace(grace=grace, limit=limit, least=least, most=most)
-    return receipt._replace(passed=passed)
+    return receipt._replace(passed=passed, asks_idle=asks)
 
 # %% ../../nbs/core/receipts.ipynb #98dad3e3
 @lru_cache(maxsize=1)

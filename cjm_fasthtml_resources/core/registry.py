@@ -13,6 +13,7 @@ from typing import Any
 
 from .arguments import UNCHANGED, check_fields, check_number, check_pid, check_text
 from .asking import ask_fields, estimate_costs, keep_plugin, refresh_worker
+from .consent import AnswersQuestions, follow_plugin
 from .resources import WorkerState
 from .workers import Workers, make_state
 
@@ -27,7 +28,7 @@ def find_changes(
     return changes
 
 # %% ../../nbs/core/registry.ipynb #a766b1e8
-class WorkerRegistry:
+class WorkerRegistry(AnswersQuestions):
     "Registers, changes and finds this app's workers"
     workers: Workers
 
@@ -49,7 +50,9 @@ class WorkerRegistry:
         state = make_state(pid, worker_type, config, gpu_memory_mb, job_id=job_id, plugin_id=plugin_id,
                            plugin_name=plugin_name, loaded_plugin_resource=loaded_plugin_resource)
         if asked := ask_fields(plugin_instance): state = replace(state, **asked)
-        return self.workers.register(state, keep_plugin(plugin_instance))
+        registered = self.workers.register(state, keep_plugin(plugin_instance))
+        follow_plugin(self, plugin_instance)
+        return registered
 
     def update_worker_state(
         self,

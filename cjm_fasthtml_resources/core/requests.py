@@ -6,8 +6,9 @@
 __all__ = ['ALL', 'LEAST_TIME', 'SHOW_EVERY', 'check_memory', 'check_ttl', 'check_grace', 'check_duration', 'check_priority',
            'check_count', 'Asked', 'find_ram', 'check_asked', 'find_holder', 'read_environ', 'keep_seen',
            'capacity_beside', 'whose_beside', 'choose_devices', 'choose_several', 'choose_under_cap',
-           'check_ram_under_cap', 'find_capped', 'find_shortage', 'check_timeout', 'make_give_up', 'time_for_driver',
-           'within', 'make_check', 'make_request', 'pend', 'show_progress', 'complete', 'giving_back', 'acquire']
+           'check_ram_under_cap', 'find_capped', 'find_shortage', 'check_timeout', 'find_answers', 'make_give_up',
+           'time_for_driver', 'within', 'make_check', 'make_request', 'pend', 'show_progress', 'complete',
+           'giving_back', 'acquire']
 
 # %% ../../nbs/core/requests.ipynb #d9afc2dc
 import contextlib
@@ -19,7 +20,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 from weakref import WeakSet
 
-from .arguments import check_number, check_pid, shorten
+from .arguments import check_flag, check_number, check_pid, shorten
 from .claims import read_use
 from .conflict import ResourceBusy, ResourceConflict, ResourceUnavailable
 from .devices import device_key, device_place, doubtful_places, explain_doubt, see_devices, select_devices
@@ -32,6 +33,7 @@ from .paths import as_path
 from .process import ProcessId, has_ended, is_free, read_process, this_process
 from .receipts import new_receipt
 from .room import check_capacity
+from .store import StoreError
 from .text import format_bytes
 from .threads import in_thread
 
@@ -319,6 +321,15 @@ def check_timeout(timeout: float | None) -> float | None:
     "Return the seconds for which a request may wait, `None` without a limit; `TypeError` or `ValueError`"
     return None if timeout is None else check_number(timeout, "timeout", 0, threading.TIMEOUT_MAX)
 
+def find_answers(request: "Request") -> str:  # empty without any
+    "Return what idle holders have answered to a request, in sentences"
+    if not (request.receipt and request.receipt.asks_idle): return ""
+    from cjm_fasthtml_resources.core.endings import name_user  # when it is used, as the next one
+    from cjm_fasthtml_resources.core.questions import describe_answers, read_answers
+    try: mine = [a for a in read_answers(request.ledger.store) if a.lease == request.lease]
+    except StoreError: return ""
+    return f" {describe_answers(mine, name_user) or 'No idle holder has answered.'}"
+
 def make_give_up(
     timeout: float | None,                   # seconds; `None`: never
     check: Callable[[], ResourceConflict],
@@ -334,7 +345,7 @@ def make_give_up(
         if conflict.is_late and judge and (last := request.snapshot):
             shortage, conflict = find_shortage(request, lambda: judge(last))
         error = ResourceUnavailable if conflict.is_late else ResourceBusy
-        raise error(f"{shortage} Gave up after {timeout:g} s.", conflict)
+        raise error(f"{shortage} Gave up after {timeout:g} s.{find_answers(request)}", conflict)
 
     return give_up
 
@@ -370,7 +381,7 @@ def make_request(
     manager: Any,                                              # a `ResourceManager`
     gpu_memory_mb: Any, device: Any, timeout: float | None,    # as for `ResourceManager.reserve`, as what follows
     ttl: float | None, pid: int | None, n: int, memory_mb: float, priority: int, grace: float | None = None,
-    duration: float | None = None,
+    duration: float | None = None, ask_idle: bool = False,
 ) -> "Request":
     "Return a request that is not in the queue yet; raises what `reserve` raises for a wrong argument"
     from cjm_fasthtml_resources.core.reservations import Request  # when it is used
@@ -380,7 +391,8 @@ def make_request(
     choose = partial(choose_devices, wanted=device, memory=asked.memory, judge=manager.judge, count=asked.devices,
                      holder=holder, ram=asked.ram)
     choose = partial(choose_under_cap, choose=choose, store=manager.ledger.store, asked=asked)
-    receipt, limits = new_receipt(check_grace(grace), check_duration(duration)), [check_ttl(ttl), duration]
+    receipt = new_receipt(check_grace(grace), check_duration(duration), asks_idle=check_flag(ask_idle, "ask_idle"))
+    limits = [check_ttl(ttl), duration]
     return Request(manager.ledger, within(seconds, partial(manager.read, True)), choose, holder, asked.memory,
                    manager.app or "", min((s for s in limits if s is not None), default=None),
                    make_give_up(timeout, make_check(manager, timeout), manager.judge), asked.devices,

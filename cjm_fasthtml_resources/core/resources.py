@@ -114,6 +114,7 @@ class Waiting:
     count: int = 1                       # of the devices that it waits for together; 0: it waits for RAM alone
     why: str = ""                        # in a sentence, where a cap is why it waits
     starts: tuple[float, float] | None = None   # seconds until it is expected to start, at least and at most
+    asks_idle: bool = False              # whether it asks idle holders of other apps to unload
 
 # %% ../../nbs/core/resources.ipynb #5a65063d
 @dataclass(frozen=True)

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['RELEASE_WITHIN', 'find_ended', 'find_stoppable', 'with_lease', 'find_lines', 'mark_all', 'end_worker', 'stop_worker',
-           'is_idle', 'find_waiting', 'find_used', 'find_idle', 'find_other', 'find_ends', 'mark_idle', 'await_release']
+           'is_idle', 'find_waiting', 'own_lineage', 'find_used', 'find_idle', 'find_other', 'find_ends', 'mark_idle',
+           'await_release']
 
 # %% ../../nbs/core/stopping.ipynb #d6cb4540
 import os
@@ -162,14 +163,18 @@ def find_waiting(
     return {p for holder, info in found if info.start_time == holder.start_time for p in info.lineage}
 
 # %% ../../nbs/core/stopping.ipynb #2709c61e
+def own_lineage() -> set[ProcessId]:
+    "Return this process and its ancestors: a server can be registered itself, and is never stopped by its own app"
+    return set(read_process(os.getpid()).lineage)
+
 def find_used(
     workers: Workers,
     table: WorkerTable | TableChange,
     all_of_them: list[WorkerState],
-    needed: Collection[ProcessId] = (),   # others that must keep running
+    needed: Collection[ProcessId],   # others that must keep running
 ) -> set[ProcessId]:
-    "Return the processes that must keep running: those of busy workers, this one, and their ancestors"
-    used = {*read_process(os.getpid()).lineage, *needed}  # a server can be registered itself
+    "Return the processes that must keep running, with those of busy workers and their ancestors"
+    used = set(needed)
     for worker in all_of_them:
         if not is_idle(workers.seen(table, worker)): used |= find_lines(table, worker)
     return used
@@ -177,9 +182,9 @@ def find_used(
 # %% ../../nbs/core/stopping.ipynb #ca12543a
 def find_idle(
     workers: Workers,
-    needed: Collection[ProcessId] = (),   # processes that must keep running
+    needed: Collection[ProcessId],   # processes that must keep running
 ) -> list[WorkerState]:
-    "Return the idle workers that can be stopped, the least recently used first"
+    "Return the idle workers except those, the least recently used first"
     with workers.reading() as table:
         all_of_them = list(table.workers.values())
         used = find_used(workers, table, all_of_them, needed)
@@ -218,7 +223,7 @@ def mark_idle(
 ) -> list[ProcessId]:  # the processes to end; empty as in `find_ends`
     "Take an idle worker out of use, with those that end with it"
     with workers.changing() as table:
-        if ends := find_ends(workers, table, worker, needed):
+        if ends := find_ends(workers, table, worker, own_lineage().union(needed)):
             mark_all(table, list(workers.table.workers.values()), ends, lease)
         return ends
 

@@ -190,6 +190,7 @@ class JobStarter:
         priority: int = 0,                             # as for `reserve`, as is the next one
         grace: float | None = None,                    # seconds; `None`: it keeps its memory, used or not
         duration: float | None = None,                 # seconds that it takes at most, as for `reserve`
+        ask_idle: bool = False,                        # while it waits, ask idle holders of other apps to unload
         plugin: str | None = None,                     # its name, under which needs are learned; with a registry its id
         resource: str | None = None,                   # the model or other resource that it loads
         config: Mapping[str, Any] | None = None,       # the plugin's configuration
@@ -209,7 +210,7 @@ class JobStarter:
         The block raises what `reserve` and `raise_if_blocked` raise; `ProcessLookupError` if its worker ends"""
         from cjm_fasthtml_resources.core.job import make_job  # when it is used
         return make_job(self, job_id, gpu_memory_mb, needs, unknown, registry, memory_mb, n=n, plugin_name=plugin,
-                        priority=priority, grace=grace, duration=duration,
+                        priority=priority, grace=grace, duration=duration, ask_idle=ask_idle,
                         resource=resource, config=config, worker_pid=worker, worker_type=worker_type,
                         device=device, timeout=timeout, concurrent=concurrent, progress=progress,
                         make_room=make_room, unload=unload)

@@ -58,7 +58,7 @@ from .process import has_ended
 from .resources import DeviceStatus, ResourceStatus, WorkerState
 from .room import by_hope, held_by, is_at_work, largest_capacity, most_room, roomiest, usable
 from .secrets import shown_error, shown_repr, shown_text
-from .stopping import find_idle
+from .stopping import find_idle, own_lineage
 from .store import StoreError
 from .text import format_bytes, list_names
 
@@ -565,7 +565,7 @@ def known_durations(manager: ResourceManager) -> Durations:
     return durations
 
 def _stoppable(manager: ResourceManager) -> list[WorkerState]:
-    try: return find_idle(manager.workers)
+    try: return find_idle(manager.workers, own_lineage())
     except (StoreError, OSError) as error:
         _log.warning("the workers that can be stopped are unknown: %s", error)
         return []

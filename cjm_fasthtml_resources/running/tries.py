@@ -44,6 +44,7 @@ class Wanted:
     grace: float | None = None            # seconds in which its memory has to be used
     settings: dict[str, Any] | None = None   # of `command_settings`; `None`: all commands of that name share a need
     duration: float | None = None         # seconds that it takes at most; then its reservation ends
+    ask_idle: bool = False                # whether idle holders of other apps are asked to unload
 
 # %% ../../nbs/running/tries.ipynb #d5c40f8b
 _COLOUR = re.compile(r"\x1b\[[0-9;:?]*[ -/]*[@-~]|\x1b\][^\x07\x1b]*(?:\x07|\x1b\\)")
@@ -108,7 +109,8 @@ def try_once(
     needs = PluginNeeds(None, wanted.ram_mb, wanted.devices)
     job = manager.job(wanted.name, mb, plugin=wanted.name, config=wanted.settings, needs=needs, worker_type="command",
                       device=wanted.device, timeout=wanted.timeout, progress=wanted.progress, make_room=make_room,
-                      priority=wanted.priority, grace=wanted.grace, duration=wanted.duration)
+                      priority=wanted.priority, grace=wanted.grace, duration=wanted.duration,
+                      ask_idle=wanted.ask_idle)
     job.asked_by = "--gpu-memory"
     found = None
     try:

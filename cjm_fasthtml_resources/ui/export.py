@@ -7,7 +7,7 @@ __all__ = ['SCHEMA_VERSION', 'to_json']
 
 # %% ../../nbs/ui/export.ipynb #eb450acc
 from dataclasses import asdict
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .. import __version__
 from ..core.conflict import ResourceConflict
@@ -15,6 +15,9 @@ from ..core.process import machine_time, process_age
 from ..core.resources import DeviceStatus, MemoryStatus, OwnedProcess, Promise, Waiting, WorkerState
 from ..core.samples import Sample
 from ..core.totals import sum_by_app, sum_by_user
+
+if TYPE_CHECKING:
+    from cjm_fasthtml_resources.core.questions import Question
 
 # %% ../../nbs/ui/export.ipynb #a2de6cb4
 def _answer(conflict: ResourceConflict) -> dict[str, Any]:
@@ -57,6 +60,11 @@ def _worker(worker: WorkerState) -> dict[str, Any]:
     return {name: getattr(shown, name) for name in _WORKER_FIELDS}
 
 # %% ../../nbs/ui/export.ipynb #792ae82b
+def _question(question: "Question") -> dict[str, Any]:
+    "Return what a request of another app asks, with the workers that would unload"
+    told = {name: getattr(question, name) for name in ("id", "app", "user", "memory", "count", "devices")}
+    return dict(told, message=str(question), workers=[_worker(worker) for worker in question.workers])
+
 def _totals(conflict: ResourceConflict) -> dict[str, Any]:
     "Return what each user and each app uses"
     sums = dict(users=sum_by_user(conflict.allowed), apps=sum_by_app(conflict.allowed))
@@ -77,4 +85,5 @@ def to_json(answer: Sample) -> dict[str, Any]:
         gpu=dict(_answer(answer.gpu), driver_version=driver_version, devices=devices, other_instances=others,
                  waiting=[_since(request) for request in answer.gpu.waiting], totals=_totals(answer.gpu)),
         memory=dict(_answer(answer.memory), **(_memory(memory) if memory else {})),
-        workers=[_worker(worker) for worker in answer.workers])
+        workers=[_worker(worker) for worker in answer.workers],
+        questions=[_question(question) for question in answer.questions])

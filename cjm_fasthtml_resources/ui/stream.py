@@ -13,7 +13,7 @@ import re
 import sys
 import threading
 import time
-from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -27,11 +27,11 @@ from ..core.secrets import shown_error
 from ..core.text import printable
 from ..core.threads import NoThreadError, SharedCalls
 from .age import moment_of
-from .cards import TABLES, arrange
+from .cards import ABOVE, TABLES, arrange
 from .parts import to_html
 from .shutdown import watch_shutdown
 from .tables import Column
-from .view import View, render, render_tables
+from .view import View, render, render_questions, render_tables
 
 # %% ../../nbs/ui/stream.ipynb #7cdb4412
 Slots = dict[str, str]   # slot → HTML
@@ -150,15 +150,17 @@ def broken_slots(error: BaseException) -> Slots:
     "Return the error in place of the figures"
     words = Span("✕ unavailable", cls="cjm-badge unavailable")
     text = f"Cannot read the figures: {printable(shown_error(error))}"
-    empty = dict.fromkeys(("state", "memory_banner", "notes", "ram.live", *TABLES), "")
+    empty = dict.fromkeys((*ABOVE, "ram.live", *TABLES), "")
     banner = to_html(P(words, " ", text, cls="banner unavailable", role="status"))
     return {**empty, "banner": banner, "ram.head": to_html(Div(B("RAM"), Span("cannot be read"), cls="head"))}
 
 # %% ../../nbs/ui/stream.ipynb #55fe5485
 class Hub:
     "Renders each sample once, for every client"
-    def __init__(self, monitor: ResourceMonitor, view: View = View(), actions: tuple[Column, ...] = ()) -> None:
-        self.monitor, self.view, self.actions, self.calls = monitor, view, actions, SharedCalls()
+    def __init__(self, monitor: ResourceMonitor, view: View = View(), actions: tuple[Column, ...] = (),
+                 buttons: Callable[[Any], Any] = lambda question: "") -> None:
+        self.monitor, self.view, self.actions, self.buttons = monitor, view, actions, buttons
+        self.calls = SharedCalls()
         self.after_fork()
         reset_in_child(self)
 
@@ -173,7 +175,8 @@ class Hub:
         "Return a sample's slots; without one, those of the last or of one that is taken now, or the reason"
         try: sample = sample or self.monitor.current()
         except Exception as error: return broken_slots(error)   # a plugin, a file: the sampler goes on, and tries again
-        return {**render(sample, self.monitor.history, self.view), **render_tables(sample, self.view, self.actions)}
+        return {**render(sample, self.monitor.history, self.view), **render_tables(sample, self.view, self.actions),
+                "questions": render_questions(sample, self.buttons)}
 
     async def current(self) -> Slots:
         "Return the slots of this moment. `NoThreadError` where starting a thread failed to wait for the driver"

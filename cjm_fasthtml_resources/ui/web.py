@@ -16,9 +16,9 @@ from concurrent.futures import Future
 from concurrent.futures import TimeoutError as NotYet
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from fastcore.xml import Button, Details, Div, Form, P, Safe, Script, Style, Summary
+from fastcore.xml import Button, Details, Div, Form, P, Safe, Script, Span, Style, Summary
 from starlette.requests import Request
 from starlette.responses import HTMLResponse, PlainTextResponse, RedirectResponse, Response
 
@@ -34,6 +34,7 @@ from cjm_fasthtml_resources.ui.stream import (
     to_event,
 )
 from ..core.arguments import check_pid, check_text
+from ..core.conflict import ResourceBusy, ResourceUnavailable
 from ..core.forks import reset_in_child
 from ..core.manager import ResourceManager
 from ..core.monitor import ResourceMonitor, TakesSamples
@@ -45,7 +46,7 @@ from .age import moment_of, not_live
 from .assets import read_asset
 from .cards import CSS, arrange
 from .charts import Wanted, chart_shape, draw_charts, kept_for, span_of
-from .controls import check_controls, find_asked, name_question
+from .controls import check_controls, find_asked, follow_answers, name_question
 from .gate import Bounded, Gate, ask_guard, is_same_origin
 from .headers import Headed
 from .links import current_base, find_base, note_bases
@@ -55,6 +56,9 @@ from .tables import Column
 from .view import View
 from .wish import wish_events
 
+if TYPE_CHECKING:
+    from cjm_fasthtml_resources.core.questions import Question
+
 # %% ../../nbs/ui/web.ipynb #62e30b0d
 _all_ = ["Client", "EventStream", "Gate", "Hub", "Slots", "change_event", "is_same_origin", "layout_event", "to_event"]
 
@@ -63,7 +67,7 @@ SCRIPT = "\n".join(map(read_asset, ("tables.js", "figures.js", "charts.js", "liv
 
 _NOT_YET = "The driver has yet to answer."
 
-def _form_id(prefix: str) -> str: return f"cjm-stop{prefix}"
+def _form_id(prefix: str, act: str) -> str: return f"cjm-{act}{prefix}"
 
 def _component(
     slots: Slots | None,   # `None`: before the first reading; the stream brings it
@@ -73,9 +77,10 @@ def _component(
     now = moment_of()
     lost = Div(not_live(now), cls="state", data_cjm_lost=True, role="status", aria_live="polite")
     place = Div(P(_NOT_YET, cls="note") if slots is None else arrange(slots), data_cjm_place=True)
-    stop = Form(id=_form_id(prefix), method="post", action=f"{base}/stop", hidden=True)
+    forms = [Form(id=_form_id(prefix, act), method="post", action=f"{base}/{act}", hidden=True)
+             for act in ("stop", "answer")]
     script = Script(src=f"{base}/live", defer=True)
-    return Div(Style(Safe(CSS)), lost, place, stop, script, cls="cjm ages", data_cjm_stream=f"{base}/stream",
+    return Div(Style(Safe(CSS)), lost, place, *forms, script, cls="cjm ages", data_cjm_stream=f"{base}/stream",
                data_cjm_charts=f"{base}/charts", data_cjm_now=f"{1000*now:.0f}")
 
 # %% ../../nbs/ui/web.ipynb #c3000543
@@ -128,10 +133,18 @@ def _stop_column(prefix: str) -> Column:
     def ask(row: Any) -> Any:
         if row.start_time is None: return ""
         who = f"{row.pid}.{row.start_time}"  # a question about one process is never taken for one about another
-        yes = Button(f"Yes, stop {row.pid}", name="worker", value=who, form=_form_id(prefix))
+        yes = Button(f"Yes, stop {row.pid}", name="worker", value=who, form=_form_id(prefix, "stop"))
         question = P(name_question(row.pid, row.type, row.status))
         return Details(Summary("Stop …"), Div(question, yes, cls="question"), data_key=who)
     return Column("action", ask, "act", "w10")
+
+def _answer_buttons(prefix: str) -> Callable[["Question"], Any]:
+    "Return what makes the buttons that answer a question"
+    def button(question: "Question", text: str, is_yes: bool) -> Any:
+        return Button(text, name="question", value=f"{question.id}.{is_yes:d}", form=_form_id(prefix, "answer"))
+    def both(question: "Question") -> Any:
+        return Span(button(question, "Unload", True), button(question, "Keep", False), cls="acts")
+    return both
 
 # %% ../../nbs/ui/web.ipynb #b2a55a78
 def _stop(manager: Any, who: str) -> Response:
@@ -144,6 +157,16 @@ def _stop(manager: Any, who: str) -> Response:
     try: manager.stop_worker(worker.pid)
     except (OSError, RuntimeError) as error:
         return PlainTextResponse(f"could not stop worker {pid}: {error}", 409)
+    return Response(status_code=204)
+
+def _answer_request(manager: Any, said: str) -> Response:
+    "Unload for the request of another app, or tell it no"
+    id, _, is_yes = said.partition(".")
+    if not id.isdecimal() or is_yes not in ("0", "1"):
+        return PlainTextResponse("question must be the ID of a request, and .1 for yes or .0 for no", 400)
+    try: manager.answer(int(id), is_yes == "1")
+    except LookupError as error: return PlainTextResponse(str(error), 409)
+    except (StoreError, ResourceBusy, ResourceUnavailable) as error: return PlainTextResponse(str(error), 503)
     return Response(status_code=204)
 
 # %% ../../nbs/ui/web.ipynb #8738a2b2
@@ -221,18 +244,30 @@ def _stream_handlers(hub: Hub, places: Places) -> dict[str, Callable[..., Any]]:
     return {"/stream": stream, "/room": room}
 
 # %% ../../nbs/ui/web.ipynb #57ea3002
-def _stop_handler(manager: Any, prefix: str, guard: Callable[..., Any]) -> Callable[..., Any]:
+def _acting_handler(
+    act: Callable[[str], Response], field: str, prefix: str, guard: Callable[..., Any],
+) -> Callable[..., Any]:
+    "Return the handler of a form, whose field says what is acted on"
     calls = SharedCalls()
 
-    async def stop(req: Request) -> Any:
+    async def handle(req: Request) -> Any:
         if not is_same_origin(req): return PlainTextResponse("the request must come from the same origin", 403)
         if (refused := await ask_guard(guard, req)) is not None: return refused
         form = await req.form()
-        who = str(form.get("worker", ""))
-        try: answer = await calls.run(who, partial(_stop, manager, who))
+        what = str(form.get(field, ""))
+        try: answer = await calls.run(what, partial(act, what))
         except NoThreadError as error: return _no_thread(error)
         return RedirectResponse(find_base(req, prefix), 303) if answer.status_code == 204 else answer
-    return stop
+    return handle
+
+def _acting_handlers(
+    manager: Any, prefix: str, guard: Callable[..., Any],
+) -> dict[str, Callable[..., Any]]:  # path after the prefix → handler
+    "Return the routes that stop a worker, and that answer the request of another app"
+    acts = dict(stop=(_stop, "worker"), answer=(_answer_request, "question"))
+    made = {name: _acting_handler(partial(act, manager), field, prefix, guard) for name, (act, field) in acts.items()}
+    for name, handler in made.items(): handler.__name__ = name   # of the route
+    return {f"/{name}": handler for name, handler in made.items()}
 
 def _metrics_handler(monitor: ResourceMonitor, processes: bool) -> Callable[..., Any]:
     from prometheus_client.exposition import choose_encoder  # the extra prometheus
@@ -298,10 +333,12 @@ def resource_routes(
     monitor = monitor or ResourceMonitor(manager, interval)
     # before anything is added: it can be missing
     scrape = _metrics_handler(monitor, process_metrics) if metrics else None
-    hub = Hub(monitor, view, (_stop_column(prefix),) if controls else ())
+    hub = Hub(monitor, view, *(((_stop_column(prefix),), _answer_buttons(prefix)) if controls else ()))
     handlers = {**_picture_handlers(hub, prefix), **_stream_handlers(hub, places), **_charts_handlers(hub, recorded)}
     for path, handler in handlers.items(): _add(app, f"{prefix}{path}", handler)
-    if guard and controls: _add(app, f"{prefix}/stop", _stop_handler(manager, prefix, guard), "POST")
+    for path, handler in (_acting_handlers(manager, prefix, guard) if guard and controls else {}).items():
+        _add(app, f"{prefix}{path}", handler, "POST")
+    if controls: follow_answers(manager)
     if metrics and scrape: _add(app, metrics, scrape)
     note_bases(app, prefix)
     return ResourceRoutes(hub, monitor)
