@@ -103,13 +103,15 @@ def machine() -> Iterator[Machine]:
 # A program that does what it is told
 
 PROGRAM = """if True:
-    import json, os, sys
+    import json, os, subprocess, sys
     from dataclasses import asdict
     from cjm_fasthtml_resources import ResourceBusy, ResourceManager
+    from cjm_fasthtml_resources.core.endings import end_claim
     from cjm_fasthtml_resources.core.ledger import HandOver
     from cjm_fasthtml_resources.core.process import this_process
     from cjm_fasthtml_resources.core.store import StoreError
-    from cjm_fasthtml_resources.simulate import SimulatedDriver, SimulatedGpu
+    from cjm_fasthtml_resources.core.questions import read_answers
+    from cjm_fasthtml_resources.simulate import SimulatedDriver, SimulatedGpu, SimulatedProcess
     driver = SimulatedDriver([SimulatedGpu(memory_total_mb=24_000)]).start()
     app, held = sys.argv[1], []
 
@@ -124,6 +126,22 @@ PROGRAM = """if True:
     def sentence(): return use().check_gpu_availability().message
     def work(): return use().register_worker(os.getpid(), "llm", "job") and None
     def workers(): return len(use().get_all_workers())
+    def load():
+        "Have an idle worker with a model of 18,000 MiB"
+        quiet = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.DEVNULL)
+        worker = subprocess.Popen(["sleep", "60"], **quiet).pid
+        use().register_worker(worker, "llm", loaded_plugin_resource="llama")
+        driver.gpus[0].processes.append(SimulatedProcess(worker, 18_000))
+    def fill(mb): driver.gpus[0].memory_used_mb = mb
+    def ask(mb):
+        held.append(use().request(mb, ask_idle=True))
+        return "waits" if held[-1].poll() is None else "granted"
+    def questions(): return [[q.id, q.app, q.user] for q in use().get_questions()]
+    def decide(id, is_yes): return use().answer(id, is_yes)
+    def answers(): return [[a.app, a.user, a.is_yes] for a in read_answers(use().ledger.store)]
+    def end():
+        "Release the first reservation by its ID, as `cjm-resources release` does"
+        return end_claim(use().ledger, use().get_claims()[0].id).app
     def attack():
         "Try all that the library has to end or take a reservation, with what the ledger tells about others'"
         mine = use()
@@ -232,6 +250,32 @@ def test_workers_stay_with_their_user_and_its_containers(program):
     assert [who.do("workers") for who in (alice, bob, contained, root)] == [1, 0, 0, 0]
     assert contained.do("work") is None   # it is bob's
     assert [who.do("workers") for who in (alice, bob, contained, root)] == [1, 1, 1, 0]
+
+
+def test_a_release_by_id_leaves_the_folder_usable_for_all(program):
+    alice, bob = program(HOSTS[0]), program(HOSTS[1])
+    assert alice.do("reserve", 20_000) == "granted" and alice.do("end") == "app"
+    assert bob.do("reserve", 20_000) == "granted" and bob.do("end") == "app" and alice.do("claims") == []
+
+
+@pytest.mark.parametrize("place", [HOSTS[1], CONTAINERS[0], CONTAINERS[1]], ids=lambda place: place.name)
+def test_who_waits_asks_another_user_and_only_the_one_who_is_asked_can_agree(program, place):
+    alice, cleo, asker = program(HOSTS[0]), program(HOSTS[2]), program(place)
+    assert alice.do("load") is None and asker.do("fill", 18_000) is None and cleo.do("fill", 18_000) is None
+    assert alice.do("questions") == [] and asker.do("ask", 10_000) == "waits"
+    [[id, app, user]] = alice.do("questions")
+    assert app == "app" and (f"UID {BOB}" in user or "root" in user)
+    assert cleo.do("questions") == asker.do("questions") == []      # they have nothing to unload
+    for other in (cleo, asker): assert f"Request {id} asks nothing of app" in other.do("decide", id, True)
+    assert alice.do("questions") == [[id, app, user]] and asker.do("answers") == []
+    assert alice.do("decide", id, False) == f"Request {id} was told no."
+    assert asker.do("answers") == [["app", ALICE, False]] and alice.do("questions") == []
+    asker.end()
+    again = program(place)
+    assert again.do("fill", 18_000) is None and again.do("ask", 10_000) == "waits"
+    assert len(alice.do("questions")) == 1      # another request may ask
+    again.end()
+    assert alice.do("questions") == []          # it went with the program that asked
 
 
 def test_files_are_for_the_group_and_for_nobody_else_whatever_the_umask(machine, program):

@@ -30,6 +30,7 @@ from .leases import in_use, is_used_elsewhere
 from .locking import is_locked
 from .logs import Log
 from .paths import Path, as_path
+from .sharing import open_made
 
 if TYPE_CHECKING:
     import sqlite3
@@ -124,7 +125,7 @@ def _make(path: Path, world: str) -> None:
     "Make a database under another name, and rename it"
     new = as_path(f"{path}.new")
     for suffix in ("", "-journal"): as_path(f"{new}{suffix}").unlink(missing_ok=True)
-    os.close(os.open(new, os.O_CREAT | os.O_EXCL, 0o600))
+    os.close(open_made(str(new), os.O_RDWR))   # for the group in a folder that it shares; the journal is like it
     with contextlib.closing(_connect(new)) as db: create_tables(db, world)
     as_path(f"{path}-journal").unlink(missing_ok=True)
     os.rename(new, path)

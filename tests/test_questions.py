@@ -1,0 +1,197 @@
+"""A request that asks the idle holders of other apps to unload, with real processes, on the page and in the panel"""
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+from conftest import DRIVER, wait_until
+
+from cjm_fasthtml_resources.core.answering import find_questions, unload_for
+from cjm_fasthtml_resources.core.conflict import ResourceBusy
+from cjm_fasthtml_resources.core.manager import ResourceManager
+from cjm_fasthtml_resources.core.samples import take_sample
+from cjm_fasthtml_resources.simulate import SimulatedDriver, SimulatedGpu, SimulatedProcess
+
+# an app whose own process has the model, and a plugin that answers what argument 1 says
+HOLDER = DRIVER + """
+import sys, time
+from cjm_fasthtml_resources.core.manager import ResourceManager
+
+class Llama:
+    def __init__(self):
+        self.model = driver.allocate(18_000)
+        self.model.__enter__()
+    def release(self): self.model.__exit__(None, None, None)
+    def on_request(self, question):
+        print(question, flush=True)
+        return dict(yes=True, no=False).get(ANSWER)
+
+manager = ResourceManager(app="chat")
+manager.register_worker(os.getpid(), "llm", loaded_plugin_resource="llama-8b", plugin_instance=Llama())
+print("ready", flush=True)
+time.sleep(120)
+"""
+
+ASKER = DRIVER + """
+from cjm_fasthtml_resources.core.manager import ResourceManager
+print("ready", flush=True)
+with ResourceManager(app="speech").reserve(10_000, ask_idle=True): print("granted", flush=True)
+"""
+
+
+@pytest.fixture
+def holder(tmp_path, monkeypatch, spawn):
+    "Start an app with an idle model, which answers so"
+    monkeypatch.setenv("CJM_RESOURCES_DIR", str(tmp_path/"state"))
+    monkeypatch.setenv("GPUS", str(tmp_path/"gpus"))
+
+    def start(answer: str) -> subprocess.Popen:
+        process = spawn(f"ANSWER = {answer!r}" + HOLDER)
+        assert process.stdout.readline() == "ready\n"
+        return process
+    return start
+
+
+def test_a_plugin_that_agrees_makes_room_and_its_process_goes_on(holder, spawn):
+    chat, speech = holder("yes"), spawn(ASKER)
+    assert [speech.stdout.readline() for _ in range(2)] == ["ready\n", "granted\n"]
+    assert chat.stdout.readline().startswith("speech needs 9.8 GiB on GPU 0. The idle llm worker")
+    assert chat.poll() is None and speech.wait(10) == 0
+
+
+def test_a_plugin_that_refuses_keeps_its_model_and_the_asker_is_told(holder, spawn):
+    holder("no")
+    code = ASKER.replace("ask_idle=True)", "8, ask_idle=True)").replace("10_000, 8", "10_000, timeout=8")
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert out.returncode == 1 and "Gave up after 8 s. chat of " in out.stderr and "said no." in out.stderr, out.stderr
+
+
+def test_a_question_goes_with_the_process_that_asked_however_it_ends(holder, spawn):
+    holder("people")
+    speech = spawn(ASKER)
+    assert speech.stdout.readline() == "ready\n"
+    with SimulatedDriver([SimulatedGpu("NVIDIA L4")], shared=os.environ["GPUS"]):
+        chat = ResourceManager(app="chat", track_self=False)
+        wait_until(chat.get_questions, 20)
+        speech.send_signal(signal.SIGKILL)
+        speech.wait()
+        wait_until(lambda: not chat.get_questions(), 5)
+
+
+# In one process
+
+
+class Llama:
+    "A plugin whose model is on a simulated GPU"
+    def __init__(self, gpu): self.gpu = gpu
+    def release(self): self.gpu.processes.clear()
+
+
+@pytest.fixture
+def asked(tmp_path, monkeypatch, spawn):
+    "A manager with an idle worker that has a model, and a request of another app that asks"
+    monkeypatch.setenv("CJM_RESOURCES_DIR", str(tmp_path))
+    with SimulatedDriver([SimulatedGpu(memory_total_mb=24_000)]) as driver:
+        worker = spawn("input()").pid
+        driver.gpus[0].processes.append(SimulatedProcess(worker, 18_000))
+        chat = ResourceManager(app="chat", track_self=False)
+        chat.register_worker(worker, "llm", loaded_plugin_resource="llama-8b", plugin_instance=Llama(driver.gpus[0]))
+        request = ResourceManager(app="speech", track_self=False).request(10_000, ask_idle=True)
+        assert request.poll() is None
+        yield chat, request, worker
+        request.withdraw()
+
+
+def test_a_worker_that_got_a_job_after_the_question_keeps_its_model(asked):
+    chat, request, worker = asked
+    [question] = find_questions(chat)
+    chat.update_worker_state(worker, job_id="job-1", status="running")
+    assert unload_for(chat, question) == "" and request.poll() is None
+    assert chat.get_worker_by_pid(worker).loaded_plugin_resource == "llama-8b"
+
+
+def test_only_who_asked_to_ask_is_shown_to_others(asked):
+    chat, request, _ = asked
+    request.withdraw()
+    quiet = ResourceManager(app="speech", track_self=False).request(10_000)
+    assert quiet.poll() is None and chat.get_questions() == []
+    quiet.withdraw()
+    with pytest.raises(TypeError, match="ask_idle"): chat.request(10, ask_idle="yes")
+
+
+def test_a_fork_s_child_asks_and_answers_at_once(asked):
+    chat, request, _ = asked
+    chat.follow_questions()
+    child = os.fork()
+    if not child:
+        try: os._exit(0 if len(chat.get_questions()) == 1 else 1)
+        finally: os._exit(2)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+def make_browser(manager, **given):
+    from fasthtml.core import FastHTML
+    from starlette.testclient import TestClient
+
+    from cjm_fasthtml_resources.ui.web import resource_routes
+    app = FastHTML(default_hdrs=False, secret_key="x")
+    resource_routes(app, manager, **given)
+    return TestClient(app, follow_redirects=False)
+
+
+def test_the_page_shows_a_question_and_takes_the_answer(asked):
+    pytest.importorskip("fasthtml", reason="the extra web is not installed")
+    chat, request, _ = asked
+    [question] = chat.get_questions()
+    browser = make_browser(chat, controls=True, guard=lambda req: None)
+    page = browser.get("/resources").text
+    assert "speech needs 9.8 GiB on GPU 0" in page and f"value={question.id}.1" in page and "Unload" in page
+    same = {"origin": "http://testserver"}
+    for wrong, status in (("", 400), ("x.1", 400), (f"{question.id}.2", 400), ("99.1", 409)):
+        assert browser.post("/resources/answer", data=dict(question=wrong), headers=same).status_code == status
+    foreign = browser.post("/resources/answer", data=dict(question=f"{question.id}.1"), headers={"origin": "http://evil"})
+    assert foreign.status_code == 403 and request.poll() is None
+    done = browser.post("/resources/answer", data=dict(question=f"{question.id}.1"), headers=same)
+    assert (done.status_code, done.headers["location"]) == (303, "../resources")
+    assert request.poll() is not None
+    wait_until(lambda: "speech needs" not in browser.get("/resources").text, 5)
+
+
+def test_a_page_without_controls_shows_the_question_alone(asked):
+    pytest.importorskip("fasthtml", reason="the extra web is not installed")
+    browser = make_browser(asked[0])
+    page = browser.get("/resources").text
+    assert "speech needs 9.8 GiB on GPU 0" in page and "Unload</button>" not in page
+    assert browser.post("/resources/answer", data=dict(question="1.1")).status_code in (404, 405)
+
+
+def test_the_panel_shows_a_question_and_takes_the_answer(asked):
+    from cjm_fasthtml_resources.ui.panel import ResourcePanel
+    chat, request, _ = asked
+    panel = ResourcePanel(chat, interval=0.2, controls=True)
+    try:
+        unload, keep = panel._consents.box.children
+        assert unload.description.startswith("Unload for speech") and keep.description.startswith("Keep")
+        assert "speech needs 9.8 GiB" in panel._slots["questions"].value
+        unload.click()
+        wait_until(lambda: "unloaded llama-8b" in panel._said.value, 10)
+        assert request.poll() is not None
+        panel._show(take_sample(chat))
+        assert panel._consents.box.children == () and panel._slots["questions"].value == ""
+    finally: panel.close()
+
+
+def test_an_answer_after_the_request_is_over_is_said_in_words(asked):
+    chat, request, _ = asked
+    [question] = chat.get_questions()
+    request.withdraw()
+    with pytest.raises(LookupError, match="asks nothing of chat now. IDs that do: none"): chat.answer(question.id, True)
+
+
+def test_the_one_who_gives_up_learns_that_there_was_no_answer(asked):
+    request = asked[1]
+    request.withdraw()
+    speech = ResourceManager(app="speech", track_self=False)
+    with pytest.raises(ResourceBusy, match="No idle holder has answered"):
+        speech.reserve(10_000, timeout=0, ask_idle=True)
