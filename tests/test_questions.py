@@ -56,7 +56,7 @@ def holder(tmp_path, monkeypatch, spawn):
 def test_a_plugin_that_agrees_makes_room_and_its_process_goes_on(holder, spawn):
     chat, speech = holder("yes"), spawn(ASKER)
     assert [speech.stdout.readline() for _ in range(2)] == ["ready\n", "granted\n"]
-    assert chat.stdout.readline().startswith("speech needs 9.8 GiB on GPU 0. The idle llm worker")
+    assert chat.stdout.readline().startswith("The speech app needs 9.8 GiB on GPU 0. The idle llm worker")
     assert chat.poll() is None and speech.wait(10) == 0
 
 
@@ -146,23 +146,24 @@ def test_the_page_shows_a_question_and_takes_the_answer(asked):
     [question] = chat.get_questions()
     browser = make_browser(chat, controls=True, guard=lambda req: None)
     page = browser.get("/resources").text
-    assert "speech needs 9.8 GiB on GPU 0" in page and f"value={question.id}.1" in page and "Unload" in page
+    assert "The speech app needs 9.8 GiB on GPU 0" in page and f"value={question.id}.1" in page and "Unload" in page
     same = {"origin": "http://testserver"}
     for wrong, status in (("", 400), ("x.1", 400), (f"{question.id}.2", 400), ("99.1", 409)):
         assert browser.post("/resources/answer", data=dict(question=wrong), headers=same).status_code == status
-    foreign = browser.post("/resources/answer", data=dict(question=f"{question.id}.1"), headers={"origin": "http://evil"})
+    yes = dict(question=f"{question.id}.1")
+    foreign = browser.post("/resources/answer", data=yes, headers={"origin": "http://evil"})
     assert foreign.status_code == 403 and request.poll() is None
-    done = browser.post("/resources/answer", data=dict(question=f"{question.id}.1"), headers=same)
+    done = browser.post("/resources/answer", data=yes, headers=same)
     assert (done.status_code, done.headers["location"]) == (303, "../resources")
     assert request.poll() is not None
-    wait_until(lambda: "speech needs" not in browser.get("/resources").text, 5)
+    wait_until(lambda: "The speech app" not in browser.get("/resources").text, 5)
 
 
 def test_a_page_without_controls_shows_the_question_alone(asked):
     pytest.importorskip("fasthtml", reason="the extra web is not installed")
     browser = make_browser(asked[0])
     page = browser.get("/resources").text
-    assert "speech needs 9.8 GiB on GPU 0" in page and "Unload</button>" not in page
+    assert "The speech app needs 9.8 GiB on GPU 0" in page and "Unload</button>" not in page
     assert browser.post("/resources/answer", data=dict(question="1.1")).status_code in (404, 405)
 
 
@@ -173,7 +174,7 @@ def test_the_panel_shows_a_question_and_takes_the_answer(asked):
     try:
         unload, keep = panel._consents.box.children
         assert unload.description.startswith("Unload for speech") and keep.description.startswith("Keep")
-        assert "speech needs 9.8 GiB" in panel._slots["questions"].value
+        assert "The speech app needs 9.8 GiB" in panel._slots["questions"].value
         unload.click()
         wait_until(lambda: "unloaded llama-8b" in panel._said.value, 10)
         assert request.poll() is not None

@@ -49,7 +49,8 @@ class Question:
     held: tuple[int, ...]              # bytes that each of them has there
 
     def __str__(self) -> str:
-        who = " of ".join(name for name in (self.app or "a program", self.user) if name)
+        app = f"The {self.app} app" if self.app else "Another program"
+        who = " of ".join(filter(None, [app, self.user]))
         each = f" on each of {self.count} GPUs" if self.count > 1 else f" on {name_devices(self.devices)}"
         named = "; the ".join(map(name_idle, self.workers, self.held))
         return (f"{who} needs {format_bytes(self.memory)}{each}. The {named}: "

@@ -8,7 +8,7 @@ __all__ = ['Sample', 'with_commands', 'ask_questions', 'take_sample']
 # %% ../../nbs/core/samples.ipynb #5ea28d4b
 import time
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from .command import read_command
 from .conflict import ResourceConflict
@@ -33,7 +33,7 @@ class Sample:
     stale: str | None = None          # why it is out of date; `None`: it is current
     machine: str | None = None        # the same under each name of a machine, until it is booted again
     queue: str | None = None          # the same for all programs that share a queue of reservations
-    questions: tuple["Question", ...] = ()   # what requests of other apps ask of this one
+    questions: tuple[Any, ...] = ()   # of `core.questions`: what requests of other apps ask of this one
     taken: float = field(default_factory=time.monotonic)  # when, by `time.monotonic()`
 
     @property
