@@ -220,7 +220,7 @@ def test_a_dead_worker_with_a_job_is_not_tidied_away(spawn):
     state = manager.update_worker_state(process.pid, job_id="job")
     process.kill()
     process.wait()
-    assert stopping.find_idle(manager.workers) == [] == stopping.mark_idle(manager.workers, state, 1)
+    assert stopping.find_idle(manager.workers, ()) == [] == stopping.mark_idle(manager.workers, state, 1)
 
 
 def test_a_job_that_is_accepted_at_whatever_moment_is_not_killed(spawn):
@@ -287,7 +287,7 @@ def test_the_mark_of_a_process_that_stops_a_worker_counts_for_all_and_for_no_lon
     assert stopping.mark_idle(mine.workers, worker, lease)
     assert other.get_worker_by_pid(process.pid).status == "stopping"
     assert other.update_worker_state(process.pid, job_id="job") is None
-    assert not stopping.mark_idle(other.workers, worker, new_lease()) and stopping.find_idle(other.workers) == []
+    assert not stopping.mark_idle(other.workers, worker, new_lease()) and stopping.find_idle(other.workers, ()) == []
     leases.drop(lease)      # as the kernel does with those of a process that is killed
     assert other.get_worker_by_pid(process.pid).status == "idle"
     assert other.update_worker_state(process.pid, job_id="job").job_id == "job"
