@@ -8,13 +8,16 @@ import urllib.request
 from pathlib import Path
 
 import pytest
+from fastcore.xml import P
 from helpers import CUT, free_port, serving, violations, wait_for
 
+from cjm_fasthtml_resources.core.questions import Question
 from cjm_fasthtml_resources.core.resources import OwnedProcess, WorkerState
 from cjm_fasthtml_resources.core.waiting import ReservationRow
 from cjm_fasthtml_resources.ui.cards import framed
 from cjm_fasthtml_resources.ui.parts import to_html
 from cjm_fasthtml_resources.ui.tables import process_table, reservation_table, to_row, worker_table
+from cjm_fasthtml_resources.ui.web import answer_buttons
 
 SERVER = Path(__file__).with_name("server.py")
 
@@ -356,6 +359,20 @@ def test_on_which_gpus_a_worker_s_memory_is_can_be_read(new_page):
             cut = page.locator(".held").last.evaluate("cell => cell.scrollWidth > cell.clientWidth")
             if cut and width >= 390: found[len(held), width] = cut
     assert found == {}
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_what_another_app_asks_can_be_read_and_answered_at_every_width(new_page, scheme):
+    worker = WorkerState(4_200_101, "transcription", loaded_plugin_resource="openai/whisper-large-v3-turbo")
+    question = Question(7, 1, ("GPU-0",), "speech", "bob in a-container-name", 2**33, 1, (0,), (worker,), (2**33,))
+    page = new_page(color_scheme=scheme)
+    page.set_content(f'<main>{to_html(framed(P(str(question), answer_buttons("")(question), cls="asks")))}</main>')
+    assert violations(page) == []
+    for width in WIDTHS:
+        page.set_viewport_size(dict(width=width, height=900))
+        assert page.evaluate("document.documentElement.scrollWidth <= innerWidth"), width
+    found = {name: page.get_by_role("button", name=name).get_attribute("value") for name in ("Unload", "Keep")}
+    assert found == dict(Unload="7.1", Keep="7.0")
 
 
 def test_a_question_names_the_worker_and_stays_open_while_rows_move(server, new_page):
