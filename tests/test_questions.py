@@ -120,6 +120,40 @@ def test_only_who_asked_to_ask_is_shown_to_others(asked):
     with pytest.raises(TypeError, match="ask_idle"): chat.request(10, ask_idle="yes")
 
 
+def test_a_request_for_a_whole_gpu_asks_for_all_of_it(asked):
+    chat, request, _ = asked
+    request.withdraw()
+    whole = ResourceManager(app="speech", track_self=False).request("all", ask_idle=True)
+    assert whole.poll() is None
+    [question] = chat.get_questions()
+    assert question.memory == int(0.9*24_000*2**20)
+    assert "unloaded llama-8b" in chat.answer(question.id, True) and whole.poll() is not None
+    whole.withdraw()
+
+
+def test_a_request_that_a_cap_holds_back_asks_nothing_since_room_is_no_help(asked, tmp_path):
+    chat, request, _ = asked
+    request.withdraw()
+    (tmp_path/"settings.toml").write_text("max_share = 0.5")
+    (tmp_path/"settings.toml").chmod(0o600)
+    speech = ResourceManager(app="speech", track_self=False)
+    with speech.reserve(4_000, timeout=0):
+        capped = speech.request(10_000, ask_idle=True)
+        assert capped.poll() is None and chat.get_questions() == []
+        capped.withdraw()
+
+
+def test_a_request_behind_another_asks_nothing_since_room_would_go_to_that(asked):
+    chat, request, _ = asked
+    request.withdraw()
+    first = ResourceManager(app="other", track_self=False).request(12_000)
+    second = ResourceManager(app="speech", track_self=False).request(10_000, ask_idle=True)
+    assert first.poll() is second.poll() is None and chat.get_questions() == []
+    first.withdraw()
+    assert len(chat.get_questions()) == 1
+    second.withdraw()
+
+
 def test_a_fork_s_child_asks_and_answers_at_once(asked):
     chat, request, _ = asked
     chat.follow_questions()

@@ -11,7 +11,6 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Collection
-from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -26,13 +25,13 @@ from cjm_fasthtml_resources.core.questions import (
     read_consents,
 )
 from .asking import AskedPlugin
-from .claims import owner_of
+from .claims import Claim, owner_of
 from .conflict import ResourceConflict
-from .devices import device_key
 from .forks import reset_in_child
 from .freeing import RoomMaker, RoomWanted, find_gentle, has_room, unload_idle
 from .locking import holding
 from .logs import Log
+from .making_room import see_for
 from .places import find_container, find_username
 from .process import ProcessId
 from .receipts import machine_user
@@ -75,16 +74,14 @@ def find_questions(
     idle = find_idle(manager.workers, find_waiting(claims))
     with manager.workers.last_read() as table: kept = {w.pid: table.plugins.get(w.pid) for w in idle}
     able = [w for w in idle if can_unload(w, kept[w.pid], unload)]
-    devices = (conflict or manager.check_gpu_availability(wake=True)).allowed if able else ()
-    found = [find_question(c, devices, able, " in ".join(filter(None, (find_username(c), find_container(c)))))
-             for c in asking if c.lease not in answered]
+    if not able: return []
+    conflict = conflict or manager.check_gpu_availability(wake=True)
+    capped = {request.id for request in conflict.waiting if request.why}   # more room is no help for these
+    found = [find_question(c, see_for(conflict, c.lease, c.allowed, claims).allowed, able, _name_asker(c))
+             for c in asking if c.lease not in answered and c.id not in capped]
     return [question for question in found if question]
 
-# %% ../../nbs/core/answering.ipynb #cd18faf5
-def _check_suiting(manager: "ResourceManager", question: Question) -> ResourceConflict:
-    conflict = manager.check_gpu_availability(wake=True)
-    suit = tuple(d for d in conflict.allowed if device_key(d.device) in question.allowed)
-    return replace(conflict, devices=suit, other_instances=())
+def _name_asker(claim: Claim) -> str: return " in ".join(filter(None, (find_username(claim), find_container(claim))))
 
 # %% ../../nbs/core/answering.ipynb #ce944d49
 def unload_for(
@@ -94,8 +91,11 @@ def unload_for(
     grace: float = 5.0,             # seconds for a plugin
 ) -> str:  # empty: this process can unload none of them
     "Unload idle workers for a request, and return each step in a sentence"
-    wanted = RoomWanted(question.memory, partial(_check_suiting, manager, question), grace, unload,
-                        manager.get_claims, question.count)
+    def check() -> ResourceConflict:
+        conflict = manager.check_gpu_availability(wake=True)
+        return see_for(conflict, question.lease, question.allowed, manager.get_claims())
+
+    wanted = RoomWanted(question.memory, check, grace, unload, manager.get_claims, question.count)
     maker = RoomMaker(manager.workers, wanted)
     for worker in question.workers:
         if has_room(conflict := wanted.check(), wanted.need, wanted.count): break

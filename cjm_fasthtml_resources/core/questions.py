@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from .claims import Claim, in_queue
-from .devices import device_key
 from .freeing import name_loaded
 from .resources import DeviceStatus, WorkerState
 from .room import held_by, plan_room, usable
@@ -77,18 +76,19 @@ def find_first(
 # %% ../../nbs/core/questions.ipynb #c5b69db5
 def find_question(
     claim: Claim,                      # one that asks
-    devices: Iterable[DeviceStatus],   # as this app's check found them
+    devices: Iterable[DeviceStatus],   # those that suit it, as this app's check found them
     idle: Sequence[WorkerState],       # its workers that are idle and can unload, the least recently used first
     user: str = "",                    # who asks
 ) -> Question | None:  # `None`: it starts anyway, or they free too little
     "Return what a request asks of an app"
-    suit = [d for d in usable(list(devices)) if device_key(d.device) in claim.allowed]
-    if sum(d.room >= claim.memory for d in suit) >= claim.count: return None
-    plan = plan_room(suit, idle, claim.memory, [w.pid for w in idle], claim.count)
+    suit = [d for d in usable(list(devices)) if not (claim.share and d.promises)]   # for itself: without reservations
+    need = max([claim.memory, *(int(claim.share*d.device.capacity) for d in suit)])
+    if sum(d.room >= need for d in suit) >= claim.count: return None
+    plan = plan_room(suit, idle, need, [w.pid for w in idle], claim.count)
     held = [held_by(w, suit) for w in plan]
     ids = tuple(d.device.id for d in suit if any(d.device.id in each for each in held))
     if not plan: return None
-    return Question(claim.id, claim.lease, claim.allowed, claim.app, user, claim.memory, claim.count, ids, tuple(plan),
+    return Question(claim.id, claim.lease, claim.allowed, claim.app, user, need, claim.count, ids, tuple(plan),
                     tuple(sum(each.values()) for each in held))
 
 # %% ../../nbs/core/questions.ipynb #c9a92d23
