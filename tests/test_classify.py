@@ -222,6 +222,6 @@ def test_an_answer_in_a_terminal_has_a_line_for_each_device():
     conflict._repr_pretty_(printer, False)
     assert printer.shown.splitlines() == [
         "gpu_memory: available. A GPU job can start now: GPU 0 (no name) has 768 MiB free.",
-        "  GPU 0  no name  available: external 256 MiB, free 768 MiB",
+        "  GPU 0  no name  available: other programs 256 MiB, free 768 MiB",
         "  GPU 1  NVIDIA L4  unavailable: the GPU is lost",
     ]

@@ -299,8 +299,8 @@ def test_a_terminal_shows_an_answer_in_lines():
     assert first.startswith("gpu_memory: available. A GPU job can start now: GPU 0")
     card = "NVIDIA RTX 6000 Ada Generation"
     assert devices == [
-        f"  GPU 0  {card}  available: external 14.6 GiB, unattributed 510 MiB, free 32.3 GiB",
-        f"  GPU 1  {card}  external_busy: external 38.6 GiB, unattributed 400 MiB, free 8.4 GiB",
+        f"  GPU 0  {card}  available: other programs 14.6 GiB, not visible 510 MiB, free 32.3 GiB",
+        f"  GPU 1  {card}  external_busy: other programs 38.6 GiB, not visible 400 MiB, free 8.4 GiB",
     ]
 
 

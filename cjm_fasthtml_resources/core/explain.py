@@ -14,7 +14,7 @@ from math import ceil
 from typing import NamedTuple
 
 from .memory import HostMemory
-from .resources import DeviceStatus, MemoryStatus, OwnedProcess, Promise, ResourceStatus
+from .resources import SHARE_WORDS, DeviceStatus, MemoryStatus, OwnedProcess, Promise, ResourceStatus
 from .room import roomiest
 from .text import format_bytes, list_names, printable
 
@@ -244,7 +244,7 @@ def device_line(
     status: DeviceStatus,
 ) -> str:
     "Return a device's memory by owner as a line of text"
-    shares = [f"{owner} {format_bytes(n)}" for owner, n in status.shares.items() if n]
+    shares = [f"{SHARE_WORDS[owner]} {format_bytes(n)}" for owner, n in status.shares.items() if n]
     figures = status.reason or ", ".join([*shares, f"free {format_bytes(status.room)}"])
     return f"  GPU {status.device.id}  {printable(status.device.name or 'no name')}  {status.status.value}: {figures}"
 

@@ -137,4 +137,4 @@ def legend_line(
     is_ascii: bool = False,   # ASCII signs only
 ) -> Line:
     "Return what the signs mean"
-    return tuple(Piece(f"{part.mark(is_ascii)} {part.name}  ", part.style) for part in PARTS if part.name != "ram")
+    return tuple(Piece(f"{part.mark(is_ascii)} {part.word}  ", part.style) for part in PARTS if part.name != "ram")

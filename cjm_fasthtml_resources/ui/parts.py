@@ -18,7 +18,7 @@ from ..core.conflict import ResourceConflict
 from ..core.explain import name_swap
 from ..core.gpu import GpuDevice
 from ..core.options import Option
-from ..core.resources import DeviceStatus, MemoryStatus, ResourceStatus
+from ..core.resources import SHARE_WORDS, DeviceStatus, MemoryStatus, ResourceStatus
 from ..core.text import format_bytes, printable
 from ..core.validation import ValidationAction, ValidationResult
 
@@ -61,8 +61,8 @@ def memory_key(
     kept: int = 0,               # bytes that the driver keeps for itself
 ) -> Any:
     "Return the figures of a bar in words: together they are the total"
-    words = dict(ram="other RAM")
-    rows = [ft("i", f"{words.get(owner, owner)} {format_bytes(n)}", cls=owner) for owner, n in shares.items() if n > 0]
+    rows = [ft("i", f"{SHARE_WORDS.get(owner, owner)} {format_bytes(n)}", cls=owner)
+            for owner, n in shares.items() if n > 0]
     driver = f" (driver:\N{NO-BREAK SPACE}{_gib(kept)})" if kept else ""
     return Div(*rows, ft("i", f"free {_gib(free)} of {_gib(total)} GiB{driver}", cls="free"), cls="key")
 

@@ -15,6 +15,7 @@ from typing import Any
 
 from fastcore.xml import Safe, ft
 
+from ..core.resources import SHARE_WORDS
 from ..core.text import format_bytes, printable
 
 # %% ../../nbs/ui/svg_chart.ipynb #8b976844
@@ -74,7 +75,7 @@ class Chart:
         return self.end - self.span.count
 
 # %% ../../nbs/ui/svg_chart.ipynb #10d2b406
-WORDS = dict(external="other programs", unattributed="not visible", app="app", promised="reserved")   # from the bottom
+WORDS = {owner: SHARE_WORDS[owner] for owner in ("external", "unattributed", "app", "promised")}   # from the bottom
 
 def clock(
     when: float,         # seconds since the epoch

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Generic, Literal, NamedTuple, TypeVar
 
 from cjm_fasthtml_resources.core.resources import (
+    SHARE_WORDS,
     DeviceStatus,
     MemoryStatus,
     OwnedProcess,
@@ -47,6 +48,8 @@ class Part(NamedTuple):
     ascii: str  # the sign on terminals without Unicode
     style: str
 
+    @property
+    def word(self) -> str: return SHARE_WORDS[self.name]
     def mark(self, is_ascii: bool) -> str: return self.ascii if is_ascii else self.sign
 
 OWNERS = (Part("app", "█", "#", "green"), Part("external", "▓", "x", "red"),
@@ -83,7 +86,7 @@ def _signs(
 ) -> Line:
     "Return the legend of a bar"
     parts = [part for part in PARTS if part.name != "ram" or unified]
-    return tuple(Piece(f"{part.mark(is_ascii)} {part.name}  ", part.style) for part in parts)
+    return tuple(Piece(f"{part.mark(is_ascii)} {part.word}  ", part.style) for part in parts)
 
 def _legend(
     signs: Line,            # empty without a bar
