@@ -3,6 +3,7 @@ import asyncio
 import contextlib
 import errno
 import gc
+import itertools
 import os
 import re
 import shutil
@@ -16,10 +17,11 @@ from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 
 import pytest
+from conftest import wait_until
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cjm_fasthtml_resources.core import database, host, lockfile
+from cjm_fasthtml_resources.core import database, host, lockfile, reservations
 from cjm_fasthtml_resources.core import folder as places
 from cjm_fasthtml_resources.core.claims import Claim, DeviceUse, find_pools, grant, read_use
 from cjm_fasthtml_resources.core.conflict import ResourceBusy
@@ -124,6 +126,24 @@ def no_search_of_older_objects():
     gc.freeze()
     try: yield
     finally: gc.unfreeze()
+
+
+@pytest.mark.parametrize("app", [None, "app"], ids=["in memory", "in a file"])
+def test_threads_wake_one_another_and_wait_for_no_next_poll(folder, app, monkeypatch):
+    monkeypatch.setattr(reservations, "pauses", lambda: itertools.repeat(300.0))   # between two polls
+    taken = []
+    with SimulatedDriver([SimulatedGpu(memory_total_mb=24_000)]):
+        manager = ResourceManager(app=app)
+
+        def work(number: int) -> None:
+            with manager.reserve(20_000):
+                taken.append(number)
+                wait_until(lambda: len(manager.get_claims()) == 8 - len(taken) + 1)   # all others wait
+
+        threads = [threading.Thread(target=work, args=[number], daemon=True) for number in range(8)]
+        for thread in threads: thread.start()
+        for thread in threads: thread.join(30)
+    assert sorted(taken) == list(range(8))
 
 
 def test_the_event_loop_goes_on_while_a_task_waits():

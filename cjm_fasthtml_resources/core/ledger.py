@@ -39,6 +39,7 @@ from .process import ProcessId, machine_time, pid_namespace
 from .receipts import Receipt, from_text, is_receipt, machine_user, to_text
 from .store import ChangedInside, Draft, Store, StoreError
 from .topology import Links
+from .waking import Wakers
 
 if TYPE_CHECKING:
     from cjm_fasthtml_resources.core.caps import Cap
@@ -168,7 +169,7 @@ class Ledger:
     "The requests and reservations of all processes that share a store"
     def __init__(self, store: Store, events: Events | None = None) -> None:
         self.store, self.leases, self.events, self.unified = store, store.leases, events or Events(), False
-        self.waits, self._read = Waits(self.events), _Reading()
+        self.waits, self._read, self.wakers = Waits(self.events), _Reading(), Wakers()
         self.after_fork()
         reset_in_child(self)
 
@@ -225,6 +226,7 @@ class Ledger:
         deadline = self._deadlines.pop(lease, math.inf)
         if not self.leases.drop(lease): return False
         self.store.wake()
+        self.wakers.wake_first()
         return machine_time() < deadline
 
     def give_back(self, lease: int, for_other: bool = False) -> bool:
@@ -263,7 +265,7 @@ class Ledger:
         "Delete the claims that are over, enter the new one, and give devices to those that fit"
         until = time.monotonic() + SURE_SECONDS
         while True:
-            try: return _note_unused(self, _counted(self.events, *self._settle(look, ask, allowed)))
+            try: return _wake(self, _note_unused(self, _counted(self.events, *self._settle(look, ask, allowed))))
             except (HiddenClaims, ChangedInside):
                 if time.monotonic() > until: raise
             time.sleep(0.02)
@@ -507,4 +509,10 @@ def _note_unused(ledger: "Ledger", claims: list[Claim]) -> list[Claim]:
         with contextlib.suppress(StoreError): note_ending(ledger.store, lease, name_unused(claim))
         if lease in ledger.leases.held: _log.warning("reserved GPU memory was given back by %s", name_unused(claim))
     ledger.store.wake()
+    return claims
+
+# %% ../../nbs/core/ledger.ipynb #39b9354a
+def _wake(ledger: "Ledger", claims: list[Claim]) -> list[Claim]:
+    "Wake the threads of this process whose requests are granted; return all claims"
+    ledger.wakers.wake(c.lease for c in claims if c.device is not None)
     return claims

@@ -368,11 +368,12 @@ class Request(StaysHere):
             for pause in pauses():
                 if found := self.poll(): return found
                 show()
-                time.sleep(pause)
+                self.ledger.wakers.wait(self.lease, pause)
             raise AssertionError("the pauses never end")
         except BaseException:
             self.withdraw()
             raise
+        finally: self.ledger.wakers.forget(self.lease)
 
     async def wait_async(
         self,
@@ -427,8 +428,7 @@ class Request(StaysHere):
             raise ProcessLookupError(f"the process with PID {self.holder.pid} ended before its request was granted")
 
     def _granted(self, claims: Sequence[Claim]) -> Reservation:
-        waited = time.monotonic() - self._asked
-        self.ledger.waits.observe(waited)
+        self.ledger.waits.observe(time.monotonic() - self._asked)
         for end in self._forgotten: end.detach()
         self.ledger.note_deadline(self.lease, claims[0].expires)
         (keys, least), (ram, size) = divide_granted(claims)
