@@ -144,7 +144,7 @@ def test_each_trouble_is_a_sentence(sshd):
     said = {host: answer.reason for host, answer in answers.items() if answer.sample is None}
     for host, words in dict(
             without="the command is missing there (",
-            stranger="it refused the key: ", changed="its host key is another one than ssh knows",
+            stranger="it refused the key: ", changed="its host key differs from the one that ssh knows",
             unknown="ssh does not know its host key yet", nobody="no ssh server listens there",
             other="cjm-resources 9.9 there writes JSON of version 99", shy="it printed nothing",
             fails="ended with exit code 74: StoreError: the file is locked").items():
