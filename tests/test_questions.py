@@ -3,13 +3,17 @@ import os
 import signal
 import subprocess
 import sys
+import threading
+from unittest.mock import patch
 
 import pytest
 from conftest import DRIVER, wait_until
 
-from cjm_fasthtml_resources.core.answering import find_questions, unload_for
+from cjm_fasthtml_resources.core.answering import Follower, decide_for, find_follower, find_questions, unload_for
 from cjm_fasthtml_resources.core.conflict import ResourceBusy
+from cjm_fasthtml_resources.core.freeing import RoomMade
 from cjm_fasthtml_resources.core.manager import ResourceManager
+from cjm_fasthtml_resources.core.questions import Answer, describe_answers, note_answer, read_answers, worker_key
 from cjm_fasthtml_resources.core.samples import take_sample
 from cjm_fasthtml_resources.simulate import SimulatedDriver, SimulatedGpu, SimulatedProcess
 
@@ -107,7 +111,7 @@ def test_a_worker_that_got_a_job_after_the_question_keeps_its_model(asked):
     chat, request, worker = asked
     [question] = find_questions(chat)
     chat.update_worker_state(worker, job_id="job-1", status="running")
-    assert unload_for(chat, question) == "" and request.poll() is None
+    assert not unload_for(chat, question)[0].steps and request.poll() is None
     assert chat.get_worker_by_pid(worker).loaded_plugin_resource == "llama-8b"
 
 
@@ -176,15 +180,17 @@ def make_browser(manager, **given):
 
 def test_the_page_shows_a_question_and_takes_the_answer(asked):
     pytest.importorskip("fasthtml", reason="the extra web is not installed")
-    chat, request, _ = asked
+    chat, request, worker = asked
     [question] = chat.get_questions()
     browser = make_browser(chat, controls=True, guard=lambda req: None)
     page = browser.get("/resources").text
-    assert "The speech app needs 9.8 GiB on GPU 0" in page and f"value={question.id}.1" in page and "Unload" in page
+    assert "The speech app needs 9.8 GiB on GPU 0" in page and "Unload" in page
+    assert f"value={question.id}.1.{worker}" in page
     same = {"origin": "http://testserver"}
-    for wrong, status in (("", 400), ("x.1", 400), (f"{question.id}.2", 400), ("99.1", 409)):
+    for wrong, status in (("", 400), ("x.1.7", 400), (f"{question.id}.1", 400), (f"{question.id}.2.7", 400),
+                          (f"{question.id}.1.7,", 400), ("99.1.7", 409), (f"{question.id}.1.7", 409)):
         assert browser.post("/resources/answer", data=dict(question=wrong), headers=same).status_code == status
-    yes = dict(question=f"{question.id}.1")
+    yes = dict(question=f"{question.id}.1.{worker}")
     foreign = browser.post("/resources/answer", data=yes, headers={"origin": "http://evil"})
     assert foreign.status_code == 403 and request.poll() is None
     done = browser.post("/resources/answer", data=yes, headers=same)
@@ -198,7 +204,7 @@ def test_a_page_without_controls_shows_the_question_alone(asked):
     browser = make_browser(asked[0])
     page = browser.get("/resources").text
     assert "The speech app needs 9.8 GiB on GPU 0" in page and "Unload</button>" not in page
-    assert browser.post("/resources/answer", data=dict(question="1.1")).status_code in (404, 405)
+    assert browser.post("/resources/answer", data=dict(question="1.1.7")).status_code in (404, 405)
 
 
 def test_the_panel_shows_a_question_and_takes_the_answer(asked):
@@ -230,3 +236,211 @@ def test_the_one_who_gives_up_learns_that_there_was_no_answer(asked):
     speech = ResourceManager(app="speech", track_self=False)
     with pytest.raises(ResourceBusy, match="No idle holder has answered"):
         speech.reserve(10_000, timeout=0, ask_idle=True)
+
+
+# A yes is for the worker that was named, and a no of its plugin stays one
+
+
+def add_worker(chat, spawn, driver, memory, **given):
+    "Register another idle worker of the app, with a model of so many MiB"
+    pid = spawn("input()").pid
+    driver.gpus[0].processes.append(SimulatedProcess(pid, memory))
+    chat.register_worker(pid, "llm", loaded_plugin_resource="mistral-7b", **given)
+    return pid
+
+
+class Second:
+    "A plugin with one process on a GPU, which answers so"
+    def __init__(self, gpu, says=None): self.gpu, self.says, self.questions, self.pid = gpu, says, [], 0
+    def release(self): self.gpu.processes[:] = [p for p in self.gpu.processes if p.pid != self.pid]
+    def on_request(self, question):
+        self.questions.append(str(question))
+        return self.says
+
+
+@pytest.fixture
+def two(tmp_path, monkeypatch, spawn):
+    "A manager with two idle workers, either of which would make room, and a request that asks"
+    monkeypatch.setenv("CJM_RESOURCES_DIR", str(tmp_path))
+    monkeypatch.setattr(Follower, "start", lambda self: None)   # each test looks by itself
+    with SimulatedDriver([SimulatedGpu(memory_total_mb=24_000)]) as driver:
+        chat = ResourceManager(app="chat", track_self=False)
+        plugins = [Second(driver.gpus[0]) for _ in range(2)]
+        for plugin in plugins: plugin.pid = add_worker(chat, spawn, driver, 11_000, plugin_instance=plugin)
+        request = ResourceManager(app="speech", track_self=False).request(10_000, ask_idle=True)
+        assert request.poll() is None
+        yield chat, request, plugins
+        request.withdraw()
+
+
+def loaded(chat): return [w.pid for w in chat.get_all_workers() if w.loaded_plugin_resource]
+
+
+def test_who_agreed_for_a_worker_is_asked_again_for_another(two):
+    chat, request, (first, second) = two
+    [question] = chat.get_questions()
+    assert question.pids == (first.pid,)
+    settle = find_follower(chat)
+    decide_for(chat, question, [worker_key(question.workers[0])], True)     # a yes, which nobody has acted on
+    chat.update_worker_state(first.pid, job_id="job-1", status="running")
+    settle.look()
+    [other] = chat.get_questions()
+    assert other.pids == (second.pid,) and not other.agreed
+    assert loaded(chat) == [first.pid, second.pid] and request.poll() is None
+    chat.update_worker_state(first.pid, status="idle")
+    chat.update_worker_state(second.pid, job_id="job-2", status="running")
+    settle.look()                                                           # that yes still counts
+    assert loaded(chat) == [second.pid] and request.poll() is not None
+
+
+def test_a_plugin_s_no_is_for_its_worker_alone(two):
+    chat, request, (first, second) = two
+    first.says, second.says = False, True
+    find_follower(chat).look()
+    find_follower(chat).look()
+    assert loaded(chat) == [first.pid] and request.poll() is not None
+    assert len(first.questions) == len(second.questions) == 1
+
+
+def test_a_person_s_yes_does_not_overrule_a_plugin_s_no(two):
+    chat, request, (first, second) = two
+    first.says = second.says = False
+    find_follower(chat).look()
+    find_follower(chat).look()
+    assert chat.get_questions() == [] and loaded(chat) == [first.pid, second.pid]
+    with pytest.raises(LookupError, match="asks nothing of chat now"): chat.answer(1, True)
+    said = describe_answers(read_answers(chat.ledger.store))
+    assert said.startswith("chat of ") and said.endswith(" said no."), said
+    assert request.poll() is None
+
+
+def test_an_answer_that_names_other_workers_changes_nothing(two):
+    chat, request, (first, second) = two
+    [question] = chat.get_questions()
+    chat.update_worker_state(first.pid, job_id="job-1", status="running")
+    with pytest.raises(LookupError, match=f"The question has changed. Now: .*PID {second.pid}"):
+        chat.answer(question.id, True, question.pids)
+    assert loaded(chat) == [first.pid, second.pid] and request.poll() is None
+
+
+def test_both_of_two_workers_unload_where_one_is_too_little(two):
+    chat, request, (first, second) = two
+    request.withdraw()
+    large = ResourceManager(app="speech", track_self=False).request(20_000, ask_idle=True)
+    assert large.poll() is None
+    [question] = chat.get_questions()
+    assert question.pids == (first.pid, second.pid)
+    first.says = second.says = True
+    find_follower(chat).look()
+    assert loaded(chat) == [] and large.poll() is not None
+    large.withdraw()
+
+
+def test_nothing_is_unloaded_in_vain_where_one_of_two_refuses(two):
+    chat, request, (first, second) = two
+    request.withdraw()
+    large = ResourceManager(app="speech", track_self=False).request(20_000, ask_idle=True)
+    assert large.poll() is None
+    first.says, second.says = True, False
+    find_follower(chat).look()
+    find_follower(chat).look()
+    assert loaded(chat) == [first.pid, second.pid] and chat.get_questions() == []
+    large.withdraw()
+
+
+def test_a_release_that_fails_is_said_and_not_tried_again(asked):
+    chat, request, worker = asked
+    calls = []
+
+    class Broken:
+        "A plugin that cannot release"
+        def release(self):
+            calls.append(1)
+            raise RuntimeError("the device is lost")
+
+    chat.register_worker(worker, "llm", loaded_plugin_resource="llama-8b", plugin_instance=Broken())
+    [question] = chat.get_questions()
+    with pytest.raises(ResourceBusy, match="it raised RuntimeError"): chat.answer(question.id, True)
+    assert chat.get_questions() == [] and request.poll() is None and calls == [1]
+    [answer] = read_answers(chat.ledger.store)
+    assert not answer.is_yes and "it raised RuntimeError" in answer.done
+
+
+def test_a_release_that_hangs_counts_as_failed(asked):
+    chat, request, worker = asked
+    go_on = threading.Event()
+
+    class Hanging:
+        "A plugin that does not come back"
+        def release(self): go_on.wait(30)
+
+    chat.register_worker(worker, "llm", loaded_plugin_resource="llama-8b", plugin_instance=Hanging())
+    [question] = chat.get_questions()
+    made, failed = unload_for(chat, question, grace=0.3)
+    go_on.set()
+    assert failed.pid == worker and not made.released and "0.3 s" in str(made), made
+    assert request.poll() is None
+
+
+def test_a_worker_with_a_reservation_of_its_own_is_left_alone(asked):
+    chat, request, worker = asked
+    request.withdraw()
+    with chat.reserve(4_000, timeout=0, pid=worker):
+        again = ResourceManager(app="speech", track_self=False).request(10_000, ask_idle=True)
+        assert again.poll() is None and chat.get_questions() == []      # it counts on that memory
+        again.withdraw()
+
+
+def test_a_request_that_lacks_ram_asks_for_no_gpu_memory(asked):
+    chat, request, _ = asked
+    request.withdraw()
+    speech = ResourceManager(app="speech", track_self=False)
+    free = chat.check_memory_availability().memory.room >> 20
+    with speech.reserve(memory_mb=free*0.7, timeout=0):
+        both = speech.request(10_000, memory_mb=free*0.6, ask_idle=True)
+        assert both.poll() is None and chat.get_questions() == []
+        both.withdraw()
+
+
+def test_a_model_s_name_reaches_a_terminal_without_its_escape_sequences(asked):
+    chat, request, worker = asked
+    hostile = "\x1b[2J\x1b]0;owned\x07\u202emodel"
+    chat.register_worker(worker, "llm\x1b[1m", loaded_plugin_resource=hostile)
+    chat.follow_questions(lambda worker: False)
+    [question] = chat.get_questions()
+    assert str(question).isprintable() and "model" in str(question)
+    note_answer(chat.ledger.store, Answer(question.lease, hostile, 0, True, hostile))
+    assert describe_answers(read_answers(chat.ledger.store)).isprintable()
+
+
+def test_a_row_that_no_answer_can_be_is_left_out(asked):
+    chat, request, _ = asked
+    [question] = chat.get_questions()
+    note_answer(chat.ledger.store, Answer(question.lease, "other", 7, False))
+    with chat.ledger.store.transaction() as db:
+        db.execute("INSERT INTO answers VALUES (?, 'x', 'not a UID', 0, '')", [question.lease])
+    assert [a.app for a in read_answers(chat.ledger.store)] == ["other"]
+
+
+def test_a_decision_ends_with_the_request(asked):
+    chat, request, _ = asked
+    [question] = chat.get_questions()
+    chat.answer(question.id, False)
+    request.withdraw()
+    again = ResourceManager(app="speech", track_self=False).request(10_000, ask_idle=True)
+    assert again.poll() is None and len(chat.get_questions()) == 1
+    again.withdraw()
+
+
+def test_the_page_and_the_panel_offer_no_answer_where_the_app_has_agreed(two):
+    pytest.importorskip("fasthtml", reason="the extra web is not installed")
+    from cjm_fasthtml_resources.ui.panel import ResourcePanel
+    chat, request, (first, _) = two
+    [question] = chat.get_questions()
+    with patch("cjm_fasthtml_resources.core.answering.unload_for", return_value=(RoomMade(), None)):
+        decide_for(chat, question, [worker_key(question.workers[0])], True)
+        page = make_browser(chat, controls=True, guard=lambda req: None).get("/resources").text
+        assert "You agreed to unload it." in page and ">Unload</button>" not in page
+        panel = ResourcePanel(chat, interval=0.2, controls=True)
+        try: assert panel._consents.box.children == () and "You agreed" in panel._slots["questions"].value
+        finally: panel.close()

@@ -23,7 +23,7 @@ from ..core.expected import Range, describe_start, find_starts, times_of_workers
 from ..core.ledger import Ledger, find_cap, find_rule
 from ..core.manager import ResourceManager
 from ..core.process import machine_time
-from ..core.questions import asks_idle, describe_answers, read_answers
+from ..core.questions import asks_idle, describe_answers, find_first, read_answers
 from ..core.queue import QueueRow, queue_rows
 from ..core.ram_use import see_ram
 from ..core.store import Store, StoreError, store_path
@@ -63,12 +63,14 @@ def name_asked(
     asking = [c for c in claims if asks_idle(c)]
     if not asking: return {}
     answers, questions = read_answers(ledger.store), find_all_questions(ledger.store)
+    first = {c.id for c in find_first(claims)}
 
     def told(claim: Claim) -> str:
+        asks = "Asks" if claim.id in first else "Once it is the first for its devices, it asks"
         mine = [name for name, q in questions if q.lease == claim.lease]
         open_ = [f"{name} can answer: cjm-resources answer {claim.id} yes (or no)." for name in mine]
         said = describe_answers([a for a in answers if a.lease == claim.lease], name_user)
-        return " ".join(filter(None, ["Asks idle holders to unload.", *open_, said]))
+        return " ".join(filter(None, [f"{asks} idle holders to unload.", *open_, said]))
 
     return {claim.id: told(claim) for claim in asking}
 
@@ -98,7 +100,7 @@ def format_wait(
 # %% ../../nbs/commands/queue.ipynb #10c31702
 def _state(row: QueueRow) -> str:
     if row.state == "waiting": return "waits" if row.behind is None else f"waits behind {row.behind}"
-    return "held" if row.unused_seconds is None else "unused" if not row.most_used else "unused"
+    return "held" if row.unused_seconds is None else "unused"
 
 def _user(row: QueueRow) -> str:
     return " in ".join(name for name in (row.user, row.container) if name)

@@ -6,6 +6,7 @@
 __all__ = ['AnswersQuestions', 'follow_plugin']
 
 # %% ../../nbs/core/consent.ipynb #de76e978
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from .arguments import check_flag, check_pid
@@ -30,11 +31,13 @@ class AnswersQuestions:
         self: Any,
         id: int,        # of the request, as `question.id` and `cjm-resources queue` have it
         unload: bool,   # True: unload the models that the question names; False: keep them
+        pids: "Sequence[int] | None" = None,   # of the workers that it named; `None`: whichever it names now
     ) -> str:
         """Answer a question, and return what was done, in sentences. The workers keep running.
-        `LookupError` where nothing is asked under this ID, `StoreError`"""
+        `LookupError` where nothing is asked under this ID, or other workers are named by now; `ResourceBusy` where
+        unloading failed; `StoreError`"""
         from cjm_fasthtml_resources.core.answering import answer_question, find_unload
-        return answer_question(self, check_pid(id, "id"), check_flag(unload, "unload"), find_unload(self))
+        return answer_question(self, check_pid(id, "id"), check_flag(unload, "unload"), find_unload(self), pids)
 
     def follow_questions(
         self: Any,

@@ -62,7 +62,7 @@ def _worker(worker: WorkerState) -> dict[str, Any]:
 # %% ../../nbs/ui/export.ipynb #792ae82b
 def _question(question: "Question") -> dict[str, Any]:
     "Return what a request of another app asks, with the workers that would unload"
-    told = {name: getattr(question, name) for name in ("id", "app", "user", "memory", "count", "devices")}
+    told = {name: getattr(question, name) for name in ("id", "app", "user", "memory", "count", "devices", "agreed")}
     return dict(told, message=str(question), workers=[_worker(worker) for worker in question.workers])
 
 def _totals(conflict: ResourceConflict) -> dict[str, Any]:

@@ -34,6 +34,7 @@ from ..core.forks import reset_in_child
 from ..core.history import History
 from ..core.manager import ResourceManager
 from ..core.monitor import ResourceMonitor, TakesSamples, share_monitor
+from ..core.questions import Question
 from ..core.resources import WorkerState
 from ..core.samples import Sample
 from ..core.store import StoreError
@@ -186,9 +187,9 @@ def _on_thread(stop: Callable[[], None]) -> None:
     try: start_thread("stop-worker", stop)
     except NoThreadError: stop()
 
-def _answer_asked(manager: ResourceManager, id: int, is_yes: bool) -> str:
+def _answer_asked(manager: ResourceManager, id: int, is_yes: bool, pids: Sequence[int]) -> str:
     "Answer the request of another app, and return what came of it"
-    try: return manager.answer(id, is_yes)
+    try: return manager.answer(id, is_yes, pids if is_yes else None)
     except (LookupError, StoreError, ResourceBusy, ResourceUnavailable) as error: return str(error.args[0])
 
 def _stop_asked(manager: ResourceManager, worker: WorkerState) -> str:
@@ -228,16 +229,16 @@ class PanelConsents:
 
     def offer(self, sample: Sample) -> None:
         "Show two buttons for each question"
-        _renew(self.box, {(q.id, is_yes): partial(self._make, q.id, q.app, is_yes)
-                          for q in sample.questions for is_yes in (True, False)})
+        _renew(self.box, {(q.id, q.pids, is_yes): partial(self._make, q, is_yes)
+                          for q in sample.questions if not q.agreed for is_yes in (True, False)})
 
-    def _make(self, id: int, app: str, is_yes: bool) -> widgets.Button:
-        text = f"Unload for {printable(app)} ({id})" if is_yes else f"Keep ({id})"
-        return _button(text, lambda: _on_thread(partial(self._answer, id, is_yes)))
+    def _make(self, question: Question, is_yes: bool) -> widgets.Button:
+        text = f"Unload for {printable(question.app)} ({question.id})" if is_yes else f"Keep ({question.id})"
+        return _button(text, lambda: _on_thread(partial(self._answer, question, is_yes)))
 
-    def _answer(self, id: int, is_yes: bool) -> None:
-        "On a thread of its own, because unloading takes a moment"
-        self.report(_answer_asked(self.manager, id, is_yes))
+    def _answer(self, question: Question, is_yes: bool) -> None:
+        "On a thread of its own, because unloading takes a moment; a yes is for the workers that were shown"
+        self.report(_answer_asked(self.manager, question.id, is_yes, question.pids))
 
 # %% ../../nbs/ui/panel.ipynb #15c70f1f
 # a front end runs no <script> of an HTML widget; the style sheet's event is where the one for the tables begins

@@ -141,8 +141,10 @@ def _stop_column(prefix: str) -> Column:
 def answer_buttons(prefix: str) -> Callable[["Question"], Any]:
     "Return what makes the buttons that answer a question"
     def button(question: "Question", text: str, is_yes: bool) -> Any:
-        return Button(text, name="question", value=f"{question.id}.{is_yes:d}", form=_form_id(prefix, "answer"))
+        who = ",".join(map(str, question.pids))   # a yes is for the workers that were shown
+        return Button(text, name="question", value=f"{question.id}.{is_yes:d}.{who}", form=_form_id(prefix, "answer"))
     def both(question: "Question") -> Any:
+        if question.agreed: return ""
         return Span(button(question, "Unload", True), button(question, "Keep", False), cls="acts")
     return both
 
@@ -159,14 +161,18 @@ def _stop(manager: Any, who: str) -> Response:
         return PlainTextResponse(f"could not stop worker {pid}: {error}", 409)
     return Response(status_code=204)
 
+# %% ../../nbs/ui/web.ipynb #89e19023
+_NUMBER = "[0-9]{1,18}"
+
 def _answer_request(manager: Any, said: str) -> Response:
     "Unload for the request of another app, or tell it no"
-    id, _, is_yes = said.partition(".")
-    if not id.isdecimal() or is_yes not in ("0", "1"):
-        return PlainTextResponse("question must be the ID of a request, and .1 for yes or .0 for no", 400)
-    try: manager.answer(int(id), is_yes == "1")
-    except LookupError as error: return PlainTextResponse(str(error), 409)
-    except (StoreError, ResourceBusy, ResourceUnavailable) as error: return PlainTextResponse(str(error), 503)
+    if not (found := re.fullmatch(rf"({_NUMBER})\.([01])\.({_NUMBER}(?:,{_NUMBER})*)", said)):
+        return PlainTextResponse("question must be the ID of a request, 1 for yes or 0 for no, and the PIDs of the "
+                                 "workers, such as 7.1.4711,4712", 400)
+    id, is_yes, pids = found.groups()
+    try: manager.answer(int(id), is_yes == "1", [*map(int, pids.split(","))] if is_yes == "1" else None)
+    except (LookupError, ResourceBusy) as error: return PlainTextResponse(str(error.args[0]), 409)
+    except (StoreError, ResourceUnavailable) as error: return PlainTextResponse(str(error), 503)
     return Response(status_code=204)
 
 # %% ../../nbs/ui/web.ipynb #8738a2b2
