@@ -7,7 +7,7 @@ import pytest
 
 pytest.importorskip("fasthtml", reason="the extra web is not installed")
 pytest.importorskip("uvicorn")
-pytest.importorskip("httpx")
+httpx = pytest.importorskip("httpx")
 
 from servers import (  # noqa: E402
     RELOADING,
@@ -41,6 +41,14 @@ def test_a_server_that_a_page_is_open_on_ends_when_it_is_told_to(name, number, t
         wait_until(lambda: all(tab.ended() for tab in tabs), 10)
         assert [tab.ended()[0] for tab in tabs] == [None]*3   # each stream ended as a whole answer does
         assert trouble(tmp_path) == []
+
+
+@pytest.mark.parametrize("name", [name for name in SERVERS if name not in RELOADING])
+def test_a_wish_that_is_granted_ends_as_a_whole_answer_does(name, tmp_path):
+    with serving(need_server(name), tmp_path) as (_, url):
+        granted = httpx.get(f"{url}/resources/room", params=dict(size="1GiB"), timeout=20)
+        assert granted.status_code == 200 and "event: granted" in granted.text, granted.text
+    assert trouble(tmp_path) == []
 
 
 @pytest.mark.parametrize("name", RELOADING)

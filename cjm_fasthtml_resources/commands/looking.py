@@ -88,6 +88,7 @@ def simulated_machine(simulate: str | None, manager: ResourceManager) -> Iterato
     try: driver = load_scenario(simulate)
     except ScenarioError as error: raise click.BadParameter(str(error), param_hint="--simulate") from None
     manager.needs = manager.checks.needs = Needs()   # learn nothing from simulated jobs
+    manager.workers.roster = None                    # and keep simulated workers out of the app's file
     with driver:
         try:
             for worker in driver.workers: manager.register_worker(**worker)

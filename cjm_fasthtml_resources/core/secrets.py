@@ -4,14 +4,14 @@
 
 # %% auto #0
 __all__ = ['TOKENS', 'SECRETS', 'PLUGIN_RESOURCE_CONFIG_KEYS', 'IDENTIFIERS', 'REMOTE_FIELDS', 'small_letters', 'shown_text',
-           'shown_error', 'is_description', 'describe', 'shown_value', 'shown_config', 'shown_arguments',
-           'names_secret', 'mask_tokens', 'redact', 'shown_fields', 'shown_repr']
+           'shown_error', 'is_description', 'describe', 'shown_value', 'shown_config', 'names_secret', 'mask_tokens',
+           'redact', 'shown_fields', 'shown_repr']
 
 # %% ../../nbs/core/secrets.ipynb #c938cf52
 import math
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from functools import lru_cache
 from itertools import pairwise
 from typing import Any
@@ -185,19 +185,6 @@ def shown_config(
         if name in shown: name = f"{name} {len(shown)}"   # two keys that look alike when they are described
         shown[name] = _shown_field(key, value, depth)
     return shown
-
-def shown_arguments(
-    arguments: Sequence[str],   # of a command line
-) -> str:
-    "Return arguments as one text, with `***` for likely secrets and for values after names of secrets"
-    shown, hide = list[str](), False
-    for argument in arguments:
-        name, equals, value = argument.partition("=")
-        secret = bool(re.search(_SECRET_NAME, name)) and re.fullmatch(r"[\w.-]{1,60}", name) is not None
-        if hide and not argument.startswith("-"): shown.append("***")
-        else: shown.append(f"{name}=***" if secret and equals and value else argument)
-        hide = secret and not equals and argument.startswith("-")
-    return shown_text(" ".join(shown)[:2000])   # far more than is shown
 
 # %% ../../nbs/core/secrets.ipynb #ae221ef4
 def names_secret(name: str) -> bool:

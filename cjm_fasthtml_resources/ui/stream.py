@@ -311,13 +311,16 @@ class EventStream(Response):
         with watch_shutdown() as ends:
             parts = (self._send_all(send), _until_gone(receive), ends.wait())
             tasks = [asyncio.ensure_future(part) for part in parts]
-            try: await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+            try:
+                await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+                is_over = ends.is_set() or tasks[0].done() and tasks[0].result()
             finally:
                 for task in tasks: task.cancel()
                 await asyncio.gather(*tasks, return_exceptions=True)
-            if ends.is_set(): await _taken(send, b"", 0.2, more=False)   # a server waits for its end
+            if is_over: await _taken(send, b"", 0.2, more=False)   # without it, the answer would count as broken
 
-    async def _send_all(self, send: Any) -> None:
+    async def _send_all(self, send: Any) -> bool:   # whether the connection took them
         async with contextlib.aclosing(self.events) as events:
             async for event in events:
-                if not await _taken(send, event, PATIENCE): return
+                if not await _taken(send, event, PATIENCE): return False
+        return True

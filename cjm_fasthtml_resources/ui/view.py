@@ -6,6 +6,7 @@
 __all__ = ['SORTS', 'View', 'find_traces', 'render_questions', 'render', 'render_reservations', 'render_tables']
 
 # %% ../../nbs/ui/view.ipynb #4122c4ef
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -47,11 +48,16 @@ from ..core.waiting import reservation_rows
 from .age import moment_of, name_time
 
 # %% ../../nbs/ui/view.ipynb #f92f3642
+def _in_order(id: int | str) -> tuple[Sequence[float], str]:
+    "Return a key that sorts GPU 2 before GPU 10, MIG instance 2:9 before 2:10, and UUIDs behind the numbers"
+    parts = str(id).split(":")
+    return [int(part) if part.isdecimal() else math.inf for part in parts], str(id)
+
 def _shown_size(row: ProcessRow) -> float: return -round((row[1].memory_used or 0)/2**30, 1)
 
 SORTS: dict[str, Callable[[ProcessRow], Any]] = {
     "memory": lambda row: (_shown_size(row), row[1].pid),
-    "GPU": lambda row: (str(row[0]), _shown_size(row), row[1].pid),
+    "GPU": lambda row: (_in_order(row[0]), _shown_size(row), row[1].pid),
     "owner": lambda row: (row[1].owner, _shown_size(row), row[1].pid),
     "process": lambda row: ((row[1].name or "").lower(), row[1].pid),
     "PID": lambda row: row[1].pid,
