@@ -357,7 +357,7 @@ def make_app(
     metrics: bool = False,      # whether Prometheus finds metrics at /metrics (extra `prometheus`)
     process_metrics: bool = False,   # with a metric for each process
     streams: int = STREAMS,     # maximum of open streams; each page has one
-) -> Gate:
+) -> Headed:
     "Return an app with the page at /resources, and metrics if they are wanted"
     from fasthtml.core import FastHTML
     app = FastHTML(default_hdrs=False, secret_key=secrets.token_hex(16))  # keeps keys out of the current folder
@@ -366,4 +366,4 @@ def make_app(
 
     async def home(req: Request) -> Any: return RedirectResponse(find_base(req, "/resources"))
     _add(app, "/", home)
-    return Gate(app, token)
+    return Headed(Gate(app, token))   # what is refused, redirected or missing has the headers, too
