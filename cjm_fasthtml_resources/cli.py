@@ -184,5 +184,5 @@ def main(context: click.Context, apps: list[int | str], as_json: bool, watch: bo
     manager = make_manager(apps, threshold, machine)
     with simulated_machine(simulate, manager) as simulated:
         register_apps(manager, apps)
-        answer = _show(partial(look_once, manager, simulated, wake, watch), watch, as_json, top, interval)
+        answer = _show(partial(look_once, manager, simulated, wake, watch or as_json), watch, as_json, top, interval)
     _end(answer, as_exit_code)

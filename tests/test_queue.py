@@ -284,6 +284,14 @@ def test_shrink_and_the_receipt(rig):
     assert (held["memory"], held["asked"], held["why"]) == (11*GIB, 16*GIB, "")
 
 
+def test_shrink_leaves_the_ram_as_it_is(folder):
+    with SimulatedDriver([SimulatedGpu("NVIDIA L4")]) as driver:
+        manager = ResourceManager(app="train")
+        with manager.reserve(16*1024, memory_mb=100, timeout=0) as held, driver.allocate(11*1024):
+            assert held.shrink().gpu_memory_mb == 11*1024
+            assert sorted(c.memory >> 20 for c in manager.get_claims()) == [100, 11*1024]
+
+
 def test_a_group_is_released_as_one_and_shrinks_on_each_device(folder):
     with SimulatedDriver([SimulatedGpu("NVIDIA L4", uuid=f"GPU-{n}") for n in "ab"]) as driver:
         manager = ResourceManager(app="train")
@@ -396,9 +404,11 @@ def test_what_waits_says_for_how_many_gpus_and_when_it_starts(folder):
                 assert (first.count, second.count, second.starts) == (2, 1, None)
                 assert first.starts[0] == 0 and 290 < first.starts[1] <= 300
             assert expected_start(both) and expected_start(behind) is None
-            for shown in (render_reservations(sample, View()), to_text(promise_table((), 200, sample.gpu.waiting))):
+            table = " ".join(to_text(promise_table((), 200, sample.gpu.waiting)).split())
+            for shown in (render_reservations(sample, View()), table):
                 assert "8.0 GiB x 2" in shown and "expected to start in up to 5 minutes" in shown
-                assert f"Request {second.id}: its start is unknown." in shown
+                assert f"It is behind request {first.id}." in shown
+                assert "Its start is unknown." in shown
             for request in (both, behind): request.withdraw()
 
 

@@ -1,6 +1,6 @@
 """A folder that a group shares: several users and containers in one queue, tried as root with the kernel's own means
 
-The crowd runs for 10 s; `SHARE_SECONDS=60 pytest tests/test_share.py` makes it longer."""
+The crowd runs for 20 s; `SHARE_SECONDS=60 pytest tests/test_share.py` makes it longer."""
 import contextlib
 import itertools
 import json
@@ -8,6 +8,7 @@ import os
 import random
 import re
 import select
+import shlex
 import shutil
 import subprocess
 import sys
@@ -23,7 +24,7 @@ import cjm_fasthtml_resources
 from cjm_fasthtml_resources.core.process import pid_namespace
 
 ROOT = Path(cjm_fasthtml_resources.__file__).parents[1]
-SECONDS = float(os.environ.get("SHARE_SECONDS", "10"))
+SECONDS = float(os.environ.get("SHARE_SECONDS", "20"))
 GROUP, TOTAL = 54_300, 24_000   # the group's number, which needs no entry; MiB of the device
 ALICE, BOB, CLEO, DORA = 54_321, 54_322, 54_323, 54_324   # Dora is not in the group
 
@@ -423,6 +424,30 @@ def test_a_command_without_the_right_says_what_to_ask_for(machine):
     with machine.start(dora, RUNS, "--simulate", "idle", "wait", "--gpu-memory", "1GiB") as waits:
         _, errors = waits.communicate(timeout=60)
     assert waits.returncode == os.EX_IOERR and "sudo usermod" in errors
+
+
+@pytest.mark.parametrize("place", [HOSTS[1], CONTAINERS[0]], ids=lambda place: place.name)
+def test_the_page_leads_two_newcomers_through_the_queue(machine, place):
+    "The lines of the tutorial, as they are printed: alice's on the host, bob's there or in a container"
+    page = json.loads((ROOT/"nbs"/"tutorials"/"together.ipynb").read_text())
+    texts = ["".join(cell["source"]) for cell in page["cells"]]
+    section = next(text for text in texts if text.startswith("## Try it in two terminals"))
+    hold, wait, look, release = (shlex.split(line)[1:] for line in re.findall(r"```sh\n(.*)\n```", section))
+    with machine.start(HOSTS[0], RUNS, *hold) as alice:
+        def shown(who: Place) -> str:
+            with machine.start(who, RUNS, *look) as queue: return " ".join(queue.communicate(timeout=60)[0].split())
+        until = time.monotonic() + 30
+        while "speech" not in shown(HOSTS[0]) and time.monotonic() < until: pass
+        with machine.start(place, RUNS, *wait) as bob:
+            while "waits" not in shown(HOSTS[0]) and time.monotonic() < until: pass
+            for who in (HOSTS[0], place):
+                assert re.search(r"2: The job needs 14.0 GiB. .* expected to start in up to [0-9]+ seconds", shown(who))
+            with machine.start(place, RUNS, *release) as refused: refused.communicate(timeout=60)
+            assert refused.returncode == os.EX_NOPERM
+            with machine.start(HOSTS[0], RUNS, *release) as released: said, _ = released.communicate(timeout=60)
+            assert said.startswith("Released 1: 14.0 GiB"), said
+            assert bob.communicate(timeout=60)[0] == "It is my turn.\n"
+        alice.kill()
 
 
 RUNS = "import sys; from cjm_fasthtml_resources.cli import main; main(sys.argv[1:], 'cjm-resources')"

@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['converted', 'parse_memory', 'parse_need', 'parse_name', 'parse_positive', 'check_nan', 'read_apps', 'options_of',
            'Command', 'timeout_option', 'device_option', 'to_mib', 'ram_option', 'grace_option', 'duration_option',
-           'ask_idle_option', 'priority_option', 'by_index_option', 'complete_machines', 'complete_files']
+           'ask_idle_option', 'exclusive_option', 'memory_or_all', 'priority_option', 'by_index_option',
+           'complete_machines', 'complete_files']
 
 # %% ../../nbs/commands/options.ipynb #ad180b08
 import threading
@@ -129,6 +130,22 @@ def ask_idle_option(function: _Function) -> _Function:
     return click.option("--ask-idle", is_flag=True, help="While it waits, ask the apps of idle models to unload them. "
                         "They decide.")(function)
 
+# %% ../../nbs/commands/options.ipynb #f7457251
+def exclusive_option(function: _Function) -> _Function:
+    "Add `--exclusive`, a flag: whether COMMAND gets an empty device for itself"
+    return click.option("--exclusive", is_flag=True, help="Reserve an empty GPU for COMMAND alone, as for a benchmark: "
+                        "the same as --gpu-memory all.")(function)
+
+def memory_or_all(
+    gpu_memory: float | str | None,   # as `--gpu-memory` was given
+    exclusive: bool,
+) -> float | str | None:
+    "Return the GPU memory to reserve; `click.UsageError` for a size of a device that is to be the command's alone"
+    if not exclusive: return gpu_memory
+    if gpu_memory in (None, "all"): return "all"
+    raise click.UsageError("--exclusive reserves a whole GPU. Omit --gpu-memory, or omit --exclusive.")
+
+# %% ../../nbs/commands/options.ipynb #ee6656c1
 def priority_option(function: _Function) -> _Function:
     "Add `--priority`: a place in the queue"
     return click.option("--priority", type=click.IntRange(-20, 19), default=0, show_default=True, metavar="N",

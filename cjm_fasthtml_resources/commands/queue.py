@@ -161,7 +161,7 @@ def command(machine: Machine, as_json: bool, app: str | None) -> None:
     manager = make_manager((), 45.0, machine)
     try:
         with simulated_machine(machine.simulate, manager):
-            ledger = manager.ledger if machine.simulate else Ledger(Store(store_path()))
+            ledger = manager.ledger = manager.checks.ledger = Ledger(Store(store_path()))
             if app is not None: check_known(app, ledger.store)
             rows = [row for row in read_queue(manager, ledger) if app in (None, row.app)]
     except (StoreError, OSError) as error: fail(str(error), os.EX_IOERR)

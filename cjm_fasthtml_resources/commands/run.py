@@ -46,6 +46,7 @@ Examples:
 @options.grace_option
 @options.duration_option
 @options.ask_idle_option
+@options.exclusive_option
 @options.device_option
 @click.option("--app", default="cjm-resources", show_default=True, metavar="NAME",
               help="App name for the reservation and for learned needs.")
@@ -57,7 +58,7 @@ Examples:
 @click.pass_obj
 def command(machine: Machine, gpu_memory: float | str | None, ram: float, gpus: int, retries: int,
             timeout: float | None, priority: int, grace: float | None, duration: float | None, ask_idle: bool,
-            device: str | None,
+            exclusive: bool, device: str | None,
             app: str, name: str | None, env_by_index: bool, command: tuple[str, ...]) -> None:
     """Run COMMAND as a job: wait for a GPU, reserve it, and learn what COMMAND takes.
 
@@ -68,6 +69,7 @@ def command(machine: Machine, gpu_memory: float | str | None, ram: float, gpus: 
     Exits as COMMAND does, with 128 + N if signal N ended it; with 75 when the time is over, 69 without a GPU,
     74 when the shared file is unusable, 126 or 127 when starting COMMAND fails, 2 for a wrong argument.
     """
+    gpu_memory = options.memory_or_all(gpu_memory, exclusive)
     known_by, settings = (name_command(command), command_settings(command)) if name is None else (name, None)
     wanted = tries.Wanted(command, known_by, options.to_mib(gpu_memory), ram/2**20, retries, device, timeout,
                           env_by_index, shows_progress(), gpus, priority, grace, settings, duration,

@@ -103,6 +103,7 @@ def shows_progress() -> bool:
 @options.grace_option
 @options.duration_option
 @options.ask_idle_option
+@options.exclusive_option
 @options.device_option
 @click.option("--app", default="cjm-resources", show_default=True, metavar="NAME",
               help="App name for the reservation.")
@@ -114,8 +115,8 @@ def shows_progress() -> bool:
 @click.argument("command", nargs=-1, type=click.UNPROCESSED, shell_complete=complete_files)
 @click.pass_obj
 def command(machine: Machine, gpu_memory: float | str | None, ram: float, gpus: int, timeout: float | None,
-            priority: int, grace: float | None, duration: float | None, ask_idle: bool, device: str | None, app: str,
-            env_by_index: bool, notifier: Any, command: tuple[str, ...]) -> None:
+            priority: int, grace: float | None, duration: float | None, ask_idle: bool, exclusive: bool,
+            device: str | None, app: str, env_by_index: bool, notifier: Any, command: tuple[str, ...]) -> None:
     """Wait until a GPU has room, reserve it, and run COMMAND on it.
 
     COMMAND sees that GPU alone (CUDA_VISIBLE_DEVICES). Without COMMAND, print the variable and reserve nothing. With
@@ -125,6 +126,7 @@ def command(machine: Machine, gpu_memory: float | str | None, ram: float, gpus: 
     unusable, 126 or 127 when starting COMMAND fails, 2 for a wrong argument. A notification that fails leaves
     all that as it is.
     """
+    gpu_memory = options.memory_or_all(gpu_memory, exclusive)
     if gpu_memory is None and not ram: raise click.UsageError("Missing option '--gpu-memory', or --ram for RAM alone.")
     telling = notifier.telling_end() if notifier else contextlib.nullcontext()
     with _ended_by_signals(), failing(), telling:

@@ -77,7 +77,7 @@ def is_helped(
     conflict: ResourceConflict,   # of the GPUs
 ) -> bool:
     "Return whether more room on a GPU helps a request: no cap makes it wait, and the RAM that it asks for is free"
-    if any(request.id == claim.id and request.why for request in conflict.waiting): return False
+    if any(request.id == claim.id and request.is_capped for request in conflict.waiting): return False
     ram = max((size for _, size in claim.beside), default=0)
     if not ram: return True
     memory = manager.check_memory_availability(snapshot=conflict.snapshot).memory

@@ -6,28 +6,41 @@
 __all__ = ['CONTAINER_NOTE', 'SILENT_NOTE', 'NO_INSTANCE', 'LISTS_NOTE', 'SHARED_NOTE', 'GROUP_NOTE', 'UNSEEN_NOTE',
            'UNREAD_NOTE', 'EARLIER_NOTE', 'UNREAD_RAM_NOTE', 'estimate_notes', 'seen_notes', 'each_memory_once',
            'tell_unified', 'number_here', 'unseen_promises', 'stand_in', 'memory_for', 'reserves_ram', 'least_left',
-           'Prepared', 'Checks', 'promises_on', 'count_reported', 'name_holder', 'see_waiting', 'find_waiting',
-           'pick_devices']
+           'Prepared', 'Checks', 'promises_on', 'count_reported', 'name_holder', 'name_absent', 'see_waiting',
+           'find_waiting', 'pick_devices']
 
 # %% ../../nbs/core/checks.ipynb #2e3507fe
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
 
+from cjm_fasthtml_resources.core.claims import (
+    Claim,
+    DeviceUse,
+    asks_for_ram,
+    drop,
+    find_promises,
+    in_queue,
+    is_ram,
+    no_less,
+    observe,
+    owner_of,
+    read_use,
+)
 from cjm_fasthtml_resources.core.process import (
     ProcessId,
     ProcessInfo,
     driver_pid_reader,
     has_ended,
     in_pid_namespace,
+    machine_time,
     pid_namespace,
     read_process,
     this_process,
 )
 from .asking import hanging_notes, refresh_stale
-from .claims import Claim, DeviceUse, asks_for_ram, drop, find_promises, in_queue, is_ram, no_less, owner_of, read_use
 from .classify import classify_device, classify_memory, conclude
 from .conflict import ResourceBusy, ResourceConflict, ResourceUnavailable
 from .devices import GpuChoice, Seen, device_key, see_devices
@@ -205,7 +218,7 @@ class Checks:
         self.learn(found)
         notes += [*seen_notes(seen.complaint, visible, others), *hanging_notes(self.workers)]
         return conclude(visible, threshold_percent, _why_none(snapshot, seen.complaint), notes, snapshot, others,
-                        see_waiting(self, known, snapshot.devices))
+                        see_waiting(self, known, snapshot.devices, found))
 
     def see(self, machine: Sequence[GpuDevice], known: LedgerReading, threshold_percent: float) -> Seen:
         "Return the devices that this process can use; of those that a number can mean, the worst"
@@ -338,7 +351,8 @@ def promises_on(
 ) -> tuple[Promise, ...]:
     "Return the reservations on a device"
     use = next((use for use in uses if use.device.id == device.id), None)
-    promises = find_promises(use, claims, app) if use else ()
+    promises = find_promises(use, observe(claims, [use], machine_time()), app) if use and claims else ()
+    promises = name_absent(promises, claims, {p.pid for p in device.processes or ()})
     if all(p.owner == "app" for p in promises): return promises
     from cjm_fasthtml_resources.core.places import name_places  # where others reserve
 
@@ -356,21 +370,37 @@ def name_holder(claim: Claim) -> tuple[str | None, str | None]:
     return (found.name, found.username) if found.start_time == claim.holder.start_time else (None, None)
 
 # %% ../../nbs/core/checks.ipynb #c68878a5
-def see_waiting(checks: "Checks", known: LedgerReading, machine: Sequence[GpuDevice]) -> tuple[Waiting, ...]:
+def name_absent(
+    promises: Sequence[Promise],
+    claims: Iterable[Claim],
+    there: Collection[int],   # PIDs of the processes on the device, which have their names from it
+) -> tuple[Promise, ...]:
+    "Return reservations with the names of holders that have no memory on the device so far; of 20 at most"
+    absent = [p.id for p in promises if p.pid not in there][:_NAMED]
+    names = {c.id: name_holder(c)[0] for c in claims if c.id in absent}
+    return tuple(replace(p, name=names[p.id]) if p.id in names else p for p in promises)
+
+_NAMED = 20
+
+def see_waiting(
+    checks: "Checks",
+    known: LedgerReading,
+    machine: Sequence[GpuDevice],
+    found: Sequence[DeviceStatus],   # those that are there, as they were found
+) -> tuple[Waiting, ...]:
     "Return the requests that wait, in the order of the queue, with why and until when as far as it is known"
     claims = [c for c in known.claims if c.id not in known.over]
     if all(c.device is not None for c in claims): return ()
-    from cjm_fasthtml_resources.core.outlook import find_outlook, times_of_app  # when it is used
-    found = find_outlook(checks.ledger, claims, machine, times_of_app(claims, checks.workers, checks.needs, checks.app))
-    return find_waiting(known, machine, checks.app, found.why, found.starts)
-
-_NAMED = 20
+    from cjm_fasthtml_resources.core.outlook import find_outlook, times_of_app  # when they are used
+    from cjm_fasthtml_resources.core.queue import with_reasons
+    times = times_of_app(claims, checks.workers, checks.needs, checks.app)
+    outlook = find_outlook(checks.ledger, claims, machine, times)
+    return with_reasons(find_waiting(known, machine, checks.app, outlook.starts), claims, found, outlook.why, _NAMED)
 
 def find_waiting(
     known: LedgerReading,
     devices: Sequence[GpuDevice],
     app: str,                    # its name, which its requests have
-    why: Mapping[int, str] = {},                    # by ID, of those that wait because of a cap
     starts: Mapping[int, tuple[float, float]] = {},   # by ID: when they are expected to start
 ) -> tuple[Waiting, ...]:
     "Return the requests that wait, in the order of the queue; the first 20 with the names of their processes"
@@ -389,8 +419,8 @@ def find_waiting(
 
             names, container = (None, find_username(claim)), find_container(claim)
         return Waiting(number_here(claim), owner, claim.memory, position, suits, claim.app, *names, ram, claim.priority,
-                       claim.id, since, container, claim.count, why.get(claim.id, ""), starts.get(claim.id),
-                       bool(claim.receipt and claim.receipt.asks_idle))
+                       claim.id, since, container, claim.count, starts=starts.get(claim.id),
+                       asks_idle=bool(claim.receipt and claim.receipt.asks_idle))
 
     return tuple(row(position, claim) for position, claim in enumerate(waiting, 1))
 

@@ -285,7 +285,8 @@ def find_promises(
     return tuple(
         Promise(max(use.holder_of(c).pid, 0), owner_of(c, app), c.memory,
                 -(-pool.unused*c.memory//pool.promised), c.app, c.id,   # rounded up: in sum at least the pool's
-                c.receipt and c.receipt.since)
+                c.receipt and c.receipt.since, most_used=c.receipt and c.receipt.most_used,
+                hint=c.receipt.explain(c.memory) if c.receipt else "")
         for pool in find_pools(use, claims).values() for c in pool.claims)
 
 # %% ../../nbs/core/claims.ipynb #e754f8b2

@@ -82,17 +82,20 @@ class RequestCancelled(ResourceBusy):
         super().__init__(f"The request for GPU memory was cancelled by {by or 'another process'}.", retryable=False)
 
 # %% ../../nbs/core/reservations.ipynb #7b2cf0ce
-def _shrunk(rows: Rows, lease: int, memory: int, uses: Sequence[DeviceUse]) -> Rows:
-    "Return the ledger with a reservation of less memory; `ValueError` for more, or for less than is in use"
-    mine = [c for c in rows.claims if c.lease == lease]
+def _shrunk(rows: Rows, lease: int, memory: int | None, uses: Sequence[DeviceUse]) -> Rows:
+    """Return the ledger with a reservation of less memory; `None`: of the most that was seen in use.
+    `ValueError` for more than is reserved, or for less than is in use"""
+    rows = _observed(rows, uses)
+    mine = [c for c in rows.claims if c.lease == lease and not is_ram(c.device)]   # RAM stays as it is
     by_claim = [(c, next((use for use in uses if use.is_called(c.device)), None)) for c in mine]
     least = max((c.memory if use is None else find_most_used(c, use, rows.claims) for c, use in by_claim), default=0)
-    most = min((c.memory for c in mine), default=memory)
-    if not least <= memory <= most:
+    most = min((c.memory for c in mine), default=0)
+    if memory is None: memory = max([least, *(c.memory - (c.receipt or Receipt()).spare(c.memory) for c in mine)])
+    if mine and not least <= memory <= most:
         limit = f"at most {most/2**20:g}, which is reserved" if memory > most else (
             f"at least {least/2**20:g}, of which PID {mine[0].holder.pid} can be using all now")
         raise ValueError(f"gpu_memory_mb must be {limit}, not {memory/2**20:g}")
-    return rows._replace(claims=tuple(replace(c, memory=memory) if c.lease == lease else c for c in rows.claims))
+    return rows._replace(claims=tuple(replace(c, memory=memory) if c in mine else c for c in rows.claims))
 
 def _observed(rows: Rows, uses: Sequence[DeviceUse]) -> Rows:
     return rows._replace(claims=tuple(observe(rows.claims, uses, machine_time())))
@@ -180,15 +183,17 @@ class Reservation(OnDevices, StaysHere, contextlib.AbstractContextManager["Reser
 
     def shrink(
         self,
-        gpu_memory_mb: float,   # MiB that stay reserved on each device
+        gpu_memory_mb: float | None = None,   # MiB that stay reserved on each device; `None`: the most that was used
     ) -> "Reservation":
-        """Give a part of it back, and return the reservation of the rest. `ReservationOver` if it is over,
-        `ValueError` for more than is reserved, or for less than the holder uses now as far as it can be seen"""
-        memory = int(check_number(gpu_memory_mb, "gpu_memory_mb", 1)*2**20)
+        """Give a part of it back, and return the reservation of the rest; RAM stays, and what was not used yet at all.
+        `ReservationOver` if it is over, `ValueError` for more than is reserved, or for less than the holder uses now
+        as far as it can be seen"""
+        memory = None if gpu_memory_mb is None else int(check_number(gpu_memory_mb, "gpu_memory_mb", 1)*2**20)
         change = partial(_shrunk, lease=self.lease, memory=memory, uses=read_use(self._look().devices))
         if not self._ledger.change(self.lease, change): raise ReservationOver(self)
         self._ledger.store.wake()
-        return replace(self, gpu_memory_mb=memory/2**20, _exit=contextlib.ExitStack())
+        rest = next((c.memory for c in self._ledger.find_all(self.lease) if not is_ram(c.device)), 0)
+        return replace(self, gpu_memory_mb=rest/2**20, _exit=contextlib.ExitStack())
 
     def renew(
         self,

@@ -93,6 +93,9 @@ class Promise:
     since: float | None = None   # when it was granted, by `machine_time()`
     username: str | None = None  # of another user
     container: str | None = None  # another one: the host name that it has
+    most_used: int | None = None  # bytes that are the most it was seen to use; `None`: unknown
+    hint: str = ""                # for its holder, in a sentence: what was never used of it
+    name: str | None = None       # of the process, where it has no memory on the device and is seen from here
 
 # %% ../../nbs/core/resources.ipynb #fd30f6ec
 @dataclass(frozen=True)
@@ -112,9 +115,11 @@ class Waiting:
     since: float | None = None           # when it entered the queue, by `machine_time()`
     container: str | None = None         # another one than this process's: the host name that it has
     count: int = 1                       # of the devices that it waits for together; 0: it waits for RAM alone
-    why: str = ""                        # in a sentence, where a cap is why it waits
+    why: str = ""                        # it waits, in a sentence; empty: unknown
     starts: tuple[float, float] | None = None   # seconds until it is expected to start, at least and at most
     asks_idle: bool = False              # whether it asks idle holders of other apps to unload
+    behind: int | None = None            # the ID of the request before it, for one of the same devices
+    is_capped: bool = False              # whether a cap makes it wait, so that free memory is no help
 
 # %% ../../nbs/core/resources.ipynb #264b4bc5
 SHARE_WORDS = dict(app="app", external="other programs", unattributed="not visible", promised="reserved",

@@ -45,7 +45,8 @@ def name_question(
     pid: int,
     kind: str,     # the worker's type
     status: str,   # with its job, as "running job-1"; "": it has ended
+    plugin: str = "",   # with its model; empty: unknown
 ) -> str:
     "Return what is asked before a worker is stopped"
     now = f"It is {status}." if status else "It has ended."
-    return f"Stop worker {pid} ({kind}) and its child processes? {now}"
+    return f"Stop worker {pid} ({', '.join(filter(None, [kind, plugin]))}) and its child processes? {now}"

@@ -180,7 +180,7 @@ def _replace_earlier(panel: "ResourcePanel", cell: Any, run: Any) -> None:
 def _ask_about(worker: WorkerState, now: WorkerState | None) -> str:
     "Return the question before a worker is stopped"
     row = to_row(now or worker)
-    return name_question(row.pid, row.type, row.status if now else "")
+    return name_question(row.pid, row.type, row.status if now else "", row.plugin)
 
 def _on_thread(stop: Callable[[], None]) -> None:
     "Stop a worker on a thread where possible, so that the kernel continues its other work"

@@ -20,7 +20,7 @@ from ..core.process import process_age
 from ..core.resources import DeviceStatus, OwnedProcess, WorkerState
 from ..core.text import format_age, format_bytes, printable
 from ..core.totals import Total, name_devices, sum_by_app, sum_by_user
-from ..core.waiting import ReservationRow, waiting_notes
+from ..core.waiting import ReservationRow, row_notes
 from .parts import to_html
 
 # %% ../../nbs/ui/tables.ipynb #b05fa1be
@@ -209,9 +209,9 @@ RESERVATION_COLUMNS = (
 
 def reservation_notes(
     rows: Sequence[ReservationRow],   # that are shown
-) -> Any:   # empty without requests
-    "Return why requests wait and when each is expected to start, for below the table"
-    return [P(Small(printable(note)), cls="note") for note in waiting_notes(rows)]
+) -> Any:   # empty where there are none
+    "Return the hints on reservations, why requests wait and their expected starts, for below the table"
+    return [P(Small(printable(note)), cls="note") for note in row_notes(rows)]
 
 def reservation_table(
     rows: Sequence[ReservationRow],
@@ -219,8 +219,10 @@ def reservation_table(
 ) -> Any:
     "Return a table of reservations and waiting requests"
     left = len(rows) - most
+    *columns, memory = _fit(RESERVATION_COLUMNS, (row.place for row in rows), "n x")
+    if any(row.count > 1 for row in rows[:most]): memory = replace(memory, width="w12")   # such as "11.7 GiB x 2"
     return make_table("reservations", _caption("Reservations", f"and {left} more" if left > 0 else ""),
-                      _fit(RESERVATION_COLUMNS, (row.place for row in rows), "n x"), rows[:most])
+                      (*columns, memory), rows[:most])
 
 # %% ../../nbs/ui/tables.ipynb #d8c234c5
 def _total_columns(of: str) -> Sequence[Column]:

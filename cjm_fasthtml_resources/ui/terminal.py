@@ -336,17 +336,23 @@ _PROMISE_COLUMNS: Sequence["Column[ReservationRow]"] = (
     Column("memory", lambda row: row.size, "right"),
     Column("state", lambda row: row.state),
     Column("for", lambda row: row.age, "right", leaves=4),
-    Column("app", lambda row: row.app, shrinks=True, least=6, leaves=1))
+    Column("app", lambda row: row.app if len(row.app) <= 16 else f"{row.app[:15]}…", leaves=5),
+    Column("process", lambda row: row.who, shrinks=True, least=10, leaves=1))
+
+_EXPLAINED = 5   # requests whose reasons stand below the table
 
 def promise_table(
     devices: Sequence[DeviceStatus],
     width: int,                       # of the terminal
     waiting: Sequence[Waiting] = (),  # in the order of asking
+    workers: Sequence[WorkerState] = (),   # of this app
 ) -> list[Line]:
     "Return a table of the reservations on these devices, and of the waiting requests with their notes"
-    from cjm_fasthtml_resources.core.waiting import reservation_rows, waiting_notes  # when they are used
-    groups = [reservation_rows(devices), reservation_rows((), waiting)]
-    notes = [line for note in waiting_notes(groups[1][:20]) for line in wrap(note, width)]
+    from cjm_fasthtml_resources.core.waiting import reservation_rows, row_notes  # when they are used
+    groups = [reservation_rows(devices, (), workers), reservation_rows((), waiting, workers)]
+    told = row_notes([*groups[0][:20], *groups[1][:_EXPLAINED]])
+    if len(groups[1]) > _EXPLAINED: told.append("cjm-resources queue has the reasons of the other requests.")
+    notes = [line for note in told for line in wrap(note, width)]
     return [*make_table(_PROMISE_COLUMNS, groups, width, 20), *((Piece(line),) for line in notes)]
 
 # %% ../../nbs/ui/terminal.ipynb #421c76e7
@@ -390,7 +396,7 @@ def list_tables(
     tables = [[*first, *([] if dense else _legend(signs, name_kept(devices), width))], processes]
     if answer.workers: tables.append(worker_table(answer.workers, width))
     if answer.gpu.waiting or any(d.promises for d in devices):
-        tables.append(promise_table(devices, width, answer.gpu.waiting))
+        tables.append(promise_table(devices, width, answer.gpu.waiting, answer.workers))
     space: list[Line] = [] if dense else [()]
     return [line for i, table in enumerate(tables) for line in ([*space, *table] if i else table)]
 

@@ -164,7 +164,7 @@ def render(
 # %% ../../nbs/ui/view.ipynb #11785eb3
 def render_reservations(sample: Sample, view: View) -> str:
     "Return the table of reservations and requests; empty where there are none"
-    rows = reservation_rows(view.devices(sample), sample.gpu.waiting)
+    rows = reservation_rows(view.devices(sample), sample.gpu.waiting, sample.workers)
     shown = [reservation_table(rows, view.rows), *reservation_notes(rows[:view.rows])] if rows else []
     return "".join(map(to_html, shown))
 

@@ -134,7 +134,7 @@ def _stop_column(prefix: str) -> Column:
         if row.start_time is None: return ""
         who = f"{row.pid}.{row.start_time}"  # a question about one process is never taken for one about another
         yes = Button(f"Yes, stop {row.pid}", name="worker", value=who, form=_form_id(prefix, "stop"))
-        question = P(name_question(row.pid, row.type, row.status))
+        question = P(name_question(row.pid, row.type, row.status, row.plugin))
         return Details(Summary("Stop …"), Div(question, yes, cls="question"), data_key=who)
     return Column("action", ask, "act", "w10")
 
