@@ -10,6 +10,7 @@ __all__ = ['store_path', 'tables_path', 'queue_id', 'find_ids', 'make_in_memory'
 import contextlib
 import sys
 import threading
+import zlib
 from collections.abc import Iterator
 from io import FileIO
 from typing import TYPE_CHECKING
@@ -61,10 +62,7 @@ def tables_path() -> Path:
     return own_folder(state_folder())/"resources.sqlite"
 
 # %% ../../nbs/core/store.ipynb #74003466
-def _short(text: str) -> str:
-    import hashlib  # when it is used
-
-    return hashlib.blake2b(text.encode(), digest_size=4).hexdigest()
+def _short(text: str) -> str: return f"{zlib.crc32(text.encode()):08x}"   # a look imports no hash function for it
 
 def queue_id(
     boot: str,     # of the machine
