@@ -24,7 +24,7 @@ from cjm_fasthtml_resources.core.manager import ResourceManager
 
 class Llama:
     def __init__(self):
-        self.model = driver.allocate(18_000)
+        self.model = driver.allocate(MEMORY)
         self.model.__enter__()
     def release(self): self.model.__exit__(None, None, None)
     def on_request(self, question):
@@ -50,8 +50,8 @@ def holder(tmp_path, monkeypatch, spawn):
     monkeypatch.setenv("CJM_RESOURCES_DIR", str(tmp_path/"state"))
     monkeypatch.setenv("GPUS", str(tmp_path/"gpus"))
 
-    def start(answer: str) -> subprocess.Popen:
-        process = spawn(f"ANSWER = {answer!r}" + HOLDER)
+    def start(answer: str, memory: int = 18_000) -> subprocess.Popen:
+        process = spawn(f"ANSWER, MEMORY = {answer!r}, {memory}" + HOLDER)
         assert process.stdout.readline() == "ready\n"
         return process
     return start
@@ -62,6 +62,22 @@ def test_a_plugin_that_agrees_makes_room_and_its_process_goes_on(holder, spawn):
     assert [speech.stdout.readline() for _ in range(2)] == ["ready\n", "granted\n"]
     assert chat.stdout.readline().startswith("The speech app needs 9.8 GiB on GPU 0. The idle llm worker")
     assert chat.poll() is None and speech.wait(10) == 0
+
+
+def test_two_processes_of_an_app_each_unload_their_own_model(holder, spawn):
+    first, second = holder("yes", 10_500), holder("yes", 10_500)
+    speech = spawn(ASKER.replace("10_000", "20_000"))
+    assert [speech.stdout.readline() for _ in range(2)] == ["ready\n", "granted\n"]
+    assert first.poll() is second.poll() is None and speech.wait(10) == 0
+
+
+def test_a_model_of_another_process_stays_where_its_plugin_refuses(holder, spawn):
+    first, second = holder("no", 10_500), holder("yes", 10_500)
+    speech = spawn(ASKER)
+    assert [speech.stdout.readline() for _ in range(2)] == ["ready\n", "granted\n"]
+    with SimulatedDriver([SimulatedGpu("NVIDIA L4")], shared=os.environ["GPUS"]):
+        found = ResourceManager(app="chat", track_self=False).get_all_workers()
+    assert {w.pid: bool(w.loaded_plugin_resource) for w in found} == {first.pid: True, second.pid: False}
 
 
 def test_a_plugin_that_refuses_keeps_its_model_and_the_asker_is_told(holder, spawn):
