@@ -26,7 +26,8 @@ def find_all_questions(
     store: Store,   # the ledger's
 ) -> list[tuple[str, Question]]:  # with the name of the app that is asked
     "Return what requests ask of this user's apps; `StoreError`"
-    with open_tables(store).reading() as db: apps = sorted(str(name) for name, in db.execute("SELECT app FROM apps"))
+    with open_tables(store).reading() as db: rows = db.execute("SELECT app FROM apps").fetchall()
+    apps = sorted(str(name) for name, in rows)
     return [(app, q) for app in apps for q in ResourceManager(track_self=False, app=app).get_questions()]
 
 # %% ../../nbs/commands/answer.ipynb #c96ba81a

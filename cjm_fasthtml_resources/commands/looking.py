@@ -32,7 +32,7 @@ from .ending import fail, say
 # %% ../../nbs/commands/looking.ipynb #dba009aa
 def find_apps(store: Store) -> set[str]:
     "Return the names of the apps that have workers, reservations, events or needs; `StoreError`"
-    with store.reading() as db: found = {str(name) for name, in db.execute("SELECT app FROM apps")}
+    with store.reading() as db: found = {str(name) for name, in db.execute("SELECT app FROM apps").fetchall()}
     found |= {claim.app for claim in Ledger(store).claims() if claim.app} | {*read_needs(Store(needs_path()))}
     return found if store.path is None else found | {path.stem for path in store.path.parent.glob("*.events")}
 

@@ -14,7 +14,7 @@ from ..core.claims import Claim
 from ..core.endings import end_claim
 from ..core.ledger import Ledger
 from ..core.store import Store, StoreError, store_path
-from ..core.text import format_bytes
+from ..core.text import format_bytes, printable
 from .ending import fail
 from .options import Command
 
@@ -32,7 +32,7 @@ def end_by_id(
 
 def describe(claim: Claim) -> str:
     "Return a claim in words: its ID, memory, process and app"
-    app = f", app {claim.app}" if claim.app else ""
+    app = f", app {printable(claim.app)}" if claim.app else ""
     return f"{claim.id}: {format_bytes(claim.memory)} of GPU memory for PID {claim.holder.pid}{app}"
 
 # %% ../../nbs/commands/release.ipynb #a7584745

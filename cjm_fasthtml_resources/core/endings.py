@@ -59,7 +59,7 @@ def note_ending(store: Store, lease: int, by: str) -> None:
     "Write who ends a claim; the first one counts. Notes for those who have ended are deleted; `StoreError`"
     with store.transaction() as db:
         db.execute(_TABLE)
-        known = [row[0] for row in db.execute("SELECT lease FROM endings")]
+        known = [row[0] for row in db.execute("SELECT lease FROM endings").fetchall()]
         for gone in set(known) - store.leases.held_among(known):
             db.execute("DELETE FROM endings WHERE lease = ?", [gone])
         db.execute("INSERT OR IGNORE INTO endings VALUES (?, ?)", [lease, by])

@@ -115,14 +115,14 @@ _TABLES = dict(
 def _keep_held(db: Any, table: str, store: Store) -> None:
     "Make a table, and delete its rows for requests that have ended"
     db.execute(f"CREATE TABLE IF NOT EXISTS {table} {_TABLES[table]}")
-    known = {row[0] for row in db.execute(f"SELECT lease FROM {table}")}
+    known = {row[0] for row in db.execute(f"SELECT lease FROM {table}").fetchall()}
     for gone in known - store.leases.held_among(known):
         db.execute(f"DELETE FROM {table} WHERE lease = ?", [gone])
 
 def _read(tables: Store, table: str) -> list[Any]:
     with tables.reading() as db:
         there = db.execute("SELECT 1 FROM sqlite_master WHERE type = 'table' AND name = ?", [table]).fetchone()
-        return list(db.execute(f"SELECT * FROM {table}")) if there else []
+        return db.execute(f"SELECT * FROM {table}").fetchall() if there else []
 
 # %% ../../nbs/core/questions.ipynb #39f4c665
 def note_answer(

@@ -171,7 +171,7 @@ class Roster:
 
     def read(self, db: Any) -> Rows:
         "Return the workers, and which rows are over"
-        return _divide(db.execute(_READ_WORKERS, [self.app]), self.boot)
+        return _divide(db.execute(_READ_WORKERS, [self.app]).fetchall(), self.boot)
 
     def write(
         self,
@@ -235,4 +235,4 @@ def read_givers(db: Any, app: str) -> dict[tuple[int, str], int]:
     "Return by worker's PID and job, as it is shown, the lease of the process that gave it"
     if not db.execute("SELECT 1 FROM sqlite_master WHERE name = 'givers'").fetchone(): return {}
     read = "SELECT pid, job, lease FROM givers WHERE app = ? AND space IS ?"
-    return {(pid, job): lease for pid, job, lease in db.execute(read, [app, pid_namespace()])}
+    return {(pid, job): lease for pid, job, lease in db.execute(read, [app, pid_namespace()]).fetchall()}

@@ -138,7 +138,7 @@ def _roll(db: sqlite3.Connection) -> None:
     for level, wider in itertools.pairwise(LEVELS):
         last = db.execute("SELECT coalesce(max(id), 0) FROM rolled WHERE level = ?", (level.number,)).fetchone()[0]
         found = db.execute(f"SELECT id, figures, data FROM {_WHOLE} WHERE level = ? AND id > ? ORDER BY id",
-                           (level.number, last))
+                           (level.number, last)).fetchall()
         merged, done = roll_up([(number, unpack(*packed)) for number, *packed in found], wider.width)
         if not merged: continue
         _insert(db, wider, map(pack, merged))
@@ -148,8 +148,9 @@ _WHOLE = "rows JOIN shares USING (id)"
 
 def _insert(db: sqlite3.Connection, level: Level, rows: Iterable[Packed]) -> None:
     for time, figures, shares in rows:
-        added = db.execute("INSERT INTO rows (level, time, figures) VALUES (?, ?, ?)", (level.number, time, figures))
-        db.execute("INSERT INTO shares VALUES (?, ?)", (added.lastrowid, shares))
+        added = db.execute("INSERT INTO rows (level, time, figures) VALUES (?, ?, ?)",
+                           (level.number, time, figures)).lastrowid
+        db.execute("INSERT INTO shares VALUES (?, ?)", (added, shares))
 
 # %% ../../nbs/recorded/file.ipynb #b3378046
 MOST_CHANGES = 100_000
@@ -237,7 +238,7 @@ def _read(path: Path, what: str, level: Level, since: float, until: float) -> li
     if not path.exists(): return []
     with opened(path) as db:
         found = db.execute(f"SELECT {what} WHERE level = ? AND time > ? AND time <= ? ORDER BY time, id",
-                           (level.number, since - level.width, until))
+                           (level.number, since - level.width, until)).fetchall()
         return [unpack(*packed) for packed in found]
 
 def read_changes(
@@ -250,7 +251,7 @@ def read_changes(
     if not path.exists(): return []
     with opened(path, waits=waits) as db:
         found = db.execute("SELECT time, kind, place, pid, text FROM changes WHERE time >= ? AND time <= ? "
-                           "ORDER BY time, id", (since, until))
+                           "ORDER BY time, id", (since, until)).fetchall()
         return [(time, Change(*change)) for time, *change in found]
 
 # %% ../../nbs/recorded/file.ipynb #082f7113
