@@ -485,7 +485,7 @@ def test_a_short_request_passes_a_large_one_only_where_it_ends_before_that_one_c
             held = next(c for c in manager.ledger.claims() if c.lease == passes.lease)
             row = next(row for row in read_queue(manager, manager.ledger) if row.id == held.id)
             number = next(c.id for c in manager.ledger.claims() if c.lease == large.lease)
-            assert row.why == f"Passed request {number}: ends before that one could start."
+            assert row.why == f"Started before request {number}: it ends before that one can start."
             assert 59 < held.expires - machine_time() <= 60
             with pytest.raises(ValueError, match=f"at most .* not 90: request {number} was passed"):
                 manager.ledger.renew(held.lease, 90)

@@ -89,11 +89,11 @@ def answer(id: int | None, is_yes: bool, app: str | None) -> None:
     if not is_yes: click.echo(said)
     elif done := await_done(manager, question, DONE_WITHIN): _tell(done)
     elif is_agreed(manager, question):
-        fail(f"Agreed, but no process of {printable(name)} has unloaded yet. One does if it has the plugin and calls "
-             "manager.follow_questions(), or if the plugin has on_request. The answer counts until the request "
+        fail(f"You agreed, but no process of {printable(name)} has unloaded yet. One does if it has the plugin and "
+             "calls manager.follow_questions(), or if the plugin has on_request. The answer counts until the request "
              "ends.", os.EX_TEMPFAIL)
-    else: fail(f"Agreed, but request {id} no longer asks for it: it has started, has given up, or the workers "
-               "have jobs by now.", os.EX_TEMPFAIL)
+    else: fail(f"You agreed, but nothing was unloaded: request {id} has started or given up, or the workers have "
+               "jobs by now.", os.EX_TEMPFAIL)
 
 def _tell(done: Answer) -> None:
     if not done.is_yes: fail(done.done, os.EX_TEMPFAIL)
