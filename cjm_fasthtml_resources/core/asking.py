@@ -47,7 +47,7 @@ def fitting(
     said: Mapping[str, Any],             # by name
     check: Callable[[Any, str], Any],    # of core.arguments: raises for an invalid value
 ) -> dict[str, Any]:  # `None` where it is invalid, which is logged
-    "Return a plugin's answers, without invalid ones"
+    "Return a plugin's valid answers"
     found: dict[str, Any] = {}
     for name, value in said.items():
         try: found[name] = None if value is None else check(value.value if isinstance(value, Enum) else value, name)
@@ -106,7 +106,7 @@ def cloud_fields(
     return dict(is_remote=True, remote_resource=fitting(said, check_word))
 
 def ask_fields(
-    plugin: Any,                            # `None`: a worker without a plugin
+    plugin: Any,                            # `None`: the worker lacks one
     before: WorkerState = _NOTHING_KNOWN,
 ) -> dict[str, Any]:
     "Return all answers of a plugin, as fields of a worker"
@@ -122,7 +122,7 @@ class AskedPlugin:
     def __init__(
         self,
         plugin: Any,
-        asked: float | None = None,               # by `time.monotonic()`; `None`: without declared processes
+        asked: float | None = None,               # by `time.monotonic()`; `None`: processes are undeclared
         asking: threading.Thread | None = None,   # the thread that asks it, or did so last
         has_released: bool = False,               # it has unloaded: asked again once it reports a model
     ) -> None:
@@ -167,7 +167,7 @@ def refresh_worker(
     pid: int,
     note_answer: Callable[[], Any] = lambda: None,   # called when the plugin has answered, before that is written
 ) -> WorkerState | None:  # the new state; `None` for an unregistered PID
-    "Ask a worker's plugin again, and wait for its answer. Without a plugin the state stays"
+    "Ask a worker's plugin again, and wait for its answer. If it lacks one, the state stays"
     with workers.reading() as table:
         state, kept = table.workers.get(pid), table.plugins.get(pid)
         known = find_starts(table.children, state) if state else {}
@@ -224,7 +224,7 @@ _HANGING = "The plugin of the worker with PID {} {}; its child processes are tho
 def hanging_notes(
     workers: Workers,
 ) -> list[str]:
-    "Return a note for each plugin that is not responding, or that could not be asked"
+    "Return a note for each plugin that is unresponsive, or that could not be asked"
     with workers.last_read() as table: asked = list(table.plugins.items())
     troubles = [(pid, "does not answer" if kept.hangs else kept.trouble) for pid, kept in asked]
     return [_HANGING.format(pid, trouble) for pid, trouble in troubles if trouble]

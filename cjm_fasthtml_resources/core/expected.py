@@ -52,7 +52,7 @@ def play(
 Range = tuple[float, float]   # seconds, at least and at most
 
 def expected_starts(
-    claims: Sequence[Claim],                        # as of `play`, without those of suspended processes
+    claims: Sequence[Claim],                        # as of `play`, suspended processes left out
     uses: Sequence[DeviceUse],                      # every device, as it is read
     remaining: Callable[[Claim], Range | None],     # how long a holder still keeps its reservation, or a request will
     may_have: MayHave = has_no_cap,                 # as for `grant`

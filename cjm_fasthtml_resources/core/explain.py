@@ -89,7 +89,7 @@ def _by_shown_size(cause: Cause) -> float: return -round((cause.size or 0)/2**30
 
 def name_causes(
     causes: Iterable[Cause],
-) -> str:  # empty without a cause
+) -> str:  # empty for an empty list
     "Return the three largest causes, and the number and size of the others"
     ordered = sorted(causes, key=_by_shown_size)
     rest = sum(cause.size or 0 for cause in ordered[3:])
@@ -147,7 +147,7 @@ def name_room(
 
 # %% ../../nbs/core/explain.ipynb #9535d705
 def users_in_app(devices: Iterable[DeviceStatus]) -> list[Cause]:
-    "Return this app's processes and reservations; its memory where none is known"
+    "Return this app's processes and reservations; its memory as one sum where these are unknown"
     devices = list(devices)
     whole = [Cause(d.app_memory, f"{format_bytes(d.app_memory)} on GPU {d.device.id}") for d in devices]
     return [*process_causes(devices, "app"), *reservation_causes(devices, "app")] or whole
@@ -196,7 +196,7 @@ def compare_sizes(
 def explain_free(
     devices: Iterable[DeviceStatus],
     need: float,                       # bytes to have free on one device, more than there is
-) -> str:  # empty without a device; without the full stop
+) -> str:  # empty for an empty list; omits the full stop
     "Return how much the device with the most free memory has free, and the causes that use the rest"
     best = roomiest(devices)
     if best is None: return ""
@@ -212,7 +212,7 @@ def explain_shortage(
     devices: Iterable[DeviceStatus],
     memory: int,                       # bytes to have free on one device
     count: int = 1,                    # of the devices that are to have so much
-) -> str:  # empty without a device
+) -> str:  # empty for an empty list
     "Return the need of a request, and the causes that use the memory of the best device that is too full"
     devices = list(devices)
     enough = [d for d in devices if d.room >= memory]
@@ -227,13 +227,13 @@ def _percent(share: float) -> str: return "less than 1 %" if share < 1 else f"{s
 
 def _named(causes: Iterable[Cause]) -> str: return f": {names}" if (names := name_causes(causes)) else ""
 
-def explain_others(devices: Iterable[DeviceStatus]) -> str:  # empty where they use nothing
+def explain_others(devices: Iterable[DeviceStatus]) -> str:  # empty where they leave the devices unused
     "Return how much of these devices other programs use, and which programs"
     taken = sorted((d for d in devices if d.external_percent), key=lambda d: -d.external_percent)
     shares = list_names([f"{_percent(d.external_percent)} of GPU {d.device.id}" for d in taken])
     return say("gpu others", shares=shares, users=_named(users_outside(taken))) if taken else ""
 
-def explain_app(devices: Iterable[DeviceStatus]) -> str:  # empty where it uses nothing
+def explain_app(devices: Iterable[DeviceStatus]) -> str:  # empty where it leaves the devices unused
     "Return how much of these devices this app uses and has reserved, and with which processes"
     taken = [d for d in devices if d.app_memory + d.promised("app")]
     sizes = list_names([f"{format_bytes(d.app_memory + d.promised('app'))} of GPU {d.device.id}" for d in taken])
@@ -251,7 +251,7 @@ def device_line(
 # %% ../../nbs/core/explain.ipynb #a33d57d5
 def name_swap(
     memory: HostMemory,
-) -> str:  # empty without swap
+) -> str:  # empty if swap is absent
     "Return how much of the swap is used"
     if not memory.swap_total: return ""
     used = "?" if memory.swap_used is None else format_bytes(memory.swap_used)

@@ -121,7 +121,7 @@ class _Call(NamedTuple):
     loads: bool = False        # the loads of processes are to be asked for, too
 
 # %% ../../nbs/core/gpu.ipynb #9972c88d
-IDLE = 60.0   # seconds without a caller, after which NVML is closed
+IDLE = 60.0   # idle seconds, after which NVML is closed
 
 def _next_calls(queue: SimpleQueue[_Call], driver: _Driver) -> list[_Call]:
     "Wait for a caller, and return all that have come"
@@ -178,7 +178,7 @@ class GpuReader:
         loads: bool = False,   # ask how much each process computes, which takes longer than all the rest
     ) -> GpuSnapshot:  # only a `reason` when the driver took longer, or starting a thread failed
         """Return the state of every device, read after this call began.
-        `ValueError` if `timeout` is not a positive number"""
+        `ValueError` unless `timeout` is a positive number"""
         _check_timeout(timeout)
         try:
             if not self._is_running(): self._start()

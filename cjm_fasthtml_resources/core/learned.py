@@ -55,8 +55,8 @@ def settings_that_matter(
 class NeedKey(NamedTuple):
     "The key of a need"
     plugin: str
-    resource: str = ""    # "" without one
-    settings: str = ""    # a hash of the settings that matter, "" without any; then "." and a mark of all settings
+    resource: str = ""    # "" if absent
+    settings: str = ""    # a hash of the settings that matter, else ""; then "." and a mark of all settings
 
     @property
     def coarse(self) -> "NeedKey":
@@ -92,7 +92,7 @@ class JobRun:
     key: NeedKey
     ended: float                      # `time.time()`
     seconds: float                    # how long it ran, by `time.monotonic()`
-    gpu_highest: int | None = None    # bytes of GPU memory at its highest; `None` or 0: it used none
+    gpu_highest: int | None = None    # bytes of GPU memory at its highest; `None` or 0: unused
     gpu_steady: int | None = None     # bytes that it used after its growth
     ram: int | None = None            # bytes at its highest
     succeeded: bool = True
@@ -127,7 +127,7 @@ class Level(NamedTuple):
 
     @property
     def is_steady(self) -> bool:
-        "Return whether it is without growth for `STEADY_SECONDS`"
+        "Return whether its growth ended at least `STEADY_SECONDS` ago"
         return self.checked - self.grew >= STEADY_SECONDS
 
     def then(self, memory: int, now: float) -> "Level":
@@ -178,7 +178,7 @@ REFUTED_BY = 3   # jobs
 def without_refuted(
     days: Mapping[int, Evidence],   # of one key, by day
 ) -> dict[int, Evidence]:
-    "Return the evidence of a key without failed requests, if enough later jobs ended well"
+    "Return a key's evidence, less its failed requests if enough later jobs ended well"
     last = max((day for day, found in days.items() if found.wish), default=None)
     if last is None or sum(found.jobs for day, found in days.items() if day > last) < REFUTED_BY: return dict(days)
     return {day: found._replace(wish=0) for day, found in days.items()}
@@ -234,7 +234,7 @@ def forget_marks(
     days: Days,       # is changed
     key: NeedKey,     # of this plugin and resource
 ) -> None:
-    "Keep the newest `MOST_MARKS` marks, and add the evidence of older ones to the key without a mark"
+    "Keep the newest `MOST_MARKS` marks, and add the evidence of older ones to the unmarked key"
     marked = [other for other in days if other[:2] == key[:2] and other != other.coarse]
     if len(marked) <= MOST_MARKS: return
     newest = sorted(marked, key=lambda other: max(found.ended for found in days[other].values()), reverse=True)
@@ -271,8 +271,8 @@ def format_range(
 class LearnedNeed(NamedTuple):
     "The usage of a plugin's jobs, with its resource and settings; `None` where it is unknown"
     plugin: str
-    resource: str                        # "" without one
-    settings: str                        # of `NeedKey`; "" without any that matter, or for all; without a mark: any
+    resource: str                        # "" if absent
+    settings: str                        # of `NeedKey`; "" without any that matter, or for all; unmarked: any
     samples: int                         # jobs whose GPU memory counts
     mean: float | None                   # bytes of GPU memory, of these jobs
     highest: int | None                  # bytes of GPU memory, also of workers that checks saw

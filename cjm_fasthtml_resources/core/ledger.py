@@ -58,7 +58,7 @@ class Waits:
         self._events.count("granted", seconds)
 
     def read(self) -> tuple[list[tuple[float, int]], float]:
-        "Return a histogram (for each bound, how many waited no longer), and the sum of all in seconds"
+        "Return a histogram (for each bound, how many waited at most so long), and the sum of all in seconds"
         found = self._events.read()
         return list(found.waits), found.waited
 
@@ -72,7 +72,7 @@ class Rows(NamedTuple):
     ended: tuple[int, ...] = ()        # leases that are still held although their claims were deleted
 
 # %% ../../nbs/core/ledger.ipynb #47478dd0
-# these begin what stands for the devices of a group, or of a request for more: no name of a device does
+# these begin what stands for the devices of a group, or of a request for more: names of devices begin otherwise
 _GROUP, _MORE = "*", "+"
 _encode = json.JSONEncoder(separators=(",", ":")).encode
 
@@ -104,7 +104,7 @@ def to_bytes(rows: Rows, known: Mapping[bytes, Claim] = {}) -> bytes:
     return b"".join(b"%s\n" % line for line in (_encode(rows[1:]).encode(), *claims))
 
 def from_bytes(data: bytes, known: Mapping[bytes, Claim] = {}) -> Rows:
-    "Return a ledger as it was read; lines that are known are not read again"
+    "Return a ledger as it was read; known lines are reused"
     if not data: return Rows()
     head, *lines = data.splitlines()
     new = [line for line in lines if line not in known]
@@ -114,7 +114,7 @@ def from_bytes(data: bytes, known: Mapping[bytes, Claim] = {}) -> Rows:
     return Rows(every, version, tuple(devices), last_id, tuple(ended))
 
 def find_claim(data: bytes, lease: int) -> Claim | None:
-    "Return the claim with a lease, without reading the others; `None` if there is none"
+    "Return the claim with a lease, reading that one alone; `None` if it is missing"
     at = data.find(b",%d," % lease, data.find(b"\n"))
     if at < 0: return None
     found = _to_claim(*json.loads(data[data.rfind(b"\n", 0, at) + 1:data.find(b"\n", at)]))
@@ -128,7 +128,7 @@ class _Reading(NamedTuple):
     lines: Mapping[bytes, Claim] = {}   # the claims by their lines
 
 def _read_on(data: bytes, last: _Reading) -> _Reading:
-    "Return a reading of these bytes; what is the same as in the last one is not read again"
+    "Return a reading of these bytes; unchanged lines are taken from the last one"
     if data == last.data: return last
     rows = from_bytes(data, last.lines)
     return _Reading(data, rows, dict(zip(data.splitlines()[1:], rows.claims, strict=True)))
@@ -145,7 +145,7 @@ class HiddenClaims(StoreError):
 class LedgerReading(NamedTuple):
     "The claims at one moment"
     claims: tuple[Claim, ...] = ()
-    over: frozenset[int] = frozenset()   # the ids of those that are over and not deleted yet
+    over: frozenset[int] = frozenset()   # the ids of those that are over and still to delete
 
 # %% ../../nbs/core/ledger.ipynb #c0de17e5
 def _counted(events: Events, claims: list[Claim], ended: list[Claim]) -> list[Claim]:
@@ -177,16 +177,16 @@ class Ledger:
         "Forget the parent's reservations in a fork's child"
         self._deadlines: dict[int, float] = {}   # lease → when a reservation of this process runs out
         _unended.discard(self)
-        self._to_end = set[int]()                # leases of reservations for other processes that are not ended yet
+        self._to_end = set[int]()                # leases of reservations for other processes that are still to end
         self._kept = set[int]()                  # leases of reservations that this process keeps over `exec`
 
     def claims(self) -> list[Claim]:
-        "Return those that are not over, in the order of asking; waits for no other process, and writes nothing"
+        "Return the claims in force, in the order of asking; only reads, and waits for no other process"
         claims, over = self.read()
         return [c for c in claims if c.id not in over]
 
     def read(self) -> LedgerReading:
-        "Return the claims as they are now; waits for no other process, and writes nothing"
+        "Return the claims as they are now; only reads, and waits for no other process"
         found = _sure(self.rows, self.store)
         return LedgerReading(found.claims, frozenset(_examine(self, found).over))
 
@@ -230,7 +230,7 @@ class Ledger:
         return machine_time() < deadline
 
     def give_back(self, lease: int, for_other: bool = False) -> bool:
-        "Withdraw a reservation, also one for another process, which can go on without its lease"
+        "Withdraw a reservation, also one for another process, which can outlast its lease"
         was_held = lease in self.leases.held
         if was_held and (for_other or lease in self._kept): self._end(lease)
         return self.withdraw(lease)
@@ -244,16 +244,16 @@ class Ledger:
         return True
 
     def note_deadline(self, lease: int, expires: float | None) -> None:
-        "Remember when a reservation of this process runs out, by `machine_time()`; `None`: never"
+        "Remember when a reservation of this process runs out, by `machine_time()`; `None`: it stays"
         self._deadlines[lease] = math.inf if expires is None else expires
 
     def glance(self) -> tuple[object, bool]:
-        "Return what is the same as long as the ledger is, and whether it is time to look again; costs next to nothing"
+        "Return what is the same as long as the ledger is, and whether it is time to look again; costs very little"
         mark, looked_at = self.store.glance()
         return mark, not machine_time() - LOOK_EVERY < looked_at <= machine_time()
 
     def take_turn(self) -> bool:
-        "Return whether the devices were not read for `LOOK_EVERY` seconds; the process that gets True has to read them"
+        "Return whether the devices' last reading is `LOOK_EVERY` s old; the process that gets True has to read them"
         return self.store.take_turn(LOOK_EVERY)
 
     def settle(
@@ -282,7 +282,7 @@ class Ledger:
         return self._settle_inside(look, ask, allowed)
 
     def _settle_inside(self, look: _Look, ask: _Ask, allowed: Mapping[int, Collection[str]]) -> _Settled:
-        "Read the driver inside the change, where no other process can come in between (step 5)"
+        "Read the driver inside the change, which keeps other processes out (step 5)"
         with self.store.changing() as draft:
             now = _examine(self, self._parse(draft.data))
             uses, asked = _see(self, look, ask, now.rows.claims)
@@ -373,7 +373,7 @@ class HandOver(NamedTuple):
     holder: ProcessId
     bases: Mapping[str, int]            # by device: bytes that it uses there already, beside this
     spent: Mapping[str, int] = {}       # by device: the most that the former holder can be using
-    uses: Sequence[DeviceUse] | None = None   # every device; `None`: the former holder's tree has no other reservation
+    uses: Sequence[DeviceUse] | None = None   # every device; `None`: the only reservation of the former holder's tree
     until_released: bool = True         # False: it ends with its new holder, also while the former one lives
 
     def change(self, rows: Rows, lease: int) -> Rows:
@@ -393,7 +393,7 @@ def _write_end(store: Store, lease: int) -> None:
     with store.changing() as draft: draft.data = to_bytes(_change(from_bytes(draft.data), lease, dict(expires=0.0)))
 
 # %% ../../nbs/core/ledger.ipynb #ac8d11e7
-_unended: set[Ledger] = set()   # these have something that is over, and is not in the file yet
+_unended: set[Ledger] = set()   # these have something that is over, and is still to be written
 
 def _keep_unended(ledger: Ledger, leases: set[int]) -> None:
     ledger._to_end = leases
@@ -415,7 +415,7 @@ def _check_complete(rows: Rows, store: Store) -> None:
 
 # %% ../../nbs/core/ledger.ipynb #9b5c0bbe
 def _sure(read: Callable[[], Rows], store: Store) -> Rows:
-    "Return a reading in which no claim is missing; one that is just being entered or dropped is no error"
+    "Return a complete reading; a claim that is just being entered or dropped is tolerated"
     for pause in (0, 0.001, 0.004, 0.016):
         if pause: time.sleep(pause)
         rows = read()
@@ -428,7 +428,7 @@ def _sure(read: Callable[[], Rows], store: Store) -> Rows:
 
 # %% ../../nbs/core/ledger.ipynb #1164d770
 def _drop_over(now: _Moment, uses: Sequence[DeviceUse]) -> Rows:
-    "Return the ledger without the claims that are over; a lease that is still held is noted in `ended`"
+    "Return the ledger less the claims that are over; a lease that is still held is noted in `ended`"
     rows, held, over = now
     gone = [c.lease for c in rows.claims if c.id in over]
     ended = held.intersection((*rows.ended, *gone))
@@ -441,7 +441,7 @@ CAP_FILE = "settings.toml"   # next to the ledger
 def find_cap(
     store: Store,
 ) -> "Cap | None":
-    "Return how much one user or app may reserve, as the folder's settings say it; `StoreError` if they are not right"
+    "Return how much one user or app may reserve, as the folder's settings say it; `StoreError` if they are invalid"
     if store.path is None or not os.path.lexists(store.path.with_name(CAP_FILE)): return None
     from cjm_fasthtml_resources.core.caps import read_cap  # when it is used
     return read_cap(store.path.parent)
@@ -500,7 +500,7 @@ def _start(claim: Claim, now: float) -> Claim:
 
 # %% ../../nbs/core/ledger.ipynb #2f267ec4
 def _note_unused(ledger: "Ledger", claims: list[Claim]) -> list[Claim]:
-    "Tell the holders of reservations that were given back just now, because they were not used; return all claims"
+    "Tell the holders of reservations that were given back just now, because they stayed unused; return all claims"
     unused = {c.lease: c for c in claims if c.expires == 0.0}   # all others that are over were deleted
     if not unused: return claims
     from cjm_fasthtml_resources.core.endings import note_ending  # when it is used, as the next one

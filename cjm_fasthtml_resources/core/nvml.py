@@ -39,14 +39,14 @@ class GpuDevice:
     uuid: str | None = None                       # "GPU-…" or "MIG-…"
     name: str | None = None                       # the product's name
     memory_total: int | None = None               # bytes
-    memory_used: int | None = None                # bytes; without `memory_reserved`, except for drivers before 510
+    memory_used: int | None = None                # bytes; excludes `memory_reserved`, except for drivers before 510
     memory_free: int | None = None                # bytes
     memory_reserved: int | None = None            # bytes that the driver and the firmware keep for themselves
     utilization: int | None = None                # percent of the last sample period in which a kernel ran
     temperature: int | None = None                # °C
     power_usage: float | None = None              # W
     power_limit: float | None = None              # W
-    processes: tuple[GpuProcess, ...] | None = None  # by PID; `None` where the driver gives no list
+    processes: tuple[GpuProcess, ...] | None = None  # by PID; `None` where the driver omits the list
     processes_whole: bool = True                  # False: a list failed, so there can be others on it
     mig_mode: bool | None = None                  # True on a GPU that is divided into MIG instances
     mig_parent: int | None = None                 # for a MIG instance, its GPU's index
@@ -178,7 +178,7 @@ def _read_device(
 
 # %% ../../nbs/core/nvml.ipynb #032b3320
 def _uuid(nvml: Any, handle: Any) -> str | None:
-    "Return a device's UUID, `None` where the driver has none; raise NVML's errors and `UnicodeError`"
+    "Return a device's UUID, `None` where the driver lacks one; raise NVML's errors and `UnicodeError`"
     try: uuid: str | None = nvml.nvmlDeviceGetUUID(handle)
     except (nvml.NVMLError_NotSupported, nvml.NVMLError_FunctionNotFound): return None
     return uuid
@@ -186,7 +186,7 @@ def _uuid(nvml: Any, handle: Any) -> str | None:
 NO_NAME = "it is indistinguishable from other GPUs, since the driver gives neither its UUID nor its PCI address"
 
 def _nameless(error: Exception) -> str:
-    "Return why a device without a readable UUID is unusable, in words"
+    "Return why a device whose UUID is unreadable is unusable, in words"
     if getattr(error, "value", None) in OF_THE_DRIVER: return in_words(error)
     return f"it is indistinguishable from other GPUs, since reading its UUID failed: {in_words(error)}"
 
@@ -194,7 +194,7 @@ def _nameless(error: Exception) -> str:
 _ADDRESS = r"([0-9a-f]+):([0-9a-f]+:[0-9a-f]+\.[0-9a-f]+)"
 _ZEROS = "0000:00:00.0"   # integrated GPUs
 
-def _address(nvml: Any, handle: Any) -> str | None:   # empty: it has none; `None`: reading it failed
+def _address(nvml: Any, handle: Any) -> str | None:   # empty: it lacks one; `None`: reading it failed
     "Return a GPU's address on the PCI bus, as Linux writes it"
     try: told = nvml.nvmlDeviceGetPciInfo(handle).busId
     except (nvml.NVMLError_NotSupported, nvml.NVMLError_FunctionNotFound): return ""
@@ -209,7 +209,7 @@ def _mig_mode(
     nvml: Any, handle: Any,
     was_divided: bool = False,   # as it reported before
 ) -> bool | None:
-    "Return whether a GPU is divided; `None` for one without MIG"
+    "Return whether a GPU is divided; `None` if it lacks MIG"
     lacking = nvml.NVMLError_NotSupported, nvml.NVMLError_FunctionNotFound
     try: return bool(nvml.nvmlDeviceGetMigMode(handle)[0])
     except lacking:
@@ -277,7 +277,7 @@ class NvmlSession:
         self.lib = pynvml.nvmlLib
         self.lists = ProcessLists(pynvml)
         self.driver_version: str | None = ask(pynvml, "nvmlSystemGetDriverVersion")
-        self.facts: dict[str, dict[str, Any]] = {}   # UUID, or address without one → constant facts
+        self.facts: dict[str, dict[str, Any]] = {}   # UUID, or else address → constant facts
         self.told: dict[str, _Told] = before.told if before and before.current else {}   # by both names
         self.divided = set[str]()                    # the same of the GPUs that were divided at the last reading
         self.near: dict[tuple[str, str], int] = {}   # UUIDs of a pair → its rank in `core.topology`
@@ -324,7 +324,7 @@ class NvmlSession:
         return told
 
     def is_divided(self, handle: Any, fixed: Mapping[str, Any]) -> bool | None:
-        "Return whether a GPU is divided, by its earlier report if it gives none now"
+        "Return whether a GPU is divided, by its earlier report if it omits one now"
         told, name = self.told_by(fixed["uuid"], fixed["pci"]).what, fixed["uuid"] or fixed["pci"]
         try: divided = _mig_mode(self.nvml, handle, "instances" in told)
         except self.nvml.NVMLError:
@@ -351,7 +351,7 @@ class NvmlSession:
         try:
             for number in range(nvml.nvmlDeviceGetMaxMigDeviceCount(parent)):
                 try: handle = nvml.nvmlDeviceGetMigDeviceHandleByIndex(parent, number)
-                except (nvml.NVMLError_NotFound, nvml.NVMLError_InvalidArgument): continue  # none has this number
+                except (nvml.NVMLError_NotFound, nvml.NVMLError_InvalidArgument): continue  # the number is unused
                 fixed = self.find(handle, pci, index=number, mig_parent=parent_index)
                 yield GpuDevice(**fixed) if "reason" in fixed else self.read_device(handle, **fixed)
         except nvml.NVMLError as error: yield GpuDevice(number, mig_parent=parent_index, reason=in_words(error))
@@ -367,7 +367,7 @@ class NvmlSession:
         return found if uuid or GpuDevice(**found).address else dict(found, reason=NO_NAME)
 
     def ask_facts(self, handle: Any, uuid: str | None, parent_pci: str | None, is_instance: bool) -> dict[str, Any]:
-        "Return a device's constant facts, and keep them under its UUID or, without one, its address"
+        "Return a device's constant facts, and keep them under its UUID or else its address"
         pci = parent_pci if is_instance else _address(self.nvml, handle)
         name = uuid or (None if is_instance else pci)
         facts = self.facts.get(name or "") or dict(_fixed_facts(self.nvml, handle, is_instance), pci=pci or None)

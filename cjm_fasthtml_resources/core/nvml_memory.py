@@ -64,7 +64,7 @@ def is_unified(
     return re.search(_UNIFIED, name or "") is not None
 
 def has_unified_memory() -> bool:
-    "Return whether a GPU of this machine is known to use its RAM, without asking the driver"
+    "Return whether a GPU of this machine is known to use its RAM; leaves the driver alone"
     return any(map(is_unified, listed_names()))
 
 def machine_figures() -> Figures:

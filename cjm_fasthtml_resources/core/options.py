@@ -198,7 +198,7 @@ def remaining_time(
 
 # %% ../../nbs/core/options.ipynb #b1942bd2
 def _could_stop(before: Situation, worker: WorkerState) -> bool:
-    "Return whether a worker can be stopped once its jobs are done: other workers and this process are not its children"
+    "Return whether a worker can be stopped once its jobs are done: its children exclude other workers and this process"
     others = [w.pid for w in before.workers if w.pid != worker.pid and is_at_work(w)]
     if worker.start_time is None or worker.host is not None or not held_by(worker, before.devices): return False
     return worker.pid != os.getpid() and not any(worker.pid in before.ancestors(pid) for pid in (os.getpid(), *others))

@@ -70,7 +70,7 @@ def is_fork(
 
 # %% ../../nbs/core/resident.ipynb #621dc68b
 def _never_has_ram(folder: str) -> bool:
-    "Return whether a process without RAM will stay without"
+    "Return whether a process that uses 0 bytes of RAM will stay so"
     found = _read_fields(folder)
     return bool(found.flags & _KERNEL) or found.state == b"Z" and found.threads == 1
 
@@ -78,7 +78,7 @@ def _never_has_ram(folder: str) -> bool:
 _HAS_PROC = sys.platform.startswith("linux")
 
 def _read_by_psutil() -> list[ResidentProcess]:
-    "Return the same on systems without /proc"
+    "Return the same on systems that lack /proc"
     import psutil
     found = [(p.pid, p.info["memory_info"]) for p in psutil.process_iter(["memory_info"])]
     return [ResidentProcess(pid, memory.rss) for pid, memory in found if memory and memory.rss]
@@ -160,7 +160,7 @@ def read_share(
     pid: int,
     proc: str = "/proc",   # where the process file system is mounted
 ) -> int | None:  # 0 if it has ended; `None` if unreadable, as another user's process
-    "Return the bytes of a process, shared pages by its share of them, without those of files"
+    "Return the bytes of a process, shared pages by its share of them, file pages excluded"
     for name in ("smaps_rollup", "smaps"):   # the former since Linux 4.14
         try:
             with open(f"{proc}/{pid}/{name}", "rb") as file: lines = [row.split() for row in file if row[:3] == b"Pss"]

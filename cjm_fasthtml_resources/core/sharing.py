@@ -31,7 +31,7 @@ def is_shared(
 def _name(kind: str, number: int) -> str:
     "Return the name of a user or a group, else its number"
     import grp
-    import pwd  # Windows has none
+    import pwd  # Windows lacks it
 
     with contextlib.suppress(KeyError):
         return pwd.getpwuid(number).pw_name if kind == "UID" else grp.getgrgid(number).gr_name
@@ -44,10 +44,10 @@ def _is_listed(user: str, group: int) -> bool:
     return False
 
 def explain_refusal(
-    path: Path,               # a shared folder that this process may not use
+    path: Path,               # a shared folder that refuses this process
     found: os.stat_result,
 ) -> str:
-    "Return why a process is not allowed to use a shared folder, and the remedy"
+    "Return why a shared folder refuses a process, and the remedy"
     group, user = _name("GID", found.st_gid), _name("UID", os.geteuid())
     if os.statvfs(path).f_flag & os.ST_RDONLY: return "is mounted read-only here: mount it so that it can be written"
     if found.st_uid == os.geteuid() or found.st_gid in (os.getegid(), *os.getgroups()):

@@ -38,7 +38,7 @@ _log = Log(__name__)
 def find_ended(
     table: WorkerTable | TableChange,
     worker: WorkerState,
-) -> list[ProcessId]:  # except those that were never seen
+) -> list[ProcessId]:  # limited to those that were seen
     "Return a worker's process and the children that only it declared: stopping ends these, with their descendants"
     alone = {child: by[worker.pid] for child in worker.child_pids
              if (by := table.children.get(child) or {}).keys() == {worker.pid}}
@@ -121,7 +121,7 @@ def end_worker(
 ) -> None:
     "Call its plugin's `force_cleanup`, end these processes, forget it; raise `TimeoutError` if one keeps running"
     with workers.last_read() as table:
-        now, kept = table.workers.get(pid), table.plugins.get(pid)  # None if another process registered the worker
+        now, kept = table.workers.get(pid), table.plugins.get(pid)  # `None` if another process registered the worker
     if not state or not now or now.start_time != state.start_time: kept = None
     if kept is not None: _clean_up(kept.plugin, grace)
     if left := end_processes(ends, grace):

@@ -50,7 +50,7 @@ class Usage(NamedTuple):
         return self._replace(level=self.level.then(own, now) if self.level else Level(own, now, now))
 
 # %% ../../nbs/core/usage.ipynb #1d1ff9ad
-CONTEXT = 2**30   # bytes that a process can use on a GPU without a model, with room for its libraries
+CONTEXT = 2**30   # bytes that a process can use on a GPU before it loads a model, with room for its libraries
 
 def begin_usage(
     bases: Sequence[int],   # bytes on each of a job's devices that its process uses already
@@ -93,7 +93,7 @@ class JobLooks:
             with contextlib.suppress(NoThreadError): self._thread = start_thread("job-looks", self._run)
 
     def remove(self, job: "Looked") -> None:
-        "Take a last sample of a job and stop; a second call does nothing"
+        "Take a last sample of a job and stop; a second call is ignored"
         if job in self._jobs: self.look(True)
         with holding(self._changed):
             self._jobs = tuple(other for other in self._jobs if other is not job)
@@ -185,10 +185,10 @@ class JobStarter:
         job_id: str,
         gpu_memory_mb: float | str | None = None,      # MiB on each device, or "all"; `None`: as declared or learned
         *,
-        n: int | None = None,                          # how many whole GPUs, all or none; `None`: as declared, else one
+        n: int | None = None,                          # how many whole GPUs, all at once; `None`: as declared, else one
         memory_mb: float | None = None,                # MiB of RAM; `None`: as declared
         priority: int = 0,                             # as for `reserve`, as is the next one
-        grace: float | None = None,                    # seconds; `None`: it keeps its memory, used or not
+        grace: float | None = None,                    # seconds; `None`: it keeps its memory, used or unused
         duration: float | None = None,                 # seconds that it takes at most, as for `reserve`
         ask_idle: bool = False,                        # while it waits, ask idle holders of other apps to unload
         plugin: str | None = None,                     # its name, under which needs are learned; with a registry its id
@@ -199,7 +199,7 @@ class JobStarter:
         worker: int | None = None,                     # the PID of the registered worker that does it
         worker_type: str = "job",                      # the type of the worker that `watch` registers
         device: int | str | GpuDevice | None = None,   # as for `reserve`
-        timeout: float | None = None,                  # seconds to wait; 0: answer at once; `None`: no limit
+        timeout: float | None = None,                  # seconds to wait; 0: answer at once; `None`: unlimited
         unknown: float | str = "alone",                # MiB for an unknown need; "alone": a device of its own
         concurrent: bool = False,                      # whether its worker can have other jobs at the same time
         progress: bool = False,                        # show a bar while it waits

@@ -63,7 +63,7 @@ def file_error(
     path: Path,
     problem: str,
 ) -> ValueError:
-    "Return the error for a file without a readable need"
+    "Return the error for a file whose need is unreadable"
     return ValueError(f"{printable(str(path))} {problem}")
 
 # %% ../../nbs/core/weights.ipynb #77fbd274

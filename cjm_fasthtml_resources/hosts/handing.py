@@ -130,7 +130,7 @@ class Handing:
         return False
 
     def _read(self, claims: Sequence[Claim]) -> _Reading:
-        "Read the devices; claims that other processes change meanwhile make it serve for nothing"
+        "Read the devices; claims that other processes change meanwhile make it useless"
         began, uses = time.monotonic(), read_use(self.manager().read(True).devices)
         is_same = _names(self.manager().get_claims()) == _names(claims)
         return _Reading(began, _names(claims), uses) if is_same else _Reading()

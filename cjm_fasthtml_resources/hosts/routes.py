@@ -65,7 +65,7 @@ def narrow(
     seats: Mapping[str, Seat],       # the workers, by address
     limits: Limits,
 ) -> Sequence[HostAnswer]:
-    "Return the hosts with those of their workers that a task can run on, except hosts without one"
+    "Return the hosts that have workers for a task, each with these workers alone"
     if not limits.options: return answers
 
     def allows(answer: HostAnswer, address: str) -> bool:

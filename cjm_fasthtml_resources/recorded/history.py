@@ -62,7 +62,7 @@ def to_seconds(
 def levels_for(
     least: float,   # seconds of a row
 ) -> list[Level]:
-    "Return the levels whose rows are no finer, the finest first; the coarsest where there is none"
+    "Return the levels whose rows last `least` or longer, the finest first; else the coarsest"
     return [level for level in LEVELS if level.width >= least] or [QUARTER]
 
 # %% ../../nbs/recorded/history.ipynb #56c289f3
@@ -87,7 +87,7 @@ def _collect(read: Callable[[Level, float, float], list[Row]], start: float, end
 def to_records(
     rows: list[Row],
 ) -> list[dict[str, Any]]:
-    "Return a flat record for each process of each place of each row; of an empty place, one without a process"
+    "Return a flat record for each process of each place of each row; of an empty place, one whose process is empty"
     none = dict[str, Any](pid=None, owner=None, process=None, user=None, memory=None)
     return [dict(time=row.time, seconds=row.seconds, place=place.label, status=place.status, total=place.total,
                  used=place.used, most_used=place.most, utilization=place.utilization,
@@ -101,7 +101,7 @@ MOST_ROWS = 1500   # that a stretch of time is answered with, where coarser rows
 
 @dataclass(frozen=True)
 class RecordedHistory:
-    "What a recorder has kept; each method reads the file, and raises `StoreError` if that cannot be used"
+    "What a recorder has kept; each method reads the file, and raises `StoreError` if that is unusable"
     path: Path | None = None   # of the file; `None`: this user's history on this machine
 
     @property
@@ -112,7 +112,7 @@ class RecordedHistory:
     def at(
         self,
         moment: Moment,
-    ) -> Row | None:  # `None` if no data of that time
+    ) -> Row | None:  # `None` if the data of that time is missing
         "Return the finest row that stands for a moment"
         when = to_seconds(moment)
         for level in LEVELS:
@@ -126,13 +126,13 @@ class RecordedHistory:
         until: Moment | None = None,     # `None`: now
         width: float | None = None,      # seconds of a row, at least; `None`: as fits about a thousand rows
     ) -> list[Row]:
-        "Return the rows of a stretch of time, the oldest first: the finest that are there, none finer than `width`"
+        "Return the rows of a stretch of time, the oldest first: the finest that are there, `width` or coarser"
         start, end = to_seconds(since), time.time() if until is None else to_seconds(until)
         least = (end - start)/MOST_ROWS if width is None else width
         return _collect(partial(read_rows, self.file), start, end, least)
 
     def figures(self, since: Moment, until: Moment, width: float) -> list[Row]:
-        "Return the same rows without what each process had: for a chart"
+        "Return the same rows less the figures of each process: for a chart"
         return _collect(partial(read_figures, self.file), to_seconds(since), to_seconds(until), width)
 
     def changes(self, since: Moment, until: Moment | None = None) -> list[tuple[float, Change]]:
@@ -140,7 +140,7 @@ class RecordedHistory:
         return read_changes(self.file, to_seconds(since), time.time() if until is None else to_seconds(until))
 
     def to_frame(self, since: Moment, until: Moment | None = None) -> "pandas.DataFrame":
-        "Return a row for each place and process as a pandas DataFrame; `ImportError` where pandas is not installed"
+        "Return a row for each place and process as a pandas DataFrame; `ImportError` where pandas is missing"
         import pandas
         frame = pandas.DataFrame(to_records(self.between(since, until)))
         return frame.assign(time=pandas.to_datetime(frame["time"], unit="s", utc=True)) if len(frame) else frame

@@ -48,7 +48,7 @@ def _complaint(name: str, value: Any, hint: Any) -> str | None:
     return f"must be at most {most}, not {shorten(value)}" if value > most else None
 
 class Checked:
-    "A dataclass whose fields raise `ScenarioError` for a value that a driver cannot have, also when they are assigned"
+    "A dataclass whose fields raise `ScenarioError` for an impossible value, also when they are assigned"
     def __setattr__(self, name: str, value: Any) -> None:
         declared = getattr(self, "__dataclass_fields__", {}).get(name)
         if declared and (complaint := _complaint(name, value, declared.type)):

@@ -29,7 +29,7 @@ def follow_answers(
 ) -> None:
     "Act on what people agree to elsewhere, as with `cjm-resources answer`, where other apps can ask"
     if manager.app is None: return
-    with contextlib.suppress(NoThreadError): manager.follow_questions()   # the buttons act without it
+    with contextlib.suppress(NoThreadError): manager.follow_questions()   # the buttons act all the same
 
 def find_asked(
     manager: ResourceManager,

@@ -45,5 +45,5 @@ def note_bases(app: Any, prefix: str) -> None:
     app.before.append(note)
 
 def current_base(prefix: str) -> str:
-    "Return the address of the routes in the answer to the present request; without one, the prefix itself"
+    "Return the address of the routes in the answer to the present request; else the prefix itself"
     return _bases.get().get(prefix, prefix)

@@ -69,7 +69,7 @@ class LiveView(anywidget.AnyWidget):
         history: float = 600.0,                   # seconds that the small curves go back
         *,
         rows: int = 20,                           # processes and workers to show at most
-        charts: str = "",                         # how far back charts go: "10m", "1h" or "24h"; empty: none
+        charts: str = "",                         # how far back charts go: "10m", "1h" or "24h"; empty: off
     ) -> None:
         self._lock, self._view, self._slots = threading.RLock(), View(rows=rows, charts=charts), dict[str, str]()
         self._turn, self._beats, self._redraw = 0, 0, 0.0   # charts are due then, by `time.monotonic()`

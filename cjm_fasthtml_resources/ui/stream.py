@@ -92,7 +92,7 @@ class Client:
         self.events.put_nowait(event + beat)
 
     async def next(self, seconds: float) -> bytes | None:
-        "Wait for the next event for so long; return `None` without one"
+        "Wait for the next event for so long; return `None` after that"
         if not await done_within(self._coming, seconds): return None
         event, self._coming = self._coming.result(), asyncio.ensure_future(self.events.get())
         return event
@@ -107,7 +107,7 @@ BEAT = 15.0   # seconds between signs of life, at most
 def pace(
     interval: float,   # seconds between two samples
 ) -> float:
-    "Return the seconds between two signs of life: never so few that a page blinks because of a slow network"
+    "Return the seconds between two signs of life: enough that a page stays steady on a slow network"
     return min(max(interval, 1), BEAT)
 
 def beat_event(
@@ -165,14 +165,14 @@ class Hub:
         reset_in_child(self)
 
     def after_fork(self) -> None:
-        "Begin without clients, in a fork's child"
+        "Forget the clients, in a fork's child"
         self._drawing = threading.RLock()   # taken by threads alone, while a sample is drawn
         self._lock = threading.RLock()      # of the fields below: taken for a moment, so an event loop can take it, too
         self._clients, self._shown = set[Client](), (Slots(), b"")   # the shown slots, and the same as an event
         self._subscription: Subscription | None = None
 
     def render(self, sample: Sample | None = None) -> Slots:
-        "Return a sample's slots; without one, those of the last or of one that is taken now, or the reason"
+        "Return a sample's slots; by default, those of the last or of one that is taken now, or the reason"
         try: sample = sample or self.monitor.current()
         except Exception as error: return broken_slots(error)   # a plugin, a file: the sampler goes on, and tries again
         return {**render(sample, self.monitor.history, self.view), **render_tables(sample, self.view, self.actions),
@@ -254,7 +254,7 @@ class Places:
         reset_in_child(self)
 
     def after_fork(self) -> None:
-        "Begin without streams, in a fork's child"
+        "Forget the streams, in a fork's child"
         self._lock, self.taken = threading.RLock(), 0
 
     @contextlib.contextmanager
@@ -268,7 +268,7 @@ class Places:
             with self._lock: self.taken -= is_free
 
 # %% ../../nbs/ui/stream.ipynb #06fc2a48
-PATIENCE = 20.0   # seconds without progress on a connection
+PATIENCE = 20.0   # seconds that a connection can stall
 
 async def _until_gone(receive: Any) -> None:
     while (await receive())["type"] != "http.disconnect": pass
@@ -293,7 +293,7 @@ class EventStream(Response):
     def __init__(
         self,
         events: AsyncGenerator[bytes, None],
-        places: Places | None = None,   # of which it takes one; `None`: no limit
+        places: Places | None = None,   # of which it takes one; `None`: unlimited
     ) -> None:
         headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
         super().__init__(headers=headers, media_type="text/event-stream")
@@ -317,7 +317,7 @@ class EventStream(Response):
             finally:
                 for task in tasks: task.cancel()
                 await asyncio.gather(*tasks, return_exceptions=True)
-            if is_over: await _taken(send, b"", 0.2, more=False)   # without it, the answer would count as broken
+            if is_over: await _taken(send, b"", 0.2, more=False)   # else the answer would count as broken
 
     async def _send_all(self, send: Any) -> bool:   # whether the connection took them
         async with contextlib.aclosing(self.events) as events:

@@ -45,7 +45,7 @@ class Part(NamedTuple):
     "How an owner's share of a bar looks"
     name: str   # the key in `DeviceStatus.shares`
     sign: str
-    ascii: str  # the sign on terminals without Unicode
+    ascii: str  # the sign on terminals that lack Unicode
     style: str
 
     @property
@@ -89,7 +89,7 @@ def _signs(
     return tuple(Piece(f"{part.mark(is_ascii)} {part.word}  ", part.style) for part in parts)
 
 def _legend(
-    signs: Line,            # empty without a bar
+    signs: Line,            # empty if the bar is off
     kept: str = "",         # the drivers' own memory
     width: int = 80,        # cells
 ) -> list[Line]:
@@ -187,7 +187,7 @@ class _Resource(NamedTuple):
 
 def _used(
     row: _Resource,
-    whole_from: int = 1000,   # GiB from which on there are no decimals: "210 of 2048 GiB"
+    whole_from: int = 1000,   # GiB from which on decimals are dropped: "210 of 2048 GiB"
 ) -> str:
     if row.used is None or not row.total: return ""
     digits = 1 if row.total < whole_from*2**30 else 0
@@ -272,7 +272,7 @@ _PROCESS_COLUMNS: Sequence[Column[_PlacedProcess]] = (
     Column("load", lambda row: _percent(row.process), "right", leaves=4),  # shown if the driver reports one
     Column("child of worker", lambda row: _worker(row.process), leaves=5))
 
-# without a value, the column is left out
+# if the value is missing, the column is left out
 _SOMETIMES = {"container": _container, "age": _age, "load": _percent, "child of worker": _worker}
 
 # %% ../../nbs/ui/terminal.ipynb #b832327f
@@ -386,7 +386,7 @@ def list_tables(
     answer: Sample,
     terminal: Terminal,
     processes: Sequence[Line],   # a table of them
-    dense: bool = False,         # without legend and empty lines
+    dense: bool = False,         # omits legend and empty lines
 ) -> list[Line]:
     "Return all tables, with an empty line between two"
     devices, width = answer.gpu.allowed, terminal.width

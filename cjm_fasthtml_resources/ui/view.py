@@ -72,7 +72,7 @@ class View:
     rows: int = 20                              # processes and workers at most
     totals: bool = False                        # whether the panel shows totals, which the page folds
     details: bool = False                       # whether it shows ages, command lines and loads, as the page does
-    charts: str = ""                            # how far back its charts go: "10m", "1h", "24h"; empty: without
+    charts: str = ""                            # how far back its charts go: "10m", "1h", "24h"; empty: off
 
     def devices(self, sample: Sample) -> list[DeviceStatus]:
         "Return those that are shown"
@@ -120,7 +120,7 @@ def _gpu_slots(status: DeviceStatus, trace: Sequence[float]) -> dict[str, str]:
     "Return the two slots of a device's card"
     d = status.device
     named = GpuDevice(d.index, d.uuid, d.name, mig_parent=d.mig_parent, host=d.host, asleep=d.asleep)   # what it shows
-    figures = replace(status, device=replace(d, processes=None), processes=())   # which are many, and not shown here
+    figures = replace(status, device=replace(d, processes=None), processes=())   # which are many, and left out here
     return dict(head=_head_html(named, status.status), live=_live_html(figures, tuple(trace)))
 
 # %% ../../nbs/ui/view.ipynb #3886d469
@@ -163,7 +163,7 @@ def render(
 
 # %% ../../nbs/ui/view.ipynb #11785eb3
 def render_reservations(sample: Sample, view: View) -> str:
-    "Return the table of reservations and requests; empty where there are none"
+    "Return the table of reservations and requests; empty where both are missing"
     rows = reservation_rows(view.devices(sample), sample.gpu.waiting, sample.workers)
     shown = [reservation_table(rows, view.rows), *reservation_notes(rows[:view.rows])] if rows else []
     return "".join(map(to_html, shown))
@@ -173,7 +173,7 @@ def render_tables(
     sample: Sample,
     view: View = View(),
     actions: Sequence[Column] = (),   # more columns for the workers
-) -> dict[str, str]:  # slot → HTML, empty without rows
+) -> dict[str, str]:  # slot → HTML, empty where rows are missing
     "Return the tables of workers and processes"
     (workers, more_workers), (processes, more) = view.workers(sample), view.processes(view.devices(sample))
     columns = (*WORKER_COLUMNS, *actions)
