@@ -69,7 +69,7 @@ class Commands(click.Group):
         return list(COMMANDS)
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        "Return a command; `None` if there is none of that name"
+        "Return a command; `None` if the name is unknown"
         return find_command(cmd_name) if cmd_name in COMMANDS else None
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
@@ -172,7 +172,7 @@ def main(context: click.Context, apps: list[int | str], as_json: bool, watch: bo
     Exits with 0 after the check, whatever it finds (see --exit-code); with 2 when an argument is wrong.
     """
     _open_standard()
-    if isinstance(sys.stdout, io.TextIOWrapper): sys.stdout.reconfigure(errors="replace")  # a terminal without Unicode
+    if isinstance(sys.stdout, io.TextIOWrapper): sys.stdout.reconfigure(errors="replace")  # an ASCII terminal
     context.obj = machine = Machine(simulate, driver_timeout)
     if hosts:
         from cjm_fasthtml_resources.commands.hosts import check_alone, looking_at, there_command

@@ -76,7 +76,7 @@ def request_for(
 # %% ../nbs/cluster.ipynb #dc8229b6
 @contextlib.contextmanager
 def _on_the_way(sent: OnTheWay, key: str) -> Iterator[None]:
-    "Send a task in this block; if that fails, it is not counted as on its way"
+    "Send a task in this block; if that fails, it stops counting as on its way"
     try: yield
     except BaseException:
         sent.forget([key])
@@ -88,7 +88,7 @@ def find_over(
     client: Client,
     keys: Iterable[str],    # of tasks that were sent
 ) -> list[str]:
-    "Return the tasks that have ended, or that nobody waits for any more"
+    "Return the tasks that have ended, or whose futures are gone"
     states = ((key, client.futures.get(key)) for key in keys)
     return [key for key, state in states if state is None or state.status != "pending"]
 
@@ -107,7 +107,7 @@ class ClusterResources(StaysHere):
     ) -> None:
         self.client, self.timeout = check_client(client), check_number(timeout, "timeout", 1e-2, 1e6)
         self._plugin, self._sent = HostPlugin(check_app(app), settings), OnTheWay()
-        ResourceManager(**settings)   # an argument that is wrong is an error here, and not on each worker
+        ResourceManager(**settings)   # a wrong argument is an error here, before a worker has it
         self._asker = HostAsker(client, self._plugin)
         self._last: tuple[float, Asked] | None = None   # when the hosts were asked, and their answers
         check_first(self.ask())
@@ -129,12 +129,12 @@ class ClusterResources(StaysHere):
         "Ask all hosts; takes less than twice the timeout, whatever hangs"
         began, asked = time.monotonic(), self._asker.ask_all(self.timeout)
         over = find_over(self.client, self._sent.confirmed())
-        self._sent.forget(None if asked.restarted else [*asked.entered, *over])   # a new scheduler knows no task
+        self._sent.forget(None if asked.restarted else [*asked.entered, *over])   # a new scheduler starts empty
         self._last = began, asked
         return asked
 
     def check_hosts(self) -> list[HostAnswer]:
-        "Return the answer of each host, by name; one without an answer has the reason"
+        "Return the answer of each host, by name; one that fails to answer has the reason"
         return self.ask().answers
 
     def check_gpu_availability(self) -> ResourceConflict:
@@ -156,7 +156,7 @@ class ClusterResources(StaysHere):
         min_free_mb: float = 0,    # MiB that each must have free
     ) -> ClusterChoice:
         """Return the host whose devices have the most room.
-        `ResourceBusy` if no host has enough, `ResourceUnavailable` if none has so many devices"""
+        `ResourceBusy` if each host has too little, `ResourceUnavailable` if each has too few devices"""
         count, least = check_pid(n, "n"), check_number(min_free_mb, "min_free_mb")*2**20
         return pick_host(self.check_hosts(), count, least)
 
@@ -182,7 +182,7 @@ class ClusterResources(StaysHere):
         The memory is reserved from before it starts until it ends; in it, `current_reservation()` names the device.
         Tasks of one priority begin in the order in which they are submitted.
         The task fails with `ResourceBusy` after `timeout`.
-        `ValueError` for more memory than any host has, `ResourceUnavailable` without a device"""
+        `ValueError` for more memory than any host has, `ResourceUnavailable` if the devices are missing"""
         need = check_need(gpu_memory_mb, timeout, n, memory_mb)
         asked = request_for(gpu_memory_mb, timeout, n, memory_mb, priority)
         key, limits = task_key(key, fn, args, kwargs, pure), find_limits(workers, resources)
@@ -211,7 +211,7 @@ class ClusterResources(StaysHere):
         timeout: float | None = None, priority: int = 0,
     ) -> contextlib.AbstractContextManager[None]:
         """Return a `with` block: each task of a dask graph that is made in it reserves so much while it runs.
-        dask places these tasks, and a host that cannot hold one sends it on"""
+        dask places these tasks, and a host that is too small sends it on"""
         check_need(gpu_memory_mb, timeout, n, memory_mb)
         asked = request_for(gpu_memory_mb, timeout, n, memory_mb, priority)
         around: contextlib.AbstractContextManager[None] = annotate(**{self._plugin.name: asked})

@@ -79,7 +79,7 @@ class SimulatedDriver:
         return self
 
     def stop(self) -> None:
-        "Restore the original library, and let hanging calls return; do nothing if the driver is stopped"
+        "Restore the original library, and let hanging calls return; harmless if the driver is stopped"
         while self._undo: self._undo.pop()()
         self.recover()
 

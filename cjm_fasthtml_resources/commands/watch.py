@@ -44,7 +44,7 @@ _ENTER = b"\x1b[?1049h\x1b[?25l\x1b[?7l"   # another screen, a hidden cursor, li
 _LEAVE = b"\x1b[?7h\x1b[?25h\x1b[?1049l"
 
 def _set_modes(fd: int, modes: list[Any]) -> None:
-    "Set a terminal's modes, also when a signal comes; do nothing if it is gone, which the next reading shows"
+    "Set a terminal's modes, also when a signal comes; a lost one shows at the next reading"
     while True:
         try: return termios.tcsetattr(fd, termios.TCSADRAIN, modes)
         except termios.error as error:
@@ -62,7 +62,7 @@ class Screen:
     def __init__(
         self,
         out: int,               # descriptors
-        keyboard: int | None,   # `None`: without keys
+        keyboard: int | None,   # `None`: keys are off
     ) -> None:
         self.out, self.keyboard = out, keyboard
         self.modes: list[Any] | None = None   # of the keyboard, as they were
@@ -111,7 +111,7 @@ def keeping_warnings() -> Iterator[None]:
 class Settings(NamedTuple):
     "How a machine is watched"
     interval: float = 2.0   # seconds between two samples
-    top: int = 10           # processes of each list that are shown as long as nothing is scrolled
+    top: int = 10           # processes of each list that are shown until the reader scrolls
 
 # %% ../../nbs/commands/watch.ipynb #fe4cb028
 class Watch:
@@ -136,7 +136,7 @@ class Watch:
         self.shown = lines
 
     def read_keys(self, data: bytes) -> None:
-        "Obey keys; without any, the terminal is gone"
+        "Obey keys; an empty reading ends, since the terminal is gone"
         if not data: self.ended_by = signal.SIGHUP
         keys, self.typed = read_keys(self.typed + data)
         for key in keys:

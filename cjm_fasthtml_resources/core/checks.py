@@ -105,7 +105,7 @@ def seen_notes(
 def each_memory_once(
     found: Sequence[DeviceStatus],
 ) -> tuple[DeviceStatus, ...]:
-    "Return the devices without those that share the memory of one before"
+    "Return the devices except those that share the memory of an earlier one"
     pools = [d.device.pool for d in found]
     return tuple(d for i, d in enumerate(found) if d.device.pool not in pools[:i])
 
@@ -375,7 +375,7 @@ def name_absent(
     claims: Iterable[Claim],
     there: Collection[int],   # PIDs of the processes on the device, which have their names from it
 ) -> tuple[Promise, ...]:
-    "Return reservations with the names of holders that have no memory on the device so far; of 20 at most"
+    "Return reservations with the names of holders that use 0 bytes of the device so far; of 20 at most"
     absent = [p.id for p in promises if p.pid not in there][:_NAMED]
     names = {c.id: name_holder(c)[0] for c in claims if c.id in absent}
     return tuple(replace(p, name=names[p.id]) if p.id in names else p for p in promises)

@@ -23,7 +23,7 @@ class AnswersQuestions:
 
     def get_questions(self: Any) -> "list[Question]":
         """Return what requests of other apps ask of this app: to unload idle models, so that they can start.
-        Empty for a manager without an app's name. `StoreError`"""
+        Empty for a manager whose app is unnamed. `StoreError`"""
         from cjm_fasthtml_resources.core.answering import find_questions, find_unload
         return find_questions(self, unload=find_unload(self))
 
@@ -34,7 +34,7 @@ class AnswersQuestions:
         pids: "Sequence[int] | None" = None,   # of the workers that it named; `None`: whichever it names now
     ) -> str:
         """Answer a question, and return what was done, in sentences. The workers keep running.
-        `LookupError` where nothing is asked under this ID, or other workers are named by now; `ResourceBusy` where
+        `LookupError` where the ID is unknown, or names other workers by now; `ResourceBusy` where
         unloading failed; `StoreError`"""
         from cjm_fasthtml_resources.core.answering import answer_question, find_unload
         return answer_question(self, check_pid(id, "id"), check_flag(unload, "unload"), find_unload(self), pids)
@@ -44,7 +44,7 @@ class AnswersQuestions:
         unload: "Unload | None" = None,   # unloads workers whose plugins are in other processes; `None`: as before
     ) -> None:
         """Have a thread act on what people agree to elsewhere, as with `cjm-resources answer`, and ask plugins.
-        `ValueError` for a manager without an app's name, `TypeError`, `NoThreadError`"""
+        `ValueError` for a manager whose app is unnamed, `TypeError`, `NoThreadError`"""
         from cjm_fasthtml_resources.core.answering import follow_questions
         follow_questions(self, unload)
 

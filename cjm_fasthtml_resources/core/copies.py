@@ -51,7 +51,7 @@ DEEPEST = 32        # levels of a configuration
 LARGEST = 1_000_000   # characters, bytes and parts of it together
 
 class _Visitor:
-    "Raises for a part that a configuration cannot have"
+    "Raises for a part that is invalid in a configuration"
     def __init__(self, name: str) -> None: self.name, self.left = name, LARGEST
 
     def __call__(self, value: Any, depth: int) -> None:
@@ -94,7 +94,7 @@ class _HandedOut:
     def __set__(self, thing: Any, value: Any) -> None: thing.__dict__[self.name] = value
 
 def handed_out(
-    *default: Any,                                     # at most one; without it, the field is required
+    *default: Any,                                     # at most one; if it is missing, the field is required
     made: Callable[[Any], Any] = copy_in_depth,        # makes the copy
 ) -> Any:
     "Return a field whose value is copied each time that it is read"

@@ -53,7 +53,7 @@ class _Tally:
         self.waited += seconds
 
 # %% ../../nbs/core/events.ipynb #1dc79788
-_FLAGS = os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK   # refuses links, and opens a pipe without waiting
+_FLAGS = os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK   # refuses links, and opens a pipe at once
 
 def _open(path: str, flags: int) -> int: return os.open(path, flags | _FLAGS)
 

@@ -21,7 +21,7 @@ class StoreError(RuntimeError):
     "The shared file is unusable; the message names it, the reason and the remedy"
 
 _ADVICE = {
-    (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK, errno.EINVAL):   # answers of file systems without locks
+    (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK, errno.EINVAL):   # answers of file systems that lack locks
         "is on a file system without locks ({reason}); set CJM_RESOURCES_DIR to a folder on a local disk",
     (errno.ENOSPC, errno.EDQUOT): "cannot be written: its disk is full",
     (errno.EROFS,): "cannot be written: it or its disk is read-only",
@@ -53,7 +53,7 @@ def boot_id() -> str:
 
 # %% ../../nbs/core/folder.ipynb #92bf1891
 def home_folder() -> Path:
-    "Return the folder in this user's home, which can be missing; raise `StoreError` without a home"
+    "Return the folder in this user's home, which can be missing; raise `StoreError` if the home is unknown"
     import pwd  # missing on Windows
 
     try: home = pwd.getpwuid(os.geteuid()).pw_dir
@@ -97,8 +97,8 @@ def folder_in(
 
 def read_settings(
     path: str | Path = SETTINGS_FILE,
-) -> Path | None:  # `None` if it is not there, or names no folder
-    "Return the folder that the machine's settings name; `StoreError` if they are not to be trusted or not understood"
+) -> Path | None:  # `None` if the file is missing, or omits the folder
+    "Return the folder that the machine's settings name; `StoreError` if they are unsafe or invalid"
     try:
         with FileIO(path) as file: found, text = os.fstat(file.fileno()), file.read(65_536).decode(errors="replace")
     except (FileNotFoundError, NotADirectoryError): return None
@@ -123,5 +123,5 @@ def chosen_folder() -> Path | None:
     return read_settings()
 
 def state_folder() -> Path:
-    "Return the folder for this program, existing or not; `StoreError` if none can be told"
+    "Return the folder for this program, existing or not; `StoreError` if it is unknown"
     return chosen_folder() or home_folder()

@@ -93,7 +93,7 @@ class RoomMaker:
         self.waits_until: float | None = None   # for another call, by `time.monotonic()`
 
     def step(self) -> bool:  # False: there is room
-        "Do the next step. Raise `ResourceBusy` if there is none left, or `ResourceUnavailable`, `ValueError`, …"
+        "Do the next step. Raise `ResourceBusy` after the last one, or `ResourceUnavailable`, `ValueError`, …"
         conflict, need, count = self.wanted.check(), self.wanted.need, self.wanted.count
         if has_room(conflict, need, count): return False
         if other := being_stopped(self): return await_other(self, other, conflict)
@@ -116,7 +116,7 @@ def has_room(conflict: ResourceConflict, need: float, count: int = 1) -> bool:
 
 # %% ../../nbs/core/freeing.ipynb #0a1fcf00
 def name_loaded(worker: WorkerState) -> str | None:
-    "Return the name of a worker's model, without secrets"
+    "Return the name of a worker's model, its secrets hidden"
     shown = worker.shown()
     return shown.loaded_plugin_resource or shown.plugin_name or shown.plugin_id
 

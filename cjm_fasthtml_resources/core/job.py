@@ -73,7 +73,7 @@ if TYPE_CHECKING:
 _all_ = ["PluginNeeds", "declared_needs"]   # for plugins that declare needs
 
 _log = logging.getLogger(__name__)
-_NO_GPU = {"CUDA_VISIBLE_DEVICES": ""}   # the environment of a job without a GPU
+_NO_GPU = {"CUDA_VISIBLE_DEVICES": ""}   # the environment of a job on the CPU
 
 # %% ../../nbs/core/job.ipynb #24e7da69
 @dataclass(frozen=True, repr=False)
@@ -89,10 +89,10 @@ class JobRequest:
     device: int | str | GpuDevice | None = None
     n: int | None = None                          # how many devices; `None`: as many as it needs
     priority: int = 0                             # a smaller one is further ahead in the queue
-    grace: float | None = None                    # seconds in which its memory has to be used; `None`: no limit
-    duration: float | None = None                 # seconds at most, then its reservation ends; `None`: no limit
+    grace: float | None = None                    # seconds in which its memory has to be used; `None`: unlimited
+    duration: float | None = None                 # seconds at most, then its reservation ends; `None`: unlimited
     ask_idle: bool = False                        # whether idle holders of other apps are asked to unload
-    timeout: float | None = None                  # seconds; `None`: no limit
+    timeout: float | None = None                  # seconds; `None`: unlimited
     unknown: float | None = None                  # MiB to reserve for an unknown need; `None`: a device
     concurrent: bool = False                      # whether its worker can have other jobs at the same time
     progress: bool = False
@@ -147,7 +147,7 @@ def is_turn(
 
 # %% ../../nbs/core/job.ipynb #a0ba8356
 def is_loading(worker: WorkerState) -> bool:
-    "Return whether a worker is busy without a job, as while it loads a model"
+    "Return whether a worker is busy outside a job, as while it loads a model"
     return worker.job_id is None and worker.status != "idle"
 
 # %% ../../nbs/core/job.ipynb #08ae340b
@@ -195,7 +195,7 @@ class ActiveJob(StaysHere):
     def job_id(self) -> str: return self.asked.job_id
     @property
     def device(self) -> GpuDevice | None:
-        "Return the device that it can use, the first of several; `None` without one"
+        "Return the device that it can use, the first of several; `None` for a job on the CPU"
         return self.devices[0] if self.devices else None
     @property
     def devices(self) -> tuple[GpuDevice, ...]:
@@ -208,7 +208,7 @@ class ActiveJob(StaysHere):
         return self.reservation.env if self.reservation else dict(_NO_GPU)
     @property
     def env_by_index(self) -> dict[str, str]:
-        "The same with numbers, for programs that cannot read UUIDs; `LookupError` for a MIG instance"
+        "The same with numbers, for programs that understand only these; `LookupError` for a MIG instance"
         self.must_run()
         return self.reservation.env_by_index if self.reservation else dict(_NO_GPU)
 
@@ -270,15 +270,15 @@ class ActiveJob(StaysHere):
             return self
         except BaseException:
             try: await surely(self.close)
-            finally: self.close()   # a second call does nothing
+            finally: self.close()   # a second call is harmless
             raise
 
     async def __aexit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
         try: await surely(partial(self.close, kind, error, trace))
-        finally: self.close()   # a second call does nothing
+        finally: self.close()   # a second call is harmless
 
     def step(self, steps: Iterator[float]) -> float | None:  # `None`: it has begun
-        "Take one step of its beginning; none after `close`"
+        "Take one step of its beginning, unless it is closed"
         with holding(self._turn): return None if self._closed else next(steps, None)
 
     def close(self, *error: Any) -> None:
@@ -303,7 +303,7 @@ class ActiveJob(StaysHere):
 
     @property
     def time_left(self) -> float | None:
-        "Return the seconds that it can still wait; `None`: no limit"
+        "Return the seconds that it can still wait; `None`: unlimited"
         if self.asked.timeout is None: return None
         return max(self.started + self.asked.timeout - time.monotonic(), 0)
 
@@ -366,7 +366,7 @@ def await_turn(job: ActiveJob, pid: int) -> Iterator[float]:
 
 # %% ../../nbs/core/job.ipynb #e72802ef
 def ask_for_ram(job: ActiveJob) -> tuple[None, Any] | None:
-    "Return the RAM that a job without a GPU asks for, if any"
+    "Return the RAM that a job on the CPU asks for, if any"
     return (None, None) if job.asked.needs.ram_mb else None
 
 # %% ../../nbs/core/job.ipynb #09473692
@@ -400,7 +400,7 @@ def find_unknown(job: ActiveJob) -> float | None:  # MiB; `None`: a device of it
 
 # %% ../../nbs/core/job.ipynb #7527f902
 def device_of_worker(worker: WorkerState | None, devices: Sequence[DeviceStatus]) -> GpuDevice | None:
-    "Return the device on which a worker has its memory, `None` without memory"
+    "Return the device on which a worker has its memory, `None` if it uses 0 bytes"
     held = held_by(worker, devices) if worker else {}
     return max((d.device for d in devices if d.device.id in held), key=lambda d: held[d.id], default=None)
 
@@ -500,7 +500,7 @@ def await_memory(job: ActiveJob, mb: float | str | None, device: Any) -> Iterato
 
 # %% ../../nbs/core/job.ipynb #32a3c9de
 def decide(job: ActiveJob) -> "ValidationResult":
-    "Let the validation decide; raises what waiting does not change"
+    "Let the validation decide; raises a conflict that outlasts every wait"
     from cjm_fasthtml_resources.core.validation import ValidationAction
     need, ask = job.asked.needs.gpu_memory_mb, job.asked.decide
     assert ask is not None
@@ -508,7 +508,7 @@ def decide(job: ActiveJob) -> "ValidationResult":
     return job.decision.raise_if_blocked() if job.decision.action is ValidationAction.ABORT else job.decision
 
 def ask_validation(job: ActiveJob) -> bool:
-    "Return whether the queue is next; if not, ask again"
+    "Return whether the queue is next; otherwise ask again"
     if job.asked.decide is None: return True
     decision = decide(job)
     if decision.can_proceed: return True
@@ -567,7 +567,7 @@ def begin(job: ActiveJob) -> Iterator[float]:  # the seconds until its next step
     put_back_left()
     job.started = time.monotonic()
     if job.worker_pid is not None:
-        if job.asked.decide: decide(job)   # what cannot run does not wait for its worker
+        if job.asked.decide: decide(job)   # an impossible job fails before it waits for its worker
         yield from await_turn(job, job.worker_pid)
     yield from await_decision(job)
     show_here(job)
@@ -591,7 +591,7 @@ def read_all_use(
 
 # %% ../../nbs/core/job.ipynb #6b20a32a
 def bases_of(job: ActiveJob, holder: ProcessId) -> dict[str, int]:  # by key of a device, bytes
-    "Return what a process uses on the job's devices that is not part of its reservation"
+    "Return what a process uses on the job's devices outside its reservation"
     keys = _keys_of(job)
     is_younger = (holder.start_time or 0) >= math.floor(100*job.since)/100   # the kernel counts so
     uses = [] if not keys or is_younger else read_all_use(job, holder)
@@ -620,7 +620,7 @@ def _forget_worker(manager: Any, pid: int) -> None:
 def watch_process(job: ActiveJob, pid: int) -> bool:  # False if it has ended already
     "Make a job's reservation a process's, and show that one as a worker with this job"
     manager, asked = job.manager, job.asked
-    if is_free(pid) or has_ended(*read_process(pid).lineage[0]): return False   # perhaps nobody has waited for it yet
+    if is_free(pid) or has_ended(*read_process(pid).lineage[0]): return False   # a zombie keeps its PID
     holder = find_holder(pid)
     bases = bases_of(job, holder)
     if job.reservation and holder != job.holder:
@@ -663,7 +663,7 @@ def explain_error(
 
 # %% ../../nbs/core/job.ipynb #b7861477
 def find_lack(job: ActiveJob, most: int, found: "OutOfMemory") -> int:   # bytes
-    "Return what a job would have had; to ask for more than any of its devices has is an error, and no need"
+    "Return what a job would have had; to ask for more than any of its devices has is an error"
     largest, wanted = (job.before and largest_capacity(job.before.allowed)) or math.inf, found.wanted or 0
     return most if wanted > largest else max(most, wanted, int(min(found.needed or 0, largest)))
 
@@ -682,7 +682,7 @@ def learn(job: ActiveJob, error: BaseException | None, found: "OutOfMemory | Non
 
 # %% ../../nbs/core/job.ipynb #63f7e313
 def finish(job: ActiveJob, kind: Any = None, error: BaseException | None = None, trace: Any = None) -> None:
-    "See what a job took, and explain its error; a second time nothing happens"
+    "See what a job took, and explain its error; later calls are harmless"
     if job.is_over: return
     job.is_over = True
     job.manager.job_looks.remove(job)

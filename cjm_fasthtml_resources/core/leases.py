@@ -48,7 +48,7 @@ _numbers = _Numbers()
 
 def new_lease() -> int:
     "Return a unique number for a lease"
-    if _numbers.made_in != os.getpid(): _numbers.after_fork()   # a fork that Python has not seen
+    if _numbers.made_in != os.getpid(): _numbers.after_fork()   # a fork that bypassed Python
     return _numbers.next()
 
 def in_use(fd: int) -> bool:

@@ -108,7 +108,7 @@ class RoomForRequest:
     def made(self) -> RoomMade: return self.maker.made
 
     def __call__(self, request: Request) -> None:
-        "Take a step; where none is left, check the time limit"
+        "Take a step, or else check the time limit"
         if self.step(request): return
         try: self.give_up(request)
         except ResourceBusy as error:

@@ -36,7 +36,7 @@ _log = Log(__name__)
 # %% ../../nbs/core/out_of_memory.ipynb #d8021554
 @dataclass(frozen=True)
 class OutOfMemory:
-    "What an error tells about memory that ran out: bytes, and `None` where it does not tell"
+    "What an error tells about memory that ran out: bytes, or `None` where its text lacks it"
     framework: str                # that said so: "PyTorch", "CUDA" …
     kind: str | None = None       # "gpu" or "ram"; `None`: the text fits both
     wanted: int | None = None     # what was asked for
@@ -44,12 +44,12 @@ class OutOfMemory:
     limit: int | None = None      # the most that the framework allows itself
     used: int | None = None       # what the process had on the device
     free: int | None = None       # what the device had free at that moment
-    unused: int | None = None     # what PyTorch has reserved and does not use
+    unused: int | None = None     # reserved by PyTorch and unused
     setting: str | None = None    # what raises the framework's own limit
 
     @property
     def needed(self) -> int | None:
-        "What the process would have had with what it asked for; `None` if either is not told"
+        "What the process would have had with what it asked for; `None` if either is unknown"
         return None if self.used is None or self.wanted is None else self.used + self.wanted
 
 # %% ../../nbs/core/out_of_memory.ipynb #91b87e12
@@ -178,7 +178,7 @@ _SHAPE = re.compile(r"with shape ?\[([\d,]{0,99})\] and type (\w{1,20})")
 _BYTES = dict(double=8, int64=8, complex64=8, float=4, int32=4, half=2, bfloat16=2, uint8=1, int8=1, bool=1)
 
 def _tensor_size(line: str) -> int | None:
-    "Return the bytes of the tensor that TensorFlow could not make"
+    "Return the bytes of the tensor that TensorFlow failed to make"
     if not (found := _SHAPE.search(line)) or found[2] not in _BYTES: return None
     size = _BYTES[found[2]]
     for length in found[1].split(","): size *= int(length or 1)
@@ -201,7 +201,7 @@ _ON_RAM = re.compile(r"device:CPU|allocator (?:mkl)?cpu|cuMemHostAlloc|cuMemAllo
 _ON_GPU = re.compile(r"GPU[ =_:]\d|device ordinal \d|cuMem(?:Alloc|Create|AllocPitch|AllocManaged)\b|cudaMalloc\b")
 
 def _line_around(text: str, start: int, end: int) -> str:
-    "Return the line of a match, and no more than is near it"
+    "Return the line of a match, limited to the text near it"
     first, last = text.rfind("\n", 0, start) + 1, text.find("\n", end)
     return text[max(first, start - 1000):min(len(text) if last < 0 else last, end + 3000)]
 
@@ -362,7 +362,7 @@ def name_growth(
     return [name for _, name in sorted(grown, key=lambda row: -row[0])]
 
 # %% ../../nbs/core/out_of_memory.ipynb #3375fc8f
-_LITTLE = 2**30   # has to be free where the text names no size
+_LITTLE = 2**30   # has to be free where the text omits the size
 
 def own_memory(found: OutOfMemory, scene: Scene, there: DeviceStatus) -> int | None:
     "Return the bytes that the process had on the device, by the text or else the driver"
@@ -485,7 +485,7 @@ LATELY = 300.0   # seconds before memory ran out
 def read_lately(
     path: Path | None = None,   # of a recorder's file; `None`: this user's
 ) -> "tuple[tuple[float, Change], ...]":
-    "Return a recorder's events of the last minutes; empty without a file, and for one that cannot be read now"
+    "Return a recorder's events of the last minutes; empty if the file is missing or unreadable now"
     try:
         from cjm_fasthtml_resources.core.needs import history_path
         path = path or history_path()
@@ -493,7 +493,7 @@ def read_lately(
         from cjm_fasthtml_resources.recorded.file import read_changes  # which costs time, so only with a file
         now = time.time()
         return tuple(read_changes(path, now - LATELY, now, waits=0))
-    except Exception as problem:   # the explanation is complete without it
+    except Exception as problem:   # the history only adds to the explanation
         _log.debug("the history was not read: %s", problem)
         return ()
 
@@ -501,7 +501,7 @@ def name_lately(
     scene: Scene,
     devices: Sequence[DeviceStatus],
 ) -> list[str]:
-    "Return when processes came or grew on the devices, without the one that failed; the last three"
+    "Return when processes came or grew on the devices, except the one that failed; the last three"
     keys = {device_key(d.device) for d in devices}
     found = [(when, change) for when, change in scene.lately
              if change.kind in ("started", "grew") and change.place in keys and change.pid != scene.pid]
@@ -535,7 +535,7 @@ def explain_found(
     found: OutOfMemory,
     scene: Scene,
 ) -> str:
-    "Return the explanation in words, without reading the machine"
+    "Return the explanation in words, from facts read before"
     if found.kind == "ram": return f"{say_wanted(found, [])} {_say_ram(found, scene.memory)}"
     devices = find_devices(found, scene)
     said = [say_wanted(found, devices), *_say_gpu(found, scene, devices)]

@@ -41,7 +41,7 @@ class LifecycleAwarePlugin(Protocol):
 # %% ../../nbs/core/plugins.ipynb #458fa297
 @runtime_checkable
 class ReleasesMemory(Protocol):
-    "A plugin that can free the memory of its model without ending its process"
+    "A plugin that can free the memory of its model while its process continues"
 
     def release(self) -> Any:
         "Unload the model; return `False` if it stays loaded"
@@ -61,7 +61,7 @@ class CloudAwarePlugin(Protocol):
     "A plugin that rents a machine to run its work on"
 
     def get_remote_resource_info(self) -> Any:
-        """Return the rented machine, `None` without one.
+        """Return the rented machine, `None` if it is missing.
 
         A mapping or an object with `provider`, `region`, `instance_id`, `status`, `ssh_host`, `gpu_count`,
         `gpu_type` and `estimated_cost_per_hour`, as many as are known"""
@@ -73,7 +73,7 @@ class CloudAwarePlugin(Protocol):
 @dataclass(frozen=True)
 class PluginNeeds:
     "The needs of one job of a plugin, as the plugin declares them"
-    gpu_memory_mb: float | str | None = None   # MiB on each device, or "all"; 0: without a GPU; `None`: unknown
+    gpu_memory_mb: float | str | None = None   # MiB on each device, or "all"; 0: on the CPU; `None`: unknown
     ram_mb: float = 0                    # MiB of RAM, which is reserved together with the GPUs
     devices: int = 1                     # how many GPUs it uses at the same time
 
@@ -86,7 +86,7 @@ class PluginNeeds:
 def declared_needs(
     plugin: Any,   # an object with `needs`, or a mapping with "needs"; the needs a PluginNeeds or a mapping
 ) -> PluginNeeds:
-    "Return a plugin's declared needs, empty without any; raise `TypeError` or `ValueError` if they are invalid"
+    "Return a plugin's declared needs, empty if undeclared; raise `TypeError` or `ValueError` if they are invalid"
     found = plugin.get("needs") if isinstance(plugin, Mapping) else getattr(plugin, "needs", None)
     if found is None or isinstance(found, PluginNeeds): return found or PluginNeeds()
     if not isinstance(found, Mapping):
@@ -99,7 +99,7 @@ def _get(thing: Any, name: str) -> Any:
 
 def is_local_plugin(
     plugin: Any,  # from the registry: an object or mapping with a `config_schema`, which is a JSON Schema
-) -> bool:  # True also without a schema
+) -> bool:  # True also if the schema is missing
     "Return whether a plugin does its work on this machine"
     schema = _get(plugin, "config_schema")
     properties = schema.get("properties") if isinstance(schema, Mapping) else None
@@ -108,7 +108,7 @@ def is_local_plugin(
 # %% ../../nbs/core/plugins.ipynb #cb56d521
 def device_kind(
     device: Any,  # as a configuration names it
-) -> str:  # "cuda" for "cuda:1" and for 1, "cpu" for -1, "" without a device
+) -> str:  # "cuda" for "cuda:1" and for 1, "cpu" for -1, "" if it is missing or invalid
     "Return the kind of device that is meant"
     if isinstance(device, bool): return ""
     if isinstance(device, int): return "cuda" if device >= 0 else "cpu"
@@ -124,7 +124,7 @@ def uses_gpu_device(
 # %% ../../nbs/core/plugins.ipynb #b14d91e8
 def get_plugin_resource_identifier(
     plugin_config: Mapping[str, Any] | None,
-) -> str | None:  # `None` without one
+) -> str | None:  # `None` if it is missing
     "Return the model or other resource that a configuration names"
     found = ((plugin_config or {}).get(key) for key in PLUGIN_RESOURCE_CONFIG_KEYS)
     return next((str(value) for value in found if value not in (None, "")), None)
@@ -133,7 +133,7 @@ def get_plugin_resource_identifier(
 def compare_plugin_resources(
     config1: Mapping[str, Any] | None,
     config2: Mapping[str, Any] | None,
-) -> bool:  # False when either names none: unknown resources count as different
+) -> bool:  # False when either omits it: unknown resources count as different
     "Return whether two configurations name the same resource"
     first, second = get_plugin_resource_identifier(config1), get_plugin_resource_identifier(config2)
     return first is not None and first == second

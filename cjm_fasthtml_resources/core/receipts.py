@@ -27,7 +27,7 @@ class Grace(NamedTuple):
         return self.since is not None and self.at is not None and self.at - self.since >= self.seconds
 
     def seen(self, is_used: bool, is_idle: bool, now: float) -> "Grace | None":
-        "Return it after one more reading: `None` after the first use; one that shows nothing lets it begin again"
+        "Return it after one more reading: `None` after the first use; an unclear one lets it begin again"
         if is_used: return None
         if not is_idle: return Grace(self.seconds)
         if self.since is None or self.at is None or now - self.at > self.seconds/2: return Grace(self.seconds, now, now)
@@ -47,10 +47,10 @@ class Receipt(NamedTuple):
     asked_at: float | None = None       # when it entered the queue
     since: float | None = None          # when it was granted
     asked: int | None = None            # bytes on each device, before any was given back
-    most_used: int | None = None        # bytes: its highest observed use; `None`: without a reading since
-    unused_since: float | None = None   # when it was first seen unused, if it was not seen in use after that
+    most_used: int | None = None        # bytes: its highest observed use; `None`: unread since it was granted
+    unused_since: float | None = None   # when it was first seen unused; `None` again once it is seen in use
     host: str | None = None             # the host name where it was asked, which of a container is the container's
-    grace: Grace | None = None          # the time in which it has to be used; `None`: no limit, or used already
+    grace: Grace | None = None          # the time in which it has to be used; `None`: unlimited, or used already
     limit: float | None = None          # seconds that the job takes at most, as the asker declared; then it ends
     least: float | None = None          # seconds of the shortest job of its kind that ended well
     most: float | None = None           # and of the longest
@@ -90,7 +90,7 @@ class Receipt(NamedTuple):
     def explain(
         self,
         memory: int,   # bytes that are reserved now
-    ) -> str:  # empty if there is nothing to report
+    ) -> str:  # can be empty
         "Return in a sentence the part that was never observed in use, if that is an eighth of it or more"
         if self.grace and self.grace.since is not None: return self.grace.explain()
         if (spare := self.spare(memory)) < max(memory//8, STEP): return ""
@@ -99,7 +99,7 @@ class Receipt(NamedTuple):
 
 # %% ../../nbs/core/receipts.ipynb #b7e64e21
 def new_receipt(
-    grace: float | None = None,   # seconds in which the reservation has to be used; `None`: no limit
+    grace: float | None = None,   # seconds in which the reservation has to be used; `None`: unlimited
     limit: float | None = None,   # seconds that the job takes at most, as declared; `None`: undeclared
     lasts: tuple[float, float] | None = None,   # seconds of the shortest and the longest job of its kind
     asks_idle: bool = False,       # whether it asks idle holders of other apps to unload
@@ -125,7 +125,7 @@ def is_receipt(text: str) -> bool:
     return text.startswith(_BEGIN)
 
 def from_text(text: str) -> Receipt:
-    "Return a receipt as it was read, without fields of later versions"
+    "Return a receipt as it was read, in the fields of this version"
     parts = text.removeprefix(_BEGIN).split(",")
     kinds: tuple[Any, ...] = (int, float, float, int, int, float, str, *(float,)*6, int, int)
     values: list[Any] = [kind(part) if part else None for kind, part in zip(kinds, parts, strict=False)]

@@ -50,7 +50,7 @@ class ResourceStatus(Enum):
 # %% ../../nbs/core/resources.ipynb #a5c15392
 def best_status(
     found: Iterable[ResourceStatus],
-) -> ResourceStatus:   # `UNAVAILABLE` without a device
+) -> ResourceStatus:   # `UNAVAILABLE` if `found` is empty
     "Return the best of several statuses"
     there = set(found)
     return next((status for status in ResourceStatus if status in there), ResourceStatus.UNAVAILABLE)
@@ -72,7 +72,7 @@ class OwnedProcess:
     plugin: str | None = None             # of that worker
     job_id: str | None = None             # that this worker works on
     start_time: float | None = None       # seconds from boot to its start
-    command: str | None = None            # its command line, cut and without secrets, where a sample asked for it
+    command: str | None = None            # its command line, cut, its secrets hidden, where a sample asked for it
     load: int | None = None               # percent of the device's time that it computed, where the driver reports it
 
     @property
@@ -94,7 +94,7 @@ class Promise:
     username: str | None = None  # of another user
     container: str | None = None  # another one: the host name that it has
     most_used: int | None = None  # bytes that are the most it was seen to use; `None`: unknown
-    hint: str = ""                # for its holder, in a sentence: what was never used of it
+    hint: str = ""                # for its holder, in a sentence: the part that stayed unused
     name: str | None = None       # of the process, where it has no memory on the device and is seen from here
 
 # %% ../../nbs/core/resources.ipynb #fd30f6ec
@@ -119,7 +119,7 @@ class Waiting:
     starts: tuple[float, float] | None = None   # seconds until it is expected to start, at least and at most
     asks_idle: bool = False              # whether it asks idle holders of other apps to unload
     behind: int | None = None            # the ID of the request before it, for one of the same devices
-    is_capped: bool = False              # whether a cap makes it wait, so that free memory is no help
+    is_capped: bool = False              # whether a cap makes it wait, even where memory is free
 
 # %% ../../nbs/core/resources.ipynb #264b4bc5
 SHARE_WORDS = dict(app="app", external="other programs", unattributed="not visible", promised="reserved",
@@ -252,5 +252,5 @@ class WorkerState:
     def _repr_html_(self) -> str | None: return repr_html(self)
 
     def shown(self) -> "WorkerState":
-        "Return a copy that can be shown and written: without secrets, and as plain JSON"
+        "Return a copy that can be shown and written: secrets hidden, as plain JSON"
         return replace(self, **shown_fields(vars(self)))

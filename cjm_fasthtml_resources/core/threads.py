@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 # %% ../../nbs/core/threads.ipynb #055e08b3
 class NoThreadError(RuntimeError):
     "Starting a thread failed; the message has the reason and the remedy. `ending`: the interpreter ends"
-    ending = False   # True: there is no remedy
+    ending = False   # True: trying again is useless
 
 def start_thread(
     name: str,
@@ -73,7 +73,7 @@ class SharedCalls:
         reset_in_child(self)
 
     def after_fork(self) -> None:
-        "Begin without a running call, in a fork's child"
+        "Forget the running calls, in a fork's child"
         self._lock = threading.RLock()
         self._running: dict[Hashable, Future[Any]] = {}
 

@@ -74,7 +74,7 @@ def change_state(
 
 # %% ../../nbs/core/workers.ipynb #c73b3db6
 class WorkerTable:
-    "Workers in memory, by PID, by job and by declared child; without a lock"
+    "Workers in memory, by PID, by job and by declared child; callers lock it"
     def __init__(self) -> None:
         self.workers: dict[int, WorkerState] = {}                 # by PID
         self.jobs: dict[str, int] = {}                            # job → PID
@@ -88,7 +88,7 @@ class WorkerTable:
         self.over: list[int] = []                                 # rows of the file that are to be deleted
 
     def apply(self, change: "TableChange") -> None:
-        "Take a change over; a second call does nothing"
+        "Take a change over; a second call is harmless"
         for pid, taken in change.changed.items():
             if taken: self.workers.pop(pid, None)   # so that it stands last if it was registered again
         for name in LAYERS:
@@ -182,7 +182,7 @@ def find_starts(
     return {child: (children.get(child) or {}).get(state.pid) for child in state.child_pids}
 
 def known_starts(table: TableChange, state: WorkerState) -> dict[int, float | None]:
-    "Return the starts of children that this worker, and no other, declared before"
+    "Return the starts of children that this same worker declared before"
     old: WorkerState | None = table.workers.get(state.pid)
     is_same = old is not None and None is not old.start_time == state.start_time
     return find_starts(table.children, old) if old and is_same else {}
@@ -200,7 +200,7 @@ def end_lost(
     state: WorkerState,
     lost: Collection[tuple[int, str]],   # PIDs with jobs, as they are shown, whose givers have ended
 ) -> WorkerState:
-    "Return a worker without the jobs whose giver has ended"
+    "Remove from a worker the jobs whose giver has ended"
     gone = [job for job in state.jobs if (state.pid, redact(job, "job_id")) in lost]
     for job in gone: state = end_job(state, job)
     return replace(state, status="idle") if gone and not state.jobs and state.status == "running" else state
@@ -409,6 +409,6 @@ def give_while(
     job: str,      # that the worker has
     lease: int,    # of this process
 ) -> None:
-    "Let a worker have a job for as long as a lease is locked; do nothing in memory, where all ends together"
+    "Let a worker in a shared file have a job for as long as a lease is locked; in memory all ends together"
     if (roster := workers.roster) is None or (worker := workers.get(pid)) is None: return
     with roster.store.transaction() as db: write_giver(db, roster.app, pid, job, lease, worker.jobs)

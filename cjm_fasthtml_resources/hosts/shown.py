@@ -36,13 +36,13 @@ class ShownJob:
         reset_in_child(self)
 
     def after_fork(self) -> None:
-        "Begin without a task, in a fork's child"
+        "Begin idle, in a fork's child"
         self._lock = threading.RLock()
         self._running, self._shown, self._closed = list[str](), list[str](), False
         self._thread: threading.Thread | None = None
 
     def begin(self, key: str) -> None:
-        "Show a task, if none is shown"
+        "Show a task, unless one is shown already"
         with self._lock:
             self._running.append(key)
             if not self._shown: self._catch_up()
@@ -56,7 +56,7 @@ class ShownJob:
             except NoThreadError: self._catch_up()
 
     def close(self) -> None:
-        "Write nothing more"
+        "Stop writing"
         with self._lock: self._closed = True
 
     def _follow(self) -> None:

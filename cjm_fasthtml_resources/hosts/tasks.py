@@ -58,7 +58,7 @@ def is_cancelled(
     worker: Any,    # a dask worker
     key: str,       # the task's
 ) -> bool:
-    "Return whether a worker need not run a task any more"
+    "Return whether a worker can drop a task"
     task = worker.state.tasks.get(key)
     return task is None or task.state in ("cancelled", "released", "forgotten")
 
@@ -66,7 +66,7 @@ def is_cancelled(
 _NO_TURN = contextlib.nullcontext()
 
 def wait_for_memory(
-    request: Request,                  # one that is not in the queue yet
+    request: Request,                  # one that is yet to enter the queue
     entered: Callable[[], object],     # called when the host's queue has it
     check: Callable[[], None],         # called between two polls; raises to end the waiting
     turn: contextlib.AbstractContextManager[Any] = _NO_TURN,   # of the process's threads
@@ -97,7 +97,7 @@ class Entered:
         reset_in_child(self)
 
     def after_fork(self) -> None:
-        "Begin with none, in a fork's child"
+        "Begin empty, in a fork's child"
         self._lock, self._new = threading.Lock(), dict[str, list[str]]()   # by sender
 
     def add(self, sender: str, key: str) -> None:
@@ -146,7 +146,7 @@ def using(
     plugin: Any,                 # the worker's `HostPlugin`
     asked: Mapping[str, Any],
 ) -> Iterator[None]:
-    """Release a reservation after the block, or keep it for the worker's next task if the block has raised nothing.
+    """Release a reservation after the block, or keep it for the worker's next task if the block has succeeded.
     Threads that use the file in turn take a third of the time"""
     with contextlib.ExitStack() as ends:
         ends.enter_context(held)

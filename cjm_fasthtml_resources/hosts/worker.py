@@ -45,7 +45,7 @@ class Residents:
         reset_in_child(self)
 
     def after_fork(self) -> None:
-        "Begin with none, in a fork's child"
+        "Begin empty, in a fork's child"
         self._lock, self._there = threading.Lock(), dict[str, set[int]]()
         self.turn = threading.Lock()   # held while a thread asks for memory or gives it back
 
@@ -54,7 +54,7 @@ class Residents:
         with self._lock: self._there.setdefault(app, set()).add(id(worker))
 
     def leave(self, app: str, worker: object) -> bool:
-        "Count a dask worker no more; returns whether it was the last"
+        "Stop counting a dask worker; returns whether it was the last"
         with self._lock:
             there = self._there.get(app, set())
             there.discard(id(worker))
@@ -68,12 +68,12 @@ class Report:
     "What a dask worker reports of its host"
     host: str                       # its name
     id: str                         # of its queue, as `queue_id` has it
-    sample: Sample | None = None    # `None`: the host could not be read
+    sample: Sample | None = None    # `None`: reading the host failed
     waiting: int = 0                # bytes that requests in its queue wait for
-    reason: str | None = None       # why it could not be read, in words
+    reason: str | None = None       # why reading it failed, in words
 
 def read_host(manager: ResourceManager) -> tuple[Sample, int]:
-    "Return a sample without secrets, and the bytes that requests in the queue wait for"
+    "Return a sample, its secrets hidden, and the bytes that requests in the queue wait for"
     manager.prune_dead_workers()
     sample = take_sample(manager)
     waiting = sum(c.memory*c.count for c in manager.get_claims() if c.device is None)
@@ -93,7 +93,7 @@ class HostPlugin(WorkerPlugin):
 
     def setup(self, worker: Any) -> None:
         """Register this process as a worker of the app.
-        If the host's file cannot be used, the worker starts all the same"""
+        If the host's file is unusable, the worker starts all the same"""
         self.host, self.worker, self._lock = host_name(), worker, threading.RLock()
         self._manager: ResourceManager | None = None
         self.handing, self.entered = Handing(lambda: self.manager, lambda: self.turn, self._has_next), Entered(worker)
@@ -121,7 +121,7 @@ class HostPlugin(WorkerPlugin):
 
     @property
     def manager(self) -> ResourceManager:
-        "This process's manager; `StoreError` if the host's file cannot be used"
+        "This process's manager; `StoreError` if the host's file is unusable"
         with self._lock:
             if self._manager is None: self._manager = ResourceManager(app=self.app, **self.settings)
             return self._manager
@@ -141,7 +141,7 @@ class HostPlugin(WorkerPlugin):
         return queue_id(boot_id(), path)
 
     def report(self) -> Report:
-        "Return a sample of the host, without secrets, or why there is none"
+        "Return a sample of the host, its secrets hidden, or why reading it failed"
         try: sample, waiting = read_host(self.manager)
         except Exception as error: return Report(self.host, self.id, reason=shown_error(error))
         return Report(self.host, self.id, sample, waiting)

@@ -73,7 +73,7 @@ _CALLS = {"utilization": "nvmlDeviceGetUtilizationRates", "temperature": "nvmlDe
           "power": "nvmlDeviceGetPowerUsage"}   # of a figure
 
 def _faults(number: int, place: Place) -> Iterator[dict[str, Any]]:
-    "Yield an error for each figure that the driver did not report"
+    "Yield an error for each figure that the driver failed to report"
     calls = [call for name, call in _CALLS.items() if getattr(place, name) is None]
     if not place.total or place.most is None: calls += ["nvmlDeviceGetMemoryInfo", "nvmlDeviceGetMemoryInfo_v2"]
     for call in calls: yield dict(call=call, error=_NOT_SUPPORTED, gpu=number)
@@ -91,7 +91,7 @@ def to_scenario(
     row: Row,   # of `RecordedHistory.at`
 ) -> dict[str, Any]:
     "Return a recorded moment as a scenario; `ValueError` if a figure is impossible, as in a damaged file"
-    from cjm_fasthtml_resources.simulated.scenarios import parse_scenario  # 20 ms, which `history` starts without
+    from cjm_fasthtml_resources.simulated.scenarios import parse_scenario  # 20 ms, which `history` saves at its start
     try:
         numbers, gpus = number_processes(row), [place for place in row.places if place.key != "ram"]
         app = {numbers[share.key]: share for share in _shares(row) if share.owner == "app"}

@@ -42,7 +42,7 @@ class Ended:
 _FIRST = 10   # descriptors from here on differ from the standard ones, which can be closed
 
 def _moved(fd: int) -> int:
-    "Return a descriptor with a higher number in place of this one, which programs do not inherit"
+    "Return a descriptor with a higher number in place of this one, closed in started programs"
     high = fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, _FIRST)
     os.close(fd)
     return high
@@ -58,7 +58,7 @@ def open_errors(
     "Return a pipe; a pseudoterminal where standard error is a terminal"
     if not os.isatty(errors): return open_pipe()
     try: read, write = os.openpty()
-    except OSError: return open_pipe()   # there is no more, or no /dev/pts
+    except OSError: return open_pipe()   # all are in use, or /dev/pts is missing
     tty.setraw(write)
     copier.copy_size(errors, read)
     return _moved(read), _moved(write)
@@ -122,7 +122,7 @@ class Copying:
             for fd in descriptors.values(): os.close(fd)
 
     def order(self, what: bytes) -> None:
-        "Send the copier a request; do nothing if it has ended"
+        "Send the copier a request, if it still runs"
         with contextlib.suppress(OSError): os.write(self._control, what)
 
     def has_got(self, number: int) -> bool:
@@ -145,7 +145,7 @@ class Copying:
 
 # %% ../../nbs/running/child.ipynb #e257c55f
 def _note(number: int, frame: FrameType | None) -> None:
-    "Do nothing: the signal's number is in the pipe"
+    "Leave the signal to the pipe, which has its number"
 
 @contextlib.contextmanager
 def catching(

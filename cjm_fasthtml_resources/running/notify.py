@@ -21,12 +21,12 @@ from ..core.threads import NoThreadError, start_thread
 NOTIFY_WITHIN = 10.0   # seconds for all services together
 
 class UnknownAddress(ValueError):
-    "An address that Apprise does not know; the message says which one by its number"
+    "An address that is unknown to Apprise; the message says which one by its number"
 
 def open_services(
     addresses: Sequence[str],
 ) -> Any:  # an `apprise.Apprise`
-    "Return the services with these addresses. `ImportError` without the extra, `UnknownAddress`"
+    "Return the services with these addresses. `ImportError` if the extra is missing, `UnknownAddress`"
     import apprise  # the extra notify
 
     log = logging.getLogger("apprise")   # its warnings name addresses
@@ -58,7 +58,7 @@ class Notifier:
             except BaseException: answers.append(False)   # its text can contain an address
 
         with contextlib.suppress(NoThreadError): start_thread("notify", send).join(self.within)
-        with contextlib.suppress(OSError):   # without a reader
+        with contextlib.suppress(OSError):   # the reader is gone
             if not answers: self.say(f"--notify: no answer within {self.within:g} s, so the message can be lost.")
             elif not answers[0]: self.say("--notify: sending the message failed for some services.")
         return answers == [True]

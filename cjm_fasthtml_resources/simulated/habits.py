@@ -51,7 +51,7 @@ def make_older(
     module, before = vars(pynvml), dict(vars(pynvml))
     for name in names: module.pop(name, None)
     form = before["nvmlDeviceGetMemoryInfo"]
-    module["nvmlDeviceGetMemoryInfo"] = lambda handle: form(handle)   # without a version
+    module["nvmlDeviceGetMemoryInfo"] = lambda handle: form(handle)   # the version is left out
 
     def undo() -> None: module.update({name: before[name] for name in (*names, form.__name__) if name in before})
 

@@ -40,7 +40,7 @@ def course_of(
 def fullest(
     course: Course,
     stretch: Stretch,
-) -> Place | None:  # `None` if nothing was recorded
+) -> Place | None:  # `None`: a gap in the record
     "Return the place as it was when most of its memory was in use"
     found = [place for (since, until), place in course if since < stretch.until and until > stretch.since]
     return max(found, key=lambda place: place.most or 0, default=None)
@@ -60,7 +60,7 @@ def count_cells(
     total: float,              # bytes
     height: int,               # cells
 ) -> list[int]:  # of each owner, and of what is free
-    "Divide a column: each boundary is rounded, so a small share has no cell, but what is in use has at least one"
+    "Divide a column: each boundary is rounded, so a small share can be 0, but memory in use keeps a cell"
     ends = [round(min(end/total, 1)*height) for end in itertools.accumulate(shares)]
     if ends and not ends[-1] and sum(shares) > 0:
         largest = list(shares).index(max(shares))

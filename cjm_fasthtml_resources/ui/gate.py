@@ -25,10 +25,10 @@ from .stream import done_within
 
 # %% ../../nbs/ui/gate.ipynb #b2a55a78
 def is_same_origin(request: Request) -> bool:
-    "Return whether a browser says that the request comes from a page of this site; without such a word it does not"
+    "Return whether a browser's headers name a page of this site as the origin; False if they are missing"
     if site := request.headers.get("sec-fetch-site"): return site == "same-origin"
     try: origin = urlsplit(request.headers.get("origin", "")).netloc
-    except ValueError: return False  # it is no address
+    except ValueError: return False  # an invalid address
     return bool(origin) and origin.lower() == request.headers.get("host", "").lower()
 
 # %% ../../nbs/ui/gate.ipynb #78acf041
@@ -44,7 +44,7 @@ async def ask_guard(guard: Callable[..., Any], request: Request) -> Response | N
 BODY_BYTES, BODY_SECONDS = 4096, 10.0   # that a request's body may take
 
 async def _receive_within(receive: Any, seconds: float) -> Any:
-    "Return the next message; `None`: it did not come in time"
+    "Return the next message; `None`: it is late"
     coming = asyncio.ensure_future(receive())
     try: return coming.result() if await done_within(coming, max(seconds, 0)) else None
     finally: coming.cancel()
@@ -66,7 +66,7 @@ async def read_body(
 
 # %% ../../nbs/ui/gate.ipynb #d3bad6b6
 class Bounded:
-    "Lets requests through to an ASGI app that are no larger than a form and come in time"
+    "Lets requests through to an ASGI app that are as small as a form and come in time"
     def __init__(self, app: Any) -> None: self.app = app
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
@@ -84,16 +84,16 @@ _HOST = re.compile(r"([a-z0-9.-]+|\[[0-9a-f:.]+\])(?::[0-9]+)?", re.IGNORECASE) 
 
 def _is_loopback(request: Request) -> bool:
     "Return whether it names this machine"
-    # not by request.url, which has the server's own address where no host is named
+    # by the header alone: where it is missing, request.url has the server's own address
     host = _HOST.fullmatch(request.headers.get("host", ""))
     if host is None or host[1].lower() == "localhost": return host is not None
-    try: return ipaddress.ip_address(host[1].strip("[]")).is_loopback   # no name, so no other site can give it itself
+    try: return ipaddress.ip_address(host[1].strip("[]")).is_loopback   # an address: other sites come with a name
     except ValueError: return False
 
 def _equal(a: str, b: str) -> bool: return hmac.compare_digest(a.encode(errors="replace"), b.encode())
 
 def check_token(token: Any) -> str:
-    "Return a token that visitors can send; `TypeError` or `ValueError` for any other, without showing it"
+    "Return a token that visitors can send; `TypeError` or `ValueError` for any other, whose message hides it"
     if not isinstance(token, str): raise TypeError(f"token must be a text, not {type(token).__name__}")
     if not token or len(token) > 1000 or unfit_text(token):
         raise ValueError("token must have 1 to 1000 characters, without NUL or lone surrogates")
@@ -112,7 +112,7 @@ class Gate:
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         answer = self.refuse(Request(scope)) if scope["type"] == "http" else None
-        if scope["type"] not in ("http", "lifespan"): return   # it has no other protocols
+        if scope["type"] not in ("http", "lifespan"): return   # other protocols are dropped
         await (answer or self.app)(scope, receive, send)
 
     def refuse(self, request: Request) -> Response | None:
@@ -126,11 +126,11 @@ class Gate:
         return PlainTextResponse(_NO_TOKEN, 401)
 
     def _welcome(self, request: Request) -> Response:
-        "Return a redirection to the address without the token, with the cookie; both stay below a proxy's prefix"
+        "Return a redirection to the address minus the token, with the cookie; both stay below a proxy's prefix"
         sent = request.scope.get("raw_path") or quote(request.scope["path"]).encode()
         last = sent.partition(b"?")[0].rpartition(b"/")[2].decode("latin-1")
-        response = RedirectResponse(f"./{last}", 303)   # a name in the same folder, so never another host
+        response = RedirectResponse(f"./{last}", 303)   # a name in the same folder, so on the same host
         secure = request.url.scheme == "https"
-        # without a path, a browser sends it to what is in the folder of this address, as it knows that
+        # if the path is missing, a browser sends it to all in the folder of this address, as it knows that
         response.set_cookie("cjm_resources", self.cookie, path=None, httponly=True, samesite="lax", secure=secure)
         return response

@@ -26,7 +26,7 @@ Cell = str | Line   # a string is shown as it is
 
 # %% ../../nbs/ui/lines.ipynb #3593aed9
 def line_of(cell: Cell) -> Line:
-    "Return a text as a line without style"
+    "Return a text as an unstyled line"
     return (Piece(cell),) if isinstance(cell, str) else cell
 
 def plain(line: Line) -> str:
@@ -110,13 +110,13 @@ class Terminal(NamedTuple):
     height: int = 24       # lines
     styled: bool = False   # attributes such as bold; a file shows none
     colour: bool = False
-    ascii: bool = False    # no other signs than those of ASCII
+    ascii: bool = False    # signs of ASCII alone
 
 PLAIN = Terminal()   # as a file of 80 columns
 
 # %% ../../nbs/ui/lines.ipynb #3adc86b3
 def _size() -> tuple[int, int]:   # cells, lines
-    "Return the size of the terminal that one of the standard streams is; without one 80 × 24"
+    "Return the size of the terminal that one of the standard streams is, else 80 × 24"
     found = os.terminal_size((80, 24))
     for fd in (1, 2, 0):
         try: found = os.get_terminal_size(fd)
@@ -165,5 +165,5 @@ def to_text(
     lines: Sequence[Line],
     terminal: Terminal = PLAIN,
 ) -> str:
-    "Return what is written for lines, without colours unless a terminal is given"
+    "Return the text of lines, in the terminal's colours; plain by default"
     return "\n".join(paint(line, terminal) for line in lines)

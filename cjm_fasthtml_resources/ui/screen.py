@@ -163,7 +163,7 @@ def compose(
     answer: Sample,
     terminal: Terminal,
     window: Window,
-    most: int = 10,          # processes of each list that are shown as long as nothing is scrolled
+    most: int = 10,          # processes of each list that are shown until the reader scrolls
     keys: bool = True,       # whether there is a keyboard
     interval: float = 2.0,   # seconds between two samples
 ) -> Frame:

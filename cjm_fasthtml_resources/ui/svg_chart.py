@@ -226,7 +226,7 @@ def draw_chart(
     chart: Chart,
     since: int | None = None,   # the first column that is wanted; `None`: all
 ) -> Any:
-    "Return a chart as an SVG; with `since` its new part, without the constant sizes"
+    "Return a chart as an SVG; with `since` its new part, minus the constant sizes"
     sizes = "".join(_sizes(chart)) if since is None else ""
     inside = (f"<g class=sizes>{sizes}</g><g class=axis>{''.join(_axis(chart))}</g>{_columns(chart, since)}"
               f"<g class=over>{_threshold(chart)}{''.join(_marks(chart))}</g>")
