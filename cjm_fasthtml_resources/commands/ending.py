@@ -62,9 +62,9 @@ AGAIN = 0.01   # seconds after which a signal that came too early is sent once m
 
 @contextlib.contextmanager
 def unwinding(
-    too_early: Callable[[], bool] = lambda: False,   # whether the block must not be left just now
+    too_early: Callable[[], bool] = lambda: False,   # whether the block has to go on just now
 ) -> Iterator[None]:
-    "Let the first signal that ends this process raise `EndedBy` in the block; outside of the main thread, do nothing"
+    "Let the first signal that ends this process raise `EndedBy` in the block; only in the main thread"
     seen = list[int]()
 
     def end(number: int, frame: FrameType | None) -> None:
@@ -108,7 +108,7 @@ def leave(
     atexit._run_exitfuncs()
     for stream in (sys.stdout, sys.stderr):
         try: stream.flush()
-        except AttributeError: pass       # it is closed: there is none
+        except AttributeError: pass       # it is closed, and so `None`
         except (OSError, ValueError): return
     os._exit(code or 0)
 

@@ -76,7 +76,7 @@ def is_helped(
     claim: Claim,                 # one that asks
     conflict: ResourceConflict,   # of the GPUs
 ) -> bool:
-    "Return whether more room on a GPU helps a request: no cap makes it wait, and the RAM that it asks for is free"
+    "Return whether more room on a GPU helps a request: every cap allows it, and the RAM that it asks for is free"
     if any(request.id == claim.id and request.is_capped for request in conflict.waiting): return False
     ram = max((size for _, size in claim.beside), default=0)
     if not ram: return True
@@ -149,7 +149,7 @@ def answer_question(
     pids: Sequence[int] | None = None,   # of the workers that the question named; `None`: whichever it names now
 ) -> str:
     """Answer a question for a manager's app, and return what was done, in sentences.
-    `LookupError` where nothing is asked under this ID, or other workers are named by now; `ResourceBusy` where
+    `LookupError` where this ID is unknown, or other workers are named by now; `ResourceBusy` where
     unloading failed; `StoreError`"""
     questions = find_questions(manager, unload=unload)
     question = next((q for q in questions if q.id == id), None)
@@ -180,7 +180,7 @@ def decide_for(
     workers: Sequence[str],   # of `worker_key`, or `ALL`
     is_yes: bool,
 ) -> None:
-    "Write a decision where this user alone can write; tell the one who asks of a no"
+    "Write a decision where this user alone can write; tell the one who asks of a refusal"
     store, roster = manager.ledger.store, manager.workers.roster
     if roster: decide(roster.store, store, roster.app, question.lease, workers, is_yes)
     if not is_yes: note_answer(store, answer_of(manager, question))
@@ -195,7 +195,7 @@ def act_on(
     question: Question,            # for whose workers this app has agreed
     unload: Unload | None = None,
 ) -> str:  # empty: this process can unload none of them
-    "Unload what this process can, and tell the one who asks; at one that fails, decide a no for it: `ResourceBusy`"
+    "Unload what this process can, and tell the one who asks; at one that fails, refuse for it: `ResourceBusy`"
     made, failed = unload_for(manager, question, unload)
     if made.steps: note_answer(manager.ledger.store, answer_of(manager, question, bool(made.released), str(made)))
     if failed is None: return str(made)
@@ -211,7 +211,7 @@ def ask_plugin(
     plugin: Any,
     question: Question,
 ) -> bool | None:  # `None`: people are to answer
-    "Return the answer of a plugin's `on_request`; `None` without one, and where it fails or takes too long"
+    "Return the answer of a plugin's `on_request`; `None` where it is missing, fails or takes too long"
     if not callable(call := getattr(plugin, "on_request", None)): return None
     found: list[Any] = []
 
@@ -291,7 +291,7 @@ def follow_questions(
     manager: "ResourceManager",
     unload: Unload | None = None,   # unloads workers whose plugins are elsewhere; `None`: as before
 ) -> Follower:
-    "Have a thread answer what is asked of a manager's app; one for each manager. `ValueError` without an app's name"
+    "Have a thread answer what is asked of a manager's app; one for each manager. `ValueError` if the app is unnamed"
     if manager.app is None: raise ValueError("a manager follows the queue under the name of its app: "
                                              "make it with app='a-name'")
     found = _followers.setdefault(manager, Follower(manager))
@@ -303,7 +303,7 @@ def follow_questions(
 def find_follower(
     manager: "ResourceManager",
 ) -> Follower | None:
-    "Return what follows the queue for a manager; `None` where it does not follow"
+    "Return a manager's follower of the queue, or `None`"
     return _followers.get(manager)
 
 def find_unload(

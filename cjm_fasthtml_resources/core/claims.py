@@ -122,7 +122,7 @@ class DeviceUse:
     slack: Mapping[ProcessId, int] = field(default_factory=dict, compare=False, repr=False)
     has_partners: bool = field(init=False, repr=False, compare=False)   # the same for the name of a MIG instance
     key: str = field(init=False, repr=False, compare=False)      # the device's name in a claim
-    address: str = field(init=False, repr=False, compare=False)  # its name for a program that cannot read its UUID
+    address: str = field(init=False, repr=False, compare=False)  # its name for a program whose driver omits the UUID
 
     def __post_init__(self) -> None:   # until Python 3.12 a `cached_property` has a lock, which a fork would copy
         if self.processes is None: object.__setattr__(self, "whole", False)
@@ -403,7 +403,7 @@ class _Room:
     def __init__(
         self,
         use: DeviceUse,
-        free: int,         # neither used nor reserved
+        free: int,         # unused and unreserved
         hoped: int,        # the same if every reservation were released
         shared: bool = False,   # a part of it is reserved
     ) -> None:
@@ -540,7 +540,7 @@ def grant(
     uses: Sequence[DeviceUse],                               # every device of the machine
     choose: Callable[[Sequence[Any]], Any] = choose_any,  # among nearly equal devices, or groups of devices
     passes_over: Callable[[Claim], bool] = lambda claim: False,   # a request; not asked of those that get nothing
-    may_have: MayHave = has_no_cap,   # a request, a device, all claims by then; else it gets and blocks nothing there
+    may_have: MayHave = has_no_cap,   # a request, a device, all claims by then; else it leaves the device to others
     may_pass: MayPass = passes_none,  # a request whose time is limited, those ahead of it, all claims by then
 ) -> list[Claim]:  # the same ones; those that were given a device have it, a group has one for each device
     "Give devices to the requests that fit, in the order of the queue"
@@ -556,7 +556,7 @@ def grant(
     return list(after.values()) if len(after) == len(claims) else sorted(after.values(), key=attrgetter("id"))
 
 def _is_open(claim: Claim, rooms: Mapping[str, _Room]) -> bool:
-    "Return whether those that are ahead leave a request one of its rooms; else it gets and blocks nothing"
+    "Return whether those that are ahead leave a request one of its rooms; else it leaves all to others"
     names = (*claim.allowed, *(key for key, _ in claim.beside))
     return any(not rooms[key].blocked for key in names if key in rooms)
 

@@ -79,8 +79,8 @@ def _open(
     path: Path,
     timeout: float = 0.0,   # seconds for which SQLite waits for a lock; Python postpones signals until then
 ) -> "sqlite3.Connection":
-    "Open the database without reading it; the caller closes it"
-    import sqlite3  # on use: most programs never open one
+    "Open the database, unread; the caller closes it"
+    import sqlite3  # on use: few programs open one
     from urllib.parse import quote
     return sqlite3.connect(f"file:{quote(str(path))}?mode=rw", uri=True, timeout=timeout, isolation_level=None)
 
@@ -150,7 +150,7 @@ def _open_in_gate(path: Path, file: FileIO, header: Header) -> "sqlite3.Connecti
     world = header.world.hex()
     check_owner(path)
     if not path.exists():
-        if header.counter: forbid_new(path, file, "was removed")   # 0: this world is without one
+        if header.counter: forbid_new(path, file, "was removed")   # 0: this world lacks one
         _make(path, world)
     try:
         db = _connect(path)
@@ -262,7 +262,7 @@ def _open_to_read(
     header: Header,
     opened: contextlib.ExitStack,
 ) -> "tuple[sqlite3.Connection | None, str]":
-    "Return a connection to a good database, else the problem; an empty text if this world is without one"
+    "Return a connection to a good database, else the problem; an empty text if this world lacks one"
     import sqlite3
     lost = "was removed" if header.counter or not header.is_good else ""
     if not path.exists(): return None, lost   # asked before it is opened: another process can make it at any moment

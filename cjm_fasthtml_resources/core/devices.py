@@ -22,7 +22,7 @@ from .order import CudaOrder, cuda_order
 # %% ../../nbs/core/devices.ipynb #ebd19e97
 _NUMBER = r"(?a)[ \t\n\v\f\r]*([+-]?)(\d+)"
 
-def read_index(entry: str) -> int | None:  # `None`: not an index
+def read_index(entry: str) -> int | None:  # `None`: another kind of entry
     "Return the index that CUDA reads in an entry"
     if not (found := re.match(_NUMBER, entry)): return None
     number = min(int(found[2][:40]), 2**64 - 1)
@@ -33,7 +33,7 @@ def read_index(entry: str) -> int | None:  # `None`: not an index
 # %% ../../nbs/core/devices.ipynb #aa3ba0e4
 _UUID = r"(?as)(?:GPU|MIG)-([0-9a-fA-F-]*)(.*)"
 
-def read_digits(entry: str) -> str | None:  # `None`: not a UUID
+def read_digits(entry: str) -> str | None:  # `None`: another kind of entry
     "Return the digits of the UUID, or of its beginning, that CUDA reads in an entry"
     if not (found := re.fullmatch(_UUID, entry)): return None
     digits = found[1].replace("-", "").lower()
@@ -54,7 +54,7 @@ def find_legacy(devices: Sequence[GpuDevice], entry: str) -> list[GpuDevice]:
 _Numbers = Mapping[int, GpuDevice]   # CUDA's number of each GPU
 
 def _find(devices: Sequence[GpuDevice], entry: str, numbers: _Numbers | None) -> list[GpuDevice]:
-    "Return the devices that an entry can mean; without `numbers` it is a UUID"
+    "Return the devices that an entry can mean; if `numbers` is `None`, it is a UUID"
     if numbers is not None:
         index = read_index(entry)
         return [] if index is None or index not in numbers else [numbers[index]]
@@ -65,7 +65,7 @@ def _find(devices: Sequence[GpuDevice], entry: str, numbers: _Numbers | None) ->
     return same or (found if entry.startswith("MIG-") else [])   # CUDA takes a GPU's UUID behind "MIG-", too
 
 def _named(devices: Sequence[GpuDevice], entry: str, numbers: _Numbers | None) -> tuple[GpuDevice, ...]:
-    "Return the devices of one entry: none, one, or the instances of a divided GPU"
+    "Return the devices of one entry: at most one, or the instances of a divided GPU"
     found = _find(devices, entry, numbers)
     if len(found) != 1: return ()
     return tuple(d for d in devices if d.mig_parent == found[0].index) if found[0].mig_mode else tuple(found)
@@ -188,7 +188,7 @@ def see_devices(
 ) -> Seen:
     "Return the devices that a CUDA program with this environment can use, in CUDA's order"
     value, order = environ.get("CUDA_VISIBLE_DEVICES"), environ.get("CUDA_DEVICE_ORDER")
-    if value is not None and has_uuids(value): order = "PCI_BUS_ID"   # UUIDs need no order
+    if value is not None and has_uuids(value): order = "PCI_BUS_ID"   # UUIDs mean the same in any order
     counted = cuda_order(devices, order)
     if value is not None: return _see_named(devices, value, counted, worst_first)
     ranks = {gpu.index: rank for rank, gpu in enumerate(counted.gpus)}
@@ -223,11 +223,11 @@ def _environ(value: str | None, order: str | None) -> dict[str, str]:
 
 # %% ../../nbs/core/devices.ipynb #d08551aa
 def device_key(device: GpuDevice) -> str:
-    "Return a device's name in reservations, the same in every process: its UUID or, without one, its address"
+    "Return a device's name in reservations, the same in every process: its UUID or, if that is missing, its address"
     return _on_host(device, device.uuid or device.address or str(device.id))
 
 def device_address(device: GpuDevice) -> str:
-    "Return a device's name for programs that cannot read its UUID"
+    "Return a device's name for programs whose driver omits its UUID"
     return _on_host(device, device.address or str(device.id))
 
 def _on_host(device: GpuDevice, key: str) -> str: return key if device.host is None else f"{device.host} {key}"
@@ -238,17 +238,17 @@ def device_place(
 ) -> int | None:  # `None`: it leaves the choice
     "Return the position among the visible devices, as CUDA counts them"
     if isinstance(device, int): return device
-    found = re.fullmatch(r"\s*(?:(?:cuda|gpu):)?(\d{1,9})\s*", str(device), re.IGNORECASE)   # more digits name none
+    found = re.fullmatch(r"\s*(?:(?:cuda|gpu):)?(\d{1,9})\s*", str(device), re.IGNORECASE)   # more digits are invalid
     return int(found[1]) if found else None
 
 # %% ../../nbs/core/devices.ipynb #32f9bd49
 def select_devices(
     devices: Sequence[GpuDevice],            # the visible ones, in CUDA's order
     wanted: int | str | GpuDevice | None,    # a position among them, "cuda:1", a UUID or a device; `None`: all
-    others: Sequence[GpuDevice] = (),        # without a position here; a child can be given them
+    others: Sequence[GpuDevice] = (),        # those that lack a position here; a child can be given them
 ) -> list[GpuDevice]:
     """Return the devices that are meant.
-    Raise `ValueError` if it does not exist, `TypeError` for a type that cannot name a device"""
+    Raise `ValueError` if it is unknown here, `TypeError` for an unsuitable type"""
     every = [*devices, *others]
     if wanted is None: return every
     if isinstance(wanted, GpuDevice): wanted = device_key(wanted)
@@ -319,5 +319,5 @@ class GpuChoice:
         return visible_env(self.devices)
     @property
     def env_by_index(self) -> dict[str, str]:
-        "The same with numbers, for programs that cannot read UUIDs; raise `LookupError` for a MIG instance"
+        "The same with numbers, for programs that read only numbers; raise `LookupError` for a MIG instance"
         return env_by_index(self.devices)

@@ -69,7 +69,7 @@ def free_others() -> None:
     "Free the locks of other packages in a fork's child, which the parent's threads can have taken"
     for name, free in _OTHERS.items():
         if name not in sys.modules: continue
-        with contextlib.suppress(AttributeError): free(sys.modules[name])   # of a version without such a lock
+        with contextlib.suppress(AttributeError): free(sys.modules[name])   # of a version that lacks the lock
 
 # %% ../../nbs/core/forks.ipynb #f0a1c3d6
 FORK_SECONDS = 0.5   # for which a fork waits at most
@@ -111,7 +111,7 @@ if hasattr(os, "register_at_fork"):
 def cache_until_fork(
     function: Callable[..., Any],
 ) -> Any:
-    "Return the function with its results cached, as `functools.cache` does; a fork's child starts without them"
+    "Return the function with its results cached, as `functools.cache` does; a fork's child starts afresh"
     cached: Any = cache(function)
     cached.after_fork = cached.cache_clear
     return reset_in_child(cached)

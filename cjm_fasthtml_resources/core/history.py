@@ -96,7 +96,7 @@ class History:
         return {name: [row[name] for row in rows] for name in rows[0]} if rows else {}
 
     def to_frame(self) -> "pandas.DataFrame":
-        "Return the rows as a pandas DataFrame; raise `ImportError` without pandas"
+        "Return the rows as a pandas DataFrame; raise `ImportError` if pandas is missing"
         import pandas
         frame = pandas.DataFrame(self.to_dict())
         if not len(frame): return frame

@@ -208,7 +208,7 @@ class ResourceMonitor(StaysHere):
         with self._changed: return History(tuple(self._points))
 
     def take(self) -> Sample:
-        "Take a sample now, on this thread, and keep it as the latest, without calling subscribers"
+        "Take a sample now, on this thread, and keep it as the latest; subscribers stay uncalled"
         return self.keep(self._sample(read_gpus))
 
     def current(self) -> Sample:
@@ -240,7 +240,7 @@ class ResourceMonitor(StaysHere):
             try:
                 if self._thread is None: self._start()
             except BaseException as error:
-                if isinstance(error, NoThreadError) and error.ending: return subscription  # without samples
+                if isinstance(error, NoThreadError) and error.ending: return subscription  # its samples are over
                 self._leave(subscription)
                 raise
         return subscription

@@ -55,7 +55,7 @@ def use_of_workers(
     workers: Mapping[int, WorkerState],        # by PID
     devices: Iterable[DeviceStatus],
 ) -> dict[int, int]:  # PID → bytes
-    "Return how much GPU memory each worker with a plugin uses now, except those without any"
+    "Return how much GPU memory each worker with a plugin uses now, if it uses any"
     seen: dict[int, int] = {}
     for d in devices:
         for p in d.processes:
@@ -69,7 +69,7 @@ def use_of_workers(
 def measure(
     workers: Mapping[int, WorkerState],        # by PID
     devices: Iterable[DeviceStatus],
-) -> dict[tuple[str, str], int]:  # plugin and resource ("" without one) → bytes
+) -> dict[tuple[str, str], int]:  # plugin and resource (can be "") → bytes
     "Return how much each plugin with its resource uses now, over all devices: of several workers, the most"
     found: dict[tuple[str, str], int] = {}
     for pid, memory in use_of_workers(workers, devices).items():
@@ -115,7 +115,7 @@ def watch(
 
 # %% ../../nbs/core/needs.ipynb #0ac84600
 def machine_id() -> str:
-    "Return a text that identifies this machine for longer than a boot; \"\" without one"
+    "Return a text that identifies this machine for longer than a boot; \"\" if it is unknown"
     import hashlib
     try: found = as_path("/etc/machine-id").read_bytes().strip()
     except OSError: return ""
@@ -123,7 +123,7 @@ def machine_id() -> str:
 
 # %% ../../nbs/core/needs.ipynb #8adf4a11
 def needs_path() -> Path:
-    "Return the path of the database of needs; raise `StoreError` without a home folder"
+    "Return the path of the database of needs; raise `StoreError` if the home folder is missing"
     if chosen_folder() or not (machine := machine_id()): return tables_path()
     return store_path().parent.parent/f"needs-{machine}"/store_path().name
 
@@ -144,12 +144,12 @@ def find_mark(
     path: Path | None,                                     # of the key; `None`: the one in memory
     get: Callable[[Path], bytes | None] | None = None,     # `make_key`; `None`: `read_key`
 ) -> str:
-    "Return the mark of a configuration; \"\" without one, or if the key is unusable"
+    "Return the mark of a configuration; \"\" for `None`, or if the key is unusable"
     if config is None: return ""
     from cjm_fasthtml_resources.core.exact import settings_mark  # when it is used, as is the other
     from cjm_fasthtml_resources.core.private_key import PROCESS_KEY, read_key
     try: key = PROCESS_KEY if path is None else (get or read_key)(path)
-    except (OSError, AttributeError) as error:   # or a system without these calls
+    except (OSError, AttributeError) as error:   # or a system that lacks these calls
         _tell_once(str(error))
         return ""
     return settings_mark(config, key) if key else ""
@@ -165,7 +165,7 @@ def find_closest(
     now: float,   # `time.time()`
     margin_percent: float = 10.0,
 ) -> LearnedNeed | None:
-    "Return the need of a key, or without an amount, of all keys that differ from it in the mark alone"
+    "Return the need of a key or, if its amount is unknown, of all keys that differ from it in the mark alone"
     found, alike = learned_need(key, days.get(key, {}), now, margin_percent), same_settings(key, days)
     if key != key.coarse and found and found.highest or not (alike.keys() - {key}): return found
     shared = learned_need(key.coarse, all_settings(alike), now, margin_percent)
@@ -184,7 +184,7 @@ class Needs:
     ) -> None:
         self.roster = roster
         self.key_path = roster.store.path.with_suffix(".key") if roster and roster.store.path else None
-        self._new: Days = {}      # still to be written; without a file, everything
+        self._new: Days = {}      # still to be written; everything, if it is kept in memory alone
         self._told = dict[NeedKey, tuple[int, int]]()   # the day and the bytes that a check last added
         self.after_fork()
         reset_in_child(self)
@@ -238,7 +238,7 @@ class Needs:
         if wanted > 0: self._add(key, found)
 
     def expected(self, plugin_name: str, resource: str = "") -> int:
-        "Return the largest amount in bytes without a margin, 0 if it is unknown; raise `StoreError` on failure"
+        "Return the largest amount in bytes, margin excluded, 0 if it is unknown; raise `StoreError` on failure"
         need = self.find(NeedKey(shown_text(plugin_name), shown_text(resource)))
         return max(need.highest or 0, need.floor or 0) if need else 0
 
@@ -250,7 +250,7 @@ class Needs:
     def find(
         self,
         key: NeedKey,
-        each: bool = True,    # jobs with any settings; False: with those of the key, or without such jobs, any mark
+        each: bool = True,    # jobs with any settings; False: with those of the key or, if they are unknown, any mark
         margin_percent: float = 10.0,
     ) -> LearnedNeed | None:
         "Return a need, `None` if it is unknown; raise `StoreError` if reading the file fails"
@@ -315,7 +315,7 @@ class NeedsReader:
         self,
         plugin_name: str,
         resource: str | None = None,  # its `loaded_plugin_resource`
-    ) -> float | None:  # MiB, without a margin; `None` if it is unknown
+    ) -> float | None:  # MiB, margin excluded; `None` if it is unknown
         "Return the most GPU memory that jobs and workers were seen to need with this plugin and resource"
         check_fields(plugin_name=plugin_name, resource=resource)
         return self.needs.expected(plugin_name, resource or "")/2**20 or None

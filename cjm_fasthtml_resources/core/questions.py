@@ -88,7 +88,7 @@ def find_question(
     user: str = "",                    # who asks
 ) -> Question | None:  # `None`: it starts anyway, or they free too little
     "Return what a request asks of an app"
-    suit = [d for d in usable(list(devices)) if not (claim.share and d.promises)]   # for itself: without reservations
+    suit = [d for d in usable(list(devices)) if not (claim.share and d.promises)]   # for itself: free of reservations
     need = max([claim.memory, *(int(claim.share*d.device.capacity) for d in suit)])
     if sum(d.room >= need for d in suit) >= claim.count: return None
     plan = plan_room(suit, idle, need, [w.pid for w in idle], claim.count)
@@ -139,7 +139,7 @@ def note_answer(
 def read_answers(
     store: Store,     # the ledger's
 ) -> list[Answer]:
-    "Return the answers to requests. Other users write there, so rows that no answer can be are left out"
+    "Return the answers to requests. Other users write there, so invalid rows are left out"
     found = _read(store, "answers")
     return [Answer(lease, printable(str(app)), user, bool(is_yes), printable(str(done)))
             for lease, app, user, is_yes, done in found if isinstance(lease, int) and isinstance(user, int)]
@@ -157,7 +157,7 @@ def decide(
     app: str,                # that decides
     lease: int,              # of the request
     workers: Iterable[str],  # of `worker_key`, or `ALL`
-    is_yes: bool,            # a yes never takes back a no
+    is_yes: bool,            # a refusal outlasts any yes
 ) -> None:
     "Write whether workers unload for a request. `StoreError`"
     with tables.transaction() as db:
@@ -178,7 +178,7 @@ def read_decisions(
 def describe_answers(
     answers: Iterable[Answer],                 # to one request
     name: Callable[[int], str] = str,          # of a UID
-) -> str:  # empty without any
+) -> str:  # empty if answers are missing
     "Return the answers to a request, in sentences"
     def said(answer: Answer) -> str:
         who = f"{answer.app} of {name(answer.user)}"

@@ -131,10 +131,10 @@ class OnDevices:
     @property
     def env(self) -> dict[str, str]:
         "Return environment variables that limit a child process to these devices"
-        return visible_env(self.devices)   # without one, every GPU is hidden
+        return visible_env(self.devices)   # an empty one hides every GPU
     @property
     def env_by_index(self) -> dict[str, str]:
-        "Return the same with numbers, for programs that cannot read UUIDs; raise `LookupError` for a MIG instance"
+        "Return the same with numbers, for programs that read only numbers; raise `LookupError` for a MIG instance"
         return env_by_index(self.devices)
 
 # %% ../../nbs/core/reservations.ipynb #41b9ace7
@@ -178,14 +178,14 @@ class Reservation(OnDevices, StaysHere, contextlib.AbstractContextManager["Reser
     def release(self) -> bool:
         """Give the memory back after the job has freed it; False if the reservation was over
 
-        Call it from anywhere, also twice. In a fork's child it does nothing: the reservation is the parent's."""
+        Call it from anywhere, also twice. In a fork's child it returns at once: the reservation is the parent's."""
         return give_back(self._ledger, self.lease, self.is_for_other)
 
     def shrink(
         self,
         gpu_memory_mb: float | None = None,   # MiB that stay reserved on each device; `None`: the most that was used
     ) -> "Reservation":
-        """Give a part of it back, and return the reservation of the rest; RAM stays, and what was not used yet at all.
+        """Give a part of it back, and return the reservation of the rest; RAM stays, as does wholly unused memory.
         `ReservationOver` if it is over, `ValueError` for more than is reserved, or for less than the holder uses now
         as far as it can be seen"""
         memory = None if gpu_memory_mb is None else int(check_number(gpu_memory_mb, "gpu_memory_mb", 1)*2**20)
@@ -229,7 +229,7 @@ class Reservation(OnDevices, StaysHere, contextlib.AbstractContextManager["Reser
     async def __aenter__(self) -> "Reservation": return self
     async def __aexit__(self, *exc: object) -> None:
         try: await surely(self.release)
-        finally: self.release()   # nothing happens the second time
+        finally: self.release()   # harmless the second time
 
 # %% ../../nbs/core/reservations.ipynb #b39ecd25
 def pauses() -> Iterator[float]:
@@ -247,7 +247,7 @@ def find_suiting(
     holder: ProcessId,
     covers: bool = False,               # what the holder uses already is part of that
 ) -> tuple[str, ...]:
-    "Return the keys of the devices, without those that use more RAM than the holder's control group leaves"
+    "Return the keys of the devices that use at most as much RAM as the holder's control group leaves"
     group = find_cgroup(holder.pid) if any(d.unified for d in devices.values()) else None
     if group is None or group.available >= read_machine().available: return tuple(devices)
     return tuple(key for key, device in devices.items() if _has_room(device, memory, holder, covers, group))
@@ -256,7 +256,7 @@ def find_suiting(
 def find_rows(
     ledger: Ledger,
     lease: int,
-    is_one: bool,   # it is for one device and no RAM, so that it never has more than one row
+    is_one: bool,   # it is for one device alone, so that it has at most one row
 ) -> Sequence[Claim]:
     "Return the rows of a request: one while it waits, and one for each device and each limit of RAM then"
     first = ledger.find(lease)
@@ -275,7 +275,7 @@ def divide_granted(
 
 # %% ../../nbs/core/reservations.ipynb #3c7923b5
 def choose_again(
-    choose: Callable[[GpuSnapshot], Iterable[GpuDevice]],   # raises if none suits
+    choose: Callable[[GpuSnapshot], Iterable[GpuDevice]],   # raises if all are unsuitable
     snapshot: GpuSnapshot,
     before: dict[str, GpuDevice],   # by key: those that suited at the last reading
 ) -> dict[str, GpuDevice]:
@@ -302,7 +302,7 @@ class Request(StaysHere):
         self,
         ledger: Ledger,
         look: Callable[[], GpuSnapshot],                # reads every device of the machine
-        choose: Callable[[GpuSnapshot], Iterable[GpuDevice]],   # those that suit it; raises if there are none
+        choose: Callable[[GpuSnapshot], Iterable[GpuDevice]],   # those that suit it; raises if all are unsuitable
         holder: ProcessId,
         memory: int,                                    # bytes, on each device
         app: str = "",
@@ -384,7 +384,7 @@ class Request(StaysHere):
         self,
         show: Callable[[], None] | None = None,   # called between two polls
     ) -> Reservation:
-        "Return the reservation as `wait` does, without blocking the event loop"
+        "Return the reservation as `wait` does, while the event loop goes on"
         import asyncio
         try:
             for pause in pauses():
@@ -414,7 +414,7 @@ class Request(StaysHere):
     def _check(self) -> Sequence[Claim]:
         "Read the request's own rows; settle before that on its turn, or if the machine's devices have changed"
         mark, is_due = self.ledger.glance()
-        if mark == self._mark and not is_due: return self._rows   # nothing has happened since the last poll
+        if mark == self._mark and not is_due: return self._rows   # unchanged since the last poll
         if is_due and self.ledger.take_turn() or self.ledger.devices() != self._seen:
             self.ledger.settle(self._look, allowed=self._allowed)
         self._mark, self._rows = mark, find_rows(self.ledger, self.lease, self.count == 1 and not self.beside)
@@ -459,7 +459,7 @@ class Request(StaysHere):
 
 # %% ../../nbs/core/reservations.ipynb #f2befc18
 class PendingReservation(StaysHere):
-    "A reservation that is not given yet: `await` it, or use it in `async with`, which releases it at the end"
+    "A reservation that is still to be given: `await` it, or use it in `async with`, which releases it at the end"
     def __init__(
         self,
         acquire: Callable[[], Awaitable[Reservation]],
@@ -481,7 +481,7 @@ class PendingReservation(StaysHere):
         finally: self._release()
 
     def _release(self) -> None:
-        "Release the reservations that are held; for one that was released, nothing happens"
+        "Release the reservations that are held; one that was released stays so"
         while self._held:
             self._held[-1].release()
             self._held.pop()

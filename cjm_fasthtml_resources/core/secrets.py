@@ -108,7 +108,7 @@ def shown_text(
 _MOST = 500   # characters of an error that are shown
 
 def shown_error(error: BaseException) -> str:
-    "Return the text of an error, without secrets and cut to 500 characters; its kind if it is empty"
+    "Return the text of an error, secrets masked, cut to 500 characters; its kind if it is empty"
     try: text = str(error) or type(error).__name__
     except Exception: return "an error without a text"
     masked = shown_text(text[:20*_MOST])   # far longer than the result, so that secrets are whole
@@ -204,7 +204,7 @@ def redact(
     value: Any,
     name: str = "",   # the field that it stands in
 ) -> Any:
-    "Return a value that can be shown: a text without secrets, a configuration, a number, or its type and size"
+    "Return a value that can be shown: a text with secrets masked, a configuration, a number, or its type and size"
     if isinstance(value, Mapping): return shown_config(value)
     if type(value) is str and name: return shown_text(value, name in IDENTIFIERS)
     return shown_value(value)

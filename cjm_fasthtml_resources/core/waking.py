@@ -20,7 +20,7 @@ class Wakers:
         reset_in_child(self)
 
     def after_fork(self) -> None:
-        "Begin with none, in a fork's child"
+        "Begin with an empty list, in a fork's child"
         self._queues = dict[int, SimpleQueue[None]]()
 
     def wait(

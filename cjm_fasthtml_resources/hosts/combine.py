@@ -33,7 +33,7 @@ def missing_device(
     name: str,              # stands in place of the product's name
     reason: str | None,     # why the GPUs are missing, in words
 ) -> DeviceStatus:
-    "Return an unavailable device, the row of a host without any"
+    "Return an unavailable device, the row of a host that lacks one"
     device = GpuDevice(0, name=name, host=host, reason=reason)
     return DeviceStatus(device, ResourceStatus.UNAVAILABLE, reason=reason)
 
@@ -48,13 +48,13 @@ class HostAnswer:
     "The answer of one host"
     host: str
     workers: tuple[str, ...]          # addresses of its dask workers
-    sample: Sample | None = None      # `None`: no answer
+    sample: Sample | None = None      # `None`: it is missing
     waiting: int = 0                  # bytes that requests wait for there
     reason: str | None = None         # why the answer is missing, in words
     id: str = ""                      # distinguishes hosts of one name
     beside: tuple[str, ...] = ()      # the ids of hosts that report a GPU of this one, too
 
-    # its devices, which know their host, an unavailable one if it shows none; and those that a job can use
+    # its devices, which know their host, or an unavailable one in their place; and those that a job can use
     devices: tuple[DeviceStatus, ...] = field(init=False, repr=False, compare=False)
     usable: list[DeviceStatus] = field(init=False, repr=False, compare=False)
 

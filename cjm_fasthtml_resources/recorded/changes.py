@@ -21,8 +21,8 @@ from .rows import LONGEST_NAME, Share, to_share
 class Change(NamedTuple):
     "Something that happened"
     kind: str         # one of `KINDS`
-    place: str        # the key of the GPU; empty if it is about no GPU
-    pid: int          # of the process; 0 if it is about none
+    place: str        # the key of the GPU; empty: about other things
+    pid: int          # of the process; 0: about other things
     text: str         # a sentence
 
 KINDS = ("started", "ended", "grew", "registered", "unregistered", "job_began", "job_ended", "reserved", "released",

@@ -45,7 +45,7 @@ def copy_size(
     terminal: int,   # the real one
     other: int,      # of a pseudoterminal
 ) -> None:
-    "Give a pseudoterminal the size of the real one; do nothing for a pipe"
+    "Give a pseudoterminal the size of the real one; skip a pipe"
     with contextlib.suppress(OSError):
         fcntl.ioctl(other, termios.TIOCSWINSZ, fcntl.ioctl(terminal, termios.TIOCGWINSZ, bytes(8)))
 
@@ -70,7 +70,7 @@ class Copier:
         self.tell()
 
     def copy(self, data: bytes) -> None:
-        "Pass on the bytes; without a reader, end as a command without output ends"
+        "Pass on the bytes; once the reader is gone, end as a command does whose output is gone"
         self.end += data
         del self.end[:-KEPT]
         if data and write_all(ERRORS, data): return
@@ -85,7 +85,7 @@ class Copier:
         elif not order: self.sources.remove(CONTROL)
 
     def tell(self) -> None:
-        "Report the end of the output; a second call does nothing"
+        "Report the end of the output; a second call is harmless"
         with contextlib.suppress(OSError):
             write_all(REPORT, bytes(self.end))
             os.close(REPORT)

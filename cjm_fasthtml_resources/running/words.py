@@ -14,7 +14,7 @@ from ..core.exact import is_of_one_job
 from ..core.secrets import mask_tokens, names_secret
 
 # %% ../../nbs/running/words.ipynb #ce53f1b0
-_SWITCHES = {"verbose", "debug", "cache"}   # options that are left out, and take no other word
+_SWITCHES = {"verbose", "debug", "cache"}   # options that are left out; the next word stays
 
 def words_that_matter(command: Sequence[str]) -> Iterator[str]:
     "Yield the words of a command, except those of one run alone, and secrets"
@@ -36,7 +36,7 @@ def resolve_word(
     word: str,
     folder: str,             # in which the command runs
     is_module: bool = False,   # whether it follows `-m`
-) -> str | None:  # `None`: without a file
+) -> str | None:  # `None`: another kind of word
     "Return a word with the resolved path of the file that it names"
     name, equals, value = word.rpartition("=")
     value = value or word

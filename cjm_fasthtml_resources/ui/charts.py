@@ -137,7 +137,7 @@ def _of_device(point: DevicePoint) -> Column | None:
     return Column(0, point.app, point.external, point.unattributed, point.promised, point.utilization)
 
 def _of_point(subject: Subject, point: Point) -> Column | None:
-    "Return the figures of a point; `None` if it has none"
+    "Return the figures of a point; `None` if they are missing"
     if subject.key == "ram": return Column(0, point.memory_app, point.memory_external) if point.memory_total else None
     if (device := point.devices.get(subject.key)): return _of_device(device)
     memory = point.workers.get(subject.key)
@@ -175,7 +175,7 @@ def monitor_charts(
     sample: Sample,
     history: History,
     wanted: Wanted = Wanted(),
-    changes: Sequence[tuple[float, Change]] = (),   # that a recorder has kept; without one, each status is a mark
+    changes: Sequence[tuple[float, Change]] = (),   # that a recorder has kept; empty: each status is a mark
 ) -> list[Chart]:
     "Return the charts of the last ten minutes"
     subjects = subjects_of(sample, wanted.view)
@@ -219,7 +219,7 @@ def _of_place(subject: Subject, place: Place) -> Column | None:
 
 # %% ../../nbs/ui/charts.ipynb #269fe3ab
 def _of_row(subject: Subject, row: Row) -> Column | None:
-    "Return the figures of a row; `None` if it has none"
+    "Return the figures of a row; `None` if they are missing"
     if not subject.pids: return _of_place(subject, place) if (place := row.place(subject.key)) else None
     shares = [share for place in row.places if place.key != "ram" for share in place.shares
               if share.pid in subject.pids]
@@ -326,9 +326,9 @@ def draw_charts(
     sample: Sample,
     history: History,
     wanted: Wanted = Wanted(),
-    recorded: RecordedHistory | None = None,   # `None`: there is no recorder for this machine
+    recorded: RecordedHistory | None = None,   # `None`: the machine is unrecorded
 ) -> Any:
-    "Return the charts that are wanted, or how to get them. `ValueError` for a range that does not exist"
+    "Return the charts that are wanted, or how to get them. `ValueError` for an unknown range"
     if wanted.range != "10m":
         span_of(wanted.range, 0)
         return _recorded(sample, recorded, wanted) if recorded else (_hint(wanted.range),)
@@ -338,7 +338,7 @@ def draw_charts(
 REDRAW = 10.0   # seconds between two drawings of a panel's charts, at least
 
 def kept_for(sample: Sample) -> RecordedHistory | None:
-    "Return what this user's recorder keeps of a machine; `None` for a simulated one, of which it keeps nothing"
+    "Return what this user's recorder keeps of a machine; `None` for a simulated one, which it leaves out"
     return None if sample.simulated else RecordedHistory()
 
 def charts_of(

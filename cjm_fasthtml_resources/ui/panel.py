@@ -141,7 +141,7 @@ def _interval_menu(interval: float) -> widgets.Dropdown:
     return _menu("every", _interval_options(interval), interval, "9rem")
 
 def _set_menu(menu: widgets.Dropdown, interval: float, act: Callable[[Any], None]) -> None:
-    "Show an interval that was set elsewhere, without acting on it"
+    "Show an interval that was set elsewhere; `act` stays uncalled"
     if menu.value == interval: return
     menu.unobserve(act, "value")
     menu.options = _interval_options(interval)
@@ -241,7 +241,7 @@ class PanelConsents:
         self.report(_answer_asked(self.manager, question.id, is_yes, question.pids))
 
 # %% ../../nbs/ui/panel.ipynb #15c70f1f
-# a front end runs no <script> of an HTML widget; the style sheet's event is where the one for the tables begins
+# a front end skips the <script> of an HTML widget; the style sheet's event is where the one for the tables begins
 _SCRIPTS = escape("\n".join(map(read_asset, ("tables.js", "figures.js", "sign.js"))))
 _STYLE = f'<style onload="{_SCRIPTS}">{CSS}{read_asset("panel.css")}</style>'
 _FILTER = "<div data-cjm-filter></div>"
@@ -263,7 +263,7 @@ class ResourcePanel(StaysHere, SeenBox):
         controls: bool = False,                   # show a button for each worker that stops it, after asking
         rows: int = 20,                           # processes and workers to show at most
         monitor: ResourceMonitor | None = None,   # one to share, with its interval; `None`: that of its other panels
-        charts: str = "",                         # charts to show at first: "10m", "1h" or "24h"; empty: without
+        charts: str = "",                         # charts to show at first: "10m", "1h" or "24h"; empty: hidden
     ) -> None:
         self._lock, self._closed = threading.RLock(), True   # until there is something to close
         check_controls(manager, controls)
@@ -277,7 +277,7 @@ class ResourcePanel(StaysHere, SeenBox):
         self._start()
 
     def after_fork(self) -> None:
-        "Close the panel in a fork's child, without a message to the front end, which is the parent's"
+        "Close the panel in a fork's child; the front end, which is the parent's, gets no message"
         self._lock, self._closed, self._subscription = threading.RLock(), True, None
         open_panels[:] = [entry for entry in open_panels if entry[2] is not self]
 
@@ -305,7 +305,7 @@ class ResourcePanel(StaysHere, SeenBox):
             raise
 
     def _repr_html_(self) -> str:
-        "Return the last sample as a picture, for readers without a kernel"
+        "Return the last sample as a picture, for readers who lack a kernel"
         return picture(self._sample, self.monitor.history, self._view, "" if self._closed else self.id)
 
     def close(self) -> None:
@@ -359,7 +359,7 @@ class ResourcePanel(StaysHere, SeenBox):
 
     # Controls; a front end can call these on any thread
     def _on_pause(self, change: Any) -> None:
-        with self._lock:  # so that no sample of meanwhile sees the one without the other
+        with self._lock:  # so that a sample of meanwhile sees both or neither
             self._paused = change["new"]
             self._pause.description = "Resume" if self._paused else "Pause"
             if not self._closed: (self.monitor.pause if self._paused else self.monitor.resume)()

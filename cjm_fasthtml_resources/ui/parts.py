@@ -56,7 +56,7 @@ def memory_bar(
 # %% ../../nbs/ui/parts.ipynb #04ec2b1b
 def memory_key(
     shares: Mapping[str, int],   # bytes by owner
-    free: int,                   # bytes that are neither used nor reserved
+    free: int,                   # bytes that are unused and unreserved
     total: int,                  # bytes
     kept: int = 0,               # bytes that the driver keeps for itself
 ) -> Any:
@@ -93,7 +93,7 @@ def sparkline(
 # %% ../../nbs/ui/parts.ipynb #d851b5a0
 def gpu_head(
     device: GpuDevice,
-    status: ResourceStatus | None = None,   # `None`: a reading without a status
+    status: ResourceStatus | None = None,   # `None`: for a reading alone
 ) -> Any:
     "Return which device it is, and its status"
     name = printable(device.name or "no name")
@@ -113,7 +113,7 @@ def gpu_memory(status: DeviceStatus) -> Any:
     return _memory(status.device, status.shares, status.room, status.reason)
 
 def gpu_used(device: GpuDevice) -> Any:
-    "Return how much of its memory is used, without owners"
+    "Return how much of its memory is used, owners left out"
     return _memory(device, dict(used=device.memory_used or 0), device.memory_free or 0, device.reason)
 
 # %% ../../nbs/ui/parts.ipynb #bd0e11d7

@@ -165,7 +165,7 @@ def _stop(manager: Any, who: str) -> Response:
 _NUMBER = "[0-9]{1,18}"
 
 def _answer_request(manager: Any, said: str) -> Response:
-    "Unload for the request of another app, or tell it no"
+    "Unload for the request of another app, or refuse it"
     if not (found := re.fullmatch(rf"({_NUMBER})\.([01])\.({_NUMBER}(?:,{_NUMBER})*)", said)):
         return PlainTextResponse("question must be the ID of a request, 1 for yes or 0 for no, and the PIDs of the "
                                  "workers, such as 7.1.4711,4712", 400)
@@ -181,7 +181,7 @@ _NEW = {"Cache-Control": "no-store"}
 def _no_thread(error: NoThreadError) -> Response: return PlainTextResponse(str(error), 503)
 
 async def _answer(hub: Hub, write: Callable[[Slots], str]) -> Response:
-    "Return the data of this moment, without blocking the event loop"
+    "Return the data of this moment, while the event loop goes on"
     try: return HTMLResponse(write(await hub.current()), headers=_NEW)
     except NoThreadError as error: return _no_thread(error)
 
@@ -203,7 +203,7 @@ def _picture_handlers(hub: Hub, prefix: str) -> dict[str, Callable[..., Any]]:  
 _EAST = 24*60   # minutes that a time zone can be from UTC, at most
 
 def _whole_number(req: Request, name: str, most: int) -> int | None:
-    "Return a number of the query, `None` without one; raise `ValueError` if it is invalid"
+    "Return a number of the query, `None` if it is missing; raise `ValueError` if it is invalid"
     text = req.query_params.get(name)
     if text is None: return None
     if not re.fullmatch(r"-?[0-9]{1,12}", text) or abs(int(text)) > most: raise ValueError(f"{name} must be a number")
@@ -324,13 +324,13 @@ def resource_routes(
     controls: bool = False,                   # whether workers can be stopped
     guard: Callable[..., Any] | None = None,  # decides who can stop them: `None` allows, a response refuses
     metrics: str | None = None,               # where Prometheus finds metrics, as "/metrics" (extra `prometheus`)
-    process_metrics: bool = False,            # a metric for each process, too: labels without bound
+    process_metrics: bool = False,            # a metric for each process, too: labels in any number
     streams: int = STREAMS,                   # maximum of open streams; each page has one
     recorded: RecordedHistory | None = None,  # for charts of an hour and a day; `None`: this user's record
 ) -> ResourceRoutes:
     """Add the page, its fragment, its streams and its scripts.
 
-    Raise `ValueError` for controls without a guard, `ImportError` for metrics without the extra.
+    Raise `ValueError` for controls that lack a guard, `ImportError` for metrics if the extra is missing.
     """
     check_controls(manager, controls)
     _check_guard(guard, controls)
