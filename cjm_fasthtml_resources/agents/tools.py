@@ -29,7 +29,7 @@ class Told:
     figures: dict[str, Any]    # the same as JSON
 
 def _mib(size: float | None) -> int | None:
-    "Return bytes in whole MiB, rounded down, so that free memory is never overstated"
+    "Return bytes in whole MiB, rounded down, so that at least so much is free"
     return None if size is None else int(size//2**20)
 
 # %% ../../nbs/agents/tools.ipynb #74963189
@@ -102,7 +102,7 @@ def _foreseen_figures(seen: Foreseen) -> dict[str, Any]:
                 free_mb={str(d.device.id): _mib(d.room) for d in seen.conflict.allowed})
 
 def tell_preview(manager: ResourceManager, **need: Any) -> Told:
-    "Return the outcome of a reservation without making one; `need` is as for `foresee`"
+    "Return the outcome that a reservation would have; `need` is as for `foresee`"
     seen = foresee(manager, need.pop("gpu_memory_mb", None), **need)
     return Told(f"{seen.why} This preview reserves no memory.", _foreseen_figures(seen))
 
@@ -114,7 +114,7 @@ def _behind(rows: Sequence[QueueRow], id: int) -> Told:
     return Told(f"{id} waits: {row.why}", dict(blocked=True, behind=row.behind))
 
 def tell_blocked(manager: ResourceManager, id: int | None = None, **need: Any) -> Told:
-    "Return why a request in the queue waits, or why a job that needs so much cannot start"
+    "Return why a request in the queue waits, or why a job that needs so much is blocked"
     if id is not None: return _behind(read_queue(manager, manager.ledger), id)
     seen = foresee(manager, need.pop("gpu_memory_mb", None), **need)
     if seen.granted: return Told(f"It is not blocked. {seen.why}", dict(_foreseen_figures(seen), blocked=False))

@@ -51,7 +51,7 @@ class Machine(NamedTuple):
     driver_timeout: float = 5.0    # seconds
 
 def _watch_reservations(manager: ResourceManager) -> None:
-    "Count the reservations of this machine from now on, even without an app's name"
+    "Count the reservations of this machine from now on, even if the app is unnamed"
     try:
         check_owner(store_path().parent)
         if not store_path().with_suffix(".lock").exists(): return
@@ -87,7 +87,7 @@ def simulated_machine(simulate: str | None, manager: ResourceManager) -> Iterato
     from cjm_fasthtml_resources.simulate import ScenarioError, load_scenario
     try: driver = load_scenario(simulate)
     except ScenarioError as error: raise click.BadParameter(str(error), param_hint="--simulate") from None
-    manager.needs = manager.checks.needs = Needs()   # learn nothing from simulated jobs
+    manager.needs = manager.checks.needs = Needs()   # simulated jobs teach nothing
     manager.workers.roster = None                    # and keep simulated workers out of the app's file
     with driver:
         try:

@@ -66,7 +66,7 @@ Examples:
 
 # %% ../../nbs/commands/wait.ipynb #9c6710f8
 def _open_notifier(context: click.Context, option: click.Parameter, addresses: Sequence[str]) -> Any:
-    "Return the `Notifier` of the services with these addresses, which are never shown; `None` without addresses"
+    "Return the `Notifier` of the services with these addresses, which are never shown; `None` if the list is empty"
     if not addresses: return None
     from cjm_fasthtml_resources.running.notify import Notifier, open_services
     try: return Notifier(open_services(addresses), partial(click.echo, err=True))
@@ -75,7 +75,7 @@ def _open_notifier(context: click.Context, option: click.Parameter, addresses: S
     except ValueError as error: raise click.BadParameter(str(error)) from None
 
 def _what_was_granted(held: Reservation, command: Sequence[str]) -> str:
-    "Return the text of a reservation's notification: the name of the program, without its arguments"
+    "Return the text of a reservation's notification: the name of the program alone"
     from cjm_fasthtml_resources.running.names import name_command
     parts = [f"{format_bytes(held.gpu_memory_mb*2**20)} on GPU {held.device.id}"] if held.devices else []
     what = " and ".join([*parts, *([f"{format_bytes(held.memory_mb*2**20)} of RAM"] if held.memory_mb else [])])

@@ -152,7 +152,7 @@ def gpu_process_dict(
 def _gpu_row(found: tuple[OwnedProcess, GpuDevice]) -> GpuProcessDict: return gpu_process_dict(*found)
 
 class _Rows:
-    "Makes dictionaries on request, because most checks go without them"
+    "Makes dictionaries on request, because most checks leave them unused"
     def __init__(self, make: Callable[[Any], Any], found: Sequence[Any]) -> None: self.make, self.found = make, found
 
     def __iter__(self) -> Iterator[Any]: return map(self.make, self.found)

@@ -26,7 +26,7 @@ _log = Log(__name__)
 # %% ../../nbs/core/endings.ipynb #5692ee76
 def find_user(
     claim: Claim,
-) -> int | None:  # `None` if it is not known
+) -> int | None:  # `None` if unknown
     "Return the UID, as the machine counts it, of the user who asked"
     if claim.receipt is not None and claim.receipt.user is not None: return claim.receipt.user
     if claim.space != pid_namespace() or has_ended(*claim.holder): return None
@@ -115,7 +115,7 @@ def end_claim(
     waits: bool = False,   # True: a waiting request is cancelled; False: a reservation is released
 ) -> Claim:  # as it was; of a group, one of them
     """End a claim of any process, a group with all its devices.
-    `LookupError` without such a claim, `PermissionError` for another user's, `StoreError`"""
+    `LookupError` if it is missing, `PermissionError` for another user's, `StoreError`"""
     claim = find_by_id(ledger, id, waits)
     if not may_end(claim, machine_user()):
         owner = name_user(find_user(claim))

@@ -138,7 +138,7 @@ class _Gate(FileIO):
         self.close()
 
     def leave(self) -> None:
-        "Free the gate, even if a fork's child has a copy of the descriptor; a second call does nothing"
+        "Free the gate, even if a fork's child has a copy of the descriptor, or it is free already"
         if self.closed: return
         with contextlib.suppress(OSError): unlock_byte(self.fileno(), 0)
         with contextlib.suppress(OSError): self.close()   # it is closed, even if the system reports an error

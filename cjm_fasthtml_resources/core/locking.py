@@ -27,7 +27,7 @@ def holding(
             held = lock.acquire()
             yield
         finally:
-            if held: held = lock.release() and False   # one line, which signals cannot split
+            if held: held = lock.release() and False   # one line, which a signal leaves whole
     finally:
         if held: lock.release()
 
@@ -52,7 +52,7 @@ def lock_byte(
     _lock_call(fd, "F_OFD_SETLK", "F_WRLCK" if alone else "F_RDLCK", byte, 1)
 
 def unlock_byte(fd: int, byte: int) -> None:
-    "Unlock a byte; do nothing if it is unlocked"
+    "Unlock a byte, if it is locked"
     _lock_call(fd, "F_OFD_SETLK", "F_UNLCK", byte, 1)
 
 # %% ../../nbs/core/locking.ipynb #ae1c9525
@@ -107,7 +107,7 @@ class OpenFolder:
         return int(open_one[2][0])
 
     def close(self) -> None:
-        "Close it; a second call does nothing"
+        "Close it, if it is open"
         self._closing()
 
     def __enter__(self) -> "OpenFolder": return self

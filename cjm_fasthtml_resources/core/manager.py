@@ -103,7 +103,7 @@ class ResourceManager(StaysHere, WorkerRegistry, NeedsReader, JobStarter):
         snapshot: GpuSnapshot,
         prepared: Prepared | None = None,   # of the app's file, just before the snapshot; `None`: read it now
     ) -> ResourceConflict:
-        "Check a snapshot, without reading the driver or asking a plugin"
+        "Check a snapshot, and leave the driver and the plugins alone"
         return self.checks.judge(check_snapshot(snapshot), self.gpu_memory_threshold_percent, prepared)
 
     def check_memory_availability(
@@ -129,7 +129,7 @@ class ResourceManager(StaysHere, WorkerRegistry, NeedsReader, JobStarter):
         self,
         gpu_memory_mb: float | str | None = None,      # MiB on each device, or "all"; `None` or 0, with RAM: RAM alone
         device: int | str | GpuDevice | None = None,   # a place among the visible ones, "cuda:1", a UUID; `None`: any
-        timeout: float | None = None,                  # seconds to wait; 0: answer at once; `None`: no limit
+        timeout: float | None = None,                  # seconds to wait; 0: answer at once; `None`: unlimited
         *,
         ttl: float | None = None,                      # seconds; `None`: until it is released or the holder ends
         pid: int | None = None,                        # the process whose tree it is for; `None`: this one
@@ -137,7 +137,7 @@ class ResourceManager(StaysHere, WorkerRegistry, NeedsReader, JobStarter):
         n: int = 1,                                    # how many whole GPUs together, with so much memory on each
         memory_mb: float = 0,                          # MiB of RAM, together with the GPUs or alone
         priority: int = 0,                             # -20 to 19: smaller ones first, ten places for each step
-        grace: float | None = None,                    # seconds: released if unused for so long; `None`: never
+        grace: float | None = None,                    # seconds: released if unused for so long; `None`: kept
         duration: float | None = None,                 # seconds at most, then it ends: so it can pass a larger request
         ask_idle: bool = False,                        # while it waits, ask idle holders of other apps to unload
     ) -> "Reservation":
@@ -172,10 +172,10 @@ class ResourceManager(StaysHere, WorkerRegistry, NeedsReader, JobStarter):
         self,
         gpu_memory_mb: float | str,                    # MiB on each device, or "all" for an empty one
         device: int | str | GpuDevice | None = None,   # as for `reserve`
-        timeout: float | None = None,                  # seconds; `None`: no limit
+        timeout: float | None = None,                  # seconds; `None`: unlimited
         *, progress: bool = False, n: int = 1,         # as for `reserve`
     ) -> GpuChoice:
-        "Wait in the same queue until a GPU has room, without reserving it: another program can take it a moment later"
+        "Wait in the same queue until a GPU has room, and leave it free: another program can take it a moment later"
         reserve = partial(self.reserve, gpu_memory_mb, device, timeout, progress=progress, n=n)
         with giving_back(reserve) as held: return GpuChoice(held.devices)
 
@@ -221,7 +221,7 @@ class ResourceManager(StaysHere, WorkerRegistry, NeedsReader, JobStarter):
         return make_room(self.workers, make_wanted(mb, check, grace, unload, self.get_claims))
 
     def free_gpu(self, mb: float, *, grace: float = 5.0, unload: "Unload | None" = None) -> list[WorkerState]:
-        "Make room likewise, and return the workers that were stopped, in that order; empty where that was not needed"
+        "Make room likewise, and return the workers that were stopped, in that order; empty if there was room already"
         return list(self.make_room(mb, grace=grace, unload=unload).stopped)
 
 # %% ../../nbs/core/manager.ipynb #ce945afa

@@ -24,7 +24,7 @@ class HostMemory:
     used: int                    # bytes that only swapping would make available
     cgroup: str | None = None    # the control group's folder if its limit is the smaller one
     machines: int = 1            # how many machines it is the sum of
-    swap_total: int | None = None   # bytes; 0: without swap, `None`: unknown
+    swap_total: int | None = None   # bytes; 0: swap is off, `None`: unknown
     swap_used: int | None = None    # bytes
 
     @property
@@ -145,7 +145,7 @@ def cgroup_memory(
     root: str = "/sys/fs/cgroup",  # where control groups are mounted
     proc: str = "/proc",           # the process file system
     pid: int | str = "self",
-) -> HostMemory | None:  # `None` without a limit
+) -> HostMemory | None:  # `None` if unlimited
     "Return the smallest memory limit of a process, with the least that any of its limits leaves available"
     found = cgroup_limits(root, proc, pid)
     return None if not found else limit_room(min(found, key=lambda m: m.total), found)
@@ -191,7 +191,7 @@ def sees_cgroup(
     if group == _own_cgroup(proc): return True
     return ".." not in group[1].split("/") and os.path.isdir(_folders(root, *group)[0])
 
-def find_cgroup(pid: int) -> HostMemory | None:   # `None`: without a limit, or unreadable
+def find_cgroup(pid: int) -> HostMemory | None:   # `None`: unlimited, or unreadable
     "Return the memory of a process's control group"
     if simulated: return simulated.memory if simulated.memory.cgroup else None
     return cgroup_memory(pid=pid) if sees_cgroup(pid) else None

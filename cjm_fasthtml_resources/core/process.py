@@ -90,7 +90,7 @@ def _boot_time_by_psutil() -> float:
     import psutil
     return float(psutil.boot_time())
 
-UNKNOWN_START = 1.0   # of a simulated process without a given age
+UNKNOWN_START = 1.0   # of a simulated process whose age is left open
 
 def process_age(
     start_time: float | None,
@@ -107,7 +107,7 @@ def _read_line(pid: int, proc: str) -> bytes:
     with FileIO(f"{proc}/{pid}/stat") as file: return file.read(4096)   # open() would cost as much as the reading
 
 def _stat_by_psutil(pid: int) -> Stat | None:
-    "Return the same on systems without /proc"
+    "Return the same on systems that lack /proc"
     import psutil
     try:
         process = psutil.Process(pid)
@@ -139,7 +139,7 @@ def read_start(
 # %% ../../nbs/core/process.ipynb #b67c4176
 @dataclass(frozen=True)
 class ProcessInfo:
-    "The known facts of a process, or of a PID without a visible process"
+    "The known facts of a process, or of a PID whose process is hidden"
     pid: int
     start_time: float | None = None           # seconds from boot to its start; `None`: hidden or ended
     name: str | None = None
@@ -213,7 +213,7 @@ def is_same_start(
 def has_ended(
     pid: int,
     start_time: float | None,  # as read while the process ran
-) -> bool:  # False for a PID that never had a visible process
+) -> bool:  # False where the start is unknown
     "Return whether that process is known to have ended"
     if start_time is None: return False
     if (info := simulated_process(pid)) is not None: return info.start_time not in (None, start_time)
@@ -253,7 +253,7 @@ def _forget_ended() -> None:
 def could_be_read(
     pid: int,
 ) -> bool:  # False for a process that has ended or is hidden
-    "Return whether this user can read the facts of a process, without opening a file"
+    "Return whether this user can read the facts of a process, by the file's permissions alone"
     return os.access(f"/proc/{pid}/stat", os.R_OK)
 
 # %% ../../nbs/core/process.ipynb #8dd28c09
@@ -471,7 +471,7 @@ def _read_through(proc: str, pid: int) -> ProcessInfo:
 
 def driver_pid_reader(
     listed: Iterable[int] = (),  # the PIDs in the driver's lists; used only where the kind of driver is unknown
-) -> Callable[[int], ProcessInfo] | None:  # `None`: PIDs cannot be matched
+) -> Callable[[int], ProcessInfo] | None:  # `None`: PIDs stay unmatched
     "Return the function that reads a process by the PID that the driver reports"
     if not in_pid_namespace(): return read_process
     proc = host_proc()

@@ -50,17 +50,17 @@ def check_memory(
 
 # %% ../../nbs/core/requests.ipynb #f51ddf65
 def check_ttl(ttl: float | None) -> float | None:
-    "Return the seconds for which a reservation holds, `None` without a limit; `TypeError` or `ValueError`"
+    "Return the seconds for which a reservation lasts, `None` if unlimited; `TypeError` or `ValueError`"
     return None if ttl is None else check_number(ttl, "ttl", 1e-3)
 
 def check_grace(grace: float | None) -> float | None:
-    "Return the seconds in which a reservation has to be used, 1 or more, `None` without; `TypeError` or `ValueError`"
+    "Return the seconds in which a reservation has to be used, 1 or more, or `None`; `TypeError` or `ValueError`"
     return None if grace is None else check_number(grace, "grace", 1)
 
 
 # %% ../../nbs/core/requests.ipynb #3c060036
 def check_duration(duration: float | None) -> float | None:
-    "Return the seconds that a job takes at most, `None` if it is not known; `TypeError` or `ValueError`"
+    "Return the seconds that a job takes at most, `None` if unknown; `TypeError` or `ValueError`"
     return None if duration is None else float(check_number(duration, "duration", 1e-3))
 
 
@@ -73,7 +73,7 @@ def check_priority(priority: Any) -> int:
     return priority
 
 def check_count(n: Any) -> int:
-    "Return how many devices a request is for; `TypeError` or `ValueError` for what is no positive number"
+    "Return how many devices a request is for; `TypeError` or `ValueError` unless it is a positive number"
     return check_pid(n, "n")
 
 # %% ../../nbs/core/requests.ipynb #c3ebe15e
@@ -104,7 +104,7 @@ def find_ram(
     return ram_needs(ram, where)
 
 def check_asked(
-    gpu_memory_mb: Any,   # MiB on each device, "all" for the whole device; `None` or 0 with RAM: no GPU
+    gpu_memory_mb: Any,   # MiB on each device, "all" for the whole device; `None` or 0 with RAM: RAM alone
     memory_mb: Any,       # MiB of RAM
     n: Any,               # how many devices
     pid: int | None = None,   # the process that it is for; `None`: this one
@@ -120,7 +120,7 @@ def check_asked(
 def find_holder(
     pid: int | None,   # `None`: this process
 ) -> ProcessId:
-    "Return the process that a reservation is for; `ValueError` if it does not live, or cannot be seen from here"
+    "Return the process that a reservation is for; `ValueError` if it has ended, or is hidden from here"
     if pid is None: return this_process()
     holder = read_process(check_pid(pid)).lineage[0]
     if is_free(pid) or has_ended(*holder): raise ValueError(f"pid must be that of a living process, not {pid}")
@@ -132,7 +132,7 @@ def find_holder(
 # %% ../../nbs/core/requests.ipynb #b2b4fb1c
 def read_environ(
     pid: int,
-) -> dict[str, str]:   # empty if it cannot be read
+) -> dict[str, str]:   # empty if it is unreadable
     "Return the environment with which a process was started"
     try: data = as_path(f"/proc/{pid}/environ").read_bytes()
     except OSError: return {}
@@ -144,7 +144,7 @@ def keep_seen(
     judge: Callable[[GpuSnapshot], ResourceConflict],   # checks a snapshot, for the errors
     holder: ProcessId | None,                           # `None`: a process that can be started with any of them
 ) -> list[GpuDevice]:
-    "Return the devices that a process sees by its environment; `ResourceUnavailable` if it sees none of them"
+    "Return the devices that a process sees by its environment; `ResourceUnavailable` if all are hidden from it"
     environ = {} if holder is None or holder == this_process() else read_environ(holder.pid)
     if (value := environ.get("CUDA_VISIBLE_DEVICES")) is None: return devices
     keys = {device_key(d) for d in see_devices(snapshot.devices, environ).visible}
@@ -180,7 +180,7 @@ def choose_devices(
     holder: ProcessId | None = None,                    # the process that is to use them; `None`: one of this process's
     ram: int = 0,                                       # bytes of RAM that it needs beside
 ) -> list[GpuDevice]:
-    """Return the devices for a request; `ResourceUnavailable` without one.
+    """Return the devices for a request; `ResourceUnavailable` if all are unusable.
     `ValueError` for more memory than any has, and for a position that can mean another device"""
     if count > 1 or isinstance(wanted, tuple):
         return choose_several(snapshot, wanted, memory, judge, count, holder, ram)
@@ -203,7 +203,7 @@ def choose_devices(
     return found
 
 def _capacity(device: GpuDevice, ram: int, holder: ProcessId | None) -> int:
-    "Return the bytes that a process can have on a device: no more RAM than its control group's limit"
+    "Return the bytes that a process can have on a device: of RAM, at most its control group's limit"
     group = find_cgroup(holder.pid if holder else os.getpid()) if device.unified else None
     beside = capacity_beside(device, ram)
     return min(beside, group.total - ram) if group else beside
@@ -227,14 +227,14 @@ def _explain_few(allowed: Sequence[GpuDevice], found: Sequence[GpuDevice], count
 # %% ../../nbs/core/requests.ipynb #1213d8e4
 def choose_several(
     snapshot: GpuSnapshot,
-    wanted: int | str | GpuDevice | tuple[GpuDevice, ...] | None,   # several, or none in particular
+    wanted: int | str | GpuDevice | tuple[GpuDevice, ...] | None,   # several, or `None`: any
     memory: int,                                        # bytes on each device
     judge: Callable[[GpuSnapshot], ResourceConflict],   # checks a snapshot, for the errors
     count: int,                                         # of the devices
     holder: ProcessId | None = None,                    # as for `choose_devices`
     ram: int = 0,                                       # as for `choose_devices`
 ) -> list[GpuDevice]:
-    "Return the whole GPUs for a request of several; `ResourceUnavailable` for too few, `ValueError` if there never are"
+    "Return the whole GPUs for a request of several; `ResourceUnavailable` for too few, `ValueError` if n is too large"
     visible, others, _ = see_devices(snapshot.devices, os.environ)
     gpus = [d for d in snapshot.devices if d.mig_parent is None]
     if gpus and count > (most := _count_memories(gpus)):
@@ -273,7 +273,7 @@ def choose_under_cap(
 
 # %% ../../nbs/core/requests.ipynb #aaa8dca5
 def check_ram_under_cap(
-    ram: int,          # bytes; 0: none
+    ram: int,          # bytes
     store: "Store",
 ) -> None:
     "Raise `ValueError` for more RAM than the user, or app, may ever have"
@@ -285,7 +285,7 @@ def check_ram_under_cap(
 def find_capped(
     request: "Request",
     conflict: ResourceConflict,   # a check of now
-) -> str:  # empty if it does not wait for that
+) -> str:  # empty if it waits for something else
     "Return in a sentence what the user or app of a request has already, if a cap is why it waits"
     cap = find_cap(request.ledger.store)
     if cap is None: return ""
@@ -318,10 +318,10 @@ def find_shortage(
     return explain_shortage(concerned, request.memory, request.count) or conflict.message, conflict
 
 def check_timeout(timeout: float | None) -> float | None:
-    "Return the seconds for which a request may wait, `None` without a limit; `TypeError` or `ValueError`"
+    "Return the seconds for which a request can wait, `None` if unlimited; `TypeError` or `ValueError`"
     return None if timeout is None else check_number(timeout, "timeout", 0, threading.TIMEOUT_MAX)
 
-def find_answers(request: "Request") -> str:  # empty without any
+def find_answers(request: "Request") -> str:  # empty unless idle holders were asked
     "Return what idle holders have answered to a request, in sentences"
     if not (request.receipt and request.receipt.asks_idle): return ""
     from cjm_fasthtml_resources.core.endings import name_user  # when it is used, as the next one
@@ -331,7 +331,7 @@ def find_answers(request: "Request") -> str:  # empty without any
     return f" {describe_answers(mine, name_user) or 'No idle holder has answered.'}"
 
 def make_give_up(
-    timeout: float | None,                   # seconds; `None`: never
+    timeout: float | None,                   # seconds; `None`: unlimited
     check: Callable[[], ResourceConflict],
     judge: Callable[[GpuSnapshot], ResourceConflict] | None = None,   # checks what the driver said last, if it is late
 ) -> "Callable[[Request], None]":
@@ -372,7 +372,7 @@ def within(
 # %% ../../nbs/core/requests.ipynb #0a6e6e9d
 def make_check(
     manager: Any,              # a `ResourceManager`
-    timeout: float | None,     # seconds for which the caller waits, from now on; `None`: no limit
+    timeout: float | None,     # seconds for which the caller waits, from now on; `None`: unlimited
 ) -> Callable[[], ResourceConflict]:
     "Return a check of the GPUs within the caller's time"
     return within(time_for_driver(timeout, lambda: manager.gpu_timeout), manager.check_gpu_availability)
@@ -383,7 +383,7 @@ def make_request(
     ttl: float | None, pid: int | None, n: int, memory_mb: float, priority: int, grace: float | None = None,
     duration: float | None = None, ask_idle: bool = False,
 ) -> "Request":
-    "Return a request that is not in the queue yet; raises what `reserve` raises for a wrong argument"
+    "Return a request that is still outside the queue; raises what `reserve` raises for a wrong argument"
     from cjm_fasthtml_resources.core.reservations import Request  # when it is used
     holder, asked = find_holder(pid), check_asked(gpu_memory_mb, memory_mb, n, pid)
     check_ram_under_cap(asked.ram, manager.ledger.store)

@@ -24,7 +24,7 @@ def usable(
 
 def roomiest(
     devices: Iterable[DeviceStatus],
-) -> DeviceStatus | None:   # `None` without one
+) -> DeviceStatus | None:   # `None` if the list is empty
     "Return the device with the most room"
     return max(devices, key=lambda d: d.room, default=None)
 
@@ -139,7 +139,7 @@ def with_status(device: DeviceStatus) -> DeviceStatus:
 
 # %% ../../nbs/core/room.ipynb #2c4670c7
 def _room_left(device: DeviceStatus) -> int:
-    "Return the bytes that are neither used nor reserved; below 0 where more is reserved than there is"
+    "Return the free bytes after reservations; below 0 where more is reserved than there is"
     return (device.device.memory_free or 0) - device.promised()
 
 def plan_device(

@@ -26,7 +26,7 @@ def make_seal(
     salt: str | None = None,   # `None`: a new one
     mark: str = "",            # of `settings_mark`, to hand on with it
 ) -> str:
-    "Return a seal of a configuration, which shows whether another one is the same without its content"
+    "Return a seal of a configuration, which shows whether another one is the same, and hides its content"
     import hashlib  # when it is needed: importing it takes long
 
     salt = salt or ".".join([os.urandom(8).hex(), *([mark] if mark else [])])
@@ -40,7 +40,7 @@ def fits(
     return make_seal(config, seal.partition(":")[0]) == seal
 
 def mark_in(seal: str) -> str:
-    "Return the mark that was handed on with a seal, \"\" for none"
+    "Return the mark that was handed on with a seal, or \"\""
     return seal.partition(":")[0].partition(".")[2]
 
 # %% ../../nbs/core/roster.ipynb #7e11a00a
@@ -55,7 +55,7 @@ def to_row(
     row: WorkerRow,
     mark: Callable[[Any], str] = lambda config: "",   # of a configuration that this process knows, for its seal
 ) -> str:
-    "Return a worker as the file has it, without secrets"
+    "Return a worker as the file has it: its secrets are left out"
     seal = row.seal or make_seal(row.state.config, mark=mark(row.state.config))
     return json.dumps([vars(row.state.shown()), list(row.starts.items()), seal, row.stopper])
 
@@ -140,7 +140,7 @@ def forget_needs(
 ) -> int:
     "Forget what a plugin needs, and return how many needs that were; `StoreError`"
     found = sum(len(days) for days in read_needs(store, app, plugin).values())
-    if not found: return 0   # without making a file
+    if not found: return 0   # a missing file stays missing
     where, values = ("plugin = ?", [plugin]) if app is None else ("plugin = ? AND app = ?", [plugin, app])
     with store.transaction() as db: db.execute(f"DELETE FROM needs WHERE {where}", values)
     return found

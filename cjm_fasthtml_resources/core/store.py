@@ -55,26 +55,26 @@ _all_ = ["StoreError", "boot_id", "explain_error", "SCHEMA_VERSION"]
 
 # %% ../../nbs/core/store.ipynb #dd8e3d96
 def store_path() -> Path:
-    "Return the path of this user's database on this machine; raise `StoreError` without a home folder"
+    "Return the path of this user's database on this machine; raise `StoreError` if the home folder is missing"
     return state_folder()/"resources.sqlite"
 def tables_path() -> Path:
     "Return the path of the database with this user's workers: the same one, unless a group shares the folder"
     return own_folder(state_folder())/"resources.sqlite"
 
 # %% ../../nbs/core/store.ipynb #74003466
-def _short(text: str) -> str: return f"{zlib.crc32(text.encode()):08x}"   # a look imports no hash function for it
+def _short(text: str) -> str: return f"{zlib.crc32(text.encode()):08x}"   # a check then imports less
 
 def queue_id(
     boot: str,     # of the machine
     path: Path,    # of the file
 ) -> str:
-    "Return a short text that is the same for all programs that share a queue, and for no others"
+    "Return a short text that is the same for all programs that share a queue, and for them alone"
     try: where = f"{path.stat().st_dev}:{path.stat().st_ino}"
     except OSError: where = str(path)
     return _short(f"{boot} {where}")
 
 def find_ids() -> tuple[str, str | None]:
-    "Return a text for this machine since its boot, and one for the queue here; `None` without a home folder"
+    "Return a text for this machine since its boot, and one for the queue here; `None` if the home folder is missing"
     boot = boot_id()
     try: return _short(boot), queue_id(boot, store_path())
     except StoreError: return _short(boot), None
@@ -139,7 +139,7 @@ class Store:
         if self.path is not None and waited_in_vain(): poison(self.path)
 
     def read(self) -> tuple[int, bytes]:
-        "Return how often the ledger was changed, and the ledger, without waiting or writing"
+        "Return how often the ledger was changed, and the ledger, at once and by reading alone"
         if self.path is None or self.lock_path is None: return self._memory
         with _explained(self.path):
             self._forbid_replaced()
@@ -173,7 +173,7 @@ class Store:
 
     @contextlib.contextmanager
     def reading(self) -> Iterator["sqlite3.Connection"]:
-        "Read the tables in the block, by single SELECTs, without writing"
+        "Read the tables in the block, by single SELECTs alone"
         if self.path is None:
             with self._tables() as db: yield db
         else:

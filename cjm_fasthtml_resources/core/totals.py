@@ -23,7 +23,7 @@ def _write(span: Sequence[int]) -> list[str]:
 
 def name_devices(
     ids: Iterable[int | str],   # as the devices have them
-) -> str:  # empty if there are no devices
+) -> str:  # empty for empty `ids`
     "Return the ids of devices as people write them: those that follow each other as a span"
     found = dict.fromkeys(ids)
     numbers = sorted(i for i in found if isinstance(i, int))

@@ -76,7 +76,7 @@ class ValidationAction(Enum):
     WAIT_FOR_JOB = "wait_for_job"                    # a running job must end, or a reservation of this app
     WAIT_FOR_OTHER_WORKER = "wait_for_other_worker"  # another process of this app must give its memory back
     USER_INTERVENTION = "user_intervention"          # other programs use the memory: a person has to see to it
-    ABORT = "abort"                                  # it cannot run here
+    ABORT = "abort"                                  # it is impossible here
 
 # %% ../../nbs/core/validation.ipynb #494390b8
 def _suggest(
@@ -105,13 +105,13 @@ class ValidationResult:
     current_worker: WorkerState | None = None     # the worker that would do it, or that uses the memory
     plugin_name_to_reload: str | None = None      # what to load on `current_worker`
     new_config: dict[str, Any] | None = handed_out(None)  # to load it with; can hold keys
-    device: GpuDevice | None = None               # the GPU to use, the first of several; `None` without one
+    device: GpuDevice | None = None               # the GPU to use, the first of several, if it needs one
     options: tuple[Option, ...] = ()              # the ways out of a refusal, the soonest first; `message` has them
     devices: tuple[GpuDevice, ...] = ()           # the GPUs to use, for a job on several
 
     @property
     def verdict(self) -> str:
-        "Return the message without the ways out"
+        "Return the message up to the ways out"
         return self.message.removesuffix(f" {explain_options(self.options)}")
     @property
     def env(self) -> dict[str, str]:
@@ -119,7 +119,7 @@ class ValidationResult:
         return self._choice.env if self.device else {}
     @property
     def env_by_index(self) -> dict[str, str]:
-        "Return the same with numbers, for programs that cannot read UUIDs; raise `LookupError` for a MIG instance"
+        "Return the same with numbers, for programs that read numbers alone; raise `LookupError` for a MIG instance"
         return self._choice.env_by_index if self.device else {}
     @property
     def _choice(self) -> GpuChoice: return GpuChoice(self.devices or ((self.device,) if self.device else ()))
@@ -188,7 +188,7 @@ def free_device(
     need: float | None,                # bytes; `None`: unknown
     using: Sequence[WorkerState],      # the workers that use the devices
 ) -> DeviceStatus | None:
-    "Return the device with the most free memory on which a job can start; `None` without one"
+    "Return the device with the most free memory on which a job can start; `None` if all are too full"
     return next(iter(free_devices(devices, need, using)), None)
 
 # %% ../../nbs/core/validation.ipynb #12392e7d
@@ -213,7 +213,7 @@ def could_have_room(
     workers: Sequence[WorkerState],    # assumed to free their memory
     count: int = 1,                    # of the devices that the job is for
 ) -> bool:
-    "Return whether a device, or so many, would have room without these workers"
+    "Return whether a device, or so many, would have room once these workers have freed their memory"
     return most_room((d for d in usable(devices) if _could_start(d, need, _freed(d, workers))), count) != []
 
 # %% ../../nbs/core/validation.ipynb #cccc4e03
@@ -411,7 +411,7 @@ def _explain_reserved(
 
 # %% ../../nbs/core/validation.ipynb #9132cee3
 def _filled_by_app(job: Job, devices: Sequence[DeviceStatus]) -> list[DeviceStatus]:
-    "Return the devices that would suffice without this app's use of them"
+    "Return the devices that would suffice if this app freed its part of them"
     found = [d for d in usable(devices) if _could_start(d, job.memory, d.app_memory + d.promised("app"))]
     return found if most_room(found, job.count) else []
 

@@ -163,7 +163,7 @@ def place(
 
 # %% ../../nbs/hosts/placing.ipynb #7546a2fc
 class OnTheWay:
-    """Count the tasks that were sent and that no answer of their host includes yet.
+    """Count the tasks that were sent and that the answers of their host have yet to include.
     Safe from any thread"""
     def __init__(self) -> None:
         self._lock, self._sent = threading.RLock(), dict[str, tuple[str, Need]]()   # key → the host's id, and the need
@@ -180,7 +180,7 @@ class OnTheWay:
     def place(
         self,
         key: str,                         # the task's
-        answers: Sequence[HostAnswer],    # none: dask places it
+        answers: Sequence[HostAnswer],    # empty: dask places it
         need: Need,
     ) -> HostAnswer | None:
         "Return the host for a task, as `place` does, and count it as on its way"
@@ -211,7 +211,7 @@ class OnTheWay:
         self,
         keys: Iterable[str] | None = None,   # the tasks'; `None`: of all
     ) -> None:
-        "Count these tasks no more: they are in the queue of their host, or over"
+        "Stop counting these tasks: they are in the queue of their host, or over"
         with self._lock:
             for key in list(self._sent) if keys is None else keys: self._forget(key)
 

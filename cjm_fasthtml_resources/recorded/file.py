@@ -39,7 +39,7 @@ SECOND, MINUTE, QUARTER = LEVELS = Level(0, 1, 3600), Level(1, 60, 1440), Level(
 def roll_up(
     rows: Sequence[tuple[int, Row]],   # with their numbers in the file, in this order
     width: float,                      # seconds
-) -> tuple[list[Row], int]:  # and the number of the last row that is in one of them; 0: none
+) -> tuple[list[Row], int]:  # and the number of the last row that is in one of them, or 0
     "Return a row for each stretch that is over, which is when a row of another one has come"
     grouped = itertools.groupby(rows, key=lambda item: item[1].time//width)
     stretches = [[*stretch] for _, stretch in grouped][:-1]
@@ -74,14 +74,14 @@ def _connect(path: Path, mode: str, waits: float = 5) -> sqlite3.Connection:
     return db
 
 def _set_aside(path: Path, reason: str) -> None:
-    "Rename a file that cannot be used, with its journal"
+    "Rename an unusable file, with its journal"
     number = next(n for n in itertools.count(1) if not os.path.lexists(f"{path}.damaged-{n}"))
     for suffix in ("-journal", ""):
         with contextlib.suppress(FileNotFoundError): os.rename(f"{path}{suffix}", f"{path}.damaged-{number}{suffix}")
     _log.warning("%s is damaged (%s): set aside as %s.damaged-%d, and a new one is created", path, reason, path, number)
 
 def is_damage(error: BaseException | None) -> bool:
-    "Return whether the file is damaged, and not one that could not be used now"
+    "Return whether the file is damaged, rather than only unusable now"
     if isinstance(error, ValueError): return True   # of `unpack`
     operational = isinstance(error, sqlite3.OperationalError) and "no such" not in str(error)
     return isinstance(error, sqlite3.DatabaseError) and not operational
@@ -91,7 +91,7 @@ def explain_problem(
     path: Path,
     error: Exception,   # of SQLite or of the operating system
 ) -> str:
-    "Return why the file cannot be used, in words"
+    "Return why the file is unusable, in words"
     if isinstance(error, OSError): return explain_os_error(path, error)
     if "full" in str(error): return f"{path} cannot be written: its disk is full"
     return f"{path} cannot be used: {error}"
@@ -99,7 +99,7 @@ def explain_problem(
 def check_place(path: Path) -> None:
     """Raise `StoreError` for a file that another user could have put there, or could replace
 
-    In a folder such as /tmp (mode 1777) other users can make files, but not replace one of this user."""
+    In a folder such as /tmp (mode 1777) other users can make files, and replace only their own."""
     if not (path.parent.exists() and path.parent.stat().st_mode & stat.S_ISVTX): check_owner(path.parent)
     check_owner(path)
 
@@ -119,7 +119,7 @@ def opened(
     mode: str = "ro",   # "rw": it is made if it is missing, and made new if it is damaged
     waits: float = 5,   # seconds, for a program that writes
 ) -> Iterator[sqlite3.Connection]:
-    "Open the file for the block, as one transaction; `StoreError` if it cannot be used"
+    "Open the file for the block, as one transaction; `StoreError` if it is unusable"
     try:
         check_place(path)
         if mode == "rw" and not path.exists(): _make(path)
@@ -231,7 +231,7 @@ def read_figures(
     since: float = 0,            # seconds since the epoch, as is the next
     until: float = math.inf,
 ) -> list[Row]:
-    "Return the same rows without what each process had: for a chart"
+    "Return the same rows for a chart: the parts of the processes are left out"
     return _read(path, "figures FROM rows", level, since, until)
 
 def _read(path: Path, what: str, level: Level, since: float, until: float) -> list[Row]:
@@ -259,7 +259,7 @@ def read_changes(
 def alone(
     path: Path,   # of the history
 ) -> Iterator[bool]:
-    "Hold the recorder's lock for the block; False if another recorder has it. `StoreError` if the file cannot be used"
+    "Hold the recorder's lock for the block; False if another recorder has it. `StoreError` if the file is unusable"
     lock = path.with_suffix(".lock")
     try:
         check_place(lock)

@@ -73,7 +73,7 @@ def env_of(job: ActiveJob, wanted: Wanted) -> dict[str, str]:
 
 def run_inside(job: ActiveJob, wanted: Wanted) -> Ended:
     "Run a command inside of its job; `CommandFailed`, or `CannotRun`"
-    job.is_over = True   # a command that fails to start is no evidence
+    job.is_over = True   # a command that fails to start teaches nothing
     with Child(wanted.command, env_of(job, wanted)) as child:
         job.is_over = False
         watch(job, child.pid)
@@ -173,7 +173,7 @@ def try_again(
     before: Tried,
     number: int,                   # of the retry, from 1 on
     say: Callable[[str], None],
-) -> Tried | None:  # `None`: without memory
+) -> Tried | None:  # `None`: memory is missing
     "Ask for more memory, let idle workers of the app make room, and run the command once more in a fresh process"
     mb = next_memory(manager, wanted, before)
     say(announce(wanted, number, mb))

@@ -12,14 +12,14 @@ from importlib.resources import files
 
 # %% ../../nbs/ui/assets.ipynb #afbf524d
 def squeeze_css(text: str) -> str:
-    "Return a style sheet without comments, and without the blanks that mean nothing"
+    "Return a style sheet; drop its comments and meaningless blanks"
     text = re.sub(r"/\*.*?\*/", "", text, flags=re.DOTALL)
     text = re.sub(r"\s+", " ", text)
     return re.sub(r" ?([{};,>]) ?|(?<=:) ", r"\1", text).replace(";}", "}").strip()
 
 # %% ../../nbs/ui/assets.ipynb #1c417f42
 def squeeze_script(text: str) -> str:
-    "Return a script without indentation and lines of comment, with lines joined where one surely goes on"
+    "Return a script; drop its indentation and lines of comment, and join lines where one surely goes on"
     lines = [line.strip() for line in text.splitlines()]
     short = "\n".join(line for line in lines if line and not line.startswith("//"))
     return re.sub(r"(?<=[{;,(])\n", "", short)

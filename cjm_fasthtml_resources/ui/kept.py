@@ -48,7 +48,7 @@ def picture(
     view: View = View(),
     id: str = "",   # of the panel that is shown above it, if there is one
 ) -> str:
-    "Return a sample as HTML that needs nothing else, with its time"
+    "Return a sample as self-contained HTML, with its time"
     slots = render(sample, history, view) | render_tables(sample, view)
     if view.charts: slots["charts"] = to_html(charts_of(sample, history, view))
     style = Style(Safe(CSS + (_hiding(id) if id else "")))
@@ -61,13 +61,13 @@ def find_shell() -> Any:
     return ipython.get_ipython() if ipython else None
 
 def _publish(data: Mapping[str, Any], **kw: Any) -> None:
-    "Display data of several types; a notebook that is being closed takes none"
+    "Display data of several types; a notebook that is being closed ignores them"
     from IPython import display
     publish: Any = display.display
     with contextlib.suppress(OSError, RuntimeError): publish(dict(data), raw=True, **kw)
 
 def _publish_live(bundle: Any) -> None:
-    "Display a widget, of which its `_repr_mimebundle_` is given; a converter that cannot show it shows nothing"
+    "Display a widget, of which its `_repr_mimebundle_` is given; a converter that lacks widgets leaves it out"
     data, metadata = bundle if isinstance(bundle, tuple) else (bundle, {})
     shown = {kind: value for kind, value in data.items() if kind != "text/plain"}
     _publish({**shown, "text/html": ""}, metadata=metadata)
@@ -101,7 +101,7 @@ class Kept:
         _publish({"text/html": self.draw(), "text/plain": text}, display_id=self.id)
 
     def send(self) -> None:
-        "Send the picture of the last sample, unless the notebook has it or the panel was not displayed"
+        "Send the picture of the last sample, unless the notebook has it or the panel has yet to be displayed"
         if self.since == math.inf or self.sample().number == self.number: return
         self._note()
         _publish({"text/html": self.draw()}, display_id=self.id, update=True)

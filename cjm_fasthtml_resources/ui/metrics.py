@@ -42,7 +42,7 @@ _log = logging.getLogger(__name__)
 _PREFIX = "cjm_resources"
 
 def _gauge(name: str, text: str, labels: Iterable[str], rows: Iterable[tuple[list[str], float | None]]) -> Metric:
-    "A gauge without the values that are not known"
+    "A gauge of the known values"
     metric = GaugeMetricFamily(f"{_PREFIX}_{name}", text, labels=list(labels))
     for given, value in rows:
         if value is not None: metric.add_metric(given, value)
@@ -116,7 +116,7 @@ def reservation_metrics(
     claims: Iterable[Claim],
 ) -> Iterator[Metric]:
     "Yield how many reservations there are, and for how much memory; those that wait are the queue"
-    claims = [c for c in claims if c.memory and not is_ram(c.device)]   # without RAM
+    claims = [c for c in claims if c.memory and not is_ram(c.device)]   # RAM is apart
     found = dict(held=[c.memory for c in claims if c.device is not None],
                  waiting=[c.memory for c in claims if c.device is None])
     yield _gauge("reservations", "Reservations of GPU memory, of all apps that share them", ["state"],
@@ -129,7 +129,7 @@ def receipt_metrics(
     claims: Iterable[Claim],
     now: float,                # by `machine_time()`
 ) -> Iterator[Metric]:
-    "Yield for how long the oldest reservation is held and the first request waits, and what is not in use"
+    "Yield for how long the oldest reservation is held and the first request waits, and what is unused"
     told = [(c, c.receipt) for c in claims if c.receipt]
     begun = dict(held=[r.since for c, r in told if c.device is not None],
                  waiting=[r.asked_at for c, r in told if c.device is None])
@@ -184,7 +184,7 @@ class UserLabels:
         self,
         devices: Iterable[DeviceStatus],
     ) -> dict[str, tuple[int, int]]:  # user → bytes, processes
-        "Return what each user's processes use on all devices; without a name it is `unknown`"
+        "Return what each user's processes use on all devices; an unnamed user is `unknown`"
         found = [(p.username or "unknown", p.memory_used or 0) for d in devices for p in d.processes]
         memory, count = Counter[str](), Counter(user for user, _ in found)
         for user, size in found: memory[user] += size
@@ -237,13 +237,13 @@ class ResourceCollector:
     def __init__(
         self,
         monitor: ResourceMonitor,
-        processes: bool = False,   # a metric for each process, too: labels without bound
+        processes: bool = False,   # a metric for each process, too: unlimited labels
     ) -> None:
         self.monitor, self.processes, self._users, self._logged = monitor, processes, UserLabels(), False
         self._events = monitor.manager.events if isinstance(monitor.manager, ResourceManager) else Events()
 
     def describe(self) -> list[Metric]:
-        "Return nothing, so that registering does not ask the driver"
+        "Return an empty list, so that registering leaves the driver alone"
         return []
 
     def collect(self) -> list[Metric]:

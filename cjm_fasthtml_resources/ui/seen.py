@@ -58,7 +58,7 @@ class Pulse:
         interval: float,    # seconds until the next one
         at_once: bool = False,   # also if it has just been begun
     ) -> None:
-        "Begin the animation again; a stale sample goes without it"
+        "Begin the animation again; a stale sample ends it"
         now = time.monotonic()
         if sample.stale: self.widget.value = ""
         elif at_once or now - self.at >= _BEAT or not self.widget.value:
@@ -126,7 +126,7 @@ class SeenBox(widgets.VBox):  # type: ignore[misc]  # ipywidgets has no types
         self.kept.send()
 
     def get_state(self, key: Any = None, drop_defaults: bool = False) -> dict[str, Any]:
-        "Return the data for a front end; one that loads all of it is still without a view"
+        "Return the data for a front end; one that loads all of it has yet to make a view"
         if key is None and not drop_defaults and self.audience.counts and not self._closed:
             self.audience.begin_again()
             self.hearing.forget()
