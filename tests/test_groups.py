@@ -301,7 +301,7 @@ def test_devices_are_named_in_the_order_of_cuda(monkeypatch):
     (dict(n=2.0), TypeError, "n must be a positive int, not 2.0"),
     (dict(n=2, device=1), ValueError, "device must be None with n=2, not 1: it names one device"),
     (dict(n=2, gpu_memory_mb=950), ValueError,
-     "gpu_memory_mb must be at most 900, the capacity of each of the 2 largest devices, not 950"),
+     "gpu_memory_mb must be at most 900 MiB, the capacity of each of the 2 largest devices, not 950"),
 ])
 def test_a_bad_request_names_its_argument(asked, error, words):
     gpus = [SimulatedGpu(memory_total_mb=1_000), SimulatedGpu(memory_total_mb=1_000, memory_reserved_mb=100)]

@@ -83,7 +83,7 @@ def test_gpu_memory_and_ram_are_granted_together_or_not_at_all(manager):
 
 
 def test_what_can_never_fit_fails_at_once_and_says_why(manager):
-    with pytest.raises(TooMuchMemory, match="memory_mb must be at most 65536, the capacity of this machine"):
+    with pytest.raises(TooMuchMemory, match="memory_mb must be at most 65536 MiB, the capacity of this machine"):
         manager.reserve(memory_mb=65*GIB)
     with pytest.raises(TooMuchMemory, match="memory_mb"): manager.job("a", 0, memory_mb=65*GIB).__enter__()
     assert manager.get_claims() == []

@@ -121,9 +121,9 @@ def test_a_child_sees_the_devices_by_uuid_and_where_there_is_none_by_number():
     (dict(device=True), TypeError, "device must be a number, 'cuda:1', a UUID, a GpuDevice or None, not True"),
     (dict(device="GPU-c"), ValueError, "device 'GPU-c' is not visible to this process. Visible: GPU-a, GPU-b"),
     (dict(gpu_memory_mb=1_001), ValueError,
-     "gpu_memory_mb must be at most 1000, the capacity of the largest device, not 1001"),
+     "gpu_memory_mb must be at most 1000 MiB, the capacity of the largest device, not 1001"),
     (dict(gpu_memory_mb=901, device=1), ValueError,
-     "gpu_memory_mb must be at most 900, the capacity of the largest device, not 901"),
+     "gpu_memory_mb must be at most 900 MiB, the capacity of the largest device, not 901"),
 ])
 def test_a_bad_request_names_its_argument_and_enters_no_queue(args, error, words):
     gpus = [

@@ -115,7 +115,7 @@ def test_no_room_is_75_and_no_file_is_74(rig):
         found = rig.run("--gpu-memory", "20GiB", "--timeout", "0", "true")
         unknown = rig.run("--timeout", "0", "true")
     assert found.returncode == 75 and b"The job needs 20.0 GiB" in found.stderr
-    assert unknown.returncode == 75 and b"--gpu-memory asks for less" in unknown.stderr
+    assert unknown.returncode == 75 and b"To ask for less, set --gpu-memory" in unknown.stderr
     assert b"gpu_memory_mb" not in unknown.stderr
     rig.env["CJM_RESOURCES_DIR"] = "/proc/nowhere"
     assert rig.run(*SMALL, "true").returncode == 74

@@ -183,7 +183,7 @@ def test_a_machine_under_two_names_counts_once(sshd):
     command = [sys.executable, "-m", "cjm_fasthtml_resources", "--host", "good", "--host", "kept", "--json"]
     found = json.loads(subprocess.run(command, capture_output=True, text=True, timeout=60).stdout)
     assert [d["id"] for d in found["gpu"]["devices"]] == ["good:0"]
-    assert "kept is good under another name: one machine, which counts once." in found["gpu"]["notes"]
+    assert "kept is good under another name: the same machine, which is shown once." in found["gpu"]["notes"]
     assert found["memory"]["machines"] == 1
     answers = ask_hosts(["good", "kept"], timeout=60)
     assert {(a.sample.machine, a.sample.queue) for a in answers} == {find_ids_in(sshd.folder)}

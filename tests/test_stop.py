@@ -376,7 +376,7 @@ def test_what_cannot_be_made_free_is_said_with_who_holds_it(monkeypatch):
                    rf"In use there: a process without a name \(PID {GONE}, 500 MiB\)\.$")
         with pytest.raises(ResourceBusy, match=message) as busy: manager.free_gpu(3_000)
         assert len(busy.value.conflict.devices) == 2
-        message = "^mb must be at most 3000, the capacity of the largest device, not 3001$"
+        message = "^mb must be at most 3000 MiB, the capacity of the largest device, not 3001$"
         with pytest.raises(ValueError, match=message): manager.free_gpu(3_001)
         with pytest.raises(ValueError, match="^mb must be 0 or more, not -1$"): manager.free_gpu(-1)
     message = "^No GPU can be used: the NVIDIA driver lists no GPU.$"

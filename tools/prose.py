@@ -37,7 +37,7 @@ WHAT = r"is|was|are|were|has|had|it|they|the|a|an|this|one|each|nobody|can|may|m
 WHO = r"is|was|has|had|may|does"
 HABITS = (
     Habit("negation", r"(?i)\b(?:not|no|never|nobody|nothing|none|nor|without|cannot|\w+n't)\b", 27.07,
-          "write what is or what happens", 0.45),   # limits and guarantees are negations
+          "write what is or what happens"),
     Habit("what, without its noun", rf"(?i)(?<![?`\w])\bwhat (?=(?:{WHAT}|\w+s)\b)", 13.42,
           "the reservations, the snapshot"),
     Habit("who, without its noun", rf"(?i)(?<![,\w] )(?<!people )(?<!process )\bwho (?=(?:{WHO}|\w+s)\b)", 1.20,

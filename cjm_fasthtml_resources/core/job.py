@@ -451,7 +451,7 @@ def name_unknown(asked: JobRequest, asked_by: str = ActiveJob.asked_by) -> str:
     "Return why a job asks for a device of its own, in words"
     return (f"The need of {shown_text(asked.plugin_name or asked.job_id)} is unknown, so the job asks for "
             f"{100*ALONE:.0f} % of {'a GPU' if asked.count == 1 else f'each of {asked.count} GPUs'}. "
-            f"{asked_by} asks for less.")
+            f"To ask for less, set {asked_by}.")
 
 def tell_alone(job: ActiveJob, request: Request) -> None:
     "Log that a job waits for a device of its own, by its unknown need"

@@ -248,7 +248,7 @@ class Ledger:
         self._deadlines[lease] = math.inf if expires is None else expires
 
     def glance(self) -> tuple[object, bool]:
-        "Return what is the same as long as the ledger is, and whether it is time to look again; costs very little"
+        "Return what is the same as long as the ledger is, and whether it is time to look again; costs little"
         mark, looked_at = self.store.glance()
         return mark, not machine_time() - LOOK_EVERY < looked_at <= machine_time()
 

@@ -185,7 +185,8 @@ class Reservation(OnDevices, StaysHere, contextlib.AbstractContextManager["Reser
         self,
         gpu_memory_mb: float | None = None,   # MiB that stay reserved on each device; `None`: the most that was used
     ) -> "Reservation":
-        """Give a part of it back, and return the reservation of the rest; RAM stays, as does wholly unused memory.
+        """Give a part of it back, and return the reservation of the rest. RAM stays; by default, so does memory that is
+        wholly unused so far.
         `ReservationOver` if it is over, `ValueError` for more than is reserved, or for less than the holder uses now
         as far as it can be seen"""
         memory = None if gpu_memory_mb is None else int(check_number(gpu_memory_mb, "gpu_memory_mb", 1)*2**20)

@@ -74,7 +74,7 @@ def check_capacity(
 ) -> None:
     "Raise `TooMuchMemory` for more memory than the largest device has"
     if memory > largest:
-        most = f"{largest//2**20}, the capacity of {whose}"
+        most = f"{largest//2**20} MiB, the capacity of {whose}"
         text = f"{name} must be at most {most}, not {given}"
         raise TooMuchMemory(text).with_amounts(name, memory, largest, whose)
 

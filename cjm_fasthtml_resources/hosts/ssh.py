@@ -270,7 +270,7 @@ def join_names(
         queue = answer.sample.queue if answer.sample else None
         known = first.setdefault(queue, answer) if queue else answer
         if known is answer: hosts.append(answer)
-        else: notes.append(f"{answer.host} is {known.host} under another name: one machine, which counts once.")
+        else: notes.append(f"{answer.host} is {known.host} under another name: the same machine, which is shown once.")
     return hosts, notes
 
 # %% ../../nbs/hosts/ssh.ipynb #b29096c4
