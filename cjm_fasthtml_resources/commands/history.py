@@ -177,9 +177,11 @@ def _fail_without_data(history: RecordedHistory) -> NoReturn:
     fail(f"no data of that time in {history.file}. cjm-resources record collects it, and writes every ten seconds",
          os.EX_NOINPUT)
 
-def _show_replay(history: RecordedHistory, stretch: Stretch, threshold: float, gpu: str | None, as_json: bool) -> None:
+def _show_replay(
+    history: RecordedHistory, stretch: Stretch, threshold: float, usual: float, gpu: str | None, as_json: bool,
+) -> None:
     "Print what checks would have answered with another threshold"
-    found = replay(only_gpu(history.between(*stretch), gpu), threshold)
+    found = replay(only_gpu(history.between(*stretch), gpu), threshold, usual=usual)
     if as_json: return click.echo(json.dumps(replay_record(found)))
     if not found.answers: _fail_without_data(history)
     terminal = read_terminal()
@@ -209,13 +211,15 @@ def _save(history: RecordedHistory, moment: float, scenario: Path) -> None:
               help="Write the moment of --at to FILE.json, for cjm-resources --simulate FILE.json.")
 @click.option("--what-if-threshold", "what_if", type=click.FloatRange(0, 100), callback=check_nan, metavar="PERCENT",
               help="Show for how long GPU memory would have been available, had a GPU counted as busy only from this "
-                   "share on, instead of 45. The order of the queue is left out.")
+                   "share on. The order of the queue is left out.")
+@click.option("--instead-of", "usual", type=click.FloatRange(0, 100), callback=check_nan, metavar="PERCENT",
+              help="The threshold to compare --what-if-threshold with. Default: 45.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 @click.option("--csv", "as_csv", is_flag=True, help="Print a line of CSV for each process of each row.")
 @click.option("--file", "path", type=click.Path(path_type=Path), metavar="FILE",
               help="The file to read. Default: this user's history on this machine.")
 def command(since: float, until: float | None, moment: float | None, gpu: str | None, scenario: Path | None,
-            what_if: float | None, as_json: bool, as_csv: bool, path: Path | None) -> None:
+            what_if: float | None, usual: float | None, as_json: bool, as_csv: bool, path: Path | None) -> None:
     """Show who used GPU memory and RAM, as cjm-resources record, or an app's recorder, has kept it.
 
     A column of a chart is the fullest moment of its stretch of time. It is empty where the record has a gap.
@@ -226,12 +230,13 @@ def command(since: float, until: float | None, moment: float | None, gpu: str | 
         raise click.UsageError("--save-scenario saves the whole machine at one moment: give --at alone with it")
     if what_if is not None and (moment is not None or as_csv):
         raise click.UsageError("--what-if-threshold is about a stretch of time: leave --at and --csv out")
+    if usual is not None and what_if is None: raise click.UsageError("--instead-of needs --what-if-threshold")
     history, terminal = RecordedHistory(path), read_terminal()
     if scenario and moment is not None: return _save(history, moment, scenario)
     end = time.time() if until is None else until
     stretch = Stretch(end - since, end) if moment is None else Stretch(moment, moment)
     try:
-        if what_if is not None: return _show_replay(history, stretch, what_if, gpu, as_json)
+        if what_if is not None: return _show_replay(history, stretch, what_if, 45.0 if usual is None else usual, gpu, as_json)
         if as_json or as_csv:
             return _write(only_gpu(history.between(*stretch), gpu), history.changes(*stretch), as_csv)
         shown = [*(stretch_view(history, stretch, terminal, gpu) if moment is None
