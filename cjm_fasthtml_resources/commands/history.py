@@ -219,7 +219,8 @@ def _save(history: RecordedHistory, moment: float, scenario: Path) -> None:
 @click.option("--file", "path", type=click.Path(path_type=Path), metavar="FILE",
               help="The file to read. Default: this user's history on this machine.")
 def command(since: float, until: float | None, moment: float | None, gpu: str | None, scenario: Path | None,
-            what_if: float | None, usual: float | None, as_json: bool, as_csv: bool, path: Path | None) -> None:
+            what_if: float | None, usual: float | None, as_json: bool, as_csv: bool,
+            path: Path | None) -> None:
     """Show who used GPU memory and RAM, as cjm-resources record, or an app's recorder, has kept it.
 
     A column of a chart is the fullest moment of its stretch of time. It is empty where the record has a gap.
@@ -236,7 +237,8 @@ def command(since: float, until: float | None, moment: float | None, gpu: str | 
     end = time.time() if until is None else until
     stretch = Stretch(end - since, end) if moment is None else Stretch(moment, moment)
     try:
-        if what_if is not None: return _show_replay(history, stretch, what_if, 45.0 if usual is None else usual, gpu, as_json)
+        if what_if is not None:
+            return _show_replay(history, stretch, what_if, 45.0 if usual is None else usual, gpu, as_json)
         if as_json or as_csv:
             return _write(only_gpu(history.between(*stretch), gpu), history.changes(*stretch), as_csv)
         shown = [*(stretch_view(history, stretch, terminal, gpu) if moment is None
