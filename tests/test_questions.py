@@ -1,5 +1,6 @@
 """A request that asks the idle holders of other apps to unload, with real processes, on the page and in the panel"""
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from cjm_fasthtml_resources.core.manager import ResourceManager
 from cjm_fasthtml_resources.core.questions import Answer, describe_answers, note_answer, read_answers, worker_key
 from cjm_fasthtml_resources.core.samples import take_sample
 from cjm_fasthtml_resources.simulate import SimulatedDriver, SimulatedGpu, SimulatedProcess
+from cjm_fasthtml_resources.ui.view import View, render_reservations
 
 # an app whose own process has the model, and a plugin that answers what argument 1 says
 HOLDER = DRIVER + """
@@ -436,6 +438,15 @@ def test_a_row_that_no_answer_can_be_is_left_out(asked):
     with chat.ledger.store.transaction() as db:
         db.execute("INSERT INTO answers VALUES (?, 'x', 'not a UID', 0, '')", [question.lease])
     assert [a.app for a in read_answers(chat.ledger.store)] == ["other"]
+
+
+def test_the_one_who_asks_sees_it_on_its_page_with_the_answers(asked):
+    chat, request, _ = asked
+    speech = ResourceManager(app="speech", track_self=False)
+    assert "It asks idle holders to unload." in render_reservations(take_sample(speech), View())
+    chat.answer(chat.get_questions()[0].id, False)
+    page = render_reservations(take_sample(speech), View())
+    assert re.search(r"It asks idle holders to unload\. chat of \S+ said no\.", page), page
 
 
 def test_a_decision_ends_with_the_request(asked):

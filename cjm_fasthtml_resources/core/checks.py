@@ -392,10 +392,12 @@ def see_waiting(
     claims = [c for c in known.claims if c.id not in known.over]
     if all(c.device is not None for c in claims): return ()
     from cjm_fasthtml_resources.core.outlook import find_outlook, times_of_app  # when they are used
-    from cjm_fasthtml_resources.core.queue import with_reasons
+    from cjm_fasthtml_resources.core.queue import with_answers, with_reasons
     times = times_of_app(claims, checks.workers, checks.needs, checks.app)
     outlook = find_outlook(checks.ledger, claims, machine, times)
-    return with_reasons(find_waiting(known, machine, checks.app, outlook.starts), claims, found, outlook.why, _NAMED)
+    waiting = find_waiting(known, machine, checks.app, outlook.starts)
+    if any(request.asks_idle for request in waiting): waiting = with_answers(waiting, claims, checks.ledger.store)
+    return with_reasons(waiting, claims, found, outlook.why, _NAMED)
 
 def find_waiting(
     known: LedgerReading,

@@ -118,6 +118,7 @@ class Waiting:
     why: str = ""                        # it waits, in a sentence; empty: unknown
     starts: tuple[float, float] | None = None   # seconds until it is expected to start, at least and at most
     asks_idle: bool = False              # whether it asks idle holders of other apps to unload
+    answers: str = ""                    # theirs so far, in sentences
     behind: int | None = None            # the ID of the request before it, for one of the same devices
     is_capped: bool = False              # whether a cap makes it wait, even where memory is free
 
