@@ -119,15 +119,16 @@ Completion, for bash (zsh and fish likewise):
 """
 
 # %% ../nbs/cli.ipynb #0b73b6bc
-def _show(look: Callable[[], Sample], watch: bool, as_json: bool, top: int, interval: float) -> Sample:
+def _show(look: Callable[[], Sample], watch: bool, as_json: bool, top: int, whose: str, interval: float) -> Sample:
     "Show one look, or one after the other; the last one"
     if not watch:
         answer = look()
-        print_sample(answer, as_json, top)
+        print_sample(answer, as_json, top, whose)
         return answer
     from cjm_fasthtml_resources.commands.watch import Settings, watch_lines, watch_screen
-    if as_json or not sys.stdout.isatty(): watch_lines(look, partial(print_sample, as_json=as_json, top=top), interval)
-    return watch_screen(look, Settings(interval, top))
+    show = partial(print_sample, as_json=as_json, top=top, whose=whose)
+    if as_json or not sys.stdout.isatty(): watch_lines(look, show, interval)
+    return watch_screen(look, Settings(interval, top, whose))
 
 # %% ../nbs/cli.ipynb #1826e088
 def _end(answer: Sample, as_exit_code: bool) -> NoReturn:
@@ -145,6 +146,8 @@ def _end(answer: Sample, as_exit_code: bool) -> NoReturn:
               metavar="SECONDS", help="Time between refreshes of --watch.")
 @click.option("--top", type=click.IntRange(1), default=10, show_default=True, metavar="N",
               help="Processes to show on GPUs, and in RAM.")
+@click.option("--by", "whose", type=click.Choice(["user", "app"]),
+              help="Show the totals of each user, or of each app, in place of processes.")
 @click.option("--threshold", type=click.FloatRange(0, 100), default=45.0, show_default=True, callback=check_nan,
               metavar="PERCENT", help="A GPU counts as busy when other programs use this share of its memory.")
 @click.option("--exit-code", "as_exit_code", is_flag=True,
@@ -165,8 +168,8 @@ def _end(answer: Sample, as_exit_code: bool) -> NoReturn:
 @click.version_option(__version__, prog_name="cjm-resources")
 @click.pass_context
 def main(context: click.Context, apps: list[int | str], as_json: bool, watch: bool, interval: float, top: int,
-         threshold: float, as_exit_code: bool, driver_timeout: float, wake: bool, simulate: str | None,
-         hosts: tuple[str, ...], host_timeout: float, host_command: str) -> None:
+         whose: str | None, threshold: float, as_exit_code: bool, driver_timeout: float, wake: bool,
+         simulate: str | None, hosts: tuple[str, ...], host_timeout: float, host_command: str) -> None:
     """Who holds this machine's GPU memory and RAM, and could a job start now?
 
     Exits with 0 after the check, whatever it finds (see --exit-code); with 2 when an argument is wrong.
@@ -178,11 +181,13 @@ def main(context: click.Context, apps: list[int | str], as_json: bool, watch: bo
         from cjm_fasthtml_resources.commands.hosts import check_alone, looking_at, there_command
         there = there_command(host_command, apps, threshold, wake, driver_timeout)
         alone = check_alone(hosts, context.invoked_subcommand, simulate)
-        with looking_at(alone, there, host_timeout, watch) as look: answer = _show(look, watch, as_json, top, interval)
+        with looking_at(alone, there, host_timeout, watch) as look:
+            answer = _show(look, watch, as_json, top, whose or "", interval)
         _end(answer, as_exit_code)
     if context.invoked_subcommand: return
     manager = make_manager(apps, threshold, machine)
     with simulated_machine(simulate, manager) as simulated:
         register_apps(manager, apps)
-        answer = _show(partial(look_once, manager, simulated, wake, watch or as_json), watch, as_json, top, interval)
+        answer = _show(partial(look_once, manager, simulated, wake, watch or as_json), watch, as_json, top,
+                       whose or "", interval)
     _end(answer, as_exit_code)

@@ -108,23 +108,28 @@ def look_once(
     return replace(sample, simulated=simulated, workers=sample.workers if manager.app else ())
 
 # %% ../../nbs/commands/looking.ipynb #4312170c
-def _text_of(answer: Sample, as_json: bool, top: int) -> str:
+def _text_of(answer: Sample, as_json: bool, top: int, whose: str) -> str:
     if as_json:
         from cjm_fasthtml_resources.ui.export import to_json
         return json.dumps(to_json(answer))
     from cjm_fasthtml_resources.ui.lines import read_terminal, to_text
     from cjm_fasthtml_resources.ui.terminal import status_view
     terminal = read_terminal()
-    return to_text(status_view(answer, terminal, top), terminal)
+    if not whose: return to_text(status_view(answer, terminal, top), terminal)
+    from cjm_fasthtml_resources.ui.screen import total_table
+
+    totals = total_table(answer.gpu.allowed, terminal.width, whose)
+    return to_text(status_view(answer, terminal, top, totals), terminal)
 
 # %% ../../nbs/commands/looking.ipynb #e1a9513f
 def print_sample(
     answer: Sample,
     as_json: bool = False,
     top: int = 10,           # processes to show on GPUs, and in RAM
+    whose: str = "",         # "user" or "app": their totals in place of processes
 ) -> None:
     "Print a sample; raise `ClickException` if writing fails"
-    try: print(_text_of(answer, as_json, top), flush=True)
+    try: print(_text_of(answer, as_json, top, whose), flush=True)
     except BrokenPipeError: raise  # the reader has enough; click ends quietly
     except OSError as error:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python writes it again when it ends

@@ -112,13 +112,14 @@ class Settings(NamedTuple):
     "How a machine is watched"
     interval: float = 2.0   # seconds between two samples
     top: int = 10           # processes of each list that are shown until the reader scrolls
+    fold: str = ""          # at first: "user" or "app", whose totals stand in place of processes
 
 # %% ../../nbs/commands/watch.ipynb #fe4cb028
 class Watch:
     "A window that is kept up to date until a key or a signal ends it"
     def __init__(self, monitor: ResourceMonitor, screen: Screen, settings: Settings) -> None:
         self.monitor, self.screen, self.settings = monitor, screen, settings
-        self.window, self.page = Window(), 1
+        self.window, self.page = Window(fold=settings.fold), 1
         self.typed, self.shown = b"", list[str]()   # the beginning of a key; the lines that are there
         self.ended_by: int | None = None            # a signal, or 0 for the key
         self.terminal = read_terminal()

@@ -405,8 +405,9 @@ def status_view(
     answer: Sample,
     terminal: Terminal = PLAIN,
     top: int = 10,                     # processes to show on GPUs, and in RAM
+    totals: Sequence[Line] = (),       # a table to show in place of the processes
 ) -> list[Line]:
     "Return everything on one screen, with the answer at the end"
-    tables = list_tables(answer, terminal, process_table(answer, top, terminal.width))
+    tables = list_tables(answer, terminal, totals or process_table(answer, top, terminal.width))
     verdict = [line for part in wrap_verdict(answer, terminal.width) for line in part]
     return [*_heading(answer, terminal.width), (), *tables, (), *verdict]
