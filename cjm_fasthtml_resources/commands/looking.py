@@ -51,7 +51,7 @@ class Machine(NamedTuple):
     driver_timeout: float = 5.0    # seconds
 
 def _watch_reservations(manager: ResourceManager) -> None:
-    "Count the reservations of this machine from now on, even if the app is unnamed"
+    "Count the reservations of this machine from now on, even without an app's name"
     try:
         check_owner(store_path().parent)
         if not store_path().with_suffix(".lock").exists(): return

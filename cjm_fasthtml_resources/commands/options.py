@@ -93,7 +93,7 @@ class Command(click.Command):
 
 # %% ../../nbs/commands/options.ipynb #365926c2
 def timeout_option(function: _Function) -> _Function:
-    "Add `--timeout`: how long to wait, in seconds; `None` if it is missing"
+    "Add `--timeout`: how long to wait, in seconds; `None` without it"
     return click.option("--timeout", callback=converted(parse_duration), metavar="TIME",
                         help="Maximum time to wait, such as 10m. 0: do not wait. Default: no limit.")(function)
 
@@ -109,18 +109,18 @@ def to_mib(
     return memory if memory is None or isinstance(memory, str) else memory/2**20
 
 def ram_option(function: _Function) -> _Function:
-    "Add `--ram`: bytes of RAM to reserve, 0 if it is missing"
+    "Add `--ram`: bytes of RAM to reserve, 0 without it"
     return click.option("--ram", default="0", callback=converted(parse_size), metavar="SIZE",
                         help="Wait for this much RAM, such as 16GiB, and reserve it together with the GPU.")(function)
 
 def grace_option(function: _Function) -> _Function:
-    "Add `--grace`: the seconds in which the memory has to be used; `None` if it is missing"
+    "Add `--grace`: the seconds in which the memory has to be used; `None` without it"
     return click.option("--grace", callback=converted(parse_duration), metavar="TIME",
                         help="Release the memory if it stays unused for this time while requests wait, such as 5m. "
                              "Default: no limit.")(function)
 
 def duration_option(function: _Function) -> _Function:
-    "Add `--for`: the seconds that a command takes at most, as `duration`; `None` if it is missing"
+    "Add `--for`: the seconds that a command takes at most, as `duration`; `None` without it"
     return click.option("--for", "duration", callback=converted(parse_positive), metavar="TIME",
                         help="COMMAND takes at most so long, such as 10m: then its reservation ends. It can start "
                              "before a larger request that surely starts later. Default: not known.")(function)

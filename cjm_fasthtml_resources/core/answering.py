@@ -291,7 +291,7 @@ def follow_questions(
     manager: "ResourceManager",
     unload: Unload | None = None,   # unloads workers whose plugins are elsewhere; `None`: as before
 ) -> Follower:
-    "Have a thread answer what is asked of a manager's app; one for each manager. `ValueError` if the app is unnamed"
+    "Have a thread answer what is asked of a manager's app; one for each manager. `ValueError` without an app's name"
     if manager.app is None: raise ValueError("a manager follows the queue under the name of its app: "
                                              "make it with app='a-name'")
     found = _followers.setdefault(manager, Follower(manager))

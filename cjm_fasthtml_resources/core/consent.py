@@ -23,7 +23,7 @@ class AnswersQuestions:
 
     def get_questions(self: Any) -> "list[Question]":
         """Return what requests of other apps ask of this app: to unload idle models, so that they can start.
-        Empty for a manager whose app is unnamed. `StoreError`"""
+        Empty for a manager without an app's name. `StoreError`"""
         from cjm_fasthtml_resources.core.answering import find_questions, find_unload
         return find_questions(self, unload=find_unload(self))
 
@@ -44,7 +44,7 @@ class AnswersQuestions:
         unload: "Unload | None" = None,   # unloads workers whose plugins are in other processes; `None`: as before
     ) -> None:
         """Have a thread act on what people agree to elsewhere, as with `cjm-resources answer`, and ask plugins.
-        `ValueError` for a manager whose app is unnamed, `TypeError`, `NoThreadError`"""
+        `ValueError` for a manager without an app's name, `TypeError`, `NoThreadError`"""
         from cjm_fasthtml_resources.core.answering import follow_questions
         follow_questions(self, unload)
 

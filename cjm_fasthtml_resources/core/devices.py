@@ -245,7 +245,7 @@ def device_place(
 def select_devices(
     devices: Sequence[GpuDevice],            # the visible ones, in CUDA's order
     wanted: int | str | GpuDevice | None,    # a position among them, "cuda:1", a UUID or a device; `None`: all
-    others: Sequence[GpuDevice] = (),        # those that lack a position here; a child can be given them
+    others: Sequence[GpuDevice] = (),        # those without a position here; a child can be given them
 ) -> list[GpuDevice]:
     """Return the devices that are meant.
     Raise `ValueError` if it is unknown here, `TypeError` for an unsuitable type"""
@@ -301,7 +301,7 @@ def env_by_index(
     devices: Sequence[GpuDevice],
 ) -> dict[str, str]:
     """Return the same with numbers, for programs that read one in each entry.
-    Raise `LookupError` for a MIG instance, which lacks one"""
+    Raise `LookupError` for a MIG instance, without one"""
     for d in devices:
         if d.mig_parent is not None:
             raise LookupError(f"MIG instance {d.id} has no number in CUDA_VISIBLE_DEVICES: name it by UUID")

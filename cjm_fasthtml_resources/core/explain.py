@@ -251,7 +251,7 @@ def device_line(
 # %% ../../nbs/core/explain.ipynb #a33d57d5
 def name_swap(
     memory: HostMemory,
-) -> str:  # empty if swap is absent
+) -> str:  # empty without swap
     "Return how much of the swap is used"
     if not memory.swap_total: return ""
     used = "?" if memory.swap_used is None else format_bytes(memory.swap_used)

@@ -21,7 +21,7 @@ class StoreError(RuntimeError):
     "The shared file is unusable; the message names it, the reason and the remedy"
 
 _ADVICE = {
-    (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK, errno.EINVAL):   # answers of file systems that lack locks
+    (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK, errno.EINVAL):   # answers of file systems without locks
         "is on a file system without locks ({reason}); set CJM_RESOURCES_DIR to a folder on a local disk",
     (errno.ENOSPC, errno.EDQUOT): "cannot be written: its disk is full",
     (errno.EROFS,): "cannot be written: it or its disk is read-only",

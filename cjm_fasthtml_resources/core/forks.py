@@ -69,7 +69,7 @@ def free_others() -> None:
     "Free the locks of other packages in a fork's child, which the parent's threads can have taken"
     for name, free in _OTHERS.items():
         if name not in sys.modules: continue
-        with contextlib.suppress(AttributeError): free(sys.modules[name])   # of a version that lacks the lock
+        with contextlib.suppress(AttributeError): free(sys.modules[name])   # of a version without the lock
 
 # %% ../../nbs/core/forks.ipynb #f0a1c3d6
 FORK_SECONDS = 0.5   # for which a fork waits at most

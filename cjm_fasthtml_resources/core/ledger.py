@@ -114,7 +114,7 @@ def from_bytes(data: bytes, known: Mapping[bytes, Claim] = {}) -> Rows:
     return Rows(every, version, tuple(devices), last_id, tuple(ended))
 
 def find_claim(data: bytes, lease: int) -> Claim | None:
-    "Return the claim with a lease, reading that one alone; `None` if it is missing"
+    "Return the claim with a lease, reading that one alone; `None` without it"
     at = data.find(b",%d," % lease, data.find(b"\n"))
     if at < 0: return None
     found = _to_claim(*json.loads(data[data.rfind(b"\n", 0, at) + 1:data.find(b"\n", at)]))

@@ -208,7 +208,7 @@ class ResourceMonitor(StaysHere):
         with self._changed: return History(tuple(self._points))
 
     def take(self) -> Sample:
-        "Take a sample now, on this thread, and keep it as the latest; subscribers stay uncalled"
+        "Take a sample now, on this thread, and keep it as the latest, without calling subscribers"
         return self.keep(self._sample(read_gpus))
 
     def current(self) -> Sample:

@@ -149,7 +149,7 @@ def find_mark(
     from cjm_fasthtml_resources.core.exact import settings_mark  # when it is used, as is the other
     from cjm_fasthtml_resources.core.private_key import PROCESS_KEY, read_key
     try: key = PROCESS_KEY if path is None else (get or read_key)(path)
-    except (OSError, AttributeError) as error:   # or a system that lacks these calls
+    except (OSError, AttributeError) as error:   # or a system without these calls
         _tell_once(str(error))
         return ""
     return settings_mark(config, key) if key else ""

@@ -61,7 +61,7 @@ class CloudAwarePlugin(Protocol):
     "A plugin that rents a machine to run its work on"
 
     def get_remote_resource_info(self) -> Any:
-        """Return the rented machine, `None` if it is missing.
+        """Return the rented machine, `None` without it.
 
         A mapping or an object with `provider`, `region`, `instance_id`, `status`, `ssh_host`, `gpu_count`,
         `gpu_type` and `estimated_cost_per_hour`, as many as are known"""
@@ -124,7 +124,7 @@ def uses_gpu_device(
 # %% ../../nbs/core/plugins.ipynb #b14d91e8
 def get_plugin_resource_identifier(
     plugin_config: Mapping[str, Any] | None,
-) -> str | None:  # `None` if it is missing
+) -> str | None:  # `None` without it
     "Return the model or other resource that a configuration names"
     found = ((plugin_config or {}).get(key) for key in PLUGIN_RESOURCE_CONFIG_KEYS)
     return next((str(value) for value in found if value not in (None, "")), None)

@@ -107,7 +107,7 @@ def _read_line(pid: int, proc: str) -> bytes:
     with FileIO(f"{proc}/{pid}/stat") as file: return file.read(4096)   # open() would cost as much as the reading
 
 def _stat_by_psutil(pid: int) -> Stat | None:
-    "Return the same on systems that lack /proc"
+    "Return the same on systems without /proc"
     import psutil
     try:
         process = psutil.Process(pid)
@@ -405,7 +405,7 @@ def _is_machines(proc: str) -> bool:
     second = read_stat(2, proc)
     return second is not None and second.name == "kthreadd"
 
-def host_proc() -> str | None:  # `None` if it is missing
+def host_proc() -> str | None:  # `None` without it
     "Return where the host's processes are: in CJM_HOST_PROC, or else in /host/proc"
     path = os.environ.get("CJM_HOST_PROC") or "/host/proc"
     return path if os.path.exists(f"{path}/self/status") and _is_machines(path) else None

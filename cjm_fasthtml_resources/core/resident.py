@@ -78,7 +78,7 @@ def _never_has_ram(folder: str) -> bool:
 _HAS_PROC = sys.platform.startswith("linux")
 
 def _read_by_psutil() -> list[ResidentProcess]:
-    "Return the same on systems that lack /proc"
+    "Return the same on systems without /proc"
     import psutil
     found = [(p.pid, p.info["memory_info"]) for p in psutil.process_iter(["memory_info"])]
     return [ResidentProcess(pid, memory.rss) for pid, memory in found if memory and memory.rss]

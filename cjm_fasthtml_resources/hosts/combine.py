@@ -33,7 +33,7 @@ def missing_device(
     name: str,              # stands in place of the product's name
     reason: str | None,     # why the GPUs are missing, in words
 ) -> DeviceStatus:
-    "Return an unavailable device, the row of a host that lacks one"
+    "Return an unavailable device, the row of a host without one"
     device = GpuDevice(0, name=name, host=host, reason=reason)
     return DeviceStatus(device, ResourceStatus.UNAVAILABLE, reason=reason)
 
@@ -48,7 +48,7 @@ class HostAnswer:
     "The answer of one host"
     host: str
     workers: tuple[str, ...]          # addresses of its dask workers
-    sample: Sample | None = None      # `None`: it is missing
+    sample: Sample | None = None      # `None`: no answer
     waiting: int = 0                  # bytes that requests wait for there
     reason: str | None = None         # why the answer is missing, in words
     id: str = ""                      # distinguishes hosts of one name

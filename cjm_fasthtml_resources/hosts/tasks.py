@@ -30,7 +30,7 @@ from ..core.reservations import Request, Reservation
 class Task:
     "What a worker has to know to run a task with its reservation"
     key: str
-    plugin: Any                     # the workers' plugin; one that lacks it sets it up
+    plugin: Any                     # the workers' plugin; one without it sets it up
     asked: Mapping[str, Any]        # what is reserved, for `ResourceManager.request`
     host: str = ""                  # the id of the host that it was sent to; "": dask has chosen one
     sender: str = ""                # who is told when the host's queue has the request
@@ -193,7 +193,7 @@ def run_reserved(
         return asyncio.run(found) if inspect.iscoroutine(found) else found
 
 def find_plugin(worker: Any, plugin: Any) -> Any:
-    "Return the worker's own plugin; one that lacks it, as after the restart of a scheduler, sets this one up"
+    "Return the worker's own plugin; one without it, as after the restart of a scheduler, sets this one up"
     there = worker.plugins.get(plugin.name)
     if there is not None: return there
     adding = asyncio.run_coroutine_threadsafe(worker.plugin_add(plugin=plugin, name=plugin.name),

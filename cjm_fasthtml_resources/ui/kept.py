@@ -67,7 +67,7 @@ def _publish(data: Mapping[str, Any], **kw: Any) -> None:
     with contextlib.suppress(OSError, RuntimeError): publish(dict(data), raw=True, **kw)
 
 def _publish_live(bundle: Any) -> None:
-    "Display a widget, of which its `_repr_mimebundle_` is given; a converter that lacks widgets leaves it out"
+    "Display a widget, of which its `_repr_mimebundle_` is given; a converter without widgets leaves it out"
     data, metadata = bundle if isinstance(bundle, tuple) else (bundle, {})
     shown = {kind: value for kind, value in data.items() if kind != "text/plain"}
     _publish({**shown, "text/html": ""}, metadata=metadata)

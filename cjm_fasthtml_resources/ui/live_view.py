@@ -55,7 +55,7 @@ class LiveView(anywidget.AnyWidget):
     _esm = _SCRIPT
     whole = Dict().tag(sync=True)         # all figures, sent at first and when a page asks
     change = Dict().tag(sync=True)        # those that changed since; both have a number, one more each time
-    asked = Float().tag(sync=True)        # set by a page that lacks some of them
+    asked = Float().tag(sync=True)        # set by a page without some of them
     charts = Unicode().tag(sync=True)     # apart, since they are drawn at most every ten seconds
     beat = Unicode().tag(sync=True)       # greys them once they are old
     style, name = Unicode(CSS).tag(sync=True), Unicode().tag(sync=True)

@@ -184,7 +184,7 @@ class UserLabels:
         self,
         devices: Iterable[DeviceStatus],
     ) -> dict[str, tuple[int, int]]:  # user → bytes, processes
-        "Return what each user's processes use on all devices; an unnamed user is `unknown`"
+        "Return what each user's processes use on all devices; without a name it is `unknown`"
         found = [(p.username or "unknown", p.memory_used or 0) for d in devices for p in d.processes]
         memory, count = Counter[str](), Counter(user for user, _ in found)
         for user, size in found: memory[user] += size

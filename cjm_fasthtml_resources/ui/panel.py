@@ -141,7 +141,7 @@ def _interval_menu(interval: float) -> widgets.Dropdown:
     return _menu("every", _interval_options(interval), interval, "9rem")
 
 def _set_menu(menu: widgets.Dropdown, interval: float, act: Callable[[Any], None]) -> None:
-    "Show an interval that was set elsewhere; `act` stays uncalled"
+    "Show an interval that was set elsewhere; `act` is not called"
     if menu.value == interval: return
     menu.unobserve(act, "value")
     menu.options = _interval_options(interval)
@@ -305,7 +305,7 @@ class ResourcePanel(StaysHere, SeenBox):
             raise
 
     def _repr_html_(self) -> str:
-        "Return the last sample as a picture, for readers who lack a kernel"
+        "Return the last sample as a picture, for readers without a kernel"
         return picture(self._sample, self.monitor.history, self._view, "" if self._closed else self.id)
 
     def close(self) -> None:

@@ -45,7 +45,7 @@ class Part(NamedTuple):
     "How an owner's share of a bar looks"
     name: str   # the key in `DeviceStatus.shares`
     sign: str
-    ascii: str  # the sign on terminals that lack Unicode
+    ascii: str  # the sign on terminals without Unicode
     style: str
 
     @property

@@ -203,7 +203,7 @@ def _picture_handlers(hub: Hub, prefix: str) -> dict[str, Callable[..., Any]]:  
 _EAST = 24*60   # minutes that a time zone can be from UTC, at most
 
 def _whole_number(req: Request, name: str, most: int) -> int | None:
-    "Return a number of the query, `None` if it is missing; raise `ValueError` if it is invalid"
+    "Return a number of the query, `None` without it; raise `ValueError` if it is invalid"
     text = req.query_params.get(name)
     if text is None: return None
     if not re.fullmatch(r"-?[0-9]{1,12}", text) or abs(int(text)) > most: raise ValueError(f"{name} must be a number")
@@ -330,7 +330,7 @@ def resource_routes(
 ) -> ResourceRoutes:
     """Add the page, its fragment, its streams and its scripts.
 
-    Raise `ValueError` for controls that lack a guard, `ImportError` for metrics if the extra is missing.
+    Raise `ValueError` for controls without a guard, `ImportError` for metrics if the extra is missing.
     """
     check_controls(manager, controls)
     _check_guard(guard, controls)
