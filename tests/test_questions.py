@@ -245,7 +245,7 @@ def test_an_answer_after_the_request_is_over_is_said_in_words(asked):
     chat, request, _ = asked
     [question] = chat.get_questions()
     request.withdraw()
-    with pytest.raises(LookupError, match="asks nothing of chat now. IDs that do: none"): chat.answer(question.id, True)
+    with pytest.raises(LookupError, match="asks nothing of chat now. None does."): chat.answer(question.id, True)
 
 
 def test_the_one_who_gives_up_learns_that_there_was_no_answer(asked):

@@ -41,8 +41,8 @@ def find_asked(
     if len(found) == 1: return found[0]
     if found: raise click.UsageError(f"{' and '.join(name for name, _ in found)} are asked: add --app NAME.")
     known = ", ".join(sorted({str(q.id) for _, q in questions}))
-    raise click.BadParameter(f"request {id} asks nothing of {app or 'your apps'} now. IDs that do: {known or 'none'}.",
-                             param_hint="ID")
+    which = f"These do: {known}." if known else "None does."
+    raise click.BadParameter(f"request {id} asks nothing of {app or 'your apps'} now. {which}", param_hint="ID")
 
 # %% ../../nbs/commands/answer.ipynb #ec802701
 def await_done(

@@ -66,8 +66,8 @@ CONTAINER_NOTE = (
     "Otherwise have workers report their usage: "
     "update_worker_state(pid, gpu_memory_mb=...)")
 SILENT_NOTE = (
-    "Estimate: the driver reports no memory per process, as under WSL and Windows, "
-    "so the rest was assigned to the processes without a figure")
+    "Estimate: the driver reports no memory per process, as under WSL and Windows. "
+    "The memory in use is divided among the processes whose own figure is unknown")
 NO_INSTANCE = "MIG is enabled, but no MIG instance exists"
 LISTS_NOTE = (
     "Estimate: the driver could not list every process on a GPU, so memory of unknown owners "

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['SENTENCES', 'say', 'name_worker', 'name_process', 'by_size', 'Cause', 'name_causes', 'process_causes',
            'reservation_causes', 'unseen_causes', 'name_room', 'users_in_app', 'users_outside', 'explain_gpus',
-           'compare_sizes', 'explain_free', 'explain_shortage', 'explain_others', 'explain_app', 'device_line',
-           'name_swap', 'explain_memory']
+           'compare_sizes', 'explain_free', 'explain_shortage', 'explain_timeout', 'explain_others', 'explain_app',
+           'device_line', 'name_swap', 'explain_memory']
 
 # %% ../../nbs/core/explain.ipynb #ad35b98e
 from collections.abc import Iterable
@@ -221,6 +221,13 @@ def explain_shortage(
     need, free = compare_sizes(memory, best.room)[0], explain_free([best], memory)
     if count == 1: return say("gpu lacks", need=need, free=free)
     return say("gpus lack", need=need, count=count, enough=len(enough), all=len(devices), free=free)
+
+# %% ../../nbs/core/explain.ipynb #0859cb0d
+def explain_timeout(
+    timeout: float,   # seconds that a caller was to wait
+) -> str:
+    "Return that a wait is over, in a sentence"
+    return f"Gave up after {timeout:g} s." if timeout else "It did not wait: timeout is 0."
 
 # %% ../../nbs/core/explain.ipynb #7dc50f88
 def _percent(share: float) -> str: return "less than 1 %" if share < 1 else f"{share:.0f} %"

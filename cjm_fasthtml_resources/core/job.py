@@ -46,6 +46,7 @@ from .claims import DeviceUse, asks_for_ram, find_base, read_use, used_by
 from .conflict import ResourceBusy, ResourceConflict, ResourceUnavailable
 from .copies import StaysHere
 from .devices import device_key, device_place
+from .explain import explain_timeout
 from .forks import reset_in_child
 from .freeing import RoomMade
 from .gpu import GpuDevice
@@ -154,7 +155,7 @@ def is_loading(worker: WorkerState) -> bool:
 def name_turn(worker: WorkerState, timeout: float) -> str:
     "Return why a job still waits for its turn, in words"
     doing = f"running {worker.shown().job_id}" if worker.job_id else worker.status
-    return f"The {worker.shown().worker_type} worker with PID {worker.pid} is {doing}. Gave up after {timeout:g} s."
+    return f"The {worker.shown().worker_type} worker with PID {worker.pid} is {doing}. {explain_timeout(timeout)}"
 
 # %% ../../nbs/core/job.ipynb #42c49787
 def name_double(worker: WorkerState, job_id: str) -> str:

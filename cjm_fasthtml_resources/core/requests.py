@@ -24,7 +24,7 @@ from .arguments import check_flag, check_number, check_pid, shorten
 from .claims import read_use
 from .conflict import ResourceBusy, ResourceConflict, ResourceUnavailable
 from .devices import device_key, device_place, doubtful_places, explain_doubt, see_devices, select_devices
-from .explain import explain_free, explain_shortage
+from .explain import explain_free, explain_shortage, explain_timeout
 from .forks import reset_in_child
 from .gpu import GpuDevice, GpuSnapshot, read_gpu_links
 from .ledger import find_cap
@@ -345,7 +345,7 @@ def make_give_up(
         if conflict.is_late and judge and (last := request.snapshot):
             shortage, conflict = find_shortage(request, lambda: judge(last))
         error = ResourceUnavailable if conflict.is_late else ResourceBusy
-        raise error(f"{shortage} Gave up after {timeout:g} s.{find_answers(request)}", conflict)
+        raise error(f"{shortage} {explain_timeout(timeout or 0)}{find_answers(request)}", conflict)
 
     return give_up
 
