@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+from importlib import import_module
 
 import pytest
 from conftest import samplers, wait_until
@@ -568,6 +569,30 @@ def test_an_exit_handler_and_a_late_thread_use_everything_without_a_traceback(ho
     command = [sys.executable, "-c", LATE, *how.split(",")]
     out = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert (out.returncode, out.stderr, out.stdout) == (0, "", "it ends well\n")
+
+
+@pytest.mark.parametrize("module, name", [("panel", "ResourcePanel"), ("live_view", "LiveView")])
+def test_a_view_that_is_collected_when_python_ends_waits_for_no_lock(module, name, monkeypatch):
+    "Threads have stopped where they were by then, and one that has a lock keeps it"
+    if module == "live_view": pytest.importorskip("anywidget", reason="the extra marimo is not installed")
+    view = getattr(import_module(f"cjm_fasthtml_resources.ui.{module}"), name)(ResourceManager(track_self=False))
+    taken, over = threading.Event(), threading.Event()
+
+    def keep() -> None:
+        with view._lock:
+            taken.set()
+            over.wait(30)
+    threading.Thread(target=keep, daemon=True).start()
+    assert taken.wait(5)
+    with monkeypatch.context() as ending:
+        ending.setattr(type(view), "_is_ending", lambda view: True)
+        closing = threading.Thread(target=view.__del__, daemon=True)
+        closing.start()
+        closing.join(5)
+    assert not closing.is_alive()
+    over.set()
+    view.close()
+
 
 
 def test_a_spawned_and_a_forked_process_start_with_nothing_running():

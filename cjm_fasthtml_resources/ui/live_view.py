@@ -24,6 +24,7 @@ from .charts import REDRAW, charts_of
 from .heard import SIGN, Hearing
 from .kept import text_view
 from .parts import to_html
+from .seen import LeftAtTheEnd
 from .view import View, render, render_tables
 
 # %% ../../nbs/ui/live_view.ipynb #b20bab52
@@ -50,7 +51,7 @@ def draw_slots(sample: Sample, history: History, view: View) -> dict[str, str]:
 _SCRIPT = "\n".join(map(read_asset, ("live.js", "tables.js", "figures.js", "live_view.js")))
 
 # %% ../../nbs/ui/live_view.ipynb #dcd814bc
-class LiveView(anywidget.AnyWidget):
+class LiveView(LeftAtTheEnd, anywidget.AnyWidget):
     "GPUs, memory, workers and processes, live where anywidgets are shown. `close()` ends it"
     _esm = _SCRIPT
     whole = Dict().tag(sync=True)         # all figures, sent at first and when a page asks
