@@ -107,10 +107,11 @@ def to_scenario(
 
 # %% ../../nbs/recorded/scenario.ipynb #584bea56
 def save_scenario(
-    row: Row,           # of `RecordedHistory.at`
+    row: Row | None,    # of `RecordedHistory.at`
     path: str | Path,   # of a new or an existing file, whose name ends in .json
 ) -> None:
     "Write a recorded moment as a file for `load_scenario` and `--simulate`; `ValueError`, or `OSError`"
+    if row is None: raise ValueError("no data of that time: RecordedHistory.at returned None")
     file = Path(path)
     if file.suffix != ".json": raise ValueError(f"the name of a scenario's file ends in .json, not {file.name!r}")
     text = json.dumps(to_scenario(row), indent=1) + "\n"

@@ -283,9 +283,9 @@ class ChartView:
     "Charts as a notebook shows them; in a terminal, what they show in sentences"
     charts: Sequence[Chart]
 
-    def __repr__(self) -> str: return "\n".join(map(describe, self.charts))
+    def __repr__(self) -> str: return "\n".join(map(describe, self.charts)) or "No data of that time."
 
-    def _repr_html_(self) -> str: return to_html(framed(*chart_grid(self.charts)))
+    def _repr_html_(self) -> str: return to_html(framed(*chart_grid(self.charts))) if self.charts else repr(self)
 
 # %% ../../nbs/ui/charts.ipynb #2ee2b0a8
 HINT = "cjm-resources record"
