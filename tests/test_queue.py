@@ -148,7 +148,7 @@ def test_a_small_one_waits_for_the_memory_that_a_large_one_asked_for_first(rig):
     rig.hold("speech", 10)
     _, large = rig.wait("train", 20)
     _, small = rig.wait("speech", 2)
-    assert small["behind"] == large["id"] and f"kept for {large['id']}" in small["why"]
+    assert small["behind"] == large["id"] and f"kept for request {large['id']}" in small["why"]
 
 
 def test_a_killed_holder_is_gone_and_the_next_has_it(rig):
@@ -275,7 +275,7 @@ def test_a_suspended_request_says_so(rig):
 def test_shrink_and_the_receipt(rig):
     holder = rig.hold("speech", 16)
     ask(holder, "use", 11)
-    assert ask(holder, "receipt") == "receipt At most 11.0 GiB of 16.0 GiB were seen in use: 5.0 GiB can be released."
+    assert ask(holder, "receipt") == "receipt Of 16.0 GiB, at most 11.0 GiB were used so far: 5.0 GiB can be released."
     waiting, _ = rig.wait("train", 12)
     assert "at least 11264" in ask(holder, "shrink", 10) and "at most 16384" in ask(holder, "shrink", 17)
     assert ask(holder, "shrink", 11) == "shrunk"
@@ -387,7 +387,7 @@ def test_a_request_knows_when_it_is_expected_to_start(rig):
         least, most = first["starts"]
         assert 400 < least <= 600 and 1600 < most <= 1800 and second["starts"] is None
         text = " ".join(rig.run("queue").stdout.split())
-        assert re.search(r"expected to start in \d+ to \d+ minutes", text) and "Its start is unknown" in text
+        assert re.search(r"Expected start: in \d+ to \d+ minutes", text) and "Expected start: unknown." in text
 
 
 def test_what_waits_says_for_how_many_gpus_and_when_it_starts(folder):
@@ -406,9 +406,9 @@ def test_what_waits_says_for_how_many_gpus_and_when_it_starts(folder):
             assert expected_start(both) and expected_start(behind) is None
             table = " ".join(to_text(promise_table((), 200, sample.gpu.waiting)).split())
             for shown in (render_reservations(sample, View()), table):
-                assert "8.0 GiB x 2" in shown and "expected to start in up to 5 minutes" in shown
+                assert "8.0 GiB x 2" in shown and "Expected start: in up to 5 minutes" in shown
                 assert f"It is behind request {first.id}." in shown
-                assert "Its start is unknown." in shown
+                assert "Expected start: unknown." in shown
             for request in (both, behind): request.withdraw()
 
 

@@ -441,7 +441,7 @@ def test_the_page_leads_two_newcomers_through_the_queue(machine, place):
         with machine.start(place, RUNS, *wait) as bob:
             while "waits" not in shown(HOSTS[0]) and time.monotonic() < until: pass
             for who in (HOSTS[0], place):
-                assert re.search(r"2: The job needs 14.0 GiB. .* expected to start in up to [0-9]+ seconds", shown(who))
+                assert re.search(r"2: The job needs 14.0 GiB. .* Expected start: in up to [0-9]+ seconds", shown(who))
             with machine.start(place, RUNS, *release) as refused: refused.communicate(timeout=60)
             assert refused.returncode == os.EX_NOPERM
             with machine.start(HOSTS[0], RUNS, *release) as released: said, _ = released.communicate(timeout=60)

@@ -78,7 +78,8 @@ def _wait_reason(manager: ResourceManager, mine: Claim, ram: int, conflict: Reso
         if check.memory is None or check.memory.room < ram:
             return f"The job needs {format_bytes(ram)} of RAM. {check.message}"
     if not mine.count:   # RAM alone
-        return f"Enough memory is free, but it is kept for {ahead[-1]}, which is ahead in the queue." if ahead else ""
+        kept = "Enough memory is free, but it is kept for request {}, which is ahead in the queue."
+        return kept.format(ahead[-1]) if ahead else ""
     return explain_waiting(replace(mine, beside=()), conflict.allowed, ahead[-1] if ahead else None)
 
 # %% ../../nbs/agents/foresee.ipynb #15cb365d

@@ -13,8 +13,9 @@ import click
 
 from ..core.ledger import Ledger
 from ..core.manager import ResourceManager
-from ..core.questions import Answer, Question, read_answers
+from ..core.questions import Answer, Question, find_first, read_answers
 from ..core.receipts import machine_user
+from ..core.resources import ResourceStatus
 from ..core.store import Store, StoreError, open_tables, store_path
 from ..core.text import printable
 from .ending import fail
@@ -80,7 +81,7 @@ def answer(id: int | None, is_yes: bool, app: str | None) -> None:
     questions = [(name, q) for name, q in find_all_questions(store) if app in (None, name)]
     if id is None:
         for name, q in questions: click.echo(f"{q.id}, to {printable(name)}: {q}")
-        if not questions: click.echo(f"No request asks {'your apps' if app is None else app}.")
+        if not questions: click.echo(_no_question(store, app or "your apps"))
         return
     name, question = find_asked(id, app, questions)
     manager = ResourceManager(track_self=False, app=name)
@@ -94,6 +95,12 @@ def answer(id: int | None, is_yes: bool, app: str | None) -> None:
              "ends.", os.EX_TEMPFAIL)
     else: fail(f"You agreed, but nothing was unloaded: request {id} has started or given up, or the workers have "
                "jobs by now.", os.EX_TEMPFAIL)
+
+def _no_question(store: Store, apps: str) -> str:
+    "Return that nothing is asked, or why that is unknown"
+    asking, conflict = find_first(Ledger(store).claims()), ResourceManager(track_self=False).check_gpu_availability()
+    if not asking or conflict.status is not ResourceStatus.UNAVAILABLE: return f"No request asks {apps}."
+    return f"The GPUs are unreadable here, so it is unknown whether a request asks {apps}: {conflict.reason}."
 
 def _tell(done: Answer) -> None:
     if not done.is_yes: fail(done.done, os.EX_TEMPFAIL)

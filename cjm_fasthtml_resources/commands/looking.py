@@ -41,7 +41,7 @@ def check_known(app: str, store: Store) -> None:
     known = find_apps(store)
     if app in known: return
     names = f"Known: {', '.join(sorted(known))}" if known else "No app has any yet"
-    raise click.BadParameter(f"no app called {shorten(app)} has workers, reservations or needs here. {names}",
+    raise click.BadParameter(f"no app called {shorten(app)} is known on this machine. {names}",
                              param_hint="--app")
 
 # %% ../../nbs/commands/looking.ipynb #a9368f2e

@@ -57,7 +57,7 @@ def explain_place(
     if not path.exists(): return None
     if not path.is_dir(): return f"{path} is not a folder"
     others = [p.name for p in path.iterdir() if not p.name.startswith(_OURS) and p.suffix not in (".events", ".new")]
-    return f"{path} has other files in it, such as {min(others)}: name a new folder" if others else None
+    return f"{path} contains other files, such as {min(others)}. Give the path of a new folder" if others else None
 
 # %% ../../nbs/commands/share.ipynb #c2176588
 def _set_rights(path: Path, group: int, mode: int, flags: int = 0, owner: int = -1) -> None:

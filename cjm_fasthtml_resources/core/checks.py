@@ -60,7 +60,7 @@ from .workers import Workers
 
 # %% ../../nbs/core/checks.ipynb #ab41382a
 CONTAINER_NOTE = (
-    "Estimate: in a container or WSL, the driver's PIDs cannot be matched. "
+    "Estimate: in a container or under WSL, the driver's PIDs are the host's, and match no process here. "
     "For exact figures, mount the host's /proc (docker run -v /proc:/host/proc:ro), "
     "or set CJM_HOST_PROC to its path (update an open kernel module of release 545 to 560). "
     "Otherwise have workers report their usage: "
@@ -99,8 +99,8 @@ def seen_notes(
     notes = [complaint] if complaint and (visible or others) else []
     best = max(others, key=lambda d: d.room, default=None)
     if best is None or any(d.room >= best.room for d in visible): return notes
-    return [*notes, f"A process uses one MIG instance. reserve() and pick_gpus() give a child process another one: "
-                    f"GPU {best.device.id} has {format_bytes(best.room)} free"]
+    return [*notes, "This process can use one MIG instance. A child process can use another, with the environment of "
+                    f"reserve(): GPU {best.device.id} has {format_bytes(best.room)} free"]
 
 def each_memory_once(
     found: Sequence[DeviceStatus],

@@ -125,5 +125,5 @@ def describe_start(
     starts: Range | None,
 ) -> str:
     "Return when a request is expected to start, in words"
-    if starts is None: return "Its start is unknown."
-    return f"It is expected to start in {format_range(*starts)}." if starts[1] >= 1 else "It is expected to start now."
+    if starts is None: return "Expected start: unknown."
+    return f"Expected start: in {format_range(*starts)}." if starts[1] >= 1 else "Expected start: now."

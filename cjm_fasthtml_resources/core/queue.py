@@ -72,7 +72,8 @@ def explain_waiting(
     if not suitable: return "Its GPUs are unreadable from here."
     if sum(d.room >= claim.memory for d in suitable) < claim.count:
         return explain_shortage(suitable, claim.memory, claim.count)
-    if ahead is not None: return f"Enough memory is free, but it is kept for {ahead}, which is ahead in the queue."
+    if ahead is not None:
+        return f"Enough memory is free, but it is kept for request {ahead}, which is ahead in the queue."
     if ram: return f"Enough GPU memory is free. It waits for {format_bytes(ram)} of RAM, too."
     return "Enough memory is free: it is granted at the next reading of the GPUs."
 

@@ -99,7 +99,7 @@ def row_notes(
 ) -> list[str]:  # sentences
     "Return hints on reservations, why requests wait and their expected starts, with the unknown ones in one line"
     def tell(row: ReservationRow) -> str:
-        return f"{row.number}: {row.note}" + (" Its start is unknown." if row.waits and not row.is_known else "")
+        return f"{row.number}: {row.note}" + (" Expected start: unknown." if row.waits and not row.is_known else "")
 
     told = [tell(row) for row in rows if row.note]
     unknown = [row.number for row in rows if row.waits and not row.is_known and not row.note]
