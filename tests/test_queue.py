@@ -141,7 +141,7 @@ def test_who_has_what_and_who_waits_behind_whom(rig):
     assert [row["pid"] for row in rig.rows("--app", "train")] == [first.pid, second.pid]
     text = rig.run("queue").stdout
     assert re.search(rf"{held['id']} +0 +16.0 GiB +11.0 GiB +held .*speech", text), text
-    assert f"waits behind {large['id']}" in text and f"{held['id']}: At most 11.0 GiB of 16.0 GiB" in text
+    assert f"waits behind {large['id']}" in text and f"{held['id']}: Of 16.0 GiB, at most 11.0 GiB" in text
 
 
 def test_a_small_one_waits_for_the_memory_that_a_large_one_asked_for_first(rig):
