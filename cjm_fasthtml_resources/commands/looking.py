@@ -78,6 +78,12 @@ def register_apps(manager: ResourceManager, apps: Iterable[int | str]) -> None:
         manager.register_worker(pid, "app")
 
 # %% ../../nbs/commands/looking.ipynb #22c5c6cd
+def _keep_apart(manager: ResourceManager) -> None:
+    "Have a manager keep simulated workers out of its app's file, whose workers it has read"
+    try:
+        with manager.workers.reading(): manager.workers.roster = None
+    except StoreError as error: fail(str(error), os.EX_IOERR)
+
 @contextlib.contextmanager
 def simulated_machine(simulate: str | None, manager: ResourceManager) -> Iterator[str | None]:
     "Use this machine, or a simulated one with its workers registered; the value describes the simulation"
@@ -88,7 +94,7 @@ def simulated_machine(simulate: str | None, manager: ResourceManager) -> Iterato
     try: driver = load_scenario(simulate)
     except ScenarioError as error: raise click.BadParameter(str(error), param_hint="--simulate") from None
     manager.needs = manager.checks.needs = Needs()   # simulated jobs teach nothing
-    manager.workers.roster = None                    # and keep simulated workers out of the app's file
+    _keep_apart(manager)
     with driver:
         try:
             for worker in driver.workers: manager.register_worker(**worker)
