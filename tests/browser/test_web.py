@@ -381,7 +381,7 @@ def test_a_question_names_the_worker_and_stays_open_while_rows_move(server, new_
     page.locator(".workers summary").click()
     question = page.locator(".workers details")
     pid = ask(server)["worker"]
-    assert f"Stop worker {pid} (llm) and its child processes? It is running job-1." in question.inner_text()
+    assert f"Stop worker {pid} (llm, vllm) and its child processes? It is running job-1." in question.inner_text()
     page.evaluate("document.querySelector('.workers details button').focus()")
     for others in (3, 1, 5):                       # idle workers come and go, and the one at work stays
         ask(server, f"?workers={others}")
