@@ -259,6 +259,8 @@ class Follower:
         if manager is None: return
         with holding(self._lock):
             questions = find_questions(manager, unload=self.unload)
+            leases = {question.lease for question in questions}
+            self._asked = {(lease, worker) for lease, worker in self._asked if lease in leases}
             if any([self._ask(manager, question) for question in questions]):
                 questions = find_questions(manager, unload=self.unload)
             for question in questions:
