@@ -144,6 +144,27 @@ def test_who_has_what_and_who_waits_behind_whom(rig):
     assert f"waits behind {large['id']}" in text and f"{held['id']}: Of 16.0 GiB, at most 11.0 GiB" in text
 
 
+def test_who_started_to_look_before_the_first_reservation_sees_it(rig, tmp_path):
+    "A recorder and a live view: neither of them has an app"
+    kept, pipes = tmp_path/"history.sqlite3", dict(stdout=subprocess.PIPE, text=True, env=rig.env)
+    recorder = subprocess.Popen([*rig.words["command"], "record", "--interval", "0.1", "--file", kept], **pipes)
+    live = subprocess.Popen([*rig.words["command"], "--watch", "--interval", "0.2"], **pipes)
+    rig.started += [recorder, live]
+    assert recorder.stdout.readline() and live.stdout.readline()
+    holder = rig.hold("speech", 16)
+    second, _ = rig.wait("chat", 16)
+    for line in live.stdout:
+        if "waits, no. 1" in line: break
+    assert ask(holder, "release") and second.stdout.readline() == "has it\n"
+    time.sleep(0.5)
+    recorder.send_signal(signal.SIGINT)
+    assert recorder.wait(20) == -signal.SIGINT
+    changes = json.loads(rig.run("history", "--json", "--file", kept).stdout)["changes"]
+    told = [(change["kind"], change["pid"]) for change in changes]
+    for expected in [("reserved", holder.pid), ("requested", second.pid), ("released", holder.pid),
+                     ("reserved", second.pid)]: assert expected in told
+
+
 def test_a_small_one_waits_for_the_memory_that_a_large_one_asked_for_first(rig):
     rig.hold("speech", 10)
     _, large = rig.wait("train", 20)

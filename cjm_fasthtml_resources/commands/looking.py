@@ -52,9 +52,7 @@ class Machine(NamedTuple):
 
 def _watch_reservations(manager: ResourceManager) -> None:
     "Count the reservations of this machine from now on, even without an app's name"
-    try:
-        check_owner(store_path().parent)
-        if not store_path().with_suffix(".lock").exists(): return
+    try: check_owner(store_path().parent)
     except (StoreError, OSError) as error: say(f"Cannot read the reservations: {error}")
     else: manager.ledger = manager.checks.ledger = Ledger(Store(store_path()))
 
