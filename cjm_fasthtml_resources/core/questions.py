@@ -26,8 +26,8 @@ def name_idle(
     memory: int,   # bytes that it has on the devices in question
 ) -> str:
     "Return an idle worker with its model, its memory and how long it has been unused"
-    idle = "" if worker.last_used is None else format_age(time.monotonic() - worker.last_used)
-    unused = f", unused for {idle}" if idle and idle != "0 min" else ""
+    idle = 0.0 if worker.last_used is None else time.monotonic() - worker.last_used
+    unused = f", unused for {format_age(idle)}" if idle >= 60 else ""
     loaded, kind = (printable(text) for text in (name_loaded(worker) or "its model", worker.shown().worker_type))
     return (f"idle {kind} worker (PID {worker.pid}) has {loaded} there "
             f"({format_bytes(memory)}){unused}")

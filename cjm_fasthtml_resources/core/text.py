@@ -23,7 +23,7 @@ def format_age(
     if seconds is None: return ""
     for size, unit in ((86400, "d"), (3600, "h"), (60, "min")):
         if seconds >= size: return f"{seconds//size:.0f} {unit}"
-    return "0 min"
+    return "< 1 min"
 
 # %% ../../nbs/core/text.ipynb #00bc027a
 def list_names(

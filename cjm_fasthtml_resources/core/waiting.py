@@ -43,7 +43,7 @@ class ReservationRow:
     state: str
     memory: int    # bytes
     id: int = 0    # as `cjm-resources queue` shows it
-    age: str = ""  # since when, from a minute on
+    age: str = ""  # for how long; empty if that is unknown
     count: int = 1     # of the devices that a request waits for together, with so much memory on each
     note: str = ""     # why a request waits, behind which, and when it is expected to start; or a hint for a holder
     is_known: bool = True   # whether that is known
@@ -61,9 +61,8 @@ class ReservationRow:
         return f"{kind} {self.id}" if self.id else self.state.removeprefix("waits, ").capitalize()
 
 def _age(since: float | None) -> str:
-    "Return for how long something is so, from a minute on"
-    seconds = 0.0 if since is None else machine_time() - since
-    return format_age(seconds) if seconds >= 60 else ""
+    "Return for how long something is so; empty if that is unknown"
+    return format_age(None if since is None else machine_time() - since)
 
 def _of(row: Promise | Waiting) -> str:
     "Return the user and the container of a process that is hidden from here"
