@@ -17,7 +17,8 @@ def check(code: int) -> None:
     if code: raise OSError(f"CUDA error {code}")
 
 
-def allocate(mib: int, managed: bool = False) -> None:
+def allocate(mib: int, managed: bool = False) -> int:
+    "Take memory of the first device; its address"
     cuda = ctypes.CDLL("libcuda.so.1")
     device, context, address = ctypes.c_int(), ctypes.c_void_p(), ctypes.c_uint64()
     check(cuda.cuInit(0))
@@ -25,10 +26,18 @@ def allocate(mib: int, managed: bool = False) -> None:
     check(cuda.cuDevicePrimaryCtxRetain(ctypes.byref(context), device))
     check(cuda.cuCtxSetCurrent(context))
     size = ctypes.c_size_t(mib*2**20)
-    if not managed: return check(cuda.cuMemAlloc_v2(ctypes.byref(address), size))
+    if not managed:
+        check(cuda.cuMemAlloc_v2(ctypes.byref(address), size))
+        return address.value or 0
     check(cuda.cuMemAllocManaged(ctypes.byref(address), size, 1))   # CU_MEM_ATTACH_GLOBAL
     check(cuda.cuMemsetD8_v2(address, 1, size))
     check(cuda.cuCtxSynchronize())
+    return address.value or 0
+
+
+def free(address: int) -> None:
+    "Give memory back; the process keeps its context"
+    check(ctypes.CDLL("libcuda.so.1").cuMemFree_v2(ctypes.c_uint64(address)))
 
 
 def main(mib: int, depth: int = 0, seconds: float = 0, managed: bool = False) -> None:

@@ -8,7 +8,9 @@ import contextlib
 import importlib.util
 import json
 import os
+import random
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -16,6 +18,7 @@ from pathlib import Path
 
 import pytest
 
+from cjm_fasthtml_resources.core.conflict import ResourceBusy
 from cjm_fasthtml_resources.core.devices import read_digits
 from cjm_fasthtml_resources.core.gpu import read_gpus
 from cjm_fasthtml_resources.core.manager import ResourceManager
@@ -31,6 +34,7 @@ HOLD = HERE/"cuda.py"
 sys.path.insert(0, str(HERE))
 import report  # noqa: E402  (its neighbour)
 
+CROWD, CROWD_SECONDS = 8, float(os.environ.get("CROWD_SECONDS", "10"))   # processes at once, for so long
 OVERHEAD_MIB = 800  # of a CUDA context, on top of what is allocated; less on most cards
 
 
@@ -149,6 +153,122 @@ with ResourceManager(app="fill").reserve({each}, 0, timeout=120) as gpu:
     figures["jobs"], figures["most_used_mib"] = len(jobs), round(most/2**20)
     figures["total_mib"] = round(device.device.memory_total/2**20)
     assert ended == [(0, ["ready"])]*10
+
+
+CROWD_JOB = """
+import os, random, sys, time
+sys.path.insert(0, {folder!r})
+from cuda import allocate
+from cjm_fasthtml_resources.core.manager import ResourceManager
+draw = random.Random(os.getpid())
+mib = draw.randint({least}, {most})
+with ResourceManager(app=f"crowd-{{os.getpid() % 3}}").reserve(mib, timeout=120):
+    allocate(mib - {overhead})
+    time.sleep(draw.random())
+"""
+
+
+def test_a_crowd_that_is_killed_all_the_while_never_runs_out_of_memory(figures, tmp_path, monkeypatch):
+    "Each job takes what it reserved, in its own process; a third of them are killed, also while they allocate"
+    monkeypatch.setenv("CJM_RESOURCES_DIR", str(tmp_path))
+    device = ResourceManager().check_gpu_availability().devices[0]
+    if device.status is ResourceStatus.UNAVAILABLE: pytest.skip(device.reason or "")
+    room = device.room//2**20
+    code = CROWD_JOB.format(folder=str(HERE), least=room//16, most=room//2, overhead=OVERHEAD_MIB)
+    draw, dies, ended, most = random.Random(0), {}, [], 0
+    until = time.monotonic() + CROWD_SECONDS
+    while dies or time.monotonic() < until:
+        while len(dies) < CROWD and time.monotonic() < until:
+            job = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True)
+            dies[job] = time.monotonic() + (4*draw.random() if draw.random() < 0.3 else 1_000)
+        for job, end in dies.items():
+            if time.monotonic() >= end: job.kill()
+        most = max(most, read_gpus().devices[0].memory_used or 0)
+        time.sleep(0.05)
+        ended += [job for job in dies if job.poll() is not None]
+        dies = {job: end for job, end in dies.items() if job not in ended}
+    errors = [job.stderr.read() for job in ended if job.returncode not in (0, -signal.SIGKILL)]
+    assert not errors, errors[0]
+    done, killed = (sum(job.returncode == code for job in ended) for code in (0, -signal.SIGKILL))
+    figures["crowd"] = dict(jobs=len(ended), done=done, killed=killed, most_used_mib=round(most/2**20))
+    assert done and killed and not ResourceManager().get_claims()
+
+
+UNLOADS = """
+import os, sys, time
+sys.path.insert(0, {folder!r})
+from cuda import allocate, free
+from cjm_fasthtml_resources.core.manager import ResourceManager
+
+class Model:
+    def __init__(self): self.memory = allocate({mib})
+    def release(self): free(self.memory)
+    def on_request(self, question): return True
+
+manager = ResourceManager(app="chat")
+manager.register_worker(os.getpid(), "llm", loaded_plugin_resource="a model", plugin_instance=Model())
+print("ready", flush=True)
+time.sleep(60)
+"""
+
+
+def test_a_model_that_is_unloaded_on_request_makes_room(figures, tmp_path, monkeypatch):
+    "The process goes on, with its context"
+    if driver_pid_reader() is None: pytest.skip("inside a container without the host's /proc no process can be told")
+    monkeypatch.setenv("CJM_RESOURCES_DIR", str(tmp_path))
+    manager = ResourceManager(app="speech", track_self=False)
+    room = manager.check_gpu_availability().devices[0].room//2**20
+    code = UNLOADS.format(folder=str(HERE), mib=room*2//3)
+    chat = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    try:
+        assert chat.stdout.readline() == "ready\n"
+        with pytest.raises(ResourceBusy): manager.reserve(room//2, timeout=0)
+        began = time.monotonic()
+        with manager.reserve(room//2, ask_idle=True, timeout=30): took = time.monotonic() - began
+        held = {p.pid: (p.memory_used or 0)/2**20 for p in read_gpus().devices[0].processes or ()}
+        figures["unloaded_mib"], figures["unloaded_after_s"] = room*2//3, round(took, 3)
+        assert chat.poll() is None and held.get(chat.pid, 0) <= OVERHEAD_MIB
+    finally:
+        chat.kill()
+        chat.wait()
+
+
+COMMAND = [sys.executable, "-m", "cjm_fasthtml_resources"]
+
+
+def test_a_recorder_tells_afterwards_who_was_there(tmp_path, monkeypatch):
+    if driver_pid_reader() is None: pytest.skip("inside a container without the host's /proc no process can be told")
+    monkeypatch.setenv("CJM_RESOURCES_DIR", str(tmp_path))
+    recorder = subprocess.Popen([*COMMAND, "record"], stdout=subprocess.PIPE, text=True)
+    try:
+        assert recorder.stdout.readline()
+        with ResourceManager(app="speech").reserve(3_500) as held, holding(3_000) as (process, _): time.sleep(4)
+    finally:
+        recorder.send_signal(signal.SIGINT)
+        recorder.wait(20)
+    said = subprocess.run([*COMMAND, "history", "--since", "1m", "--json"], capture_output=True, text=True, check=True)
+    changes = [(change["kind"], change["pid"]) for change in json.loads(said.stdout)["changes"]]
+    assert {("started", process.pid), ("ended", process.pid)} <= {*changes}
+    assert {("reserved", os.getpid()), ("released", os.getpid())} <= {*changes} and not held.release()
+
+
+OUT_OF_MEMORY = """
+import torch
+held = torch.empty({mib}*2**20, dtype=torch.uint8, device="cuda")
+"""
+
+
+def test_a_command_that_runs_out_of_memory_is_told_who_had_it(tmp_path, monkeypatch):
+    if not importlib.util.find_spec("torch"): pytest.skip("needs PyTorch")
+    if driver_pid_reader() is None: pytest.skip("inside a container without the host's /proc no process can be told")
+    monkeypatch.setenv("CJM_RESOURCES_DIR", str(tmp_path))
+    room = ResourceManager().check_gpu_availability().devices[0].room//2**20
+    with holding(room//2) as (process, _):
+        command = [sys.executable, "-c", OUT_OF_MEMORY.format(mib=room*3//4)]
+        done = subprocess.run([*COMMAND, "run", "--gpu-memory", "2GiB", "--", *command], capture_output=True, text=True)
+    assert done.returncode == 1 and "out of memory" in done.stderr, done.stderr
+    explained = done.stderr.splitlines()[-6:]
+    assert any(f"PID {process.pid}" in line for line in explained), explained
 
 
 def test_memory_is_free_again_once_its_process_has_been_killed(figures):
