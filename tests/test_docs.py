@@ -9,14 +9,18 @@ import shlex
 import signal
 import subprocess
 import sys
+import time
 from fnmatch import fnmatch
 from pathlib import Path
 
 import click
 import pytest
+from conftest import GIB
 
 from cjm_fasthtml_resources.cli import main
 from cjm_fasthtml_resources.core.manager import ResourceManager
+from cjm_fasthtml_resources.recorded.file import add
+from cjm_fasthtml_resources.recorded.rows import Place, Row
 from cjm_fasthtml_resources.simulate import SimulatedDriver, SimulatedGpu
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -97,6 +101,9 @@ def test_a_command_in_a_block_runs(line, tmp_path):
     command = command.replace("sleep 60", "sleep 0.1")
     endless = "--watch" in line or " serve" in line or line.endswith(" record")
     if " serve" in line: command += " --port 0"
+    if " history " in line:   # which reads a record
+        gpu = Place("GPU-1", 0, "NVIDIA L4", "available", GIB, 0, 0, 0, 0, 0, 0, 0, 40, 30.0)
+        add(tmp_path/"state"/"history.sqlite3", [Row(time.time() - 60, 60.0, (gpu,))])
     if line.endswith(" record"): command += " --file history.sqlite3"   # what is simulated needs a file of its own
     if endless and "=" not in command.split()[0]: command = f"exec {command}"
     programs = os.pathsep.join([str(tmp_path), str(Path(sys.executable).parent), os.environ["PATH"]])

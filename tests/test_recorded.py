@@ -1,26 +1,33 @@
 "The history: a recorder that is killed, a full disk, a clock that jumps, hostile names, months in 64 MB"
+import itertools
+import json
+import math
 import os
 import signal
 import sqlite3
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from unittest.mock import patch
 
 import pytest
 from click.testing import CliRunner
 from conftest import GIB, wait_until
+from hypothesis import given
+from hypothesis import strategies as st
 
 from cjm_fasthtml_resources import explain_out_of_memory
 from cjm_fasthtml_resources.cli import main
+from cjm_fasthtml_resources.core.caps import Cap
 from cjm_fasthtml_resources.core.folder import StoreError
 from cjm_fasthtml_resources.core.gpu import GpuSnapshot
 from cjm_fasthtml_resources.core.manager import ResourceManager
 from cjm_fasthtml_resources.core.monitor import ResourceMonitor
 from cjm_fasthtml_resources.core.needs import history_path
 from cjm_fasthtml_resources.core.samples import take_sample
-from cjm_fasthtml_resources.recorded.changes import Change
+from cjm_fasthtml_resources.recorded.changes import Asked, Change
 from cjm_fasthtml_resources.recorded.file import (
     LEVELS,
     MINUTE,
@@ -33,6 +40,8 @@ from cjm_fasthtml_resources.recorded.file import (
     read_rows,
 )
 from cjm_fasthtml_resources.recorded.history import RecordedHistory
+from cjm_fasthtml_resources.recorded.notes import Notes
+from cjm_fasthtml_resources.recorded.queues import Job, QueueRule, play_jobs, replay_queue
 from cjm_fasthtml_resources.recorded.recorder import Recorder
 from cjm_fasthtml_resources.recorded.replay import replay
 from cjm_fasthtml_resources.recorded.rows import Place, Row, Share, to_row
@@ -354,3 +363,83 @@ def test_the_error_of_a_job_names_who_came_shortly_before(tmp_path, monkeypatch)
         raise RuntimeError("CUDA out of memory. Tried to allocate 8.00 GiB.")
     text = "\n".join([str(raised.value), *getattr(raised.value, "__notes__", ())])
     assert "Shortly before: at " in text and "(PID 4711, bob) started" in text
+
+
+PLANS = st.lists(st.fixed_dictionaries(dict(
+    asked=st.integers(0, 40), seconds=st.integers(1, 30), gib=st.integers(1, 20), n=st.integers(1, 2),
+    priority=st.integers(-1, 1), app=st.sampled_from(["a", "b", "c"]))), min_size=1, max_size=8)
+CAPS = st.builds(Cap, st.sampled_from([0.5, 0.75, 1.0]), st.sampled_from(["user", "app"]))
+RULES = st.builds(QueueRule, st.none() | CAPS,
+                  st.dictionaries(st.sampled_from(["a", "b"]), st.integers(-2, 2)))
+
+
+def jobs_of(plans: list[dict], *keys: str) -> list[Job]:
+    "Jobs that take so long, in the order of asking; when they run is still open"
+    return [Job(plan["gib"]*GIB, keys, keys[:plan["n"]], plan["priority"], plan["app"], plan["app"]*2,
+                float(plan["asked"]), 1e6, 1e6 + plan["seconds"])
+            for plan in sorted(plans, key=lambda plan: plan["asked"])]
+
+
+def rows_of(ran: list[Job], others: int, *keys: str) -> list[Row]:
+    "A row for each 40 seconds: GPUs with 24 GiB, on which jobs use half of what they reserved, and others use some"
+    def place(key: str, at: int) -> Place:
+        held = sum(job.memory for job in ran if job.began <= at < job.ended and key in job.had)
+        return Place(key, key, "", "", 24*GIB, others*GIB + held//2, 0, 0, 0, 0, held - held//2, 0, 0, 0.0)
+    return [Row(float(at), 40.0, tuple(place(key, at) for key in keys)) for at in range(0, 400, 40)]
+
+
+def most_at_once(jobs: list[Job], starts: list[float]) -> int:
+    "The most bytes that are reserved together"
+    held = [(at, at + job.ended - job.began, job.memory*len(job.had))
+            for job, at in zip(jobs, starts, strict=True) if at < math.inf]
+    return max((sum(size for begin, end, size in held if begin <= at < end) for at, *_ in held), default=0)
+
+
+@given(PLANS, st.integers(0, 4))
+def test_a_recorded_queue_is_replayed_as_it_was(plans, others):
+    jobs = jobs_of([plan | dict(n=1) for plan in plans], "A")
+    starts = play_jobs(jobs, rows_of([], others, "A"))
+    ran = [job._replace(began=at, ended=at + job.ended - 1e6) for job, at in zip(jobs, starts, strict=True)]
+    asked = [Asked(id, job.memory, ("A",), 1, job.priority, job.app, job.user) for id, job in enumerate(ran, 1)]
+    events = [(when, Change(kind, "", 7, "", one)) for one, job in zip(asked, ran, strict=True)
+              for when, kind in ((job.asked, "requested"), (job.began, "reserved"), (job.ended, "released"))]
+    found = replay_queue(sorted(events, key=lambda event: event[0]), rows_of(ran, others, "A"), QueueRule())
+    assert (list(found.jobs), list(found.usual)) == (ran, starts) and found.usual == found.other
+    assert most_at_once(ran, starts) <= (24 - others)*GIB
+
+
+@given(PLANS, st.integers(0, 4), RULES)
+def test_by_no_rule_is_more_reserved_than_there_is(plans, others, rule):
+    jobs = jobs_of(plans, "A", "B")
+    assert most_at_once(jobs, play_jobs(jobs, rows_of([], others, "A", "B"), rule)) <= 2*(24 - others)*GIB
+
+
+def take_at(manager: ResourceManager, when: float):
+    "A sample with this time"
+    sample = take_sample(manager)
+    return replace(sample, taken=when, gpu=replace(sample.gpu, snapshot=replace(sample.gpu.snapshot, time=when)))
+
+
+def test_a_queue_of_real_requests_is_on_record_and_another_rule_would_have_changed_it(tmp_path):
+    "A request of another app waits behind a training; with a limit for one app it would have started at once"
+    path, notes, clock = tmp_path/"history.sqlite3", Notes(), itertools.count(1_800_000_000, 60)
+    with SimulatedDriver([SimulatedGpu("NVIDIA L4", 24_000)]), patch.dict(os.environ, CJM_RESOURCES_DIR=str(tmp_path)):
+        training, speech = (ResourceManager(track_self=False, app=app) for app in ("training", "speech"))
+        def look(): notes.take(take_at(speech, next(clock)), 60.0)
+        look()
+        first = training.reserve(15_000)
+        look()
+        second, third = training.request(15_000), speech.request(8_000)
+        assert not second.poll() and not third.poll()
+        for _ in range(5): look()
+        first.release()
+        held = [second.poll(), third.poll()]
+        look()
+        for one in held: one.release()
+        look()
+    add(path, *notes.take_out())
+    said = CliRunner().invoke(main, ["history", "--since", "3650d", "--until", "2027-01-16", "--file", str(path),
+                                     "--what-if-max-share", "70%", "--per", "app", "--json"])
+    jobs = json.loads(said.output)["jobs"]
+    assert [(job["app"], job["waited"], job["usual"], job["other"]) for job in jobs] == [
+        ("training", 0, 0, 0), ("training", 300, 300, 300), ("speech", 300, 300, 0)]

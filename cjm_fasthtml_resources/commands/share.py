@@ -20,7 +20,7 @@ from ..core.ledger import CAP_FILE
 from ..core.sharing import check_owner, is_shared
 from ..core.store import Store
 from .ending import fail
-from .options import Command
+from .options import Command, converted, parse_share
 
 # %% ../../nbs/commands/share.ipynb #aa386438
 class Group(NamedTuple):
@@ -144,14 +144,6 @@ Examples:
   sudo cjm-resources share /srv/gpu --group gpu
   sudo cjm-resources share /srv/gpu --group gpu --max-share 50%"""
 
-def _parse_share(context: click.Context, option: click.Parameter, text: str | None) -> float | None:
-    "Return a share, which is written in percent or as a number up to 1"
-    if text is None: return None
-    try: share = float(text.removesuffix("%"))/(100 if text.endswith("%") else 1)
-    except ValueError: share = 0.0
-    if not 0 < share <= 1: raise click.BadParameter(f"{text!r} is not a share. Examples: 50%, 0.5.")
-    return share
-
 def _explain_cap(path: Path) -> str:
     "Return the limit of one user or app in a shared folder"
     if (cap := read_cap(path)) is None: return ""
@@ -161,7 +153,7 @@ def _explain_cap(path: Path) -> str:
 @click.command("share", cls=Command, epilog=_EXAMPLES)
 @click.argument("folder", metavar="FOLDER", type=click.Path())
 @click.option("--group", "group_name", required=True, metavar="GROUP", help="Its members share the folder.")
-@click.option("--max-share", callback=_parse_share, metavar="SHARE",
+@click.option("--max-share", callback=converted(parse_share), metavar="SHARE",
               help="Let one user reserve at most so much of each GPU and of RAM, such as 50%. 100%: all of it.")
 @click.option("--per", type=click.Choice(["user", "app"]), default="user", show_default=True,
               help="Count the reservations of a user or of an app together for --max-share.")

@@ -10,6 +10,7 @@ __all__ = ['SECOND', 'MINUTE', 'QUARTER', 'LEVELS', 'SCHEMA_VERSION', 'LARGEST',
 # %% ../../nbs/recorded/file.ipynb #b5498a5f
 import contextlib
 import itertools
+import json
 import math
 import os
 import sqlite3
@@ -24,7 +25,7 @@ from ..core.folder import StoreError, explain_os_error
 from ..core.locking import lock_byte
 from ..core.logs import Log
 from ..core.sharing import check_owner
-from .changes import Change
+from .changes import Asked, Change
 from .rows import Packed, Row, merge_rows, pack, unpack
 
 # %% ../../nbs/recorded/file.ipynb #41117917
@@ -60,7 +61,8 @@ CREATE INDEX rows_by_time ON rows (level, time);
 CREATE TABLE rolled (level INTEGER PRIMARY KEY, id INTEGER NOT NULL);  -- of a level: the last row that is merged
 CREATE TABLE changes (
     id INTEGER PRIMARY KEY AUTOINCREMENT, time REAL NOT NULL,
-    kind TEXT NOT NULL, place TEXT NOT NULL, pid INTEGER NOT NULL, text TEXT NOT NULL);
+    kind TEXT NOT NULL, place TEXT NOT NULL, pid INTEGER NOT NULL, text TEXT NOT NULL,
+    asked TEXT);                                                       -- of a request, as JSON
 CREATE INDEX changes_by_time ON changes (time);
 CREATE TRIGGER forget AFTER DELETE ON rows BEGIN DELETE FROM shares WHERE id = old.id; END;
 PRAGMA user_version = {SCHEMA_VERSION};
@@ -212,10 +214,18 @@ def _add(path: Path, rows: Sequence[Row], changes: Sequence[tuple[float, Change]
             _insert(db, SECOND, portion)
             _roll(db)
             _drop_old(db)
-        db.executemany("INSERT INTO changes (time, kind, place, pid, text) VALUES (?, ?, ?, ?, ?)",
-                       [(time, *change) for time, change in changes])
+        db.executemany("INSERT INTO changes (time, kind, place, pid, text, asked) VALUES (?, ?, ?, ?, ?, ?)",
+                       [(time, *change[:-1], change.asked and json.dumps(change.asked)) for time, change in changes])
 
 # %% ../../nbs/recorded/file.ipynb #e1069b03
+def _unpack_asked(text: str | None) -> Asked | None:
+    "Return the figures of a request; `ValueError` for anything else"
+    if text is None: return None
+    try:
+        id, memory, places, *more = json.loads(text)
+        return Asked(id, memory, tuple(places), *more)
+    except (TypeError, RecursionError) as error: raise ValueError(f"invalid request: {error}") from None
+
 def read_rows(
     path: Path,
     level: Level,
@@ -250,9 +260,10 @@ def read_changes(
     "Return the changes between two times, the oldest first; `StoreError`"
     if not path.exists(): return []
     with opened(path, waits=waits) as db:
-        found = db.execute("SELECT time, kind, place, pid, text FROM changes WHERE time >= ? AND time <= ? "
+        found = db.execute("SELECT time, kind, place, pid, text, asked FROM changes WHERE time >= ? AND time <= ? "
                            "ORDER BY time, id", (since, until)).fetchall()
-        return [(time, Change(*change)) for time, *change in found]
+        return [(time, Change(kind, place, pid, text, _unpack_asked(asked)))
+                for time, kind, place, pid, text, asked in found]
 
 # %% ../../nbs/recorded/file.ipynb #082f7113
 @contextlib.contextmanager
