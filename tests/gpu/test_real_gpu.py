@@ -242,7 +242,8 @@ def test_a_recorder_tells_afterwards_who_was_there(tmp_path, monkeypatch):
     recorder = subprocess.Popen([*COMMAND, "record"], stdout=subprocess.PIPE, text=True)
     try:
         assert recorder.stdout.readline()
-        with ResourceManager(app="speech").reserve(3_500) as held, holding(3_000) as (process, _): time.sleep(4)
+        with ResourceManager(app="speech").reserve(3_500) as held, holding(3_000) as (process, _): time.sleep(3)
+        time.sleep(3)   # it takes a sample each second
     finally:
         recorder.send_signal(signal.SIGINT)
         recorder.wait(20)
