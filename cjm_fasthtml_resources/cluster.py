@@ -7,6 +7,14 @@ __all__ = ['check_client', 'check_first', 'queue_priority', 'request_for', 'find
            'HostAnswer', 'HostPlugin', 'Rehoming', 'combine', 'combine_gpus', 'combine_memory', 'current_reservation',
            'host_name', 'place']
 
+# %% ../nbs/cluster.ipynb #d1c753ee
+from .core.extras import explain_missing
+
+try:
+    from dask.base import annotate, get_annotations
+    from distributed import Client, Future
+except ModuleNotFoundError as error: raise explain_missing(error, "cluster") from None
+
 # %% ../nbs/cluster.ipynb #b6d68b7f
 import contextlib
 import logging
@@ -14,9 +22,6 @@ import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any
-
-from dask.base import annotate, get_annotations
-from distributed import Client, Future
 
 from .core.arguments import check_app, check_number, check_pid
 from .core.conflict import ResourceConflict

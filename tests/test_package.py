@@ -187,3 +187,15 @@ def test_cells_are_read_as_nbdev_does(tmp_path):
     first, second = measures.read_cells(path, tmp_path)
     assert (first.place, first.length, first.exported, first.shown) == ("nb.ipynb#1", 3, True, False)
     assert (second.source, second.exported, second.shown) == ("a", False, False)
+
+
+@pytest.mark.parametrize(("module", "lacks", "extra"), [
+    ("ui.web", "starlette", "web"), ("ui.metrics", "prometheus_client", "prometheus"),
+    ("ui.live_view", "anywidget", "marimo"), ("cluster", "dask", "cluster"),
+    ("cluster", "distributed", "cluster"), ("agents.server", "mcp", "mcp")])
+def test_a_module_of_an_extra_says_how_that_is_installed(module, lacks, extra):
+    code = f"import sys\nsys.modules[{lacks!r}] = None\nimport cjm_fasthtml_resources.{module}"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    last = done.stderr.splitlines()[-1]
+    assert last == f"ModuleNotFoundError: {lacks} is not installed: pip install 'cjm-fasthtml-resources[{extra}]'"
+    assert "During handling" not in done.stderr

@@ -5,6 +5,13 @@
 # %% auto #0
 __all__ = ['TOOLS', 'INSTRUCTIONS', 'AgentTool', 'describe_tool', 'check_call', 'call_tool', 'make_server', 'serve']
 
+# %% ../../nbs/agents/server.ipynb #af1cdd05
+from ..core.extras import explain_missing
+
+try:
+    from mcp import types
+except ModuleNotFoundError as error: raise explain_missing(error, "mcp") from None
+
 # %% ../../nbs/agents/server.ipynb #afd748a0
 import logging
 from collections.abc import Awaitable, Callable, Mapping
@@ -12,7 +19,6 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-from mcp import types
 from mcp.server.lowlevel import Server
 from mcp.server.stdio import stdio_server
 

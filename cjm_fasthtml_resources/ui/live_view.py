@@ -5,12 +5,18 @@
 # %% auto #0
 __all__ = ['EXPECT', 'is_open', 'is_shown', 'draw_slots', 'LiveView']
 
+# %% ../../nbs/ui/live_view.ipynb #8801097b
+from ..core.extras import explain_missing
+
+try:
+    import anywidget
+except ModuleNotFoundError as error: raise explain_missing(error, "marimo") from None
+
 # %% ../../nbs/ui/live_view.ipynb #1ce862ef
 import threading
 import time
 from typing import Any
 
-import anywidget
 from traitlets import Dict, Float, Int, Unicode
 
 from ..core.history import History

@@ -7,6 +7,13 @@ __all__ = ['device_metrics', 'process_metrics', 'worker_metrics', 'reservation_m
            'read_events', 'UserLabels', 'user_metrics', 'memory_metrics', 'verdict_metrics', 'ResourceCollector',
            'exposition']
 
+# %% ../../nbs/ui/metrics.ipynb #43e765da
+from ..core.extras import explain_missing
+
+try:
+    from prometheus_client import CollectorRegistry
+except ModuleNotFoundError as error: raise explain_missing(error, "prometheus") from None
+
 # %% ../../nbs/ui/metrics.ipynb #d75e0bdd
 import logging
 import math
@@ -14,7 +21,6 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 
-from prometheus_client import CollectorRegistry
 from prometheus_client.core import (
     CounterMetricFamily,
     GaugeMetricFamily,

@@ -6,6 +6,14 @@
 __all__ = ['SCRIPT', 'ResourceCard', 'answer_buttons', 'ResourceRoutes', 'resource_routes', 'make_app', 'Client', 'EventStream',
            'Gate', 'Hub', 'Slots', 'change_event', 'is_same_origin', 'layout_event', 'to_event']
 
+# %% ../../nbs/ui/web.ipynb #1f681204
+from ..core.extras import explain_missing
+
+try:
+    from starlette.requests import Request
+    from starlette.responses import HTMLResponse, PlainTextResponse, RedirectResponse, Response
+except ModuleNotFoundError as error: raise explain_missing(error, "web") from None
+
 # %% ../../nbs/ui/web.ipynb #eb2e54b7
 import asyncio
 import re
@@ -19,8 +27,6 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from fastcore.xml import Button, Details, Div, Form, P, Safe, Script, Span, Style, Summary
-from starlette.requests import Request
-from starlette.responses import HTMLResponse, PlainTextResponse, RedirectResponse, Response
 
 from cjm_fasthtml_resources.ui.stream import (
     STREAMS,
