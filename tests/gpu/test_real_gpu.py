@@ -242,6 +242,7 @@ def test_a_recorder_tells_afterwards_who_was_there(tmp_path, monkeypatch):
     recorder = subprocess.Popen([*COMMAND, "record"], stdout=subprocess.PIPE, text=True)
     try:
         assert recorder.stdout.readline()
+        time.sleep(2)   # its first sample knows of no change
         with ResourceManager(app="speech").reserve(3_500) as held, holding(3_000) as (process, _): time.sleep(3)
         time.sleep(3)   # it takes a sample each second
     finally:
