@@ -76,7 +76,7 @@ def read_report(
     "Return the report, or why it is missing; one of a host with another version can be unreadable"
     if isinstance(told, str): return told
     try: found = pickle.loads(told)
-    except Exception as error: return f"its answer is unreadable here ({shown_error(error)}); use one version everywhere"
+    except Exception as e: return f"its answer is unreadable here ({shown_error(e)}); use one version everywhere"
     return found if isinstance(found, Report) else f"its answer is of the type {type(found).__name__}"
 
 # %% ../../nbs/hosts/asking.ipynb #ee6b169f
