@@ -2,6 +2,7 @@
 which answer, where tasks run, and what is left when something dies"""
 import contextlib
 import os
+import pickle
 import re
 import signal
 import subprocess
@@ -10,6 +11,7 @@ import threading
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -20,7 +22,14 @@ from hosts import Cluster  # noqa: E402
 
 from cjm_fasthtml_resources.cluster import ClusterResources  # noqa: E402
 from cjm_fasthtml_resources.core.conflict import ResourceBusy
-from cjm_fasthtml_resources.core.manager import ResourceStatus  # noqa: E402
+from cjm_fasthtml_resources.core.manager import ResourceManager, ResourceStatus  # noqa: E402
+from cjm_fasthtml_resources.core.resources import OwnedProcess  # noqa: E402
+from cjm_fasthtml_resources.core.samples import take_sample  # noqa: E402
+from cjm_fasthtml_resources.hosts.asking import HostAsker  # noqa: E402
+from cjm_fasthtml_resources.hosts.combine import HostAnswer, combine, name_apart  # noqa: E402
+from cjm_fasthtml_resources.hosts.scheduler import Round, Seat  # noqa: E402
+from cjm_fasthtml_resources.hosts.worker import HostPlugin, Report  # noqa: E402
+from cjm_fasthtml_resources.simulate import SimulatedDriver, SimulatedGpu  # noqa: E402
 
 
 @pytest.fixture
@@ -209,3 +218,50 @@ def test_the_panel_and_the_page_show_a_cluster(cluster):
         with pytest.raises(ValueError, match=needs_a_manager): ResourcePanel(resources, controls=True)
         with pytest.raises(ValueError, match=needs_a_manager):
             resource_routes(app, resources, controls=True, guard=lambda req: None)
+
+
+def round_of(hosts: int) -> Round:
+    "What the scheduler passes on from so many hosts, each with two GPUs and 51 processes in RAM"
+    with SimulatedDriver([SimulatedGpu(), SimulatedGpu()]): sample = take_sample(ResourceManager())
+    processes = tuple(OwnedProcess(n, "external" if n else "app", 2**20*n, f"p{n}", "bob") for n in range(51))
+    memory = replace(sample.memory, memory=replace(sample.memory.memory, processes=processes))
+
+    def report(n: int) -> Report:
+        devices = tuple(replace(d, device=replace(d.device, uuid=f"GPU-{n}-{d.device.index}"))
+                        for d in sample.gpu.devices)
+        own = replace(sample, gpu=replace(sample.gpu, devices=devices), memory=memory)
+        return Report(f"host-{n:02}", f"id-{n}", own)
+
+    told = {f"tcp://{n}": pickle.dumps(report(n)) for n in range(hosts)}
+    return Round("s1", {address: Seat(address, {}) for address in told}, told, ())
+
+
+def count_calls(hosts: int) -> int:
+    "Calls of functions, those in C too, that the answers of so many hosts take the client: reading and combining them"
+    asker, found, calls = HostAsker(SimpleNamespace(id="me"), HostPlugin("cluster", {})), round_of(hosts), []
+    asker.take(found)   # from now on it knows the hosts
+    sys.setprofile(lambda frame, event, arg: calls.append(event) if event in ("call", "c_call") else None)
+    try: combined = combine(asker.take(found).answers)
+    finally: sys.setprofile(None)
+    assert len(combined.gpu.devices) == 2*hosts and len(combined.memory.memory.processes) == hosts + 50
+    return len(calls)
+
+
+def test_the_clients_work_grows_in_proportion_to_the_hosts():
+    four, few, many = (count_calls(hosts) for hosts in (4, 16, 64))
+    assert many <= 4.2*few
+    assert (many - few)/48 <= 1.05*(few - four)/12   # a further host costs the same, however many there are
+    assert many <= 10*64*51   # and a process that a host names costs the client at most ten calls
+
+
+def test_names_of_hosts_are_compared_a_few_times_each():
+    compared = []
+
+    class Name(str):
+        def __eq__(self, other): return compared.append(1) or str.__eq__(self, other)
+        def __lt__(self, other): return compared.append(1) or str.__lt__(self, other)
+        __hash__ = str.__hash__
+
+    names = [Name(f"host-{n:02}") for n in range(64)]
+    assert [a.host for a in name_apart([HostAnswer(name, ()) for name in names])] == names
+    assert len(compared) <= 4*64

@@ -14,6 +14,7 @@ import threading
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 from servers import free_port, need_program, running, wait_until
 
@@ -67,7 +68,8 @@ class Sshd:
         sshd = need_program("sshd", "openssh-server")
         if subprocess.run([sshd, "-t", "-f", os.devnull], capture_output=True).returncode == 127:
             pytest.skip("sshd lacks a library: apt-get install openssh-server")
-        stack.enter_context(running([*need_own_passwd(), sshd, "-D", "-e", "-f", str(folder/"sshd_config")], folder))
+        command = [*need_own_passwd(), sshd, "-D", "-e", "-f", str(folder/"sshd_config")]
+        self.server = psutil.Process(stack.enter_context(running(command, folder)).pid)
         wait_until(self.listens, told=lambda: (folder/"log").read_text())
 
     def allow(self) -> None:
@@ -79,6 +81,10 @@ class Sshd:
         (self.folder/"allowed").write_text("\n".join(lines) + "\n")
 
     def key(self, name: str) -> str: return (self.folder/f"{name}.pub").read_text().strip()
+
+    def sessions(self) -> list[psutil.Process]:
+        "A process for each connection, or several, with the commands that they run"
+        return self.server.children(recursive=True)
 
     def listens(self) -> bool:
         with socket.socket() as s: return s.connect_ex(("127.0.0.1", self.port)) == 0
@@ -221,6 +227,37 @@ def test_a_signal_ends_each_ssh_before_the_command(sshd, number, terminal):
             assert not asking(sshd), "it is left behind"
         finally:
             with contextlib.suppress(ProcessLookupError): os.killpg(process.pid, signal.SIGKILL)
+
+
+def runs(session: psutil.Process, name: str) -> bool:
+    with contextlib.suppress(psutil.NoSuchProcess): return session.name() == name
+    return False
+
+
+@pytest.mark.parametrize("host", ["good", "mute", "suspended", "hangs"])
+def test_each_ssh_of_a_command_that_is_killed_ends_within_twice_the_limit(sshd, host):
+    """Of a host that answers, one that is silent before ssh has connected, one that is suspended afterwards.
+    Where only the command there hangs, ssh ends with that"""
+    with socket.create_server(("127.0.0.1", 0)) as mute, contextlib.ExitStack() as stack:
+        sshd.write_config(mute.getsockname()[1])
+        command = [sys.executable, "-m", "cjm_fasthtml_resources", "--host", host.replace("suspended", "hangs"),
+                   "--host-timeout", "3s", "--json", "--watch", "--interval", "0.1"]
+        process = stack.enter_context(subprocess.Popen(command, stdout=subprocess.DEVNULL, start_new_session=True))
+        stack.callback(process.kill)
+        wait_until(lambda: asking(sshd))
+        if host in ("suspended", "hangs"): wait_until(lambda: any(runs(p, "sleep") for p in sshd.sessions()))
+        sessions = sshd.sessions() if host == "suspended" else []
+        for session in sessions:
+            session.suspend()
+            stack.callback(session.kill)
+        process.kill()
+        process.wait()
+        began = time.monotonic()
+        if host == "hangs":
+            for session in sshd.sessions():
+                if runs(session, "sleep"): session.kill()
+        wait_until(lambda: not asking(sshd), told=lambda: f"{asking(sshd)} still run")
+        assert time.monotonic() - began < 2*3 + 2
 
 
 def test_a_connection_that_ssh_keeps_holds_up_nothing(sshd):

@@ -283,6 +283,7 @@ def explain_memory(
     is_low = status in (ResourceStatus.APP_BUSY, ResourceStatus.EXTERNAL_BUSY)
     if is_low and state.memory.swap_used and (words := name_swap(state.memory)): free += f", {words} in use"
     owner = "app" if status is ResourceStatus.APP_BUSY else "external"
-    names = list_names([name_process(p) for p in state.processes if p.owner == owner])
+    users = [p for p in state.processes if p.owner == owner] if is_low else []
+    names = list_names([name_process(p) for p in users[:3]], len(users[3:]))
     return say(f"ram {status.value}", about=_estimate(state.estimated), free=free, reason=reason,
                users=names and f": {names}")

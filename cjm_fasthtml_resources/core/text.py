@@ -28,10 +28,11 @@ def format_age(
 # %% ../../nbs/core/text.ipynb #00bc027a
 def list_names(
     names: Sequence[str],  # the most important first
+    left_out: int = 0,     # further ones, after at least three names
 ) -> str:
     "Return the first three names, and how many more there are"
-    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return ", ".join(names[:3]) + more
+    rest = len(names[3:]) + left_out
+    return ", ".join(names[:3]) + (f" and {rest} more" if rest else "")
 
 # %% ../../nbs/core/text.ipynb #3c8c4869
 def printable(
