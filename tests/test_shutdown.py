@@ -16,6 +16,7 @@ from servers import (  # noqa: E402
     answer,
     free_port,
     need_server,
+    seconds_to_end,
     serving,
     stop,
     wait_until,
@@ -30,6 +31,18 @@ def trouble(folder) -> list[str]:
     "What a server says where a stream keeps it from its end, or ends badly"
     said = (folder/"log").read_text()
     return [said] if any(words in said for words in TROUBLE) else []
+
+
+@pytest.mark.parametrize("pages", ["open", "unread"])
+@pytest.mark.parametrize("name", SERVERS)
+def test_ctrl_c_ends_any_server_within_a_second_though_pages_are_open(name, pages, tmp_path):
+    "Two tries of at most four; a server that takes a second without a page has its own time, and 0.3 s"
+    tries = []
+    while sum(seconds < 1 for seconds in tries) < 2 and len(tries) < 4:
+        tries.append(seconds_to_end(name, pages, tmp_path/f"{pages}-{len(tries)}"))
+    if sorted(tries)[1] < 1: return
+    alone = [seconds_to_end(name, "none", tmp_path/f"none-{i}") for i in range(3)]
+    assert sorted(tries)[1] < sorted(alone)[1] + 0.3, (tries, alone)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "Ctrl-C"])
