@@ -20,7 +20,7 @@ import httpx
 import pytest
 
 APP = """
-import contextlib, os
+import os
 from importlib.util import find_spec
 from pathlib import Path
 from fasthtml.common import FastHTML, serve
@@ -28,7 +28,6 @@ from cjm_fasthtml_resources import ResourceManager
 from cjm_fasthtml_resources.simulate import SimulatedDriver, SimulatedGpu
 from cjm_fasthtml_resources.ui.web import EventStream, resource_routes, to_event
 
-@contextlib.asynccontextmanager
 async def lifespan(app):
     with (Path(__file__).parents[1]/"up").open("a") as up: print(os.getpid(), file=up)
     yield
