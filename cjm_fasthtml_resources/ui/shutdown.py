@@ -82,7 +82,7 @@ def find_server() -> Callable[[], bool] | None:
     return None
 
 # %% ../../nbs/ui/shutdown.ipynb #4266c4d8
-_LOOK = 0.2   # seconds between two looks at a server
+_LOOK = 0.1   # seconds between two looks at a server
 
 async def _wait_for_stop(is_stopping: Callable[[], bool], ends: asyncio.Event) -> None:
     while not is_stopping(): await asyncio.sleep(_LOOK)

@@ -284,15 +284,15 @@ async def _taken(send: Any, event: bytes, seconds: float, more: bool = True) -> 
     finally: sending.cancel()
     return True
 
-# %% ../../nbs/ui/stream.ipynb #4733293b
-_FAREWELL = 0.2   # seconds that a client has at the end
+# %% ../../nbs/ui/stream.ipynb #ae351aac
+_FAREWELL, _HEARD = 0.2, 0.05   # seconds that a client has at the end, and then its server, to hear of it
 
 async def _end(scope: Mapping[str, Any], receive: Any, send: Any, is_over: bool) -> None:
     "End a stream, as a whole answer where `is_over`; a stalled connection breaks"
     is_whole = is_over and await _taken(send, b"", _FAREWELL, more=False)
     if not await break_unread(scope, _FAREWELL if is_whole else 0): return
     gone = asyncio.ensure_future(_until_gone(receive))   # the server hears of it before the app returns
-    await done_within(gone, _FAREWELL)
+    await done_within(gone, _HEARD)
     gone.cancel()
 
 # %% ../../nbs/ui/stream.ipynb #e26448ba
