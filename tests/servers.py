@@ -1,11 +1,16 @@
-"Servers of all kinds in processes of their own, and pages that are open on them: real programs, as people start them"
+"""Servers of all kinds in processes of their own, and pages that are open on them: real programs, as people start them.
+
+`python tests/servers.py [NAME …]` prints how long each takes to end after Ctrl-C, with and without an open page.
+"""
 import contextlib
 import os
 import shutil
 import signal
 import socket
+import statistics
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from importlib.util import find_spec
@@ -15,20 +20,32 @@ import httpx
 import pytest
 
 APP = """
+import os
 from importlib.util import find_spec
+from pathlib import Path
 from fasthtml.common import FastHTML, serve
 from cjm_fasthtml_resources import ResourceManager
 from cjm_fasthtml_resources.simulate import SimulatedDriver, SimulatedGpu
-from cjm_fasthtml_resources.ui.web import resource_routes
+from cjm_fasthtml_resources.ui.web import EventStream, resource_routes, to_event
+
+async def lifespan(app):
+    with (Path(__file__).parents[1]/"up").open("a") as up: print(os.getpid(), file=up)
+    yield
 
 driver = SimulatedDriver([SimulatedGpu("NVIDIA 1st")]).start()
-app = FastHTML(default_hdrs=False, secret_key="of a test")
+app = FastHTML(default_hdrs=False, secret_key="of a test", lifespan=lifespan)
 metrics = "/metrics" if find_spec("prometheus_client") else None
 manager = ResourceManager(track_self=False)
 resource_routes(app, manager, metrics=metrics)
 
 @app.get("/edition")
 def edition(): return "1st"
+
+@app.get("/flood")
+def flood():
+    async def events():
+        while True: yield to_event("flood", "x"*100_000)
+    return EventStream(events())
 """
 PYTHON = [sys.executable, "-m"]
 UVICORN = [*PYTHON, "uvicorn", "page:app", "--log-level", "warning", "--port", "{port}"]
@@ -107,17 +124,27 @@ def write_app(folder: Path, port: int, edition: str = "1st") -> None:
     (folder/"app"/"page.py").write_text(f"{text}\nserve(port={port}, host='127.0.0.1')\n")
 
 
+def count_workers(command) -> int:
+    "The processes that run the app; 0 where it is another one"
+    if not any("page" in part for part in command): return 0
+    return int(command[command.index("--workers") + 1]) if "--workers" in command else 1
+
+
 @contextlib.contextmanager
 def serving(command, folder: Path, port: int | None = None):
     "A server, and its address"
     port = port or free_port()
     if not (folder/"app").exists(): write_app(folder, port)
-    url = f"http://127.0.0.1:{port}"
+    url, up = f"http://127.0.0.1:{port}", folder/"up"
+    up.touch()
+    before = len(up.read_text().split())
     with running([part.format(port=port) for part in command], folder, cwd=folder/"app") as process:
         def is_up() -> bool:
             assert process.poll() is None, (folder/"log").read_text()
             return answer(url, "/resources") is not None
         wait_until(is_up, 60, (folder/"log").read_text)
+        # a worker that is told to end while it starts can miss it, and its server then waits for it
+        wait_until(lambda: len(up.read_text().split()) - before >= count_workers(command), 60, (folder/"log").read_text)
         yield process, url
 
 
@@ -165,3 +192,60 @@ class Tab(threading.Thread):
     def ended(self) -> list[Exception | None]:
         "How each stream ended that was heard of; `None`: as a whole answer does"
         return [error for error in self.errors if not isinstance(error, httpx.ConnectError)]
+
+
+class HalfRead:
+    "A page that reads the beginning of a stream, and then no more"
+    def __init__(self, url: str, path: str = "/resources/stream") -> None:
+        host, port = url.removeprefix("http://").split(":")
+        self.connection, self.closed = socket.create_connection((host, int(port)), 20), False
+        self.connection.sendall(f"GET {path} HTTP/1.1\r\nHost: {host}:{port}\r\n\r\n".encode())
+        got = b""
+        while b"event: " not in got:
+            part = self.connection.recv(100)
+            assert part, got
+            got += part
+
+
+def open_unread(url: str) -> HalfRead:
+    "A page as on a laptop that sleeps: what it has not read fills all buffers between it and the app"
+    page = HalfRead(url, "/flood")
+    time.sleep(1)
+    return page
+
+
+PAGES = {
+    "none": lambda url: [],
+    "open": lambda url: [Tab(url), Tab(url), HalfRead(url)],
+    "unread": lambda url: [open_unread(url)],
+}
+
+
+UNMADE = (("the command", "unread"),)   # its own stream is small, and would fill no buffer for an hour
+
+
+def seconds_to_end(name: str, pages: str, folder: Path, number: int = signal.SIGINT) -> float:
+    "From the signal to the end of a server that such pages are open on"
+    folder.mkdir(exist_ok=True)
+    with serving(need_server(name), folder) as (process, url):
+        tabs = PAGES[pages](url)
+        time.sleep(0.3)
+        seconds = stop(process, number)
+        for tab in tabs: tab.closed = True
+    return seconds
+
+
+def main(names: list[str], tries: int = 3) -> None:
+    "Print a table of seconds: the best and the median of some tries"
+    print(f"{'from Ctrl-C to the end, in s':30}", *(f"{pages + ' best':>12} median" for pages in PAGES))
+    for name in names or SERVERS:
+        row = []
+        for pages in PAGES:
+            if (name, pages) in UNMADE: continue
+            with tempfile.TemporaryDirectory() as folder:
+                took = [seconds_to_end(name, pages, Path(folder)/str(i)) for i in range(tries)]
+            row.append(f"{min(took):12.2f} {statistics.median(took):6.2f}")
+        print(f"{name:30}", *row, flush=True)
+
+
+if __name__ == "__main__": main(sys.argv[1:])

@@ -1,5 +1,6 @@
 "What a notebook without a browser keeps of a panel, what a terminal shows of it, and that nothing of it is left over"
 import gc
+import importlib
 import os
 import subprocess
 import sys
@@ -100,6 +101,120 @@ def test_a_panel_that_is_made_and_never_shown_ends_its_sampler(manager, monkeypa
     assert samplers() == 1
     wait_until(lambda: samplers() == 0)
     assert panel._sample.number > 1 and not panel._closed
+
+
+HOLDER = """
+from cjm_fasthtml_resources.core.manager import ResourceManager
+from cjm_fasthtml_resources.ui.panel import ResourcePanel
+from held_manager import manager
+panel = ResourcePanel(manager, interval=0.1)
+"""
+OWN = HOLDER.replace("from held_manager import manager", "manager = ResourceManager(track_self=False)")
+
+
+def load_again(module):
+    importlib.reload(module)
+
+
+def import_anew(module):
+    del sys.modules[module.__name__]
+    importlib.import_module(module.__name__)
+
+
+@pytest.mark.parametrize("again", [load_again, import_anew])
+@pytest.mark.parametrize("text", [OWN, HOLDER], ids=["its own manager", "another module's manager"])
+def test_a_panel_of_a_module_that_is_loaded_again_ends_its_sampler(text, again, manager, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setitem(sys.modules, "held_manager", type(sys)("held_manager"))
+    sys.modules["held_manager"].manager = manager
+    (tmp_path/"holds_a_panel.py").write_text(text)
+    module = importlib.import_module("holds_a_panel")
+    module.panel.set_state(dict(_view_count=1))                       # as a front end does
+    old, thread = module.panel, module.panel.monitor._thread
+    again(module)
+    new = sys.modules.pop("holds_a_panel").panel
+    assert new is not old and samplers() == (1 if text is HOLDER else 2)
+    assert (new.monitor is old.monitor) == (text is HOLDER)
+    new.set_state(dict(_view_count=1))                                # its cell is run again,
+    old.set_state(dict(_view_count=0))                                # and shows the new one
+    del old, module
+    gc.collect()
+    wait_until(lambda: samplers() == 1)
+    assert thread.is_alive() == (text is HOLDER)
+    number = new._sample.number
+    wait_until(lambda: new._sample.number > number + 2 and not new._sample.stale)
+    new.set_state(dict(_view_count=0))
+    wait_until(lambda: samplers() == 0 and not thread.is_alive())
+
+
+EDITED = """
+%load_ext autoreload
+%autoreload 2
+import os, pathlib, threading, time
+from cjm_fasthtml_resources.simulate import SimulatedDriver, SimulatedGpu
+driver = SimulatedDriver([SimulatedGpu()]).start()
+import holds_a_panel
+old = holds_a_panel.panel
+_ = old.set_state(dict(_view_count=1))
+file, later = pathlib.Path(holds_a_panel.__file__), time.time() + 10
+_ = file.write_text(file.read_text().replace("interval=0.1", "interval=0.2"))
+os.utime(file, (later, later))
+print("loaded again:", holds_a_panel.panel is not old, holds_a_panel.panel.monitor.interval)
+_ = holds_a_panel.panel.set_state(dict(_view_count=1)), old.set_state(dict(_view_count=0))
+thread = old.monitor._thread
+if thread: thread.join(10)
+print("ended:", old.monitor.running, "goes on:", holds_a_panel.panel.monitor.running)
+"""
+
+
+def test_a_panel_of_a_module_that_ipython_loads_again_after_an_edit_ends_its_sampler(tmp_path):
+    pytest.importorskip("IPython")
+    (tmp_path/"holds_a_panel.py").write_text(OWN)
+    environment = {**os.environ, "HOME": str(tmp_path), "IPYTHONDIR": str(tmp_path/"ipython")}
+    environment["PYTHONPATH"] = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", os.getcwd())])
+    command = [sys.executable, "-m", "IPython", "--simple-prompt", "--no-banner"]
+    out = subprocess.run(command, input=EDITED, capture_output=True, text=True, timeout=120, env=environment)
+    said = out.stdout + out.stderr
+    assert "loaded again: True 0.2" in said and "ended: False goes on: True" in said and "Traceback" not in said, said
+
+
+RELOADED = """
+import atexit, importlib, threading, time
+atexit.register(lambda: print("left at the end:", settle(0)))   # runs last
+def samplers(): return [t for t in threading.enumerate() if t.name == "resource-monitor"]
+def settle(count):
+    end = time.monotonic() + 10
+    while len(samplers()) != count and time.monotonic() < end: time.sleep(0.01)
+    return len(samplers())
+import cjm_fasthtml_resources.ui.panel as panels, cjm_fasthtml_resources.core.monitor as monitors
+from cjm_fasthtml_resources.core.manager import ResourceManager
+from cjm_fasthtml_resources.simulate import SimulatedDriver, SimulatedGpu
+SimulatedDriver([SimulatedGpu()]).start()
+manager = ResourceManager(track_self=False)
+old = panels.ResourcePanel(manager, interval=0.1)
+old.set_state(dict(_view_count=1))
+for modules in ORDER: importlib.reload(modules)
+new = panels.ResourcePanel(manager, interval=0.1)
+new.set_state(dict(_view_count=1))
+print("one for both:", settle(1), len(panels.open_panels))
+old.set_state(dict(_view_count=0))
+number = new._sample.number
+while new._sample.number < number + 3: time.sleep(0.01)
+print("one is shown:", settle(1))
+new.set_state(dict(_view_count=0))
+print("none is:", settle(0))
+old.set_state(dict(_view_count=1))
+new.set_state(dict(_view_count=1))
+print("both again:", settle(1))
+"""
+
+
+@pytest.mark.parametrize("order", ["(monitors, panels)", "(panels, monitors)", "(panels,)", "(monitors,)"])
+def test_the_library_itself_loaded_again_keeps_one_sampler_for_a_manager(order):
+    command = [sys.executable, "-c", RELOADED.replace("ORDER", order)]
+    out = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    said = "one for both: 1 2", "one is shown: 1", "none is: 0", "both again: 1", "left at the end: 0"
+    assert (out.stdout.splitlines(), out.stderr) == (list(said), "")
 
 
 SHELL = """

@@ -4,6 +4,7 @@ import contextlib
 import gc
 import logging
 import re
+import socket
 import subprocess
 import sys
 import threading
@@ -214,6 +215,29 @@ def test_a_client_that_takes_nothing_is_let_go(monkeypatch):
         assert len(asyncio.all_tasks()) == 1
 
     with SimulatedDriver([SimulatedGpu()]): asyncio.run(main())
+
+
+def test_the_connection_of_a_client_that_takes_nothing_is_closed_and_the_log_is_quiet(monkeypatch, caplog):
+    uvicorn = pytest.importorskip("uvicorn")
+    monkeypatch.setattr(stream, "PATIENCE", 0.3)
+
+    async def flood():
+        while True: yield b"x"*100_000
+
+    async def app(scope, receive, send): await stream.EventStream(flood())(scope, receive, send)
+
+    server = uvicorn.Server(uvicorn.Config(app, log_level="error", lifespan="off"))
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        thread = threading.Thread(target=server.run, args=[[listening]])
+        thread.start()
+        with socket.create_connection(listening.getsockname()) as client:
+            client.sendall(b"GET / HTTP/1.1\r\nHost: here\r\n\r\n")
+            client.recv(9)
+            assert server.server_state.connections
+            wait_until(lambda: not server.server_state.connections)
+        server.should_exit = True
+        thread.join(10)
+    assert not thread.is_alive() and "without completing" not in caplog.text
 
 
 def test_a_hundred_clients_share_one_sampler_and_leave_nothing():

@@ -12,10 +12,12 @@ httpx = pytest.importorskip("httpx")
 from servers import (  # noqa: E402
     RELOADING,
     SERVERS,
+    UNMADE,
     Tab,
     answer,
     free_port,
     need_server,
+    seconds_to_end,
     serving,
     stop,
     wait_until,
@@ -30,6 +32,18 @@ def trouble(folder) -> list[str]:
     "What a server says where a stream keeps it from its end, or ends badly"
     said = (folder/"log").read_text()
     return [said] if any(words in said for words in TROUBLE) else []
+
+
+@pytest.mark.parametrize(("name", "pages"), [(name, pages) for name in SERVERS for pages in ("open", "unread")
+                                             if (name, pages) not in UNMADE])
+def test_ctrl_c_ends_any_server_within_a_second_though_pages_are_open(name, pages, tmp_path):
+    "The best of four tries; a server that takes as long without a page has its own time, and half a second"
+    tries = []
+    while not tries or min(tries) >= 1 and len(tries) < 4:
+        tries.append(seconds_to_end(name, pages, tmp_path/f"{pages}-{len(tries)}"))
+    if min(tries) < 1: return
+    alone = [seconds_to_end(name, "none", tmp_path/f"none-{i}") for i in range(4)]
+    assert min(tries) < min(alone) + 0.5, (tries, alone)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "Ctrl-C"])

@@ -38,7 +38,8 @@ if TYPE_CHECKING:
 
 # %% ../../nbs/core/monitor.ipynb #129b5337
 _log = logging.getLogger(__name__)
-_monitors: dict[int, "weakref.ref[ResourceMonitor]"] = {}   # all of this process by identity, for its end
+# all of this process by identity, for its end; when the module is loaded again, it keeps them
+_monitors: dict[int, "weakref.ref[ResourceMonitor]"] = globals().get("_monitors", {})
 
 def _end_with_program(monitor: "ResourceMonitor") -> None:
     key = id(monitor)
@@ -338,7 +339,9 @@ class ResourceMonitor(StaysHere):
         for subscription in self._subscriptions: subscription.tell(sample)
 
 # %% ../../nbs/core/monitor.ipynb #dbc72d18
-_shared = weakref.WeakValueDictionary[int, ResourceMonitor]()   # by the manager's identity, which a monitor keeps alive
+# by the manager's identity, which a monitor keeps alive; when the module is loaded again, it keeps them
+_shared: weakref.WeakValueDictionary[int, ResourceMonitor]
+_shared = globals().get("_shared", weakref.WeakValueDictionary())
 
 def share_monitor(
     manager: ResourceManager | TakesSamples,

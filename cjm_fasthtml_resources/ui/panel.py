@@ -162,7 +162,8 @@ def _tables(slots: Mapping[str, Any]) -> list[Any]:
             for name, cls in (("workers", "halves of-workers"), ("processes", "halves"))]
 
 # %% ../../nbs/ui/panel.ipynb #196d2e7d
-open_panels: list[tuple[Any, Any, "ResourcePanel"]] = []   # cell, run, panel
+# cell, run, panel; when the module is loaded again, it keeps them
+open_panels: list[tuple[Any, Any, "ResourcePanel"]] = globals().get("open_panels", [])
 
 def _running_cell() -> tuple[Any, Any]:
     "Return the cell that is running now, and this run of it; `None` where that is unknown"

@@ -28,6 +28,7 @@ from ..core.text import printable
 from ..core.threads import NoThreadError, SharedCalls
 from .age import moment_of
 from .cards import ABOVE, TABLES, arrange
+from .connection import break_unread
 from .parts import to_html
 from .shutdown import watch_shutdown
 from .tables import Column
@@ -283,6 +284,17 @@ async def _taken(send: Any, event: bytes, seconds: float, more: bool = True) -> 
     finally: sending.cancel()
     return True
 
+# %% ../../nbs/ui/stream.ipynb #ae351aac
+_FAREWELL, _HEARD = 0.2, 0.05   # seconds that a client has at the end, and then its server, to hear of it
+
+async def _end(scope: Mapping[str, Any], receive: Any, send: Any, is_over: bool) -> None:
+    "End a stream, as a whole answer where `is_over`; a stalled connection breaks"
+    is_whole = is_over and await _taken(send, b"", _FAREWELL, more=False)
+    if not await break_unread(scope, _FAREWELL if is_whole else 0): return
+    gone = asyncio.ensure_future(_until_gone(receive))   # the server hears of it before the app returns
+    await done_within(gone, _HEARD)
+    gone.cancel()
+
 # %% ../../nbs/ui/stream.ipynb #e26448ba
 def _only_this(scope: Mapping[str, Any]) -> list[tuple[bytes, bytes]]:
     "Return the header that ends the connection with the answer; empty for HTTP/2"
@@ -313,11 +325,11 @@ class EventStream(Response):
             tasks = [asyncio.ensure_future(part) for part in parts]
             try:
                 await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-                is_over = ends.is_set() or tasks[0].done() and tasks[0].result()
+                is_over = ends.is_set() or tasks[0].done() and tasks[0].result() is True
             finally:
                 for task in tasks: task.cancel()
                 await asyncio.gather(*tasks, return_exceptions=True)
-            if is_over: await _taken(send, b"", 0.2, more=False)   # else the answer would count as broken
+            if tasks[1].cancelled(): await _end(scope, receive, send, is_over)   # else the client has gone
 
     async def _send_all(self, send: Any) -> bool:   # whether the connection took them
         async with contextlib.aclosing(self.events) as events:
