@@ -7,6 +7,7 @@ import pytest
 from cjm_fasthtml_resources.core.caps import Cap
 from cjm_fasthtml_resources.core.claims import RAM, Claim, DeviceUse, grant
 from cjm_fasthtml_resources.core.concerned import find_concerned
+from cjm_fasthtml_resources.core.endings import find_ending
 from cjm_fasthtml_resources.core.gpu import GpuDevice
 from cjm_fasthtml_resources.core.host import this_process
 from cjm_fasthtml_resources.core.leases import new_lease
@@ -132,6 +133,21 @@ def test_what_ends_while_the_devices_are_read_counts_as_alive_for_a_request_that
     looks.clear()
     fits = ask(ledger, 60, 0, look_meanwhile)   # by the first reading it does not fit
     assert (fits.device, looks) == ("GPU-0", [True, False])
+
+
+@pytest.mark.parametrize("asked_on", [0, 1])
+def test_what_was_released_is_not_said_to_be_given_back_unused(ledgers, asked_on, caplog):
+    ledger, other = ledgers
+    claim = Claim(0, this_process(), 60, ("GPU-0",), lease=new_lease(), for_other=True)
+    held = other.settle(look, lambda: claim)[-1]
+
+    def look_meanwhile():
+        other.give_back(held.lease, for_other=True)   # which is written
+        return look()
+
+    assert ask(ledger, 10, asked_on, look_meanwhile).device == f"GPU-{asked_on}"
+    assert [(c.id, c.expires) for c in ledger.rows().claims] == [(held.id, 0.0), (held.id + 1, None)]
+    assert find_ending(ledger, held.lease) is None and not caplog.messages
 
 
 def test_a_reservation_given_while_the_devices_are_read_counts(ledgers):

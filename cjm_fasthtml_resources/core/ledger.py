@@ -159,12 +159,6 @@ class LedgerReading(NamedTuple):
     claims: tuple[Claim, ...] = ()
     over: frozenset[int] = frozenset()   # the ids of those that are over and still to delete
 
-# %% ../../nbs/core/ledger.ipynb #c0de17e5
-def _counted(events: Events, claims: list[Claim], ended: list[Claim]) -> list[Claim]:
-    "Count the reservations that have ended, each for its app, and return the others"
-    for claim in ended: events.of(claim.app).count("ended")
-    return claims
-
 # %% ../../nbs/core/ledger.ipynb #711f157e
 _Look = Callable[[], Sequence[DeviceUse]]
 _Ask = Callable[[], Claim | None]
@@ -177,10 +171,9 @@ class _Moment(NamedTuple):
 class _Plan(NamedTuple):
     "The ledger as it is to be written"
     rows: Rows
-    ended: list[Claim]   # the reservations that are deleted
-    is_granted: bool     # the new request is
-
-_Settled = tuple[list[Claim], list[Claim]]   # all that there are now, and the reservations that have ended
+    ended: list[Claim]    # the reservations that are deleted
+    unused: list[Claim]   # the reservations that are given back now, because they stayed unused
+    is_granted: bool      # the new request is
 
 # %% ../../nbs/core/ledger.ipynb #88e17b83
 class Ledger:
@@ -283,12 +276,12 @@ class Ledger:
         "Delete the claims that are over, enter the new one, and give devices to those that fit"
         until = time.monotonic() + SURE_SECONDS
         while True:
-            try: return _wake(self, _note_unused(self, _counted(self.events, *self._settle(look, ask, allowed))))
+            try: return _announce(self, self._settle(look, ask, allowed))
             except (HiddenClaims, ChangedInside):
                 if time.monotonic() > until: raise
             time.sleep(0.02)
 
-    def _settle(self, look: _Look, ask: _Ask, allowed: Mapping[int, Collection[str]]) -> _Settled:
+    def _settle(self, look: _Look, ask: _Ask, allowed: Mapping[int, Collection[str]]) -> _Plan:
         "Make the attempts of steps 1 to 6"
         for _ in range(3):
             before = _look_ahead(self, self.rows())
@@ -301,21 +294,21 @@ class Ledger:
                         return self._write(draft, rows, plan, asked)
         return self._settle_inside(look, ask, allowed)
 
-    def _settle_inside(self, look: _Look, ask: _Ask, allowed: Mapping[int, Collection[str]]) -> _Settled:
+    def _settle_inside(self, look: _Look, ask: _Ask, allowed: Mapping[int, Collection[str]]) -> _Plan:
         "Read the driver inside the change, which keeps other processes out (step 6)"
         with self.store.changing() as draft:
             now = _look_ahead(self, self._parse(draft.data))
             uses, asked = _see(self, look, ask, now.rows.claims)
             return self._write(draft, now.rows, _plan(self, now, uses, asked, allowed), asked)
 
-    def _write(self, draft: Draft, before: Rows, plan: _Plan, asked: Claim | None) -> _Settled:
-        "Do step 5, within a change"
+    def _write(self, draft: Draft, before: Rows, plan: _Plan, asked: Claim | None) -> _Plan:
+        "Do step 5, within a change; return the plan"
         if asked:
             self.leases.take(asked.lease)
             self.leases.enter(asked.lease, before.last_id + 1)
         draft.data = to_bytes(plan.rows, self._read.lines)
         _keep_unended(self, self._to_end and self._to_end.intersection(c.lease for c in plan.rows.claims))
-        return list(plan.rows.claims), plan.ended
+        return plan
 
     def end_later(self, lease: int) -> None:
         "Withdraw what was forgotten, also for another process: here now, and in the file at the next use or at exit"
@@ -506,13 +499,15 @@ def _plan(
     held_now, over_now = _examine(ledger, [c for c in mine if c.device is None])
     gone = [c for c in mine if c.id in over_now or (c.lease, c.id) in over]
     left = drop(mine, [c.id for c in gone], uses) if gone else [*mine]
+    released = {c.id for c in left if c.expires == 0.0}   # since the devices were read
     if asked: left.append(_receive(asked, rows.last_id + 1, now))
     after, given = _give(left, rows.last_id, uses, allowed, find_rule(ledger.store), now)
     ended = {*rows.ended, *((c.lease, c.id) for c in gone)}
     new = Rows(tuple(_with_others(after, mine, rows.claims)), rows.version + bool(gone or given),
                machine_devices(uses), rows.last_id + (asked.size if asked else 0),
                tuple(sorted(pair for pair in ended if pair[0] in held or pair[0] in held_now)))
-    return _Plan(new, [c for c in gone if c.device is not None], rows.last_id + 1 in given)
+    unused = [c for c in after if c.expires == 0.0 and c.id not in released]
+    return _Plan(new, [c for c in gone if c.device is not None], unused, rows.last_id + 1 in given)
 
 # %% ../../nbs/core/ledger.ipynb #48d582ac
 def _give(
@@ -540,20 +535,19 @@ def _start(claim: Claim, now: float) -> Claim:
     return replace(claim, receipt=receipt, expires=claim.expires if claim.ttl is None else now + claim.ttl)
 
 # %% ../../nbs/core/ledger.ipynb #2f267ec4
-def _note_unused(ledger: "Ledger", claims: list[Claim]) -> list[Claim]:
-    "Tell the holders of reservations that were given back just now, because they stayed unused; return all claims"
-    unused = {c.lease: c for c in claims if c.expires == 0.0}   # all others that are over were deleted
-    if not unused: return claims
+def _note_unused(ledger: "Ledger", claims: Iterable[Claim]) -> None:
+    "Tell the holders of reservations that are given back now, because they stayed unused"
     from cjm_fasthtml_resources.core.endings import note_ending  # when it is used, as the next one
     from cjm_fasthtml_resources.core.grace import name_unused
-    for lease, claim in unused.items():
+    for lease, claim in {c.lease: c for c in claims}.items():
         with contextlib.suppress(StoreError): note_ending(ledger.store, lease, name_unused(claim))
         if lease in ledger.leases.held: _log.warning("reserved GPU memory was given back by %s", name_unused(claim))
     ledger.store.wake()
-    return claims
 
 # %% ../../nbs/core/ledger.ipynb #39b9354a
-def _wake(ledger: "Ledger", claims: list[Claim]) -> list[Claim]:
-    "Wake the threads of this process whose requests are granted; return all claims"
-    ledger.wakers.wake(c.lease for c in claims if c.device is not None)
-    return claims
+def _announce(ledger: "Ledger", plan: _Plan) -> list[Claim]:
+    "Count, note and wake what the plan concerns, once it is written; return all claims"
+    for claim in plan.ended: ledger.events.of(claim.app).count("ended")
+    if plan.unused: _note_unused(ledger, plan.unused)
+    ledger.wakers.wake(c.lease for c in plan.rows.claims if c.device is not None)
+    return list(plan.rows.claims)
