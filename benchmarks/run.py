@@ -370,7 +370,7 @@ def holds():
 
 
 WAITING, HOLDING, FOR, SERVED = 200, 50, 10, 20   # processes, seconds, and how many are served then
-AMONG_MANY = 15e-3   # seconds that a reservation takes at most among so many
+AMONG_MANY = 3e-3   # seconds that a reservation takes at most among so many
 
 
 def moment_of(read): return struct.unpack("d", os.read(read, 8))[0]

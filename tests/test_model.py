@@ -11,7 +11,7 @@ pytestmark = pytest.mark.skipif(
 
 
 def test_two_processes_are_never_promised_more_than_a_device_has(tmp_path):
-    found = check(tmp_path, 2, 1, ALL, None, "-m1000000")
+    found = check(tmp_path, 2, 1, ALL, None, "-m3000000")
     assert found.violated is None and found.complete and found.states > 100_000
 
 

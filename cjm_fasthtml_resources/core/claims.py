@@ -91,6 +91,7 @@ def is_ram(
 
 def asks_for_ram(claim: Claim) -> bool:
     "Return whether a claim is for RAM, or asks for it"
+    if claim.device is None and not claim.beside: return False   # most requests
     return is_ram(claim.device) or any(is_ram(key) for key, _ in claim.beside)
 
 # %% ../../nbs/core/claims.ipynb #88758812

@@ -67,10 +67,9 @@ def _mark_inside(lease: int) -> int:
     "Return the byte of the folder itself that stands for a lease in it; below the marks of folders in it"
     return lease%_ENTERED
 
-def _marks(path: Path, lease: int) -> tuple[tuple[int, int], tuple[int, int]]:
-    "Return the marks of a lease above and inside: first that of its claim, then its own"
-    above, inside = _mark(path, lease), _mark_inside(lease)
-    return (above + _ENTERED, above), (inside + _ENTERED, inside)
+def _mark_of_claim(first: int, id: int) -> int:
+    "Return the byte that stands for a claim, where the marks of a folder begin with `first`"
+    return first + _ENTERED + id%_ENTERED
 
 def _witness(path: Path) -> tuple[str, int]:
     "Return the folder whose marks are believed, and the first of them"
@@ -97,14 +96,13 @@ def is_used_elsewhere(path: Path) -> bool:
 # %% ../../nbs/core/leases.ipynb #f0d9c16a
 def hides_any(
     path: Path,
-    known: Iterable[int],   # the leases that the ledger accounts for
+    known: Iterable[int],   # the ids of the claims that the ledger accounts for
 ) -> bool:
     "Return whether a claim was entered and is missing in the ledger now, while its lease is locked"
-    place, mark = _witness(path)
-    first, folder = mark + _ENTERED, _open_folder(place)
-    if folder is None: return False
+    place, first = _witness(path)
+    if (folder := _open_folder(place)) is None: return False
     with folder, contextlib.suppress(OSError):
-        return is_locked_beside(folder.fileno(), first, _ENTERED, (first + lease%_ENTERED for lease in known))
+        return is_locked_beside(folder.fileno(), _mark_of_claim(first, 0), _ENTERED, {id%_ENTERED for id in known})
     return False
 
 # %% ../../nbs/core/leases.ipynb #da7b1c08
@@ -115,6 +113,7 @@ class Leases:
         path: Path | None = None,   # the file; `None`: in memory, for this process alone
     ) -> None:
         self.path, self.held = path, set[int]()
+        self._entered = dict[int, int]()           # lease → id of its claim, whose mark is locked
         self._file: FileIO | None = None           # opened with the first lease
         self._above: OpenFolder | None = None
         self._folder: OpenFolder | None = None
@@ -134,12 +133,17 @@ class Leases:
             _holding[lease] = self   # a lease outlives other references to this object
             self._lock(lease)
 
-    def enter(self, lease: int) -> None:
-        "Lock the mark of a lease's claim; call it just before the claim is written"
+    def enter(
+        self,
+        lease: int,
+        id: int,   # of its claim
+    ) -> None:
+        "Lock the mark of a lease's claim, instead of an earlier one; call it just before the claim is written"
         if lease not in self.held or self.path is None: return
-        above, inside = _marks(self.path, lease)
-        if is_shared(os.path.dirname(self.path)): _quietly(lock_byte, self._folder, inside[0])
-        else: _quietly(lock_byte, self._above, above[0])
+        if self._entered.get(lease, id) != id: self._unlock_claim(self.path, lease)   # an attempt before has failed
+        self._entered[lease] = id
+        if is_shared(os.path.dirname(self.path)): _quietly(lock_byte, self._folder, _mark_of_claim(0, id))
+        else: _quietly(lock_byte, self._above, _mark_of_claim(_mark(self.path), id))
 
     def drop(self, lease: int) -> bool:
         "End a lease; return False if this process lacks it"
@@ -189,21 +193,23 @@ class Leases:
             if file is not None: file.close()
         for lease in self.held: _holding.pop(lease, None)
         self.held, self._file, self._above, self._folder, self._kept = set(), None, None, None, []
-        self._to_drop = set()
+        self._to_drop, self._entered = set(), {}
         self._opening = threading.RLock()
 
     def _keep(self, path: Path, lease: int) -> None:
         "Lock a lease with descriptors that survive `exec`"
-        above, inside = _marks(path, lease)
-        for file, locked in ((FileIO(path, "r+"), (lease,)), (_open_folder(path.parent.parent), above),
-                             (_open_folder(path.parent), inside)):
+        id = self._entered.get(lease)
+        for file, mark, first in ((FileIO(path, "r+"), lease, None),
+                                  (_open_folder(path.parent.parent), _mark(path, lease), _mark(path)),
+                                  (_open_folder(path.parent), _mark_inside(lease), 0)):
             if file is None: continue
             self._kept.append(file)
-            for byte in locked: _quietly(lock_byte, file, byte)
+            _quietly(lock_byte, file, mark)
+            if id is not None and first is not None: _quietly(lock_byte, file, _mark_of_claim(first, id))
             os.set_inheritable(file.fileno(), True)
 
     def _open(self, path: Path) -> None:
-        if self._file is None or self.is_replaced() and not self.held:   # a new file, while this process had no lease
+        if self._file is None or not self.held and self.is_replaced():   # a new file, while this process had no lease
             try: self._file, self._above = FileIO(path, "r+"), _open_folder(path.parent.parent)
             except OSError as error: raise StoreError(explain_os_error(path, error)) from error
             self._folder = _open_folder(path.parent)
@@ -218,14 +224,24 @@ class Leases:
 
     def _unlock(self, lease: int) -> bool:
         "Unlock a lease and its marks; return False if the kernel refused"
-        if self._file is None: return True
-        if self.path is None: return True
-        above, inside = _marks(self.path, lease)
-        kept = [(file, marks) for file in self._kept for marks in (above, inside)]
-        places = [(self._above, above), (self._folder, inside), *kept]
-        for folder, (entered, _) in places: _quietly(unlock_byte, folder, entered)   # first: or it would seem lost
+        if self._file is None or self.path is None: return True
+        self._unlock_claim(self.path, lease)   # first: or it would seem lost
         done = [_quietly(unlock_byte, file, lease) for file in (self._file, *self._kept)]
-        return all([*done, *(_quietly(unlock_byte, folder, mark) for folder, (_, mark) in places)])
+        done += [_quietly(unlock_byte, self._above, _mark(self.path, lease)),
+                 _quietly(unlock_byte, self._folder, _mark_inside(lease))]
+        done += [_quietly(unlock_byte, file, mark) for file in self._kept
+                 for mark in (_mark(self.path, lease), _mark_inside(lease))]
+        if all(done): self._entered.pop(lease, None)
+        return all(done)
+
+    def _unlock_claim(self, path: Path, lease: int) -> None:
+        "Unlock the mark of a lease's claim, if it was entered"
+        if (id := self._entered.get(lease)) is None: return
+        above, inside = _mark_of_claim(_mark(path), id), _mark_of_claim(0, id)
+        _quietly(unlock_byte, self._above, above)
+        _quietly(unlock_byte, self._folder, inside)
+        for kept in self._kept:
+            for mark in (above, inside): _quietly(unlock_byte, kept, mark)
 
 # %% ../../nbs/core/leases.ipynb #83c49103
 _holding: dict[int, Leases] = {}   # by lease

@@ -15,6 +15,7 @@ import os
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
+from operator import attrgetter
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from cjm_fasthtml_resources.core.claims import (
@@ -29,6 +30,7 @@ from cjm_fasthtml_resources.core.claims import (
     move,
     observe,
 )
+from .concerned import find_concerned
 from .containers import host_name
 from .events import WAIT_BUCKETS, Events
 from .forks import reset_in_child
@@ -69,7 +71,7 @@ class Rows(NamedTuple):
     version: int = 0                   # how often a device was given or a claim was deleted
     devices: tuple[str, ...] = ()      # the machine's devices when a process settled last
     last_id: int = 0                   # of the claim that was entered last; a group has one for each device
-    ended: tuple[int, ...] = ()        # leases that are still held although their claims were deleted
+    ended: tuple[tuple[int, int], ...] = ()   # of deleted claims whose leases are still held: the lease and the id
 
 # %% ../../nbs/core/ledger.ipynb #47478dd0
 # these begin what stands for the devices of a group, or of a request for more: names of devices begin otherwise
@@ -99,20 +101,28 @@ def _to_claim(id: int, holder: list[Any], memory: int, allowed: list[str], *othe
 
 def to_bytes(rows: Rows, known: Mapping[bytes, Claim] = {}) -> bytes:
     "Return a ledger as it is written; the lines of known claims, of the same objects, are kept"
-    lines = {id(claim): line for line, claim in known.items()}
-    claims = (lines.get(id(c)) or _encode(_to_row(c)).encode() for c in rows.claims)
-    return b"".join(b"%s\n" % line for line in (_encode(rows[1:]).encode(), *claims))
+    by_claim = dict(zip(map(id, known.values()), known, strict=True))
+    lines = map(by_claim.get, map(id, rows.claims))   # this way, since there can be hundreds
+    claims = [line or _encode(_to_row(c)).encode() for line, c in zip(lines, rows.claims, strict=True)]
+    return b"\n".join((_encode(rows[1:]).encode(), *claims, b""))
 
-def from_bytes(data: bytes, known: Mapping[bytes, Claim] = {}) -> Rows:
+def _to_rows(head: bytes, lines: Sequence[bytes], known: Mapping[bytes, Claim]) -> Rows:
     "Return a ledger as it was read; known lines are reused"
+    claims = list(map(known.get, lines))
+    new = [n for n, claim in enumerate(claims) if claim is None]
+    (version, devices, last_id, ended), *found = json.loads(b"[%s]" % b",".join((head, *(lines[n] for n in new))))
+    for n, values in zip(new, found, strict=True): claims[n] = _to_claim(*values)
+    pairs = tuple((lease, id) for lease, id in ended)
+    return Rows(tuple(filter(None, claims)), version, tuple(devices), last_id, pairs)
+
+# %% ../../nbs/core/ledger.ipynb #5059b814
+def from_bytes(data: bytes) -> Rows:
+    "Return a ledger as it was read"
     if not data: return Rows()
     head, *lines = data.splitlines()
-    new = [line for line in lines if line not in known]
-    (version, devices, last_id, ended), *found = json.loads(b"[%s]" % b",".join((head, *new)))
-    claims = {line: _to_claim(*values) for line, values in zip(new, found, strict=True)}
-    every = tuple(known.get(line) or claims[line] for line in lines)
-    return Rows(every, version, tuple(devices), last_id, tuple(ended))
+    return _to_rows(head, lines, {})
 
+# %% ../../nbs/core/ledger.ipynb #db7b192f
 def find_claim(data: bytes, lease: int) -> Claim | None:
     "Return the claim with a lease, reading that one alone; `None` without it"
     at = data.find(b",%d," % lease, data.find(b"\n"))
@@ -130,8 +140,10 @@ class _Reading(NamedTuple):
 def _read_on(data: bytes, last: _Reading) -> _Reading:
     "Return a reading of these bytes; unchanged lines are taken from the last one"
     if data == last.data: return last
-    rows = from_bytes(data, last.lines)
-    return _Reading(data, rows, dict(zip(data.splitlines()[1:], rows.claims, strict=True)))
+    if not data: return _Reading()
+    head, *lines = data.splitlines()
+    rows = _to_rows(head, lines, last.lines)
+    return _Reading(data, rows, dict(zip(lines, rows.claims, strict=True)))
 
 # %% ../../nbs/core/ledger.ipynb #e3758b6c
 LOOK_EVERY = 0.25     # seconds after which a waiting request reads the devices again: other programs free memory
@@ -147,22 +159,21 @@ class LedgerReading(NamedTuple):
     claims: tuple[Claim, ...] = ()
     over: frozenset[int] = frozenset()   # the ids of those that are over and still to delete
 
-# %% ../../nbs/core/ledger.ipynb #c0de17e5
-def _counted(events: Events, claims: list[Claim], ended: list[Claim]) -> list[Claim]:
-    "Count the reservations that have ended, each for its app, and return the others"
-    for claim in ended: events.of(claim.app).count("ended")
-    return claims
-
 # %% ../../nbs/core/ledger.ipynb #711f157e
 _Look = Callable[[], Sequence[DeviceUse]]
 _Ask = Callable[[], Claim | None]
 class _Moment(NamedTuple):
-    "The ledger at one moment"
-    rows: Rows
-    held: set[int]   # of the leases in it, those that are held
-    over: set[int]   # the ids of the claims that are over
+    "The reservations at one moment"
+    rows: Rows                   # the ledger
+    held: set[int]               # of their leases and those in `ended`, those that are held
+    over: set[tuple[int, int]]   # those that are over: lease and id
 
-_Settled = tuple[list[Claim], list[Claim]]   # all that there are now, and the reservations that have ended
+class _Plan(NamedTuple):
+    "The ledger as it is to be written"
+    rows: Rows
+    ended: list[Claim]    # the reservations that are deleted
+    unused: list[Claim]   # the reservations that are given back now, because they stayed unused
+    is_granted: bool      # the new request is
 
 # %% ../../nbs/core/ledger.ipynb #88e17b83
 class Ledger:
@@ -188,7 +199,7 @@ class Ledger:
     def read(self) -> LedgerReading:
         "Return the claims as they are now; only reads, and waits for no other process"
         found = _sure(self.rows, self.store)
-        return LedgerReading(found.claims, frozenset(_examine(self, found).over))
+        return LedgerReading(found.claims, frozenset(_examine(self, found.claims)[1]))
 
     def since(
         self,
@@ -265,44 +276,39 @@ class Ledger:
         "Delete the claims that are over, enter the new one, and give devices to those that fit"
         until = time.monotonic() + SURE_SECONDS
         while True:
-            try: return _wake(self, _note_unused(self, _counted(self.events, *self._settle(look, ask, allowed))))
+            try: return _announce(self, self._settle(look, ask, allowed))
             except (HiddenClaims, ChangedInside):
                 if time.monotonic() > until: raise
             time.sleep(0.02)
 
-    def _settle(self, look: _Look, ask: _Ask, allowed: Mapping[int, Collection[str]]) -> _Settled:
-        "Make the attempts of steps 1 to 5"
+    def _settle(self, look: _Look, ask: _Ask, allowed: Mapping[int, Collection[str]]) -> _Plan:
+        "Make the attempts of steps 1 to 6"
         for _ in range(3):
-            before = _examine(self, self.rows())
+            before = _look_ahead(self, self.rows())
             uses, asked = _see(self, look, ask, before.rows.claims)
             with self.store.changing() as draft:
-                now = _examine(self, self._parse(draft.data))
-                if (now.rows.version, now.over) == (before.rows.version, before.over):
-                    return self._hand_out(draft, now, uses, asked, allowed)
+                rows = self._parse(draft.data)
+                if rows.version == before.rows.version:
+                    plan = _plan(self, before._replace(rows=rows), uses, asked, allowed)
+                    if plan.is_granted or _look_ahead(self, rows).over == before.over:
+                        return self._write(draft, rows, plan, asked)
         return self._settle_inside(look, ask, allowed)
 
-    def _settle_inside(self, look: _Look, ask: _Ask, allowed: Mapping[int, Collection[str]]) -> _Settled:
-        "Read the driver inside the change, which keeps other processes out (step 5)"
+    def _settle_inside(self, look: _Look, ask: _Ask, allowed: Mapping[int, Collection[str]]) -> _Plan:
+        "Read the driver inside the change, which keeps other processes out (step 6)"
         with self.store.changing() as draft:
-            now = _examine(self, self._parse(draft.data))
+            now = _look_ahead(self, self._parse(draft.data))
             uses, asked = _see(self, look, ask, now.rows.claims)
-            return self._hand_out(draft, now, uses, asked, allowed)
+            return self._write(draft, now.rows, _plan(self, now, uses, asked, allowed), asked)
 
-    def _hand_out(
-        self, draft: Draft, now: _Moment, uses: Sequence[DeviceUse], asked: Claim | None,
-        allowed: Mapping[int, Collection[str]],
-    ) -> _Settled:
-        "Steps 3 and 4, within a change"
-        _check_complete(now.rows, self.store)
-        ended = [c for c in now.rows.claims if c.id in now.over and c.device is not None]
-        rows = _drop_over(now, uses)
+    def _write(self, draft: Draft, before: Rows, plan: _Plan, asked: Claim | None) -> _Plan:
+        "Do step 5, within a change; return the plan"
         if asked:
             self.leases.take(asked.lease)
-            self.leases.enter(asked.lease)
-        rows = _enter(rows, asked, uses, allowed, find_rule(self.store))
-        draft.data = to_bytes(rows, self._read.lines)
-        _keep_unended(self, self._to_end.intersection(c.lease for c in rows.claims))
-        return list(rows.claims), ended
+            self.leases.enter(asked.lease, before.last_id + 1)
+        draft.data = to_bytes(plan.rows, self._read.lines)
+        _keep_unended(self, self._to_end and self._to_end.intersection(c.lease for c in plan.rows.claims))
+        return plan
 
     def end_later(self, lease: int) -> None:
         "Withdraw what was forgotten, also for another process: here now, and in the file at the next use or at exit"
@@ -325,7 +331,7 @@ class Ledger:
         with self.store.changing() as draft:
             rows = self._parse(draft.data)
             mine = tuple(c for c in rows.claims if c.lease == lease)
-            is_held = lease in self.leases.held and bool(mine) and not _examine(self, Rows(mine)).over
+            is_held = lease in self.leases.held and bool(mine) and not _examine(self, mine)[1]
             if is_held: draft.data = to_bytes(changed(rows) if changed else _change(rows, lease, fields))
         return is_held
 
@@ -349,11 +355,19 @@ def _see(
     return see_ram(uses, every, ledger.unified), asked
 
 # %% ../../nbs/core/ledger.ipynb #22632a53
-def _examine(ledger: "Ledger", rows: Rows) -> _Moment:
-    "Find out, for all leases at once, which are held, and which claims are over by now"
-    now, held = machine_time(), ledger.leases.held_among([*(c.lease for c in rows.claims), *rows.ended])
-    over = {c.id for c in rows.claims if c.is_over(now, held) or c.lease in ledger._to_end}
-    return _Moment(rows, held, over)
+def _examine(
+    ledger: "Ledger", claims: Sequence[Claim], ended: Iterable[tuple[int, int]] = (),
+) -> tuple[set[int], set[int]]:
+    "Find out, for all leases at once, which are held, and return the ids of the claims that are over by now, too"
+    now, held = machine_time(), ledger.leases.held_among([*(c.lease for c in claims), *(lease for lease, _ in ended)])
+    return held, {c.id for c in claims if c.is_over(now, held) or c.lease in ledger._to_end}
+
+# %% ../../nbs/core/ledger.ipynb #0346ccbc
+def _look_ahead(ledger: "Ledger", rows: Rows) -> _Moment:
+    "Find the reservations that are over (step 1)"
+    reserved = [c for c in rows.claims if c.device is not None]
+    held, over = _examine(ledger, reserved, rows.ended)
+    return _Moment(rows, held, {(c.lease, c.id) for c in reserved if c.id in over})
 
 # %% ../../nbs/core/ledger.ipynb #77340d16
 def _change(rows: Rows, lease: int, fields: Mapping[str, Any]) -> Rows:
@@ -409,7 +423,7 @@ def _end_at_exit() -> None:
 def _check_complete(rows: Rows, store: Store) -> None:
     "Raise `HiddenClaims` if a lease is held whose claim is missing"
     if store.lock_path is None: return
-    if hides_any(store.lock_path, [*(c.lease for c in rows.claims), *rows.ended]):
+    if hides_any(store.lock_path, [*(c.id for c in rows.claims), *(id for _, id in rows.ended)]):
         raise HiddenClaims(f"{store.lock_path} was replaced while other programs use it: reservations are missing "
                            "in it. End the programs that use it")
 
@@ -427,15 +441,17 @@ def _sure(read: Callable[[], Rows], store: Store) -> Rows:
     return rows
 
 # %% ../../nbs/core/ledger.ipynb #1164d770
-def _drop_over(now: _Moment, uses: Sequence[DeviceUse]) -> Rows:
-    "Return the ledger less the claims that are over; a lease that is still held is noted in `ended`"
-    rows, held, over = now
-    gone = [c.lease for c in rows.claims if c.id in over]
-    ended = held.intersection((*rows.ended, *gone))
-    return rows._replace(claims=tuple(drop(rows.claims, over, uses)), version=rows.version + bool(gone),
-                         ended=tuple(sorted(ended)))
+def _with_others(
+    after: list[Claim],                # those that concern a new request, and that one
+    before: Sequence[Claim],           # the same, as they were
+    every: Sequence[Claim],            # all
+) -> list[Claim]:
+    "Return all claims, in the order of asking"
+    if len(before) == len(every): return after
+    ids = {c.id for c in before}
+    return sorted([*(c for c in every if c.id not in ids), *after], key=attrgetter("id"))
 
-# %% ../../nbs/core/ledger.ipynb #25f2e693
+# %% ../../nbs/core/ledger.ipynb #7747b8a8
 CAP_FILE = "settings.toml"   # next to the ledger
 
 def find_cap(
@@ -469,18 +485,39 @@ def _receive(asked: Claim, id: int, now: float) -> Claim:
                                                     host=host_name())
     return replace(asked, id=id, space=pid_namespace(), receipt=receipt)
 
-def _enter(
-    rows: Rows,
-    asked: Claim | None,
+def _plan(
+    ledger: "Ledger",
+    moment: _Moment,                # the ledger as it is now, and the rest as it was before the devices were read
     uses: Sequence[DeviceUse],
+    asked: Claim | None,
     allowed: Mapping[int, Collection[str]],
-    may_have: MayHave = has_no_cap,
-) -> Rows:
-    "Return the ledger after `grant`; requests of suspended processes are passed over"
-    before, now = list(rows.claims), machine_time()
-    if asked: before.append(_receive(asked, rows.last_id + 1, now))
-    current = [_choose_again(c, allowed) for c in before]
-    def is_asleep(claim: Claim) -> bool: return claim.id <= rows.last_id and claim.is_suspended   # a new one asks now
+) -> _Plan:
+    "Return the ledger after steps 3 and 4"
+    (rows, held, over), now = moment, machine_time()
+    _check_complete(rows, ledger.store)
+    mine = find_concerned(asked, rows.claims, uses) if asked else rows.claims
+    held_now, over_now = _examine(ledger, [c for c in mine if c.device is None])
+    gone = [c for c in mine if c.id in over_now or (c.lease, c.id) in over]
+    left = drop(mine, [c.id for c in gone], uses) if gone else [*mine]
+    released = {c.id for c in left if c.expires == 0.0}   # since the devices were read
+    if asked: left.append(_receive(asked, rows.last_id + 1, now))
+    after, given = _give(left, rows.last_id, uses, allowed, find_rule(ledger.store), now)
+    ended = {*rows.ended, *((c.lease, c.id) for c in gone)}
+    new = Rows(tuple(_with_others(after, mine, rows.claims)), rows.version + bool(gone or given),
+               machine_devices(uses), rows.last_id + (asked.size if asked else 0),
+               tuple(sorted(pair for pair in ended if pair[0] in held or pair[0] in held_now)))
+    unused = [c for c in after if c.expires == 0.0 and c.id not in released]
+    return _Plan(new, [c for c in gone if c.device is not None], unused, rows.last_id + 1 in given)
+
+# %% ../../nbs/core/ledger.ipynb #48d582ac
+def _give(
+    claims: list[Claim],   # the new one last
+    last_id: int,          # of those before it
+    uses: Sequence[DeviceUse], allowed: Mapping[int, Collection[str]], may_have: MayHave, now: float,
+) -> tuple[list[Claim], set[int]]:   # and the ids of those that were given a device
+    "Return the claims after `grant`; requests of suspended processes are passed over"
+    current = [_choose_again(c, allowed) for c in claims]
+    def is_asleep(claim: Claim) -> bool: return claim.id <= last_id and claim.is_suspended   # a new one asks now
 
     after = grant(current, uses, passes_over=is_asleep, may_have=may_have, may_pass=passing_rule(now, may_have))
     held = {c.id for c in current if c.device is not None}
@@ -489,8 +526,7 @@ def _enter(
     if any(c.receipt is not None and c.receipt.grace and c.receipt.grace.is_over for c in after):
         from cjm_fasthtml_resources.core.grace import give_up_unused  # when it is used
         after = give_up_unused(after)
-    return rows._replace(claims=tuple(after), version=rows.version + bool(given), devices=machine_devices(uses),
-                         last_id=rows.last_id + (asked.size if asked else 0))
+    return after, given
 
 # %% ../../nbs/core/ledger.ipynb #72e609b2
 def _start(claim: Claim, now: float) -> Claim:
@@ -499,20 +535,19 @@ def _start(claim: Claim, now: float) -> Claim:
     return replace(claim, receipt=receipt, expires=claim.expires if claim.ttl is None else now + claim.ttl)
 
 # %% ../../nbs/core/ledger.ipynb #2f267ec4
-def _note_unused(ledger: "Ledger", claims: list[Claim]) -> list[Claim]:
-    "Tell the holders of reservations that were given back just now, because they stayed unused; return all claims"
-    unused = {c.lease: c for c in claims if c.expires == 0.0}   # all others that are over were deleted
-    if not unused: return claims
+def _note_unused(ledger: "Ledger", claims: Iterable[Claim]) -> None:
+    "Tell the holders of reservations that are given back now, because they stayed unused"
     from cjm_fasthtml_resources.core.endings import note_ending  # when it is used, as the next one
     from cjm_fasthtml_resources.core.grace import name_unused
-    for lease, claim in unused.items():
+    for lease, claim in {c.lease: c for c in claims}.items():
         with contextlib.suppress(StoreError): note_ending(ledger.store, lease, name_unused(claim))
         if lease in ledger.leases.held: _log.warning("reserved GPU memory was given back by %s", name_unused(claim))
     ledger.store.wake()
-    return claims
 
 # %% ../../nbs/core/ledger.ipynb #39b9354a
-def _wake(ledger: "Ledger", claims: list[Claim]) -> list[Claim]:
-    "Wake the threads of this process whose requests are granted; return all claims"
-    ledger.wakers.wake(c.lease for c in claims if c.device is not None)
-    return claims
+def _announce(ledger: "Ledger", plan: _Plan) -> list[Claim]:
+    "Count, note and wake what the plan concerns, once it is written; return all claims"
+    for claim in plan.ended: ledger.events.of(claim.app).count("ended")
+    if plan.unused: _note_unused(ledger, plan.unused)
+    ledger.wakers.wake(c.lease for c in plan.rows.claims if c.device is not None)
+    return list(plan.rows.claims)

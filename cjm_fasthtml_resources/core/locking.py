@@ -32,15 +32,21 @@ def holding(
         if held: lock.release()
 
 # %% ../../nbs/core/locking.ipynb #7baaebe2
-_FLOCK = "hhqqi"   # struct flock on 64-bit Linux: type, whence, start, length, PID (0 for these locks)
+# struct flock on 64-bit Linux: type, whence, start, length, PID (0 for these locks)
+_FLOCK = struct.Struct("hhqqi")
 
-def _lock_call(fd: int, command: str, kind: str, start: int, length: int) -> tuple[int, int, int]:
-    "Call fcntl; return the kind of lock that it reports, its first byte and its length (0: to the end)"
+def _lock(fd: int, kind: int, byte: int) -> None:
+    "Lock or unlock a byte"
     import fcntl  # missing on Windows
+    fcntl.fcntl(fd, fcntl.F_OFD_SETLK, _FLOCK.pack(kind, os.SEEK_SET, byte, 1, 0))
 
-    asked = struct.pack(_FLOCK, getattr(fcntl, kind), os.SEEK_SET, start, length, 0)
-    found, _, at, count, _ = struct.unpack(_FLOCK, fcntl.fcntl(fd, getattr(fcntl, command), asked))
-    return found, at, count
+# %% ../../nbs/core/locking.ipynb #a132682c
+def _query(fd: int, byte: int, length: int) -> tuple[int, int] | None:
+    "Return a lock of another open file on some of these bytes: its first byte and its length; 0: to the end"
+    import fcntl
+    asked = _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, byte, length, 0)
+    kind, _, at, count, _ = _FLOCK.unpack(fcntl.fcntl(fd, fcntl.F_OFD_GETLK, asked))
+    return None if kind == fcntl.F_UNLCK else (at, count)
 
 # %% ../../nbs/core/locking.ipynb #c7f7e64b
 def lock_byte(
@@ -49,11 +55,13 @@ def lock_byte(
     alone: bool = False,   # True: exclusive (the file must be open for writing); False: shared
 ) -> None:
     "Lock a byte for this open file; `BlockingIOError` if another open file has it"
-    _lock_call(fd, "F_OFD_SETLK", "F_WRLCK" if alone else "F_RDLCK", byte, 1)
+    import fcntl
+    _lock(fd, fcntl.F_WRLCK if alone else fcntl.F_RDLCK, byte)
 
 def unlock_byte(fd: int, byte: int) -> None:
     "Unlock a byte, if it is locked"
-    _lock_call(fd, "F_OFD_SETLK", "F_UNLCK", byte, 1)
+    import fcntl
+    _lock(fd, fcntl.F_UNLCK, byte)
 
 # %% ../../nbs/core/locking.ipynb #ae1c9525
 def is_locked(
@@ -62,8 +70,7 @@ def is_locked(
     length: int = 1,   # 0: all bytes from there on
 ) -> bool:
     "Return whether another open file has locked one of these bytes, in this process or in another"
-    import fcntl
-    return _lock_call(fd, "F_OFD_GETLK", "F_WRLCK", byte, length)[0] != fcntl.F_UNLCK
+    return _query(fd, byte, length) is not None
 
 # %% ../../nbs/core/locking.ipynb #2f51c140
 def find_locked(
@@ -71,13 +78,11 @@ def find_locked(
     bytes_: Iterable[int],
 ) -> set[int]:
     "Return those of these bytes that other open files have locked; asks once for those that are locked side by side"
-    import fcntl
     found, end = set[int](), 0.0   # up to `end` bytes are locked
     for byte in sorted(bytes_):
         if byte >= end:
-            kind, at, count = _lock_call(fd, "F_OFD_GETLK", "F_WRLCK", byte, 1)
-            if kind == fcntl.F_UNLCK: continue
-            end = at + (count or math.inf)
+            if (lock := _query(fd, byte, 1)) is None: continue
+            end = lock[0] + (lock[1] or math.inf)
         found.add(byte)
     return found
 
@@ -86,11 +91,11 @@ def is_locked_beside(
     fd: int,
     start: int,
     length: int,
-    known: Iterable[int],   # some of these bytes
+    known: Iterable[int],   # some of these bytes, counted from `start`
 ) -> bool:
     "Return whether another open file has locked one of these bytes outside the known ones"
-    bounds = sorted({start - 1, *known, start + length})
-    return any(is_locked(fd, at + 1, end - at - 1) for at, end in pairwise(bounds) if end - at > 1)
+    gaps = [(at + 1, end - at - 1) for at, end in pairwise(sorted({-1, *known, length})) if end - at > 1]
+    return any(is_locked(fd, start + at, count) for at, count in gaps)
 
 # %% ../../nbs/core/locking.ipynb #40c0a136
 _FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC

@@ -5,10 +5,11 @@
    devices is given all or none (in `grant`), and no lease of a living holder is ended (in `drop`).
 
    As in core.ledger a request is settled in four steps. (1) Read the ledger, and which leases have ended; (2) read the
-   devices; (3) in the gate, see that neither the ledger nor the ended leases have changed, else drop what is over and begin
-   again; (4) grant by that reading, and write. Who has begun again often enough does all of it in the gate. The holder of a
-   lease ends it without the gate, at any moment: by a release, after which it may keep its memory for a while, or by dying,
-   after which the driver needs a while to take its memory back. Both are the same here.
+   devices; (3) in the gate, see that the ledger has not changed, else drop what is over and begin again. If other leases
+   have ended, begin again, or count them as held; (4) grant by that reading, and write. Of the rows that are over, some can
+   stay: those that do not concern the request. Who has begun again often enough does all of it in the gate. The holder of
+   a lease ends it without the gate, at any moment: by a release, after which it may keep its memory for a while, or by
+   dying, after which the driver needs a while to take its memory back. Both are the same here.
 
    RAM is one more device: a request for a GPU and RAM is one for both of them together. Its processes can be read or not, as
    those of a GPU.
@@ -20,7 +21,8 @@
      UNKNOWN_ENDED      a lease that cannot be looked at counts as ended
      DEGRADED_CONSUMED  without a list of processes, what a device has more in use counts as use of what is promised
      LOOK_FIRST         in the gate the devices are read before the leases are looked at
-     NO_CHECK           step 3 does not look at the ledger and the leases again
+     NO_CHECK           step 3 does not look at the ledger again
+     DROP_LATE          a reservation that is over by step 3 is dropped there, after the reading
      PART_OF_GROUP      who asks for all devices is given those that have room
      FIRST_OF_GROUP     the room of the first device alone decides about all that were asked for together
 */
@@ -215,6 +217,25 @@ inline grant() {
     od
 }
 
+/* Add those that are over by now and wait: nothing is promised to them. Forget some of those that are over, or none */
+inline choose_over() {
+    i = 0;
+    do
+    :: i < PROCESSES ->
+        if
+#ifdef DROP_LATE
+        :: (again >> i) & 1 -> over = over | (1 << i)
+#else
+        :: (again >> i) & 1 && row[i] == WAITS -> over = over | (1 << i)
+#endif
+        :: (over >> i) & 1 && i != me -> over = over & ~(1 << i)
+        :: true
+        fi;
+        i++
+    :: else -> break
+    od
+}
+
 /* Drop what is over, enter the request of this process, hand out, and write the ledger */
 inline apply() {
     drop(over);
@@ -265,11 +286,11 @@ settle:
     :: atomic { !gate ->
         find_over(again);
 #ifdef NO_CHECK
-        again = over; changed[me] = false;
+        changed[me] = false;
 #endif
         if
-        :: changed[me] || again != over -> find_over(again); drop(again); forget_look(); again = 0; goto settle
-        :: else -> again = 0; apply(); goto wait
+        :: changed[me] || again != over -> drop(again); forget_look(); again = 0; goto settle
+        :: !changed[me] -> choose_over(); again = 0; apply(); goto wait
         fi }
     :: atomic { end_lease(); forget_look(); goto idle }
     fi;
