@@ -1,7 +1,10 @@
 """What the pages tell people to type, besides the cells that nbdev_test runs: each command is one, each extra exists,
 each block of Python runs
 """
+import ast
+import builtins
 import configparser
+import doctest
 import json
 import os
 import re
@@ -9,6 +12,7 @@ import shlex
 import signal
 import subprocess
 import sys
+import textwrap
 import time
 from fnmatch import fnmatch
 from pathlib import Path
@@ -17,6 +21,8 @@ import click
 import pytest
 from conftest import GIB
 
+import cjm_fasthtml_resources
+from cjm_fasthtml_resources import _modidx
 from cjm_fasthtml_resources.cli import main
 from cjm_fasthtml_resources.core.manager import ResourceManager
 from cjm_fasthtml_resources.recorded.file import add
@@ -383,3 +389,82 @@ def test_a_page_that_begins_with_a_definition_is_found():
     use, block = dict(cell_type="code", source="f()"), dict(cell_type="markdown", source="```py\nf()\n```")
     assert not begins_with_use([title, hidden, imports, made, use])
     assert begins_with_use([title, hidden, imports, use, made]) and begins_with_use([title, block, made])
+
+
+# names that pages take as given, and their classes; others can be anything, unless they are called
+GIVEN = {
+    "after": "core.samples.Sample", "before": "core.samples.Sample", "claims": "list[core.claims.Claim]",
+    "conflict": "core.conflict.ResourceConflict", "held": "core.reservations.Reservation",
+    "history": "recorded.history.RecordedHistory", "ledger": "core.ledger.Ledger", "me": "core.process.ProcessId",
+    "manager": "core.manager.ResourceManager", "monitor": "core.monitor.ResourceMonitor", "needs": "core.needs.Needs",
+    "notes": "recorded.notes.Notes", "pid": "int", "promise": "core.resources.Promise",
+    "request": "core.reservations.Request", "result": "core.validation.ValidationResult",
+    "rows": "list[recorded.rows.Row]", "sample": "core.samples.Sample", "snapshot": "core.gpu.GpuSnapshot",
+    "uses": "list[core.claims.DeviceUse]", "wakers": "core.waking.Wakers", "workers": "core.workers.Workers"}
+
+MISUSE = ("arg-type", "attr-defined", "call-arg", "call-overload", "index", "misc", "name-defined", "operator",
+          "unused-coroutine")   # mypy's codes
+
+
+def defined() -> dict[str, list[str]]:
+    "The modules that define a function or class of the library"
+    found: dict[str, list[str]] = {}
+    for names in _modidx.d["syms"].values():
+        for module, _, name in (each.rpartition(".") for each in names):
+            if module in _modidx.d["syms"]: found.setdefault(name, []).append(module)
+    return found
+
+
+def as_module(module: str, shown: list[str], known: dict[str, list[str]]) -> str:
+    "The Python on a page as a module that imports names of the library, and takes others as arguments"
+    examples = [doctest.DocTestParser().get_examples(b) if ">>>" in b else [doctest.Example(b, "")] for b in shown]
+    source = "".join(example.source for block in examples for example in block)
+    nodes = list(ast.walk(ast.parse(source, module)))
+    made = {node.id for node in nodes if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
+    made |= {node.name for node in nodes if isinstance(node, (ast.ClassDef, ast.FunctionDef, ast.alias))}
+    made |= {node.arg for node in nodes if isinstance(node, ast.arg)} | set(dir(builtins))
+    free = {node.id for node in nodes if isinstance(node, ast.Name)} - made
+    called = {node.func.id for node in nodes if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)}
+    lines, arguments = ["from typing import Any"], []
+    for name in sorted(free):
+        places = [module] if module in known.get(name, ()) else [] if name in GIVEN else known.get(name, [])
+        given = re.sub(r"\b(core|recorded)\.", r"cjm_fasthtml_resources.\1.", GIVEN.get(name, "Any"))
+        if name in cjm_fasthtml_resources.__all__: lines.append(f"from cjm_fasthtml_resources import {name}")
+        elif len(places) == 1: lines.append(f"from {places[0]} import {name}")
+        elif name in ("asyncio", "os", "subprocess", "threading", "time"): lines.append(f"import {name}")
+        elif name in GIVEN or name not in called:
+            lines += [f"import {place}" for place in re.findall(r"(cjm_[\w.]+)\.\w+", given)]
+            arguments.append(f"{name}: {given}")
+    return "\n".join([*lines, f"async def page({', '.join(arguments)}) -> None:", textwrap.indent(source, "    ")])
+
+
+@pytest.fixture(scope="module")
+def misuses(tmp_path_factory):
+    "By page, what mypy says of the Python that it shows"
+    pytest.importorskip("mypy", reason="mypy is not installed")
+    shown = {str(path.relative_to(ROOT/"nbs").with_suffix("")): blocks(path, "python") for path in API}
+    shown["wrong"] = [">>> manager.reserve(8_000, timeuot=5)\n>>> sums(3)\n>>> manager.resevre(8_000)\n",
+                      ">>> format_bytes('8')\n>>> me = read_process(1)\n>>> me.nmae\n>>> list_names(['a'])\n'a'\n"]
+    folder, known = tmp_path_factory.mktemp("pages"), defined()
+    for name, texts in shown.items():
+        if not texts: continue
+        (folder/f"{name.replace('/', '__')}.py").write_text(
+            as_module(f"cjm_fasthtml_resources.{name.replace('/', '.')}", texts, known), encoding="utf-8")
+    done = subprocess.run([sys.executable, "-m", "mypy", str(folder)], cwd=ROOT, capture_output=True, text=True)
+    assert not done.stderr, done.stderr
+    said = re.findall(r"^.*?([\w.]+)\.py:\d+: error: (.*?)  \[([\w-]+)\]$", done.stdout, re.M)
+    found: dict[str, list[str]] = {name: [] for name, texts in shown.items() if texts}
+    for name, text, code in said:
+        if code in MISUSE: found[name.replace("__", "/")].append(text)
+    return found
+
+
+def test_the_python_on_a_page_of_the_api_suits_the_library(misuses):
+    assert len(misuses) > 60
+    assert {name: texts for name, texts in misuses.items() if texts and name != "wrong"} == {}
+
+
+def test_python_that_does_not_suit_the_library_is_found(misuses):
+    for name in ("timeuot", "sums", "resevre", "format_bytes", "nmae"):
+        assert sum(name in text for text in misuses["wrong"]) == 1, (name, misuses["wrong"])
+    assert len(misuses["wrong"]) == 5
