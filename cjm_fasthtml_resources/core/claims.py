@@ -87,12 +87,12 @@ def is_ram(
     key: str | None,   # a claim's `device`
 ) -> bool:
     "Return whether a promise is for RAM: the machine's or a control group's"
-    return key is not None and key.partition(":")[0] == RAM
+    return key is not None and key.startswith(RAM) and key.partition(":")[0] == RAM
 
 def asks_for_ram(claim: Claim) -> bool:
     "Return whether a claim is for RAM, or asks for it"
     if claim.device is None and not claim.beside: return False   # most requests
-    return is_ram(claim.device) or any(is_ram(key) for key, _ in claim.beside)
+    return is_ram(claim.device) or bool(claim.beside) and any(is_ram(key) for key, _ in claim.beside)
 
 # %% ../../nbs/core/claims.ipynb #88758812
 _WHOLE = re.compile(r"\bMIG \d+g\.")   # "MIG 3g.20gb"; a part of it is "MIG 1c.3g.20gb"
