@@ -370,7 +370,7 @@ def holds():
 
 
 WAITING, HOLDING, FOR, SERVED = 200, 50, 10, 20   # processes, seconds, and how many are served then
-AMONG_MANY = 3e-3   # seconds that a reservation takes at most among so many
+AMONG_MANY = 1.5e-3   # seconds that a reservation takes at most among so many
 
 
 def moment_of(read): return struct.unpack("d", os.read(read, 8))[0]
@@ -409,12 +409,16 @@ def wait_together(holding):
 
 
 def grant_at_once(manager):
-    began = time.perf_counter()
-    held = manager.reserve(1_000, 1, timeout=0)
-    seconds = time.perf_counter() - began
-    held.release()
+    "The least seconds of a few reservations in a row, as one without a queue is measured"
+    def once():
+        began = time.perf_counter()
+        held = manager.reserve(1_000, 1, timeout=0)
+        seconds = time.perf_counter() - began
+        held.release()
+        return seconds
+    least = min(once() for _ in range(5))
     time.sleep(0.02)   # the processes that wait have read that
-    return seconds
+    return least
 
 
 def waiting_in(place):
@@ -438,7 +442,7 @@ def waiting():
             (f"from a release until the next of them has the memory{name}", f"{longest*1e3:.0f} ms", "< 300 ms",
              longest < 0.3, f"the longest of {SERVED}; half of them within {half*1e3:.0f} ms"),
             (f"a reservation of another GPU among them, granted at once{name}", f"{at_once*1e3:.1f} ms",
-             f"< {AMONG_MANY*1e3:g} ms", at_once < AMONG_MANY, "the least of 100: the ledger has a row for each")]
+             f"< {AMONG_MANY*1e3:g} ms", at_once < AMONG_MANY, "the least of 500: the ledger has a row for each")]
     return rows
 
 
