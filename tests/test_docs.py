@@ -71,7 +71,7 @@ def test_what_is_typed_in_a_shell_is_a_command(path):
             assert all((ROOT/file).is_file() for file in files), (path.name, words)
         # the first is run by test_cluster.py, the second is an agent, the third needs a container's engine, and the
         # last two are the system's
-        else: assert program in ("dask", "claude", "docker", "echo", "groupadd", "usermod"), (path.name, words)
+        else: assert program in ("dask", "claude", "docker", "echo", "groupadd", "groupdel", "rm", "usermod"), (path.name, words)
 
 
 def test_a_command_that_is_none_would_be_found():

@@ -431,7 +431,7 @@ def test_the_page_leads_two_newcomers_through_the_queue(machine, place):
     "The lines of the tutorial, as they are printed: alice's on the host, bob's there or in a container"
     page = json.loads((ROOT/"nbs"/"tutorials"/"together.ipynb").read_text())
     texts = ["".join(cell["source"]) for cell in page["cells"]]
-    section = next(text for text in texts if text.startswith("## Try it in two terminals"))
+    section = next(text for text in texts if text.startswith("## Try it in three terminals"))
     hold, wait, look, release = (shlex.split(line)[1:] for line in re.findall(r"```sh\n(.*)\n```", section))
     with machine.start(HOSTS[0], RUNS, *hold) as alice:
         def shown(who: Place) -> str:
