@@ -134,6 +134,8 @@ PROGRAM = """if True:
         use().register_worker(worker, "llm", loaded_plugin_resource="llama")
         driver.gpus[0].processes.append(SimulatedProcess(worker, 18_000))
     def fill(mb): driver.gpus[0].memory_used_mb = mb
+    def pid(): return os.getpid()
+    def show(pid, mb): driver.gpus[0].processes.append(SimulatedProcess(pid, mb))
     def ask(mb):
         held.append(use().request(mb, ask_idle=True))
         return "waits" if held[-1].poll() is None else "granted"
@@ -225,6 +227,31 @@ def test_a_reservation_names_its_user_and_its_container(program, place):
     assert other.do("promises") == [["external", "whisper", 20_000, False, f"UID {BOB}", True]]
     name, user = re.escape(os.uname().nodename), f"UID {BOB}"
     assert re.search(rf"a process in container {name} \(app whisper, user {user}", other.do("sentence"))
+
+
+OLLAMA, WHISPER = 12*1024, 8*1024   # MiB, as in the Compose file of the tutorial
+
+
+def test_a_model_counts_once_for_a_program_that_shares_its_pids(program):
+    ollama, whisper = program(HOSTS[0], "ollama"), program(HOSTS[1], "whisper")
+    assert ollama.do("reserve", OLLAMA) == "granted"
+    whisper.do("show", ollama.do("pid"), OLLAMA)              # the model is loaded
+    assert whisper.do("reserve", WHISPER) == "granted"
+    assert "ResourceBusy" in whisper.do("reserve", WHISPER)   # 28 GiB
+
+
+@pytest.mark.parametrize("place", [HOSTS[1], CONTAINERS[1]], ids=lambda place: place.name)
+def test_a_model_counts_twice_for_a_program_with_other_pids_until_its_reservation_ends(program, place):
+    ollama, whisper = program(CONTAINERS[0], "ollama"), program(place, "whisper")
+    assert ollama.do("reserve", OLLAMA) == "granted"
+    whisper.do("fill", OLLAMA)                                # the model is loaded
+    assert "ResourceBusy" in whisper.do("reserve", WHISPER)   # 12 + 12 + 8 GiB
+    whisper.do("fill", 0)                                     # it is unloaded
+    assert whisper.do("reserve", WHISPER) == "granted"
+    assert whisper.do("release") == [True]
+    whisper.do("fill", OLLAMA)                                # it is loaded again
+    assert ollama.do("release") == [True]
+    assert whisper.do("reserve", WHISPER) == "granted"
 
 
 def test_a_reservation_for_another_process_is_nobody_elses_to_end(machine, program):
