@@ -60,6 +60,9 @@ def check_command(words: list[str]) -> None:
         if arguments: command.make_context(name, arguments, parent=context)  # else a sentence only names it
 
 
+SYSTEMS = "echo", "groupadd", "groupdel", "rm", "usermod"
+
+
 @pytest.mark.parametrize("path", PAGES, ids=lambda p: p.stem)
 def test_what_is_typed_in_a_shell_is_a_command(path):
     settings = configparser.ConfigParser()
@@ -75,9 +78,8 @@ def test_what_is_typed_in_a_shell_is_a_command(path):
                 assert all(known), (path.name, words)
             files = [word for word in rest if word.endswith(".py") and "/" in word]
             assert all((ROOT/file).is_file() for file in files), (path.name, words)
-        # the first is run by test_cluster.py, the second is an agent, the third needs a container's engine, and the
-        # last two are the system's
-        else: assert program in ("dask", "claude", "docker", "echo", "groupadd", "usermod"), (path.name, words)
+        # the first is run by test_cluster.py, the second is an agent, the third needs a container's engine
+        else: assert program in ("dask", "claude", "docker", *SYSTEMS), (path.name, words)
 
 
 def test_a_command_that_is_none_would_be_found():

@@ -319,7 +319,7 @@ def test_too_few_that_can_be_used_are_named_with_the_reason(monkeypatch):
     with SimulatedDriver([SimulatedGpu(uuid=f"GPU-{n}") for n in "abc"]) as driver:
         manager = ResourceManager()
         driver.fail("nvmlDeviceGetMemoryInfo_v2", 15, gpu=2)
-        with pytest.raises(ResourceUnavailable, match="Requested 3 GPUs; 2 can be used: GPU 2: the GPU is lost"):
+        with pytest.raises(ResourceUnavailable, match="Requested 3 GPUs; 2 can be used: GPU 2 is lost"):
             manager.reserve(1_000, n=3)
         driver.recover()
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")

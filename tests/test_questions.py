@@ -245,7 +245,8 @@ def test_an_answer_after_the_request_is_over_is_said_in_words(asked):
     chat, request, _ = asked
     [question] = chat.get_questions()
     request.withdraw()
-    with pytest.raises(LookupError, match="asks nothing of chat now. None does."): chat.answer(question.id, True)
+    with pytest.raises(LookupError, match="no question for chat now. No request has one now."):
+        chat.answer(question.id, True)
 
 
 def test_the_one_who_gives_up_learns_that_there_was_no_answer(asked):
@@ -326,7 +327,7 @@ def test_a_person_s_yes_does_not_overrule_a_plugin_s_no(two):
     find_follower(chat).look()
     find_follower(chat).look()
     assert chat.get_questions() == [] and loaded(chat) == [first.pid, second.pid]
-    with pytest.raises(LookupError, match="asks nothing of chat now"): chat.answer(1, True)
+    with pytest.raises(LookupError, match="has no question for chat now"): chat.answer(1, True)
     said = describe_answers(read_answers(chat.ledger.store))
     assert said.startswith("chat of ") and said.endswith(" said no."), said
     assert request.poll() is None

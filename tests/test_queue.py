@@ -333,7 +333,8 @@ def test_wrong_ids_and_apps(rig):
         assert [rig.run(name, given).returncode for given in ("99", "0", "x")] == [2, 2, 2]
     for args in (("queue", "--app", "nosuch"), ("--app", "nosuch")):
         found = rig.run(*args)
-        assert found.returncode == 2 and "no app called 'nosuch'" in found.stderr and "Known: speech" in found.stderr
+        assert found.returncode == 2
+        assert "no app called 'nosuch'" in found.stderr and "Known apps: speech" in found.stderr
     assert rig.run("--app", "speech").returncode == 0
 
 

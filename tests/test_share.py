@@ -134,6 +134,8 @@ PROGRAM = """if True:
         use().register_worker(worker, "llm", loaded_plugin_resource="llama")
         driver.gpus[0].processes.append(SimulatedProcess(worker, 18_000))
     def fill(mb): driver.gpus[0].memory_used_mb = mb
+    def pid(): return os.getpid()
+    def show(pid, mb): driver.gpus[0].processes.append(SimulatedProcess(pid, mb))
     def ask(mb):
         held.append(use().request(mb, ask_idle=True))
         return "waits" if held[-1].poll() is None else "granted"
@@ -227,6 +229,31 @@ def test_a_reservation_names_its_user_and_its_container(program, place):
     assert re.search(rf"a process in container {name} \(app whisper, user {user}", other.do("sentence"))
 
 
+OLLAMA, WHISPER = 12*1024, 8*1024   # MiB, as in the Compose file of the tutorial
+
+
+def test_a_model_counts_once_for_a_program_that_shares_its_pids(program):
+    ollama, whisper = program(HOSTS[0], "ollama"), program(HOSTS[1], "whisper")
+    assert ollama.do("reserve", OLLAMA) == "granted"
+    whisper.do("show", ollama.do("pid"), OLLAMA)              # the model is loaded
+    assert whisper.do("reserve", WHISPER) == "granted"
+    assert "ResourceBusy" in whisper.do("reserve", WHISPER)   # 28 GiB
+
+
+@pytest.mark.parametrize("place", [HOSTS[1], CONTAINERS[1]], ids=lambda place: place.name)
+def test_a_model_counts_twice_for_a_program_with_other_pids_until_its_reservation_ends(program, place):
+    ollama, whisper = program(CONTAINERS[0], "ollama"), program(place, "whisper")
+    assert ollama.do("reserve", OLLAMA) == "granted"
+    whisper.do("fill", OLLAMA)                                # the model is loaded
+    assert "ResourceBusy" in whisper.do("reserve", WHISPER)   # 12 + 12 + 8 GiB
+    whisper.do("fill", 0)                                     # it is unloaded
+    assert whisper.do("reserve", WHISPER) == "granted"
+    assert whisper.do("release") == [True]
+    whisper.do("fill", OLLAMA)                                # it is loaded again
+    assert ollama.do("release") == [True]
+    assert whisper.do("reserve", WHISPER) == "granted"
+
+
 def test_a_reservation_for_another_process_is_nobody_elses_to_end(machine, program):
     hides = ("mount -t proc -o hidepid=2 proc /proc",)
     asker, other, contained = program(HOSTS[0]), program(HOSTS[1]), program(CONTAINERS[0])
@@ -267,7 +294,7 @@ def test_who_waits_asks_another_user_and_only_the_one_who_is_asked_can_agree(pro
     [[id, app, user]] = alice.do("questions")
     assert app == "app" and (f"UID {BOB}" in user or "root" in user)
     assert cleo.do("questions") == asker.do("questions") == []      # they have nothing to unload
-    for other in (cleo, asker): assert f"Request {id} asks nothing of app" in other.do("decide", id, True)
+    for other in (cleo, asker): assert f"Request {id} has no question for app" in other.do("decide", id, True)
     assert alice.do("questions") == [[id, app, user]] and asker.do("answers") == []
     assert alice.do("decide", id, False) == f"Request {id} was told no."
     assert asker.do("answers") == [["app", ALICE, False]] and alice.do("questions") == []
@@ -431,7 +458,7 @@ def test_the_page_leads_two_newcomers_through_the_queue(machine, place):
     "The lines of the tutorial, as they are printed: alice's on the host, bob's there or in a container"
     page = json.loads((ROOT/"nbs"/"tutorials"/"together.ipynb").read_text())
     texts = ["".join(cell["source"]) for cell in page["cells"]]
-    section = next(text for text in texts if text.startswith("## Try it in two terminals"))
+    section = next(text for text in texts if text.startswith("## Try it in three terminals"))
     hold, wait, look, release = (shlex.split(line)[1:] for line in re.findall(r"```sh\n(.*)\n```", section))
     with machine.start(HOSTS[0], RUNS, *hold) as alice:
         def shown(who: Place) -> str:

@@ -42,8 +42,8 @@ def find_asked(
     if len(found) == 1: return found[0]
     if found: raise click.UsageError(f"{' and '.join(name for name, _ in found)} are asked: add --app NAME.")
     known = ", ".join(sorted({str(q.id) for _, q in questions}))
-    which = f"These do: {known}." if known else "None does."
-    raise click.BadParameter(f"request {id} asks nothing of {app or 'your apps'} now. {which}", param_hint="ID")
+    which = f"Requests with one: {known}." if known else "No request has one now."
+    raise click.BadParameter(f"request {id} has no question for {app or 'your apps'} now. {which}", param_hint="ID")
 
 # %% ../../nbs/commands/answer.ipynb #ec802701
 def await_done(
@@ -118,7 +118,7 @@ def command(id: int | None, said: str | None, app: str | None) -> None:
     Without ID, show the questions. With yes, a process of the app unloads the models that the question names, and keeps
     running. With no, the asker is told so, and the question ends.
 
-    Exits with 2 for an ID that asks nothing and for an unknown app, 75 when no process of the app has unloaded within
+    Exits with 2 for an ID without a question and for an unknown app, 75 when no process of the app has unloaded within
     20 s, 74 when the shared file is unusable.
     """
     if id is not None and said is None: raise click.UsageError("Missing argument 'yes' or 'no'.")

@@ -36,11 +36,14 @@ def find_apps(store: Store) -> set[str]:
     found |= {claim.app for claim in Ledger(store).claims() if claim.app} | {*read_needs(Store(needs_path()))}
     return found if store.path is None else found | {path.stem for path in store.path.parent.glob("*.events")}
 
+_SCRIPTS = {"cjm-resources": "cjm-resources (wait and run without --app)"}
+
 def check_known(app: str, store: Store) -> None:
     "Refuse an unknown app, such as a mistyped name"
     known = find_apps(store)
     if app in known: return
-    names = f"Known: {', '.join(sorted(known))}" if known else "No app has any yet"
+    names = f"Known apps: {', '.join(_SCRIPTS.get(name, name) for name in sorted(known))}"
+    if not known: names = "No app has workers, reservations or needs yet"
     raise click.BadParameter(f"no app called {shorten(app)} is known on this machine. {names}",
                              param_hint="--app")
 

@@ -155,8 +155,8 @@ def answer_question(
     question = next((q for q in questions if q.id == id), None)
     if question is None:
         known = ", ".join(str(q.id) for q in questions)
-        which = f"These do: {known}." if known else "None does."
-        raise LookupError(f"Request {id} asks nothing of {manager.app} now. {which}")
+        which = f"Requests with one: {known}." if known else "No request has one now."
+        raise LookupError(f"Request {id} has no question for {manager.app} now. {which}")
     if pids is not None and tuple(pids) != question.pids:
         raise LookupError(f"The question has changed. Now: {question}")
     return settle_question(manager, question, is_yes, unload)

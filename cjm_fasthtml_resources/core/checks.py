@@ -99,8 +99,8 @@ def seen_notes(
     notes = [complaint] if complaint and (visible or others) else []
     best = max(others, key=lambda d: d.room, default=None)
     if best is None or any(d.room >= best.room for d in visible): return notes
-    return [*notes, "This process can use one MIG instance. A child process can use another, with the environment of "
-                    f"reserve(): GPU {best.device.id} has {format_bytes(best.room)} free"]
+    return [*notes, "This process can use one MIG instance. A child process can use another, started with the `env` "
+                    f"of a reservation: GPU {best.device.id} has {format_bytes(best.room)} free"]
 
 def each_memory_once(
     found: Sequence[DeviceStatus],

@@ -27,7 +27,7 @@ from cjm_fasthtml_resources.core.resources import (
     best_status,
 )
 from .conflict import ResourceConflict
-from .explain import by_size, explain_shortage
+from .explain import by_size, explain_shortage, name_unusable
 from .gpu import GpuDevice, GpuSnapshot
 from .memory import HostMemory
 from .needs import measure
@@ -172,7 +172,7 @@ def conclude(
     "Return one answer from the devices' own"
     status = best_status(d.status for d in devices)
     if status is ResourceStatus.UNAVAILABLE:
-        reasons = "; ".join(f"GPU {d.device.id}: {d.reason}" for d in devices)
+        reasons = "; ".join(name_unusable(d.device.id, d.reason) for d in devices)
         reason = reasons or reason or "no GPU was found"
     else: reason = None
     too_much = [d for d in devices if d.status is ResourceStatus.EXTERNAL_BUSY]

@@ -94,7 +94,8 @@ def find_by_id(
     claim = next((c for c in claims if c.id == id), None)
     if claim is None:
         known = ", ".join(str(c.id) for c in claims if (c.device is None) == waits)
-        raise LookupError(f"No {kind} has the ID {id}. Existing IDs: {known or 'none'}.")
+        none = "No request waits" if waits else "There are no reservations"
+        raise LookupError(f"No {kind} has the ID {id}. {f'Existing IDs: {known}' if known else none}.")
     if (claim.device is None) == waits: return claim
     if waits: raise LookupError(f"{id} is a reservation by now. To end it, release it.")
     raise LookupError(f"{id} is a request that is still waiting. To end it, cancel it.")

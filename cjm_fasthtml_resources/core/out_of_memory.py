@@ -18,9 +18,16 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from cjm_fasthtml_resources.core.explain import (
+    Cause,
+    name_process,
+    name_room,
+    name_unusable,
+    reservation_causes,
+    unseen_causes,
+)
 from .conflict import ResourceConflict
 from .devices import device_key, doubtful_places, see_devices
-from .explain import Cause, name_process, name_room, reservation_causes, unseen_causes
 from .logs import Log
 from .resources import DeviceStatus, OwnedProcess, WorkerState
 from .room import held_by, usable
@@ -520,7 +527,7 @@ def _say_ram(found: OutOfMemory, memory: ResourceConflict | None) -> str:
 def _say_gpu(found: OutOfMemory, scene: Scene, devices: Sequence[DeviceStatus]) -> list[str]:
     "Return sentences for the devices"
     if not devices:
-        unread = [f"GPU {d.device.id}: {d.reason}" for d in scene.conflict.allowed if d.reason]
+        unread = [name_unusable(d.device.id, d.reason) for d in scene.conflict.allowed if d.reason]
         reason = scene.conflict.reason or "; ".join(unread) or "that device is hidden from this app"
         return [f"Cannot read who used the GPU: {reason}."]
     said, cause = [say_cause(found, scene, devices)], find_cause(found, scene, devices[0])

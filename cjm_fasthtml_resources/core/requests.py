@@ -24,7 +24,7 @@ from .arguments import check_flag, check_number, check_pid, shorten
 from .claims import read_use
 from .conflict import ResourceBusy, ResourceConflict, ResourceUnavailable
 from .devices import device_key, device_place, doubtful_places, explain_doubt, see_devices, select_devices
-from .explain import explain_free, explain_shortage, explain_timeout
+from .explain import explain_free, explain_shortage, explain_timeout, name_unusable
 from .forks import reset_in_child
 from .gpu import GpuDevice, GpuSnapshot, read_gpu_links
 from .ledger import find_cap
@@ -217,7 +217,7 @@ def _count_memories(devices: Iterable[GpuDevice]) -> int: return len({d.pool for
 def _explain_few(allowed: Sequence[GpuDevice], found: Sequence[GpuDevice], count: int) -> str:
     "Return why there are too few whole GPUs for a request"
     why = [_ONE_INSTANCE] if any(d.mig_parent is not None for d in allowed) else list[str]()
-    why += [f"GPU {d.id}: {d.reason}" for d in allowed if d.reason and d not in found]
+    why += [name_unusable(d.id, d.reason) for d in allowed if d.reason and d not in found]
     if (usable := _count_memories(found)) < len(found): why.append(_ONE_MEMORY)
     value = os.environ.get("CUDA_VISIBLE_DEVICES")
     if value is not None and len(allowed) < count: why.append(f"CUDA_VISIBLE_DEVICES is {shorten(value)}")

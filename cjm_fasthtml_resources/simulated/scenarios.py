@@ -99,8 +99,8 @@ def _text_of(name: str | Path) -> str:
     if str(name) in state_names(): return (_STATES/f"{name}.json").read_text(encoding="utf-8")
     path = Path(name)
     if path.suffix == ".json": return path.read_text(encoding="utf-8")
-    raise ScenarioError(f"no preset is called {str(name)!r}; there are {', '.join(PRESETS)}, the states "
-                        f"of real machines {', '.join(state_names())}, or give the path of a .json file")
+    raise ScenarioError(f"no preset is called {str(name)!r}. Presets: {', '.join(PRESETS)}. States of real machines: "
+                        f"{', '.join(state_names())}. Or give the path of a .json file")
 
 def find_scenario(
     name: str | Path,  # of a preset or of a real machine's state, or the path of a JSON file
