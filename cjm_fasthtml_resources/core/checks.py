@@ -60,10 +60,10 @@ from .workers import Workers
 
 # %% ../../nbs/core/checks.ipynb #ab41382a
 CONTAINER_NOTE = (
-    "Estimate: in a container or under WSL, the driver's PIDs are the host's, and match no process here. "
-    "For exact figures, mount the host's /proc (docker run -v /proc:/host/proc:ro), "
-    "or set CJM_HOST_PROC to its path (update an open kernel module of release 545 to 560). "
-    "Otherwise have workers report their usage: "
+    "Estimate: the driver names processes by the host's PIDs, which match none in a container or under WSL. "
+    "For exact figures in a container, mount the host's /proc (docker run -v /proc:/host/proc:ro; CJM_HOST_PROC "
+    "names another path), and update an open kernel module of release 545 to 560. "
+    "Elsewhere, have workers report their usage: "
     "update_worker_state(pid, gpu_memory_mb=...)")
 SILENT_NOTE = (
     "Estimate: the driver reports no memory per process, as under WSL and Windows. "

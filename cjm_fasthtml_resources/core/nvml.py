@@ -169,7 +169,7 @@ def _read_device(
     told.what.update(kind for kind, error in errors.items() if not error)
     memory, notes = _add_total(memory, told)
     processes = merge_processes({kind: found.entries for kind, found in listed.items()})
-    notes += [f"the driver listed a process with the impossible PID {pid}, which was left out" for pid in odd]
+    notes += [f"the driver listed a process with the impossible PID {pid}; the list omits it" for pid in odd]
     if processes and memory.figures:
         processes, changed = possible_processes(processes, memory.figures)
         notes, whole = notes + changed, whole and not changed
