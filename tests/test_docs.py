@@ -446,7 +446,7 @@ def misuses(tmp_path_factory):
     pytest.importorskip("mypy", reason="mypy is not installed")
     shown = {str(path.relative_to(ROOT/"nbs").with_suffix("")): blocks(path, "python") for path in API}
     shown["wrong"] = [">>> manager.reserve(8_000, timeuot=5)\n>>> sums(3)\n>>> manager.resevre(8_000)\n",
-                      ">>> format_bytes('8')\n>>> me = read_process(1)\n>>> me.nmae\n>>> list_names(['a'])\n'a'\n"]
+                      ">>> format_bytes('8')\n>>> me = read_process(1)\n>>> me.nomen\n>>> list_names(['a'])\n'a'\n"]
     folder, known = tmp_path_factory.mktemp("pages"), defined()
     for name, texts in shown.items():
         if not texts: continue
@@ -467,6 +467,6 @@ def test_the_python_on_a_page_of_the_api_suits_the_library(misuses):
 
 
 def test_python_that_does_not_suit_the_library_is_found(misuses):
-    for name in ("timeuot", "sums", "resevre", "format_bytes", "nmae"):
+    for name in ("timeuot", "sums", "resevre", "format_bytes", "nomen"):
         assert sum(name in text for text in misuses["wrong"]) == 1, (name, misuses["wrong"])
     assert len(misuses["wrong"]) == 5
