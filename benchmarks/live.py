@@ -39,7 +39,9 @@ def vary():
         for gpu in driver.gpus: gpu.temperature, gpu.memory_used_mb = 40 + turn % 40, 40_000 + 300*(turn % 60)
         time.sleep(1)
 app = make_app(manager)
-app.app.route("/reads", methods=["GET"])(lambda: PlainTextResponse(str(driver.calls["nvmlDeviceGetCount_v2"])))
+inner = app
+while not hasattr(inner, "route"): inner = inner.app   # what stands around the app, such as the headers
+inner.route("/reads", methods=["GET"])(lambda: PlainTextResponse(str(driver.calls["nvmlDeviceGetCount_v2"])))
 with driver:
     threading.Thread(target=vary, daemon=True).start()
     uvicorn.run(app, host="127.0.0.1", port=int(sys.argv[1]), log_level="warning", timeout_graceful_shutdown=1,
