@@ -97,7 +97,7 @@ def left_for_jobs(
     for place in row.places:
         if place.key == "ram" or place.total is None or place.used is None: continue
         reserved = sum(job.memory*job.had.count(place.key) for job in held)
-        others = min(max(place.used - max(reserved - place.promised, 0), 0), place.total)
+        others = min(max(place.used + place.promised - reserved, 0), place.total)
         device = GpuDevice(len(found), place.key, place.name, place.total, others, memory_free=place.total - others)
         found.append(DeviceUse(device, ()))
     return found
