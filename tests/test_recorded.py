@@ -381,11 +381,13 @@ def jobs_of(plans: list[dict], *keys: str) -> list[Job]:
 
 
 def rows_of(ran: list[Job], others: int, *keys: str) -> list[Row]:
-    "A row for each 40 seconds: GPUs with 24 GiB, on which jobs use half of what they reserved, and others use some"
+    """A row for each 32 seconds, with the means of a recorder: GPUs with 24 GiB, on which jobs use half of what they
+    reserved, and others use some"""
     def place(key: str, at: int) -> Place:
-        held = sum(job.memory for job in ran if job.began <= at < job.ended and key in job.had)
+        lasted = [(job, max(min(job.ended, at + 32) - max(job.began, at), 0)) for job in ran if key in job.had]
+        held = sum(job.memory*int(seconds)//32 for job, seconds in lasted)
         return Place(key, key, "", "", 24*GIB, others*GIB + held//2, 0, 0, 0, 0, held - held//2, 0, 0, 0.0)
-    return [Row(float(at), 40.0, tuple(place(key, at) for key in keys)) for at in range(0, 400, 40)]
+    return [Row(float(at), 32.0, tuple(place(key, at) for key in keys)) for at in range(0, 512, 32)]
 
 
 def most_at_once(jobs: list[Job], starts: list[float]) -> int:

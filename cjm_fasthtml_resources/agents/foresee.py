@@ -9,7 +9,7 @@ __all__ = ['Foreseen', 'foresee']
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from cjm_fasthtml_resources.core.requests import (
     Asked,
@@ -20,7 +20,7 @@ from cjm_fasthtml_resources.core.requests import (
     choose_under_cap,
 )
 from ..core.caps import explain_caps
-from ..core.claims import Claim, grant, in_queue, read_use
+from ..core.claims import Claim, choose_first, grant, in_queue, read_use
 from ..core.conflict import ResourceConflict
 from ..core.devices import device_key
 from ..core.gpu import GpuDevice
@@ -45,8 +45,6 @@ class Foreseen(NamedTuple):
 
 # %% ../../nbs/agents/foresee.ipynb #efb2be9b
 _LEASE = -1
-
-def _first(found: Sequence[Any]) -> Any: return found[0]
 
 def _ask(asked: Asked, devices: Sequence[GpuDevice], claims: Sequence[Claim], priority: int, app: str) -> Claim:
     "Return the claim that a reservation would enter"
@@ -103,7 +101,7 @@ def foresee(
     mine = _ask(asked, devices, claims, rank, manager.app or "")
     every = [*claims, mine]
     store, uses = manager.ledger.store, see_ram(read_use(snapshot.devices), every)
-    after = grant(every, uses, _first, may_have=find_rule(store))
+    after = grant(every, uses, choose_first, may_have=find_rule(store))
     given = {c.device for c in after if c.lease == _LEASE and c.device is not None}
     conflict, ahead = manager.judge(snapshot), _before(mine, claims)
     if not given:

@@ -6,7 +6,7 @@
 __all__ = ['RAM', 'PLACES', 'LEAST_USE', 'Claim', 'is_ram', 'asks_for_ram', 'has_partners', 'DeviceUse', 'no_less',
            'lineage_here', 'read_use', 'Pool', 'used_by', 'find_pools', 'owner_of', 'find_promises', 'find_base',
            'find_covered', 'find_freed', 'lower_bases', 'drop', 'move', 'in_queue', 'MayHave', 'has_no_cap', 'MayPass',
-           'passes_none', 'choose_any', 'grant', 'find_most_used', 'observe']
+           'passes_none', 'choose_any', 'choose_first', 'grant', 'find_most_used', 'observe']
 
 # %% ../../nbs/core/claims.ipynb #effac725
 import re
@@ -534,6 +534,9 @@ def choose_any(found: Sequence[Any]) -> Any:
     import random  # when it is used
     return random.choice(found)
 
+def choose_first(found: Sequence[Any]) -> Any:
+    "Return the first of several, for a queue that is only played through"
+    return found[0]
 
 # %% ../../nbs/core/claims.ipynb #2b64afb3
 def grant(

@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 
-from .claims import Claim, DeviceUse, MayHave, find_pools, grant, has_no_cap
+from .claims import Claim, DeviceUse, MayHave, choose_first, find_pools, grant, has_no_cap
 from .learned import format_range
 from .options import Durations, remaining_time
 from .process import ProcessId, pid_namespace
@@ -26,8 +26,6 @@ def _unused_again(use: DeviceUse, claims: Sequence[Claim]) -> DeviceUse:
     return replace(use, device=device, processes=())
 
 # %% ../../nbs/core/expected.ipynb #881f0c7b
-def _first(options: Sequence[object]) -> object: return options[0]
-
 def play(
     claims: Sequence[Claim],             # all, waiting or promised, in the order of asking
     uses: Sequence[DeviceUse],           # every device, as if all reservations were still unused
@@ -39,7 +37,7 @@ def play(
     ends = {c.id: lasts(c) for c in claims if c.device is not None}
     while True:
         waiting = {c.id: c for c in state if c.device is None}
-        state = grant(state, uses, _first, may_have=may_have)
+        state = grant(state, uses, choose_first, may_have=may_have)
         for c in (c for c in state if c.device is not None and c.id not in ends):
             asked = waiting[max(id for id in waiting if id <= c.id)]   # a group has an ID for each device
             starts.setdefault(asked.id, at)

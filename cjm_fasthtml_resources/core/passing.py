@@ -8,13 +8,13 @@ __all__ = ['SURE', 'GAP', 'MOST_AHEAD', 'least_left', 'could_start_within', 'pas
 # %% ../../nbs/core/passing.ipynb #b9a3fd4f
 from collections.abc import Collection, Sequence
 from dataclasses import replace
-from typing import Any
 
 from cjm_fasthtml_resources.core.claims import (
     Claim,
     DeviceUse,
     MayHave,
     MayPass,
+    choose_first,
     grant,
     has_no_cap,
 )
@@ -33,8 +33,6 @@ def least_left(
     return max(min(end, end if claim.expires is None else claim.expires) - now, 0.0)
 
 # %% ../../nbs/core/passing.ipynb #dccc0e19
-def _first(options: Sequence[Any]) -> Any: return options[0]
-
 def _without_others(use: DeviceUse) -> DeviceUse:
     "Return a device as if all unreserved memory were free"
     free = (use.device.memory_used or 0) + (use.device.memory_free or 0)
@@ -53,7 +51,7 @@ def could_start_within(
     names = {*claim.allowed, *(key for key, _ in claim.beside)}
     if claim.count and not claim.allowed or not names <= {use.key for use in uses}: return True
     stay = [c for c in claims if c.device is not None and least_left(c, now) > seconds]
-    after = grant([*stay, claim], [*map(_without_others, uses)], _first, may_have=may_have)
+    after = grant([*stay, claim], [*map(_without_others, uses)], choose_first, may_have=may_have)
     return any(c.id == claim.id and c.device is not None for c in after)
 
 # %% ../../nbs/core/passing.ipynb #9bb3f358

@@ -11,10 +11,10 @@ import math
 from bisect import bisect_right
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from ..core.caps import Cap
-from ..core.claims import Claim, DeviceUse, grant, has_no_cap
+from ..core.claims import Claim, DeviceUse, choose_first, grant, has_no_cap
 from ..core.gpu import GpuDevice
 from ..core.process import ProcessId
 from ..core.receipts import Receipt
@@ -87,16 +87,21 @@ def _to_job(parts: Sequence[_Part], request: tuple[float, Asked] | None) -> Job:
                min(when, first.began), first.began, max(part.ended for part in parts))
 
 # %% ../../nbs/recorded/queues.ipynb #8e6f1f77
+def _part_of(row: Row, job: Job) -> float:
+    "Return the part of a row's time in which a job ran"
+    seconds = min(job.ended, row.time + row.seconds) - max(job.began, row.time)
+    return max(seconds, 0.0)/row.seconds
+
 def left_for_jobs(
     row: Row,
     jobs: Iterable[Job],
 ) -> list[DeviceUse]:
     "Return the GPUs of a row as if no job were there"
-    held = [job for job in jobs if job.began <= row.time < job.ended]
+    held = [(job, part) for job in jobs if (part := _part_of(row, job))]
     found = list[DeviceUse]()
     for place in row.places:
         if place.key == "ram" or place.total is None or place.used is None: continue
-        reserved = sum(job.memory*job.had.count(place.key) for job in held)
+        reserved = round(sum(part*job.memory*job.had.count(place.key) for job, part in held))
         others = min(max(place.used + place.promised - reserved, 0), place.total)
         device = GpuDevice(len(found), place.key, place.name, place.total, others, memory_free=place.total - others)
         found.append(DeviceUse(device, ()))
@@ -113,8 +118,6 @@ class QueueRule(NamedTuple):
         return " and ".join([*limit, *(f"priority {n} for {app}" for app, n in self.priorities.items())])
 
 # %% ../../nbs/recorded/queues.ipynb #247e3492
-def _first(options: Sequence[Any]) -> Any: return options[0]
-
 def _to_claims(jobs: Sequence[Job], rule: QueueRule) -> list[Claim]:
     "Return a request for each job, with room between the IDs for those of a group"
     users, claims, id = {job.user: n for n, job in enumerate(jobs)}, list[Claim](), 1
@@ -142,7 +145,7 @@ def play_jobs(
             arrived += 1
         if all(c.device for c in state): continue
         row = rows[max(bisect_right(began, now) - 1, 0)]
-        state = grant(state, left_for_jobs(row, jobs), _first, may_have=may_have)
+        state = grant(state, left_for_jobs(row, jobs), choose_first, may_have=may_have)
         for c in state:
             if c.device is None or c.id in ends: continue
             number = bisect_right(ids, c.id) - 1   # a group has an ID for each GPU
