@@ -44,7 +44,8 @@ def test_a_check_says_what_it_estimates():
         found = manager.check_gpu_availability()
         assert found.devices[0].processes == (OwnedProcess(GONE, "unknown", 900*MIB, kind="graphics"),)
         assert [d.app_memory//MIB for d in found.devices] == [900, 100]
-        assert len(found.notes) == 1 and found.notes[0].startswith("Estimate: in a container")
+        assert len(found.notes) == 1
+        assert found.notes[0].startswith("Estimate: the driver names processes by the host's PIDs")
     without_figure = SimulatedProcess(GONE, None, "graphics")
     with SimulatedDriver([SimulatedGpu(memory_used_mb=900, processes=[without_figure])]):
         found = manager.check_gpu_availability()
