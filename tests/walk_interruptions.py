@@ -1,12 +1,14 @@
 """Every line x an interruption: a program of its own
 
-    walk_interruptions.py [--sample N] [--seed S] [--jobs N] [--error NAME] [CALL[/memory|/file] …]
+    walk_interruptions.py [--sample N] [--seed S] [--jobs N] [--error NAME] [--lines-of MODULE]…
+                          [CALL[/memory|/file] …]
 
 For each call (all of them, if none is named), in memory and with a file: which lines of the package does it run? Then
 it is called once for each of them, and KeyboardInterrupt is raised just before that line runs. Afterwards the error
 that comes out is that one; this process and another one are promised the whole device at once; nothing is promised, no
 worker is half registered, no descriptor and no thread is left. A line is told apart by who called it, and in a loop the
 first two rounds are tried. With --sample, so many lines of each call. --error raises another error, such as SystemExit.
+--lines-of core/ledger takes only the lines of a module: what is to be walked again after a change there.
 Prints what is wrong, and where; closes with 'N points, N wrong'.
 """
 import argparse
@@ -17,6 +19,7 @@ import gc
 import json
 import os
 import random
+import selectors
 import signal
 import subprocess
 import sys
@@ -515,21 +518,29 @@ class Walker:
 
     def interrupt(self) -> None: raise self.error("walk")
 
-    def walk(self, name: str, sample: int | None, chance: random.Random) -> tuple[int, list[str]]:
+    def walk(self, name: str, asked: argparse.Namespace, chance: random.Random) -> tuple[int, list[str]]:
         "How many points were tried, and what is wrong"
         for _ in range(2): self.round(name, Lines(at=((), 0)), None)  # what is loaded at the first use
         counts = Lines()
         wrong = [f"{name}, not interrupted: {what}" for what in self.round(name, counts, None)]
-        points = [(point, turn) for point, count in counts.counts.items() for turn in (1, 2)[:count]]
-        if sample is not None and sample < len(points): points = chance.sample(points, sample)
+        points = [(point, turn) for point, count in counts.counts.items() for turn in (1, 2)[:count]
+                  if is_among(point, asked.lines_of)]
+        if asked.sample is not None and asked.sample < len(points): points = chance.sample(points, asked.sample)
+        points = points[asked.part::asked.parts]
         for point, turn in points:
             lines = Lines((point, turn), self.interrupt)
             wrong += [f"{name}, {describe(point)}: {what}" for what in self.round(name, lines, point)]
         return len(points), wrong
 
 
-def walk(units: list[str], sample: int | None, seed: int, error: type[BaseException]) -> None:
-    "Walk calls, one after the other; print what was found as JSON, a line for each"
+def is_among(point: Point, modules: list[str]) -> bool:
+    "Whether a line is one of these modules', which all are if there are none"
+    return not modules or any(Path(point[0][0]).match(f"{module}.py") for module in modules)
+
+
+def walk(units: list[str], asked: argparse.Namespace) -> None:
+    "Walk a part of each call's points; print what was found as JSON, a line for each call"
+    error = __builtins__.__dict__[asked.error]
     os.environ.pop("CUDA_VISIBLE_DEVICES", None)
     with tempfile.TemporaryDirectory(prefix="walk-") as name, \
             SimulatedDriver([SimulatedGpu(memory_total_mb=total) for total in GPUS], shared=f"{name}/gpus"):
@@ -541,7 +552,7 @@ def walk(units: list[str], sample: int | None, seed: int, error: type[BaseExcept
             walker = walkers[where]
             walker.new_folder()
             began = time.monotonic()
-            count, wrong = walker.walk(call, sample, random.Random(f"{seed} {unit}"))
+            count, wrong = walker.walk(call, asked, random.Random(f"{asked.seed} {unit}"))
             print(json.dumps([unit, count, wrong, round(time.monotonic() - began, 1)]), flush=True)
         for walker in walkers.values(): walker.stop()
 
@@ -552,6 +563,16 @@ def find_units(names: list[str]) -> list[str]:
     return [unit for unit in every if not names or unit in names or unit.split("/")[0] in names]
 
 
+def read_lines(running: list[subprocess.Popen]) -> Iterator[str]:
+    "The lines that some programs print, as they come"
+    with selectors.DefaultSelector() as ready:
+        for process in running: ready.register(process.stdout, selectors.EVENT_READ)
+        while ready.get_map():
+            for key, _ in ready.select():
+                if line := key.fileobj.readline(): yield line
+                else: ready.unregister(key.fileobj)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("calls", nargs="*")
@@ -559,32 +580,30 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--error", default="KeyboardInterrupt")
+    parser.add_argument("--lines-of", action="append", default=[], metavar="MODULE")
+    parser.add_argument("--part", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--parts", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--serve", help=argparse.SUPPRESS)
     asked = parser.parse_args()
     if asked.serve:
         with SimulatedDriver([SimulatedGpu(memory_total_mb=total) for total in GPUS], shared=asked.serve): serve()
         return 0
     units = find_units(asked.calls)
-    if asked.jobs == 1:
-        walk(units, asked.sample, asked.seed, __builtins__.__dict__[asked.error])
+    if asked.parts:
+        walk(units, asked)
         return 0
-    options = ["--jobs", "1", "--seed", str(asked.seed), "--error", asked.error]
-    if asked.sample is not None: options += ["--sample", str(asked.sample)]
-    parts = [units[n::asked.jobs] for n in range(asked.jobs) if units[n::asked.jobs]]
-    running = [subprocess.Popen([sys.executable, __file__, *options, *part], stdout=subprocess.PIPE, text=True)
-               for part in parts]
+    command = [sys.executable, __file__, *sys.argv[1:], "--parts", str(asked.jobs), "--part"]
+    running = [subprocess.Popen([*command, str(n)], stdout=subprocess.PIPE, text=True) for n in range(asked.jobs)]
     points = failed = 0
-    for process, part in zip(running, parts, strict=True):
-        seen = []
-        for line in process.stdout:
-            unit, count, wrong, seconds = json.loads(line)
-            print(f"{unit}: {count} points in {seconds:g} s, {len(wrong)} wrong", flush=True)
-            seen.append(unit)
-            points, failed = points + count, failed + len(wrong)
-            for what in wrong: print(f"{unit.split('/')[1]}: {what}", flush=True)
-        if process.wait() or seen != part:
+    for line in read_lines(running):
+        unit, count, wrong, seconds = json.loads(line)
+        print(f"{unit}: {count} points in {seconds:g} s, {len(wrong)} wrong", flush=True)
+        points, failed = points + count, failed + len(wrong)
+        for what in wrong: print(f"{unit.split('/')[1]}: {what}", flush=True)
+    for process in running:
+        if process.wait():
             failed += 1
-            print(f"the walk of {part[len(seen):][:1]} ended with {process.returncode}", flush=True)
+            print(f"a walk ended with {process.returncode}", flush=True)
     print(f"{points} points, {failed} wrong")
     return int(bool(failed))
 
