@@ -8,13 +8,16 @@ site).
 In .venvs/dev are nbdev 2 and fastcore 1, which the notebooks are made with; in .venvs/clean is the built wheel with the
 newest fastcore and no nbdev, as a user has it. Closes with 'N passed, N failed' over all steps.
 """
+import contextlib
 import hashlib
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import venv
 from pathlib import Path
 from typing import NamedTuple
@@ -22,6 +25,9 @@ from typing import NamedTuple
 ROOT = Path(__file__).resolve().parent.parent
 VENVS = ROOT/".venvs"
 BIN = "Scripts" if os.name == "nt" else "bin"
+LIMIT = 1800   # seconds for one step: three times what the longest takes on two quiet cores
+# a test that hangs fails with the stack of every thread, and the others go on
+PYTEST = ("python", "-m", "pytest", "-q", "--timeout", "300", "--durations", "10")
 MADE = ("nbs", "cjm_fasthtml_resources", "README.md")  # what the notebooks make, besides themselves
 
 # lines of a step's output that show what failed: of pytest, benchmarks/run.py, tools/notebooks.py, ruff and codespell
@@ -45,19 +51,45 @@ def environment(name: str, *requirements: str) -> Path:
     return programs
 
 
+def kill(process: subprocess.Popen, number: int) -> None:
+    "Send a signal to a step and what it has started; Windows knows the step alone"
+    if os.name == "nt": process.kill()
+    else:
+        with contextlib.suppress(ProcessLookupError): os.killpg(process.pid, number)
+
+
+def wait(process: subprocess.Popen) -> int:
+    "Wait for a step, at most `LIMIT` seconds, and end what it leaves behind; its exit code"
+    try: return process.wait(LIMIT)
+    except subprocess.TimeoutExpired:
+        print(f"\n== it did not end within {LIMIT} s", flush=True)
+        kill(process, signal.SIGABRT)   # pytest says where each of its threads is
+        with contextlib.suppress(subprocess.TimeoutExpired): process.wait(10)
+        return 1
+    finally: kill(process, signal.SIGABRT if os.name == "nt" else signal.SIGKILL)
+
+
 def run(title: str, programs: Path, *command: str, cwd: Path = ROOT) -> Step:
     "One step; it counts as one where it does not say how many passed and failed in it"
     print(f"\n== {title}: {' '.join(command)}", flush=True)
     places = (programs, os.environ.get("PATH", ""), VENVS/"debian"/"usr"/"sbin")
     env = {**os.environ, "PATH": os.pathsep.join(map(str, places))}
     process = subprocess.Popen([programs/command[0], *command[1:]], cwd=cwd, env=env, stdin=subprocess.DEVNULL,
-                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace")
-    output = ""
-    for line in process.stdout:
-        print(line, end="", flush=True)
-        output += line
+                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace",
+                               start_new_session=True)
+    lines = list[str]()
+    def show() -> None:
+        for line in process.stdout:
+            print(line, end="", flush=True)
+            lines.append(line)
+
+    reader = threading.Thread(target=show, daemon=True)
+    reader.start()
+    code = wait(process)
+    reader.join(10)   # what a step leaves behind can hold its output open
+    output = "".join(lines)
     passed, failed = counted(output, "passed"), counted(output, "failed")
-    if process.wait(): return Step(title, passed, failed or 1, tuple(COMPLAINT.findall(output)))
+    if code: return Step(title, passed, failed or 1, tuple(COMPLAINT.findall(output)))
     return Step(title, passed if passed or failed else 1, failed)
 
 
@@ -144,9 +176,9 @@ def development() -> list[Step]:
         *static_checks(programs),
         run("notebooks", programs, "python", "tools/notebooks.py"),
         run("nbdev's own tests", programs, "nbdev_test", "--n_workers", "2"),
-        run("tests", programs, "python", "-m", "pytest", "-q", "tests", "--ignore=tests/browser",
+        run("tests", programs, *PYTEST, "tests", "--ignore=tests/browser",
             "--ignore=tests/test_examples.py"),   # the notebooks' cells; they run once more against the wheel
-        run("in a browser", programs, "python", "-m", "pytest", "-q", "tests/browser"),
+        run("in a browser", programs, *PYTEST, "tests/browser"),
         run("the saved figures", programs, "python", "benchmarks/run.py", "--short"),
         unchanged(before)]
 
@@ -175,14 +207,14 @@ def as_installed(given: Path | None = None) -> list[Step]:
         folder = Path(name)
         built, wheel = (None, given.resolve()) if given else build(folder)
         programs = environment("clean", f"{wheel}[web,prometheus,cluster,mcp,marimo]", "fastcore>=2", "pytest>=8",
-                               "hypothesis>=6.100", "jsonschema>=4.20", "httpx>=0.27")
+                               "pytest-timeout>=2.3", "hypothesis>=6.100", "jsonschema>=4.20", "httpx>=0.27")
         where = run("installed, not from this folder", programs, "python", "-I", "-c", INSTALLED, cwd=folder)
         # not the package: what is tested is what is installed
         for copied in ("tests", "nbs", "benchmarks", "examples", "README.md", "CONTRIBUTING.md", ".ci", "settings.ini",
                        "tools"):
             (shutil.copytree if (ROOT/copied).is_dir() else shutil.copy)(ROOT/copied, folder/copied)
         isolated = "-P" if sys.version_info >= (3, 11) else "-s"
-        tests = run("tests against the wheel", programs, "python", isolated, "-m", "pytest", "-q",
+        tests = run("tests against the wheel", programs, "python", isolated, *PYTEST[1:],
                     "-p", "no:cacheprovider", *(f"tests/test_{name}.py" for name in OF_A_WHEEL), cwd=folder)
         return [*([built] if built else []), where, tests]
 
