@@ -17,10 +17,10 @@ def _wants(claim: Claim) -> tuple[str, ...]:
     if claim.device is not None: return (claim.device,)
     return (*claim.allowed, *(key for key, _ in claim.beside))
 
-def _is_near(claim: Claim, names: set[str]) -> bool:
-    "Return whether a claim has, or can be given, one of these"
-    if claim.device is not None: return claim.device in names
-    return not names.isdisjoint(claim.allowed) or bool(claim.beside) and not names.isdisjoint(_wants(claim))
+def _find_near(claims: Iterable[Claim], names: set[str], leases: set[int]) -> list[Claim]:
+    "Return the claims that have, or can be given, one of these, or that have one of these leases"
+    return [c for c in claims if c.device in names or c.lease in leases   # short, since there can be hundreds
+            or c.device is None and not (names.isdisjoint(c.allowed) and (not c.beside or names.isdisjoint(_wants(c))))]
 
 # %% ../../nbs/core/concerned.ipynb #0097b4e4
 def _add_names(names: set[str], uses: Iterable[DeviceUse]) -> None:
@@ -42,7 +42,7 @@ def find_concerned(
     leases, found, left = {asked.lease}, list[Claim](), claims
     while True:
         _add_names(names, uses)
-        near = [c for c in left if c.lease in leases or _is_near(c, names)]
+        near = _find_near(left, names, leases)
         if not near: return sorted(found, key=attrgetter("id"))
         found += near
         names.update(name for c in near for name in _wants(c))

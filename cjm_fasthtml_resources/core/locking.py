@@ -7,7 +7,6 @@ __all__ = ['holding', 'lock_byte', 'unlock_byte', 'is_locked', 'find_locked', 'i
 
 # %% ../../nbs/core/locking.ipynb #a40e9415
 import contextlib
-import math
 import os
 import struct
 import weakref
@@ -40,14 +39,6 @@ def _lock(fd: int, kind: int, byte: int) -> None:
     import fcntl  # missing on Windows
     fcntl.fcntl(fd, fcntl.F_OFD_SETLK, _FLOCK.pack(kind, os.SEEK_SET, byte, 1, 0))
 
-# %% ../../nbs/core/locking.ipynb #a132682c
-def _query(fd: int, byte: int, length: int) -> tuple[int, int] | None:
-    "Return a lock of another open file on some of these bytes: its first byte and its length; 0: to the end"
-    import fcntl
-    asked = _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, byte, length, 0)
-    kind, _, at, count, _ = _FLOCK.unpack(fcntl.fcntl(fd, fcntl.F_OFD_GETLK, asked))
-    return None if kind == fcntl.F_UNLCK else (at, count)
-
 # %% ../../nbs/core/locking.ipynb #c7f7e64b
 def lock_byte(
     fd: int,
@@ -70,21 +61,21 @@ def is_locked(
     length: int = 1,   # 0: all bytes from there on
 ) -> bool:
     "Return whether another open file has locked one of these bytes, in this process or in another"
-    return _query(fd, byte, length) is not None
+    import fcntl
+    asked = _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, byte, length, 0)
+    kind: int = _FLOCK.unpack(fcntl.fcntl(fd, fcntl.F_OFD_GETLK, asked))[0]
+    return kind != fcntl.F_UNLCK
 
 # %% ../../nbs/core/locking.ipynb #2f51c140
 def find_locked(
     fd: int,
     bytes_: Iterable[int],
 ) -> set[int]:
-    "Return those of these bytes that other open files have locked; asks once for those that are locked side by side"
-    found, end = set[int](), 0.0   # up to `end` bytes are locked
-    for byte in sorted(bytes_):
-        if byte >= end:
-            if (lock := _query(fd, byte, 1)) is None: continue
-            end = lock[0] + (lock[1] or math.inf)
-        found.add(byte)
-    return found
+    "Return those of these bytes that other open files have locked"
+    import fcntl
+    ask, query, kind, pack = fcntl.fcntl, fcntl.F_OFD_GETLK, fcntl.F_WRLCK, _FLOCK.pack
+    free = struct.pack("h", fcntl.F_UNLCK)   # the answer begins with it
+    return {byte for byte in bytes_ if not ask(fd, query, pack(kind, os.SEEK_SET, byte, 1, 0)).startswith(free)}
 
 # %% ../../nbs/core/locking.ipynb #39e2e429
 def is_locked_beside(

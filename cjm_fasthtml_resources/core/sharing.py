@@ -69,10 +69,10 @@ def _problem_of_shared(path: Path, found: os.stat_result) -> str | None:
     if not os.access(path, os.R_OK | os.W_OK | os.X_OK, effective_ids=True): return explain_refusal(path, found)
     return None
 
-def _problem_in_shared(path: Path, found: os.stat_result) -> str | None:
-    "Return the problem with a file in a shared folder, `None` if it is right"
+def _problem_in_shared(group: int, found: os.stat_result) -> str | None:
+    "Return the problem with a file in a folder that a group shares, `None` if it is right"
     if not stat.S_ISREG(found.st_mode): return "is not a regular file, so it is refused: another user put it there"
-    if found.st_gid != path.parent.lstat().st_gid:
+    if found.st_gid != group:
         return "does not belong to the group that shares its folder, so it is refused: another user put it there"
     if found.st_mode & stat.S_IRWXO:
         return "is open to users outside its group, so it is refused. To fix it: chmod o-rwx"
@@ -98,7 +98,8 @@ def _problem(path: Path, found: os.stat_result) -> str | None:
     if _shares(found): return _problem_of_shared(path, found)
     mine = found.st_uid == os.geteuid()
     if mine and not found.st_mode & 0o022: return None
-    if not stat.S_ISDIR(found.st_mode) and is_shared(path.parent): return _problem_in_shared(path, found)
+    if not stat.S_ISDIR(found.st_mode) and _shares(folder := os.lstat(os.path.dirname(path))):
+        return _problem_in_shared(folder.st_gid, found)
     if not mine:
         share = f". The administrator can share it: sudo cjm-resources share {path} --group GROUP"
         return f"belongs to another user (UID {found.st_uid}), so it is refused{share*stat.S_ISDIR(found.st_mode)}"
