@@ -175,6 +175,12 @@ def test_a_position_that_can_mean_another_gpu_is_refused_in_words(monkeypatch):
             manager.reserve(10, "cuda:1")
         assert manager.get_claims() == []
         with manager.reserve(10, "GPU-b") as held: assert held.device.notes == ()
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")   # a single one, which can be either
+        with pytest.raises(ValueError, match="device 0 can mean GPU 0 \\(One\\) or GPU 1 \\(Other\\)"):
+            manager.reserve(10, 0)
+        with manager.reserve(10) as held, pytest.raises(LookupError, match="cuda:0 can mean GPU 0 \\(One\\) or GPU 1"):
+            print(held.ordinal)
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
         monkeypatch.setenv("CUDA_DEVICE_ORDER", "PCI_BUS_ID")
         with manager.reserve(10, "cuda:1") as held: assert held.device.notes == ()
 

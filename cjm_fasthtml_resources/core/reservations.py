@@ -121,7 +121,7 @@ class OnDevices:
         return self.device.uuid
     @property
     def ordinal(self) -> int:
-        """CUDA's number of the device in this process, as in `torch.device("cuda", held.ordinal)`.
+        """The device's position in this process, as in `torch.device("cuda", held.ordinal)`.
         Raise `LookupError` if it is invisible to this process, or if CUDA's order is uncertain"""
         return find_ordinal(self.device, self._machine, os.environ)
     @property

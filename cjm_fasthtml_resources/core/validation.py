@@ -17,6 +17,13 @@ from dataclasses import dataclass, replace
 from enum import Enum
 from typing import Any, Protocol
 
+from cjm_fasthtml_resources.core.devices import (
+    LEAST_ROOM,
+    GpuChoice,
+    device_place,
+    doubtful_places,
+    explain_doubt,
+)
 from cjm_fasthtml_resources.core.explain import (
     compare_sizes,
     explain_app,
@@ -47,7 +54,6 @@ from .arguments import check_flag, check_number, check_pid, check_text, shorten
 from .classify import conclude
 from .conflict import ResourceBusy, ResourceConflict, ResourceUnavailable
 from .copies import copy_config, handed_out
-from .devices import GpuChoice, device_place, doubtful_places, explain_doubt
 from .display import repr_html
 from .gpu import GpuDevice
 from .learned import need_key
@@ -234,9 +240,9 @@ def only_device(
     complaint = f"device {shorten(device)} does not exist: {count} {'GPU is' if count == 1 else 'GPUs are'} visible"
     named, notes = conflict.devices[place:place + 1], conflict.notes
     if instead := _meant_instead(conflict, named):
-        doubt = explain_doubt(f"device {shorten(device)}", [d.device for d in instead],
-                              answer="The answer is for the fullest of them. ")
-        named, notes = (min(instead, key=by_hope),), (*notes, doubt)
+        doubt = explain_doubt(f"device {shorten(device)}", [d.device for d in instead], answer=LEAST_ROOM)
+        named = (min(instead, key=by_hope),)
+        if len(instead) > 1: notes = (*notes, doubt)   # else a note of the check says it
     return conclude(named, conflict.threshold_percent or 0.0, complaint, notes, conflict.snapshot)
 
 # %% ../../nbs/core/validation.ipynb #88f05786
