@@ -313,7 +313,7 @@ def test_the_commands_say_what_is_wrong_with_their_files(tmp_path):
         def run(*more, arguments=arguments):
             return CliRunner().invoke(main, ["history", *arguments, "--file", str(path), *more])
         path.unlink(missing_ok=True)
-        assert run().exit_code == 66 and "no data of that time" in run().output and not path.exists()
+        assert run().exit_code == 66 and "nothing is recorded for that time" in run().output and not path.exists()
         path.write_bytes(b"damaged"*1000)
         assert run().exit_code == 74 and "not a database" in run().output
         assert not out.exists() and path.read_bytes() == b"damaged"*1000

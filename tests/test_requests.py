@@ -85,7 +85,8 @@ def test_the_devices_with_the_most_room_come_first():
         assert [d.index for d in manager.pick_gpus(3).devices] == [1, 2, 0]
         free = [d.room/2**20 for d in manager.check_gpu_availability().devices]
         assert [d.index for d in manager.pick_gpus(2, min_free_mb=free[2]).devices] == [1, 2]   # exactly what it has
-        too_few = r"^Requested 2 GPUs with 2,001 MiB free; 1 of 3 have it\. GPU 2 has 2,000 MiB free\.$"
+        too_few = (r"^Requested 2 GPUs with 2,001 MiB free on each\. Enough is free on 1 of 3\. "
+                   r"GPU 2 has 2,000 MiB free\.$")
         with pytest.raises(ResourceBusy, match=too_few) as busy: manager.pick_gpus(2, min_free_mb=free[2] + 1)
         assert len(busy.value.conflict.devices) == 3
         assert not busy.value.retryable            # the two smaller GPUs will never have so much
@@ -94,7 +95,7 @@ def test_the_devices_with_the_most_room_come_first():
         assert len(too_many.value.conflict.devices) == 3
     outsider = SimulatedProcess(GONE, 900)
     with SimulatedDriver([SimulatedGpu(memory_total_mb=1_000, memory_reserved_mb=0, processes=[outsider])]):
-        who = rf"^Requested 1 GPU with 500 MiB free; 0 of 1 have it\. GPU 0 has 100 MiB free. In .*PID {GONE}, 900"
+        who = rf"^No GPU has 500 MiB free \(checked: 1\)\. GPU 0 has 100 MiB free. In .*PID {GONE}, 900"
         with pytest.raises(ResourceBusy, match=who) as busy: ResourceManager().pick_gpus(1, min_free_mb=500)
         assert busy.value.retryable
     with SimulatedDriver([SimulatedGpu(memory_total_mb=1_000, processes=[SimulatedProcess(GONE, 1_000)])]):

@@ -172,8 +172,8 @@ def _write(rows: Sequence[Row], changes: Sequence[tuple[float, Change]], as_csv:
 
 # %% ../../nbs/commands/history.ipynb #b3bd5359
 def _fail_without_data(history: RecordedHistory) -> NoReturn:
-    fail(f"no data of that time in {history.file}. cjm-resources record collects it, and writes every ten seconds",
-         os.EX_NOINPUT)
+    fail(f"nothing is recorded for that time in {history.file}. Data is collected while cjm-resources record runs, and "
+         "written every ten seconds", os.EX_NOINPUT)
 
 def _show_replay(
     history: RecordedHistory, stretch: Stretch, what_if: WhatIf, gpu: str | None, as_json: bool,

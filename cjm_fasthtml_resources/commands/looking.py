@@ -36,7 +36,7 @@ def find_apps(store: Store) -> set[str]:
     found |= {claim.app for claim in Ledger(store).claims() if claim.app} | {*read_needs(Store(needs_path()))}
     return found if store.path is None else found | {path.stem for path in store.path.parent.glob("*.events")}
 
-_SCRIPTS = {"cjm-resources": "cjm-resources (wait and run without --app)"}
+_SCRIPTS = {"cjm-resources": "cjm-resources (wait and run use it by default)"}
 
 def check_known(app: str, store: Store) -> None:
     "Refuse an unknown app, such as a mistyped name"

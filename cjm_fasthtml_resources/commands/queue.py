@@ -70,7 +70,7 @@ def name_asked(
         mine = [name for name, q in questions if q.lease == claim.lease]
         open_ = [f"{name} can answer: cjm-resources answer {claim.id} yes (or no)." for name in mine]
         said = describe_answers([a for a in answers if a.lease == claim.lease], name_user)
-        return " ".join(filter(None, [f"{asks} idle holders to unload.", *open_, said]))
+        return " ".join(filter(None, [f"{asks} idle workers of other apps to unload.", *open_, said]))
 
     return {claim.id: told(claim) for claim in asking}
 

@@ -65,7 +65,8 @@ def command(since: float, as_json: bool, path: Path | None) -> None:
     history, now = RecordedHistory(path), time.time()
     try: rows = history.between(now - since, now)
     except (StoreError, OSError) as error: fail(str(error), os.EX_IOERR)
-    if not rows: fail(f"no data of that time in {history.file}. cjm-resources record collects it", os.EX_NOINPUT)
+    if not rows: fail(f"nothing is recorded for that time in {history.file}. Data is collected while cjm-resources "
+                      "record runs", os.EX_NOINPUT)
     if as_json:
         users, programs = ([used._asdict() for used in sum_up(rows, by)] for by in BY)
         click.echo(json.dumps(dict(schema_version=SCHEMA_VERSION, hours=recorded_hours(rows), users=users,

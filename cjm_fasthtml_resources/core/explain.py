@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['SENTENCES', 'say', 'name_unusable', 'name_worker', 'name_process', 'by_size', 'Cause', 'name_causes',
            'process_causes', 'reservation_causes', 'unseen_causes', 'name_room', 'users_in_app', 'users_outside',
-           'explain_gpus', 'compare_sizes', 'explain_free', 'explain_shortage', 'explain_timeout', 'explain_others',
-           'explain_app', 'device_line', 'name_swap', 'explain_memory']
+           'explain_gpus', 'compare_sizes', 'closest', 'explain_free', 'explain_shortage', 'explain_timeout',
+           'explain_others', 'explain_app', 'device_line', 'name_swap', 'explain_memory']
 
 # %% ../../nbs/core/explain.ipynb #ad35b98e
 import re
@@ -28,7 +28,7 @@ SENTENCES = {
     "gpu free": "GPU {id} ({name}) has {free} free",
     "gpu free, in use": "GPU {id} has {free} free. In use there: {users}",
     "gpu lacks": "The job needs {need}. {free}.",
-    "gpus lack": "The job needs {need} on each of {count} GPUs: {enough} of {all} have it. {free}.",
+    "gpus lack": "The job needs {need} on each of {count} GPUs. Enough is free on {enough} of {all}. {free}.",
     "gpu others": "Other programs use {shares}{users}.",
     "gpu app": "This app uses {sizes}{users}.",
     "ram available": "RAM is available: {free}.",
@@ -205,12 +205,20 @@ def compare_sizes(
     return f"{ceil(more/2**20):,} MiB", f"{int(less/2**20):,} MiB"
 
 # %% ../../nbs/core/explain.ipynb #aa2479b7
+def closest(
+    devices: Iterable[DeviceStatus],
+    need: float,                       # bytes to have free on one device
+) -> DeviceStatus | None:   # `None` if the list is empty
+    "Return the device with the most room of those that are large enough; if none is, of all"
+    devices = list(devices)
+    return roomiest([d for d in devices if d.device.capacity >= need] or devices)
+
 def explain_free(
     devices: Iterable[DeviceStatus],
     need: float,                       # bytes to have free on one device, more than there is
 ) -> str:  # empty for an empty list; omits the full stop
-    "Return how much the device with the most free memory has free, and the causes that use the rest"
-    best = roomiest(devices)
+    "Return how much the device has free that is closest to the need, and the causes that use the rest"
+    best = closest(devices, need)
     if best is None: return ""
     unknown = sum(p.memory_used or 0 for p in best.processes if p.owner == "unknown")
     names = name_causes([*process_causes([best], placed=False), *reservation_causes([best]),
@@ -228,7 +236,8 @@ def explain_shortage(
     "Return the need of a request, and the causes that use the memory of the best device that is too full"
     devices = list(devices)
     enough = [d for d in devices if d.room >= memory]
-    best = roomiest(devices if count == 1 or len(enough) >= count else (d for d in devices if d.room < memory))
+    short = devices if count == 1 or len(enough) >= count else [d for d in devices if d.room < memory]
+    best = closest(short, memory)
     if best is None: return ""
     need, free = compare_sizes(memory, best.room)[0], explain_free([best], memory)
     if count == 1: return say("gpu lacks", need=need, free=free)

@@ -25,6 +25,7 @@ from cjm_fasthtml_resources.core.devices import (
     explain_doubt,
 )
 from cjm_fasthtml_resources.core.explain import (
+    closest,
     compare_sizes,
     explain_app,
     explain_others,
@@ -371,9 +372,9 @@ def _lack(job: Job, devices: Sequence[DeviceStatus]) -> str:
     "Return the job's need and the free memory, where that is less; empty where the need is unknown"
     there = usable(devices)
     lacking = [d for d in there if d.room < (job.memory or 0)]
-    if job.memory is None or (most := roomiest(lacking)) is None: return ""
+    if job.memory is None or (most := closest(lacking, job.memory)) is None: return ""
     need, free = compare_sizes(job.memory, most.room)
-    have = "" if job.count == 1 else f"{len(there) - len(lacking)} of {len(there)} have it; "
+    have = "" if job.count == 1 else f"Enough is free on {len(there) - len(lacking)} of {len(there)}. "
     return f"The job needs {need}{_on_each(job)}. {have}GPU {most.device.id} has {free} free. "
 
 def _too_much(job: Job, devices: Sequence[DeviceStatus]) -> str:   # empty if it could run here

@@ -111,7 +111,7 @@ def save_scenario(
     path: str | Path,   # of a new or an existing file, whose name ends in .json
 ) -> None:
     "Write a recorded moment as a file for `load_scenario` and `--simulate`; `ValueError`, or `OSError`"
-    if row is None: raise ValueError("no data of that time: RecordedHistory.at returned None")
+    if row is None: raise ValueError("nothing is recorded for that time: RecordedHistory.at returned None")
     file = Path(path)
     if file.suffix != ".json": raise ValueError(f"the name of a scenario's file ends in .json, not {file.name!r}")
     text = json.dumps(to_scenario(row), indent=1) + "\n"
