@@ -102,9 +102,13 @@ def settle(page, seconds: float = 5.0) -> None:
     while size != (size := page.evaluate(SIZE)) and time.monotonic() < end: page.wait_for_timeout(60)
 
 
-# The window's size, and of each panel where it is; two frames later than asked for
-SIZE = """() => new Promise(tell => requestAnimationFrame(() => requestAnimationFrame(() => tell(JSON.stringify(
-    [innerWidth, ...[...document.querySelectorAll('.cjm')].map(e => e.getBoundingClientRect())])))))"""
+# The window's size, and of each panel where it is; two frames later than asked for, or after a second without a frame
+SIZE = """() => new Promise(tell => {
+    const size = () => tell(JSON.stringify(
+        [innerWidth, ...[...document.querySelectorAll('.cjm')].map(e => e.getBoundingClientRect())]));
+    setTimeout(size, 1000);
+    requestAnimationFrame(() => requestAnimationFrame(size));
+})"""
 
 
 def violations(page, context=".cjm") -> list[str]:
