@@ -349,6 +349,31 @@ def test_only_the_first_in_the_queue_makes_room(machine):
     with job_of(manager, "b", 10_000, timeout=5): assert not lives(process)
 
 
+def test_a_request_that_waits_for_a_cap_is_passed_over(machine, folder):
+    process, = machine.workers(10_000)                   # 14,000 are free
+    manager, other = ResourceManager(app="jobs"), ResourceManager(app="other")
+    register(manager, process)
+    with other.reserve(8_000):
+        settings = folder/"settings.toml"
+        settings.write_text('max_share = 0.5\nper = "app"')
+        settings.chmod(0o600)
+        capped = other.request(5_000)                    # 12,000 are the most of one app
+        assert capped.poll() is None
+        with job_of(manager, "a", 10_000, timeout=0) as job: assert not lives(process)
+        assert [w.pid for w in job.room_made.stopped] == [process.pid]
+        assert capped.poll() is None
+        capped.withdraw()
+
+
+def test_a_job_makes_room_for_a_whole_gpu(machine):
+    first, second = machine.workers(10_000, 10_000)
+    manager = ResourceManager()
+    for process in (first, second): register(manager, process)
+    with job_of(manager, "a", "all", timeout=0) as job:
+        assert [w.pid for w in job.room_made.stopped] == [first.pid, second.pid]
+        assert job.reservation.gpu_memory_mb == TOTAL
+
+
 JOB = DRIVER + """
 sys.stdin.readline()
 with ResourceManager(app="jobs").job(f"job-{os.getpid()}", 6_000, make_room=True, timeout=60) as job:
