@@ -80,7 +80,7 @@ def find_all_capped(
     claims: Sequence[Claim],
     check: Callable[[], ResourceConflict],
 ) -> Collection[int]:  # IDs
-    "Return the requests that wait for a cap, this one or others; empty without a cap"
+    "Return all waiting requests that a cap holds back"
     if not (cap := find_cap(request.ledger.store)): return ()
     from cjm_fasthtml_resources.core.caps import explain_caps  # when it is used, as the next one
     from cjm_fasthtml_resources.core.ram_use import see_ram
