@@ -435,7 +435,7 @@ def _end_at_exit() -> None:
 def _check_complete(rows: Rows, store: Store) -> None:
     "Raise `HiddenClaims` if a lease is held whose claim is missing"
     if store.lock_path is None: return
-    if hides_any(store.lock_path, [*(c.id for c in rows.claims), *(id for _, id in rows.ended)]):
+    if hides_any(store.lock_path, [c.id for c in rows.claims] + [id for _, id in rows.ended]):
         raise HiddenClaims(f"{store.lock_path} was replaced while other programs use it: reservations are missing "
                            "in it. End the programs that use it")
 
