@@ -162,7 +162,7 @@ def write_day(path, minutes, key="GPU-1"):
         share = Share(77, 1.0, "external", "train.py", "bob", used, used)
         place = Place(key, 0, "NVIDIA L4", "available", 24*GIB, used, used, 0, used, 0, 0, 50, 60, 70.0, (share,))
         rows.append(Row(end - 60*(minutes - n), 60.0, (place,)))
-    add(path, rows, [(end - 7200, Change("started", key, 77, "train.py (PID 77, bob) started on GPU 0, 8.0 GiB."))])
+    add(path, rows, [(end - 7200, Change("started", key, 77, "train.py (PID 77, user bob) began to use GPU 0."))])
     return end
 
 

@@ -212,13 +212,13 @@ def lacks_memory(**more) -> str:
 
 def test_an_explanation_names_who_came_shortly_before_and_not_who_came_long_before(tmp_path):
     path, now = tmp_path/"history.sqlite3", time.time()
-    came = Change("started", "GPU-1", 4711, f"{HOSTILE} (PID 4711, bob) started on GPU 0, 27.0 GiB.")
+    came = Change("started", "GPU-1", 4711, f"{HOSTILE} (PID 4711, user bob) began to use GPU 0 (27.0 GiB).")
     add(path, [], [(now - 4000, came._replace(text="long ago")), (now - 60, came),
                    (now - 50, came._replace(place="GPU-2", text="elsewhere")),
                    (now - 40, came._replace(pid=os.getpid(), text="the job itself"))])
     text = lacks_memory(history=path)
     clock = time.strftime("%H:%M", time.localtime(now - 60))
-    assert f"Shortly before: at {clock}" in text and "(PID 4711, bob) started on GPU 0, 27.0 GiB. To fix it" in text
+    assert f"Shortly before: at {clock}" in text and "user bob) began to use GPU 0 (27.0 GiB). To fix it" in text
     assert not {"\x1b", "\x07", "\u202e", "\n"} & set(text)
     assert not any(words in text for words in ("long ago", "elsewhere", "itself"))
 
@@ -356,13 +356,13 @@ def test_what_if_lists_the_stretches_with_another_answer(tmp_path):
 def test_the_error_of_a_job_names_who_came_shortly_before(tmp_path, monkeypatch):
     monkeypatch.setenv("CJM_RESOURCES_DIR", str(tmp_path))
     monkeypatch.setattr(GpuSnapshot, "simulated", False)      # of a real machine the user's own history is read
-    add(history_path(), [], [(time.time() - 60, Change("started", "GPU-1", 4711, "train.py (PID 4711, bob) started."))])
+    add(history_path(), [], [(time.time() - 60, Change("started", "GPU-1", 4711, "train.py (PID 4711) began."))])
     gpu = SimulatedGpu(memory_total_mb=24576, uuid="GPU-1", processes=[SimulatedProcess(4711, 1000)])
     with SimulatedDriver([gpu]), pytest.raises(RuntimeError) as raised, ResourceManager().job("a", gpu_memory_mb=2000):
         gpu.processes[0].memory_mb = 24000
         raise RuntimeError("CUDA out of memory. Tried to allocate 8.00 GiB.")
     text = "\n".join([str(raised.value), *getattr(raised.value, "__notes__", ())])
-    assert "Shortly before: at " in text and "(PID 4711, bob) started" in text
+    assert "Shortly before: at " in text and "(PID 4711) began" in text
 
 
 PLANS = st.lists(st.fixed_dictionaries(dict(

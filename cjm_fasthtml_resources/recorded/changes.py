@@ -11,7 +11,7 @@ from collections.abc import Collection, Iterator, Mapping
 from typing import NamedTuple
 
 from ..core.devices import device_key
-from ..core.resources import DeviceStatus, Promise, ResourceStatus, WorkerState
+from ..core.resources import DeviceStatus, Promise, ResourceStatus, Waiting, WorkerState
 from ..core.samples import Sample
 from ..core.text import format_bytes, printable
 from ..core.totals import name_devices
@@ -19,29 +19,30 @@ from .rows import LONGEST_NAME, Share, to_share
 
 # %% ../../nbs/recorded/changes.ipynb #e6436fe2
 class Asked(NamedTuple):
-    "The figures of a request or a reservation, as a replay needs them"
+    "The figures of a request or a reservation, as a replay of the queue needs them"
     id: int                   # as `cjm-resources queue` shows it
     memory: int               # bytes on each GPU
-    places: tuple[str, ...]   # the keys of the GPUs that suit a request; of a reservation, that of the one it has
-    gpus: int = 1             # how many a request is for
+    places: tuple[str, ...]   # for a request: the keys of all suitable GPUs; for a reservation: the key of its GPU
+    gpus: int = 1             # how many a request is for; 0: for RAM alone
     priority: int = 0         # of a request
     app: str = ""
-    user: str = ""            # empty: the recorder's
+    user: str = ""            # empty: the user who records
 
 # %% ../../nbs/recorded/changes.ipynb #f851beb1
 class Change(NamedTuple):
     "Something that happened"
     kind: str         # one of `KINDS`
-    place: str        # the key of the GPU; empty: about other things
-    pid: int          # of the process; 0: about other things
+    place: str        # the key of the GPU, or "ram"; empty: about other things
+    pid: int          # of the process; 0: about other things, or in another PID namespace
     text: str         # a sentence
-    asked: Asked | None = None   # of a request or a reservation
+    asked: Asked | None = None   # of a request, or of a reservation on a GPU
 
 KINDS = ("started", "ended", "grew", "registered", "unregistered", "job_began", "job_ended", "reserved", "released",
-         "requested", "left", "status", "driver_lost", "driver_back", "out_of_memory", "recording", "clock")
+         "requested", "left", "status", "driver_lost", "driver_back",
+         "out_of_memory", "recording", "clock")   # these three are of `recorded.notes`
 
 # %% ../../nbs/recorded/changes.ipynb #1b271c50
-Known = dict[tuple[str, int, float | None], Share]   # by GPU and process: its share when it was last mentioned
+Known = dict[tuple[str, int, float | None], Share]   # by GPU and process: its share when it was last reported
 
 def known_processes(
     sample: Sample,
@@ -53,7 +54,14 @@ def known_processes(
 # %% ../../nbs/recorded/changes.ipynb #d1f1e065
 def name_share(share: Share) -> str:
     "Return a process in words"
-    return f"{share.name} (PID {share.pid}{f', {share.user}' if share.user else ''})"
+    pid = f"PID {share.pid}"
+    facts = ", ".join(([] if share.name == pid else [pid]) + ([f"user {share.user}"] if share.user else []))
+    return f"{share.name} ({facts})" if facts else share.name
+
+def _listed(sample: Sample) -> set[str]:
+    "Return the GPUs whose processes the driver lists; the list of a sleeping GPU is empty"
+    devices = [d.device for d in sample.gpu.allowed]
+    return {device_key(d) for d in devices if d.processes is not None or d.asleep}
 
 def _place_names(sample: Sample) -> dict[str, str]:
     return {device_key(d.device): f"GPU {d.device.id}" for d in sample.gpu.allowed}
@@ -64,30 +72,37 @@ def _totals(sample: Sample) -> dict[str, int | None]:
 # %% ../../nbs/recorded/changes.ipynb #ba73a8db
 GROWS_BY = 0.1   # of the GPU's memory
 
+def _size(share: Share, words: str) -> str:
+    "Return the words with the memory of a share; empty if its memory is unknown"
+    return words.format(format_bytes(share.memory)) if share.memory else ""
+
 def _growth(place: str, total: int | None, before: Share, after: Share) -> Change | None:
-    if not total or after.memory - before.memory <= GROWS_BY*total: return None
+    if not total or not before.memory or after.memory - before.memory <= GROWS_BY*total: return None
     return Change("grew", "", after.pid, f"{name_share(after)} grew on {place} from {format_bytes(before.memory)} to "
                                          f"{format_bytes(after.memory)}.")
 
 def process_changes(
-    known: Known,      # is brought up to date
+    known: Known,      # empty at first; is brought up to date
     before: Sample,
     after: Sample,
 ) -> Iterator[Change]:
-    "Yield each process that came, grew or went, where the driver named its GPU in both samples"
-    names, totals = _place_names(before) | _place_names(after), _totals(after)
-    found, both = known_processes(after), _place_names(before).keys() & _place_names(after).keys()
+    "Yield each process that began or stopped using a GPU, or grew by more than `GROWS_BY`"
+    names, totals, earlier, found = _place_names(after), _totals(after), known_processes(before), known_processes(after)
+    listed, still_listed = _listed(before), _listed(after)
+    for key, share in earlier.items(): known.setdefault(key, share)
     for key, share in found.items():
-        if key not in known:
-            text = f"{name_share(share)} started on {names[key[0]]}, {format_bytes(share.memory)}."
-            yield Change("started", key[0], share.pid, text)
-        elif change := _growth(names[key[0]], totals[key[0]], known[key], share): yield change._replace(place=key[0])
-        else: continue
-        known[key] = share
-    for key in [key for key in known if key[0] in both and key not in found]:
-        share = known.pop(key)
-        yield Change("ended", key[0], share.pid, f"{name_share(share)} left {names[key[0]]}; it used "
-                                                 f"{format_bytes(share.memory)}.")
+        place, change = names[key[0]], None
+        if key in known: change = _growth(place, totals[key[0]], known[key], share)
+        elif key[0] in listed:
+            text = f"{name_share(share)} began to use {place}{_size(share, ' ({})')}."
+            change = Change("started", "", share.pid, text)
+        if change: yield change._replace(place=key[0])
+        if change or key not in known or not known[key].memory: known[key] = share
+    for key in [key for key in known if key[0] in still_listed and key not in found]:
+        reported = known.pop(key)
+        share = earlier.get(key, reported)
+        text = f"{name_share(share)} stopped using {names[key[0]]}{_size(share, '; it last used {}')}."
+        yield Change("ended", key[0], share.pid, text)
 
 # %% ../../nbs/recorded/changes.ipynb #8a651365
 def _name_worker(worker: WorkerState) -> str:
@@ -119,20 +134,28 @@ def _for(pid: int, app: str) -> str:
     return f"for {f'app {_short(app)}' if app else 'a program'}" + (f" (PID {pid})" if pid else "")
 
 # %% ../../nbs/recorded/changes.ipynb #b7428bb0
+def _has_ram(request: Waiting, sample: Sample) -> bool:
+    "Return whether a request for RAM alone was granted"
+    ram = sample.memory.memory
+    return ram is not None and any((p.pid, p.app, p.memory) == (request.pid, request.app, request.ram)
+                                   and p.id >= request.id for p in ram.promises)
+
 def _request_changes(before: Sample, after: Sample, granted: Collection[int]) -> Iterator[Change]:
-    "Yield each request that began to wait, and each that left the queue without a reservation"
+    "Yield each request that began to wait or left the queue, and each for RAM alone that was granted"
     old, new = ({request.id: request for request in sample.gpu.waiting} for sample in (before, after))
     keys = {d.device.id: device_key(d.device) for sample in (before, after) for d in sample.gpu.allowed}
     for id, request in {**old, **new}.items():
-        ids = range(id, id + max(request.count, 1))   # a group has one for each GPU
+        ids = range(id, id + max(request.count, 1))   # one for each GPU
         if id in old and (id in new or any(n in granted for n in ids)): continue
         what = (f"{format_bytes(request.memory)} on {name_devices(request.devices)}" if request.count else
                 f"{format_bytes(request.ram)} of RAM")
         whose = _for(request.pid, request.app)
         asked = Asked(id, request.memory, tuple(keys[d] for d in request.devices if d in keys), request.count,
                       request.priority, _short(request.app), _short(request.username))
-        yield (Change("left", "", request.pid, f"The request {whose} for {what} left the queue.", asked) if id in old
-               else Change("requested", "", request.pid, f"{what} was requested {whose}.", asked))
+        if id not in old: yield Change("requested", "", request.pid, f"{what} was requested {whose}.", asked)
+        elif not request.count and _has_ram(request, after):
+            yield Change("reserved", "ram", request.pid, f"{what} was reserved {whose}.")
+        else: yield Change("left", "", request.pid, f"The request {whose} for {what} left the queue.", asked)
 
 # %% ../../nbs/recorded/changes.ipynb #6fb7333d
 def _promises(sample: Sample) -> dict[tuple[str, int], tuple[DeviceStatus, Promise]]:
@@ -142,11 +165,11 @@ def reservation_changes(
     before: Sample,
     after: Sample,
 ) -> Iterator[Change]:
-    "Yield each request that began to wait or left, and each reservation that was granted or is over"
-    old, new = _promises(before), _promises(after)
+    "Yield each request that began to wait or left, and each reservation that was granted or released"
+    old, new, both = _promises(before), _promises(after), _place_names(before).keys() & _place_names(after).keys()
     yield from _request_changes(before, after, {id for _, id in new})
     for key in {**old, **new}:
-        if key in old and key in new: continue
+        if key in old and key in new or key[0] not in both: continue
         device, promise = new.get(key) or old[key]
         kind = "reserved" if key in new else "released"
         text = (f"{format_bytes(promise.memory)} was {kind} on GPU {device.device.id} "
@@ -163,11 +186,12 @@ def status_changes(
     before: Sample,
     after: Sample,
 ) -> Iterator[Change]:
-    "Yield each GPU whose status is another one, and whether the driver was lost or came back"
+    "Yield each change of status of a GPU or RAM, and whether the driver was lost or came back"
     if before.driver_answers and not after.driver_answers:
-        yield Change("driver_lost", "", 0, f"The driver is not responding: {after.gpu.reason or 'it lists no GPU'}.")
+        reason = after.gpu.snapshot.reason if after.gpu.snapshot else after.gpu.reason
+        yield Change("driver_lost", "", 0, f"No GPU can be read: {reason or 'the driver lists none'}.")
     if after.driver_answers and not before.driver_answers:
-        yield Change("driver_back", "", 0, "The driver answers.")
+        yield Change("driver_back", "", 0, "The driver lists its GPUs now.")
     old: Mapping[str, DeviceStatus] = {device_key(d.device): d for d in before.gpu.allowed}
     for status in after.gpu.allowed:
         key = device_key(status.device)

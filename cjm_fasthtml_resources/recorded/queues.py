@@ -202,4 +202,5 @@ def replay_queue(
     "Return how long the requests on record would have waited by another rule"
     jobs = tuple(find_jobs(changes, rows[0].time)) if rows else ()
     usual, other = (tuple(play_jobs(jobs, rows, one)) if jobs else () for one in (None, rule))
-    return QueueReplay(rule, jobs, usual, other, sum(change.kind == "left" for _, change in changes))
+    left = sum(c.kind == "left" and (c.asked is None or c.asked.gpus > 0) for _, c in changes)   # 0: for RAM alone
+    return QueueReplay(rule, jobs, usual, other, left)
