@@ -102,7 +102,7 @@ def hides_any(
     place, first = _witness(path)
     if (folder := _open_folder(place)) is None: return False
     with folder, contextlib.suppress(OSError):
-        return is_locked_beside(folder.fileno(), _mark_of_claim(first, 0), _ENTERED, {id%_ENTERED for id in known})
+        return is_locked_beside(folder.fileno(), _mark_of_claim(first, 0), _ENTERED, [id%_ENTERED for id in known])
     return False
 
 # %% ../../nbs/core/leases.ipynb #da7b1c08

@@ -145,9 +145,9 @@ def _write_anew(claim: Claim) -> tuple[bytes, Claim]:
 
 def _write_on(rows: Rows, last: _Reading) -> _Reading:
     "Return what a ledger is read as once it is written; the lines of unchanged claims, of the same objects, are kept"
-    by_claim = dict(zip(map(id, last.lines.values()), last.lines, strict=True))
+    by_claim = dict(zip(map(id, last.lines.values()), last.lines.items(), strict=True))
     kept = map(by_claim.get, map(id, rows.claims))   # this way, since there can be hundreds
-    lines = dict((line, c) if line else _write_anew(c) for line, c in zip(kept, rows.claims, strict=True))
+    lines = dict([pair or _write_anew(c) for pair, c in zip(kept, rows.claims, strict=True)])
     data = b"\n".join((_encode(rows[1:]).encode(), *lines, b""))
     return _Reading(data, rows._replace(claims=tuple(lines.values())), lines)
 

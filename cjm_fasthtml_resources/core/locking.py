@@ -85,7 +85,7 @@ def is_locked_beside(
     known: Iterable[int],   # some of these bytes, counted from `start`
 ) -> bool:
     "Return whether another open file has locked one of these bytes outside the known ones"
-    gaps = [(at + 1, end - at - 1) for at, end in pairwise(sorted({-1, *known, length})) if end - at > 1]
+    gaps = [(at + 1, end - at - 1) for at, end in pairwise((-1, *sorted(known), length)) if end - at > 1]
     return any(is_locked(fd, start + at, count) for at, count in gaps)
 
 # %% ../../nbs/core/locking.ipynb #40c0a136
