@@ -82,12 +82,14 @@ class Allocations:
         if file := self.names.pop(name, None): file.close()
 
     def on(self, gpu: int) -> dict[int, int]:
-        "Return the bytes of each living process on a GPU, by PID"
+        "Return the bytes of each living process on a GPU, by PID; remove the files of the others"
         found: dict[int, int] = {}
         for name in os.listdir(self.folder) if self.folder else list(self.names):
             if name.startswith(".") or int(name.partition("_")[0]) != gpu: continue
             _, pid, _, size, _ = name.split("_")
             if self.folder is None or _is_alive(self.folder/name): found[int(pid)] = found.get(int(pid), 0) + int(size)
+            else:
+                with contextlib.suppress(OSError): (self.folder/name).unlink()   # another process can be first
         return found
 
 # %% ../../nbs/simulated/memory.ipynb #5664e374
