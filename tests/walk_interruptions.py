@@ -27,6 +27,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
+from io import FileIO
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,8 @@ from lines import Lines, Point, describe
 
 from cjm_fasthtml_resources.core.conflict import ResourceBusy
 from cjm_fasthtml_resources.core.endings import end_claim
+from cjm_fasthtml_resources.core.gpu import read_gpus
+from cjm_fasthtml_resources.core.locking import lock_byte
 from cjm_fasthtml_resources.core.manager import ResourceManager
 from cjm_fasthtml_resources.core.process import read_start
 from cjm_fasthtml_resources.simulate import SimulatedDriver, SimulatedGpu
@@ -119,9 +122,13 @@ class World:
 
     def start_worker(self, memory: int) -> subprocess.Popen:
         "A worker process that has so many MiB of the device, as it was before any job"
-        process = subprocess.Popen(["sleep", "600"])
-        (self.gpus/f"0_{process.pid}_{read_start(process.pid)}_{memory*2**20}_{process.pid:x}").touch()
-        self.processes.append(process)
+        draft = self.gpus/f".{len(self.processes)}"
+        with FileIO(draft, "x+") as file:   # in use as long as this file is locked, in the simulated driver
+            lock_byte(file.fileno(), 0)
+            process = subprocess.Popen(["sleep", "600"], pass_fds=[file.fileno()])
+            self.processes.append(process)
+            draft.rename(self.gpus/f"0_{process.pid}_{read_start(process.pid)}_{memory*2**20}_{process.pid:x}")
+        self.check(read_gpus().devices[0].memory_used >= memory*2**20, "the worker's memory is not in use")
         self.manager.register_worker(process.pid, "llm", plugin_name="vllm")
         return process
 
