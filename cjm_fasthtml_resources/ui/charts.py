@@ -21,7 +21,8 @@ from cjm_fasthtml_resources.ui.svg_chart import (
     Column,
     Mark,
     Span,
-    column_text,
+    column_parts,
+    column_time,
     describe,
     draw_chart,
     legend,
@@ -41,7 +42,7 @@ from .view import View
 
 # %% ../../nbs/ui/charts.ipynb #84d61e52
 RANGES = {"10m": "10 minutes", "1h": "1 hour", "24h": "24 hours"}
-_SPANS = {"10m": Span(600, 5, 120), "1h": Span(3600, 60, 900), "24h": Span(86400, 900, 4*3600)}
+_SPANS = {"10m": Span(600, 5, 120), "1h": Span(3600, 60, 300), "24h": Span(86400, 900, 7200)}
 _MANY = 6   # charts, above which columns are wider
 
 def span_of(
@@ -211,9 +212,9 @@ def marks_of(
 def _of_place(subject: Subject, place: Place) -> Column | None:
     "Return the figures of a place at its fullest moment, divided as they were on average"
     if not place.total or place.used is None: return None
-    more = place.most/place.used if place.most and place.used else 1.0
     ours = sum(share.memory for share in place.shares if share.owner == "external" and share.key in subject.app)
     ours = min(ours, place.external)
+    more = place.most/place.used if place.most and place.used else 1.0
     app, external, unseen = (round(n*more) for n in (place.app + ours, place.external - ours, place.unattributed))
     return Column(0, app, external, unseen, place.promised, place.utilization)
 
@@ -256,15 +257,21 @@ def recorded_charts(
     return row_charts(rows, subjects_of_rows(rows), span, end, recorded.changes(since, now), zone)
 
 # %% ../../nbs/ui/charts.ipynb #5e163c2f
+def _readout(chart: Chart) -> Any:
+    "Return the time and the figures of the last column, as figures.js writes those of others"
+    if not chart.columns: return ft("output", "no figures yet", cls="key", aria_live="off")
+    last = chart.columns[-1]
+    parts = [ft("i", text, cls=owner) if owner else ft("span", text) for owner, text in column_parts(last, chart)]
+    spaced = [part for one in parts for part in (" ", one)]
+    return ft("output", B(column_time(last.number, chart)), *spaced, cls="key", aria_live="off")
+
 def figure(
     chart: Chart,
     since: int | None = None,   # the first column that is wanted; `None`: all
 ) -> Any:
     "Return a chart with its legend, and with its name and its last figures, unless it is what is new of one"
-    now = column_text(chart.columns[-1], chart) if chart.columns else "no figures yet"
-    caption = ft("figcaption", B(chart.label), ft("output", now, aria_live="off"))
-    parts = [caption] if since is None else []
-    return ft("figure", *parts, draw_chart(chart, since), legend(chart), cls="chart", data_key=chart.key)
+    before, after = ([ft("figcaption", B(chart.label))], [_readout(chart)]) if since is None else ([], [])
+    return ft("figure", *before, draw_chart(chart, since), legend(chart), *after, cls="chart", data_key=chart.key)
 
 # %% ../../nbs/ui/charts.ipynb #2fc37d61
 def chart_grid(
@@ -300,7 +307,7 @@ def _late(charts: Sequence[Chart], zone: int | None) -> list[Any]:
     "Say when the last figures are from, if the recorder has stopped"
     last = max((chart.columns[-1].number for chart in charts if chart.columns), default=None)
     if last is None or last >= charts[0].end - 2: return []
-    when = column_text(Column(last), charts[0]).split(" · ")[0]
+    when = column_time(last, charts[0])
     return [P(f"The last figures are from {when}: no recorder is running. To go on: ", Code(HINT), cls="note")]
 
 # %% ../../nbs/ui/charts.ipynb #99e7466f

@@ -15,18 +15,22 @@ from cjm_fasthtml_resources.recorded.rows import Place, Row
 
 SERVER = Path(__file__).with_name("server.py")
 BOXES = "all => all.map((e) => e.getBoundingClientRect().toJSON())"
+LONG = "train_lora.py (PID {}, user bob) grew on GPU 0 from 6.0 GiB to 12.2 GiB, and it is the largest program there."
 HOSTILE = "</title><script>alert(1)</script><img src=x onerror=alert(2)> started on GPU 0."
 
 
 def write_history(path: Path, key: str) -> None:
-    "Keep twenty hours of a GPU, minute by minute, with an event two hours ago"
+    "Keep twenty hours of a GPU, with one event two hours ago, five at once before it, and one in a gap of the record"
     now, gib = time.time(), 2**30
     rows = []
     for n in range(1200):
+        if 400 <= n < 460: continue
         used = (3 + n % 7)*gib
         place = Place(key, 0, "NVIDIA L4", "available", 23*gib, used, used, 0, used, 0, 0, n % 100, 60, 70.0)
         rows.append(Row(now - 60*(1200 - n), 60.0, (place,)))
-    add(path, rows, [(now - 7200, Change("started", key, 4200001, HOSTILE))])
+    many = [(now//900*900 - 5*3600 + n, Change("grew", key, n, LONG.format(n))) for n in range(5)]
+    add(path, rows, [(now - 60*(1200 - 430), Change("status", key, 0, "GPU 0 is available.")), *many,
+                     (now - 7200, Change("started", key, 4200001, HOSTILE))])
 
 
 @pytest.fixture(scope="module")
@@ -68,6 +72,35 @@ def opened(server: str, page, path: str = "/resources"):
 def said(page) -> str: return page.locator(".chart output").first.inner_text()
 
 
+def words(title) -> str: return title.text_content().replace(" · ", " ")
+
+
+def of_day(with_history, page):
+    "Open the charts of a day, and return the first one"
+    url, path = with_history
+    opened(url, page)
+    chart = page.locator(".chart").first
+    if not path.exists(): write_history(path, chart.get_attribute("data-key"))
+    page.locator("input[value='24h']").check()
+    chart.locator(".mark").first.wait_for(state="attached")
+    chart.scroll_into_view_if_needed()
+    return chart
+
+
+def centre(chart, place: int) -> tuple[float, float]:
+    "Return the point in the middle of a column"
+    box = chart.locator(".columns > g").nth(place).locator("rect").bounding_box()
+    return box["x"] + box["width"]/2, box["y"] + 50
+
+
+def place_of(chart, text: str) -> int:
+    "Return the place, among the columns, of the one in which something happened"
+    x = chart.locator(".mark").evaluate_all(
+        "(all, text) => all.find((e) => e.textContent.includes(text)).dataset.x", text)
+    at = chart.locator(".columns > g").evaluate_all("all => all.map((g) => g.getAttribute('transform'))")
+    return at.index(f"translate({x})")
+
+
 def columns(page) -> int: return page.locator(".chart").first.locator(".columns > g").count()
 
 
@@ -105,21 +138,105 @@ def test_figures_under_the_pointer_and_by_arrow_keys(server, new_page):
     wait_for(page, "document.querySelector('.chart').querySelectorAll('.columns > g').length >= 2", 15_000)
     plot, now = page.locator(".plot").first, said(page)
     titles = plot.locator(".columns > g > title")
-    assert titles.last.text_content() == now and re.match(r"\d\d:\d\d:\d\d · ", now)
+    assert words(titles.last) == now and re.match(r"\d\d:\d\d:\d\d ", now)
     plot.focus()
     for key, place in (("Home", 0), ("ArrowRight", 1), ("ArrowLeft", 0), ("ArrowLeft", 0)):
         page.keyboard.press(key)
-        assert said(page).startswith(titles.nth(place).text_content())     # an event follows the figures
+        assert said(page).startswith(words(titles.nth(place)))         # an event follows the figures
     page.keyboard.press("End")
-    assert said(page).startswith(titles.last.text_content()) and plot.locator(".columns .at").count() == 1
+    assert said(page).startswith(words(titles.last)) and plot.locator(".columns .at").count() == 1
     assert page.locator(".chart output").first.get_attribute("aria-live") == "polite"   # read out with the focus
     plot.evaluate("e => e.blur()")
     assert plot.locator(".columns .at").count() == 0
-    box = plot.locator(".columns").bounding_box()
+    box = plot.bounding_box()
     page.mouse.move(box["x"] + 2, box["y"] + 20)                      # where there is no column: the nearest one
-    assert said(page).startswith(titles.first.text_content())
+    assert said(page).startswith(words(titles.first))
     page.mouse.move(1, 1)
     wait_for(page, "!document.querySelector('.columns .at')")
+    assert page.alerts == []
+
+
+def test_the_pointer_reads_the_column_below_it_where_columns_fill_a_part(with_history, new_page):
+    page = new_page()
+    chart = of_day(with_history, page)
+    titles = chart.locator(".columns > g > title")
+    assert 60 < titles.count() < 90                                   # the first hours are missing
+    for place in range(titles.count()):
+        page.mouse.move(*centre(chart, place))
+        assert said(page).startswith(words(titles.nth(place))), place
+    assert page.alerts == []
+
+
+@pytest.mark.parametrize("width", [390, 700, 1280])
+def test_nothing_moves_while_the_pointer_does_and_a_click_shows_the_whole_text(with_history, new_page, width):
+    page = new_page(width=width)
+    chart, tops = of_day(with_history, page), []
+    for place in range(0, columns(page)):
+        page.mouse.move(*centre(chart, place))
+        tops.append(page.evaluate("[...document.querySelectorAll('.plot')].map((e) => e.getBoundingClientRect().y)"))
+    assert all(top == tops[0] for top in tops)
+    many = place_of(chart, "PID 0,")
+    page.mouse.move(*centre(chart, many))
+    output = chart.locator("output")
+    assert output.evaluate("e => e.matches('.more') && e.scrollHeight > e.clientHeight")
+    page.mouse.down()
+    page.mouse.up()
+    page.mouse.move(1, 1)                                             # kept while the pointer is elsewhere
+    assert output.evaluate("e => !e.matches('.more') && e.scrollHeight <= e.clientHeight")
+    assert all(LONG.format(n) in said(page) for n in range(5))
+    boxes = output.locator(".event").evaluate_all(BOXES)
+    assert len(boxes) == 5 and all(box["left"] >= 0 and box["right"] <= width for box in boxes)
+    assert violations(page, ".chart") == []
+    assert chart.locator(".plot").evaluate("e => e.getBoundingClientRect().y") == tops[0][0]
+    page.mouse.move(*centre(chart, 3))
+    assert LONG.format(0) in said(page)                               # it stays, until a click
+    page.mouse.move(*centre(chart, many))
+    page.mouse.down()
+    page.mouse.up()
+    assert "kept" not in chart.get_attribute("class")
+    page.mouse.move(*centre(chart, 3))
+    assert said(page).startswith(words(chart.locator(".columns > g > title").nth(3)))
+    assert page.alerts == []
+
+
+def test_a_tap_shows_a_column_until_the_next_one_or_escape(with_history, new_page):
+    page = new_page(width=390, has_touch=True)
+    chart = of_day(with_history, page)
+    titles = chart.locator(".columns > g > title")
+    for place in (9, 40):
+        page.touchscreen.tap(*centre(chart, place))
+        page.wait_for_timeout(200)
+        assert said(page).startswith(words(titles.nth(place))) and "kept" in chart.get_attribute("class")
+        assert chart.locator(".at").count() == 2                      # the column and its figures
+    page.touchscreen.tap(*centre(chart, 40))
+    assert "kept" not in chart.get_attribute("class")
+    page.touchscreen.tap(*centre(chart, 9))
+    page.keyboard.press("Escape")
+    assert "kept" not in chart.get_attribute("class")
+    assert chart.locator(".plot").evaluate("e => getComputedStyle(e).touchAction") == "pan-y pinch-zoom"
+    assert page.alerts == []
+
+
+def test_events_are_read_whole_by_keyboard_those_in_a_gap_of_the_record_too(with_history, new_page):
+    page = new_page()
+    chart = of_day(with_history, page)
+    gap, many = place_of(chart, "GPU 0 is available."), place_of(chart, "PID 0,")
+    page.mouse.move(*centre(chart, gap))
+    assert re.match(r"\w+ \d\d:\d\d no figures", said(page)) and "GPU 0 is available." in said(page)
+    page.mouse.move(1, 1)
+    chart.locator(".plot").focus()
+    page.keyboard.press("Home")
+    for place in range(many + 1):
+        assert chart.locator(".columns > g").nth(place).get_attribute("class") == "at"
+        if place == gap: assert "GPU 0 is available." in said(page)
+        if place < many: page.keyboard.press("ArrowRight")
+    page.keyboard.press("Enter")
+    assert chart.locator("output").evaluate("e => e.scrollHeight <= e.clientHeight") and LONG.format(4) in said(page)
+    page.keyboard.press("Tab")
+    assert LONG.format(4) in said(page)                               # it stays without the focus
+    page.keyboard.press("Shift+Tab")
+    page.keyboard.press("Escape")
+    assert "kept" not in chart.get_attribute("class") and chart.locator("output.more").count() == 1
     assert page.alerts == []
 
 
@@ -141,11 +258,11 @@ def test_an_hour_and_a_day_come_from_the_recorder_with_its_events_as_text(with_h
     if not path.exists(): write_history(path, key)
     page.locator("input[value='24h']").check()
     page.locator(".mark").first.wait_for(state="attached")
-    assert 60 < columns(page) <= 96 and page.locator(".chart").first.locator(".mark").count() == 1
-    assert "<script>alert(1)</script>" in page.locator(".mark title").first.text_content()
+    assert 60 < columns(page) <= 96 and page.locator(".chart").first.locator(".mark").count() == 3
+    assert "<script>alert(1)</script>" in page.locator(".mark title").last.text_content()
     plot = page.locator(".plot").first
     plot.focus()
-    place = int(page.locator(".mark").first.get_attribute("data-x"))
+    place = int(page.locator(".mark").last.get_attribute("data-x"))
     page.keyboard.press("Home")
     for _ in range(96):
         if plot.locator(".columns .at").get_attribute("transform") == f"translate({place})": break
@@ -181,17 +298,18 @@ def test_nothing_sticks_out_from_320_px_on(with_history, new_page):
 
 def test_where_the_system_sets_the_colours_each_owner_has_dashes_of_its_own(server, new_page):
     page = opened(server, new_page(forced_colors="active"))
-    strokes = page.evaluate("""() => Object.fromEntries(['app', 'external', 'unattributed', 'promised'].map((name) => {
+    owners = ["app", "external", "unattributed", "promised", "peak"]
+    strokes = page.evaluate("""(owners) => Object.fromEntries(owners.map((name) => {
         const path = document.createElementNS('http://www.w3.org/2000/svg', 'path');
         path.setAttribute('class', name);
         document.querySelector('.columns').append(path);
         const style = getComputedStyle(path);
         return [name, [style.stroke, style.strokeDasharray]];
-    }))""")
-    assert len({tuple(stroke) for stroke in strokes.values()}) == 4
+    }))""", owners)
+    assert len({tuple(stroke) for stroke in strokes.values()}) == 5
     background = page.evaluate("getComputedStyle(document.querySelector('.cjm')).backgroundColor")
     assert all(stroke != background for stroke, _ in strokes.values())
-    assert len({dashes for _, dashes in strokes.values()}) == 4
+    assert len({dashes for _, dashes in strokes.values()}) == 5
 
 
 def test_without_a_script_there_is_no_chart_that_does_nothing(server, new_page):
