@@ -1,5 +1,6 @@
 "Charts: hostile names, clocks that jump, machines that change, a full day, and what a page is sent"
 import math
+import random
 import re
 import time
 from dataclasses import replace
@@ -16,14 +17,25 @@ from cjm_fasthtml_resources.core.samples import take_sample
 from cjm_fasthtml_resources.recorded.changes import Change
 from cjm_fasthtml_resources.recorded.file import MINUTE, add
 from cjm_fasthtml_resources.recorded.history import RecordedHistory
-from cjm_fasthtml_resources.recorded.rows import Place, Row, Share
+from cjm_fasthtml_resources.recorded.rows import Place, Row, Share, merge_rows
 from cjm_fasthtml_resources.simulate import (
     SimulatedDriver,
     SimulatedGpu,
     SimulatedProcess,
     load_scenario,
 )
-from cjm_fasthtml_resources.ui.charts import RANGES, Wanted, draw_charts, monitor_charts, recorded_charts
+from cjm_fasthtml_resources.ui.charts import (
+    RANGES,
+    Subject,
+    Wanted,
+    chart_grid,
+    draw_charts,
+    monitor_charts,
+    recorded_charts,
+    row_charts,
+    span_of,
+    subjects_of_rows,
+)
 from cjm_fasthtml_resources.ui.parts import to_html
 from cjm_fasthtml_resources.ui.svg_chart import Chart, Column, Mark, Span, draw_chart, strokes, tick_times
 from cjm_fasthtml_resources.ui.view import View
@@ -162,6 +174,45 @@ def test_an_event_in_a_gap_of_the_record_has_a_column_that_says_so():
         ("1", "00:00:10 · app 1.0 GiB"), ("2", "00:00:20 · app 1.0 GiB"), ("5", "00:00:50 · no figures"),
         ("8", "00:01:20 · app 1.0 GiB")]
     assert "no figures" not in to_html(draw_chart(chart, since=6))
+
+
+def random_row(n, dice):
+    "A row of one second, in which owners come and go"
+    app, external, unseen = (dice.choice([0, 4, 18])*GIB for _ in range(3))
+    used = app + external + unseen
+    shares = (Share(1, 1.0, "app", "mine", "ada", app, app),
+              Share(2, 1.0, "external", "train.py", "bob", external, external))
+    place = Place("GPU-1", 0, "NVIDIA L4", "available", 80*GIB, used, used, app, external, unseen, GIB, 50, 60, 70.0,
+                  shares)
+    return Row(float(n), 1.0, (place,))
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_no_owner_has_more_than_a_sample_of_the_stretch_says_and_the_fullest_moment_is_shown(seed):
+    dice = random.Random(seed)
+    minutes = [[random_row(60*minute + n, dice) for n in range(60)] for minute in range(10)]
+    rows = [merge_rows(samples) for samples in minutes]
+    chart, = row_charts(rows, subjects_of_rows(rows), span_of("1h", 1), 10)
+    for column, samples in zip(chart.columns, minutes, strict=True):
+        places = [row.places[0] for row in samples]
+        for owner in ("app", "external", "unattributed", "promised"):
+            assert getattr(column, owner) <= max(getattr(place, owner) for place in places), owner
+        assert column.used == max(place.used for place in places)
+        title = f"fullest moment {column.used/GIB:.1f} GiB in all"
+        assert title in to_html(draw_chart(chart))
+    assert "fullest moment (owner not recorded)" in to_html(chart_grid([chart]))
+
+
+def test_a_worker_whose_child_processes_take_turns_has_what_one_of_them_had():
+    def sample_of(n):
+        share = Share(41 + n % 2, 1.0, "app", "worker", "ada", 8*GIB, 8*GIB)
+        place = Place("GPU-1", 0, "NVIDIA L4", "available", 24*GIB, 8*GIB, 8*GIB, 8*GIB, 0, 0, 0, 50, 60, 70.0,
+                      (share,))
+        return Row(float(n), 1.0, (place,))
+    row = merge_rows([sample_of(n) for n in range(60)])
+    for pids in ({41}, {41, 42}):
+        chart, = row_charts([row], [Subject("/41/1.0", "worker", 24*GIB, pids=frozenset(pids))], span_of("1h", 1), 1)
+        assert chart.columns[0].app == 8*GIB
 
 
 def write_day(path, minutes, key="GPU-1"):

@@ -210,21 +210,23 @@ def marks_of(
 
 # %% ../../nbs/ui/charts.ipynb #ebbc40f5
 def _of_place(subject: Subject, place: Place) -> Column | None:
-    "Return the figures of a place at its fullest moment, divided as they were on average"
+    "Return the figures of a place: the mean of each owner, and what its fullest moment had beyond them"
     if not place.total or place.used is None: return None
     ours = sum(share.memory for share in place.shares if share.owner == "external" and share.key in subject.app)
     ours = min(ours, place.external)
-    more = place.most/place.used if place.most and place.used else 1.0
-    app, external, unseen = (round(n*more) for n in (place.app + ours, place.external - ours, place.unattributed))
-    return Column(0, app, external, unseen, place.promised, place.utilization)
+    owned = place.app + place.external + place.unattributed
+    peak = max((place.most or 0) - owned, 0)
+    return Column(0, place.app + ours, place.external - ours, place.unattributed, place.promised,
+                  place.utilization, peak)
 
 # %% ../../nbs/ui/charts.ipynb #269fe3ab
 def _of_row(subject: Subject, row: Row) -> Column | None:
-    "Return the figures of a row; `None` if they are missing"
+    "Return the figures of a row, of several processes what they had together for sure; `None` if they are missing"
     if not subject.pids: return _of_place(subject, place) if (place := row.place(subject.key)) else None
     shares = [share for place in row.places if place.key != "ram" for share in place.shares
               if share.pid in subject.pids]
-    return Column(0, sum(share.most for share in shares)) if shares else None
+    if not shares: return None
+    return Column(0, max(sum(share.memory for share in shares), max(share.most for share in shares)))
 
 # %% ../../nbs/ui/charts.ipynb #4b1f6817
 def row_charts(

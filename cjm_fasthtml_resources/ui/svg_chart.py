@@ -28,11 +28,12 @@ class Column:
     unattributed: int = 0     # not visible
     promised: int = 0         # reserved and still unused
     load: int | None = None
+    peak: int = 0             # in use at the fullest moment, beyond the others: which owner had it is not recorded
 
     @property
     def used(self) -> int:
-        "Bytes that are used"
-        return self.app + self.external + self.unattributed
+        "Bytes in use at the fullest moment"
+        return self.app + self.external + self.unattributed + self.peak
 
 # %% ../../nbs/ui/svg_chart.ipynb #0056c7b5
 @dataclass(frozen=True)
@@ -75,13 +76,16 @@ class Chart:
         return self.end - self.span.count
 
 # %% ../../nbs/ui/svg_chart.ipynb #10d2b406
-WORDS = {owner: SHARE_WORDS[owner] for owner in ("external", "unattributed", "app", "promised")}   # from the bottom
+WORDS = {owner: SHARE_WORDS.get(owner, "fullest moment")
+         for owner in ("external", "unattributed", "app", "peak", "promised")}   # from the bottom
 
 def owners_of(
     column: Column,
+    total: int,   # bytes
 ) -> list[str]:
     "Return the owners that a column shows, from the bottom"
-    return [owner for owner in WORDS if getattr(column, owner) > 0]
+    least = dict(peak=total/200)
+    return [owner for owner in WORDS if getattr(column, owner) > least.get(owner, 0)]
 
 def clock(
     when: float,         # seconds since the epoch
@@ -106,7 +110,10 @@ def column_parts(
     chart: Chart,
 ) -> list[tuple[str, str]]:  # each with its owner, or with ""
     "Return the figures of a column in words"
-    shares = [(owner, f"{WORDS[owner]} {format_bytes(getattr(column, owner))}") for owner in owners_of(column)]
+    sizes = {owner: column.used if owner == "peak" else getattr(column, owner)
+             for owner in owners_of(column, chart.total)}
+    more = dict(peak=" in all")
+    shares = [(owner, f"{WORDS[owner]} {format_bytes(n)}{more.get(owner, '')}") for owner, n in sizes.items()]
     load = [] if column.load is None else [("", f"load {column.load} %")]
     return [*(shares or [("", "nothing in use")]), *load]
 
@@ -150,7 +157,7 @@ def strokes(
     total: int,   # bytes
 ) -> list[tuple[str, float, float]]:  # class, px from the top: where it begins, where it ends
     "Return the strokes of a column, the lowest first"
-    owners = owners_of(column)
+    owners = owners_of(column, total)
     heights = [max(HEIGHT*getattr(column, owner)/total, 1) for owner in owners] if total else []
     ends = [round(max(HEIGHT - end, 0), 1) for end in accumulate(heights)]
     found = [(owner, *ends_) for owner, ends_ in zip(owners, pairwise([float(HEIGHT), *ends]), strict=False)]
@@ -275,9 +282,10 @@ def draw_chart(
 # %% ../../nbs/ui/svg_chart.ipynb #477350f2
 def legend(chart: Chart) -> Any:
     "Return the legend of a chart"
-    found = {owner for column in chart.columns for owner in owners_of(column)}
+    found = {owner for column in chart.columns for owner in owners_of(column, chart.total)}
     shown = [owner for owner in WORDS if owner in found]
-    rows = [ft("i", WORDS[owner], cls=owner) for owner in shown]
+    more = dict(peak=" (owner not recorded)")
+    rows = [ft("i", WORDS[owner] + more.get(owner, ""), cls=owner) for owner in shown]
     if chart.threshold is not None: rows.append(ft("i", chart.limit, cls="limit"))
     if chart.marks: rows.append(ft("i", "event", cls="event"))
     return ft("div", *rows, cls="key")
