@@ -215,6 +215,22 @@ def test_a_worker_whose_child_processes_take_turns_has_what_one_of_them_had():
         assert chart.columns[0].app == 8*GIB
 
 
+def test_the_largest_other_program_is_named_with_its_user_and_a_hostile_name_is_text():
+    shares = (Share(1, 1.0, "app", "mine", "ada", 9*GIB, 9*GIB),
+              Share(0, None, "external", "12 others", "", 5*GIB, 5*GIB),
+              Share(2, 1.0, "external", "</title><script>·alert(1)</script>", "bob", 3*GIB, 3*GIB),
+              Share(3, 1.0, "external", "small.py", "cleo", GIB, GIB))
+    place = Place("GPU-1", 0, "NVIDIA L4", "available", 24*GIB, 18*GIB, 18*GIB, 9*GIB, 9*GIB, 0, 0, 50, 60, 70.0,
+                  shares)
+    rows = [Row(0.0, 60.0, (place,))]
+    chart, = row_charts(rows, subjects_of_rows(rows), span_of("1h", 1), 1, zone=0)
+    html = to_html(chart_grid([chart]))
+    assert "script" not in Tags(html).names and "(&lt;/title&gt;&lt;script&gt; alert(1…, bob 3.0 GiB)" in html
+    alone = [Row(0.0, 60.0, (place._replace(external=GIB, shares=shares[3:]),))]
+    chart, = row_charts(alone, subjects_of_rows(alone), span_of("1h", 1), 1, zone=0)
+    assert "other programs 1.0 GiB (small.py, cleo) · " in to_html(draw_chart(chart))   # its size is that of all
+
+
 def write_day(path, minutes, key="GPU-1"):
     "A day of minutes, up to now, without the figures of one hour"
     end, rows = time.time()//60*60, []

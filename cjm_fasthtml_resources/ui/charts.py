@@ -32,7 +32,7 @@ from ..core.history import DevicePoint, History, Point, worker_key
 from ..core.room import held_by
 from ..core.samples import Sample
 from ..core.store import StoreError
-from ..core.text import printable
+from ..core.text import format_bytes, printable
 from ..recorded.changes import Change
 from ..recorded.history import Moment, RecordedHistory, to_seconds
 from ..recorded.rows import Place, Row
@@ -208,6 +208,19 @@ def marks_of(
         return change.place == subject.key or subject.key != "ram" and change.kind in _OF_ALL
     return tuple(Mark(when, change.text) for when, change in changes if is_of(change))
 
+# %% ../../nbs/ui/charts.ipynb #eb46a471
+_LONGEST = 24   # characters of a program's and of a user's name
+
+def _largest(subject: Subject, place: Place) -> str:
+    "Return the largest other program with its user, and with its memory if there are more; else an empty text"
+    others = [s for s in place.shares if s.owner == "external" and s.pid and s.memory and s.key not in subject.app]
+    if not others: return ""
+    share = max(others, key=lambda share: share.memory)
+    names = [printable(text).replace("·", " ") for text in (share.name, share.user) if text]
+    short = [name if len(name) <= _LONGEST else f"{name[:_LONGEST]}…" for name in names]
+    size = "" if share.memory == place.external else f" {format_bytes(share.memory)}"
+    return ", ".join(short) + size
+
 # %% ../../nbs/ui/charts.ipynb #ebbc40f5
 def _of_place(subject: Subject, place: Place) -> Column | None:
     "Return the figures of a place: the mean of each owner, and what its fullest moment had beyond them"
@@ -217,7 +230,7 @@ def _of_place(subject: Subject, place: Place) -> Column | None:
     owned = place.app + place.external + place.unattributed
     peak = max((place.most or 0) - owned, 0)
     return Column(0, place.app + ours, place.external - ours, place.unattributed, place.promised,
-                  place.utilization, peak)
+                  place.utilization, peak, _largest(subject, place))
 
 # %% ../../nbs/ui/charts.ipynb #269fe3ab
 def _of_row(subject: Subject, row: Row) -> Column | None:
@@ -273,7 +286,8 @@ def figure(
 ) -> Any:
     "Return a chart with its legend, and with its name and its last figures, unless it is what is new of one"
     before, after = ([ft("figcaption", B(chart.label))], [_readout(chart)]) if since is None else ([], [])
-    return ft("figure", *before, draw_chart(chart, since), legend(chart), *after, cls="chart", data_key=chart.key)
+    kind = "chart named" if any(column.largest for column in chart.columns) else "chart"   # longer figures
+    return ft("figure", *before, draw_chart(chart, since), legend(chart), *after, cls=kind, data_key=chart.key)
 
 # %% ../../nbs/ui/charts.ipynb #2fc37d61
 def chart_grid(

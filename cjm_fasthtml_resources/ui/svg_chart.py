@@ -29,6 +29,7 @@ class Column:
     promised: int = 0         # reserved and still unused
     load: int | None = None
     peak: int = 0             # in use at the fullest moment, beyond the others: which owner had it is not recorded
+    largest: str = ""         # of the other programs
 
     @property
     def used(self) -> int:
@@ -112,7 +113,7 @@ def column_parts(
     "Return the figures of a column in words"
     sizes = {owner: column.used if owner == "peak" else getattr(column, owner)
              for owner in owners_of(column, chart.total)}
-    more = dict(peak=" in all")
+    more = dict(external=f" ({column.largest})" if column.largest else "", peak=" in all")
     shares = [(owner, f"{WORDS[owner]} {format_bytes(n)}{more.get(owner, '')}") for owner, n in sizes.items()]
     load = [] if column.load is None else [("", f"load {column.load} %")]
     return [*(shares or [("", "nothing in use")]), *load]
