@@ -152,6 +152,7 @@ def charts(browser, folder: Path) -> None:
                 tab.locator(".plot").first.focus()
                 for _ in range(40): tab.keyboard.press("ArrowLeft")
                 tab.mouse.move(0, 0)
+                tab.evaluate("scrollTo(0, 0)")
                 box = tab.locator(".charts").bounding_box()
                 clip = dict(x=box["x"] - 10, y=box["y"] - 6, width=box["width"] + 20, height=box["height"] + 12)
                 tab.screenshot(path=IMAGES/f"charts-{name}-{theme}.png", full_page=True, clip=clip)
