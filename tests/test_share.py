@@ -328,6 +328,37 @@ def said(machine: Machine, place: Place, **given: Any) -> str:
     finally: one.end()
 
 
+BECOMES = """if True:
+    import os, sys
+    from cjm_fasthtml_resources import ResourceManager
+    from cjm_fasthtml_resources.simulate import SimulatedDriver, SimulatedGpu
+    with SimulatedDriver([SimulatedGpu(memory_total_mb=24_000)]):
+        ResourceManager(app="kept").reserve(20_000, timeout=0).keep_over_exec()
+        os.execv(sys.executable, [sys.executable, "-c", sys.argv[1]])
+"""
+CLOSES_ALL = "import os; os.closerange(3, 4096); print('it is another program now', flush=True); input()"
+TRIES = """if True:
+    from cjm_fasthtml_resources import ResourceBusy, ResourceManager
+    from cjm_fasthtml_resources.simulate import SimulatedDriver, SimulatedGpu
+    with SimulatedDriver([SimulatedGpu(memory_total_mb=24_000)]):
+        try:
+            with ResourceManager(app="next").reserve(20_000, timeout=0): print("given")
+        except ResourceBusy as busy: print(busy)
+"""
+
+
+def test_a_container_sees_the_end_of_a_program_that_a_process_became_and_no_end_before(machine):
+    "The container cannot see its PID, and nobody else looks meanwhile"
+    def tries() -> str: return machine.start(CONTAINERS[0], TRIES).communicate(timeout=60)[0]
+    holder = machine.start(HOSTS[0], BECOMES, CLOSES_ALL)
+    assert holder.stdout.readline() == "it is another program now\n"
+    assert "a reservation of a process in another container" in tries()   # though it has closed the locked file
+    holder.communicate("\n", timeout=60)
+    end = time.monotonic() + 10
+    while (said := tries()) != "given\n" and time.monotonic() < end: time.sleep(0.05)
+    assert said == "given\n"
+
+
 def test_who_is_not_in_the_group_is_told_what_to_ask_for(machine):
     text = said(machine, Place("dora", DORA, member=False))
     assert text.startswith("StoreError") and f"UID {DORA} is not in it" in text

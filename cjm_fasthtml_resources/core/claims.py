@@ -68,11 +68,16 @@ class Claim:
     ) -> bool:
         "Return whether its time has run out, its lease has ended, or its holder is known to have ended"
         if self.expires is not None and now >= self.expires: return True
-        if self.lease and self.lease not in held: return not self.for_other or has_ended_in(self.space, self.holder)
+        if self.lease and self.lease not in held:
+            return not self.for_other or self.is_kept or has_ended_in(self.space, self.holder)
         if self.covers and self.device is not None: return False   # the job's block goes on
         is_bound = self.for_other or self.covers or not self.lease
         return is_bound and self.space == pid_namespace() and has_ended(*self.holder)
 
+    @property
+    def is_kept(self) -> bool:
+        "Return whether its lease is locked until its holder has ended, whatever program that becomes"
+        return self.receipt is not None and self.receipt.kept == 1
     @property
     def is_suspended(self) -> bool:
         "Return whether the process that waits for it is suspended, as by Ctrl-Z"

@@ -27,6 +27,7 @@ from cjm_fasthtml_resources.core.locking import (
 )
 from .folder import StoreError, explain_os_error
 from .forks import reset_in_child
+from .keeper import keep_open
 from .paths import Path
 from .sharing import is_shared
 
@@ -180,12 +181,14 @@ class Leases:
         except FileNotFoundError: return True
         except OSError as error: raise StoreError(explain_os_error(self.path, error)) from error
 
-    def keep_over_exec(self, lease: int) -> None:
-        "Keep a lease for the program that this process becomes by `os.exec…`; raise `StoreError` on failure"
-        if lease not in self.held or self.path is None: return
+    def keep_over_exec(self, lease: int) -> bool:
+        """Keep a lease for the program that this process becomes by `os.exec…`; raise `StoreError` on failure.
+        Return whether it is kept even for a program that closes the descriptors which it inherits"""
+        if lease not in self.held or self.path is None: return False
         if self.is_replaced(): raise StoreError(f"{self.path} was removed or replaced while this program uses it")
         try: self._keep(self.path, lease)
         except OSError as error: raise StoreError(explain_os_error(self.path, error)) from error
+        return keep_open([file.fileno() for file in self._kept])
 
     def after_fork(self) -> None:
         "Close the copies of the parent's descriptors in a fork's child, which leaves its locks in place"

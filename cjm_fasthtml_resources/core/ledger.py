@@ -351,7 +351,7 @@ class Ledger:
         "Keep a reservation for the program that this process becomes by `os.exec…`; False if it is over"
         self._kept.add(lease)   # first: from now on its end has to be written
         if not self.change(lease, for_other=True): return False
-        self.leases.keep_over_exec(lease)
+        if self.leases.keep_over_exec(lease): self.change(lease, lambda rows: _note_kept(rows, lease, 1))
         return True
 
 # %% ../../nbs/core/ledger.ipynb #f7ef5f4b
@@ -385,6 +385,11 @@ def _look_ahead(ledger: "Ledger", rows: Rows) -> _Moment:
 def _change(rows: Rows, lease: int, fields: Mapping[str, Any]) -> Rows:
     return rows._replace(claims=tuple(replace(c, **fields) if c.lease == lease else c for c in rows.claims))
 
+def _note_kept(rows: Rows, lease: int, kept: int | None) -> Rows:
+    "Return the ledger with a note whether a lease is locked until its holder has ended"
+    def changed(c: Claim) -> Claim: return replace(c, receipt=(c.receipt or Receipt())._replace(kept=kept))
+    return rows._replace(claims=tuple(changed(c) if c.lease == lease else c for c in rows.claims))
+
 def _renewed(rows: Rows, lease: int, ttl: float | None, expires: float | None) -> Rows:
     "Return the ledger with a reservation that ends at another time"
     for c in rows.claims:
@@ -404,6 +409,7 @@ class HandOver(NamedTuple):
 
     def change(self, rows: Rows, lease: int) -> Rows:
         "Return the ledger with the claims of a lease handed over"
+        rows = _note_kept(rows, lease, None)   # it was for the former holder
         now: dict[str, Any] = dict(holder=self.holder, for_other=True, covers=self.until_released,
                                    space=pid_namespace())
         mine = {c.id: c.device or "" for c in rows.claims if c.lease == lease}

@@ -56,6 +56,7 @@ class Receipt(NamedTuple):
     most: float | None = None           # and of the longest
     passed: int | None = None          # ID of the request that it was granted ahead of: it ends before that one
     asks_idle: int | None = None       # 1: while it waits, it asks idle holders of other apps to unload
+    kept: int | None = None            # 1: its lease is locked until its holder has ended (see `core.keeper`)
 
     def seen(
         self,
@@ -127,12 +128,11 @@ def is_receipt(text: str) -> bool:
 def from_text(text: str) -> Receipt:
     "Return a receipt as it was read, in the fields of this version"
     parts = text.removeprefix(_BEGIN).split(",")
-    kinds: tuple[Any, ...] = (int, float, float, int, int, float, str, *(float,)*6, int, int)
+    kinds: tuple[Any, ...] = (int, float, float, int, int, float, str, *(float,)*6, int, int, int)
     values: list[Any] = [kind(part) if part else None for kind, part in zip(kinds, parts, strict=False)]
     values += [None]*(len(kinds) - len(values))
-    grace, (limit, least, most, passed, asks) = Grace(*values[7:10]) if values[7] else None, values[10:]
-    receipt = Receipt(*values[:7])._replace(grace=grace, limit=limit, least=least, most=most)
-    return receipt._replace(passed=passed, asks_idle=asks)
+    grace = Grace(*values[7:10]) if values[7] else None
+    return Receipt._make([*values[:7], grace, *values[10:]])
 
 # %% ../../nbs/core/receipts.ipynb #98dad3e3
 @lru_cache(maxsize=1)
