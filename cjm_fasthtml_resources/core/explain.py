@@ -213,6 +213,7 @@ def closest(
     devices = list(devices)
     return roomiest([d for d in devices if d.device.capacity >= need] or devices)
 
+# %% ../../nbs/core/explain.ipynb #d3c926ed
 def explain_free(
     devices: Iterable[DeviceStatus],
     need: float,                       # bytes to have free on one device, more than there is

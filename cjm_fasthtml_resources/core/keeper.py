@@ -12,9 +12,20 @@ import sys
 from collections.abc import Collection
 
 # %% ../../nbs/core/keeper.ipynb #6c0ebdc2
-_UNTIL_IT_ENDS = "import select, sys; ended = select.poll(); ended.register(int(sys.argv[1]), select.POLLIN); ended.poll()"
+_UNTIL_IT_ENDS = """import select, sys
+ended = select.poll()
+ended.register(int(sys.argv[1]), select.POLLIN)
+ended.poll()"""
 _IN_BACKGROUND = '"$@" </dev/null >/dev/null 2>&1 &'
 
+def _start(title: str, ends: int, descriptors: Collection[int]) -> None:
+    "Start a process that has these descriptors open until the process of a pidfd has ended; `OSError` on failure"
+    command = [sys.executable, "-I", "-S", "-c", _UNTIL_IT_ENDS, str(ends), title]   # `ps` shows the title
+    subprocess.run(["/bin/sh", "-c", _IN_BACKGROUND, "sh", *command], pass_fds=(ends, *descriptors), check=True,
+                   start_new_session=True, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
+                   stderr=subprocess.DEVNULL, cwd="/")
+
+# %% ../../nbs/core/keeper.ipynb #df302412
 def keep_open(
     descriptors: Collection[int],
 ) -> bool:  # False where the system lacks the means
@@ -23,10 +34,7 @@ def keep_open(
     try:
         me = os.pidfd_open(os.getpid())
         try:
-            command = [sys.executable, "-I", "-S", "-c", _UNTIL_IT_ENDS, str(me), f"keeps a reservation of PID {os.getpid()}"]
-            subprocess.run(["/bin/sh", "-c", _IN_BACKGROUND, "sh", *command], pass_fds=(me, *descriptors),
-                           start_new_session=True, check=True, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
-                           stderr=subprocess.DEVNULL, cwd="/")
+            _start(f"keeps a reservation of PID {os.getpid()}", me, descriptors)
         finally: os.close(me)
     except (AttributeError, OSError, subprocess.SubprocessError): return False   # the first: not on Linux
     return True

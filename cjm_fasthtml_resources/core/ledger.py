@@ -138,6 +138,7 @@ def _read_on(data: bytes, last: _Reading) -> _Reading:
     rows = _to_rows(head, lines, last.lines)
     return _Reading(data, rows, dict(zip(lines, rows.claims, strict=True)))
 
+# %% ../../nbs/core/ledger.ipynb #a83fc7c9
 def _write_anew(claim: Claim) -> tuple[bytes, Claim]:
     "Return the line of a claim, and what it is read as: times are written in tenths of a second"
     line = _encode(_to_row(claim)).encode()
@@ -385,6 +386,7 @@ def _look_ahead(ledger: "Ledger", rows: Rows) -> _Moment:
 def _change(rows: Rows, lease: int, fields: Mapping[str, Any]) -> Rows:
     return rows._replace(claims=tuple(replace(c, **fields) if c.lease == lease else c for c in rows.claims))
 
+# %% ../../nbs/core/ledger.ipynb #d77a53b9
 def _note_kept(rows: Rows, lease: int, kept: int | None) -> Rows:
     "Return the ledger with a note whether a lease is locked until its holder has ended"
     def changed(c: Claim) -> Claim: return replace(c, receipt=(c.receipt or Receipt())._replace(kept=kept))
@@ -399,6 +401,7 @@ def _renewed(rows: Rows, lease: int, ttl: float | None, expires: float | None) -
                          f"{c.receipt.passed} was passed because this reservation ends before it could start")
     return _change(rows, lease, dict(ttl=ttl, expires=expires))
 
+# %% ../../nbs/core/ledger.ipynb #75684702
 class HandOver(NamedTuple):
     "How a reservation goes to another process"
     holder: ProcessId

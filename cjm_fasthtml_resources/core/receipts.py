@@ -132,7 +132,8 @@ def from_text(text: str) -> Receipt:
     values: list[Any] = [kind(part) if part else None for kind, part in zip(kinds, parts, strict=False)]
     values += [None]*(len(kinds) - len(values))
     grace = Grace(*values[7:10]) if values[7] else None
-    return Receipt._make([*values[:7], grace, *values[10:]])
+    last = dict(zip(Receipt._fields[7:], (grace, *values[10:]), strict=True))
+    return Receipt(*values[:7])._replace(**last)
 
 # %% ../../nbs/core/receipts.ipynb #98dad3e3
 @lru_cache(maxsize=1)
