@@ -1,6 +1,7 @@
 "What is checked and asked for: which device, with what arguments, and what is said where it cannot be given"
 import asyncio
 import os
+import sys
 import threading
 
 import pytest
@@ -223,7 +224,7 @@ def test_a_device_that_cannot_be_used_is_named_with_its_reason():
         assert str(raised.value).startswith("No GPU can be used: ")
 
 
-def test_who_gives_up_says_who_was_in_the_way_where_it_asked(capfd):
+def test_who_gives_up_says_who_was_in_the_way_where_it_asked(capfd, monkeypatch):
     outsider = SimulatedProcess(GONE, 9*1024)
     gpus = [SimulatedGpu(memory_total_mb=10*1024, processes=[outsider]), SimulatedGpu(memory_total_mb=10*1024)]
     short = "The job needs 2.0 GiB. GPU 0 has 1.0 GiB free"
@@ -234,6 +235,10 @@ def test_who_gives_up_says_who_was_in_the_way_where_it_asked(capfd):
             f"{short}. In use there: a process without a name (PID {GONE}, 9.0 GiB). Gave up after 0.2 s."
         assert len(busy.value.conflict.devices) == 2 and busy.value.retryable and manager.get_claims() == []
         assert manager.waits.read()[0][-1] == (float("inf"), 0)   # it was not granted, so it is not in the histogram
+        with pytest.raises(ResourceBusy): manager.reserve(2*1024, 0, timeout=1.6, progress=True)
+        who = f"In use there: a process without a name (PID {GONE}, 9.0 GiB)"
+        assert capfd.readouterr().err == f"Waiting for GPU memory: {short}. {who}.\n"   # once, where no bar can be
+        monkeypatch.setitem(sys.modules, "ipykernel", sys)   # as in a notebook
         with pytest.raises(ResourceBusy): manager.reserve(2*1024, 0, timeout=0.7, progress=True)
     bar = capfd.readouterr().err
     assert "waiting for GPU memory: " in bar and f" 1.0 of 2.0 GiB free, 00:00, {short}" in bar, bar

@@ -172,7 +172,8 @@ def test_the_event_loop_goes_on_while_a_task_waits():
     assert max(b - a for a, b in pairwise(ticks)) < 0.2 and manager.ledger.claims() == []
 
 
-def test_a_bar_says_who_is_in_the_way(capfd):
+def test_a_bar_says_who_is_in_the_way(capfd, monkeypatch):
+    monkeypatch.setitem(sys.modules, "ipykernel", sys)   # as in a notebook
     manager, gpu = ResourceManager(), SimulatedGpu(processes=[SimulatedProcess(os.getpid(), 20_000)])
     with SimulatedDriver([gpu]), pytest.raises(ResourceBusy): manager.reserve(10_000, timeout=0.8, progress=True)
     shown = capfd.readouterr().err

@@ -21,7 +21,6 @@ from . import options
 from .ending import end_as, fail, failing, say
 from .looking import Machine, simulated_machine
 from .options import Command, complete_files, converted, parse_name, parse_need
-from .wait import shows_progress
 
 # %% ../../nbs/commands/run.ipynb #6b04c89f
 _EXAMPLES = """\b
@@ -72,7 +71,7 @@ def command(machine: Machine, gpu_memory: float | str | None, ram: float, gpus: 
     gpu_memory = options.memory_or_all(gpu_memory, exclusive)
     known_by, settings = (name_command(command), command_settings(command)) if name is None else (name, None)
     wanted = tries.Wanted(command, known_by, options.to_mib(gpu_memory), ram/2**20, retries, device, timeout,
-                          env_by_index, shows_progress(), gpus, priority, grace, settings, duration,
+                          env_by_index, True, gpus, priority, grace, settings, duration,
                           ask_idle)
     ended = Ended(-signal.SIGINT, signals=(signal.SIGINT,))   # Ctrl-C before there is a command
     with contextlib.suppress(KeyboardInterrupt), end_by_signals(), failing():

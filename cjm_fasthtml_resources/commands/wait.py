@@ -87,10 +87,6 @@ def _child_env(held: Reservation, by_index: bool) -> dict[str, str]:
     try: return held.env_by_index if by_index else held.env
     except LookupError as error: fail(str(error), os.EX_UNAVAILABLE)
 
-def shows_progress() -> bool:
-    "Return whether standard error is a terminal"
-    return sys.stderr is not None and sys.stderr.isatty()
-
 # %% ../../nbs/commands/wait.ipynb #374ad637
 @click.command("wait", cls=Command, context_settings=dict(allow_interspersed_args=False), epilog=_EXAMPLES)
 @click.option("--gpu-memory", callback=converted(parse_memory), metavar="all|SIZE",
@@ -132,7 +128,7 @@ def command(machine: Machine, gpu_memory: float | str | None, ram: float, gpus: 
     with _ended_by_signals(), failing(), telling:
         manager = ResourceManager(track_self=False, app=app, gpu_timeout=machine.driver_timeout)
         with (simulated_machine(machine.simulate, manager),
-              manager.reserve(options.to_mib(gpu_memory), device, timeout, progress=shows_progress(), n=gpus,
+              manager.reserve(options.to_mib(gpu_memory), device, timeout, progress=True, n=gpus,
                               memory_mb=ram/2**20, priority=priority, grace=grace, duration=duration,
                               ask_idle=ask_idle) as held):
             env = _child_env(held, env_by_index)
