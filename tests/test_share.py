@@ -362,7 +362,7 @@ def test_a_container_sees_the_end_of_a_program_that_a_process_became_and_no_end_
 def test_who_is_not_in_the_group_is_told_what_to_ask_for(machine):
     text = said(machine, Place("dora", DORA, member=False))
     assert text.startswith("StoreError") and f"UID {DORA} is not in it" in text
-    assert f"sudo usermod -aG GID {GROUP}" in text and f"--group-add {GROUP}" in text
+    assert f"sudo usermod -aG {GROUP} NAME" in text and f"--group-add {GROUP}" in text
     contained = said(machine, Place("container of dora", DORA, container=True, member=False))
     assert f"--group-add {GROUP}" in contained, contained
 

@@ -32,6 +32,7 @@ def serve_app(app: Any, host: str, port: int, query: str) -> None:
     import uvicorn
 
     family, shown = (socket.AF_INET6, f"[{host}]") if ":" in host else (socket.AF_INET, host)
+    if host in ("0.0.0.0", "::"): shown = socket.gethostname()   # all addresses of this machine
     try: listening = socket.create_server((host, port), family=family)
     except (OSError, UnicodeError) as error:   # an impossible address
         fail(f"cannot listen on {host} port {port}: {getattr(error, 'strerror', error)}", os.EX_UNAVAILABLE)

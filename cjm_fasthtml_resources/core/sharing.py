@@ -55,8 +55,9 @@ def explain_refusal(
         return f"cannot be written (its mode is {mode}). Ask the administrator: sudo chmod 2770 {path}"
     if _is_listed(user, found.st_gid):
         return f"is shared by the group {group}, which {user} is in since a short time: log in again"
-    return (f"is shared by the group {group}, and {user} is not in it. Ask the administrator: sudo usermod -aG {group} "
-            f"{user}, and log in again; in a container, start it with --group-add {found.st_gid}")
+    return (f"is shared by the group {group}, and {user} is not in it. Ask the administrator: sudo usermod -aG "
+            f"{group.removeprefix('GID ')} {'NAME' if user.startswith('UID ') else user}, and log in again; in a "
+            f"container, start it with --group-add {found.st_gid}")
 
 # %% ../../nbs/core/sharing.ipynb #ef7fdc9d
 def _problem_of_shared(path: Path, found: os.stat_result) -> str | None:
