@@ -26,6 +26,44 @@ def test_nor_does_another_that_ends_a_program_or_a_generator(error):
     walk("walk_interruptions.py", "--sample", "15", "--error", error, "with_block", "handed_over", "wait_for_gpu")
 
 
+SIGNALLED = """if True:
+    import signal, sys, threading, time
+    from cjm_fasthtml_resources.core.locking import holding
+
+    def interrupt(*_): raise KeyboardInterrupt
+    def is_free():
+        found = []
+        def tries():
+            found.append(lock.acquire(blocking=False))
+            if found[0]: lock.release()
+        thread = threading.Thread(target=tries)
+        thread.start()
+        thread.join()
+        return found[0]
+
+    signal.signal(signal.SIGALRM, interrupt)
+    lock, number, left, end = getattr(threading, sys.argv[1])(), 0, 0, time.monotonic() + 3
+    while time.monotonic() < end:
+        try:
+            signal.setitimer(signal.ITIMER_REAL, 1e-4 + 1e-6*(number%50))
+            while True:
+                with holding(lock): pass
+        except KeyboardInterrupt: number += 1
+        left += not is_free()
+        if left: break
+    print(number, left)
+"""
+
+
+@pytest.mark.parametrize("kind", ["Lock", "RLock"])
+def test_a_signal_between_two_instructions_leaves_a_lock_free(kind):
+    "The walk raises before a line; a signal can come within one, as between taking a lock and noting that"
+    program = [sys.executable, "-c", SIGNALLED, kind]
+    out = subprocess.run(program, capture_output=True, text=True, timeout=60, check=True)
+    number, left = map(int, out.stdout.split())
+    assert number > 100 and left == 0
+
+
 @pytest.mark.skipif(not shutil.which("strace") and not os.environ.get("CI"),
                     reason="needs strace (Debian's package strace)")
 def test_whatever_happens_at_any_system_call_the_next_program_works():

@@ -83,12 +83,15 @@ def no_fork() -> Iterator[None]:
 
 def waited_in_vain() -> bool:
     "In a fork's child: return whether another thread was still in such a block"
-    return not getattr(_forking, "waited", True)
+    return False in getattr(_forking, "held", ())
 
-def _wait_for_others() -> None: _forking.waited = _no_fork.acquire(timeout=FORK_SECONDS)
+def _wait_for_others() -> None:
+    _forking.held = list[bool]()
+    _forking.held[:] = map(_no_fork.acquire, (True,), (FORK_SECONDS,))   # one instruction, as in `holding`
 
 def _go_on() -> None:
-    if _forking.waited: _no_fork.release()
+    release: Any = _no_fork.__exit__
+    _forking.held[:] = filter(release, filter(None, _forking.held))
 
 # %% ../../nbs/core/forks.ipynb #ad001722
 def reset_all() -> None:

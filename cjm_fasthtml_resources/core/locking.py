@@ -21,15 +21,13 @@ def holding(
     lock: Any,   # a `threading.Lock` or `RLock`
 ) -> Iterator[None]:
     "Take a lock for a block; it is free afterwards, whatever interrupts the block"
-    held = False
+    held = list[bool]()   # True while it is taken
     try:
         try:
-            held = lock.acquire()
+            held[:] = map(lock.acquire, (True,))   # one instruction: a signal comes before or after it
             yield
-        finally:
-            if held: held = lock.release() and False   # one line, which a signal leaves whole
-    finally:
-        if held: lock.release()
+        finally: held[:] = filter(lock.__exit__, held)   # another one: it releases, and as it returns `None` empties
+    finally: held[:] = filter(lock.__exit__, held)       # if an interruption came just before the first
 
 # %% ../../nbs/core/locking.ipynb #7baaebe2
 # struct flock on 64-bit Linux: type, whence, start, length, PID (0 for these locks)
