@@ -192,9 +192,17 @@ def _copy(path: Path, target: Path) -> None:
 def _is_locked(path: Path) -> bool:
     "Return whether a program has locked the database, called in the gate"
     import sqlite3
-    try:
-        with no_fork(), contextlib.closing(_open(path)) as db: db.execute("BEGIN IMMEDIATE")
-    except sqlite3.DatabaseError as error: return "locked" in str(error)
+    db = None
+    with no_fork():
+        try:
+            try:
+                db = _open(path)
+                db.execute("BEGIN IMMEDIATE")
+            except sqlite3.DatabaseError as error: return "locked" in str(error)
+            finally:
+                if db is not None: db.close()
+        finally:
+            if db is not None: db.close()   # if an interruption came just before the first: it would leave it locked
     return False
 
 # %% ../../nbs/core/database.ipynb #9a87769f
