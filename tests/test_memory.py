@@ -181,7 +181,7 @@ def test_a_second_check_looks_no_name_up_and_identifies_nobody(monkeypatch, spaw
     manager = ResourceManager()
     before = manager.check_memory_availability()
     asked, read = [], resident.read_process
-    monkeypatch.setattr(resident, "read_process", lambda pid: asked.append(pid) or read(pid))
+    monkeypatch.setattr(resident, "read_process", lambda pid, *proc: asked.append(pid) or read(pid, *proc))
     after = manager.check_memory_availability()
     new = {p.pid for p in after.memory.processes} - {p.pid for p in before.memory.processes}
     assert os.getpid() in after.app_pids and len(asked) <= len(new) + 10   # those that started meanwhile

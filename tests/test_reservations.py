@@ -21,7 +21,7 @@ from conftest import wait_until
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cjm_fasthtml_resources.core import database, host, lockfile, reservations
+from cjm_fasthtml_resources.core import database, host, lockfile, requests, reservations
 from cjm_fasthtml_resources.core import folder as places
 from cjm_fasthtml_resources.core.claims import Claim, DeviceUse, find_pools, grant, read_use
 from cjm_fasthtml_resources.core.conflict import ResourceBusy
@@ -173,7 +173,7 @@ def test_the_event_loop_goes_on_while_a_task_waits():
 
 
 def test_a_bar_says_who_is_in_the_way(capfd, monkeypatch):
-    monkeypatch.setitem(sys.modules, "ipykernel", sys)   # as in a notebook
+    monkeypatch.setattr(requests, "_is_in_notebook", lambda: True)
     manager, gpu = ResourceManager(), SimulatedGpu(processes=[SimulatedProcess(os.getpid(), 20_000)])
     with SimulatedDriver([gpu]), pytest.raises(ResourceBusy): manager.reserve(10_000, timeout=0.8, progress=True)
     shown = capfd.readouterr().err

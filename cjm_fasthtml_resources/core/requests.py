@@ -440,13 +440,17 @@ def _find_room(request: "Request", conflict: ResourceConflict) -> int:
 # %% ../../nbs/core/requests.ipynb #a9c2ec08
 SAY_AFTER, SAY_EVERY = 1.0, 60.0   # seconds
 
+def _is_in_notebook() -> bool:
+    shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
+    return hasattr(shell, "kernel")
+
 def _has_bar() -> bool:
     "Return whether a bar can be drawn: in a terminal, or in a notebook"
-    return "ipykernel" in sys.modules or sys.stderr is not None and sys.stderr.isatty()
+    return _is_in_notebook() or sys.stderr is not None and sys.stderr.isatty()
 
 def _is_cut(text: str) -> bool:
     "Return whether a terminal is too narrow for a bar with this behind it"
-    return "ipykernel" not in sys.modules and shutil.get_terminal_size().columns < 60 + len(text)
+    return not _is_in_notebook() and shutil.get_terminal_size().columns < 60 + len(text)
 
 class _Lines:
     "The lines in which a waiting request says why: one at first, and another when other programs are in the way"
