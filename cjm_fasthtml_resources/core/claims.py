@@ -69,7 +69,8 @@ class Claim:
         "Return whether its time has run out, its lease has ended, or its holder is known to have ended"
         if self.expires is not None and now >= self.expires: return True
         if self.lease and self.lease not in held:
-            return not self.for_other or self.is_kept or has_ended_in(self.space, self.holder)
+            if not self.for_other or has_ended_in(self.space, self.holder): return True
+            return self.is_kept and self.space != pid_namespace()   # where its PID is hidden, the lease decides
         if self.covers and self.device is not None: return False   # the job's block goes on
         is_bound = self.for_other or self.covers or not self.lease
         return is_bound and self.space == pid_namespace() and has_ended(*self.holder)

@@ -441,8 +441,8 @@ def _find_room(request: "Request", conflict: ResourceConflict) -> int:
 SAY_AFTER, SAY_EVERY = 1.0, 60.0   # seconds
 
 def _is_in_notebook() -> bool:
-    shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
-    return hasattr(shell, "kernel")
+    get_shell = getattr(sys.modules.get("IPython"), "get_ipython", lambda: None)   # it can be half imported
+    return hasattr(get_shell(), "kernel")
 
 def _has_bar() -> bool:
     "Return whether a bar can be drawn: in a terminal, or in a notebook"
