@@ -15,6 +15,7 @@ import threading
 import weakref
 from collections.abc import Callable, Iterator
 from functools import cache
+from operator import methodcaller
 from typing import Any, Protocol, TypeVar
 
 from .locking import holding
@@ -73,6 +74,7 @@ def free_others() -> None:
 
 # %% ../../nbs/core/forks.ipynb #f0a1c3d6
 FORK_SECONDS = 0.5   # for which a fork waits at most
+_ACQUIRE_SOON, _RELEASE = methodcaller("acquire", timeout=FORK_SECONDS), methodcaller("release")
 _no_fork = threading.RLock()
 _forking = threading.local()
 
@@ -83,15 +85,14 @@ def no_fork() -> Iterator[None]:
 
 def waited_in_vain() -> bool:
     "In a fork's child: return whether another thread was still in such a block"
-    return False in getattr(_forking, "held", ())
+    return getattr(_forking, "held", None) == []
 
 def _wait_for_others() -> None:
-    _forking.held = list[bool]()
-    _forking.held[:] = map(_no_fork.acquire, (True,), (FORK_SECONDS,))   # one instruction, as in `holding`
+    _forking.held = list[Any]()   # the lock, once it is taken
+    _forking.held[:] = filter(_ACQUIRE_SOON, [_no_fork])   # one instruction, as in `holding`
 
 def _go_on() -> None:
-    release: Any = _no_fork.__exit__
-    _forking.held[:] = filter(release, filter(None, _forking.held))
+    _forking.held[:] = zip(map(_RELEASE, _forking.held), (), strict=False)   # releases the lock, if it was taken
 
 # %% ../../nbs/core/forks.ipynb #ad001722
 def reset_all() -> None:

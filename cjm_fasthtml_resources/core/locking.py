@@ -13,21 +13,24 @@ import struct
 import weakref
 from collections.abc import Iterable, Iterator
 from itertools import pairwise
+from operator import methodcaller
 from typing import Any
 
 # %% ../../nbs/core/locking.ipynb #4747e2ac
+_ACQUIRE, _RELEASE = methodcaller("acquire"), methodcaller("release")
+
 @contextlib.contextmanager
 def holding(
-    lock: Any,   # a `threading.Lock` or `RLock`
+    lock: Any,   # a `threading.Lock` or `RLock`, or what another package has put in their place
 ) -> Iterator[None]:
     "Take a lock for a block; it is free afterwards, whatever interrupts the block"
-    held = list[bool]()   # True while it is taken
+    held = list[Any]()   # the lock, while it is taken
     try:
         try:
-            held[:] = map(lock.acquire, (True,))   # one instruction: a signal comes before or after it
+            held[:] = filter(_ACQUIRE, [lock])   # one instruction: a signal comes before or after it
             yield
-        finally: held[:] = filter(lock.__exit__, held)   # another one: it releases, and as it returns `None` empties
-    finally: held[:] = filter(lock.__exit__, held)       # if an interruption came just before the first
+        finally: held[:] = zip(map(_RELEASE, held), (), strict=False)   # another one: it releases, and empties the list
+    finally: held[:] = zip(map(_RELEASE, held), (), strict=False)   # if an interruption came just before the first
 
 # %% ../../nbs/core/locking.ipynb #7baaebe2
 # struct flock on 64-bit Linux: type, whence, start, length, PID (0 for these locks)
