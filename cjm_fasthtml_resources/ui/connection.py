@@ -33,7 +33,7 @@ def _own_sockets() -> Iterator[socket.socket]:
             with socket.socket(fileno=os.dup(fd)) as found: yield found
 
 class SocketOf:
-    "The connection of a request, by its addresses; only the kernel's buffer is known"
+    "The connection of a request, by its addresses; of the buffers that it fills only the kernel's is known"
     def __init__(
         self,
         scope: Mapping[str, Any],   # of an ASGI request
@@ -46,9 +46,9 @@ class SocketOf:
                 if [found.getpeername()[:2], found.getsockname()[:2]] == self.addresses: yield found
 
     def get_write_buffer_size(self) -> int:
-        "Return the bytes that the client's machine has yet to take"
+        "Return the bytes in the kernel's buffer; 1 where it is empty and the connection open: its server's can be full"
         sizes = (fcntl.ioctl(found, termios.TIOCOUTQ, bytes(4)) for found in self._find())
-        return sum(struct.unpack("i", size)[0] for size in sizes)
+        return sum(max(struct.unpack("i", size)[0], 1) for size in sizes)
 
     def abort(self) -> None:
         "Shut the socket down; its server hears of it"
