@@ -8,6 +8,7 @@ __all__ = ['check_client', 'check_first', 'queue_priority', 'request_for', 'find
            'host_name', 'place']
 
 # %% ../nbs/cluster.ipynb #d1c753ee
+from .core.blocks import block
 from .core.extras import explain_missing
 
 try:
@@ -79,7 +80,7 @@ def request_for(
                 priority=queue_priority(priority))
 
 # %% ../nbs/cluster.ipynb #dc8229b6
-@contextlib.contextmanager
+@block
 def _on_the_way(sent: OnTheWay, key: str) -> Iterator[None]:
     "Send a task in this block; if that fails, it stops counting as on its way"
     try: yield

@@ -7,7 +7,6 @@ __all__ = ['SimulatedDriver', 'make_driver', 'load_scenario', 'CALLS', 'PRESETS'
            'SimulatedGpu', 'SimulatedHostProcess', 'SimulatedMachine', 'SimulatedProcess']
 
 # %% ../nbs/simulate.ipynb #b993e92a
-import contextlib
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -27,6 +26,7 @@ from cjm_fasthtml_resources.simulated.machine import (
     to_bytes,
 )
 from .core.arguments import shorten
+from .core.blocks import block
 from .core.forks import reset_in_child
 from .simulated.calls import GPU_IS_LOST, gpu_index, replace_library
 from .simulated.faults import Fault, meet_faults
@@ -104,7 +104,7 @@ class SimulatedDriver:
         try: return function(*args)
         except LookupError: return GPU_IS_LOST  # a handle of a GPU that was taken out
 
-    @contextlib.contextmanager
+    @block
     def allocate(
         self,
         memory_mb: float,   # MiB

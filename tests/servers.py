@@ -227,7 +227,7 @@ UNMADE = (("the command", "unread"),)   # its own stream is small, and would fil
 
 def seconds_to_end(name: str, pages: str, folder: Path, number: int = signal.SIGINT) -> float:
     """From the signal to the end of a server that such pages are open on; infinite if it hangs, as granian can:
-    two signals within milliseconds lock it up while its event loop is busy, also without this library (its issue 875)"""
+    two signals at once lock it up while its event loop is busy, also without this library (its issue 875)"""
     folder.mkdir(exist_ok=True)
     with serving(need_server(name), folder) as (process, url):
         tabs = PAGES[pages](url)

@@ -18,6 +18,7 @@ from typing import NoReturn
 
 import click
 
+from ..core.blocks import block
 from ..core.conflict import ResourceBusy, ResourceUnavailable
 from ..core.room import TooMuchMemory
 from ..core.store import StoreError
@@ -60,7 +61,7 @@ class EndedBy(BaseException):
 
 AGAIN = 0.01   # seconds after which a signal that came too early is sent once more
 
-@contextlib.contextmanager
+@block
 def unwinding(
     too_early: Callable[[], bool] = lambda: False,   # whether the block has to go on just now
 ) -> Iterator[None]:
@@ -118,7 +119,7 @@ def _as_options(text: str) -> str:
     if text.startswith("device must be None"): return "--device names one GPU, so it cannot be combined with --gpus"
     return text.replace("n must", "--gpus must", 1) if text.startswith("n must") else text
 
-@contextlib.contextmanager
+@block
 def failing() -> Iterator[None]:
     "End with a message and an exit code if a command's request fails"
     try: yield

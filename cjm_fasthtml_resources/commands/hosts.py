@@ -6,11 +6,11 @@
 __all__ = ['PATIENCE', 'there_command', 'check_alone', 'looking_at']
 
 # %% ../../nbs/commands/hosts.ipynb #86972d3a
-import contextlib
 from collections.abc import Callable, Iterator, Sequence
 
 import click
 
+from ..core.blocks import block
 from ..core.samples import Sample
 from ..hosts.ssh import Hosts, check_host, combine_hosts
 from .ending import unwinding
@@ -48,7 +48,7 @@ def check_alone(
 # %% ../../nbs/commands/hosts.ipynb #bf5f2b11
 PATIENCE = 2.0   # seconds for which `--watch` waits for the first answer of a host
 
-@contextlib.contextmanager
+@block
 def looking_at(
     hosts: Sequence[str],
     command: str,          # of `there_command`

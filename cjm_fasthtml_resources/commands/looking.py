@@ -7,7 +7,6 @@ __all__ = ['find_apps', 'check_known', 'Machine', 'make_manager', 'register_apps
            'print_sample']
 
 # %% ../../nbs/commands/looking.ipynb #29aaa5ae
-import contextlib
 import json
 import os
 import sys
@@ -18,6 +17,7 @@ from typing import NamedTuple
 import click
 
 from ..core.arguments import shorten
+from ..core.blocks import block
 from ..core.gpu import read_gpus
 from ..core.ledger import Ledger
 from ..core.manager import ResourceManager
@@ -85,7 +85,7 @@ def _keep_apart(manager: ResourceManager) -> None:
         with manager.workers.reading(): manager.workers.roster = None
     except StoreError as error: fail(str(error), os.EX_IOERR)
 
-@contextlib.contextmanager
+@block
 def simulated_machine(simulate: str | None, manager: ResourceManager) -> Iterator[str | None]:
     "Use this machine, or a simulated one with its workers registered; the value describes the simulation"
     if simulate is None:

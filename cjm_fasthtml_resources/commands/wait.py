@@ -16,6 +16,7 @@ from typing import Any, NoReturn
 
 import click
 
+from ..core.blocks import block
 from ..core.manager import ResourceManager
 from ..core.reservations import Reservation
 from ..core.text import format_bytes
@@ -26,7 +27,7 @@ from .looking import Machine, simulated_machine
 from .options import Command, complete_files, converted, parse_memory
 
 # %% ../../nbs/commands/wait.ipynb #4d8664dd
-@contextlib.contextmanager
+@block
 def as_other_programs() -> Iterator[None]:
     "Let signals that Python ignores end the process, for a program that it becomes in the block"
     numbers = [number for name in ("SIGPIPE", "SIGXFSZ") if (number := getattr(signal, name, None))]

@@ -7,7 +7,6 @@ __all__ = ['watch_lines', 'key_modes', 'Screen', 'keeping_warnings', 'Settings',
            'watch_screen']
 
 # %% ../../nbs/commands/watch.ipynb #ede7738f
-import contextlib
 import errno
 import logging
 import os
@@ -20,6 +19,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
+from ..core.blocks import block
 from ..core.monitor import ResourceMonitor
 from ..core.samples import Sample
 from ..running.child import ENDING, catching, open_pipe, suspend
@@ -97,7 +97,7 @@ class _Kept(logging.Handler):
         if line not in self.lines: self.lines.append(line)
 
 # %% ../../nbs/commands/watch.ipynb #8047fac2
-@contextlib.contextmanager
+@block
 def keeping_warnings() -> Iterator[None]:
     "Show this library's warnings after the block, each once"
     log, kept = logging.getLogger("cjm_fasthtml_resources"), _Kept()

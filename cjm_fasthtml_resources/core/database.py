@@ -24,6 +24,7 @@ from cjm_fasthtml_resources.core.lockfile import (
     read_header,
     write_number,
 )
+from .blocks import block
 from .folder import StoreError
 from .forks import no_fork
 from .leases import in_use, is_used_elsewhere
@@ -214,7 +215,7 @@ def wait_for_lock(path: Path) -> None:
         time.sleep(1e-3)
 
 # %% ../../nbs/core/database.ipynb #467672a5
-@contextlib.contextmanager
+@block
 def changed_database(
     path: Path,
     file: FileIO,      # the lock file, in the gate
@@ -245,7 +246,7 @@ def _end_change(file: FileIO) -> None:
 # %% ../../nbs/core/database.ipynb #1d704aef
 NO_WORLD = "none"   # of the empty database that a reading gets where it is missing
 
-@contextlib.contextmanager
+@block
 def read_database(path: Path) -> Iterator["sqlite3.Connection"]:
     "Open the database for the block, or an empty one; `StoreError` if it was lost while it is in use"
     import sqlite3

@@ -14,10 +14,11 @@ import sys
 import threading
 import weakref
 from collections.abc import Callable, Iterator
-from functools import cache
+from functools import cache, partial
 from operator import methodcaller
 from typing import Any, Protocol, TypeVar
 
+from .blocks import block
 from .locking import holding
 from .logs import Log
 
@@ -31,13 +32,13 @@ class ResetsInChild(Protocol):
         "Make locks, threads and queues new, and rebuild or drop data that another thread can have been changing"
 
 _Thing = TypeVar("_Thing", bound=ResetsInChild)
-_things = weakref.WeakValueDictionary[int, Any]()   # by identity, in the order of registration
+_things = dict[int, "weakref.ref[Any]"]()   # by identity, in the order of registration
 
 def reset_in_child(
     thing: _Thing,
 ) -> _Thing:  # the same
     "Call `thing.after_fork()` once in the child of each fork, for as long as it lives"
-    _things[id(thing)] = thing
+    _things[id(thing)] = weakref.ref(thing, partial(_things.pop, id(thing)))   # C alone, so it swallows no Ctrl-C
     return thing
 
 # %% ../../nbs/core/forks.ipynb #aeadec91
@@ -78,7 +79,7 @@ _ACQUIRE_SOON, _RELEASE = methodcaller("acquire", timeout=FORK_SECONDS), methodc
 _no_fork = threading.RLock()
 _forking = threading.local()
 
-@contextlib.contextmanager
+@block
 def no_fork() -> Iterator[None]:
     "Let forks by other threads wait for the end of the block, which has to be short"
     with holding(_no_fork): yield
@@ -101,7 +102,7 @@ def reset_all() -> None:
     _no_fork = threading.RLock()
     free_imports()
     free_others()
-    for found in _things.valuerefs():
+    for found in list(_things.values()):
         thing = found()
         if thing is None: continue
         try: thing.after_fork()

@@ -42,6 +42,7 @@ from cjm_fasthtml_resources.core.requests import (
     show_progress,
 )
 from .arguments import check_fields, check_flag, check_number, check_pid, check_text, shorten
+from .blocks import BlockEnd, make_end
 from .claims import DeviceUse, asks_for_ram, find_base, read_use, used_by
 from .conflict import ResourceBusy, ResourceConflict, ResourceUnavailable
 from .copies import StaysHere
@@ -56,7 +57,7 @@ from .locking import holding
 from .making_room import RoomForRequest
 from .plugins import PluginNeeds, declared_needs, find_plugin, read_requirements
 from .receipts import Receipt
-from .reservations import Request, Reservation, StackExit, pauses, surely
+from .reservations import Request, Reservation, pauses, surely
 from .resources import DeviceStatus, ResourceType, WorkerState
 from .room import held_by, largest_capacity, usable
 from .secrets import shown_error, shown_repr, shown_text
@@ -182,6 +183,7 @@ class ActiveJob(StaysHere):
         self.manager, self.asked, self.usage = manager, asked, Usage()
         self.worker_pid, self.holder, self.since = asked.worker_pid, this_process(), since_boot()
         self._exit, self._closed = contextlib.ExitStack(), False
+        self._end = make_end(self._exit.__exit__)
         self.started = time.monotonic()              # and again when it began
         self.after_fork()
         reset_in_child(self)
@@ -260,7 +262,7 @@ class ActiveJob(StaysHere):
             self._exit.close()
             raise
 
-    __exit__ = StackExit()
+    __exit__ = BlockEnd()
 
     async def __aenter__(self) -> "ActiveJob":
         import asyncio  # it takes longer to import than this library

@@ -18,6 +18,7 @@ from io import FileIO
 from typing import NamedTuple
 from zlib import crc32
 
+from .blocks import block
 from .folder import StoreError, boot_id, explain_os_error, state_folder
 from .forks import reset_in_child
 from .leases import in_use, is_used_elsewhere
@@ -159,7 +160,7 @@ def _forbid_nested(path: Path) -> None:
                      "change it outside of that")
 
 # %% ../../nbs/core/lockfile.ipynb #fe75bbe9
-@contextlib.contextmanager
+@block
 def in_gate(path: Path) -> Iterator[FileIO]:
     "Open the lock file, made if it is missing, with its gate locked for the block"
     file: _Gate | None = None

@@ -6,7 +6,6 @@
 __all__ = ['holding', 'lock_byte', 'unlock_byte', 'is_locked', 'find_locked', 'is_locked_beside', 'OpenFolder']
 
 # %% ../../nbs/core/locking.ipynb #a40e9415
-import contextlib
 import math
 import os
 import struct
@@ -16,10 +15,12 @@ from itertools import pairwise
 from operator import methodcaller
 from typing import Any
 
+from .blocks import block
+
 # %% ../../nbs/core/locking.ipynb #4747e2ac
 _ACQUIRE, _RELEASE = methodcaller("acquire"), methodcaller("release")
 
-@contextlib.contextmanager
+@block
 def holding(
     lock: Any,   # a `threading.Lock` or `RLock`, or what another package has put in their place
 ) -> Iterator[None]:

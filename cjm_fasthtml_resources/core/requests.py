@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 from weakref import WeakSet
 
 from .arguments import check_flag, check_number, check_pid, shorten
+from .blocks import block
 from .claims import read_use
 from .conflict import ResourceBusy, ResourceConflict, ResourceUnavailable
 from .devices import device_key, device_place, doubtful_places, explain_doubt, see_devices, select_devices
@@ -465,7 +466,7 @@ class _Lines:
             else: print(line, file=sys.stderr, flush=True)
 
 # %% ../../nbs/core/requests.ipynb #483c863f
-@contextlib.contextmanager
+@block
 def show_progress(
     request: "Request",
     check: Callable[[], ResourceConflict],
@@ -506,7 +507,7 @@ def complete(
         request.withdraw()
         raise
 
-@contextlib.contextmanager
+@block
 def giving_back(
     reserve: "Callable[[], Reservation]",
 ) -> "Iterator[Reservation]":

@@ -39,6 +39,7 @@ from cjm_fasthtml_resources.core.lockfile import (
     write_ledger,
     write_number,
 )
+from .blocks import block
 from .folder import StoreError
 from .forks import no_fork, reset_in_child, waited_in_vain
 from .leases import Leases, is_used_elsewhere, new_lease
@@ -88,7 +89,7 @@ def make_in_memory() -> "sqlite3.Connection":
     return db
 
 # %% ../../nbs/core/store.ipynb #10ea59a6
-@contextlib.contextmanager
+@block
 def nested_transaction(db: "sqlite3.Connection") -> Iterator[None]:
     "Open a transaction for the block, or make the block a part of the one that is open, as for a reading in a change"
     nested = db.in_transaction
@@ -146,7 +147,7 @@ class Store:
             known = self._known = _read_ledger(self.path, self.lock_path, self._known)
         return known[0].serial, known[1]   # of this reading: another thread can have read since
 
-    @contextlib.contextmanager
+    @block
     def changing(self) -> Iterator[Draft]:
         "Change the ledger in the block, atomically, one process at a time"
         if self.path is None or self.lock_path is None:
@@ -160,7 +161,7 @@ class Store:
                 yield (draft := Draft(data))
                 if draft.data != data: write_ledger(file, header, draft.data)
 
-    @contextlib.contextmanager
+    @block
     def transaction(self) -> Iterator["sqlite3.Connection"]:
         "Change the tables in the block, atomically, one process at a time"
         if self.path is None or self.lock_path is None:
@@ -171,7 +172,7 @@ class Store:
                 self.use()
                 yield db
 
-    @contextlib.contextmanager
+    @block
     def reading(self) -> Iterator["sqlite3.Connection"]:
         "Read the tables in the block, by single SELECTs alone"
         if self.path is None:
@@ -228,7 +229,7 @@ class Store:
             raise StoreError(f"{self.path} was removed or replaced while this program uses it; "
                              "end the programs that use it, and start them again")
 
-    @contextlib.contextmanager
+    @block
     def _in_gate(self, path: Path, lock_path: Path) -> Iterator[tuple[FileIO, Header, bytes]]:
         "Open the lock file with its gate locked, and read its header and ledger: steps 1 to 4"
         self._forbid_replaced()
@@ -237,7 +238,7 @@ class Store:
             check_owner(folder)   # another user can have been first
         with in_gate(lock_path) as file: yield file, *prepare(lock_path, file)
 
-    @contextlib.contextmanager
+    @block
     def _tables(self) -> Iterator["sqlite3.Connection"]:
         "Open a transaction in memory"
         with no_fork(), holding(self._lock):
@@ -249,7 +250,7 @@ class Store:
         else: write_number(file, "looked_at", at)
 
 # %% ../../nbs/core/store.ipynb #36774df3
-@contextlib.contextmanager
+@block
 def _explained(path: Path | None) -> Iterator[None]:
     "Turn errors of SQLite and the operating system into a `StoreError`"
     try: yield
@@ -263,7 +264,7 @@ def _is_of_sqlite(error: Exception) -> bool:
     return sqlite3 is not None and isinstance(error, sqlite3.Error)
 
 # %% ../../nbs/core/store.ipynb #995a1b46
-@contextlib.contextmanager
+@block
 def _to_write(path: Path | None) -> Iterator[FileIO | None]:
     "Open the lock file for a number in its header; `None` in memory"
     if path is None: yield None

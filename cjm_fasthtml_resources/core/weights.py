@@ -10,13 +10,13 @@ __all__ = ['LONGEST_HEADER', 'BITS', 'Tensor', 'Weights', 'sum_tensors', 'add_we
 import json
 import os
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
 from stat import S_ISREG
 from typing import Any, BinaryIO, NamedTuple
 
+from .blocks import block
 from .text import format_bytes, printable
 
 # %% ../../nbs/core/weights.ipynb #c778380b
@@ -67,7 +67,7 @@ def file_error(
     return ValueError(f"{printable(str(path))} {problem}")
 
 # %% ../../nbs/core/weights.ipynb #77fbd274
-@contextmanager
+@block
 def open_file(
     path: Path,
 ) -> Iterator[tuple[BinaryIO, int]]:  # the file, and its bytes

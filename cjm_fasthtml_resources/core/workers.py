@@ -15,6 +15,7 @@ from dataclasses import replace
 from typing import Any
 
 from .arguments import UNCHANGED, check_fields, check_pid, shorten
+from .blocks import block
 from .classify import find_owner, owned_process
 from .events import Events
 from .forks import reset_in_child
@@ -250,21 +251,21 @@ class Workers:
         self.lock, self.turn = threading.RLock(), threading.RLock()   # the table's, and that of whoever changes it
         self._version = None
 
-    @contextlib.contextmanager
+    @block
     def last_read(self) -> Iterator[WorkerTable]:
         "Yield the workers as they were last read, under the lock"
         with self.lock:
             self._finish()
             yield self.table
 
-    @contextlib.contextmanager
+    @block
     def reading(self) -> Iterator[WorkerTable]:
         "Yield the workers as they are now, under the lock; raise `StoreError` if reading the file fails"
         if self.roster:
             with self.roster.store.reading() as db: self._catch_up(self.roster, db)
         with self.last_read() as table: yield table
 
-    @contextlib.contextmanager
+    @block
     def changing(self) -> Iterator[TableChange]:
         "Yield the table for a change, which is dropped if the block raises"
         with self.turn:

@@ -21,6 +21,7 @@ from typing import Any
 
 from distributed import Client, Future, Reschedule, get_worker, secede
 
+from ..core.blocks import block
 from ..core.conflict import ResourceUnavailable
 from ..core.forks import reset_in_child
 from ..core.reservations import Request, Reservation
@@ -46,7 +47,7 @@ def current_reservation() -> Reservation:
     if (held := _current.get(None)) is not None: return held
     raise LookupError("no reservation: send this task by ClusterResources.submit, or make it within annotate")
 
-@contextlib.contextmanager
+@block
 def as_current(held: Reservation) -> Iterator[None]:
     "Let `current_reservation` return this one in a `with` block"
     token = _current.set(held)
@@ -140,7 +141,7 @@ def reserve(
         return held   # type: ignore[no-any-return]
     return wait_for_memory(plugin.manager.request(**asked), tell, check, plugin.turn)
 
-@contextlib.contextmanager
+@block
 def using(
     held: Reservation,
     plugin: Any,                 # the worker's `HostPlugin`

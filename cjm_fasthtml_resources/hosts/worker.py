@@ -19,6 +19,7 @@ from typing import Any
 from distributed import WorkerPlugin
 
 from ..core.arguments import check_app
+from ..core.blocks import block
 from ..core.forks import reset_in_child
 from ..core.manager import ResourceManager
 from ..core.samples import Sample, take_sample
@@ -146,7 +147,7 @@ class HostPlugin(WorkerPlugin):
         except Exception as error: return Report(self.host, self.id, reason=shown_error(error))
         return Report(self.host, self.id, sample, waiting)
 
-    @contextlib.contextmanager
+    @block
     def run(
         self,
         key: str,     # the task's

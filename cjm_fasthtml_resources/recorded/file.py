@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import NamedTuple
 from urllib.parse import quote
 
+from ..core.blocks import block
 from ..core.folder import StoreError, explain_os_error
 from ..core.locking import lock_byte
 from ..core.logs import Log
@@ -115,7 +116,7 @@ def _make(path: Path) -> None:
         with contextlib.suppress(FileExistsError): os.link(new, path)
     finally: new.unlink(missing_ok=True)
 
-@contextlib.contextmanager
+@block
 def opened(
     path: Path,
     mode: str = "ro",   # "rw": it is made if it is missing, and made new if it is damaged
@@ -266,7 +267,7 @@ def read_changes(
                 for time, kind, place, pid, text, asked in found]
 
 # %% ../../nbs/recorded/file.ipynb #082f7113
-@contextlib.contextmanager
+@block
 def alone(
     path: Path,   # of the history
 ) -> Iterator[bool]:

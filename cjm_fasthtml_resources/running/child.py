@@ -22,6 +22,7 @@ from functools import partial
 from types import FrameType
 from typing import Any
 
+from ..core.blocks import block
 from . import copier
 from .orphans import is_first, reap_others
 
@@ -147,7 +148,7 @@ class Copying:
 def _note(number: int, frame: FrameType | None) -> None:
     "Leave the signal to the pipe, which has its number"
 
-@contextlib.contextmanager
+@block
 def catching(
     numbers: Iterable[int],
 ) -> Iterator[int]:  # a pipe with a byte for each signal: its number

@@ -14,13 +14,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from types import FrameType
 from typing import NoReturn
 
+from ..core.blocks import block
 from .child import ENDING, Ended, catching, start_command
 from .orphans import is_first, reap
 
 # %% ../../nbs/running/first.ipynb #65cfee3d
 def _end(number: int, frame: FrameType | None) -> NoReturn: raise SystemExit(128 + number)
 
-@contextlib.contextmanager
+@block
 def end_by_signals() -> Iterator[None]:
     "Let signals end the first process of a container in the block, as the kernel does it with other processes"
     left_out = [n for n in ENDING if signal.getsignal(n) is signal.SIG_DFL] if is_first() else []

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from ..core.blocks import block
 from ..core.conflict import ResourceBusy, ResourceUnavailable
 from ..core.store import StoreError
 from ..core.threads import NoThreadError, start_thread
@@ -67,7 +68,7 @@ class Notifier:
         "Send that a request was granted"
         self.tell(f"GPU memory on {self.host}: granted", text)
 
-    @contextlib.contextmanager
+    @block
     def telling_end(self) -> Iterator[None]:
         "Send that a request has failed, if the block in which it waits ends with an error"
         try: yield

@@ -26,6 +26,7 @@ from cjm_fasthtml_resources.simulated.machine import (
     use_ram,
 )
 from ..core import process as host_process
+from ..core.blocks import block
 from ..core.forks import reset_in_child
 from ..core.locking import is_locked, lock_byte
 from .calls import INSUFFICIENT_SIZE, NOT_FOUND, NOT_SUPPORTED, SUCCESS, Handles
@@ -109,7 +110,7 @@ class MemoryCalls(Handles):
         free_mb = gpu.memory_total_mb - gpu.memory_reserved_mb - gpu.used_mb
         return to_bytes(free_mb) - sum(self.allocated(gpu).values())
 
-    @contextlib.contextmanager
+    @block
     def use(self, index: int, size: int) -> Iterator[int]:
         "Use so many bytes of a GPU for a block; yield the bytes free then, less than 0 where it is too much"
         name, gpu = self.allocations.add(index, size), self.gpus[index]

@@ -17,6 +17,8 @@ from functools import partial
 from types import FrameType
 from typing import Any
 
+from ..core.blocks import block
+
 # %% ../../nbs/ui/shutdown.ipynb #4e0b4aa1
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
@@ -25,7 +27,7 @@ def _call_both(tell: Callable[[], None], pid: int, before: Any, number: int, fra
     if os.getpid() == pid: tell()
     before(number, frame)
 
-@contextlib.contextmanager
+@block
 def on_signal(
     tell: Callable[[], None],
 ) -> Iterator[None]:
@@ -104,7 +106,7 @@ class _Watch:
 # %% ../../nbs/ui/shutdown.ipynb #ae091bb2
 _watches = dict[asyncio.AbstractEventLoop, _Watch]()
 
-@contextlib.contextmanager
+@block
 def watch_shutdown() -> Iterator[asyncio.Event]:
     "Yield an event that is set when the server of the present event loop shuts down"
     loop = asyncio.get_running_loop()

@@ -20,6 +20,7 @@ from typing import Any
 from fastcore.xml import B, Div, P, Span
 from starlette.responses import PlainTextResponse, Response
 
+from ..core.blocks import block
 from ..core.forks import reset_in_child
 from ..core.monitor import ResourceMonitor, Subscription
 from ..core.samples import Sample
@@ -258,7 +259,7 @@ class Places:
         "Forget the streams, in a fork's child"
         self._lock, self.taken = threading.RLock(), 0
 
-    @contextlib.contextmanager
+    @block
     def take(self) -> Iterator[bool]:
         "Take a place for the block; False: all are taken"
         with self._lock:
