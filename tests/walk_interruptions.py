@@ -447,13 +447,14 @@ def limited() -> Iterator[None]:
         faulthandler.cancel_dump_traceback_later()
 
 
+swallowed: list[Any] = []   # errors in finalizers, which Python swallows, as in a generator that is closed
+
+
 class Walker:
     "Calls in memory, or with a file"
     def __init__(self, folder: Path, shared: bool, error: type[BaseException]) -> None:
         self.folder, self.shared, self.error, self.number = folder, shared, error, 0
         self.other: Other | None = None
-        self.unraisable: list[Any] = []
-        sys.unraisablehook = lambda what: self.unraisable.append(type(what.exc_value))
         self.start_anew()
 
     def start_anew(self) -> None:
@@ -498,7 +499,7 @@ class Walker:
 
     def call(self, call: Callable[[], Any], lines: Lines, world: World, at: Point | None) -> list[str]:
         "Whether the error that comes out is the one that was raised"
-        self.unraisable.clear()
+        swallowed.clear()
         out = None
         try:
             with lines: call()
@@ -506,7 +507,7 @@ class Walker:
         except Stuck: raise
         except BaseException as error: out = f"{type(error).__name__}: {error}"
         world.interrupted = lines.reached
-        if out is None: return ["it goes on as if nothing were"] if lines.reached and not self.unraisable else []
+        if out is None: return ["it goes on as if nothing were"] if lines.reached and not swallowed else []
         return [] if out == "walk" else [f"what comes out is {out}"]
 
     def look(self, world: World) -> list[str]:
@@ -523,7 +524,9 @@ class Walker:
         elif found[0] > AT_ONCE or found[1]: wrong.append(f"another process: {found[0]:.1f} s, {found[1]} claims")
         return wrong
 
-    def interrupt(self) -> None: raise self.error("walk")
+    def interrupt(self) -> None:
+        if self.error is GeneratorExit and isinstance(sys.exc_info()[1], GeneratorExit): swallowed.append(self.error)
+        raise self.error("walk")
 
     def walk(self, name: str, asked: argparse.Namespace, chance: random.Random) -> tuple[int, list[str]]:
         "How many points were tried, and what is wrong"
@@ -597,6 +600,7 @@ def main() -> int:
         return 0
     units = find_units(asked.calls)
     if asked.parts:
+        sys.unraisablehook = lambda what: swallowed.append(type(what.exc_value))
         walk(units, asked)
         return 0
     command = [sys.executable, __file__, *sys.argv[1:], "--parts", str(asked.jobs), "--part"]

@@ -16,27 +16,28 @@ from typing import Any, ParamSpec, TypeVar
 # %% ../../nbs/core/blocks.ipynb #443e1d3c
 End = Callable[[type[BaseException] | None, BaseException | None, TracebackType | None], Any]   # as `__exit__`
 
-def _wait_for_end(end: End) -> Generator[bool, Any, None]:
+def _wait_for_end(end: End, is_made: list[bool]) -> Generator[bool, Any, None]:
     "Call the end with the last three of four values; an interruption before or in that is given to it, and goes on"
-    suppressed = False
+    given = list[Any]()
     try:
-        while True:
-            yield suppressed
-            kind = yield False
-            error = yield False
-            trace = yield False
-            suppressed = bool(end(kind, error, trace))
-    except GeneratorExit: raise   # nobody refers to it any more, and no block has ended
-    except BaseException as raised:
-        end(type(raised), raised, raised.__traceback__)
+        while len(given) < 4: given.append((yield False))
+        suppressed = bool(end(*given[1:]))
+    except GeneratorExit as raised:
+        if given: end(GeneratorExit, raised, raised.__traceback__)   # else it was dropped, and no block has ended
         raise
+    except BaseException as raised:
+        if is_made: end(type(raised), raised, raised.__traceback__)
+        raise
+    yield suppressed
+    while True: yield False       # the end of a second block does nothing
 
 def make_end(
     end: End,   # also called a second time, after an interruption
 ) -> Callable[..., Any]:
     "Return a function of C that is like an `__exit__`"
-    steps = _wait_for_end(end)
+    steps = _wait_for_end(end, is_made := [])
     next(steps)
+    is_made.append(True)
     return partial(max, None, key=steps.send)
 
 # %% ../../nbs/core/blocks.ipynb #0b927632

@@ -1,0 +1,63 @@
+"Ctrl-C by real signals, at any instruction: what a `with` block holds is given back, and no lock stays taken"
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import cjm_fasthtml_resources
+
+PACKAGE = Path(cjm_fasthtml_resources.__file__).parent
+
+SIGNALS = """
+import random, signal, sys, threading, time
+from cjm_fasthtml_resources.core.manager import ResourceManager
+from cjm_fasthtml_resources.simulate import SimulatedDriver, SimulatedGpu
+
+def interrupt(*_): raise KeyboardInterrupt
+
+def work():
+    while True:
+        with manager.reserve(20_000, timeout=0): pass
+        if "job" in sys.argv:
+            with manager.job("job-1", 2_000, timeout=0): pass
+
+def try_again():
+    "In another thread, which waits for a lock that is still taken"
+    with manager.reserve(22_000, timeout=0): given.append(1)
+
+signal.signal(signal.SIGALRM, interrupt)
+with SimulatedDriver([SimulatedGpu(memory_total_mb=24_000)]):
+    manager = ResourceManager(app=None if "memory" in sys.argv else "chat", track_self=False)
+    signals, end = 0, time.monotonic() + 5
+    while time.monotonic() < end:
+        try:
+            # again, for a signal that comes within a finalizer, whose errors Python swallows
+            signal.setitimer(signal.ITIMER_REAL, random.uniform(1e-4, 6e-3), 0.5)
+            work()
+        except KeyboardInterrupt as error:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            signals, given = signals + 1, []
+            thread = threading.Thread(target=try_again)   # while the traceback still exists
+            thread.start()
+            thread.join(20)
+            assert given and not manager.get_claims(), f"signal {signals}"
+    print(signals)
+"""
+
+
+@pytest.mark.parametrize("where", ["memory", "file"])
+@pytest.mark.parametrize("what", ["reservation", "job"])
+def test_a_signal_at_any_instruction_leaves_nothing_reserved_and_no_lock_taken(what, where, tmp_path):
+    env = {**os.environ, "CJM_RESOURCES_DIR": str(tmp_path)}
+    command = [sys.executable, "-c", SIGNALS, what, where]
+    out = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120)
+    assert out.returncode == 0, out.stderr
+    assert int(out.stdout) > 50
+
+
+def test_the_package_uses_these_blocks_alone():
+    found = [f"{path.relative_to(PACKAGE)}" for path in sorted(PACKAGE.rglob("*.py"))
+             if path.name != "blocks.py" and "contextmanager" in path.read_text().replace("asynccontextmanager", "")]
+    assert found == []
