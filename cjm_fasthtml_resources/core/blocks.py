@@ -18,12 +18,15 @@ End = Callable[[type[BaseException] | None, BaseException | None, TracebackType 
 
 def _wait_for_end(end: End, is_made: list[bool]) -> Generator[bool, Any, None]:
     "Call the end with the last three of four values; an interruption before or in that is given to it, and goes on"
-    given = list[Any]()
+    is_over = False
     try:
-        while len(given) < 4: given.append((yield False))
-        suppressed = bool(end(*given[1:]))
+        is_over = (yield False) is None   # the first value, with which the block is over
+        kind = yield False
+        error = yield False
+        trace = yield False
+        suppressed = bool(end(kind, error, trace))
     except GeneratorExit as raised:
-        if given: end(GeneratorExit, raised, raised.__traceback__)   # else it was dropped, and no block has ended
+        if is_over: end(GeneratorExit, raised, raised.__traceback__)   # else it was dropped, and no block has ended
         raise
     except BaseException as raised:
         if is_made: end(type(raised), raised, raised.__traceback__)
