@@ -130,7 +130,7 @@ def test_what_a_task_holds_is_given_back_however_it_ends(cluster):
             assert time.monotonic() < end, answer.waiting
         waiting = resources.check_gpu_availability().waiting     # who waits, and where
         assert [(w.devices, w.memory, w.position) for w in waiting] == [(("ada:0",), 20_000*2**20, 1)]
-        with pytest.raises(ResourceBusy, match="It did not wait: timeout is 0"):
+        with pytest.raises(ResourceBusy, match="The job did not wait: timeout is 0"):
             resources.submit(use, 0, gpu_memory_mb=20_000, timeout=0).result(timeout=30)
         assert resources.check_hosts()[0].waiting == 20_000*2**20   # this one left nothing in the queue
         assert [p.memory for p in answer.sample.gpu.devices[0].promises] == [20_000*2**20]

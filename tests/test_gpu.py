@@ -410,7 +410,7 @@ def test_a_driver_that_starts_slowly_is_waited_for_as_long_as_there_is_time():
     manager = ResourceManager(gpu_timeout=0.1)
     with SimulatedDriver([SimulatedGpu()], habits=dict(start_delay=1.5)):
         assert manager.check_gpu_availability().is_late
-        with pytest.raises(ResourceUnavailable, match="did not respond within 0.1 s. It did not wait"):
+        with pytest.raises(ResourceUnavailable, match="did not respond within 0.1 s. The job did not wait"):
             manager.reserve(1024, timeout=0)
         with pytest.raises(ResourceUnavailable, match="Gave up after 0.2 s"): manager.reserve(1024, timeout=0.2)
         assert manager.get_claims() == []

@@ -86,7 +86,7 @@ async def a_reservation_needs_a_ttl_and_is_given_back(client):
     id = held.structured_content["id"]
     assert claims() == [id] and held.structured_content["env"]["CUDA_VISIBLE_DEVICES"] in text(held)
     busy = await call("reserve", gpu_memory_mb=40_000, ttl=600)
-    assert busy.is_error and "It did not wait: timeout is 0" in text(busy) and busy.structured_content["gpus"]
+    assert busy.is_error and "The job did not wait: timeout is 0" in text(busy) and busy.structured_content["gpus"]
     other = await call("release", id=id + 100)
     assert other.is_error and f"Its own: {id}." in text(other)
     assert text(await call("release", id=id)) == f"Released {id}." and claims() == []

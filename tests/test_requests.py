@@ -276,7 +276,7 @@ def test_reserving_without_blocking_passes_its_arguments_on_too(monkeypatch, spa
                 claim, = manager.get_claims()
                 assert held.index == 1 and held.holder.pid == child and claim.ttl == 50 and bars() == [False]
             async with manager.reserve_async(1_000, progress=True): assert bars() == [False, True]
-            with pytest.raises(ResourceBusy, match="It did not wait: timeout is 0"):
+            with pytest.raises(ResourceBusy, match="The job did not wait: timeout is 0"):
                 async with manager.reserve_async(20_000, 0), manager.reserve_async(20_000, 0, 0): pass
 
         asyncio.run(main())

@@ -249,7 +249,7 @@ def explain_timeout(
     timeout: float,   # seconds that a caller was to wait
 ) -> str:
     "Return that a wait is over, in a sentence"
-    return f"Gave up after {timeout:g} s." if timeout else "It did not wait: timeout is 0."
+    return f"Gave up after {timeout:g} s." if timeout else "The job did not wait: timeout is 0."
 
 # %% ../../nbs/core/explain.ipynb #7dc50f88
 def _percent(share: float) -> str: return "less than 1 %" if share < 1 else f"{share:.0f} %"
