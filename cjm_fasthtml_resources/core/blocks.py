@@ -34,6 +34,7 @@ def _wait_for_end(end: End, is_made: list[bool]) -> Generator[bool, Any, None]:
     yield suppressed
     while True: yield False       # the end of a second block does nothing
 
+# %% ../../nbs/core/blocks.ipynb #36722e55
 def make_end(
     end: End,   # also called a second time, after an interruption
 ) -> Callable[..., Any]:
@@ -62,9 +63,6 @@ class BlockStart(property):
         return instance
 
 # %% ../../nbs/core/blocks.ipynb #673ba8be
-T = TypeVar("T")
-P = ParamSpec("P")
-
 def _go_on(
     steps: Generator[Any, None, None],
     kind: type[BaseException] | None,
@@ -79,6 +77,7 @@ def _go_on(
         if raised is not error and not is_wrapped: raise
     return False
 
+# %% ../../nbs/core/blocks.ipynb #55f63359
 class _Start(property):
     def __init__(self) -> None: super().__init__(attrgetter("_steps.__next__"))
     def __call__(self, instance: Any) -> Any: return next(instance._steps)
@@ -88,10 +87,15 @@ class _Block(contextlib.AbstractContextManager[Any]):
     __enter__, __exit__ = _Start(), BlockEnd()
     def __init__(self, steps: Any) -> None: self._steps, self._end = steps, make_end(partial(_go_on, steps))
 
+# %% ../../nbs/core/blocks.ipynb #43e95d4d
+T = TypeVar("T")
+P = ParamSpec("P")
+
 def block(
     function: Callable[P, Iterator[T]],   # a generator that yields once
 ) -> Callable[P, contextlib.AbstractContextManager[T]]:
     "Make a function of blocks, as `contextlib.contextmanager` does"
     @wraps(function)
-    def begin(*args: P.args, **kw: P.kwargs) -> contextlib.AbstractContextManager[T]: return _Block(function(*args, **kw))
+    def begin(*args: P.args, **kw: P.kwargs) -> contextlib.AbstractContextManager[T]:
+        return _Block(function(*args, **kw))
     return begin
