@@ -337,7 +337,7 @@ def test_a_group_waits_as_a_whole_and_says_for_what():
         waiting = manager.request(5_000, n=2)
         assert waiting.poll() is None and [(c.device, c.count) for c in manager.get_claims()][2:] == [(None, 2)]
         with pytest.raises(ResourceBusy) as busy: manager.reserve(5_000, n=2, timeout=0.1)
-        assert str(busy.value).startswith("The job needs 4.9 GiB on each of 2 GPUs. Enough is free on 1 of 3. GPU")
+        assert str(busy.value).startswith("The job needs 4.9 GiB on each of 2 GPUs. Enough is free on 1 of the 3 GPUs.")
         with pytest.raises(ResourceBusy): manager.reserve(5_000, first.index, timeout=0)
         first.release()
         held = waiting.wait()
@@ -405,7 +405,7 @@ def test_room_is_made_on_as_many_devices_as_a_job_needs(spawn):
         with manager.job("job", 5_000, n=2, make_room=True, timeout=5) as job:
             assert len(job.devices) == 2 and len(job.room_made.released) == 2
         assert sum(bool(gpu.processes) for gpu in gpus) == 1
-        with pytest.raises(ResourceBusy, match="on each of 3 GPUs. Enough is free on 2 of 3"):
+        with pytest.raises(ResourceBusy, match="on each of 3 GPUs. Enough is free on 2 of the 3 GPUs"):
             manager.update_worker_state(next(w for w, g in zip(workers, gpus, strict=True) if g.processes).pid,
                                         status="busy")
             with manager.job("job", 5_000, n=3, make_room=True, timeout=0): pass

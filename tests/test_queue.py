@@ -134,7 +134,7 @@ def test_who_has_what_and_who_waits_behind_whom(rig):
     held, large, larger = rig.rows()
     assert (held["state"], held["app"], held["pid"], held["devices"]) == ("held", "speech", holder.pid, [0])
     assert (held["memory"], held["used"]) == (16*GIB, 11*GIB) and 0 <= held["seconds"] < 60
-    assert "5.0 GiB can be released" in held["why"]
+    assert "The holder can release 5.0 GiB" in held["why"]
     assert (large["pid"], large["behind"], larger["pid"], larger["behind"]) == (
         first.pid, None, second.pid, large["id"])
     assert "The job needs 20.0 GiB" in large["why"] and 0 <= large["seconds"] < 60
@@ -297,7 +297,8 @@ def test_a_suspended_request_says_so(rig):
 def test_shrink_and_the_receipt(rig):
     holder = rig.hold("speech", 16)
     ask(holder, "use", 11)
-    assert ask(holder, "receipt") == "receipt Of 16.0 GiB, at most 11.0 GiB were used so far: 5.0 GiB can be released."
+    assert ask(holder, "receipt") == ("receipt Of 16.0 GiB, at most 11.0 GiB were used so far. "
+                                      "The holder can release 5.0 GiB with shrink().")
     waiting, _ = rig.wait("train", 12)
     assert "at least 11264" in ask(holder, "shrink", 10) and "at most 16384" in ask(holder, "shrink", 17)
     assert ask(holder, "shrink", 11) == "shrunk"

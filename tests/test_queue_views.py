@@ -35,7 +35,8 @@ def test_the_page_says_why_behind_whom_and_what_was_never_used(queue):
     chat, worker = queue
     page = render_reservations(take_sample(chat), View())
     assert page.count("<td class=who>vllm llm worker, job-1") == 3           # the reservation, and both requests
-    for words in ("Reservation 1: Of 15.6 GiB, at most 10.8 GiB were used so far: 4.9 GiB can be released.",
+    for words in ("Reservation 1: Of 15.6 GiB, at most 10.8 GiB were used so far.",
+                  "The holder can release 4.9 GiB with shrink().",
                   "Request 2: The job needs 19.5 GiB.", "kept for request 2, which is ahead in the queue"):
         assert words in page, page
 

@@ -85,7 +85,7 @@ def test_the_devices_with_the_most_room_come_first():
         assert [d.index for d in manager.pick_gpus(3).devices] == [1, 2, 0]
         free = [d.room/2**20 for d in manager.check_gpu_availability().devices]
         assert [d.index for d in manager.pick_gpus(2, min_free_mb=free[2]).devices] == [1, 2]   # exactly what it has
-        too_few = (r"^Requested 2 GPUs with 2,001 MiB free on each\. Enough is free on 1 of 3\. "
+        too_few = (r"^Requested 2 GPUs with 2,001 MiB free on each\. Enough is free on 1 of the 3 GPUs\. "
                    r"GPU 2 has 2,000 MiB free\.$")
         with pytest.raises(ResourceBusy, match=too_few) as busy: manager.pick_gpus(2, min_free_mb=free[2] + 1)
         assert len(busy.value.conflict.devices) == 3

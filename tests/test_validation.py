@@ -646,7 +646,7 @@ def test_a_job_on_two_gpus_with_a_registry_is_refused_for_the_group():
     manager = ResourceManager(track_self=False)
     gpus = [SimulatedGpu(memory_total_mb=TOTAL), SimulatedGpu(memory_total_mb=TOTAL, memory_used_mb=20_000)]
     with SimulatedDriver(gpus):
-        for n, need, error, said in ((2, 9_000, ResourceBusy, "on each of 2 GPUs. Enough is free on 1 of 2"),
+        for n, need, error, said in ((2, 9_000, ResourceBusy, "on each of 2 GPUs. Enough is free on 1 of the 2 GPUs"),
                                      (2, 30_000, ResourceUnavailable, "The 2 largest GPUs here have at least"),
                                      (3, 9_000, ResourceUnavailable, "The job needs 3 GPUs. 2 can be used")):
             job = manager.job("job-1", need, plugin="llm", registry=OnSeveral(), n=n, timeout=0)

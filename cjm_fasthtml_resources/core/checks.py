@@ -62,7 +62,7 @@ from .workers import Workers
 CONTAINER_NOTE = (
     "Estimate: the driver names processes by the host's PIDs, which match none in a container or under WSL. "
     "For exact figures in a container, mount the host's /proc (docker run -v /proc:/host/proc:ro; CJM_HOST_PROC "
-    "names another path), and update an open kernel module of release 545 to 560. "
+    "names another path), and update NVIDIA's open kernel module if it is of release 545 to 560. "
     "Elsewhere, have workers report their usage: "
     "update_worker_state(pid, gpu_memory_mb=...)")
 SILENT_NOTE = (
@@ -99,8 +99,8 @@ def seen_notes(
     notes = [complaint] if complaint and (visible or others) else []
     best = max(others, key=lambda d: d.room, default=None)
     if best is None or any(d.room >= best.room for d in visible): return notes
-    return [*notes, "This process can use one MIG instance. A child process can use another, started with the `env` "
-                    f"of a reservation: GPU {best.device.id} has {format_bytes(best.room)} free"]
+    return [*notes, f"This process can use one MIG instance. GPU {best.device.id}, another one, has "
+                    f"{format_bytes(best.room)} free: a child process with the `env` of a reservation can use it"]
 
 def each_memory_once(
     found: Sequence[DeviceStatus],
@@ -460,7 +460,7 @@ def pick_devices(
         fuller = [d for d in there if d not in room]
         wanted, _ = compare_sizes(least, max(d.room for d in fuller))
         text = f"No GPU has {wanted} free (checked: {len(there)})" if count == 1 else (
-            f"Requested {count} GPUs with {wanted} free on each. Enough is free on {len(room)} of {len(there)}")
+            f"Requested {count} GPUs with {wanted} free on each. Enough is free on {len(room)} of the {len(there)} GPUs")
         raise ResourceBusy(f"{text}. {explain_free(fuller, least)}.", conflict,
                            retryable=sum(d.device.capacity >= least for d in there) >= count)
     return GpuChoice(tuple(d.device for d in room[:count]))

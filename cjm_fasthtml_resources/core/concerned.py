@@ -35,7 +35,7 @@ def find_concerned(
     claims: Sequence[Claim],     # all others, in the order of asking
     uses: Sequence[DeviceUse],   # every device
 ) -> Sequence[Claim]:  # in the same order
-    "Return the claims that can make a difference to a request, or the request to them"
+    "Return the claims that can make a difference to a request, and those to which it can make one"
     if any(use.in_doubt or use.has_partners for use in uses): return claims
     known = {name for use in uses for name in (use.key, use.address)}
     names = {*_wants(asked), *({c.device for c in claims if c.device is not None} - known)}

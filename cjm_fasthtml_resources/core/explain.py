@@ -28,7 +28,7 @@ SENTENCES = {
     "gpu free": "GPU {id} ({name}) has {free} free",
     "gpu free, in use": "GPU {id} has {free} free. In use there: {users}",
     "gpu lacks": "The job needs {need}. {free}.",
-    "gpus lack": "The job needs {need} on each of {count} GPUs. Enough is free on {enough} of {all}. {free}.",
+    "gpus lack": "The job needs {need} on each of {count} GPUs. Enough is free on {enough} of the {all} GPUs. {free}.",
     "gpu others": "Other programs use {shares}{users}.",
     "gpu app": "This app uses {sizes}{users}.",
     "ram available": "RAM is available: {free}.",

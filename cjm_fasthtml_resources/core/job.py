@@ -42,7 +42,7 @@ from cjm_fasthtml_resources.core.requests import (
     show_progress,
 )
 from .arguments import check_fields, check_flag, check_number, check_pid, check_text, shorten
-from .blocks import BlockEnd, make_end
+from .blocks import block_end, make_end
 from .claims import DeviceUse, asks_for_ram, find_base, read_use, used_by
 from .conflict import ResourceBusy, ResourceConflict, ResourceUnavailable
 from .copies import StaysHere
@@ -262,7 +262,7 @@ class ActiveJob(StaysHere):
             self._exit.close()
             raise
 
-    __exit__ = BlockEnd()
+    __exit__ = block_end()
 
     async def __aenter__(self) -> "ActiveJob":
         import asyncio  # it takes longer to import than this library

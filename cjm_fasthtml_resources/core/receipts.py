@@ -95,8 +95,8 @@ class Receipt(NamedTuple):
         "Return in a sentence the part that was never observed in use, if that is an eighth of it or more"
         if self.grace and self.grace.since is not None: return self.grace.explain()
         if (spare := self.spare(memory)) < max(memory//8, STEP): return ""
-        return (f"Of {format_bytes(memory)}, at most {format_bytes(memory - spare)} were used so far: "
-                f"{format_bytes(spare)} can be released.")
+        return (f"Of {format_bytes(memory)}, at most {format_bytes(memory - spare)} were used so far. "
+                f"The holder can release {format_bytes(spare)} with shrink().")
 
 # %% ../../nbs/core/receipts.ipynb #b7e64e21
 def new_receipt(

@@ -31,7 +31,7 @@ from cjm_fasthtml_resources.core.claims import (
     read_use,
 )
 from .arguments import check_number
-from .blocks import BlockEnd, BlockStart, make_end
+from .blocks import block_end, block_start, make_end
 from .conflict import ResourceBusy, ResourceConflict, ResourceUnavailable
 from .copies import StaysHere
 from .devices import device_key, env_by_index, find_ordinal, visible_env
@@ -148,7 +148,7 @@ class Reservation(OnDevices, StaysHere, contextlib.AbstractContextManager["Reser
         for _ in range(2): self._exit.callback(give_back, self._ledger, self.lease, self.is_for_other)   # twice
         object.__setattr__(self, "_end", make_end(self._exit.__exit__))
 
-    __enter__, __exit__ = BlockStart(), BlockEnd()
+    __enter__, __exit__ = block_start(), block_end()
 
     @property
     def is_for_other(self) -> bool:

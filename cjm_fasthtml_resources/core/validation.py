@@ -374,7 +374,7 @@ def _lack(job: Job, devices: Sequence[DeviceStatus]) -> str:
     lacking = [d for d in there if d.room < (job.memory or 0)]
     if job.memory is None or (most := closest(lacking, job.memory)) is None: return ""
     need, free = compare_sizes(job.memory, most.room)
-    have = "" if job.count == 1 else f"Enough is free on {len(there) - len(lacking)} of {len(there)}. "
+    have = "" if job.count == 1 else f"Enough is free on {len(there) - len(lacking)} of the {len(there)} GPUs. "
     return f"The job needs {need}{_on_each(job)}. {have}GPU {most.device.id} has {free} free. "
 
 def _too_much(job: Job, devices: Sequence[DeviceStatus]) -> str:   # empty if it could run here

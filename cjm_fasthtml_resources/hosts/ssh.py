@@ -66,7 +66,7 @@ _BY_SSH = (
     (r"Host key verification failed|No .* host key is known",
      "ssh does not know its host key yet. Run `ssh {host}` once, and compare the key"),
     (r"Permission denied|Too many authentication failures",
-     "it refused the key: {said}. Without a password, `ssh -o BatchMode=yes {host}` must get in"),
+     "it refused the key: {said}. Set up a key: `ssh -o BatchMode=yes {host}` has to log in without a password"),
     (r"Could not resolve hostname", "its name is unknown: {said}"),
     (r"Connection refused", "it refused the connection: no ssh server listens there"),
     (r"timed out", "it is unreachable: {said}"),
@@ -220,7 +220,7 @@ class Hosts:
 
     def look(
         self,
-        patience: float | None = None,   # seconds for hosts that were silent the last time; `None`: the limit
+        patience: float | None = None,   # seconds to wait for hosts without an answer so far; `None`: `timeout`
     ) -> list[HostAnswer]:
         "Ask each host, and return the answers in the order of the hosts"
         with self._lock:
