@@ -217,3 +217,37 @@ with SimulatedDriver([SimulatedGpu(memory_total_mb=24000)]):
     sleeper.kill()
 """)
     assert out.split() == ["4", "3", "20000.0"]
+
+
+def test_only_the_child_of_a_fork_that_waited_in_vain_takes_the_database_for_damaged(tmp_path, monkeypatch):
+    code = """
+import os, threading, time
+from cjm_fasthtml_resources.core import database, forks
+from cjm_fasthtml_resources.core.manager import ResourceManager
+
+def fork() -> str:
+    "Fork, and say whether a new manager takes the database for damaged: in the child, and in the parent"
+    if not (pid := os.fork()):
+        ResourceManager(app="child", track_self=False).get_all_workers()
+        os._exit(bool(database._poisoned))
+    in_child = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    leave.set()
+    ResourceManager(app="parent", track_self=False)
+    return f"{in_child} {int(forks.waited_in_vain())} {len(database._poisoned)}"
+
+ResourceManager(app="first", track_self=False).register_worker(os.getppid(), "llm")
+inside, leave = threading.Event(), threading.Event()
+print(fork())
+leave.clear()
+def stay():
+    with forks.no_fork():
+        inside.set()
+        leave.wait()
+
+threading.Thread(target=stay).start()
+inside.wait()
+print(fork())
+"""
+    monkeypatch.setenv("CJM_RESOURCES_DIR", str(tmp_path))
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert (out.stdout.splitlines(), out.stderr) == (["0 0 0", "1 0 0"], "")

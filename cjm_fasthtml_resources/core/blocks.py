@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['End', 'T', 'P', 'make_end', 'block_end', 'block_start', 'block']
 
-# %% ../../nbs/core/blocks.ipynb #2b02c4fc
+# %% ../../nbs/core/blocks.ipynb #0872f524
 import contextlib
 from collections.abc import Callable, Generator, Iterator
 from functools import partial, wraps
@@ -13,50 +13,62 @@ from operator import attrgetter
 from types import TracebackType
 from typing import Any, ParamSpec, TypeVar
 
-# %% ../../nbs/core/blocks.ipynb #443e1d3c
+# %% ../../nbs/core/blocks.ipynb #651f8e70
+class _Raises:
+    "An answer that raises an error when it is compared"
+    def __init__(self, error: BaseException) -> None: self.error = error
+    def __gt__(self, other: object) -> bool:
+        try: raise self.error
+        finally: del self.error   # its traceback has this frame
+
+# %% ../../nbs/core/blocks.ipynb #72dfa414
 End = Callable[[type[BaseException] | None, BaseException | None, TracebackType | None], Any]   # as `__exit__`
 
-def _wait_for_end(end: End, is_made: list[bool]) -> Generator[bool, Any, None]:
-    "Call the end with the last three of four values; an interruption before or in that is given to it, and goes on"
-    is_over = False
+# %% ../../nbs/core/blocks.ipynb #2188c44a
+def _run(begin: Callable[[], Any], end: End, is_made: list[bool]) -> Generator[Any, Any, None]:
+    "Yield the beginning, and call the end at the last of four values; it also gets an interruption before or in that"
+    answer: Any = False
+    is_over = is_last = False
     try:
-        is_over = (yield False) is None   # the first value, with which the block is over
+        is_over = (yield begin()) is None   # the first value, with which the block is over
         kind = yield False
         error = yield False
-        trace = yield False
-        suppressed = bool(end(kind, error, trace))
+        trace, is_last = (yield False), True
+        answer = bool(end(kind, error, trace))
     except GeneratorExit as raised:
         if is_over: end(GeneratorExit, raised, raised.__traceback__)   # else it was dropped, and no block has ended
         raise
     except BaseException as raised:
         if is_made: end(type(raised), raised, raised.__traceback__)
-        raise
-    yield suppressed
+        if not is_last: raise
+        answer = _Raises(raised)
+    kind = error = trace = None   # a traceback keeps what the program's functions have
+    yield answer
     while True: yield False       # the end of a second block does nothing
 
-# %% ../../nbs/core/blocks.ipynb #36722e55
+# %% ../../nbs/core/blocks.ipynb #e7b65e9a
 def make_end(
     end: End,   # also called a second time, after an interruption
 ) -> Callable[..., Any]:
     "Return a function of C that is like an `__exit__`"
-    steps = _wait_for_end(end, is_made := [])
-    next(steps)
+    run = _run(bool, end, is_made := [])
+    next(run)
     is_made.append(True)
-    return partial(max, None, key=steps.send)
+    return partial(max, None, key=run.send)
 
-# %% ../../nbs/core/blocks.ipynb #0b927632
+# %% ../../nbs/core/blocks.ipynb #855d4073
 class _End(property):
-    def __init__(self) -> None: super().__init__(attrgetter("_end"))
+    def __init__(self) -> None: super().__init__(attrgetter("_leave"))
 
     def __call__(self, instance: Any, *error: Any) -> Any:
         "End a block, as `type(instance).__exit__(instance, …)`"
-        return instance._end(*error)
+        return instance._leave(*error)
 
 def block_end() -> Any:
-    "Return the `__exit__` of a class whose `_end` is from `make_end`"
+    "Return the `__exit__` of a class whose `_leave` is from `make_end`"
     return _End()
 
-# %% ../../nbs/core/blocks.ipynb #545c192a
+# %% ../../nbs/core/blocks.ipynb #c987c033
 class _Itself(property):
     def __init__(self) -> None: super().__init__(partial(partial, sum, ()))
 
@@ -68,7 +80,11 @@ def block_start() -> Any:
     "Return the `__enter__` of a class that holds from the moment it is made: it returns the object"
     return _Itself()
 
-# %% ../../nbs/core/blocks.ipynb #673ba8be
+# %% ../../nbs/core/blocks.ipynb #25326b15
+def _go(steps: Generator[Any, None, None]) -> Any:
+    "Let a generator begin, by as many calls as its end takes"
+    return next(map(next, (steps,)))
+
 def _go_on(
     steps: Generator[Any, None, None],
     kind: type[BaseException] | None,
@@ -80,20 +96,27 @@ def _go_on(
     except StopIteration: return error is not None
     except BaseException as raised:
         is_wrapped = isinstance(error, StopIteration) and raised.__cause__ is error   # as generators do with that
-        if raised is not error and not is_wrapped: raise
+        if error is None or raised is not error and not is_wrapped: raise
+        error.__traceback__ = trace   # without the steps through this
     return False
 
-# %% ../../nbs/core/blocks.ipynb #55f63359
+# %% ../../nbs/core/blocks.ipynb #b6e714f0
 class _Start(property):
-    def __init__(self) -> None: super().__init__(attrgetter("_steps.__next__"))
-    def __call__(self, instance: Any) -> Any: return next(instance._steps)
+    def __init__(self) -> None: super().__init__(attrgetter("_begin"))
+    def __call__(self, instance: Any) -> Any: return instance._begin()
 
-class _Block(contextlib.AbstractContextManager[Any]):
+# %% ../../nbs/core/blocks.ipynb #bc785604
+class _Block(contextlib.AbstractContextManager[Any], contextlib.ContextDecorator):
     "The block of a generator that yields once"
     __enter__, __exit__ = _Start(), block_end()
-    def __init__(self, steps: Any) -> None: self._steps, self._end = steps, make_end(partial(_go_on, steps))
+    def __init__(self, make: Callable[[], Any]) -> None:
+        steps = make()
+        send = _run(partial(_go, steps), partial(_go_on, steps), [True]).send
+        self._begin, self._leave, self._make = partial(next, map(send, (None,))), partial(max, None, key=send), make
 
-# %% ../../nbs/core/blocks.ipynb #43e95d4d
+    def _recreate_cm(self) -> "_Block": return _Block(self._make)   # for each call of a decorated function
+
+# %% ../../nbs/core/blocks.ipynb #1d24ed0b
 T = TypeVar("T")
 P = ParamSpec("P")
 
@@ -103,5 +126,5 @@ def block(
     "Make a function of blocks, as `contextlib.contextmanager` does"
     @wraps(function)
     def begin(*args: P.args, **kw: P.kwargs) -> contextlib.AbstractContextManager[T]:
-        return _Block(function(*args, **kw))
+        return _Block(partial(function, *args, **kw))
     return begin

@@ -460,7 +460,8 @@ def pick_devices(
         fuller = [d for d in there if d not in room]
         wanted, _ = compare_sizes(least, max(d.room for d in fuller))
         text = f"No GPU has {wanted} free (checked: {len(there)})" if count == 1 else (
-            f"Requested {count} GPUs with {wanted} free on each. Enough is free on {len(room)} of the {len(there)} GPUs")
+            f"Requested {count} GPUs with {wanted} free on each. "
+            f"Enough is free on {len(room)} of the {len(there)} GPUs")
         raise ResourceBusy(f"{text}. {explain_free(fuller, least)}.", conflict,
                            retryable=sum(d.device.capacity >= least for d in there) >= count)
     return GpuChoice(tuple(d.device for d in room[:count]))

@@ -86,14 +86,16 @@ def no_fork() -> Iterator[None]:
 
 def waited_in_vain() -> bool:
     "In a fork's child: return whether another thread was still in such a block"
-    return getattr(_forking, "held", None) == []
+    return getattr(_forking, "in_vain", False)
 
 def _wait_for_others() -> None:
     _forking.held = list[Any]()   # the lock, once it is taken
     _forking.held[:] = filter(_ACQUIRE_SOON, [_no_fork])   # one instruction, as in `holding`
+    _forking.in_vain = not _forking.held
 
 def _go_on() -> None:
     _forking.held[:] = zip(map(_RELEASE, _forking.held), (), strict=False)   # releases the lock, if it was taken
+    _forking.in_vain = False   # what is true in the child
 
 # %% ../../nbs/core/forks.ipynb #ad001722
 def reset_all() -> None:

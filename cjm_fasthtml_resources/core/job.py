@@ -183,7 +183,7 @@ class ActiveJob(StaysHere):
         self.manager, self.asked, self.usage = manager, asked, Usage()
         self.worker_pid, self.holder, self.since = asked.worker_pid, this_process(), since_boot()
         self._exit, self._closed = contextlib.ExitStack(), False
-        self._end = make_end(self._exit.__exit__)
+        self._leave = make_end(self._exit.__exit__)
         self.started = time.monotonic()              # and again when it began
         self.after_fork()
         reset_in_child(self)

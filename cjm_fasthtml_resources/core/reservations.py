@@ -16,7 +16,7 @@ import weakref
 from collections.abc import Awaitable, Callable, Collection, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial, reduce
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from cjm_fasthtml_resources.core.claims import (
     Claim,
@@ -146,9 +146,10 @@ class Reservation(OnDevices, StaysHere, contextlib.AbstractContextManager["Reser
 
     def __post_init__(self) -> None:
         for _ in range(2): self._exit.callback(give_back, self._ledger, self.lease, self.is_for_other)   # twice
-        object.__setattr__(self, "_end", make_end(self._exit.__exit__))
+        object.__setattr__(self, "_leave", make_end(self._exit.__exit__))
 
-    __enter__, __exit__ = block_start(), block_end()
+    __exit__ = block_end()
+    if not TYPE_CHECKING: __enter__ = block_start()   # a type checker knows it from the base class
 
     @property
     def is_for_other(self) -> bool:
