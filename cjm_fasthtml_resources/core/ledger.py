@@ -15,7 +15,8 @@ import os
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
-from operator import attrgetter
+from itertools import islice
+from operator import attrgetter, is_
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from cjm_fasthtml_resources.core.claims import (
@@ -146,9 +147,10 @@ def _write_anew(claim: Claim) -> tuple[bytes, Claim]:
 
 def _write_on(rows: Rows, last: _Reading) -> _Reading:
     "Return what a ledger is read as once it is written; the lines of unchanged claims, of the same objects, are kept"
-    by_claim = dict(zip(map(id, last.lines.values()), last.lines.items(), strict=True))
-    kept = map(by_claim.get, map(id, rows.claims))   # this way, since there can be hundreds
-    lines = dict([pair or _write_anew(c) for pair, c in zip(kept, rows.claims, strict=True)])
+    same = [*map(is_, last.lines.values(), rows.claims), False].index(False)   # hundreds, of which the last one changes
+    lines = dict(islice(last.lines.items(), same))
+    by_claim = {id(claim): (line, claim) for line, claim in islice(last.lines.items(), same, None)}
+    lines.update([by_claim.get(id(claim)) or _write_anew(claim) for claim in rows.claims[same:]])
     data = b"\n".join((_encode(rows[1:]).encode(), *lines, b""))
     return _Reading(data, rows._replace(claims=tuple(lines.values())), lines)
 
