@@ -73,7 +73,7 @@ def places_of(
                      f"{', '.join(str(place.id) for place in last.values())}")
 
 # %% ../../nbs/commands/history.ipynb #f31d9ff2
-POINTS = 500   # rows at most behind a chart, where coarser ones are there
+POINTS = 500   # rows at most for a chart, if the record has rows of longer intervals, too
 
 def stretch_view(
     history: RecordedHistory,
@@ -202,7 +202,7 @@ def _save(history: RecordedHistory, moment: float, scenario: Path) -> None:
 # %% ../../nbs/commands/history.ipynb #6d0bd724
 @click.command("history", cls=Command, epilog=_EXAMPLES)
 @click.option("--since", default="1h", show_default=True, callback=converted(parse_positive), metavar="TIME",
-              help="How far back to go, such as 90m, 8h or 7d.")
+              help="How far back to go from --until, such as 90m, 8h or 7d.")
 @click.option("--until", callback=converted(to_seconds), metavar="TIME",
               help="The end of the chart, written as for --at. Default: now.")
 @click.option("--at", "moment", callback=converted(to_seconds), metavar="TIME",
@@ -213,17 +213,18 @@ def _save(history: RecordedHistory, moment: float, scenario: Path) -> None:
 @click.option("--save-scenario", "scenario", type=click.Path(path_type=Path), metavar="FILE",
               help="Write the moment of --at to FILE.json, for cjm-resources --simulate FILE.json.")
 @click.option("--what-if-threshold", "threshold", type=click.FloatRange(0, 100), callback=check_nan, metavar="PERCENT",
-              help="Show for how long GPU memory would have been available, had a GPU counted as busy only from this "
-                   "share on.")
+              help="Show for how long GPU memory would have been available if a GPU counted as busy only when other "
+                   "programs use this part of its memory or more.")
 @click.option("--instead-of", "usual", type=click.FloatRange(0, 100), callback=check_nan, metavar="PERCENT",
               help="The threshold to compare --what-if-threshold with. Default: 45.")
 @click.option("--what-if-max-share", "share", callback=converted(parse_share), metavar="SHARE",
-              help="Show how long requests would have waited, had one user been allowed so much of each GPU, such as "
-                   "50%.")
-@click.option("--per", type=click.Choice(["user", "app"]), help="Whose reservations --what-if-max-share counts "
-                                                                "together. Default: user.")
+              help="Show how long requests would have waited if one user could reserve only so much of each GPU, such "
+                   "as 50%.")
+@click.option("--per", type=click.Choice(["user", "app"]), help="Whether --what-if-max-share limits each user "
+                                                                "or each app. Default: user.")
 @click.option("--what-if-priority", "priorities", callback=_read_priorities, multiple=True, metavar="APP=N",
-              help="The same, had the requests of APP had the priority N. Repeat it for several apps.")
+              help="Show how long requests would have waited if those of APP had the priority N (smaller is first). "
+                   "Repeat it for several apps.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 @click.option("--csv", "as_csv", is_flag=True, help="Print a line of CSV for each process of each row.")
 @click.option("--file", "path", type=click.Path(path_type=Path), metavar="FILE",
@@ -232,7 +233,7 @@ def command(since: float, until: float | None, moment: float | None, gpu: str | 
             as_json: bool, as_csv: bool, path: Path | None, **what_if: Any) -> None:
     """Show who used GPU memory and RAM, as cjm-resources record, or an app's recorder, has kept it.
 
-    A column of a chart is the fullest moment of its stretch of time. It is empty where the record has a gap.
+    Each column of a chart shows the moment of its interval with the most memory in use. It is empty where the record has a gap.
 
     Exits with 66 without data of that time, with 74 when the file is unusable.
     """

@@ -26,7 +26,8 @@ End = Callable[[type[BaseException] | None, BaseException | None, TracebackType 
 
 # %% ../../nbs/core/blocks.ipynb #2188c44a
 def _run(begin: Callable[[], Any], end: End, is_made: list[bool]) -> Generator[Any, Any, None]:
-    "Yield the beginning, and call the end at the last of four values; it also gets an interruption before or in that"
+    """Yield what `begin` returns, take four values (`None` and those of `__exit__`), and call `end` at the fourth.
+    An interruption before or during that call is given to `end`"""
     answer: Any = False
     is_over = is_last = False
     try:
@@ -95,9 +96,9 @@ def _go_on(
     try: next(steps) if error is None else steps.throw(error)
     except StopIteration: return error is not None
     except BaseException as raised:
-        is_wrapped = isinstance(error, StopIteration) and raised.__cause__ is error   # as generators do with that
+        is_wrapped = isinstance(error, StopIteration) and raised.__cause__ is error   # a generator makes a RuntimeError of it
         if error is None or raised is not error and not is_wrapped: raise
-        error.__traceback__ = trace   # without the steps through this
+        error.__traceback__ = trace   # without the frames of this module
     return False
 
 # %% ../../nbs/core/blocks.ipynb #b6e714f0

@@ -30,13 +30,13 @@ def is_faster(a: GpuDevice, b: GpuDevice) -> bool:
 
 # %% ../../nbs/core/order.ipynb #8f0a7e0c
 def _rotations(gpus: list[GpuDevice]) -> list[list[GpuDevice]]:
-    "Return orders in which each GPU has each place once"
+    "Return all rotations: each GPU is at each place once, so every place is in doubt"
     return [gpus[k:] + gpus[:k] for k in range(len(gpus))]
 
 def possible_orders(
     gpus: list[GpuDevice],  # by PCI address
 ) -> list[list[GpuDevice]]:
-    "Return orders of which one is CUDA's `FASTEST_FIRST`, for all that is known"
+    "Return the orders that CUDA's `FASTEST_FIRST` can have; all rotations where it is unknown which GPU is the fastest"
     def same(a: GpuDevice, b: GpuDevice) -> bool: return a is b or bool(a.name and b.name) and are_alike(a, b)
     def is_first(gpu: GpuDevice) -> bool: return all(same(gpu, d) or is_faster(gpu, d) for d in gpus)
 

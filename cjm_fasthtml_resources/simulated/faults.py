@@ -17,13 +17,13 @@ from .machine import Checked, ScenarioError
 # %% ../../nbs/simulated/faults.ipynb #1fc030e8
 @dataclass
 class Fault(Checked):
-    "A fault: its kind, its place and its duration"
+    "A fault: the call, the error or delay, the GPU, and for how many calls"
     call: str                  # the C function's name, or "*" for every one
     error: int | None = None   # an NVML error code, such as `pynvml.NVML_ERROR_GPU_IS_LOST`
     delay: float = 0           # seconds to wait first; infinity hangs until `recover()`
-    gpu: int | None = None     # on this GPU only
+    gpu: int | None = None     # index of the only GPU with the fault; `None`: every one
     after: int = 0             # good answers before the first fault
-    times: int | None = None   # faults before it is good again; `None`: until `recover()`
+    times: int | None = None   # calls with the fault; `None`: all until the driver's `recover()`
 
     def __post_init__(self) -> None:
         if self.call != "*" and self.call not in CALLS:
@@ -46,7 +46,7 @@ def meet_faults(
     find_gpu: Callable[[], int | None],      # returns the index of the GPU that the call is about
     wait: Callable[[float | None], object],  # waits for so many seconds; `None`: until the driver recovers
 ) -> int | None:  # `None`: the call goes on to its answer
-    "Wait as long as the faults of a call say; return the first error code among them"
+    "Wait for the delays of all faults that apply to this call; return the first error code of these"
     if call == "nvmlErrorString": return None
     concerned = [f for f in faults if f.call in (call, "*") and (f.gpu is None or f.gpu == find_gpu())]
     error = None
