@@ -233,7 +233,8 @@ def command(since: float, until: float | None, moment: float | None, gpu: str | 
             as_json: bool, as_csv: bool, path: Path | None, **what_if: Any) -> None:
     """Show who used GPU memory and RAM, as cjm-resources record, or an app's recorder, has kept it.
 
-    Each column of a chart shows the moment of its interval with the most memory in use. It is empty where the record has a gap.
+    Each column of a chart shows the moment of its interval with the most memory in use. It is empty where the
+    record has a gap.
 
     Exits with 66 without data of that time, with 74 when the file is unusable.
     """

@@ -96,7 +96,7 @@ def _go_on(
     try: next(steps) if error is None else steps.throw(error)
     except StopIteration: return error is not None
     except BaseException as raised:
-        is_wrapped = isinstance(error, StopIteration) and raised.__cause__ is error   # a generator makes a RuntimeError of it
+        is_wrapped = isinstance(error, StopIteration) and raised.__cause__ is error   # in a RuntimeError
         if error is None or raised is not error and not is_wrapped: raise
         error.__traceback__ = trace   # without the frames of this module
     return False
