@@ -152,6 +152,11 @@ def test_a_late_sampler_keeps_its_beat():
         assert looks[0] - began > 0.25
 
 
+def by_monitor(caplog) -> list[str]:
+    "What a monitor has logged: threads of earlier tests log, too"
+    return [r.getMessage() for r in caplog.records if r.name.endswith("core.monitor")]
+
+
 def test_what_a_monitor_cannot_watch_is_named(caplog):
     wrong = "^manager must be a ResourceManager, or a cluster's, not int$"
     with pytest.raises(TypeError, match=wrong): ResourceMonitor(7)
@@ -166,7 +171,7 @@ def test_what_a_monitor_cannot_watch_is_named(caplog):
         fails.append(True)
         with monitor.subscribe(seen.append): wait_until(lambda: len(seen) >= 3)
         assert {s.stale for s in seen} == {"the last sample failed: division by zero"}
-        logged = [r.getMessage() for r in caplog.records]
+        logged = by_monitor(caplog)
         assert logged == ["the resource monitor could not take a sample; repetitions are left out of the log"]
         caplog.clear()
         calls = []
@@ -177,7 +182,7 @@ def test_what_a_monitor_cannot_watch_is_named(caplog):
 
         subscription = Subscription(bad, lambda s: None)
         for _ in range(2): subscription.tell(seen[0])
-        logged = [r.getMessage() for r in caplog.records]
+        logged = by_monitor(caplog)
         assert logged == ["a subscriber of the resource monitor raised; further errors of it are not logged"]
         assert calls == [seen[0]]*2
 

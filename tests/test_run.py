@@ -190,8 +190,9 @@ def set_size(fd: int, lines: int, columns: int):
 def on_terminal(words: list[str], env: dict[str, str], keys=()) -> tuple[int, bytes]:
     "Run on a terminal of 100 columns; type each of the keys once its text was written. Its status, and what it wrote"
     pid, fd = pty.fork()
-    if pid == 0: os.execve(words[0], words, env)
-    set_size(fd, 40, 100)
+    if pid == 0:
+        set_size(0, 40, 100)   # here, so that no signal of this comes later
+        os.execve(words[0], words, env)
     written, waiting = b"", list(keys)
     while True:
         try: written += os.read(fd, 65536)

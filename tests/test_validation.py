@@ -637,7 +637,9 @@ def test_a_group_of_devices_is_judged_as_the_queue_grants_it(used, need, count):
     assert found.can_proceed == isinstance(granted, list)
     assert (found.action is ABORT) == (granted == "never"), found.message
     if found.can_proceed and count > 1:
-        assert [d.index for d in found.devices] == granted and found.env == held.env
+        said = [d.index for d in found.devices]
+        assert sorted(used[n] for n in said) == sorted(used[n] for n in granted)   # of equal ones it takes any
+        assert said != granted or found.env == held.env
     for option in found.options:
         assert option.kind in (OptionKind.SMALLER, OptionKind.WAIT_FOR_OTHERS)
 
