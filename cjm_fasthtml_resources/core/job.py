@@ -43,7 +43,7 @@ from cjm_fasthtml_resources.core.requests import (
 )
 from .arguments import check_fields, check_flag, check_number, check_pid, check_text, shorten
 from .blocks import block_end, make_end
-from .claims import DeviceUse, asks_for_ram, find_base, read_use, used_by
+from .claims import DeviceUse, any_for_ram, asks_for_ram, find_base, read_use, used_by
 from .conflict import ResourceBusy, ResourceConflict, ResourceUnavailable
 from .copies import StaysHere
 from .devices import device_key, device_place
@@ -588,7 +588,7 @@ def read_all_use(
 ) -> list[DeviceUse]:
     "Read the use of all devices, and of RAM where it is reserved"
     uses, claims = read_use(job.manager.read().devices), job.manager.get_claims()
-    if not any(map(asks_for_ram, claims)): return uses
+    if not any_for_ram(claims): return uses
     from cjm_fasthtml_resources.core.ram_use import see_ram  # when it is used
     return see_ram(uses, [*claims, *(replace(c, holder=h) for h in holders for c in claims if asks_for_ram(c))])
 

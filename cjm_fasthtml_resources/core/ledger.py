@@ -23,7 +23,7 @@ from cjm_fasthtml_resources.core.claims import (
     Claim,
     DeviceUse,
     MayHave,
-    asks_for_ram,
+    any_for_ram,
     drop,
     grant,
     has_no_cap,
@@ -365,7 +365,7 @@ def _see(
     uses, asked = look(), ask()
     ledger.unified = ledger.unified or any(use.device.unified for use in uses)   # also if that GPU is lost later
     every = claims if asked is None else (*claims, asked)
-    if not any(map(asks_for_ram, every)): return uses, asked
+    if not any_for_ram(every): return uses, asked
     from cjm_fasthtml_resources.core.ram_use import see_ram  # when it is used
     return see_ram(uses, every, ledger.unified), asked
 

@@ -13,7 +13,7 @@ from dataclasses import replace
 from io import FileIO
 
 from . import memory
-from .claims import RAM, Claim, DeviceUse, asks_for_ram, lineage_here
+from .claims import RAM, Claim, DeviceUse, any_for_ram, asks_for_ram, lineage_here
 from .gpu import GpuDevice
 from .memory import HostMemory
 from .nvml_memory import has_unified_memory
@@ -160,6 +160,6 @@ def see_ram(
     unified: bool = False,        # as for `add_ram`
 ) -> list[DeviceUse]:
     "Return what all claims concern: the GPUs, and RAM where a claim is for RAM"
-    if not any(map(asks_for_ram, claims)): return list(uses)
+    if not any_for_ram(claims): return list(uses)
     is_one = any(u.device.unified for u in uses)
     return add_ram(uses, read_ram({c.holder for c in claims if is_one or asks_for_ram(c)}), unified)
