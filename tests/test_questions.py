@@ -444,10 +444,10 @@ def test_a_row_that_no_answer_can_be_is_left_out(asked):
 def test_the_one_who_asks_sees_it_on_its_page_with_the_answers(asked):
     chat, request, _ = asked
     speech = ResourceManager(app="speech", track_self=False)
-    assert "It asks idle workers of other apps to unload." in render_reservations(take_sample(speech), View())
+    assert "The request asks idle workers of other apps to unload." in render_reservations(take_sample(speech), View())
     chat.answer(chat.get_questions()[0].id, False)
     page = render_reservations(take_sample(speech), View())
-    assert re.search(r"It asks idle workers of other apps to unload\. chat of \S+ said no\.", page), page
+    assert re.search(r"The request asks idle workers of other apps to unload\. chat of \S+ said no\.", page), page
 
 
 def test_a_decision_ends_with_the_request(asked):

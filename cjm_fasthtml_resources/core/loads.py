@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from .nvml_processes import INSUFFICIENT_SIZE, GpuProcess
 
 # %% ../../nbs/core/loads.ipynb #651b1b97
-LOAD_SECONDS = 10.0   # that a figure is of, and after which it is read again
+LOAD_SECONDS = 10.0   # after which a figure is read again
 
 class _Sample(ctypes.Structure):
     _fields_ = [("pid", ctypes.c_uint), ("timeStamp", ctypes.c_ulonglong), ("smUtil", ctypes.c_uint),
@@ -64,7 +64,7 @@ class _Read(NamedTuple):
     loads: Loads
 
 class LoadReader:
-    "Reads the loads of a device again when the last ones are old. For one thread"
+    "Keeps the loads of each device, and reads old ones again. For one thread"
     def __init__(
         self,
         nvml: Any,   # the module `pynvml`

@@ -11,7 +11,7 @@ from typing import Any
 
 # %% ../../nbs/core/nvml_errors.ipynb #040694a0
 NO_MEMORY = "the device does not report its memory"  # it stays so
-ASLEEP = "it is asleep, suspended by power management; reserve() and cjm-resources --wake wake it"
+ASLEEP = "it is asleep, suspended by power management; reserve() or cjm-resources --wake wakes it"
 
 _WORDS = {
     1: "the connection to the NVIDIA driver was closed",

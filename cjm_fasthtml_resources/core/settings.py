@@ -23,16 +23,16 @@ MANAGER_SCHEMA: dict[str, Any] = {
     "properties": {
         "gpu_memory_threshold_percent": {
             "type": "number", "minimum": 0, "maximum": 100, "default": 45.0,
-            "description": "A GPU counts as busy when other programs use this share of its memory, in percent"},
+            "description": "A GPU counts as busy when other programs use this percentage of its memory or more"},
         "track_self": {
             "type": "boolean", "default": True,
-            "description": "Whether the manager's own process and its descendants are the app's"},
+            "description": "Whether the manager's own process and its descendants count as the app's"},
         "gpu_timeout": {
             "type": "number", "minimum": 0.001, "maximum": 1_000_000, "default": 5.0,
             "description": "Seconds to wait for the driver"},
         "app": {
             "type": ["string", "null"], "pattern": r"^[A-Za-z][A-Za-z0-9_.-]{0,63}$", "default": None,
-            "description": "Name under which processes share their workers; null keeps all in memory"},
+            "description": "Name under which processes share their list of workers; null: each has a list of its own"},
     },
 }
 
@@ -47,7 +47,7 @@ def check_bounds(
     return check_number(value, name, bounds["minimum"], bounds["maximum"])
 
 class Setting:
-    "An attribute that a schema bounds, for the class body"
+    "A class attribute for a number: each assigned value is held against the bounds of a schema"
     def __init__(self, schema: Mapping[str, Any]) -> None: self.schema = schema
 
     def __set_name__(self, owner: type, name: str) -> None: self.name = name

@@ -82,7 +82,7 @@ def _note(request: Waiting) -> str:
     is_told = request.behind is None or f" {request.behind}," in request.why
     behind = "" if is_told else f"It is behind request {request.behind}."
     starts = request.starts and describe_start(request.starts)
-    asks = "It asks idle workers of other apps to unload." if request.asks_idle else ""
+    asks = "The request asks idle workers of other apps to unload." if request.asks_idle else ""
     return " ".join(filter(None, [request.why, behind, starts, asks, request.answers]))
 
 def _waits(request: Waiting, name: str | None) -> ReservationRow:
