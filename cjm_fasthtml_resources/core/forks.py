@@ -89,7 +89,7 @@ def waited_in_vain() -> bool:
     return getattr(_forking, "in_vain", False)
 
 def _wait_for_others() -> None:
-    _forking.held = list[Any]()   # the lock, once it is taken
+    _forking.held, _forking.in_vain = list[Any](), True   # the lock, once it is taken; True until then
     _forking.held[:] = filter(_ACQUIRE_SOON, [_no_fork])   # one instruction, as in `holding`
     _forking.in_vain = not _forking.held
 
