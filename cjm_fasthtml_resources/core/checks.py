@@ -99,8 +99,8 @@ def seen_notes(
     notes = [complaint] if complaint and (visible or others) else []
     best = max(others, key=lambda d: d.room, default=None)
     if best is None or any(d.room >= best.room for d in visible): return notes
-    return [*notes, f"This process can use one MIG instance. GPU {best.device.id}, another one, has "
-                    f"{format_bytes(best.room)} free: a child process with the `env` of a reservation can use it"]
+    return [*notes, f"This process can use one MIG instance. Another one, GPU {best.device.id}, has "
+                    f"{format_bytes(best.room)} free, for a child process started with the `env` of a reservation"]
 
 def each_memory_once(
     found: Sequence[DeviceStatus],
