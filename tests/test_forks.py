@@ -19,7 +19,7 @@ import cjm_fasthtml_resources  # noqa: E402
 def test_a_child_uses_everything_wherever_another_thread_of_its_parent_was(name, app, monkeypatch, tmp_path):
     "At a few lines of each operation; python tests/walk_forks.py is about all of them"
     monkeypatch.setenv("CJM_RESOURCES_DIR", str(tmp_path/"state"))
-    tried, wrong = walk_forks.walk([name], sample=4, seed=1, app=app)
+    tried, wrong = walk_forks.walk(name, app, sample=4, seed=1)
     assert tried and not wrong, "\n".join(wrong)
 
 

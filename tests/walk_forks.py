@@ -1,10 +1,12 @@
 """Fork while another thread is anywhere in the library: the child can use all of it
 
-    python tests/walk_forks.py [--sample N] [--seed N] [NAME…]     all operations at all their lines, if none is named
+    walk_forks.py [--sample N] [--seed S] [--jobs N] [NAME[/memory|/file] …]
 
-For each operation, at each line that it runs (of the package, and of pynvml and psutil beneath it): a thread is held
-there, the process forks, and the child does every operation. Prints what is wrong, and where; closes with 'N points, N
-wrong'. A new operation is a function of the world below with `@operation`.
+For each operation (all of them, if none is named), in memory and with a file, at each line that it runs (of the
+package, and of pynvml and psutil beneath it): a thread is held there, the process forks, and the child does every
+operation. A line is told apart by who called it; one that several operations run with the same callers is walked with
+the first of them. With --sample, so many points of each operation in each of the jobs. Prints what is wrong, and where;
+closes with 'N points, N wrong'. A new operation is a function of the world below with `@operation`.
 """
 import argparse
 import asyncio
@@ -20,13 +22,14 @@ import threading
 import time
 import traceback
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pynvml
 from lines import PACKAGE, Turn, describe, held_at, lines_of
+from parts import add_arguments, is_mine, report, share_out
 
 from cjm_fasthtml_resources.core.gpu import GpuReader
 from cjm_fasthtml_resources.core.manager import ResourceManager
@@ -196,19 +199,21 @@ def do_allocate(world: World) -> None:
     with world.driver.allocate(100): do_check(world)
 
 
+def use_some(world: World) -> None:
+    for call in (do_check, do_register, do_reserve, do_job, do_sample): call(world)
+
+
 def use_everything(world: World) -> None:
     "What a child does: it uses what there was, and what it makes anew"
     if world.shared:   # its parent is using the same workers
         do_reserve(world)
         with world.manager.job(f"job-{os.getpid()}", 500, timeout=60) as job: assert job.env
         assert world.manager.get_all_workers() and world.monitor.take().gpu.devices
-        new = World(world.driver, f"child-{os.getpid()}")
-        for call in (do_check, do_register, do_reserve, do_job, do_sample): call(new)
-        return
+        return use_some(World(world.driver, f"child-{os.getpid()}"))
     if not world.manager.get_all_workers():  # it was just being registered, and is thrown away
         world.manager.register_worker(4200101, "llm", plugin_instance=Plugin())
-    for each in (world, World(world.driver)):
-        for call in OPERATIONS.values(): call(each)
+    for call in OPERATIONS.values(): call(world)
+    use_some(World(world.driver))
 
 
 @contextlib.contextmanager
@@ -248,51 +253,69 @@ class Child:
 
 
 def walk(
-    names: Sequence[str],
-    sample: int | None = None,   # so many points of each operation
+    name: str,                         # of the operation
+    app: str | None,                   # with the file of that app; then the thread goes on once the process has forked
+    sample: int | None = None,         # so many points
     seed: int = 0,
-    app: str | None = None,      # with the file of that app; then the thread goes on once the process has forked
+    walked: set[Turn] | None = None,   # those that other operations had; this one's are added
+    part: int = 0,                     # of the points; see parts.py
+    parts: int = 1,
 ) -> tuple[int, list[str]]:
     "How many points were tried, and what is wrong"
-    chance, tried, wrong = random.Random(seed), 0, list[str]()
-    options: dict[str, Any] = dict(within=BENEATH, threads=True)
+    chance, call, wrong, tried = random.Random(seed), OPERATIONS[name], list[str](), 0
+    walked = set() if walked is None else walked
     with simulated() as driver:
         use_everything(World(driver, app))  # what is loaded at the first use
-        for name in names or list(OPERATIONS):
-            call = OPERATIONS[name]
-            points: list[Turn] = lines_of(lambda call=call: call(World(driver, app)), **options)
-            if sample is not None: points = chance.sample(points, len(points))   # some are reached the first time only
-            reached = 0
-            for at in points:
-                if reached == sample: break
-                world, what = World(driver, app), ""
-                with held_at(lambda call=call, world=world: call(world), at, **options) as held:
-                    if held:
-                        child, tried, reached = Child(world), tried + 1, reached + 1
-                        if not app: what = child.wait()
-                if held and app: what = child.wait()
-                if what: wrong.append(f"{name}, {describe(at[0])}: {what}")
-                world.monitor.close()
+        points = [at for at in lines_of(lambda: call(World(driver, app)), within=BENEATH, threads=True)
+                  if at not in walked and is_mine(at, part, parts)]
+        walked.update(points)
+        if sample is not None: points = chance.sample(points, len(points))   # some are reached the first time only
+        for at in points:
+            if tried == sample: break
+            try: reached, what = fork_at(at, call, World(driver, app))
+            except Exception as error: reached, what = True, f"the parent fails: {type(error).__name__}: {error}"
+            tried += reached
+            if what: wrong.append(f"{name}, {describe(at[0])}: {what}")
     return tried, wrong
 
 
-def main() -> None:
+def fork_at(at: Turn, call: Operation, world: World) -> tuple[bool, str]:
+    "Fork while a thread is held at a point; whether it came there, and what is wrong"
+    child, what = None, ""
+    try:
+        with held_at(lambda: call(world), at, within=BENEATH, threads=True) as held:
+            if held:
+                child = Child(world)
+                if not world.shared: what = child.wait()
+        if child and world.shared: what = child.wait()
+    finally: world.monitor.close()
+    return held, what
+
+
+def find_units(names: list[str]) -> list[str]:
+    "Each operation with where its claims are: `reserve/file`"
+    every = [f"{name}/{where}" for where in ("memory", "file") for name in OPERATIONS]
+    return [unit for unit in every if not names or unit in names or unit.split("/")[0] in names]
+
+
+def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(OPERATIONS)}")
     parser.add_argument("--sample", type=int, help="so many lines of each operation")
     parser.add_argument("--seed", type=int, default=0)
-    given, all_tried, all_wrong = parser.parse_args(), 0, 0
-    folder = tempfile.TemporaryDirectory()
-    os.environ["CJM_RESOURCES_DIR"] = folder.name
-    for app, name in ((app, name) for app in (None, "walk") for name in given.names or list(OPERATIONS)):
-        began = time.monotonic()
-        tried, wrong = walk([name], given.sample, given.seed, app)
-        took, where = time.monotonic() - began, "with a file" if app else "in memory"
-        print(f"{name} {where}: {tried} points in {took:.0f} s, {len(wrong)} wrong", flush=True)
-        for what in wrong: print(what, flush=True)
-        all_tried, all_wrong = all_tried + tried, all_wrong + len(wrong)
-    print(f"{all_tried} points, {all_wrong} wrong")
-    sys.exit(bool(all_wrong))
+    add_arguments(parser)
+    asked = parser.parse_args()
+    units = find_units(asked.names)
+    if not asked.parts: return share_out(asked.jobs)
+    with tempfile.TemporaryDirectory(prefix="walk-") as folder:
+        os.environ["CJM_RESOURCES_DIR"] = folder
+        walked: dict[str, set[Turn]] = dict(memory=set(), file=set())
+        for unit in units:
+            (name, where), began = unit.split("/"), time.monotonic()
+            app = "walk" if where == "file" else None
+            tried, wrong = walk(name, app, asked.sample, asked.seed, walked[where], asked.part, asked.parts)
+            report(unit, tried, wrong, time.monotonic() - began)
+    return 0
 
 
-if __name__ == "__main__": main()
+if __name__ == "__main__": sys.exit(main())

@@ -19,7 +19,6 @@ import gc
 import json
 import os
 import random
-import selectors
 import signal
 import subprocess
 import sys
@@ -32,6 +31,7 @@ from pathlib import Path
 from typing import Any
 
 from lines import Lines, Point, describe
+from parts import add_arguments, is_mine, report, share_out
 
 from cjm_fasthtml_resources.core.conflict import ResourceBusy
 from cjm_fasthtml_resources.core.endings import end_claim
@@ -536,7 +536,7 @@ class Walker:
         points = [(point, turn) for point, count in counts.counts.items() for turn in (1, 2)[:count]
                   if is_among(point, asked.lines_of)]
         if asked.sample is not None and asked.sample < len(points): points = chance.sample(points, asked.sample)
-        points = points[asked.part::asked.parts]
+        points = [turn for turn in points if is_mine(turn, asked.part, asked.parts)]
         for point, turn in points:
             lines = Lines((point, turn), self.interrupt)
             wrong += [f"{name}, {describe(point)}: {what}" for what in self.round(name, lines, point)]
@@ -549,7 +549,7 @@ def is_among(point: Point, modules: list[str]) -> bool:
 
 
 def walk(units: list[str], asked: argparse.Namespace) -> None:
-    "Walk a part of each call's points; print what was found as JSON, a line for each call"
+    "Walk a part of each call's points, and report what was found"
     error = __builtins__.__dict__[asked.error]
     os.environ.pop("CUDA_VISIBLE_DEVICES", None)
     with tempfile.TemporaryDirectory(prefix="walk-") as name, \
@@ -563,7 +563,7 @@ def walk(units: list[str], asked: argparse.Namespace) -> None:
             walker.new_folder()
             began = time.monotonic()
             count, wrong = walker.walk(call, asked, random.Random(f"{asked.seed} {unit}"))
-            print(json.dumps([unit, count, wrong, round(time.monotonic() - began, 1)]), flush=True)
+            report(unit, count, wrong, time.monotonic() - began)
         for walker in walkers.values(): walker.stop()
 
 
@@ -573,26 +573,14 @@ def find_units(names: list[str]) -> list[str]:
     return [unit for unit in every if not names or unit in names or unit.split("/")[0] in names]
 
 
-def read_lines(running: list[subprocess.Popen]) -> Iterator[str]:
-    "The lines that some programs print, as they come"
-    with selectors.DefaultSelector() as ready:
-        for process in running: ready.register(process.stdout, selectors.EVENT_READ)
-        while ready.get_map():
-            for key, _ in ready.select():
-                if line := key.fileobj.readline(): yield line
-                else: ready.unregister(key.fileobj)
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("calls", nargs="*")
     parser.add_argument("--sample", type=int)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--error", default="KeyboardInterrupt")
     parser.add_argument("--lines-of", action="append", default=[], metavar="MODULE")
-    parser.add_argument("--part", type=int, help=argparse.SUPPRESS)
-    parser.add_argument("--parts", type=int, help=argparse.SUPPRESS)
+    add_arguments(parser)
     parser.add_argument("--serve", help=argparse.SUPPRESS)
     asked = parser.parse_args()
     if asked.serve:
@@ -603,20 +591,7 @@ def main() -> int:
         sys.unraisablehook = lambda what: swallowed.append(type(what.exc_value))
         walk(units, asked)
         return 0
-    command = [sys.executable, __file__, *sys.argv[1:], "--parts", str(asked.jobs), "--part"]
-    running = [subprocess.Popen([*command, str(n)], stdout=subprocess.PIPE, text=True) for n in range(asked.jobs)]
-    points = failed = 0
-    for line in read_lines(running):
-        unit, count, wrong, seconds = json.loads(line)
-        print(f"{unit}: {count} points in {seconds:g} s, {len(wrong)} wrong", flush=True)
-        points, failed = points + count, failed + len(wrong)
-        for what in wrong: print(f"{unit.split('/')[1]}: {what}", flush=True)
-    for process in running:
-        if process.wait():
-            failed += 1
-            print(f"a walk ended with {process.returncode}", flush=True)
-    print(f"{points} points, {failed} wrong")
-    return int(bool(failed))
+    return share_out(asked.jobs)
 
 
 if __name__ == "__main__": sys.exit(main())
