@@ -50,7 +50,7 @@ def describe_when(
     when: tuple[float, float] | float | None,   # as in `Option`
 ) -> str:
     "Return in words when an option would let the job start"
-    if when is None: return "at an unknown time"
+    if when is None: return "time unknown"
     if not isinstance(when, tuple): return "now"
     middle = sum(when)/2
     return f"about {format_range(middle, middle)}" if middle >= 1 else "less than 1 second"
@@ -68,7 +68,9 @@ class Option:
     evidence: str = ""             # the source of the time
 
     def __str__(self) -> str:
-        return f"{self.what}: {describe_when(self.when)}" + (f" ({self.evidence})" if self.evidence else "")
+        time, source = describe_when(self.when), self.evidence
+        if self.when == 0: return f"{self.what} {time}"
+        return f"{self.what}, {time}" + (f" ({source})" if source else "")
 
 # %% ../../nbs/core/options.ipynb #fef14086
 def _soonest(when: tuple[float, float] | float | None) -> tuple[float, float, float]:
@@ -290,7 +292,7 @@ def smaller_option(before: Situation) -> list[Option]:
     size, memory = _size(there[-1].room, up=False)
     if not before.decide(before.workers, before.devices, memory): return []
     each = "" if before.count == 1 else " on each GPU"
-    return [Option(f"start a smaller job, of at most {size}{each}", OptionKind.SMALLER, 0,
+    return [Option(f"start a smaller job of at most {size}{each}", OptionKind.SMALLER, 0,
                    f"validate_resources_for_job(…, gpu_memory_mb={memory//2**20})")]
 
 # %% ../../nbs/core/options.ipynb #998a8bd5
@@ -309,7 +311,7 @@ def host_option(
     if best is None: return []
     has_call = before.need is not None and before.count == 1
     call = f"cluster.pick_gpus(min_free_mb={ceil((before.need or 0)/2**20)})" if has_call else ""
-    return [Option(f"use another host, {best.device.host}", OptionKind.OTHER_HOST, 0, call)]
+    return [Option(f"use host {best.device.host}", OptionKind.OTHER_HOST, 0, call)]
 
 # %% ../../nbs/core/options.ipynb #141fa903
 def find_options(
