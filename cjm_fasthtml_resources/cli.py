@@ -164,7 +164,7 @@ def _end(answer: Sample, as_exit_code: bool) -> NoReturn:
 @click.option("--host-timeout", default="10s", show_default=True, callback=converted(parse_positive),
               metavar="TIME", help="Maximum time for each host's answer.")
 @click.option("--host-command", default="cjm-resources", show_default=True, metavar="COMMAND",
-              help="Path of the command there, such as /opt/venv/bin/cjm-resources.")
+              help="Path of cjm-resources on these hosts, such as /opt/venv/bin/cjm-resources.")
 @click.version_option(__version__, prog_name="cjm-resources")
 @click.pass_context
 def main(context: click.Context, apps: list[int | str], as_json: bool, watch: bool, interval: float, top: int,

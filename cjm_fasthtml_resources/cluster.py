@@ -101,7 +101,7 @@ def find_over(
 # %% ../nbs/cluster.ipynb #f16f7fe7
 class ClusterResources(StaysHere):
     "Check GPU memory and RAM on each host of a cluster, and send tasks where there is room"
-    instead = "Make one there: ClusterResources(client)."
+    instead = "Create one in that process: ClusterResources(client)."
 
     def __init__(
         self,

@@ -172,8 +172,8 @@ def test_the_sentences_for_too_little_gpu_memory():
     full = l4(0, E, bob, free=1)
     shared = l4(1, B, one, two, unattributed_memory=GIB, promises=(Promise(7, "app", 2*GIB, GIB),))
     assert explain_shortage([full, shared], 6*GIB) == \
-        "The job needs 6.0 GiB. GPU 1 has 3.0 GiB free. In use there: w2 (PID 2, 2.0 GiB), w1 (PID 1, 1.0 GiB), " \
-        "a reservation of PID 7 (1.0 GiB on GPU 1 not used yet) and 1 more (1.0 GiB)."
+        "The job needs 6.0 GiB. GPU 1 has 3.0 GiB free. In use or reserved there: w2 (PID 2, 2.0 GiB), " \
+        "w1 (PID 1, 1.0 GiB), a reservation of PID 7 (1.0 GiB on GPU 1 not used yet) and 1 more (1.0 GiB)."
     assert explain_shortage([l4(0, A)], 6*GIB) == "The job needs 6.0 GiB. GPU 0 has 4.0 GiB free."
     assert explain_shortage([], 1) == ""
 
@@ -184,9 +184,9 @@ def test_the_sentences_for_ram():
     assert ram(5).message == "RAM is available: 5.0 GiB of 10.0 GiB free."
     mine, theirs = ram(9, OwnedProcess(8, "app", 2*GIB, "child"), bob, worker), ram(9.5, worker, bob)
     assert mine.message == ("RAM is low: 1.0 GiB of 10.0 GiB free. "
-                            "This app uses the most: worker (PID 7, 3.0 GiB), child (PID 8, 2.0 GiB).")
+                            "This app uses the most. Largest: worker (PID 7, 3.0 GiB), child (PID 8, 2.0 GiB).")
     assert theirs.message == ("RAM is low: 512 MiB of 10.0 GiB free. "
-                              "Other programs use the most: train.py (PID 9, user bob, 2.0 GiB).")
+                              "Other programs use the most. Largest: train.py (PID 9, user bob, 2.0 GiB).")
     assert (mine.app_pids, mine.external_pids, theirs.app_pids, theirs.external_pids) == ([7, 8], [], [7], [9])
     assert mine.app_processes[0] == dict(
         pid=7, name="worker", username=None, memory_mb=3*1024, memory_percent=30.0,

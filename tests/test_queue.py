@@ -475,7 +475,7 @@ def test_what_one_user_may_have_counts_for_jobs_previews_and_the_queue(rig):
             assert 0.4*capacity < job.reservation.gpu_memory_mb*2**20 <= capacity/2
             text = "of at most .* that one user is allowed to reserve on GPU 0"
             with pytest.raises(ResourceBusy, match=text): manager.reserve(2*1024, timeout=0)
-            assert re.search(f"It would wait. .*{text}", foresee(manager, 2*1024).why)
+            assert re.search(f"The request would wait. .*{text}", foresee(manager, 2*1024).why)
             request = manager.request(2*1024)
             assert request.poll() is None
             assert re.search(text, read_queue(manager, manager.ledger)[1].why)
@@ -509,7 +509,7 @@ def test_a_short_request_passes_a_large_one_only_where_it_ends_before_that_one_c
             held = next(c for c in manager.ledger.claims() if c.lease == passes.lease)
             row = next(row for row in read_queue(manager, manager.ledger) if row.id == held.id)
             number = next(c.id for c in manager.ledger.claims() if c.lease == large.lease)
-            assert row.why == f"Started before request {number}: it ends before that one can start."
+            assert row.why == f"Started ahead of request {number}, because it ends before that request can start."
             assert 59 < held.expires - machine_time() <= 60
             with pytest.raises(ValueError, match=f"at most .* not 90: request {number} was passed"):
                 manager.ledger.renew(held.lease, 90)

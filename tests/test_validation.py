@@ -214,13 +214,14 @@ def test_exactly_as_much_as_there_is_is_enough():
     assert decide(job(9_000 + BYTE), [SPEECH], busy((41, 8_000))).action is INTERVENE
     assert decide(job(9_000), [SPEECH], busy((41, 8_000))).action is RELOAD
     more_than_it_has = decide(job(10_000 + BYTE), [], device())
-    assert more_than_it_has.message == "The job needs 10,001 MiB. The largest GPU here has 10,000 MiB for programs."
+    said = "The job needs 10,001 MiB. The largest GPU here has 10,000 MiB that programs can use."
+    assert more_than_it_has.message == said
     kept = device(free=9_500)
     kept = replace(kept, device=replace(kept.device, memory_reserved=500*MIB))   # the driver's own
     assert decide(job(9_500), [], kept).action is PROCEED
     over = decide(job(9_600), [], kept)
     assert over.action is ABORT
-    assert over.message == "The job needs 9.4 GiB. The largest GPU here has 9.3 GiB for programs."
+    assert over.message == "The job needs 9.4 GiB. The largest GPU here has 9.3 GiB that programs can use."
 
 
 def test_what_others_reserved_is_theirs_and_what_the_app_reserved_is_waited_for():
@@ -275,7 +276,8 @@ def test_the_worker_that_a_job_is_for():
     assert (done.conflict, done.current_worker) == (held, SPEECH)
     running = replace(SPEECH, status="running")
     where = "2.9 GiB on GPU 0, 4.9 GiB on GPU 1"
-    not_idle = f"Its worker is busy: the transcription worker (PID 41, whisper with tiny, running, {where})."
+    not_idle = ("The worker that the job needs is busy: "
+                f"the transcription worker (PID 41, whisper with tiny, running, {where}).")
     assert decide_for_worker(job(), running, held) == ValidationResult(WAIT_FOR_JOB, False, not_idle, held, running)
     load = f"Load Whisper on the transcription worker (PID 41, whisper with tiny, idle, {where})."
     assert decide_for_worker(job(resource=None), SPEECH, held).message == load

@@ -107,6 +107,6 @@ def foresee(
     if not given:
         capped = explain_caps(find_cap(store), every, uses).get(mine.id)
         why = capped or _wait_reason(manager, mine, asked.ram, conflict, ahead)
-        return Foreseen((), False, f"It would wait. {why}", ahead, conflict)
+        return Foreseen((), False, f"The request would wait. {why}", ahead, conflict)
     found = tuple(d for d in devices if device_key(d) in given)
-    return Foreseen(found, True, f"It would be granted at once: {_what(asked, mine.memory, found)}.", ahead, conflict)
+    return Foreseen(found, True, f"The request would be granted at once: {_what(asked, mine.memory, found)}.", ahead, conflict)

@@ -208,7 +208,7 @@ def _save(history: RecordedHistory, moment: float, scenario: Path) -> None:
 @click.option("--at", "moment", callback=converted(to_seconds), metavar="TIME",
               help="Show this moment instead: 03:12 is the most recent one, 2026-11-26T03:12 includes a "
                    "day.")
-@click.option("--gpu", metavar="ID", help="Only this GPU, as tables show it (0, or 0:7 for a MIG instance). "
+@click.option("--gpu", metavar="ID", help="Only this GPU, by its ID in the tables (0; 0:7 for a MIG instance). "
                                           "Default: every GPU, and RAM.")
 @click.option("--save-scenario", "scenario", type=click.Path(path_type=Path), metavar="FILE",
               help="Write the moment of --at to FILE.json, for cjm-resources --simulate FILE.json.")
@@ -218,8 +218,8 @@ def _save(history: RecordedHistory, moment: float, scenario: Path) -> None:
 @click.option("--instead-of", "usual", type=click.FloatRange(0, 100), callback=check_nan, metavar="PERCENT",
               help="The threshold to compare --what-if-threshold with. Default: 45.")
 @click.option("--what-if-max-share", "share", callback=converted(parse_share), metavar="SHARE",
-              help="Show how long requests would have waited if one user could reserve only so much of each GPU, such "
-                   "as 50%.")
+              help="Show how long requests would have waited if each user could reserve at most this share of each GPU, "
+                   "such as 50%.")
 @click.option("--per", type=click.Choice(["user", "app"]), help="Whether --what-if-max-share limits each user "
                                                                 "or each app. Default: user.")
 @click.option("--what-if-priority", "priorities", callback=_read_priorities, multiple=True, metavar="APP=N",

@@ -76,7 +76,7 @@ Examples:
 # %% ../../nbs/commands/needs.ipynb #42f5b5c8
 @click.command("needs", cls=Command, epilog=_EXAMPLES)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-@click.option("--forget", metavar="NAME", help="Forget the needs of the plugin with this name.")
+@click.option("--forget", metavar="NAME", help="Forget the learned memory needs of this plugin.")
 @click.option("--app", metavar="NAME", help="Only the needs of this app. Default: of all apps.")
 def command(as_json: bool, forget: str | None, app: str | None) -> None:
     """Show how much memory the jobs of each plugin took.

@@ -36,7 +36,7 @@ def report_lines(
     top: int = 10,   # users, and programs, that are shown
 ) -> Iterator[Line]:
     "Yield who has used the GPUs, and with what"
-    yield (Piece(f"Recorded: {recorded_hours(rows):.1f} hours. Reserved but unused: "
+    yield (Piece(f"The record covers {recorded_hours(rows):.1f} hours. Reserved but unused: "
                  f"{unused_hours(rows):.0f} GiB-hours."),)
     for by in BY:
         yield ()

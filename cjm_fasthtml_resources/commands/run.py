@@ -39,7 +39,7 @@ Examples:
 @click.option("--gpus", type=click.IntRange(1, 4096), default=1, show_default=True, metavar="N",
               help="Use this many whole GPUs together, each with that much memory.")
 @click.option("--retries", type=click.IntRange(0, 100), default=0, show_default=True, metavar="N",
-              help="Run COMMAND again up to this many times if GPU memory runs out, each time with a quarter more.")
+              help="Run COMMAND again up to this many times if GPU memory runs out, each time with 25 % more.")
 @options.timeout_option
 @options.priority_option
 @options.grace_option

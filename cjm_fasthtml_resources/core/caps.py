@@ -98,11 +98,11 @@ def check_cap(
     "Raise `ValueError` for a request above the cap"
     most = sorted((cap.most(d) - ram*d.unified for d in devices), reverse=True)[:count]
     whose = f"one {cap.per} is allowed to reserve here"
-    if is_whole and cap.share < 1: raise ValueError(f"A whole GPU is more than {whose}: {cap.share:.0%} of it.")
+    if is_whole and cap.share < 1: raise ValueError(f"A whole GPU is more than {whose}: {cap.share:.0%} of a GPU.")
     if most and memory > most[-1]:
         left = format_bytes(max(most[-1], 0))
         raise ValueError(f"{format_bytes(memory)} of GPU memory is more than {whose}: {left}, "
-                         f"{cap.share:.0%} of a GPU{' that uses RAM, less the RAM that is asked for' if ram else ''}.")
+                         f"which is {cap.share:.0%} of a GPU{' that uses RAM, less the RAM that is asked for' if ram else ''}.")
 
 def check_ram_cap(
     cap: Cap,
@@ -112,7 +112,7 @@ def check_ram_cap(
     "Raise `ValueError` for a request above the cap"
     if ram > (most := int(cap.share*total)):
         raise ValueError(f"{format_bytes(ram)} of RAM is more than one {cap.per} is allowed to reserve here: "
-                         f"{format_bytes(most)}, {cap.share:.0%} of it.")
+                         f"{format_bytes(most)}, which is {cap.share:.0%} of RAM.")
 
 # %% ../../nbs/core/caps.ipynb #083ba17a
 _LINE = re.compile(r"""^\s*(max_share|per)\s*=\s*(?:"(\w+)"|'(\w+)'|([\d.]+))\s*(?:#.*)?$""")

@@ -56,7 +56,8 @@ class ResourceConflict:
     def message(self) -> str:
         "Return the result as a sentence: whether a job could start, and otherwise which processes use the memory"
         if self.memory is not None: return explain_memory(self.status, self.memory, self.reason)
-        return explain_gpus(self.status, self.devices, self.reason, self.threshold_percent)
+        named = len(self.devices) == 1 and self.snapshot is not None and len(self.snapshot.devices) > 1
+        return explain_gpus(self.status, self.devices, self.reason, self.threshold_percent, named)
 
     def _repr_html_(self) -> str | None: return repr_html(self)
 

@@ -23,10 +23,10 @@ from .text import format_bytes, list_names, printable
 SENTENCES = {
     "gpu available": "A GPU job can start now{about}: {free}.",
     "gpu app_busy": "A new job would share a GPU with this app{about}. Most free: {most}. In use by this app: {users}.",
-    "gpu external_busy": "No GPU is available{about}: other programs use {share} of {where}. Largest: {users}.",
+    "gpu external_busy": "{which} available{about}: other programs use {share} of {where}. Largest: {users}.",
     "gpu unavailable": "No GPU can be used: {reason}.",
     "gpu free": "GPU {id} ({name}) has {free} free",
-    "gpu free, in use": "GPU {id} has {free} free. In use there: {users}",
+    "gpu free, in use": "GPU {id} has {free} free. {taken} there: {users}",
     "gpu lacks": "The job needs {need}. {free}.",
     "gpus lack": "The job needs {need} on each of {count} GPUs. Enough is free on {enough} of the {all} GPUs. {free}.",
     "gpu others": "Other programs use {shares}{users}.",
@@ -178,6 +178,7 @@ def explain_gpus(
     devices: Iterable[DeviceStatus],
     reason: str | None = None,         # why every device is unusable
     threshold: float | None = None,    # percent of a device's memory from which other programs make it busy
+    named: bool = False,               # whether this device was asked for, of several
 ) -> str:
     "Return the result of a check of GPU memory as a sentence"
     devices = list(devices)
@@ -192,8 +193,10 @@ def explain_gpus(
             return say(key, about=about, most=most, users=name_causes(users_in_app(concerned)))
         case ResourceStatus.EXTERNAL_BUSY:
             where = f"GPU {concerned[0].device.id}" if len(concerned) == 1 else "each"
+            which, where = (f"{where} is not", "it") if named else ("No GPU is", where)
             share = "a large part" if threshold is None else f"{threshold:g} % or more"
-            return say(key, about=about, share=share, where=where, users=name_causes(users_outside(concerned)))
+            users = name_causes(users_outside(concerned))
+            return say(key, which=which, about=about, share=share, where=where, users=users)
 
 # %% ../../nbs/core/explain.ipynb #54e453bb
 def compare_sizes(
@@ -222,11 +225,12 @@ def explain_free(
     best = closest(devices, need)
     if best is None: return ""
     unknown = sum(p.memory_used or 0 for p in best.processes if p.owner == "unknown")
-    names = name_causes([*process_causes([best], placed=False), *reservation_causes([best]),
+    reserved = reservation_causes([best])
+    names = name_causes([*process_causes([best], placed=False), *reserved,
                          *unseen_causes(best, placed=False, known=unknown)])
-    free = compare_sizes(need, best.room)[1]
+    free, taken = compare_sizes(need, best.room)[1], "In use or reserved" if reserved else "In use"
     if not names: return f"GPU {best.device.id} has {free} free"
-    return say("gpu free, in use", id=best.device.id, free=free, users=names)
+    return say("gpu free, in use", id=best.device.id, free=free, taken=taken, users=names)
 
 # %% ../../nbs/core/explain.ipynb #9aca2e8f
 def explain_shortage(
@@ -308,4 +312,4 @@ def explain_memory(
     users = [p for p in state.processes if p.owner == owner] if is_low else []
     names = list_names([name_process(p) for p in users[:3]], len(users[3:]))
     return say(f"ram {status.value}", about=_estimate(state.estimated), free=free, reason=reason,
-               users=names and f": {names}")
+               users=names and f". Largest: {names}")

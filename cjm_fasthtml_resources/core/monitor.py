@@ -169,7 +169,7 @@ def note_loss(
 # %% ../../nbs/core/monitor.ipynb #760ebf3d
 class ResourceMonitor(StaysHere):
     "Takes a sample in each interval while it has subscribers, and keeps the last samples' figures"
-    instead = "Make one there, or send what it has: `monitor.latest` and `monitor.history`."
+    instead = "Create one in that process, or send `monitor.latest` and `monitor.history`."
 
     def __init__(
         self,

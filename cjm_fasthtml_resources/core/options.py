@@ -62,9 +62,9 @@ class Option:
     what: str                      # as an instruction, such as "stop the idle llm worker (PID 4200102)"
     kind: OptionKind
     when: tuple[float, float] | float | None = None   # seconds from now, first and last; 0: now; `None`: unknown
-    call: str = ""                 # the call that does it; "" for an action of people
+    call: str = ""                 # the call that does it; "" where there is none
     freed: int = 0                 # bytes of GPU memory that it frees
-    cost: str = ""                 # its price
+    cost: str = ""                 # what is lost, such as "llama has to be loaded again"
     evidence: str = ""             # the source of the time
 
     def __str__(self) -> str:
@@ -111,12 +111,12 @@ class Situation:
     decide: Callable[[Sequence[WorkerState], Sequence[DeviceStatus], float | None], bool]
     need: float | None = None            # bytes; `None`: unknown
     stoppable: tuple[WorkerState, ...] = ()   # idle workers, the least recently used first
-    place: int | None = None             # of the device that is named, for `reserve`
-    threshold_percent: float = 45.0      # from this share on, a GPU belongs to other programs
+    place: int | None = None             # index of the device that the job asked for
+    threshold_percent: float = 45.0      # a GPU of which other programs use this share counts as theirs
     durations: Durations = no_durations
     now: float = 0.0                     # `time.monotonic()`
     ancestors: Callable[[int], Collection[int]] = find_ancestors
-    count: int = 1                       # of the devices that the job is for, each with its need
+    count: int = 1                       # of devices for the job, which needs so much on each
 
     @property
     def can_start(self) -> bool: return self.decide(self.workers, self.devices, self.need)
@@ -189,7 +189,7 @@ def remaining_time(
     took = durations(worker.plugin_name, worker.loaded_plugin_resource or "") if worker.plugin_name else None
     if took is None or not (worker.jobs or worker.status in ("running", "busy")): return None, ""
     low, high = took
-    began = now if worker.last_used is None else worker.last_used   # at the latest: so long it has run at least
+    began = now if worker.last_used is None else worker.last_used   # the latest possible, so `spent` is a minimum
     spent = max(now - began, 0.0)
     evidence = f"its jobs took {format_range(low, high)}"
     if spent >= high: return None, f"{evidence}, this one longer"
@@ -200,7 +200,8 @@ def remaining_time(
 
 # %% ../../nbs/core/options.ipynb #b1942bd2
 def _could_stop(before: Situation, worker: WorkerState) -> bool:
-    "Return whether a worker can be stopped once its jobs are done: its children exclude other workers and this process"
+    """Return whether a worker can be stopped once its jobs are done: with its child processes, it must include neither
+    another worker that is at work nor this process"""
     others = [w.pid for w in before.workers if w.pid != worker.pid and is_at_work(w)]
     if worker.start_time is None or worker.host is not None or not held_by(worker, before.devices): return False
     return worker.pid != os.getpid() and not any(worker.pid in before.ancestors(pid) for pid in (os.getpid(), *others))

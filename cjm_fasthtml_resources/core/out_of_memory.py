@@ -361,7 +361,7 @@ def name_growth(
     scene: Scene,
     devices: Sequence[DeviceStatus],
 ) -> list[str]:
-    "Return the processes that are new or have grown since the check before, the largest first"
+    "Return the processes that are new or have grown since the previous check, the largest first"
     then = {device_key(d.device): d for d in scene.before.allowed} if scene.before else {}
     pairs = [(d, then[device_key(d.device)]) for d in devices if device_key(d.device) in then]
     comparable = [(d, old) for d, old in pairs if d.device.processes_whole and old.device.processes_whole]
@@ -419,15 +419,15 @@ def _say_limit(found: OutOfMemory) -> str:
 
 def _say_itself(own: int, wanted: int, capacity: int) -> str:
     if wanted > capacity: return f"The GPU has {format_bytes(capacity)} in all: {_NOT_OTHERS}."
-    had = f"Its process had {format_bytes(own)} of {format_bytes(capacity)} itself"
+    had = f"The failed process had {format_bytes(own)} of {format_bytes(capacity)}"
     return f"{had}, which is nearly all: {_NOT_OTHERS}." if own + wanted <= capacity else (
         f"{had}, so it needs more than the GPU has: {_NOT_OTHERS}.")
 
 def _say_others(found: OutOfMemory, own: int, there: DeviceStatus, names: str) -> str:
     ours = not (there.unattributed_memory or there.ram_memory) and all(p.owner == "app" for p in there.processes)
-    fits = "" if found.wanted is None else ", and would fit without them"
-    had = format_bytes(own) if own else "0 bytes there yet"
-    return f"{'Other processes of this app' if ours else 'Others'} use the rest: {names}. Its process had {had}{fits}."
+    fits = "" if found.wanted is None else ", and would fit without the others"
+    had = format_bytes(own) if own else "nothing there yet"
+    return f"{'Other processes of this app' if ours else 'Others'} use the rest: {names}. The failed process had {had}{fits}."
 
 # %% ../../nbs/core/out_of_memory.ipynb #db263393
 def say_cause(
@@ -477,7 +477,7 @@ def ways_out(
     wait = [f"wait with reserve({-(-need//2**20)}) until enough is free"] if need else ["run it within reserve()"]
     reserved = sum(p.memory for p in devices[0].promises if p.pid == scene.pid)
     if reserved and (not need or need > reserved):
-        wait = [f"reserve more than the {format_bytes(reserved)} that it has reserved"]
+        wait = [f"reserve more than the {format_bytes(reserved)} that the process has reserved"]
     if (found.wanted or 0) >= _HUGE: return ["check the shapes, since it is more than any GPU has"]
     match cause:
         case "limit": return raised or ["raise that limit"]
@@ -521,7 +521,7 @@ def _say_ram(found: OutOfMemory, memory: ResourceConflict | None) -> str:
     if memory is None: return "Cannot read RAM usage."
     total = memory.memory.memory.total if memory.memory else None
     if total is None or found.wanted is None or found.wanted <= total: return memory.message
-    return f"That is more than the {format_bytes(total)} of RAM of this machine. {memory.message}"
+    return f"That is more than this machine has ({format_bytes(total)} of RAM). {memory.message}"
 
 # %% ../../nbs/core/out_of_memory.ipynb #fd9130d5
 def _say_gpu(found: OutOfMemory, scene: Scene, devices: Sequence[DeviceStatus]) -> list[str]:
@@ -532,7 +532,7 @@ def _say_gpu(found: OutOfMemory, scene: Scene, devices: Sequence[DeviceStatus]) 
         return [f"Cannot read who used the GPU: {reason}."]
     said, cause = [say_cause(found, scene, devices)], find_cause(found, scene, devices[0])
     if cause in ("others", "freed", "unknown") and (grown := name_growth(scene, devices)):
-        said.append(f"Since the check before, {list_names(grown)}.")
+        said.append(f"Since the previous check, {list_names(grown)}.")
     if cause in ("others", "freed", "unknown") and (came := name_lately(scene, devices)):
         said.append(f"Shortly before: {'; '.join(came)}.")
     return [*said, f"To fix it: {'; or '.join(ways_out(found, scene, devices)[:2])}."]

@@ -121,7 +121,7 @@ def explain_held(
 ) -> str:  # empty if there is nothing to report
     "Return the hints on a reservation: its unused part, and the request that it passed"
     receipt = claim.receipt or Receipt()
-    passed = f"Started before request {receipt.passed}: it ends before that one can start."
+    passed = f"Started ahead of request {receipt.passed}, because it ends before that request can start."
     told = [passed] if receipt.passed in waiting else []
     return " ".join(filter(None, [*told, receipt.explain(claim.memory)]))
 

@@ -315,7 +315,7 @@ def find_shortage(
     concerned = [d for d in conflict.allowed if device_key(d.device) in request.devices]
     if request.share:
         capacity = max((d.device.capacity for d in concerned), default=0)
-        return f"The job needs a whole GPU. {explain_free(concerned, capacity)}.", conflict
+        return f"The job needs a GPU for itself alone. {explain_free(concerned, capacity)}.", conflict
     if request.ram and any(d.device.unified for d in concerned):
         both = f"{format_bytes(request.memory)} of GPU memory and {format_bytes(request.ram)} of RAM"
         free = explain_free(concerned, request.memory + request.ram)

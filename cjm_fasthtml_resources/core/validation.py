@@ -355,7 +355,7 @@ def decide_for_worker(
     ready = has_loaded(job, worker, conflict.devices)
     if ready and job.may_share(worker): return _already_loaded(worker, conflict)
     if is_at_work(worker):
-        message = f"Its worker is busy: {describe_worker(worker, conflict.devices)}."
+        message = f"The worker that the job needs is busy: {describe_worker(worker, conflict.devices)}."
         return _result(ValidationAction.WAIT_FOR_JOB, message, conflict, worker)
     if ready: return _already_loaded(worker, conflict)
     if worker.plugin_id is None and worker.plugin_name is None: return None
@@ -384,7 +384,7 @@ def _too_much(job: Job, devices: Sequence[DeviceStatus]) -> str:   # empty if it
     if job.memory is None or job.memory <= (most := largest_capacity(devices, job.count)): return ""
     wanted, largest = compare_sizes(job.memory, most)
     whose = "The largest GPU here has" if job.count == 1 else f"The {job.count} largest GPUs here have at least"
-    return f"The job needs {wanted}{_on_each(job)}. {whose} {largest} for programs."
+    return f"The job needs {wanted}{_on_each(job)}. {whose} {largest} that programs can use."
 
 # %% ../../nbs/core/validation.ipynb #489537ba
 def decide_by_workers(

@@ -25,7 +25,7 @@ Need = tuple[Any, ...]
 def need_of(
     asked: Mapping[str, Any],   # for `ResourceManager.request`
 ) -> Need | None:
-    "Return the need that the next task must share; `None` if the reservation is released"
+    "Return the need that the next task must share; `None` if it must be released"
     if asked.get("memory_mb") or not asked.get("gpu_memory_mb"): return None
     return asked["gpu_memory_mb"], asked.get("n", 1), asked.get("priority", 0)
 
@@ -42,7 +42,7 @@ def is_unused(
     claims: Sequence[Claim],     # all of the machine
     uses: Iterable[DeviceUse],   # read after the last task's end
 ) -> bool:
-    "Return whether a reservation lives, and its holder uses at most as much there as before it had it"
+    "Return whether a reservation lives, and its holder uses no more of the device than before the grant"
     mine, there = [c for c in claims if c.lease == lease], list(uses)
 
     def is_free(claim: Claim) -> bool:
@@ -53,8 +53,8 @@ def is_unused(
     return bool(mine) and all(map(is_free, mine))
 
 # %% ../../nbs/hosts/handing.ipynb #23f68b20
-KEEP, LOOK_EVERY = 0.2, 0.02   # seconds that a reservation is kept at most; between two looks at the queue meanwhile
-LONGEST = 2.0                  # seconds for which one goes from task to task
+KEEP, LOOK_EVERY = 0.2, 0.02   # seconds that a reservation is kept at most; between two readings of the queue
+LONGEST = 2.0                  # seconds for which one is handed on, in all
 
 class _Kept(NamedTuple):
     need: Need

@@ -92,8 +92,8 @@ def explain_end(
         sentence = next(sentence for pattern, sentence in _BY_SSH if re.search(pattern, errors))
         return sentence.format(host=host, said=said)
     if code == 127:
-        return (f"the command is missing there ({said}). Install cjm-fasthtml-resources, or give its path: "
-                "--host-command /path/to/cjm-resources")
+        return (f"the command is missing there ({said}). Install cjm-fasthtml-resources there, or give the path of the "
+                "command: --host-command /path/to/cjm-resources")
     if code < 0: return f"ssh was ended by signal {-code}"
     return f"cjm-resources there ended with exit code {code}: {said}" if code else None
 

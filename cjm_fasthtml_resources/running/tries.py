@@ -144,7 +144,7 @@ def next_memory(manager: Any, wanted: Wanted, tried: Tried) -> float:   # MiB
 
 # %% ../../nbs/running/tries.ipynb #5c1e43c3
 _RESERVE = re.compile(r"wait with reserve\((\d+)\) until enough is free|run it within reserve\(\)"
-                      r"|reserve more than the [\d.]+ \w+ that it has reserved")
+                      r"|reserve more than the [\d.]+ \w+ that the process has reserved")
 
 def for_command_line(
     text: str,

@@ -253,7 +253,7 @@ _PAUSE_HELP = "Pause updates"
 # %% ../../nbs/ui/panel.ipynb #a8721c04
 class ResourcePanel(StaysHere, SeenBox):
     "GPUs, memory, workers and processes, live. `close()` ends it; so does running its cell again"
-    instead = "Make one there, with a manager of that process."
+    instead = "Create one in that process, with a manager of its own."
 
     def __init__(
         self,

@@ -139,7 +139,7 @@ def describe(chart: Chart) -> str:
     since, until = (clock(n*chart.span.width, chart.zone) for n in (chart.first, chart.end))
     used = _between([column.used/2**30 for column in chart.columns], "{:.1f}")
     loads = [column.load for column in chart.columns if column.load is not None]
-    said = [f"Memory of {chart.label} from {since} to {until}: {used} of {chart.total/2**30:.1f} GiB in use."]
+    said = [f"{chart.label} from {since} to {until}: {used} of {chart.total/2**30:.1f} GiB in use."]
     if loads: said.append(f"Load {_between(loads, '{}')} %.")
     if chart.marks: said.append(f"Events: {len(chart.marks)}.")
     return " ".join(said)
