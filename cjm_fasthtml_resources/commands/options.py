@@ -66,7 +66,7 @@ def parse_share(text: str) -> float:   # up to 1
 
 # %% ../../nbs/commands/options.ipynb #67aa2940
 def check_nan(context: click.Context, option: click.Parameter, value: float) -> float:
-    "Refuse what click's ranges let through"
+    "Refuse nan, which click's ranges let through"
     if value == value: return value
     raise click.BadParameter("nan is not a number")
 
@@ -130,8 +130,8 @@ def grace_option(function: _Function) -> _Function:
 def duration_option(function: _Function) -> _Function:
     "Add `--for`: the seconds that a command takes at most, as `duration`; `None` without it"
     return click.option("--for", "duration", callback=converted(parse_positive), metavar="TIME",
-                        help="COMMAND takes at most so long, such as 10m: then its reservation ends. It can start "
-                             "before a larger request that surely starts later. Default: not known.")(function)
+                        help="Longest time that COMMAND takes, such as 10m. Its reservation ends then, even if COMMAND "
+                             "still runs. COMMAND can start ahead of a larger request that cannot start before that.")(function)
 
 def ask_idle_option(function: _Function) -> _Function:
     "Add `--ask-idle`, a flag: whether idle holders of other apps are asked to unload"
@@ -157,8 +157,8 @@ def memory_or_all(
 def priority_option(function: _Function) -> _Function:
     "Add `--priority`: a place in the queue"
     return click.option("--priority", type=click.IntRange(-20, 19), default=0, show_default=True, metavar="N",
-                        help="Order in the queue: smaller numbers first, as with nice. One step is worth ten places in "
-                             "the queue.")(function)
+                        help="Place in the queue, as with nice: a smaller number moves the request ahead, by ten places "
+                             "for each step.")(function)
 
 def by_index_option(function: _Function) -> _Function:
     "Add `--env-by-index`, a flag: whether a GPU is named by its number"
@@ -167,7 +167,7 @@ def by_index_option(function: _Function) -> _Function:
 
 # %% ../../nbs/commands/options.ipynb #d5d763f3
 def complete_machines(context: click.Context, option: click.Parameter, begun: str) -> list[Any]:
-    "Return the simulated machines whose names begin so, and files"
+    "Return the simulated machines whose names begin so; without any, let the shell complete file names"
     from click.shell_completion import CompletionItem
 
     from cjm_fasthtml_resources.simulated.presets import PRESETS
@@ -176,6 +176,6 @@ def complete_machines(context: click.Context, option: click.Parameter, begun: st
     return found or [CompletionItem(begun, type="file")]
 
 def complete_files(context: click.Context, argument: click.Parameter, begun: str) -> list[Any]:
-    "Leave it to the shell"
+    "Let the shell complete file names"
     from click.shell_completion import CompletionItem
     return [CompletionItem(begun, type="file")]

@@ -135,7 +135,7 @@ class DeviceUse:
     in_doubt: bool = False                   # an unknown name can be that of a device that shares its memory
     # bytes that a process can be using beyond its figure in `processes`, where two figures for it can overlap
     slack: Mapping[ProcessId, int] = field(default_factory=dict, compare=False, repr=False)
-    has_partners: bool = field(init=False, repr=False, compare=False)   # the same for the name of a MIG instance
+    has_partners: bool = field(init=False, repr=False, compare=False)   # `has_partners` of the name, for a MIG instance
     key: str = field(init=False, repr=False, compare=False)      # the device's name in a claim
     address: str = field(init=False, repr=False, compare=False)  # its name for a program whose driver omits the UUID
 
@@ -152,7 +152,7 @@ class DeviceUse:
 
     def is_called(self, key: str | None) -> bool:
         """Return whether a claim's `device` can be this one, or shares its memory:
-        by UUID or address; in doubt, also by any lost name"""
+        by UUID or address; in doubt, also by any name that no device has now"""
         if key is None or key in (self.key, self.address) or key in self.sharing: return key is not None
         if key in self.others or is_ram(key): return False
         return self.in_doubt or self.has_partners and _is_instance(key)

@@ -52,19 +52,24 @@ def cut(
 ) -> str:
     "Return a text that takes at most so many cells; a … stands for what is cut off"
     if cell_len(text) <= width: return text
+    return f"{_begin(text, width - 1)}…" if width > 0 else ""
+
+def _begin(text: str, width: int) -> str:
+    "Return the beginning of a text that takes at most so many cells"
     kept = text[:max(width, 0)]
-    while kept and cell_len(kept) > width - 1: kept = kept[:-1]
-    return f"{kept}…" if width > 0 else ""
+    while cell_len(kept) > width: kept = kept[:-1]
+    return kept
 
 # %% ../../nbs/ui/lines.ipynb #88795643
 def cut_line(line: Line, width: int) -> Line:
-    "Return a line that takes at most so many cells"
-    if sum(cell_len(piece.text) for piece in line) <= width: return line
-    kept = list[Piece]()
+    "Return a line that takes at most so many cells; a … stands for what is cut off"
+    if cell_len(plain(line)) <= width: return line
+    kept, left = list[Piece](), width - 1   # cells, besides those of the …
     for piece in line:
-        left = width - sum(cell_len(p.text) for p in kept)
-        if cell_len(piece.text) > left or piece is line[-1]: return (*kept, Piece(cut(piece.text, left), piece.style))
+        part = _begin(piece.text, left)
+        if part != piece.text: return (*kept, Piece(f"{part}…", piece.style)) if width > 0 else ()
         kept.append(piece)
+        left -= cell_len(part)
     return tuple(kept)
 
 # %% ../../nbs/ui/lines.ipynb #cd1a7191
