@@ -48,8 +48,8 @@ NOISE = 1.6  # how much worse a ratio can come out on a busy machine
 ABOUT = (
     f"{GPUS} simulated GPUs with {EACH} live processes each. The caller hands the reading to a thread of its own, so "
     "that a driver that hangs blocks no caller; on two cores that wakes the other one. With few GPUs this fixed cost "
-    "dominates, because simulated calls take microseconds; benchmarks/peers.md has each size. A real driver's calls take "
-    "longer ([0.36 ms for the power on a Tesla K40m](https://github.com/wookayin/gpustat/issues/76)); there "
+    "dominates, because simulated calls take microseconds; benchmarks/peers.md has each size. A real driver's calls "
+    "take longer ([0.36 ms for the power on a Tesla K40m](https://github.com/wookayin/gpustat/issues/76)); there "
     "the number of calls counts, and a check asks once for each list of processes, pynvml twice.")
 SHOWN_IN = ("the pages that show them: "
             "python tools/notebooks.py --update tutorials/costs cluster && nbdev_clean")

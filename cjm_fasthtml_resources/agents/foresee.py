@@ -109,4 +109,5 @@ def foresee(
         why = capped or _wait_reason(manager, mine, asked.ram, conflict, ahead)
         return Foreseen((), False, f"The request would wait. {why}", ahead, conflict)
     found = tuple(d for d in devices if device_key(d) in given)
-    return Foreseen(found, True, f"The request would be granted at once: {_what(asked, mine.memory, found)}.", ahead, conflict)
+    what = _what(asked, mine.memory, found)
+    return Foreseen(found, True, f"The request would be granted at once: {what}.", ahead, conflict)

@@ -218,8 +218,8 @@ def _save(history: RecordedHistory, moment: float, scenario: Path) -> None:
 @click.option("--instead-of", "usual", type=click.FloatRange(0, 100), callback=check_nan, metavar="PERCENT",
               help="The threshold to compare --what-if-threshold with. Default: 45.")
 @click.option("--what-if-max-share", "share", callback=converted(parse_share), metavar="SHARE",
-              help="Show how long requests would have waited if each user could reserve at most this share of each GPU, "
-                   "such as 50%.")
+              help="Show how long requests would have waited if each user could reserve at most this share of each "
+                   "GPU, such as 50%.")
 @click.option("--per", type=click.Choice(["user", "app"]), help="Whether --what-if-max-share limits each user "
                                                                 "or each app. Default: user.")
 @click.option("--what-if-priority", "priorities", callback=_read_priorities, multiple=True, metavar="APP=N",

@@ -131,7 +131,8 @@ def duration_option(function: _Function) -> _Function:
     "Add `--for`: the seconds that a command takes at most, as `duration`; `None` without it"
     return click.option("--for", "duration", callback=converted(parse_positive), metavar="TIME",
                         help="Longest time that COMMAND takes, such as 10m. Its reservation ends then, even if COMMAND "
-                             "still runs. COMMAND can start ahead of a larger request that cannot start before that.")(function)
+                             "still runs. COMMAND can start ahead of a larger request that cannot start before "
+                             "that.")(function)
 
 def ask_idle_option(function: _Function) -> _Function:
     "Add `--ask-idle`, a flag: whether idle holders of other apps are asked to unload"
@@ -157,8 +158,8 @@ def memory_or_all(
 def priority_option(function: _Function) -> _Function:
     "Add `--priority`: a place in the queue"
     return click.option("--priority", type=click.IntRange(-20, 19), default=0, show_default=True, metavar="N",
-                        help="Place in the queue, as with nice: a smaller number moves the request ahead, by ten places "
-                             "for each step.")(function)
+                        help="Place in the queue, as with nice: a smaller number moves the request ahead, by ten "
+                             "places for each step.")(function)
 
 def by_index_option(function: _Function) -> _Function:
     "Add `--env-by-index`, a flag: whether a GPU is named by its number"

@@ -101,8 +101,9 @@ def check_cap(
     if is_whole and cap.share < 1: raise ValueError(f"A whole GPU is more than {whose}: {cap.share:.0%} of a GPU.")
     if most and memory > most[-1]:
         left = format_bytes(max(most[-1], 0))
-        raise ValueError(f"{format_bytes(memory)} of GPU memory is more than {whose}: {left}, "
-                         f"which is {cap.share:.0%} of a GPU{' that uses RAM, less the RAM that is asked for' if ram else ''}.")
+        less = " that uses RAM, less the RAM that is asked for" if ram else ""
+        raise ValueError(f"{format_bytes(memory)} of GPU memory is more than {whose}: {left}, which "
+                         f"is {cap.share:.0%} of a GPU{less}.")
 
 def check_ram_cap(
     cap: Cap,

@@ -74,8 +74,8 @@ def explain_estimate(
     "Return an estimate as a sentence, with the parts that it leaves out"
     tensors = "1 tensor" if need.tensors == 1 else f"{need.tensors:,} tensors"
     sentence = (f"An estimate: {format_bytes(need.weights)} of weights ({tensors}, {list_names([*need.dtypes])}) and "
-                f"{format_bytes(need.overhead)} of overhead (CUDA's context, activations). The cache of a long context comes "
-                "in addition. The exact need is learned from the first run.")
+                f"{format_bytes(need.overhead)} of overhead (CUDA's context, activations). The cache of a long context "
+                "comes in addition. The exact need is learned from the first run.")
     if need.base_model is not None:
         base = f"its base model, {need.base_model}," if need.base_model else "its base model"
         sentence += f" These are the weights of an adapter: {base} is left out."

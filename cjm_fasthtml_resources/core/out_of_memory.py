@@ -427,7 +427,8 @@ def _say_others(found: OutOfMemory, own: int, there: DeviceStatus, names: str) -
     ours = not (there.unattributed_memory or there.ram_memory) and all(p.owner == "app" for p in there.processes)
     fits = "" if found.wanted is None else ", and would fit without the others"
     had = format_bytes(own) if own else "nothing there yet"
-    return f"{'Other processes of this app' if ours else 'Others'} use the rest: {names}. The failed process had {had}{fits}."
+    who = "Other processes of this app" if ours else "Others"
+    return f"{who} use the rest: {names}. The failed process had {had}{fits}."
 
 # %% ../../nbs/core/out_of_memory.ipynb #db263393
 def say_cause(

@@ -454,7 +454,7 @@ def _is_cut(text: str) -> bool:
     return not _is_in_notebook() and shutil.get_terminal_size().columns < 60 + len(text)
 
 class _Lines:
-    "The lines in which a waiting request reports the reason: one at first, and another when other programs use the memory"
+    "The lines in which a waiting request reports the reason: one at first, another when the users of the memory change"
     def __init__(self) -> None: self.words, self.at = "", -math.inf
 
     def say(self, line: str, bars: Sequence[Any]) -> None:
