@@ -87,6 +87,7 @@ def finish(page: Path, published: str) -> None:
     text = re.sub(r'(<a [^>]*>\s*)?<img [^>]*?src="(?!data:)([^"]+)"[^>]*>', link_picture, text)
     text = re.sub(r'(<div class="cell-output cell-output-stdout">\s*)<pre>(.*?)</pre>', mark_sentences, text,
                   flags=re.S)
+    text = re.sub(r"(?<=\s)–(?=[a-z])", "--", text)   # an option, where smalldocs takes its hyphens for a dash
     page.write_text(text, encoding="utf-8")
 
 
@@ -100,7 +101,8 @@ class Page(HTMLParser):
         super().__init__()
         self.links: list[str] = []
         self.anchors: set[str] = {""}
-        self.raw: list[str] = []  # Markdown that nbdev made of a symbol in a comment, where nothing renders it
+        # Markdown that nothing renders: what nbdev made of a symbol in a comment, and a link around a symbol's
+        self.raw: list[str] = []
         self.fetched: list[str] = []
         self.inside = ""          # the tag whose text is read
         self.feed(path.read_text(encoding="utf-8"))
@@ -117,7 +119,7 @@ class Page(HTMLParser):
 
     def handle_data(self, data) -> None:
         if self.inside in ("script", "style"): self.fetched += FETCHES.findall(data)
-        self.raw += re.findall(r"\[[^\]]*\]\(http[^)]*\)", data)
+        self.raw += re.findall(r"\[[^\]]*\]\(http[^)]*\)|\]\([^)\s]*\.ipynb[^)]*\)", data)
 
 
 def dead_links(path: Path, pages: dict[Path, Page]) -> list[str]:
