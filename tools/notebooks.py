@@ -9,6 +9,7 @@ import copy
 import os
 import re
 import sys
+import tempfile
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
@@ -44,7 +45,14 @@ def skipped(source: str) -> bool:
 
 
 def run(path: Path, update: bool) -> tuple[Path, int, list[str]]:
-    "Run one notebook in a process of its own: how many cells passed, and a text for each that did not"
+    "Run one notebook in a process of its own, with a queue of its own: what `run_cells` returns"
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ["CJM_RESOURCES_DIR"] = folder   # reservations of other programs would change what is printed
+        return run_cells(path, update)
+
+
+def run_cells(path: Path, update: bool) -> tuple[Path, int, list[str]]:
+    "How many cells of a notebook passed, and a text for each that did not"
     os.chdir(path.parent)
     os.environ["IN_TEST"] = "1"
     programs = Path(sys.executable).parent  # for cells that run the command

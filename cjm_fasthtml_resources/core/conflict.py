@@ -56,7 +56,8 @@ class ResourceConflict:
     def message(self) -> str:
         "Return the result as a sentence: whether a job could start, and otherwise which processes use the memory"
         if self.memory is not None: return explain_memory(self.status, self.memory, self.reason)
-        named = len(self.devices) == 1 and self.snapshot is not None and len(self.snapshot.devices) > 1
+        gpus = {device.index for device in self.snapshot.devices} if self.snapshot else set[int]()
+        named = len(self.devices) == 1 and len(gpus) > 1   # of several, this one was asked for
         return explain_gpus(self.status, self.devices, self.reason, self.threshold_percent, named)
 
     def _repr_html_(self) -> str | None: return repr_html(self)

@@ -181,13 +181,22 @@ def _is_poisoned(path: Path) -> bool: return bool(_poisoned) and not _poisoned.i
 
 # %% ../../nbs/core/database.ipynb #28d2ffd9
 def _copy(path: Path, target: Path) -> None:
-    "Copy a database, with the journal of an incomplete change; copied to its own place, it gets another inode"
+    "Copy a database, with the journal of an incomplete change; again if the change ends while it is copied"
     import shutil
-    new = as_path(f"{target}.new")
-    new.unlink(missing_ok=True)
-    shutil.copy2(path, new)
-    if target != path and as_path(f"{path}-journal").exists(): shutil.copy2(f"{path}-journal", f"{target}-journal")
-    os.rename(new, target)
+    while True:
+        for suffix in ("-journal", ""): as_path(f"{target}{suffix}").unlink(missing_ok=True)   # of an earlier attempt
+        is_incomplete = as_path(f"{path}-journal").exists()
+        shutil.copy2(path, target)
+        try: shutil.copy2(f"{path}-journal", f"{target}-journal")
+        except FileNotFoundError:
+            if is_incomplete: continue
+        return
+
+def _put_in_place(db: "sqlite3.Connection", copied: Path, path: Path) -> None:
+    "Let a changed copy take the place of a database, in the gate; a journal there belongs to the file before"
+    db.close()
+    as_path(f"{path}-journal").unlink(missing_ok=True)
+    os.rename(copied, path)
 
 # %% ../../nbs/core/database.ipynb #d7528204
 def _is_locked(path: Path) -> bool:
@@ -222,23 +231,25 @@ def changed_database(
     header: Header,
 ) -> Iterator["sqlite3.Connection"]:
     "Open the database and change it in the block, atomically"
-    db = None
+    db, place = None, path
     with no_fork():
         wait_for_lock(path)
         try:
             try:
-                if _is_poisoned(path): _copy(path, path)
-                db = _open_in_gate(path, file, header)
+                if _is_poisoned(path): _copy(path, place := as_path(f"{path}.copy"))
+                db = _open_in_gate(place, file, header)
                 _insist(db, "BEGIN IMMEDIATE")
                 write_number(file, "counter", header.counter | 1)
                 yield db
                 _insist(db, "COMMIT")
+                if place != path: _put_in_place(db, place, path)
             finally:
                 if db is not None: db.close()   # which rolls back an open transaction
                 _end_change(file)
         finally:
             if db is not None: db.close()       # if an interruption came just before the first
             _end_change(file)
+            if place != path: place.unlink(missing_ok=True)   # if it was not put in place
 
 def _end_change(file: FileIO) -> None:
     if (counter := read_header(file).counter)%2: write_number(file, "counter", counter + 1)
