@@ -56,7 +56,8 @@ class ResourceConflict:
     def message(self) -> str:
         "Return the result as a sentence: whether a job could start, and otherwise which processes use the memory"
         if self.memory is not None: return explain_memory(self.status, self.memory, self.reason)
-        gpus = {device.index for device in self.snapshot.devices} if self.snapshot else set[int]()
+        # a MIG instance such as 0:7 is of GPU 0
+        gpus = {str(device.id).partition(":")[0] for device in self.snapshot.devices} if self.snapshot else set[str]()
         named = len(self.devices) == 1 and len(gpus) > 1   # of several, this one was asked for
         return explain_gpus(self.status, self.devices, self.reason, self.threshold_percent, named)
 
