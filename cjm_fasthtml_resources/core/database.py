@@ -192,6 +192,7 @@ def _copy(path: Path, target: Path) -> None:
             if is_incomplete: continue
         return
 
+# %% ../../nbs/core/database.ipynb #5b1e7a01
 def _put_in_place(db: "sqlite3.Connection", copied: Path, path: Path) -> None:
     "Let a changed copy take the place of a database, in the gate; a journal there belongs to the file before"
     db.close()
@@ -251,6 +252,7 @@ def changed_database(
             _end_change(file)
             if place != path: place.unlink(missing_ok=True)   # if it was not put in place
 
+# %% ../../nbs/core/database.ipynb #5b1e7a03
 def _end_change(file: FileIO) -> None:
     if (counter := read_header(file).counter)%2: write_number(file, "counter", counter + 1)
 

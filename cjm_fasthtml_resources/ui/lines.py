@@ -54,6 +54,7 @@ def cut(
     if cell_len(text) <= width: return text
     return f"{_begin(text, width - 1)}…" if width > 0 else ""
 
+# %% ../../nbs/ui/lines.ipynb #5b1e7a02
 def _begin(text: str, width: int) -> str:
     "Return the beginning of a text that takes at most so many cells"
     kept = text[:max(width, 0)]
