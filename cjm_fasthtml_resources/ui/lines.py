@@ -58,7 +58,7 @@ def cut(
 def _begin(text: str, width: int) -> str:
     "Return the beginning of a text that takes at most so many cells"
     kept = text[:max(width, 0)]
-    while cell_len(kept) > width: kept = kept[:-1]
+    while kept and cell_len(kept) > width: kept = kept[:-1]
     return kept
 
 # %% ../../nbs/ui/lines.ipynb #88795643
