@@ -110,12 +110,13 @@ def _behind(rows: Sequence[QueueRow], id: int) -> Told:
     "Return why a request of the queue waits"
     row = next((row for row in rows if row.id == id), None)
     if row is None: raise LookupError(f"No request or reservation has the ID {id}.")
-    if row.state == "held": return Told(f"{id} is not blocked: it is a reservation already.", dict(blocked=False))
+    if row.state == "held": return Told(f"{id} does not wait: it has its reservation already.", dict(blocked=False))
     return Told(f"{id} waits: {row.why}", dict(blocked=True, behind=row.behind))
 
 def tell_blocked(manager: ResourceManager, id: int | None = None, **need: Any) -> Told:
     "Return why a request in the queue waits, or why a job that needs so much is blocked"
     if id is not None: return _behind(read_queue(manager, manager.ledger), id)
     seen = foresee(manager, need.pop("gpu_memory_mb", None), **need)
-    if seen.granted: return Told(f"It is not blocked. {seen.why}", dict(_foreseen_figures(seen), blocked=False))
+    if seen.granted:
+        return Told(f"The request would not wait. {seen.why}", dict(_foreseen_figures(seen), blocked=False))
     return Told(seen.why, dict(_foreseen_figures(seen), blocked=True))

@@ -71,7 +71,7 @@ Examples:
 @click.option("--process-metrics", is_flag=True, help="Serve metrics with the memory of each process, too. Each "
                                                       "process leaves series behind in Prometheus.")
 @click.option("--streams", type=click.IntRange(1), default=200, show_default=True, metavar="N",
-              help="Maximum number of open pages.")
+              help="Maximum number of browser pages that are open at once.")
 @click.pass_obj
 def command(machine: Machine, host: str, port: int, token: str | None, apps: list[int | str], interval: float,
             threshold: float, metrics: bool, process_metrics: bool, streams: int) -> None:

@@ -74,7 +74,7 @@ def explain_waiting(
         return explain_shortage(suitable, claim.memory, claim.count)
     if ahead is not None:
         return f"Enough memory is free, but it is kept for request {ahead}, which is ahead in the queue."
-    if ram: return f"Enough GPU memory is free. It waits for {format_bytes(ram)} of RAM, too."
+    if ram: return f"Enough GPU memory is free. It still waits for {format_bytes(ram)} of RAM."
     return "Enough memory is free: it is granted at the next reading of the GPUs."
 
 # %% ../../nbs/core/queue.ipynb #37b2079e
