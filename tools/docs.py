@@ -79,6 +79,11 @@ def link_picture(match: re.Match) -> str:
     return match[0] if match[1] else f'<a class="picture" href="{match[2]}">{match[0]}</a>'
 
 
+def unlink_word(match: re.Match) -> str:
+    "Leave out nbdev's link of a plain word to another page: `reserve` is also the name of a method, and of others'"
+    return match[0] if match[1].startswith("#") else f"<code>{match[2]}</code>"
+
+
 def finish(page: Path, published: str) -> None:
     "Adapt a page: links to symbols lead to the page in this folder, pictures open large, the search is this site's own"
     text = page.read_text(encoding="utf-8")
@@ -87,6 +92,7 @@ def finish(page: Path, published: str) -> None:
     text = re.sub(r'(<a [^>]*>\s*)?<img [^>]*?src="(?!data:)([^"]+)"[^>]*>', link_picture, text)
     text = re.sub(r'(<div class="cell-output cell-output-stdout">\s*)<pre>(.*?)</pre>', mark_sentences, text,
                   flags=re.S)
+    text = re.sub(r'<a href="([^"]*#([a-z]+))"><code>\2</code></a>', unlink_word, text)
     text = re.sub(r"(?<=\s)–(?=[a-z])", "--", text)   # an option, where smalldocs takes its hyphens for a dash
     page.write_text(text, encoding="utf-8")
 
