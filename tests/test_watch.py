@@ -19,8 +19,9 @@ import pytest
 PROGRAM = str(Path(sys.executable).with_name("cjm-resources"))
 SHARED = ("--simulate", "shared", "--watch", "--interval", "0.2")
 CLOCK = re.compile(r"\d\d:\d\d:\d\d$")
-COLOUR = rb"\x1b\[[0-9;]*m"
-DRAWN = re.compile(rb"\x1b\[2J|\x1b\[(\d+);1H((?:[^\x1b]|" + COLOUR + rb")*)\x1b\[K")   # a cleared window, a line
+COLOUR = rb"\x1b\[[0-9;]+m"
+# a cleared window; a line, cleared before and ended by a reset
+DRAWN = re.compile(rb"\x1b\[2J|\x1b\[(\d+);1H\x1b\[K((?:[^\x1b]|" + COLOUR + rb")*)\x1b\[m")
 
 
 class Terminal:

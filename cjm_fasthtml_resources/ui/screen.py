@@ -191,7 +191,7 @@ def draw(
     "Return the text to write to a terminal"
     parts = [] if before else ["\x1b[2J"]
     for number, line in enumerate(lines, 1):
-        if not before or line != before[number - 1]: parts.append(f"\x1b[{number};1H\x1b[K{line}")
+        if not before or line != before[number - 1]: parts.append(f"\x1b[{number};1H\x1b[K{line}\x1b[m")
     return "".join(parts)
 
 # %% ../../nbs/ui/screen.ipynb #f8f8ef94
