@@ -76,7 +76,7 @@ def test_a_page_shows_the_figures_as_they_were_saved(page, table):
     saved = (ROOT/"benchmarks"/f"{table}.md").read_text(encoding="utf-8").strip()
     cells = json.loads((ROOT/f"nbs/tutorials/{page}.ipynb").read_text(encoding="utf-8"))["cells"]
     shown = [output["data"].get("text/markdown", "") for cell in cells for output in cell.get("outputs", [])]
-    assert saved in ["".join(text).strip() for text in shown]
+    assert saved in ["".join(text).strip().replace("**missed:** ", "") for text in shown]   # besides the marks
 
 
 def test_the_readme_is_short():

@@ -427,7 +427,8 @@ def test_the_commands_reserve_ram():
     assert command("wait").exit_code == 2 and "--ram" in command("wait").output
     assert command("wait", "--ram", "1GiB", "--priority", "20").exit_code == 2
     found = command("wait", "--gpu-memory", "all", "--timeout", "0")
-    assert found.exit_code == 75 and "The job needs a whole GPU" in found.output   # others use both of the pair
+    # others use both of the pair
+    assert found.exit_code == 75 and "The job needs a GPU for itself alone" in found.output
 
 
 
@@ -445,7 +446,7 @@ def test_a_benchmark_gets_an_empty_gpu_for_itself(manager):
             with pytest.raises(ResourceBusy): manager.reserve(1, timeout=0)
         with manager.reserve(1, 0, timeout=0), manager.reserve("all", timeout=0) as alone: assert alone.index == 1
         with (manager.reserve(1, 0, timeout=0), manager.reserve(1, 1, timeout=0),
-              pytest.raises(ResourceBusy, match="The job needs a whole GPU.*a reservation of PID")):
+              pytest.raises(ResourceBusy, match="The job needs a GPU for itself alone.*a reservation of PID")):
             manager.job("benchmark", "all", timeout=0).__enter__()
         with manager.job("benchmark", needs=dict(gpu_memory_mb="all", devices=2), timeout=0) as job:
             assert len(job.devices) == 2
