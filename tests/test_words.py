@@ -76,7 +76,8 @@ def test_the_rules_find_what_they_are_for():
 
 
 def test_the_sentences_of_a_check_end_with_a_full_stop():
-    assert {key for key, text in SENTENCES.items() if not text.endswith(".")} == {"gpu free", "gpu free, in use"}
+    assert {key for key, text in SENTENCES.items() if not text.endswith(".")} == {
+        "gpu free", "gpu free, in use", "gpu free, in use or reserved"}
     for preset in PRESETS:
         with load_scenario(preset):
             manager = ResourceManager(track_self=False)

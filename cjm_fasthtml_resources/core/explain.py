@@ -23,10 +23,12 @@ from .text import format_bytes, list_names, printable
 SENTENCES = {
     "gpu available": "A GPU job can start now{about}: {free}.",
     "gpu app_busy": "A new job would share a GPU with this app{about}. Most free: {most}. In use by this app: {users}.",
-    "gpu external_busy": "{which} available{about}: other programs use {share} of {where}. Largest: {users}.",
+    "gpu external_busy": "No GPU is available{about}: other programs use {share} of {where}. Largest: {users}.",
+    "gpu external_busy, named": "GPU {id} is not available{about}: other programs use {share} of it. Largest: {users}.",
     "gpu unavailable": "No GPU can be used: {reason}.",
     "gpu free": "GPU {id} ({name}) has {free} free",
-    "gpu free, in use": "GPU {id} has {free} free. {taken} there: {users}",
+    "gpu free, in use": "GPU {id} has {free} free. In use there: {users}",
+    "gpu free, in use or reserved": "GPU {id} has {free} free. In use or reserved there: {users}",
     "gpu lacks": "The job needs {need}. {free}.",
     "gpus lack": "The job needs {need} on each of {count} GPUs. Enough is free on {enough} of the {all} GPUs. {free}.",
     "gpu others": "Other programs use {shares}{users}.",
@@ -192,11 +194,11 @@ def explain_gpus(
             most = f"{format_bytes(best.room)} on GPU {best.device.id} ({best.device.name or 'no name'})"
             return say(key, about=about, most=most, users=name_causes(users_in_app(concerned)))
         case ResourceStatus.EXTERNAL_BUSY:
-            where = f"GPU {concerned[0].device.id}" if len(concerned) == 1 else "each"
-            which, where = (f"{where} is not", "it") if named else ("No GPU is", where)
+            id, users = concerned[0].device.id, name_causes(users_outside(concerned))
+            where = f"GPU {id}" if len(concerned) == 1 else "each"
             share = "a large part" if threshold is None else f"{threshold:g} % or more"
-            users = name_causes(users_outside(concerned))
-            return say(key, which=which, about=about, share=share, where=where, users=users)
+            key = f"{key}, named" if named else key
+            return say(key, id=id, about=about, share=share, where=where, users=users)
 
 # %% ../../nbs/core/explain.ipynb #54e453bb
 def compare_sizes(
@@ -228,9 +230,10 @@ def explain_free(
     reserved = reservation_causes([best])
     names = name_causes([*process_causes([best], placed=False), *reserved,
                          *unseen_causes(best, placed=False, known=unknown)])
-    free, taken = compare_sizes(need, best.room)[1], "In use or reserved" if reserved else "In use"
+    free = compare_sizes(need, best.room)[1]
     if not names: return f"GPU {best.device.id} has {free} free"
-    return say("gpu free, in use", id=best.device.id, free=free, taken=taken, users=names)
+    key = "gpu free, in use or reserved" if reserved else "gpu free, in use"
+    return say(key, id=best.device.id, free=free, users=names)
 
 # %% ../../nbs/core/explain.ipynb #9aca2e8f
 def explain_shortage(
