@@ -127,7 +127,7 @@ def test_the_sentences_for_gpu_memory():
     )
     reserved = said(B, l4(0, B, promises=promises))
     assert "2.0 GiB on GPU 0 (L4)" in reserved
-    assert reserved.endswith(": a reservation of PID 7 (1.0 GiB on GPU 0 not used yet).")
+    assert reserved.endswith(": a reservation of PID 7 (1.0 GiB on GPU 0, not used yet).")
 
     others = "No GPU is available: other programs use a large part of GPU 0. Largest: "
     bobs, unseen = "train.py (PID 9, user bob, 2.0 GiB on GPU 0)", "processes that are not visible from here"
@@ -135,7 +135,7 @@ def test_the_sentences_for_gpu_memory():
         f"{others}{bobs}, a process without a name (PID 8, on GPU 0)."
     assert said(E, l4(0, E, bob, unattributed_memory=2*GIB, promises=promises)) == \
         f"{others}{bobs}, {unseen} (2.0 GiB on GPU 0), " \
-        "a reservation of PID 6 (app night-run, 1.0 GiB on GPU 0 not used yet)."
+        "a reservation of PID 6 (app night-run, 1.0 GiB on GPU 0, not used yet)."
     larger = said(E, l4(0, E, bob, unattributed_memory=int(2.1*GIB)))
     assert larger == f"{others}{unseen} (2.1 GiB on GPU 0), {bobs}."
     assert " of each. Largest: " in said(E, l4(0, E, bob), l4(1, E, bob))
@@ -173,7 +173,7 @@ def test_the_sentences_for_too_little_gpu_memory():
     shared = l4(1, B, one, two, unattributed_memory=GIB, promises=(Promise(7, "app", 2*GIB, GIB),))
     assert explain_shortage([full, shared], 6*GIB) == \
         "The job needs 6.0 GiB. GPU 1 has 3.0 GiB free. In use or reserved there: w2 (PID 2, 2.0 GiB), " \
-        "w1 (PID 1, 1.0 GiB), a reservation of PID 7 (1.0 GiB on GPU 1 not used yet) and 1 more (1.0 GiB)."
+        "w1 (PID 1, 1.0 GiB), a reservation of PID 7 (1.0 GiB on GPU 1, not used yet) and 1 more (1.0 GiB)."
     assert explain_shortage([l4(0, A)], 6*GIB) == "The job needs 6.0 GiB. GPU 0 has 4.0 GiB free."
     assert explain_shortage([], 1) == ""
 

@@ -300,7 +300,7 @@ def test_an_error_of_another_process_is_read_and_is_not_this_processs():
     printed = "".join(traceback.format_exception(caught.value))
     assert find_out_of_memory(RuntimeError(f"a task failed:\n{printed}")).wanted == 4*GIB
     with SimulatedDriver([SimulatedGpu(), SimulatedGpu(processes=[SimulatedProcess(4200301, 24000)])]):
-        assert "Others use the rest" in explain_out_of_memory(RuntimeError(GGML))
+        assert "Other processes use the rest" in explain_out_of_memory(RuntimeError(GGML))
         assert "Seen there now" in explain_out_of_memory(RuntimeError(f"RemoteTraceback:\n{GGML}"))
 
 
@@ -427,14 +427,14 @@ FULL = a_device(0, TRAIN, JOB)
 
 def test_others_are_named_as_the_cause_only_where_they_are():
     blamed = explain_found(LACK, scene_of(FULL))
-    assert "Others use the rest: train.py (PID 4200301, user ada, 30.0 GiB)" in blamed
-    assert "The failed process had 14.0 GiB, and would fit without the others" in blamed
+    assert "Other processes use the rest: train.py (PID 4200301, user ada, 30.0 GiB)" in blamed
+    assert "The failed process had 14.0 GiB. Without the others, it would fit" in blamed
     alone = explain_found(LACK, scene_of(a_device(0, a_process(4200110, 43, "app"), a_process(4200301, 1))))
     assert "other programs are not the cause" in alone and "had 43.0 GiB of 48.0 GiB" in alone
     nearly = a_device(0, a_process(4200110, 44, "app"), a_process(4200301, 3.9))
     assert "which is nearly all" in explain_found(replace(LACK, wanted=GIB), scene_of(nearly))
     limited = explain_found(find_out_of_memory(LIMITED), scene_of(FULL))
-    assert "Its own limit" in limited and "train.py" not in limited
+    assert "its own limit" in limited and "train.py" not in limited
     whose = explain_found(LACK, scene_of(FULL, pid=None))   # a text does not tell which process printed it
     assert "Others" not in whose and "train.py" in whose
     unsure = explain_found(LACK, scene_of(replace(FULL, estimated=True), pid=4200999))
@@ -451,7 +451,7 @@ def test_what_the_process_had_is_taken_from_the_text_first():
 def test_what_was_free_at_that_moment_counts_more_than_what_is_free_now():
     enough = replace(LACK, free=20*GIB)
     assert find_cause(enough, scene_of(FULL), FULL) == "limit"
-    assert "a limit of its own" in explain_found(enough, scene_of(FULL))
+    assert "the process's own limit" in explain_found(enough, scene_of(FULL))
     assert find_cause(replace(LACK, free=GIB), scene_of(FULL), FULL) == "others"
 
 
@@ -506,7 +506,7 @@ def test_secrets_of_a_worker_are_not_told():
 def test_growth_is_told_for_processes_that_can_be_compared():
     early = a_device(0, a_process(4200301, 10, name="train.py"), a_process(4200110, 1, "app"))
     said = explain_found(LACK, scene_of(FULL, before=[early]))
-    assert "train.py (PID 4200301, user ada, 30.0 GiB) has grown by 20.0 GiB" in said
+    assert "train.py (PID 4200301, user ada, 30.0 GiB) uses 20.0 GiB more" in said
     assert "PID 4200110" not in said
     assert "is new" in explain_found(LACK, scene_of(FULL, before=[a_device(0)]))
     assert "is new" in explain_found(LACK, scene_of(FULL, before=[a_device(0, replace(TRAIN, name="other"))]))
@@ -619,7 +619,7 @@ def test_anything_can_be_explained(found, devices, before, pid):
     scene = scene_of(*devices, before=before, pid=pid)
     said = explain_found(found, scene)
     assert said and "None" not in said
-    if "Others use the rest" in said or "Other processes of this app" in said:
+    if "Other processes use the rest" in said or "Other processes of this app" in said:
         there = find_devices(found, scene)[0].device
         assert pid is not None and (found.wanted or 0) <= there.capacity
         assert there.memory_free < (found.wanted or GIB) or found.free is not None

@@ -245,7 +245,7 @@ def test_an_answer_after_the_request_is_over_is_said_in_words(asked):
     chat, request, _ = asked
     [question] = chat.get_questions()
     request.withdraw()
-    with pytest.raises(LookupError, match="no question for chat now. No request has one now."):
+    with pytest.raises(LookupError, match="no question for chat now. No request asks one now."):
         chat.answer(question.id, True)
 
 

@@ -141,7 +141,7 @@ def test_who_has_what_and_who_waits_behind_whom(rig):
     assert [row["pid"] for row in rig.rows("--app", "train")] == [first.pid, second.pid]
     text = rig.run("queue").stdout
     assert re.search(rf"{held['id']} +0 +16.0 GiB +11.0 GiB +held .*speech", text), text
-    assert f"waits behind {large['id']}" in text and f"{held['id']}: Of 16.0 GiB, at most 11.0 GiB" in text
+    assert f"waits behind {large['id']}" in text and f"{held['id']}: At most 11.0 GiB of 16.0 GiB" in text
 
 
 def test_who_started_to_look_before_the_first_reservation_sees_it(rig, tmp_path):
@@ -237,7 +237,7 @@ def test_a_command_goes_on_when_its_memory_is_released(rig, name):
 def test_a_reservation_that_is_not_used_within_its_grace_goes_to_the_next_and_its_holder_is_told(rig):
     idle = rig.hold("speech", 16, 2)
     waiting, _ = rig.wait("train", 20)
-    assert "Unused: it is released after 2 s" in rig.rows()[0]["why"]
+    assert "Not used: the reservation is released after 2 s" in rig.rows()[0]["why"]
     assert waiting.stdout.readline() == "has it\n" and idle.poll() is None
     assert "it was released by the queue (not used within 2 s)" in ask(idle, "keep")
     assert ask(idle, "release") == "False the queue (not used within 2 s)"
@@ -297,7 +297,7 @@ def test_a_suspended_request_says_so(rig):
 def test_shrink_and_the_receipt(rig):
     holder = rig.hold("speech", 16)
     ask(holder, "use", 11)
-    assert ask(holder, "receipt") == ("receipt Of 16.0 GiB, at most 11.0 GiB were used so far. "
+    assert ask(holder, "receipt") == ("receipt At most 11.0 GiB of 16.0 GiB were used so far. "
                                       "The holder can release 5.0 GiB with shrink().")
     waiting, _ = rig.wait("train", 12)
     assert "at least 11264" in ask(holder, "shrink", 10) and "at most 16384" in ask(holder, "shrink", 17)

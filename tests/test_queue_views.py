@@ -35,7 +35,7 @@ def test_the_page_says_why_behind_whom_and_what_was_never_used(queue):
     chat, worker = queue
     page = render_reservations(take_sample(chat), View())
     assert page.count("<td class=who>vllm llm worker, job-1") == 3           # the reservation, and both requests
-    for words in ("Reservation 1: Of 15.6 GiB, at most 10.8 GiB were used so far.",
+    for words in ("Reservation 1: At most 10.8 GiB of 15.6 GiB were used so far.",
                   "The holder can release 4.9 GiB with shrink().",
                   "Request 2: The job needs 19.5 GiB.", "kept for request 2, which is ahead in the queue"):
         assert words in page, page
@@ -44,7 +44,7 @@ def test_the_page_says_why_behind_whom_and_what_was_never_used(queue):
 def test_json_says_the_same_with_figures(queue):
     found = json.loads(json.dumps(to_json(take_sample(queue[0]))))["gpu"]
     [held] = found["devices"][0]["promises"]
-    assert held["most_used"] >= 11_000*2**20 and held["hint"].startswith("Of 15.6 GiB, at most")
+    assert held["most_used"] >= 11_000*2**20 and held["hint"].startswith("At most 10.8 GiB of 15.6 GiB")
     assert [(r["id"], r["behind"], r["is_capped"]) for r in found["waiting"]] == [(2, None, False), (3, 2, False)]
     assert all(r["why"] for r in found["waiting"])
 
@@ -53,7 +53,7 @@ def test_json_says_the_same_with_figures(queue):
 def test_the_command_says_the_same_in_every_width(queue, width):
     out = CliRunner().invoke(main, ["--app", "chat"], env={"COLUMNS": str(width)}, prog_name="cjm-resources").output
     told = " ".join(out.split())
-    assert "Reservation 1: Of 15.6 GiB, at most 10.8 GiB were used so far" in told, out
+    assert "Reservation 1: At most 10.8 GiB of 15.6 GiB were used so far" in told, out
     assert "Request 2: The job needs 19.5 GiB." in told and max(map(len, out.splitlines())) <= width, out
     if width == 120: assert "vllm llm worker, job-1" in out
 

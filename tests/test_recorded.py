@@ -349,7 +349,7 @@ def test_what_if_lists_the_stretches_with_another_answer(tmp_path):
     busy = [row._replace(places=(row.places[0]._replace(used=12*GIB, external=12*GIB),)) for row in rows[40:]]
     add(path, rows[:40] + busy)
     found = CliRunner().invoke(main, ["history", "--since", "10m", "--what-if-threshold", "60", "--file", str(path)])
-    assert found.exit_code == 0 and "With 60 %" in found.output and "(45 %)" in found.output
+    assert found.exit_code == 0 and "threshold of 60 %" in found.output and "with 45 %" in found.output
     assert "available instead of external busy, for 1 min" in found.output
 
 

@@ -296,7 +296,7 @@ def test_who_waits_asks_another_user_and_only_the_one_who_is_asked_can_agree(pro
     assert cleo.do("questions") == asker.do("questions") == []      # they have nothing to unload
     for other in (cleo, asker): assert f"Request {id} has no question for app" in other.do("decide", id, True)
     assert alice.do("questions") == [[id, app, user]] and asker.do("answers") == []
-    assert alice.do("decide", id, False) == f"Request {id} was told no."
+    assert alice.do("decide", id, False) == f"Request {id} got the answer no."
     assert asker.do("answers") == [["app", ALICE, False]] and alice.do("questions") == []
     asker.end()
     again = program(place)

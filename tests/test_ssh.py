@@ -146,7 +146,7 @@ def test_each_trouble_is_a_sentence(sshd):
     assert answers["good"].sample is not None, answers["good"].reason
     assert answers["good"].sample.status.value == "external_busy"
     assert answers["good"].sample.simulated and answers["chatty"].sample.status.value == "available"
-    assert answers["older"].sample.gpu.notes[-1].startswith("It runs cjm-resources 0.0.9, and this machine")
+    assert answers["older"].sample.gpu.notes[-1].startswith("That host runs cjm-resources 0.0.9, this machine")
     said = {host: answer.reason for host, answer in answers.items() if answer.sample is None}
     for host, words in dict(
             without="the command is missing there (",

@@ -228,7 +228,7 @@ def test_what_others_reserved_is_theirs_and_what_the_app_reserved_is_waited_for(
     mine = Promise(7, "app", 6_000*MIB, 6_000*MIB)
     theirs = Promise(8, "external", 6_000*MIB, 6_000*MIB, "night-run")
     reserved = ("The job needs 8.8 GiB. This app has already reserved the memory: a reservation of PID 7 "
-                "(5.9 GiB on GPU 0 not used yet). Call reserve() to wait for it.")
+                "(5.9 GiB on GPU 0, not used yet). Call reserve() to wait for it.")
     waits = decide(job(9_000), [], device(status=APP, promises=(mine,)))
     assert (waits.action, waits.message) == (WAIT_FOR_JOB, reserved)
     assert decide(job(10_000), [], device(status=APP, promises=(mine,))).action is WAIT_FOR_JOB
@@ -236,7 +236,7 @@ def test_what_others_reserved_is_theirs_and_what_the_app_reserved_is_waited_for(
     blocked = decide(job(9_000), [], device(status=EXTERNAL, promises=(theirs,)), status=EXTERNAL)
     assert blocked.action is INTERVENE
     assert blocked.message == ("The job needs 8.8 GiB. GPU 0 has 3.9 GiB free. Other programs use 60 % of GPU 0: "
-                               "a reservation of PID 8 (app night-run, 5.9 GiB on GPU 0 not used yet).")
+                               "a reservation of PID 8 (app night-run, 5.9 GiB on GPU 0, not used yet).")
     nearly = (mine, replace(theirs, unused=1))      # with the app's own back there would be one byte too little
     assert decide(job(9_000), [], device(status=EXTERNAL, free=9_000, promises=nearly)).action is INTERVENE
     assert decide(job(), [], device(status=APP, promises=(mine,))).action is WAIT_FOR_JOB
@@ -277,9 +277,9 @@ def test_the_worker_that_a_job_is_for():
     running = replace(SPEECH, status="running")
     where = "2.9 GiB on GPU 0, 4.9 GiB on GPU 1"
     not_idle = ("The worker that the job needs is busy: "
-                f"the transcription worker (PID 41, whisper with tiny, running, {where}).")
+                f"the transcription worker (PID 41, whisper / tiny, running, {where}).")
     assert decide_for_worker(job(), running, held) == ValidationResult(WAIT_FOR_JOB, False, not_idle, held, running)
-    load = f"Load Whisper on the transcription worker (PID 41, whisper with tiny, idle, {where})."
+    load = f"Load Whisper on the transcription worker (PID 41, whisper / tiny, idle, {where})."
     assert decide_for_worker(job(resource=None), SPEECH, held).message == load
     by_name = WorkerState(41, "transcription", plugin_name="Whisper", loaded_plugin_resource="large")
     assert job().loaded_on(by_name) and not job().loaded_on(replace(by_name, plugin_name="llama"))

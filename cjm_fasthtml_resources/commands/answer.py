@@ -42,7 +42,7 @@ def find_asked(
     if len(found) == 1: return found[0]
     if found: raise click.UsageError(f"{' and '.join(name for name, _ in found)} are asked: add --app NAME.")
     known = ", ".join(sorted({str(q.id) for _, q in questions}))
-    which = f"Requests with one: {known}." if known else "No request has one now."
+    which = f"Requests with one: {known}." if known else "No request asks one now."
     raise click.BadParameter(f"request {id} has no question for {app or 'your apps'} now. {which}", param_hint="ID")
 
 # %% ../../nbs/commands/answer.ipynb #ec802701
@@ -111,7 +111,8 @@ def _tell(done: Answer) -> None:
 @click.argument("id", type=click.IntRange(1), required=False)
 @click.argument("said", type=click.Choice(["yes", "no"]), required=False)
 @click.option("--app", metavar="NAME",
-              help="The app that answers. Default: the only one that is asked; all without ID.")
+              help="App that answers. Default: the one app that is asked. Without ID, the questions to all apps are "
+                   "shown.")
 def command(id: int | None, said: str | None, app: str | None) -> None:
     """Answer a request that asks your apps to unload idle models.
 

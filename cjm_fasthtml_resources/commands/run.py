@@ -50,7 +50,7 @@ Examples:
 @click.option("--app", default="cjm-resources", show_default=True, metavar="NAME",
               help="App name for the reservation and for learned needs.")
 @click.option("--name", metavar="NAME", callback=converted(parse_name),
-              help="Name for learned needs. Default: the first script in COMMAND (train.py), the module "
+              help="Name under which the need of COMMAND is learned. Default: its first script (train.py), the module "
                    "after python -m, or the program, apart for each folder and each set of arguments.")
 @options.by_index_option
 @click.argument("command", nargs=-1, required=True, type=click.UNPROCESSED, shell_complete=complete_files)

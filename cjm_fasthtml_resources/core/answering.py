@@ -155,7 +155,7 @@ def answer_question(
     question = next((q for q in questions if q.id == id), None)
     if question is None:
         known = ", ".join(str(q.id) for q in questions)
-        which = f"Requests with one: {known}." if known else "No request has one now."
+        which = f"Requests with one: {known}." if known else "No request asks one now."
         raise LookupError(f"Request {id} has no question for {manager.app} now. {which}")
     if pids is not None and tuple(pids) != question.pids:
         raise LookupError(f"The question has changed. Now: {question}")
@@ -170,7 +170,7 @@ def settle_question(
 ) -> str:
     "Write a decision, and do what it says as far as this process can; `ResourceBusy` where unloading failed"
     decide_for(manager, question, [*map(worker_key, question.workers)] if is_yes else [ALL], is_yes)
-    if not is_yes: return f"Request {question.id} was told no."
+    if not is_yes: return f"Request {question.id} got the answer no."
     return act_on(manager, question, unload) or (
         f"Agreed: a process of {manager.app} that has the plugin unloads it, if one follows the queue "
         "(manager.follow_questions()).")

@@ -103,7 +103,7 @@ def handed_out(
 # %% ../../nbs/core/copies.ipynb #36fb3ff1
 class StaysHere:
     "A base class whose objects refuse to be pickled or copied, with a clear error"
-    instead = "Make another one where it is needed."   # what to do, in a sentence
+    instead = "Create another one in that process."   # what to do, in a sentence
 
     def __reduce__(self) -> NoReturn:
         why = "cannot be pickled or copied: it belongs to this process"

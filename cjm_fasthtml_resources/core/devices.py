@@ -122,7 +122,7 @@ def _asked(value: str) -> Iterator[int]:
         yield index
 
 _FASTEST = "CUDA counts the fastest GPU first, and the fastest one is uncertain"
-LEAST_ROOM = "The answer is for the one with the least room. "
+LEAST_ROOM = "The result is for the one with the least free memory. "
 
 def explain_doubt(
     what: str,                     # the request

@@ -125,7 +125,8 @@ def _name_reservation(promise: Promise, unused: str) -> str:
     holder = f"PID {promise.pid}" if promise.pid else f"a process in {elsewhere}"
     app = f"app {promise.app}" if promise.owner == "external" and promise.app else None
     user = f"user {promise.username}" if promise.username else None
-    return f"a reservation of {holder} ({', '.join(part for part in (app, user, unused) if part)} not used yet)"
+    details = ', '.join(part for part in (app, user, unused, 'not used yet') if part)
+    return f"a reservation of {holder} ({details})"
 
 def reservation_causes(
     devices: Iterable[DeviceStatus],

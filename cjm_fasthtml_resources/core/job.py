@@ -167,7 +167,7 @@ def name_double(worker: WorkerState, job_id: str) -> str:
 # %% ../../nbs/core/job.ipynb #320b06be
 class ActiveJob(StaysHere):
     "A job in a `with` or `async with` block: its memory is reserved until the end of the block"
-    instead = "Make the job where it runs, or give its `env` to the other process."
+    instead = "Create the job in the process that runs it, or give its `env` to that process."
     reservation: Reservation | None = None           # `None` before the block, and for a job without memory
     decision: "ValidationResult | None" = None       # with a registry: the next step, such as loading a plugin
     before: ResourceConflict | None = None           # the check at its beginning

@@ -344,7 +344,7 @@ def explain_least(name: str, need: LearnedNeed) -> str:
 
 def explain_need(need: LearnedNeed) -> str:
     "Return a sentence on the learned need and the amount to ask for"
-    name = f"{need.plugin} with {need.resource}" if need.resource else need.plugin
+    name = f"{need.plugin} / {need.resource}" if need.resource else need.plugin
     if need.highest is None:
         if need.least and not need.floor: return explain_least(name, need)
         if not need.floor: return f"{name} used no GPU memory in {_count(need.jobs)}{_details(need)}"

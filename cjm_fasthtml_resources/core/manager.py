@@ -57,7 +57,7 @@ class ResourceManager(StaysHere, WorkerRegistry, NeedsReader, JobStarter):
     "Knows this app's workers, and finds out who uses GPU memory and RAM"
     gpu_memory_threshold_percent = Setting(MANAGER_SCHEMA)   # checked when it is assigned, as the next one
     gpu_timeout = Setting(MANAGER_SCHEMA)
-    instead = "Create one in that process: with app='a-name', both share the workers. A sample can be sent."
+    instead = "Create one in that process: with app='a-name', both share the workers. Samples can be pickled."
 
     def __init__(
         self,

@@ -353,7 +353,7 @@ def _growth(now: DeviceStatus, then: DeviceStatus, but: int | None) -> Iterator[
         used, old = p.memory_used or 0, known.get((p.pid, p.name), 0) or 0
         if p.pid == but or used - old < _STEP: continue
         is_new = (p.pid, p.name) not in known
-        yield used - old, name_process(p) + (" is new" if is_new else f" has grown by {format_bytes(used - old)}")
+        yield used - old, name_process(p) + (" is new" if is_new else f" uses {format_bytes(used - old)} more")
     more = now.unattributed_memory - then.unattributed_memory
     if more >= _STEP: yield more, f"{format_bytes(more)} more are in use by processes that are not visible from here"
 
@@ -413,9 +413,9 @@ _NOT_OTHERS = "other programs are not the cause"
 
 def _say_limit(found: OutOfMemory) -> str:
     if found.limit is None:
-        return "Enough was free: the cause is a limit of its own, or fragmented memory."
-    had = "" if found.used is None else f"; it had {format_bytes(found.used)}"
-    return f"Its own limit is {format_bytes(found.limit)}{had}: {_NOT_OTHERS}."
+        return "Enough was free: the cause is the process's own limit or fragmented memory."
+    had = "" if found.used is None else f" and had {format_bytes(found.used)}"
+    return f"The failed process has its own limit of {format_bytes(found.limit)}{had}: {_NOT_OTHERS}."
 
 def _say_itself(own: int, wanted: int, capacity: int) -> str:
     if wanted > capacity: return f"The GPU has {format_bytes(capacity)} in all: {_NOT_OTHERS}."
@@ -425,9 +425,9 @@ def _say_itself(own: int, wanted: int, capacity: int) -> str:
 
 def _say_others(found: OutOfMemory, own: int, there: DeviceStatus, names: str) -> str:
     ours = not (there.unattributed_memory or there.ram_memory) and all(p.owner == "app" for p in there.processes)
-    fits = "" if found.wanted is None else ", and would fit without the others"
+    fits = "" if found.wanted is None else ". Without the others, it would fit"
     had = format_bytes(own) if own else "nothing there yet"
-    who = "Other processes of this app" if ours else "Others"
+    who = "Other processes of this app" if ours else "Other processes"
     return f"{who} use the rest: {names}. The failed process had {had}{fits}."
 
 # %% ../../nbs/core/out_of_memory.ipynb #db263393
@@ -443,12 +443,12 @@ def say_cause(
     beside = f" Also there: {about}{names}." if users else ""
     match find_cause(found, scene, there):
         case "limit": return _say_limit(found)
-        case "pieces": return f"It keeps {format_bytes(found.unused or 0)} that it leaves unused, but fragmented."
+        case "pieces": return f"The failed process keeps {format_bytes(found.unused or 0)} unused, but in fragments."
         case "itself": return _say_itself(own, found.wanted or 0, there.device.capacity) + beside
         case "others": return _say_others(found, own, there, about + names)
         case "freed":
             free = f"{format_bytes(there.device.memory_free or 0)} are free now"
-            return f"{free}, seen after the failure: {about}{names}."
+            return f"{free}. Seen after the failure: {about}{names}." if users else f"{free}, after the failure."
         case _: return f"Seen there now: {about}{names}."
 
 # %% ../../nbs/core/out_of_memory.ipynb #7886e733

@@ -36,7 +36,7 @@ class Grace(NamedTuple):
 
     def explain(self) -> str:
         "Return in a sentence the end of an unused reservation"
-        return f"Unused: it is released after {self.seconds:g} s without use."
+        return f"Not used: the reservation is released after {self.seconds:g} s without use."
 
 # %% ../../nbs/core/receipts.ipynb #b5ca6af0
 STEP = 2**26   # bytes in which use is noted: a receipt that changes at each reading would be written each time
@@ -95,7 +95,7 @@ class Receipt(NamedTuple):
         "Return in a sentence the part that was never observed in use, if that is an eighth of it or more"
         if self.grace and self.grace.since is not None: return self.grace.explain()
         if (spare := self.spare(memory)) < max(memory//8, STEP): return ""
-        return (f"Of {format_bytes(memory)}, at most {format_bytes(memory - spare)} were used so far. "
+        return (f"At most {format_bytes(memory - spare)} of {format_bytes(memory)} were used so far. "
                 f"The holder can release {format_bytes(spare)} with shrink().")
 
 # %% ../../nbs/core/receipts.ipynb #b7e64e21

@@ -131,7 +131,7 @@ class OnDevices:
 @dataclass(frozen=True)
 class Reservation(OnDevices, StaysHere, contextlib.AbstractContextManager["Reservation"]):
     "Memory that is reserved for a process, until it is released or the process ends"
-    instead = "Keep it here, and give its `env` to the other process."
+    instead = "Keep the reservation in this process, and give its `env` to the other one."
     id: int
     devices: tuple[GpuDevice, ...] = field(repr=False)   # in CUDA's order, as they were read when they were promised
     gpu_memory_mb: float      # MiB on each device

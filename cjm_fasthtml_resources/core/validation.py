@@ -161,7 +161,7 @@ def workers_on(
 
 # %% ../../nbs/core/validation.ipynb #9ecae95c
 def _with_resource(plugin: str | None, resource: str | None) -> str:
-    return " with ".join(shown_text(text) for text in (plugin, resource) if text)
+    return " / ".join(shown_text(text) for text in (plugin, resource) if text)
 
 def describe_worker(
     worker: WorkerState,
@@ -437,7 +437,7 @@ def decide_without_workers(job: Job, conflict: ResourceConflict) -> ValidationRe
 # %% ../../nbs/core/validation.ipynb #71b58be9
 def _wait_for(job: Job, worker: WorkerState, conflict: ResourceConflict) -> ValidationResult:
     what = _with_resource(job.plugin_name, job.needs.plugin_resource)
-    message = f"{what} is loaded on {describe_worker(worker, conflict.devices)}, which is running a job."
+    message = f"{what} is loaded on {describe_worker(worker, conflict.devices)}, which is busy."
     return _result(ValidationAction.WAIT_FOR_JOB, message, conflict, worker)
 
 # %% ../../nbs/core/validation.ipynb #3fb5169c

@@ -174,5 +174,5 @@ def read_sample(
         raise ValueError(f"version {__version__} here cannot read the JSON that cjm-resources {theirs} wrote there: "
                          f"{error}") from None
     if theirs == __version__: return sample
-    note = f"It runs cjm-resources {theirs}, and this machine {__version__}."
+    note = f"That host runs cjm-resources {theirs}, this machine {__version__}."
     return replace(sample, gpu=replace(sample.gpu, notes=(*sample.gpu.notes, note)))

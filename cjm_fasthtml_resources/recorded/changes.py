@@ -191,7 +191,7 @@ def status_changes(
         reason = after.gpu.snapshot.reason if after.gpu.snapshot else after.gpu.reason
         yield Change("driver_lost", "", 0, f"No GPU can be read: {reason or 'the driver lists none'}.")
     if after.driver_answers and not before.driver_answers:
-        yield Change("driver_back", "", 0, "The driver lists its GPUs now.")
+        yield Change("driver_back", "", 0, "The driver lists its GPUs again.")
     old: Mapping[str, DeviceStatus] = {device_key(d.device): d for d in before.gpu.allowed}
     for status in after.gpu.allowed:
         key = device_key(status.device)

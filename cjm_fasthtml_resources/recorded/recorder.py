@@ -34,7 +34,7 @@ def count_ran_out(monitor: ResourceMonitor) -> int | None:
 # %% ../../nbs/recorded/recorder.ipynb #20cf9465
 class Recorder(StaysHere):
     "Writes a monitor's samples, until it is closed; use it in a `with` block, or call `start` and `close`"
-    instead = "Create one in that process; of several, only one writes."
+    instead = "Create one in that process; of several recorders, only one writes."
 
     def __init__(
         self,

@@ -76,9 +76,9 @@ class Replay:
         if not self.answers: return "No data for that time."
         free, usually_free = map(say_hours, self.seconds_of())
         busy, usually_busy = map(say_hours, self.seconds_of(ResourceStatus.EXTERNAL_BUSY))
-        return (f"With {self.threshold:g} % a job could have started for {free} instead of {usually_free} "
-                f"({self.usual:g} %), of {say_hours(self.seconds)} on record. Every GPU would have been busy with "
-                f"other programs for {busy} instead of {usually_busy}.")
+        return (f"With a threshold of {self.threshold:g} %, a job could have started during {free} of the "
+                f"{say_hours(self.seconds)} on record; with {self.usual:g} %, during {usually_free}. Every GPU would "
+                f"have been busy with other programs during {busy}; with {self.usual:g} %, during {usually_busy}.")
 
 # %% ../../nbs/recorded/replay.ipynb #62cae82b
 def _join(answers: Sequence[Answers]) -> Iterator[Answers]:
