@@ -5,7 +5,7 @@
 
 nbdev processes the notebooks, smalldocs makes pages of them, and `finish` adds this site's own search, links from
 pictures to their files, and marks at printed sentences. A page or style sheet that fetches something from another
-site fails. With Quarto installed, nbdev_docs makes a site of the same files.
+site fails. With Quarto installed, nbdev_docs makes a site of the same files, without what is added here.
 """
 import html
 import json
@@ -34,6 +34,18 @@ def process() -> str:
     proc_nbs(force=True, n_workers=0)
     cfg = get_config()
     return f"{cfg.doc_host.rstrip('/')}/{cfg.doc_baseurl.strip('/')}/"
+
+
+def import_own_names() -> None:
+    "Begin the folded imports of a page with the names of its own module: its examples then run as they are printed"
+    for path in PROC.rglob("*.ipynb"):
+        notebook = json.loads(path.read_text(encoding="utf-8"))
+        for cell in notebook["cells"]:
+            source = "".join(cell["source"])
+            if not (found := re.search(r"^#\| code-summary: .*all names in ([\w.]+)\).*\n", source, re.M)): continue
+            own = f"from cjm_fasthtml_resources.{found[1]} import *\n"
+            cell["source"] = (source[:found.end()] + own + source[found.end():]).splitlines(keepends=True)
+        path.write_text(json.dumps(notebook, ensure_ascii=False), encoding="utf-8")
 
 
 def render() -> None:
@@ -151,6 +163,7 @@ def fetched_from_elsewhere(pages: dict[Path, Page]) -> dict[Path, list[str]]:
 def main() -> int:
     os.chdir(ROOT)
     published = process()
+    import_own_names()
     render()
     keep_inside()
     paths = sorted(SITE.rglob("*.html"))
