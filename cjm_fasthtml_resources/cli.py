@@ -63,9 +63,9 @@ def find_command(name: str) -> Command:
 
 # %% ../nbs/cli.ipynb #3ccd5a52
 class Commands(click.Group):
-    "The command with its commands, which are imported when they are called"
+    "The command with its subcommands, which are imported when they are called"
     def list_commands(self, ctx: click.Context) -> list[str]:
-        "Return their names, in the order of the help"
+        "Return the names of the subcommands, in the order of the help"
         return list(COMMANDS)
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
@@ -73,7 +73,7 @@ class Commands(click.Group):
         return find_command(cmd_name) if cmd_name in COMMANDS else None
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        "Read the arguments, with an error that names the place of a command's option"
+        "Read the arguments; if an option belongs after a subcommand, the error names that subcommand"
         try: return super().parse_args(ctx, args)
         except click.NoSuchOption as error:
             owners = [name for name in COMMANDS if error.option_name in options_of(find_command(name))]
@@ -82,7 +82,7 @@ class Commands(click.Group):
                                    f"{owners[0]} {error.option_name} …", ctx) from None
 
     def resolve_command(self, ctx: click.Context, args: list[str]) -> Any:
-        "Find a command, with an error that names the one that was meant"
+        "Find a subcommand; for a misspelled name, the error suggests the nearest one"
         if args[0] in COMMANDS: return super().resolve_command(ctx, args)
         from difflib import get_close_matches
         near = get_close_matches(args[0], COMMANDS, 1)
@@ -90,7 +90,7 @@ class Commands(click.Group):
         return super().resolve_command(ctx, args)
 
     def invoke(self, ctx: click.Context) -> Any:
-        "Do what is asked; after Ctrl-C and other signals, end as by the signal"
+        "Run the command; after Ctrl-C or another caught signal, end by that signal"
         try: return super().invoke(ctx)
         except KeyboardInterrupt: end_by(signal.SIGINT)
         except EndedBy as ended: end_by(ended.number)
@@ -120,7 +120,7 @@ Completion, for bash (zsh and fish likewise):
 
 # %% ../nbs/cli.ipynb #0b73b6bc
 def _show(look: Callable[[], Sample], watch: bool, as_json: bool, top: int, whose: str, interval: float) -> Sample:
-    "Show one look, or one after the other; the last one"
+    "Show one check, or with `watch` one after another; return the last one"
     if not watch:
         answer = look()
         print_sample(answer, as_json, top, whose)
@@ -170,7 +170,7 @@ def _end(answer: Sample, as_exit_code: bool) -> NoReturn:
 def main(context: click.Context, apps: list[int | str], as_json: bool, watch: bool, interval: float, top: int,
          whose: str | None, threshold: float, as_exit_code: bool, driver_timeout: float, wake: bool,
          simulate: str | None, hosts: tuple[str, ...], host_timeout: float, host_command: str) -> None:
-    """Who holds this machine's GPU memory and RAM, and could a job start now?
+    """Show who uses this machine's GPU memory and RAM, and whether a job can start now.
 
     Exits with 0 after the check, whatever it finds (see --exit-code); with 2 when an argument is wrong.
     """

@@ -46,7 +46,7 @@ _FRESH = 1.0   # seconds for which the hosts' answers are good enough to place a
 
 # %% ../nbs/cluster.ipynb #7d5bfb5f
 def check_client(client: Any) -> Client:
-    "Return a client that can be used; `TypeError` or `ValueError` says what to do"
+    "Return a client that can be used; `TypeError` or `ValueError` names the remedy"
     if not isinstance(client, Client):
         raise TypeError(f"client must be a distributed.Client, not {type(client).__name__}")
     if client.asynchronous:
@@ -57,9 +57,9 @@ def check_client(client: Any) -> Client:
 
 # %% ../nbs/cluster.ipynb #9c7e68e0
 def check_first(asked: Asked) -> Asked:
-    "Return the first answers. `RuntimeError` if the scheduler lacks this package; one that is silent can come back"
+    "Return the first answers. `RuntimeError` if the scheduler refused the plugin; a silent scheduler is only logged"
     if asked.error is None: return asked
-    if not isinstance(asked.error, OSError):   # a timeout and a lost connection are
+    if not isinstance(asked.error, OSError):   # a timeout or a lost connection is one
         raise RuntimeError(f"the scheduler refused the plugin ({asked.error}); "
                            "is this package installed there, in this version?") from asked.error
     _log.warning("%s; each check tries again", asked.error)
@@ -101,7 +101,7 @@ def find_over(
 # %% ../nbs/cluster.ipynb #f16f7fe7
 class ClusterResources(StaysHere):
     "Check GPU memory and RAM on each host of a cluster, and send tasks where there is room"
-    instead = "Create one in that process: ClusterResources(client)."
+    instead = "In the other process, call ClusterResources(client)."
 
     def __init__(
         self,
@@ -113,7 +113,7 @@ class ClusterResources(StaysHere):
     ) -> None:
         self.client, self.timeout = check_client(client), check_number(timeout, "timeout", 1e-2, 1e6)
         self._plugin, self._sent = HostPlugin(check_app(app), settings), OnTheWay()
-        ResourceManager(**settings)   # a wrong argument is an error here, before a worker has it
+        ResourceManager(**settings)   # a wrong argument is an error here, before it reaches a worker
         self._asker = HostAsker(client, self._plugin)
         self._last: tuple[float, Asked] | None = None   # when the hosts were asked, and their answers
         check_first(self.ask())
@@ -140,15 +140,15 @@ class ClusterResources(StaysHere):
         return asked
 
     def check_hosts(self) -> list[HostAnswer]:
-        "Return the answer of each host, by name; one that fails to answer has the reason"
+        "Return the answer of each host, by name; a host that fails to answer has the reason"
         return self.ask().answers
 
     def check_gpu_availability(self) -> ResourceConflict:
-        "Check whether a GPU job can start on some host; has a row for each device"
+        "Check whether a GPU job can start on some host; the result has a row for each device"
         return combine_gpus(self.check_hosts())
 
     def check_memory_availability(self) -> ResourceConflict:
-        "Check RAM likewise, with a line for each host in the notes"
+        "Check the RAM of all hosts, with a line for each host in the notes"
         return combine_memory(self.check_hosts())
 
     def take_sample(self) -> Sample:
@@ -179,16 +179,16 @@ class ClusterResources(StaysHere):
         key: str | None = None,                         # the task's name; `None`: a new one
         pure: bool = False,                             # the same call is the same task, and runs once
         workers: str | int | Collection[str | int] | None = None,   # addresses, names or hosts that it is limited to
-        resources: Mapping[str, float] | None = None,   # dask's abstract resources that its worker has
+        resources: Mapping[str, float] | None = None,   # dask's abstract resources that its worker must have
         retries: int = 0,                               # how often it is tried again when it raises
         priority: int = 0,                              # larger ones first, in dask and in the host's queue
         **kwargs: Any,
     ) -> Future:
         """Run `fn(*args, **kwargs)` on a host with room.
-        The memory is reserved from before it starts until it ends; in it, `current_reservation()` names the device.
+        The memory is reserved before the task starts, until it ends. In it, `current_reservation()` names the device.
         Tasks of one priority begin in the order in which they are submitted.
         The task fails with `ResourceBusy` after `timeout`.
-        `ValueError` for more memory than any host has, `ResourceUnavailable` if the devices are missing"""
+        `ValueError` if no host has so much memory, `ResourceUnavailable` if the devices are missing"""
         need = check_need(gpu_memory_mb, timeout, n, memory_mb)
         asked = request_for(gpu_memory_mb, timeout, n, memory_mb, priority)
         key, limits = task_key(key, fn, args, kwargs, pure), find_limits(workers, resources)
@@ -216,8 +216,8 @@ class ClusterResources(StaysHere):
         gpu_memory_mb: float | str | None = None, *, n: int = 1, memory_mb: float = 0,   # as for `submit`
         timeout: float | None = None, priority: int = 0,
     ) -> contextlib.AbstractContextManager[None]:
-        """Return a `with` block: each task of a dask graph that is made in it reserves so much while it runs.
-        dask places these tasks, and a host that is too small sends it on"""
+        """Return a `with` block: each task of a dask graph that is made in it reserves this memory while it runs.
+        dask places these tasks; a host that is too small sends the task to another one"""
         check_need(gpu_memory_mb, timeout, n, memory_mb)
         asked = request_for(gpu_memory_mb, timeout, n, memory_mb, priority)
         around: contextlib.AbstractContextManager[None] = annotate(**{self._plugin.name: asked})

@@ -64,7 +64,7 @@ def _details(
     comments: dict[int, str],  # of its module
     ends: Iterable[tuple[str, int]],  # each name, in order, with the line that it ends on
 ) -> dict[str, str]:
-    "Return the comment of each parameter: that of its line, where it is the last one on it"
+    "Return the comment of each parameter: the comment of its line, if it is the last parameter there"
     last = {line: name for name, line in ends if line < node.body[0].lineno}
     return {name: comments[line] for line, name in last.items() if line in comments}
 
@@ -99,7 +99,7 @@ def _field_default(value: ast.expr | None) -> str:
     "Return the value of a field that is left out; `field(default_factory=list)` is `list()`"
     maker = ast.unparse(value.func) if isinstance(value, ast.Call) else ""
     if not isinstance(value, ast.Call) or maker not in ("field", "handed_out"): return _text(value)
-    if maker == "handed_out":   # of core.copies: whoever reads an empty one gets a list
+    if maker == "handed_out":   # of core.copies: reading an empty field returns a list
         default = _text(value.args[0]) if value.args else ""
         return "list()" if default == "()" else default
     given = {keyword.arg: _text(keyword.value) for keyword in value.keywords}
@@ -169,7 +169,7 @@ def find_definition(
 def escape_markup(text: str) -> str:
     "Return text with the markup of HTML and Markdown escaped"
     safe = re.sub(r"[^\w\s,;:()=]|_", lambda sign: f"&#{ord(sign[0])};", text)
-    return safe.replace("&#46;&#46;", "&#46;<!---->&#46;<!---->")  # three dots in a row become one sign
+    return safe.replace("&#46;&#46;", "&#46;<!---->&#46;<!---->")  # three consecutive dots become one sign
 
 
 def as_code(
@@ -215,7 +215,7 @@ def write_signature(
     prefix: str = "",            # such as `class`
     width: int = 72,             # characters for the parameters, about
 ) -> str:  # HTML
-    "Write a signature in short: all that has to be passed, and as many options as fit"
+    "Write a short signature: all required parameters, and as many options as fit"
     parts: list[str] = []
     used = 0
     for row in rows or []:
@@ -231,7 +231,7 @@ def write_signature(
 
 # %% ../nbs/showdoc.ipynb #0e24bd8d
 def _inline(text: str) -> str:
-    "Return a sentence of Markdown as HTML: its code is code"
+    "Return a sentence of Markdown as HTML, with its code marked as code"
     parts = enumerate(text.split("`"))
     return "".join(as_code(part, linked=False) if n % 2 else escape_markup(part) for n, part in parts)
 

@@ -42,7 +42,7 @@ _all_ = ["CALLS", "PRESETS", "Fault", "Habits", "ScenarioError", "SimulatedGpu",
 
 # %% ../nbs/simulate.ipynb #da37cb81
 class SimulatedDriver:
-    "A driver under `pynvml` for the whole process: in a `with` block, or from `start()` to `stop()`"
+    "A driver that `pynvml` uses in the whole process: in a `with` block, or from `start()` to `stop()`"
     def __init__(
         self,
         gpus: Iterable[SimulatedGpu] = (),               # in NVML's order
@@ -51,8 +51,8 @@ class SimulatedDriver:
         faults: Iterable[Fault] = (),                    # present from the start
         description: str = "",                           # one sentence for people
         *,
-        habits: Habits | Mapping[str, Any] | None = None,   # its peculiarities
-        shared: str | Path | None = None,                # a folder: processes that name it see each other's `allocate`
+        habits: Habits | Mapping[str, Any] | None = None,   # its differences from other drivers
+        shared: str | Path | None = None,                # a folder: processes with the same one share allocations
     ) -> None:
         self.gpus, self.machine, self.workers = list(gpus), machine, [dict(w) for w in workers]
         self.faults, self.description = list(faults), description
@@ -60,17 +60,17 @@ class SimulatedDriver:
         self.habits = habits if isinstance(habits, Habits) else build(Habits, dict(habits or {}), "habits")
         allocations = Allocations(None if shared is None else Path(shared))
         self.library = Library(self.gpus, allocations, self.habits)   # its C functions
-        self._awake = threading.Event()                  # set when calls that hang go on
+        self._awake = threading.Event()                  # set when hanging calls go on
         self._starts = 0.0                               # seconds that the next call takes, if it is the first
         self._undo: list[Callable[[], None]] = []        # called by `stop`; empty unless it runs
         reset_in_child(self)
 
     def after_fork(self) -> None:
-        "Let new calls hang as in the parent, in a fork's child; the ones that hang are the parent's"
+        "In a fork's child, let new calls hang as in the parent; calls that hang already are the parent's"
         self._awake = threading.Event()
 
     def start(self) -> "SimulatedDriver":
-        "Put the driver under `pynvml` and return it; raise `RuntimeError` if it runs already"
+        "Let `pynvml` use the driver, and return it; raise `RuntimeError` if it runs already"
         if self._undo: raise RuntimeError("this simulated driver runs already")
         self._undo = [replace_host(self.machine), replace_listed(self.library.listed, self.library.version),
                       replace_library(self)]
@@ -102,7 +102,7 @@ class SimulatedDriver:
             error = meet_faults(self.faults, name, find_gpu, self._awake.wait)
             if error is not None: return error
         try: return function(*args)
-        except LookupError: return GPU_IS_LOST  # a handle of a GPU that was taken out
+        except LookupError: return GPU_IS_LOST  # a handle of a removed GPU
 
     @block
     def allocate(
@@ -125,7 +125,7 @@ class SimulatedDriver:
         call: str,                # the C function's name, or "*" for every one
         error: int,               # an NVML error code
         gpu: int | None = None,   # on this GPU only
-        after: int = 0,           # good answers first
+        after: int = 0,           # good answers before the first error
         times: int | None = None, # then this many errors; `None`: until `recover()`
     ) -> None:
         "Let a call fail"
@@ -137,7 +137,7 @@ class SimulatedDriver:
         seconds: float,           # before each answer
         gpu: int | None = None,   # on this GPU only
     ) -> None:
-        "Let a call take its time"
+        "Delay each answer of a call"
         self.faults.append(Fault(call, delay=seconds, gpu=gpu))
 
     def hang(
@@ -164,5 +164,5 @@ def make_driver(
 def load_scenario(
     name: str | Path,  # of a preset or a real machine's state, or the path of a JSON file
 ) -> SimulatedDriver:  # use it in a `with` block
-    "Return a driver from a preset or a file; raises `ScenarioError` if there is neither"
+    "Return a driver from a preset or a file; raises `ScenarioError` if neither exists"
     return make_driver(find_scenario(name))

@@ -16,8 +16,8 @@ from .core.arguments import shorten
 def _parse(
     text: str,
     units: Mapping[str, int],  # the factor of each unit; "" for a number without one
-    problem: str,              # why another text is refused
-    most: float,               # the largest number that is meant
+    problem: str,              # for the error: the kind of value, with examples
+    most: float,               # the largest valid result
 ) -> float:
     found = re.fullmatch(r"\s*(\d+(?:\.\d*)?)\s*([A-Za-z]*)\s*", text, re.ASCII)
     shown = repr(text) if len(text) <= 60 else shorten(text)

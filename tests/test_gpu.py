@@ -384,8 +384,8 @@ def test_a_driver_that_is_late_is_said_to_be():
 def test_what_is_wrong_with_cuda_visible_devices_is_named():
     two = (GpuDevice(0, "GPU-aa11"), GpuDevice(1))
     assert visible_devices(two, " ") == ((), "CUDA_VISIBLE_DEVICES is empty, so every device is hidden")
-    complaint = ("CUDA_VISIBLE_DEVICES='1, 7,0' names '7', which is not here: "
-                 "as in CUDA, it and what follows are not visible")
+    complaint = ("CUDA_VISIBLE_DEVICES='1, 7,0': no unique device matches '7'. "
+                 "As in CUDA, '7' and everything after it are ignored")
     assert visible_devices(two, "1, 7,0") == ((two[1],), complaint)
     assert visible_devices(two, "MIG-1")[0] == () and visible_devices(two, "XX")[0] == ()
     assert visible_devices(two, "GPU-")[0] == () and visible_devices(two, "GPU-a") == ((two[0],), None)

@@ -67,7 +67,7 @@ def stays(thing) -> str:
 
 def test_what_belongs_to_this_process_says_so_and_what_to_do():
     manager = ResourceManager()
-    said = "a ResourceManager cannot be pickled or copied: it belongs to this process. Create one"
+    said = "a ResourceManager cannot be pickled or copied: it belongs to this process. Create a manager"
     assert stays(manager).startswith(said)
     monitor = ResourceMonitor(manager)
     assert "a ResourceMonitor cannot be pickled" in stays(monitor) and "monitor.latest" in stays(monitor)

@@ -20,15 +20,15 @@ from cjm_fasthtml_resources.simulate import SimulatedDriver, SimulatedGpu, Simul
 def test_what_a_check_says_where_something_is_missing(monkeypatch):
     manager = ResourceManager(40.0, track_self=False)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1,7")
-    unknown = "names '7', which is not here: as in CUDA, it and what follows are not visible"
+    unknown = "no unique device matches '7'. As in CUDA, '7' and everything after it are ignored"
     with SimulatedDriver([SimulatedGpu(), SimulatedGpu()]):
         found = manager.check_gpu_availability()
         assert [d.device.index for d in found.devices] == [1]
-        assert found.notes == (f"CUDA_VISIBLE_DEVICES='1,7' {unknown}",)
+        assert found.notes == (f"CUDA_VISIBLE_DEVICES='1,7': {unknown}",)
         assert manager.reserve(1, 0, timeout=0).index == 1 and found.threshold_percent == 40.0
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "7")
         found = manager.check_gpu_availability()
-        assert found.reason == f"CUDA_VISIBLE_DEVICES='7' {unknown}" and found.notes == ()
+        assert found.reason == f"CUDA_VISIBLE_DEVICES='7': {unknown}" and found.notes == ()
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
     with SimulatedDriver([SimulatedGpu(mig=[])]):
         assert manager.check_gpu_availability().reason == "MIG is enabled, but no MIG instance exists"

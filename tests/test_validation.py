@@ -307,13 +307,13 @@ def test_ram_that_is_short_names_the_worker_that_could_end():
     state = MemoryStatus(HostMemory(1_000, 950))
     memory = ResourceConflict(ResourceType.SYSTEM_MEMORY, ResourceStatus.UNAVAILABLE, memory=state)
     for status, action, worker in [(ResourceStatus.AVAILABLE, PROCEED, None), (EXTERNAL, INTERVENE, None),
-                                   (APP, WAIT_FOR_WORKER, SPEECH)]:
+                                   (APP, WAIT_FOR_WORKER, SPEECH), (ResourceStatus.UNAVAILABLE, ABORT, None)]:
         found = decide_on_cpu(replace(memory, status=status), [SPEECH, LLM])
         assert (found.action, found.conflict.status, found.current_worker) == (action, status, worker)
     running = replace(LLM, status="running")
     found = decide_on_cpu(replace(memory, status=APP), [SPEECH, running])
     assert (found.action, found.current_worker, found.conflict.status) == (WAIT_FOR_JOB, running, APP)
-    assert found.message.endswith("Running a job: the llm worker (PID 42, llama, running).")
+    assert found.message.endswith("Busy with a job: the llm worker (PID 42, llama, running).")
     loading = replace(SPEECH, status="loading")
     assert decide_on_cpu(replace(memory, status=APP), [loading]).current_worker is loading
     assert decide_on_cpu(replace(memory, status=APP), []).current_worker is None

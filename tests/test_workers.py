@@ -341,8 +341,7 @@ def test_a_rented_machine_costs_what_its_plugin_estimates_else_its_price_per_hou
 
 def test_a_plugin_that_hangs_holds_up_no_check_and_is_heard_when_it_answers(caplog, monkeypatch):
     answer, calls = threading.Event(), []
-    note = "The plugin of the worker with PID 5000007 does not answer; " \
-           "its child processes are those that it named last"
+    note = "The plugin of worker 5000007 is not responding. Its last reported child processes are used."
 
     class Hanging(Server):
         def get_child_pids(self):

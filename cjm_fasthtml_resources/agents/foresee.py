@@ -37,7 +37,7 @@ from ..core.totals import name_devices
 # %% ../../nbs/agents/foresee.ipynb #2bfa5842
 class Foreseen(NamedTuple):
     "The outcome of a reservation at this moment"
-    devices: tuple[GpuDevice, ...]   # that it would get; of several as good ones, the first
+    devices: tuple[GpuDevice, ...]   # that it would get; the first of equally good ones
     granted: bool                    # False: it would wait
     why: str                         # in a sentence
     ahead: tuple[int, ...]           # IDs of the requests that wait now and come before it
@@ -56,7 +56,7 @@ def _ask(asked: Asked, devices: Sequence[GpuDevice], claims: Sequence[Claim], pr
                  receipt=Receipt(machine_user()))
 
 def _before(mine: Claim, claims: Sequence[Claim]) -> tuple[int, ...]:
-    "Return the requests that come first and want one of the same devices, or RAM as this one does"
+    "Return the requests that come before it and need one of the same devices, or RAM as it does"
     order = in_queue([*claims, mine])
     return tuple(c.id for c in order[:order.index(mine)]
                  if not set(c.allowed).isdisjoint(mine.allowed) or (c.beside and mine.beside))
@@ -70,7 +70,7 @@ def _what(asked: Asked, memory: int, devices: Sequence[GpuDevice]) -> str:
 
 def _wait_reason(manager: ResourceManager, mine: Claim, ram: int, conflict: ResourceConflict,
                  ahead: Sequence[int]) -> str:
-    "Return why it would wait: for RAM, for GPU memory, or behind earlier requests"
+    "Return why the request would wait: for RAM, for GPU memory, or behind earlier requests"
     if ram:
         check = manager.check_memory_availability(snapshot=conflict.snapshot)
         if check.memory is None or check.memory.room < ram:
@@ -83,14 +83,14 @@ def _wait_reason(manager: ResourceManager, mine: Claim, ram: int, conflict: Reso
 # %% ../../nbs/agents/foresee.ipynb #15cb365d
 def foresee(
     manager: ResourceManager,
-    gpu_memory_mb: float | str | None,   # this and what follows: as for `ResourceManager.reserve`
+    gpu_memory_mb: float | str | None,   # all arguments from here on: as for `ResourceManager.reserve`
     n: int = 1,
     memory_mb: float = 0,
     priority: int = 0,
     device: int | str | None = None,
 ) -> Foreseen:
     """Return the outcome of a reservation, without making one.
-    Raise the errors of `reserve` for a wrong argument, and `ResourceUnavailable` without a GPU"""
+    Raise the errors of `reserve` for a wrong argument, and `ResourceUnavailable` if no GPU can be used"""
     asked, rank = check_asked(gpu_memory_mb, memory_mb, n), check_priority(priority)
     check_ram_under_cap(asked.ram, manager.ledger.store)
     claims = [c for c in manager.get_claims() if c.device is not None or not c.is_suspended]   # read before the devices

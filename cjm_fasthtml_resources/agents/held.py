@@ -23,7 +23,7 @@ def check_limit(
     ttl: Any,
     longest: float,   # seconds
 ) -> float:
-    "Return the seconds of a reservation; raise `ValueError` or `TypeError` without them, or for too many"
+    "Return the time limit of a reservation; `ValueError` if missing or out of bounds, `TypeError` for another type"
     if ttl is None:
         raise ValueError("ttl is missing: the seconds after which the reservation ends by itself, such as 600. "
                          "An agent's reservation always has one")
@@ -48,7 +48,7 @@ def _told(held: Reservation, ttl: float) -> Told:
 def find_own_process(
     pid: int,
 ) -> ProcessId:
-    "Return a living process of this user; raise `ValueError` for a free PID, `PermissionError` for another user's"
+    "Return a living process of this user; `ValueError` if no process has the PID, `PermissionError` for another user's"
     holder, user = find_holder(check_pid(pid)), os.geteuid()
     try: owner = os.stat(f"/proc/{pid}").st_uid
     except OSError: raise ValueError(f"pid must be that of a living process, not {pid}") from None
@@ -93,7 +93,7 @@ class OwnReservations:
         self,
         id: int,
     ) -> Told:
-        "Release one's own reservation; `LookupError` for any other"
+        "Release a reservation of this agent; `LookupError` for any other reservation"
         held = self._find(id, "release it")
         del self.held[id]
         by, is_gone = held.ended_by, held.is_for_other and has_ended(*held.holder)
@@ -107,8 +107,8 @@ class OwnReservations:
         pid: int,                   # of a process of this user
         ttl: float | None = None,   # seconds from now on; `None`: until the process ends
     ) -> Told:
-        """Give one's own reservation to a process, which keeps it after this server's end.
-        `LookupError` for another's reservation, and what `find_own_process` raises"""
+        """Hand a reservation of this agent over to a process, which keeps it after this server's end.
+        `LookupError` for any other reservation, and the errors of `find_own_process`"""
         held, seconds = self._find(id, "hand it over"), None if ttl is None else check_limit(ttl, self.longest)
         uses = read_use(self.manager.read(True).devices)
         self.held[id] = held = held.hand_over(find_own_process(pid), uses=uses, until_released=False)
@@ -116,7 +116,7 @@ class OwnReservations:
         return _told_over(held, seconds)
 
     def release_all(self) -> None:
-        "Release the remaining reservations, at the server's end; leave those that were handed over to their processes"
+        "Release the remaining reservations, at the server's end; processes keep those that were handed over to them"
         while self.held:
             held = self.held.popitem()[1]
             if not held.is_for_other: held.release()

@@ -69,7 +69,7 @@ class AgentTool:
 
 # %% ../../nbs/agents/server.ipynb #250eebb1
 def _reading(tell: Callable[..., Told]) -> Callable[..., Awaitable[Told]]:
-    "Return the answer of a tool that only reads: in a thread, since it can wait for the driver"
+    "Return the answer function of a tool that only reads; it runs in a thread, because it can wait for the driver"
     def answer(own: OwnReservations, **given: Any) -> Awaitable[Told]:
         found: Awaitable[Told] = in_thread(partial(tell, own.manager, **given))
         return found
@@ -111,7 +111,7 @@ TOOLS = (
 
 # %% ../../nbs/agents/server.ipynb #1ed8ee8b
 def describe_tool(tool: AgentTool) -> types.Tool:
-    "Return a tool as the protocol has it"
+    "Return a tool in the format of the protocol"
     schema = dict(type="object", properties=dict(tool.arguments), required=list(tool.required),
                   additionalProperties=False)
     hints = types.ToolAnnotations(read_only_hint=not tool.changes, destructive_hint=tool.name == "release",
@@ -130,7 +130,7 @@ def check_call(tool: AgentTool, given: Mapping[str, Any]) -> None:
 
 # %% ../../nbs/agents/server.ipynb #c6bff74b
 def _trouble(error: Exception) -> Told:
-    "Return an error as an answer, with the GPUs where a check comes with it"
+    "Return an error as an answer, with the GPUs if the error has a check"
     if not isinstance(error, (RuntimeError, ValueError, TypeError, LookupError, OSError)):
         _log.exception("a tool failed", exc_info=error)
     conflict = error.conflict if isinstance(error, (ResourceBusy, ResourceUnavailable)) else None
@@ -143,7 +143,7 @@ async def call_tool(
     name: str,
     given: Mapping[str, Any],   # its arguments
 ) -> types.CallToolResult:
-    "Call a tool, and return its answer or what went wrong, in sentences"
+    "Call a tool, and return its answer or its error, in sentences"
     tool, failed = next((tool for tool in TOOLS if tool.name == name), None), False
     try:
         if tool is None: raise LookupError(f"No tool is called {name!r}. Tools: {', '.join(t.name for t in TOOLS)}.")

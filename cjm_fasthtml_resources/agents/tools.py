@@ -29,7 +29,7 @@ class Told:
     figures: dict[str, Any]    # the same as JSON
 
 def _mib(size: float | None) -> int | None:
-    "Return bytes in whole MiB, rounded down, so that at least so much is free"
+    "Return bytes in whole MiB, rounded down, so that at least this much is free"
     return None if size is None else int(size//2**20)
 
 # %% ../../nbs/agents/tools.ipynb #74963189
@@ -114,7 +114,7 @@ def _behind(rows: Sequence[QueueRow], id: int) -> Told:
     return Told(f"{id} waits: {row.why}", dict(blocked=True, behind=row.behind))
 
 def tell_blocked(manager: ResourceManager, id: int | None = None, **need: Any) -> Told:
-    "Return why a request in the queue waits, or why a job that needs so much is blocked"
+    "Return why a request in the queue waits, or why a job with this need is blocked"
     if id is not None: return _behind(read_queue(manager, manager.ledger), id)
     seen = foresee(manager, need.pop("gpu_memory_mb", None), **need)
     if seen.granted:

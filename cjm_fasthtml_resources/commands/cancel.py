@@ -17,8 +17,8 @@ from .release import end_by_id
 def command(id: int) -> None:
     """Cancel the request with this ID, whichever process waits.
 
-    cjm-resources queue shows the IDs. You can cancel your own requests, and root any. The waiting process is told
-    who cancelled it.
+    cjm-resources queue shows the IDs. You can cancel your own requests, and root any. The waiting process gets
+    the name of the user who cancelled it.
 
     Exits with 2 for an unknown request, 77 when it is another user's, 74 when the shared file is
     unusable.

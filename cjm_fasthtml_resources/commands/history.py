@@ -48,9 +48,9 @@ from .options import Command, check_nan, converted, parse_positive, parse_share
 def change_lines(
     changes: Sequence[tuple[float, Change]],
     width: int,             # cells
-    most: int = 20,         # that are shown, the newest
+    most: int = 20,         # changes that are shown, the newest
 ) -> Iterator[Line]:
-    "Yield each change with its time, and how many earlier ones are left out"
+    "Yield each change with its time, and the number of earlier changes that are left out"
     if not changes: return
     if len(changes) > most: yield (Piece(f"{len(changes) - most} earlier ones are left out (--json has all)"),)
     days = spans_days([when for when, _ in changes])
@@ -63,9 +63,9 @@ def change_lines(
 # %% ../../nbs/commands/history.ipynb #a30cff09
 def places_of(
     rows: Sequence[Row],
-    gpu: str | None = None,   # only this one, as tables show it; `None`: every GPU and RAM
+    gpu: str | None = None,   # only this GPU, by its ID in the tables; `None`: every GPU and RAM
 ) -> list[Place]:
-    "Return the places in the rows, as they were last; raise `ValueError` if the GPU is missing in them"
+    "Return each GPU, and RAM, as the last row has it; raise `ValueError` if the rows lack the GPU"
     last = {place.key: place for row in rows for place in row.places}
     found = [place for place in last.values() if gpu is None or str(place.id) == gpu]
     if found or not last: return found
@@ -79,9 +79,9 @@ def stretch_view(
     history: RecordedHistory,
     stretch: Stretch,
     terminal: Terminal,
-    gpu: str | None = None,   # only this one; `None`: every GPU, and RAM
+    gpu: str | None = None,   # only this GPU; `None`: every GPU, and RAM
 ) -> Iterator[Line]:
-    "Yield a chart for each place, and what happened"
+    "Yield a chart for each GPU and for RAM, and the changes"
     rows = history.figures(*stretch, width=(stretch.until - stretch.since)/POINTS)
     for place in places_of(rows, gpu):
         name = f" ({place.name})" if place.name else ""
@@ -112,7 +112,7 @@ def moment_view(
     history: RecordedHistory,
     when: float,              # seconds since the epoch
     width: int,               # cells
-    gpu: str | None = None,   # only this one; `None`: every GPU, and RAM
+    gpu: str | None = None,   # only this GPU; `None`: every GPU, and RAM
 ) -> Iterator[Line]:
     "Yield the processes with memory at a moment, and the events around it; empty if it is outside the record"
     row = history.at(when)
@@ -131,9 +131,9 @@ def moment_view(
 # %% ../../nbs/commands/history.ipynb #90beb111
 def only_gpu(
     rows: Sequence[Row],
-    gpu: str | None,   # as tables show it; `None`: all
+    gpu: str | None,   # by its ID in the tables; `None`: all
 ) -> list[Row]:
-    "Return the rows with this GPU alone; raise `ValueError` if it is missing in them"
+    "Return the rows with this GPU alone; raise `ValueError` if they lack it"
     keys = {place.key for place in places_of(rows, gpu)}
     return [row._replace(places=tuple(place for place in row.places if place.key in keys)) for row in rows]
 
@@ -159,7 +159,7 @@ def _read_priorities(context: click.Context, option: click.Parameter, given: Seq
 
 # %% ../../nbs/commands/history.ipynb #5f86a267
 def _write(rows: Sequence[Row], changes: Sequence[tuple[float, Change]], as_csv: bool) -> None:
-    "Print the rows as CSV, or both as one JSON object"
+    "Print the rows as CSV, or the rows and changes as one JSON object"
     records = to_records([*rows])
     if not as_csv:
         told: list[dict[str, Any]] = [dict(time=when, **change._asdict()) | dict(
@@ -178,7 +178,7 @@ def _fail_without_data(history: RecordedHistory) -> NoReturn:
 def _show_replay(
     history: RecordedHistory, stretch: Stretch, what_if: WhatIf, gpu: str | None, as_json: bool,
 ) -> None:
-    "Print what would have been with another threshold, or another rule for the queue"
+    "Print the outcome of another threshold, or of another rule for the queue"
     rows, rule, width = history.between(*stretch), what_if.rule, read_terminal().width
     if not rows: _fail_without_data(history)
     if rule:
@@ -191,7 +191,7 @@ def _show_replay(
     print(json.dumps(record) if as_json else to_text(lines, read_terminal()))
 
 def _save(history: RecordedHistory, moment: float, scenario: Path) -> None:
-    "Write a moment as a scenario, and print how it is looked at"
+    "Write a moment as a scenario, and print the command that shows it"
     try:
         if (row := history.at(moment)) is None: _fail_without_data(history)
         save_scenario(row, scenario)
@@ -206,8 +206,8 @@ def _save(history: RecordedHistory, moment: float, scenario: Path) -> None:
 @click.option("--until", callback=converted(to_seconds), metavar="TIME",
               help="The end of the chart, written as for --at. Default: now.")
 @click.option("--at", "moment", callback=converted(to_seconds), metavar="TIME",
-              help="Show this moment instead: 03:12 is the most recent one, 2026-11-26T03:12 includes a "
-                   "day.")
+              help="Show the state at this time. 03:12 is the last time that the clock showed 03:12; "
+                   "2026-11-26T03:12 names the day, too.")
 @click.option("--gpu", metavar="ID", help="Only this GPU, by its ID in the tables (0; 0:7 for a MIG instance). "
                                           "Default: every GPU, and RAM.")
 @click.option("--save-scenario", "scenario", type=click.Path(path_type=Path), metavar="FILE",
@@ -226,7 +226,7 @@ def _save(history: RecordedHistory, moment: float, scenario: Path) -> None:
               help="Show how long requests would have waited if those of APP had the priority N (smaller is first). "
                    "Repeat it for several apps.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-@click.option("--csv", "as_csv", is_flag=True, help="Print a line of CSV for each process of each row.")
+@click.option("--csv", "as_csv", is_flag=True, help="Print CSV: a line for each process at each recorded time.")
 @click.option("--file", "path", type=click.Path(path_type=Path), metavar="FILE",
               help="The file to read. Default: this user's history on this machine.")
 def command(since: float, until: float | None, moment: float | None, gpu: str | None, scenario: Path | None,

@@ -17,13 +17,13 @@ from .ending import unwinding
 
 # %% ../../nbs/commands/hosts.ipynb #13012fdc
 def there_command(
-    program: str,                  # as the shell there finds it
+    program: str,                  # its name or path on the hosts
     apps: Sequence[int | str],     # of `--app`
     threshold: float = 45.0,       # percent
     wake: bool = False,
     driver_timeout: float = 5.0,   # seconds
 ) -> str:
-    "Return the command line for the hosts, with changed options alone, so that older versions understand it"
+    "Return the command line for the hosts, with changed options only, so that older versions understand it"
     for app in apps:
         if isinstance(app, str): continue
         raise click.BadParameter(f"{app} is a PID; with --host, name an app", param_hint="--app")
@@ -35,10 +35,10 @@ def there_command(
 # %% ../../nbs/commands/hosts.ipynb #d5c34269
 def check_alone(
     hosts: Sequence[str],       # of `--host`
-    command: str | None,        # that follows, such as "wait"
+    command: str | None,        # the subcommand, such as "wait"
     simulate: str | None,       # of `--simulate`
 ) -> list[str]:
-    "Return the hosts, each once; refuse options that exclude them"
+    "Return the hosts, each once; refuse options that cannot go with --host"
     if command: raise click.UsageError(f"--host shows other machines, so {command} has to run there: "
                                        f"ssh {hosts[0]} cjm-resources {command} …")
     if simulate: raise click.UsageError("--host asks real machines, so it cannot be combined with --simulate")

@@ -61,7 +61,7 @@ def _watch_reservations(manager: ResourceManager) -> None:
 
 # %% ../../nbs/commands/looking.ipynb #3c8ab662
 def make_manager(apps: Iterable[int | str], threshold: float, machine: Machine) -> ResourceManager:
-    "Return a manager of the app that is named, if one is"
+    "Return a manager: of the app that `apps` names, if it names one"
     name = next((app for app in apps if isinstance(app, str)), None)
     try:
         if name and not machine.simulate: check_known(name, Store(store_path()))
@@ -80,7 +80,7 @@ def register_apps(manager: ResourceManager, apps: Iterable[int | str]) -> None:
 
 # %% ../../nbs/commands/looking.ipynb #22c5c6cd
 def _keep_apart(manager: ResourceManager) -> None:
-    "Have a manager keep simulated workers out of its app's file, whose workers it has read"
+    "Read the app's workers, and keep simulated workers out of the app's file from then on"
     try:
         with manager.workers.reading(): manager.workers.roster = None
     except StoreError as error: fail(str(error), os.EX_IOERR)
@@ -94,7 +94,7 @@ def simulated_machine(simulate: str | None, manager: ResourceManager) -> Iterato
     from cjm_fasthtml_resources.simulate import ScenarioError, load_scenario
     try: driver = load_scenario(simulate)
     except ScenarioError as error: raise click.BadParameter(str(error), param_hint="--simulate") from None
-    manager.needs = manager.checks.needs = Needs()   # simulated jobs teach nothing
+    manager.needs = manager.checks.needs = Needs()   # needs are learned from real jobs alone
     _keep_apart(manager)
     with driver:
         try:

@@ -33,9 +33,9 @@ Examples:
 def command(machine: Machine, app: str, longest: float) -> None:
     """Offer the checks and the queue as tools to an agent, over standard input and output.
 
-    The Model Context Protocol's own SDK speaks with it (extra mcp). The tools check, who_holds, why_blocked, preview
-    and queue read only; reserve and release change the queue, as the user who started this command. What the agent
-    has reserved ends with its ttl, by release, or with this command.
+    It uses the Model Context Protocol's own SDK (extra mcp). The tools check, who_holds, why_blocked, preview
+    and queue read only; reserve, hand_over and release change the queue, as the user who started this command. The
+    agent's reservations end with their ttl, by release, or with this command.
 
     Exits with 69 when the SDK is missing, 74 when the shared file is unusable.
     """

@@ -92,7 +92,7 @@ def options_of(command: click.Command) -> set[str]:
 class Command(click.Command):
     "A command under `cjm-resources`"
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        "Read the arguments, with an error that names the place of an option of `cjm-resources`"
+        "Read the arguments; if an option belongs before the subcommand, the error shows its place"
         try: return super().parse_args(ctx, args)
         except click.NoSuchOption as error:
             if ctx.parent is None or error.option_name not in options_of(ctx.parent.command): raise
@@ -149,7 +149,7 @@ def memory_or_all(
     gpu_memory: float | str | None,   # as `--gpu-memory` was given
     exclusive: bool,
 ) -> float | str | None:
-    "Return the GPU memory to reserve; `click.UsageError` for a size of a device that is to be the command's alone"
+    "Return the GPU memory to reserve; `click.UsageError` for a size together with `--exclusive`"
     if not exclusive: return gpu_memory
     if gpu_memory in (None, "all"): return "all"
     raise click.UsageError("--exclusive reserves a whole GPU. Omit --gpu-memory, or omit --exclusive.")
@@ -163,12 +163,12 @@ def priority_option(function: _Function) -> _Function:
 
 def by_index_option(function: _Function) -> _Function:
     "Add `--env-by-index`, a flag: whether a GPU is named by its number"
-    return click.option("--env-by-index", is_flag=True, help="Name the GPU by number, with "
-                        "CUDA_DEVICE_ORDER=PCI_BUS_ID, for a COMMAND that cannot read UUIDs.")(function)
+    return click.option("--env-by-index", is_flag=True, help="Set CUDA_VISIBLE_DEVICES to the GPU's "
+                        "number and CUDA_DEVICE_ORDER to PCI_BUS_ID, for a COMMAND that cannot read UUIDs.")(function)
 
 # %% ../../nbs/commands/options.ipynb #d5d763f3
 def complete_machines(context: click.Context, option: click.Parameter, begun: str) -> list[Any]:
-    "Return the simulated machines whose names begin so; without any, let the shell complete file names"
+    "Return the simulated machines whose names begin with this text; if none does, let the shell complete file names"
     from click.shell_completion import CompletionItem
 
     from cjm_fasthtml_resources.simulated.presets import PRESETS

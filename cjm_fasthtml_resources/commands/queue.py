@@ -59,7 +59,7 @@ def name_asked(
     claims: Collection[Claim],
     ledger: Ledger,
 ) -> dict[int, str]:  # by ID, in sentences
-    "Return what requests ask idle holders, which of this user's apps can answer, and the answers"
+    "Return a text for each request that asks idle workers: this user's apps that can answer, and the answers"
     asking = [c for c in claims if asks_idle(c)]
     if not asking: return {}
     answers, questions = read_answers(ledger.store), find_all_questions(ledger.store)
@@ -94,7 +94,7 @@ def read_queue(
 def format_wait(
     seconds: float | None,
 ) -> str:  # empty for `None`
-    "Return a time in seconds below a minute, and then as an age"
+    "Return a time as text: in seconds below a minute, else as `format_age` does"
     return format_age(seconds) if seconds is None or seconds >= 60 else f"{seconds:.0f} s"
 
 # %% ../../nbs/commands/queue.ipynb #10c31702
@@ -152,9 +152,9 @@ def command(machine: Machine, as_json: bool, app: str | None) -> None:
     """Show who has reserved GPU memory, and who waits for it.
 
     Each row has an ID, for cjm-resources release and cancel. "Used" is the part of a reservation that is in use now, or
-    "?" where some processes are hidden. Below the table stands why each request waits, behind which others, its
-    expected start by the durations of earlier jobs, and which reservation is larger than its observed use. The user of
-    a program in another container is followed by its host name.
+    "?" if some processes are hidden. Lines below the table show why and behind which others each request waits, and
+    its expected start by the durations of earlier jobs. They also name reservations that are larger than their observed
+    use. For a program in another container, the container's host name follows the user.
 
     Exits with 74 when the shared file is unusable, 2 for an unknown app.
     """

@@ -48,7 +48,7 @@ def unit_text(
 
 # %% ../../nbs/commands/record.ipynb #c08ef682
 def _wait_for_end() -> int:
-    "Return the signal that asks this program to end"
+    "Wait for a signal that asks this program to end, and return it"
     with catching([signal.SIGINT, signal.SIGTERM, signal.SIGHUP]) as signals:
         select.select([signals], [], [])
         return os.read(signals, 1)[0]

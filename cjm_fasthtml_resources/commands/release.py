@@ -23,7 +23,7 @@ def end_by_id(
     id: int,
     waits: bool,   # whether it is a waiting request
 ) -> str:          # the claim in words
-    "End a claim of this machine; where that fails, end with a message and an exit code"
+    "End a reservation or a request of this machine; if that fails, exit with a message and an exit code"
     try: claim = end_claim(Ledger(Store(store_path())), id, waits)
     except LookupError as error: raise click.BadParameter(str(error), param_hint="ID") from None
     except PermissionError as error: fail(str(error), os.EX_NOPERM)

@@ -23,7 +23,7 @@ from ..ui.terminal import Column, make_table
 
 # %% ../../nbs/commands/replayed.ipynb #07220dd9
 class WhatIf(NamedTuple):
-    "The rules that recorded data is played through"
+    "The rules to apply to recorded data"
     threshold: float | None
     usual: float | None
     share: float | None
@@ -64,7 +64,7 @@ def replay_lines(
     found: Replay,
     width: int,   # cells
 ) -> Iterator[Line]:
-    "Yield a summary, and each stretch of time with another answer"
+    "Yield a summary, and each stretch of time in which the answer differs"
     yield from ((Piece(line, "bold"),) for line in wrap(str(found), width))
     days = spans_days([answer.time for answer in found.answers])
     for one in found.stretches:
@@ -73,7 +73,7 @@ def replay_lines(
         yield (Piece(clock, "bold"), Piece(f"  {names[0]} instead of {names[1]}, for {lasted}"))
 
 def replay_record(found: Replay) -> dict[str, Any]:
-    "Return the same as a record for JSON; times in seconds"
+    "Return the replay as a record for JSON; times in seconds"
     answers = [dict(time=a.time, seconds=a.seconds, usual=a.usual.value, other=a.other.value) for a in found.answers]
     return dict(schema_version=SCHEMA_VERSION, threshold_percent=found.threshold, usual_threshold_percent=found.usual,
                 seconds=found.seconds, available_seconds=found.seconds_of()[0],
@@ -98,7 +98,7 @@ def queue_lines(
     width: int,   # cells
     most: int = 40,   # jobs that are shown, those with the greatest difference
 ) -> Iterator[Line]:
-    "Yield a summary, and a table of the jobs whose wait is another one"
+    "Yield a summary, and a table of the jobs whose wait differs"
     yield from ((Piece(line, "bold"),) for line in wrap(str(found), width))
     changed = sorted((row for row in found.waits if row[1] != row[2]), key=lambda row: -abs(row[2] - row[1]))
     if not changed: return
@@ -108,7 +108,7 @@ def queue_lines(
     if len(changed) > most: yield (Piece(f"{len(changed) - most} more are left out (--json has all)."),)
 
 def queue_record(found: QueueReplay) -> dict[str, Any]:
-    "Return the same as a record for JSON; times in seconds, `null` for a job that does not start"
+    "Return the replay as a record for JSON; times in seconds, `null` for a job that does not start"
     def finite(seconds: float) -> float | None: return None if seconds == math.inf else seconds
     jobs = [dict(asked=job.asked, app=job.app, user=job.user, memory=job.memory, gpus=len(job.had), waited=job.waited,
                  usual=finite(usual), other=finite(other)) for job, usual, other in found.waits]

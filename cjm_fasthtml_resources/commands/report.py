@@ -33,9 +33,9 @@ def _columns(heading: str) -> Sequence[Column[Used]]:
 def report_lines(
     rows: Sequence[Row],
     width: int,      # cells
-    top: int = 10,   # users, and programs, that are shown
+    top: int = 10,   # how many users, and programs, are shown
 ) -> Iterator[Line]:
-    "Yield who has used the GPUs, and with what"
+    "Yield tables of the GPUs' use, by user and by program"
     yield (Piece(f"The record covers {recorded_hours(rows):.1f} hours. Reserved but unused: "
                  f"{unused_hours(rows):.0f} GiB-hours."),)
     for by in BY:

@@ -18,7 +18,7 @@ from .options import Command, check_nan, read_apps
 
 # %% ../../nbs/commands/serve.ipynb #99405716
 def is_loopback(host: str) -> bool:
-    "Return whether an address is only reached from this machine"
+    "Return whether an address can only be reached from this machine"
     import ipaddress
     try: return ipaddress.ip_address(host).is_loopback
     except ValueError: return host == "localhost"
@@ -75,9 +75,9 @@ Examples:
 @click.pass_obj
 def command(machine: Machine, host: str, port: int, token: str | None, apps: list[int | str], interval: float,
             threshold: float, metrics: bool, process_metrics: bool, streams: int) -> None:
-    """Show it live on a read-only web page, until Ctrl-C.
+    """Show this machine live on a read-only web page, until Ctrl-C.
 
-    Exits with 69 when listening there fails, or when the extra `web` (or `prometheus`) is missing.
+    Exits with 69 when listening on the address fails, or when the extra `web` (or `prometheus`) is missing.
     """
     if not token and not is_loopback(host):
         raise click.BadParameter(f"{host} can be reached from other machines: it needs --token", param_hint="--host")

@@ -27,7 +27,7 @@ class Group(NamedTuple):
     "A group of users"
     name: str
     number: int
-    members: tuple[str, ...] = ()   # those that its entry names
+    members: tuple[str, ...] = ()   # the users that its entry names
 
 def find_group(
     text: str,   # a name or a number
@@ -75,7 +75,7 @@ def make_folder(
     group: Group,
     owner: int = 0,   # its UID
 ) -> None:
-    "Make a folder that a group shares, or mend its rights; `OSError`, `StoreError`"
+    "Make a folder that a group shares, or repair its rights; raise `OSError` or `StoreError` on failure"
     path.mkdir(mode=0o700, exist_ok=True)
     _set_rights(path, group.number, 0o2770, os.O_DIRECTORY, owner)
     for file in path.iterdir():

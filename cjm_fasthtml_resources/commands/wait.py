@@ -29,7 +29,7 @@ from .options import Command, complete_files, converted, parse_memory
 # %% ../../nbs/commands/wait.ipynb #4d8664dd
 @block
 def as_other_programs() -> Iterator[None]:
-    "Let signals that Python ignores end the process, for a program that it becomes in the block"
+    "Reset the signals that Python ignores, for a program that replaces this one in the block"
     numbers = [number for name in ("SIGPIPE", "SIGXFSZ") if (number := getattr(signal, name, None))]
     before = [(number, signal.signal(number, signal.SIG_DFL)) for number in numbers]
     try: yield
@@ -37,7 +37,7 @@ def as_other_programs() -> Iterator[None]:
         for number, handler in before: signal.signal(number, handler)
 
 def become(command: Sequence[str], env: dict[str, str]) -> NoReturn:
-    "Become that program"
+    "Replace this process by the program"
     sys.stdout.flush()
     try:
         with as_other_programs(): os.execvpe(command[0], list(command), {**os.environ, **env})
@@ -51,7 +51,7 @@ def _ended_by_signals() -> contextlib.AbstractContextManager[None]:
     return end_by_signals()
 
 def stay_with(command: Sequence[str], env: dict[str, str]) -> NoReturn:
-    "Run that program as a child, as a container's first process, and end with its exit code"
+    "Run the program as a child of this process, a container's first one, and end with its exit code"
     from cjm_fasthtml_resources.running.child import CannotRun  # few processes are the first of a container
     from cjm_fasthtml_resources.running.first import run_as_first
     sys.stdout.flush()
@@ -120,8 +120,8 @@ def command(machine: Machine, gpu_memory: float | str | None, ram: float, gpus: 
     --ram and no --gpu-memory only RAM is reserved, and COMMAND sees no GPU.
 
     Exits as COMMAND does; with 75 when the time is over, 69 without a GPU, 74 when the shared file is
-    unusable, 126 or 127 when starting COMMAND fails, 2 for a wrong argument. A notification that fails leaves
-    all that as it is.
+    unusable, 126 or 127 when starting COMMAND fails, 2 for a wrong argument. A notification that fails changes
+    none of this.
     """
     gpu_memory = options.memory_or_all(gpu_memory, exclusive)
     if gpu_memory is None and not ram: raise click.UsageError("Missing option '--gpu-memory', or --ram for RAM alone.")

@@ -44,14 +44,14 @@ _ENTER = b"\x1b[?1049h\x1b[?25l\x1b[?7l"   # another screen, a hidden cursor, li
 _LEAVE = b"\x1b[?7h\x1b[?25h\x1b[?1049l"
 
 def _set_modes(fd: int, modes: list[Any]) -> None:
-    "Set a terminal's modes, also when a signal comes; a lost one shows at the next reading"
+    "Set a terminal's modes, even if a signal interrupts; a lost terminal shows at the next reading"
     while True:
         try: return termios.tcsetattr(fd, termios.TCSADRAIN, modes)
         except termios.error as error:
             if error.args[0] != errno.EINTR: return
 
 def key_modes(modes: list[Any]) -> list[Any]:
-    "Return a terminal's modes with which keys are read one by one"
+    "Return the modes with which a terminal's keys are read one by one"
     flags, control = modes[3] & ~(termios.ECHO | termios.ICANON), list(modes[6])
     control[termios.VMIN], control[termios.VTIME] = 1, 0
     return [*modes[:3], flags, *modes[4:6], control]
@@ -61,14 +61,14 @@ class Screen:
     "A terminal's other screen, in a `with` block"
     def __init__(
         self,
-        out: int,               # descriptors
-        keyboard: int | None,   # `None`: keys are off
+        out: int,               # the terminal's descriptor
+        keyboard: int | None,   # the descriptor of the keys; `None`: keys are off
     ) -> None:
         self.out, self.keyboard = out, keyboard
-        self.modes: list[Any] | None = None   # of the keyboard, as they were
+        self.modes: list[Any] | None = None   # the keyboard's modes before
 
     def __enter__(self) -> "Screen":
-        "Take the terminal; a second time, take it once more"
+        "Switch to the other screen; a second call switches again, as after Ctrl-Z"
         if self.keyboard is not None:
             if self.modes is None: self.modes = termios.tcgetattr(self.keyboard)
             _set_modes(self.keyboard, key_modes(self.modes))
@@ -76,14 +76,14 @@ class Screen:
         return self
 
     def __exit__(self, *error: Any) -> None:
-        "Leave it as it was"
+        "Restore the terminal"
         self.write(_LEAVE)
         if self.keyboard is None or self.modes is None: return
         _set_modes(self.keyboard, self.modes)
         self.modes = None
 
     def write(self, data: bytes) -> bool:   # False: the terminal is gone
-        "Write all of it"
+        "Write all the data"
         return write_all(self.out, data)
 
 # %% ../../nbs/commands/watch.ipynb #5e2c826e
@@ -112,7 +112,7 @@ class Settings(NamedTuple):
     "How a machine is watched"
     interval: float = 2.0   # seconds between two samples
     top: int = 10           # processes of each list that are shown until the reader scrolls
-    fold: str = ""          # at first: "user" or "app", whose totals stand in place of processes
+    fold: str = ""          # at first: "user" or "app" shows their totals in place of processes
 
 # %% ../../nbs/commands/watch.ipynb #fe4cb028
 class Watch:
@@ -120,7 +120,7 @@ class Watch:
     def __init__(self, monitor: ResourceMonitor, screen: Screen, settings: Settings) -> None:
         self.monitor, self.screen, self.settings = monitor, screen, settings
         self.window, self.page = Window(fold=settings.fold), 1
-        self.typed, self.shown = b"", list[str]()   # the beginning of a key; the lines that are there
+        self.typed, self.shown = b"", list[str]()   # the beginning of a key; the lines on the screen
         self.ended_by: int | None = None            # a signal, or 0 for the key
         self.terminal = read_terminal()
 
@@ -137,7 +137,7 @@ class Watch:
         self.shown = lines
 
     def read_keys(self, data: bytes) -> None:
-        "Obey keys; an empty reading ends, since the terminal is gone"
+        "Obey keys; an empty reading ends the watch, because the terminal is gone"
         if not data: self.ended_by = signal.SIGHUP
         keys, self.typed = read_keys(self.typed + data)
         for key in keys:
@@ -151,14 +151,14 @@ class Watch:
             self.screen.__exit__()
             suspend()
         if number in (signal.SIGTSTP, signal.SIGCONT): self.screen.__enter__()
-        self.terminal, self.shown = read_terminal(), []   # all of it is drawn again, in the size that there is now
+        self.terminal, self.shown = read_terminal(), []   # all lines are drawn again, in the present size
 
 # %% ../../nbs/commands/watch.ipynb #68e083c3
 def read_ready(
     sources: dict[int, str],   # descriptors, with their purposes
     seconds: float,
 ) -> dict[str, bytes]:
-    "Wait until there is something to read, for so many seconds at most, and return it; b\"\" is an end"
+    "Wait for data, for `seconds` at most, and return it by purpose; b\"\" is an end"
     found = {}
     for fd in select.select(list(sources), [], [], seconds)[0]:
         try: found[sources[fd]] = os.read(fd, 4096)
@@ -168,7 +168,7 @@ def read_ready(
 
 # %% ../../nbs/commands/watch.ipynb #6e9a3da5
 def follow(watch: Watch, signals: int, fresh: int) -> int:  # the signal that ended it; 0: a key did
-    "Show sample after sample until it is ended"
+    "Show sample after sample until a key or a signal ends the watch"
     sources = {signals: "signals", fresh: "fresh"}
     if watch.screen.keyboard is not None: sources[watch.screen.keyboard] = "keys"
     while watch.ended_by is None:

@@ -54,7 +54,7 @@ _log = Log(__name__)
 def can_unload(
     worker: WorkerState,
     kept: AskedPlugin | None,   # its plugin, if this process has it
-    unload: Unload | None,      # the app's
+    unload: Unload | None,      # the app's function that unloads a worker
 ) -> bool:
     "Return whether a worker can unload, as far as this process knows"
     if find_unloader(worker, kept, unload): return True
@@ -63,8 +63,8 @@ def can_unload(
 # %% ../../nbs/core/answering.ipynb #5caa7763
 def find_able(
     manager: "ResourceManager",
-    claims: Sequence[Claim],   # all, in the order of asking
-    unload: Unload | None,     # the app's
+    claims: Sequence[Claim],   # all, the oldest first
+    unload: Unload | None,     # the app's function that unloads a worker
 ) -> list[WorkerState]:
     "Return the idle workers that can unload, the least recently used first"
     idle = find_idle(manager.workers, find_waiting(claims))
@@ -73,10 +73,10 @@ def find_able(
 
 def is_helped(
     manager: "ResourceManager",
-    claim: Claim,                 # one that asks
-    conflict: ResourceConflict,   # of the GPUs
+    claim: Claim,                 # a request of another app
+    conflict: ResourceConflict,   # a check of the GPUs
 ) -> bool:
-    "Return whether more room on a GPU helps a request: every cap allows it, and the RAM that it asks for is free"
+    "Return whether more room on a GPU helps a request: every cap allows it, and the RAM that it needs is free"
     if any(request.id == claim.id and request.is_capped for request in conflict.waiting): return False
     ram = max((size for _, size in claim.beside), default=0)
     if not ram: return True
@@ -89,10 +89,10 @@ def _name_asker(claim: Claim) -> str: return " in ".join(filter(None, (find_user
 # %% ../../nbs/core/answering.ipynb #29006538
 def find_questions(
     manager: "ResourceManager",
-    conflict: ResourceConflict | None = None,   # a check of now; `None`: check when a request asks
+    conflict: ResourceConflict | None = None,   # a check made just now; `None`: check if a request asks
     unload: Unload | None = None,               # unloads workers whose plugins are elsewhere
 ) -> list[Question]:
-    "Return what requests of other apps ask of this one; workers that keep their models are left out. `StoreError`"
+    "Return the questions of other apps' requests to this app; leave out workers that keep their models. `StoreError`"
     claims, roster = manager.get_claims(), manager.workers.roster
     asking = [c for c in find_first(claims) if owner_of(c, manager.app or "") != "app"]
     if not asking or roster is None: return []
@@ -116,9 +116,9 @@ def unload_for(
     manager: "ResourceManager",
     question: Question,
     unload: Unload | None = None,   # unloads workers whose plugins are elsewhere
-    grace: float = 5.0,             # seconds for a plugin
+    grace: float = 5.0,             # seconds that a plugin has to unload
 ) -> tuple[RoomMade, WorkerState | None]:  # what was done here, and the worker that failed to unload
-    "Unload idle workers for a request, those that this process can; stop at one that fails, or that has a job by now"
+    "Unload the idle workers that this process can unload; stop at one that fails, or that has a job by now"
     def check() -> ResourceConflict:
         conflict = manager.check_gpu_availability(wake=True)
         return see_for(conflict, question.lease, question.allowed, manager.get_claims())
@@ -148,14 +148,14 @@ def answer_question(
     unload: Unload | None = None,
     pids: Sequence[int] | None = None,   # of the workers that the question named; `None`: whichever it names now
 ) -> str:
-    """Answer a question for a manager's app, and return what was done, in sentences.
-    `LookupError` where this ID is unknown, or other workers are named by now; `ResourceBusy` where
+    """Answer a question for a manager's app, and return sentences that report the actions.
+    `LookupError` if the ID is unknown, or the question names other workers by now; `ResourceBusy` if
     unloading failed; `StoreError`"""
     questions = find_questions(manager, unload=unload)
     question = next((q for q in questions if q.id == id), None)
     if question is None:
         known = ", ".join(str(q.id) for q in questions)
-        which = f"Requests with one: {known}." if known else "No request asks one now."
+        which = f"Requests that ask: {known}." if known else "No request asks one now."
         raise LookupError(f"Request {id} has no question for {manager.app} now. {which}")
     if pids is not None and tuple(pids) != question.pids:
         raise LookupError(f"The question has changed. Now: {question}")
@@ -168,7 +168,7 @@ def settle_question(
     is_yes: bool,
     unload: Unload | None = None,
 ) -> str:
-    "Write a decision, and do what it says as far as this process can; `ResourceBusy` where unloading failed"
+    "Write a decision and, after a yes, unload the workers that this process can; `ResourceBusy` if unloading failed"
     decide_for(manager, question, [*map(worker_key, question.workers)] if is_yes else [ALL], is_yes)
     if not is_yes: return f"Request {question.id} got the answer no."
     return act_on(manager, question, unload) or (
@@ -178,10 +178,10 @@ def settle_question(
 def decide_for(
     manager: "ResourceManager",
     question: Question,
-    workers: Sequence[str],   # of `worker_key`, or `ALL`
+    workers: Sequence[str],   # their `worker_key`, or `ALL`
     is_yes: bool,
 ) -> None:
-    "Write a decision where this user alone can write; tell the one who asks of a refusal"
+    "Write a decision to the file that only this user can write; report a refusal to the app that asked"
     store, roster = manager.ledger.store, manager.workers.roster
     if roster: decide(roster.store, store, roster.app, question.lease, workers, is_yes)
     if not is_yes: note_answer(store, answer_of(manager, question))
@@ -193,10 +193,10 @@ def answer_of(manager: "ResourceManager", question: Question, is_yes: bool = Fal
 # %% ../../nbs/core/answering.ipynb #1c08671e
 def act_on(
     manager: "ResourceManager",
-    question: Question,            # for whose workers this app has agreed
+    question: Question,            # the app has agreed to unload its workers
     unload: Unload | None = None,
 ) -> str:  # empty: this process can unload none of them
-    "Unload what this process can, and tell the one who asks; at one that fails, refuse for it: `ResourceBusy`"
+    "Unload the workers that this process can, and report it to the app that asked; `ResourceBusy` if one fails"
     made, failed = unload_for(manager, question, unload)
     if made.steps: note_answer(manager.ledger.store, answer_of(manager, question, bool(made.released), str(made)))
     if failed is None: return str(made)
@@ -204,7 +204,7 @@ def act_on(
     raise ResourceBusy(str(made))
 
 # %% ../../nbs/core/answering.ipynb #18891a23
-FOLLOW_EVERY = 2.0    # seconds between two looks at the queue
+FOLLOW_EVERY = 2.0    # seconds between two checks of the queue
 ANSWER_WITHIN = 5.0   # seconds for a plugin's `on_request`
 
 # %% ../../nbs/core/answering.ipynb #6cda579e
@@ -239,7 +239,7 @@ class Follower:
         reset_in_child(self)
 
     def after_fork(self) -> None:
-        "Begin anew, in a fork's child"
+        "Start again in the child process of a fork"
         self._lock = threading.RLock()
         self._thread: threading.Thread | None = None
         self._asked = set[tuple[int, str]]()   # the requests and workers about which plugins were asked
@@ -254,7 +254,7 @@ class Follower:
             self._thread = start_thread("questions", self._follow)
 
     def look(self) -> None:
-        "Ask the plugins that have yet to decide, and unload what was agreed to"
+        "Ask the plugins that have yet to decide, and unload the workers that were agreed to"
         manager = self._manager()
         if manager is None: return
         with holding(self._lock):
@@ -292,9 +292,9 @@ _followers: "weakref.WeakKeyDictionary[ResourceManager, Follower]" = weakref.Wea
 
 def follow_questions(
     manager: "ResourceManager",
-    unload: Unload | None = None,   # unloads workers whose plugins are elsewhere; `None`: as before
+    unload: Unload | None = None,   # unloads workers whose plugins are elsewhere; `None`: keep the last one
 ) -> Follower:
-    "Have a thread answer what is asked of a manager's app; one for each manager. `ValueError` without an app's name"
+    "Answer the questions to a manager's app on a thread, one per manager. `ValueError` if the manager has no app name"
     if manager.app is None: raise ValueError("a manager follows the queue under the name of its app: "
                                              "make it with app='a-name'")
     found = _followers.setdefault(manager, Follower(manager))
@@ -312,6 +312,6 @@ def find_follower(
 def find_unload(
     manager: "ResourceManager",
 ) -> Unload | None:
-    "Return the function that unloads workers whose plugins are elsewhere, as `follow_questions` was given it"
+    "Return the function that `follow_questions` got for workers whose plugins are elsewhere, or `None`"
     found = find_follower(manager)
     return found.unload if found else None

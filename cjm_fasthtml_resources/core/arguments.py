@@ -69,7 +69,7 @@ LONGEST_TEXT = 4096   # characters; the limit of a path
 def check_text(
     value: Any,
     name: str,                        # the argument's name, for the message
-    or_none: str = "",                # " or None" where that is allowed, too
+    or_none: str = "",                # " or None" if `None` is allowed, too
 ) -> str:
     "Return a text; raise `TypeError` or `ValueError` for anything else"
     if not isinstance(value, str): raise TypeError(f"{name} must be a string{or_none}, not {shorten(value)}")
@@ -93,7 +93,7 @@ def check_app(
 class _Unchanged:
     "The default of an argument that leaves a field as it is"
     def __repr__(self) -> str: return "UNCHANGED"
-    def __reduce__(self) -> str: return "UNCHANGED"   # the name under which this module has it
+    def __reduce__(self) -> str: return "UNCHANGED"   # its name in this module
 
 UNCHANGED: Any = _Unchanged()
 
@@ -101,7 +101,7 @@ UNCHANGED: Any = _Unchanged()
 def check_fields(
     **given: Any,   # fields of a worker by name: texts, its `config`, its `gpu_memory_mb`
 ) -> dict[str, Any]:  # the same, with a copy of `config`, and `None` for an empty `job_id`
-    "Return the fields; raise `TypeError` or `ValueError` for the first wrong one; `None` and `UNCHANGED` fit all"
+    "Return the fields; raise `TypeError` or `ValueError` for the first wrong one; all accept `None` and `UNCHANGED`"
     for name, value in given.items():
         if value is None or value is UNCHANGED: continue
         if name == "gpu_memory_mb": check_number(value, name)
@@ -113,7 +113,7 @@ def check_fields(
 # %% ../../nbs/core/arguments.ipynb #4be0b917
 def check_config(
     config: Any,
-    allowed: Iterable[str],   # the fields that there are
+    allowed: Iterable[str],   # the names of the valid fields
 ) -> dict[str, Any]:
     "Return settings by name; raise `TypeError` unless it is a dictionary, `ValueError` for an unknown field"
     if not isinstance(config, Mapping): raise TypeError(f"config must be a dictionary, not {type(config).__name__}")

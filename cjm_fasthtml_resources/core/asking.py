@@ -44,9 +44,9 @@ def ask_plugin(
 _NOTHING_KNOWN = WorkerState(0, "")  # before a plugin is asked for the first time
 
 def fitting(
-    said: Mapping[str, Any],             # by name
-    check: Callable[[Any, str], Any],    # of core.arguments: raises for an invalid value
-) -> dict[str, Any]:  # `None` where it is invalid, which is logged
+    said: Mapping[str, Any],             # the plugin's answers by name
+    check: Callable[[Any, str], Any],    # such as `check_text`: raises for an invalid value
+) -> dict[str, Any]:  # `None` for an invalid answer, which is logged
     "Return a plugin's valid answers"
     found: dict[str, Any] = {}
     for name, value in said.items():
@@ -115,16 +115,16 @@ def ask_fields(
 # %% ../../nbs/core/asking.ipynb #15dfa87b
 REFRESH_AFTER = 3.0   # seconds after which a check asks a lifecycle-aware plugin again
 ANSWER_WITHIN = 1.0   # seconds that a check waits for the answers
-WRITTEN_WITHIN = 0.05   # seconds more, until they are in the app's file, which another process can be changing
+WRITTEN_WITHIN = 0.05   # more seconds, until the answers are in the app's file, which another process can be changing
 
 class AskedPlugin:
     "A worker's plugin, and when it was asked for its processes"
     def __init__(
         self,
         plugin: Any,
-        asked: float | None = None,               # by `time.monotonic()`; `None`: processes are undeclared
+        asked: float | None = None,               # by `time.monotonic()`; `None`: it declares no processes
         asking: threading.Thread | None = None,   # the thread that asks it, or did so last
-        has_released: bool = False,               # it has unloaded: asked again once it reports a model
+        has_released: bool = False,               # it has unloaded: called again once it reports a model
     ) -> None:
         self.plugin, self.asked, self.asking, self.has_released = plugin, asked, asking, has_released
         self.since = 0.0                    # when that thread began
@@ -165,9 +165,9 @@ def keep_plugin(
 def refresh_worker(
     workers: Workers,
     pid: int,
-    note_answer: Callable[[], Any] = lambda: None,   # called when the plugin has answered, before that is written
+    note_answer: Callable[[], Any] = lambda: None,   # called between the plugin's answer and its writing
 ) -> WorkerState | None:  # the new state; `None` for an unregistered PID
-    "Ask a worker's plugin again, and wait for its answer. If it lacks one, the state stays"
+    "Ask a worker's plugin again, and wait for its answer. A worker that lacks a plugin keeps its state"
     with workers.reading() as table:
         state, kept = table.workers.get(pid), table.plugins.get(pid)
         known = find_starts(table.children, state) if state else {}
@@ -181,7 +181,7 @@ def refresh_worker(
     with workers.changing() as table:
         now: WorkerState | None = table.workers.get(pid)
         if now is None or table.plugins.get(pid) is not kept: return now  # forgotten or registered again since
-        known = {**starts, **find_starts(table.children, now)}   # what came first stays
+        known = {**starts, **find_starts(table.children, now)}   # the first start time that was read stays
         table.declare(now, read_starts(starts, known))
         return table.put(replace(now, **asked))
 
@@ -195,7 +195,7 @@ def _begin_to_ask(kept: AskedPlugin, began: float, ask: Callable[[int, AskedPlug
 def refresh_stale(
     workers: Workers,
 ) -> None:
-    "Ask the plugins again whose answers are old, each on a thread of its own; `StoreError` if the file fails"
+    "Ask each plugin with an old answer again, on a thread of its own; `StoreError` if the file fails"
     began, failed = time.monotonic(), list[StoreError]()
 
     def ask(pid: int, kept: AskedPlugin) -> None:
@@ -219,14 +219,14 @@ def refresh_stale(
     if failed: raise failed[0]
 
 # %% ../../nbs/core/asking.ipynb #f71d8b34
-_HANGING = "The plugin of the worker with PID {} {}; its child processes are those that it named last"
+_HANGING = "The plugin of worker {} {}. Its last reported child processes are used."
 
 def hanging_notes(
     workers: Workers,
 ) -> list[str]:
     "Return a note for each plugin that is unresponsive, or that could not be asked"
     with workers.last_read() as table: asked = list(table.plugins.items())
-    troubles = [(pid, "does not answer" if kept.hangs else kept.trouble) for pid, kept in asked]
+    troubles = [(pid, "is not responding" if kept.hangs else kept.trouble) for pid, kept in asked]
     return [_HANGING.format(pid, trouble) for pid, trouble in troubles if trouble]
 
 # %% ../../nbs/core/asking.ipynb #f2654f2e
@@ -249,6 +249,6 @@ def estimate_costs(
     workers: Workers,
     hours: float,
 ) -> float:  # in the currency of the plugins' figures
-    "Return what all rented machines cost for that many hours"
+    "Return the cost of all rented machines for that many hours"
     rented = [(w, workers.plugins.get(w.pid)) for w in workers.all() if w.is_remote]
     return sum((estimate_cost(w, kept.plugin if kept else None, hours) for w, kept in rented), 0.0)

@@ -19,15 +19,15 @@ class _Raises:
     def __init__(self, error: BaseException) -> None: self.error = error
     def __gt__(self, other: object) -> bool:
         try: raise self.error
-        finally: del self.error   # its traceback has this frame
+        finally: del self.error   # its traceback refers to this frame
 
 # %% ../../nbs/core/blocks.ipynb #72dfa414
 _Exit = Callable[[type[BaseException] | None, BaseException | None, TracebackType | None], Any]   # as `__exit__`
 
 # %% ../../nbs/core/blocks.ipynb #2188c44a
 def _run(begin: Callable[[], Any], end: _Exit, is_made: list[bool]) -> Generator[Any, Any, None]:
-    """Yield what `begin` returns, take four values (`None` and those of `__exit__`), and call `end` at the fourth.
-    An interruption before or during that call is given to `end`"""
+    """Yield the result of `begin`, take four values (`None`, then the arguments of `__exit__`), and call `end` at the
+    fourth. `end` also gets an interruption that comes before or during that call"""
     answer: Any = False
     is_over = is_last = False
     try:
@@ -43,7 +43,7 @@ def _run(begin: Callable[[], Any], end: _Exit, is_made: list[bool]) -> Generator
         if is_made: end(type(raised), raised, raised.__traceback__)
         if not is_last: raise
         answer = _Raises(raised)
-    kind = error = trace = None   # a traceback keeps what the program's functions have
+    kind = error = trace = None   # a traceback keeps the variables of the program's functions
     yield answer
     while True: yield False       # the end of a second block does nothing
 
@@ -51,7 +51,7 @@ def _run(begin: Callable[[], Any], end: _Exit, is_made: list[bool]) -> Generator
 def make_end(
     end: _Exit,   # also called a second time, after an interruption
 ) -> Callable[..., Any]:
-    "Return a function of C that is like an `__exit__`"
+    "Return a function written in C that works like an `__exit__`"
     run = _run(bool, end, is_made := [])
     next(run)
     is_made.append(True)
@@ -78,12 +78,12 @@ class _Itself(property):
         return instance
 
 def block_start() -> Any:
-    "Return the `__enter__` of a class that holds from the moment it is made: it returns the object"
+    "Return an `__enter__` that returns the object, for a class whose objects take their resource when they are made"
     return _Itself()
 
 # %% ../../nbs/core/blocks.ipynb #25326b15
 def _go(steps: Generator[Any, None, None]) -> Any:
-    "Let a generator begin, by as many calls as its end takes"
+    "Start a generator, through as many calls as its end takes"
     return next(map(next, (steps,)))
 
 def _go_on(
@@ -92,7 +92,7 @@ def _go_on(
     error: BaseException | None,
     trace: TracebackType | None,
 ) -> bool:
-    "Let a generator go on after its `yield`, with the error of the block; return whether it suppresses that"
+    "Let a generator go on after its `yield`, with the error of the block; return whether it suppresses the error"
     try: next(steps) if error is None else steps.throw(error)
     except StopIteration: return error is not None
     except BaseException as raised:
@@ -124,7 +124,7 @@ P = ParamSpec("P")
 def block(
     function: Callable[P, Iterator[T]],   # a generator that yields once
 ) -> Callable[P, contextlib.AbstractContextManager[T]]:
-    "Make a function of blocks, as `contextlib.contextmanager` does"
+    "Turn a generator function into a function that returns blocks, as `contextlib.contextmanager` does"
     @wraps(function)
     def begin(*args: P.args, **kw: P.kwargs) -> contextlib.AbstractContextManager[T]:
         return _Block(partial(function, *args, **kw))

@@ -29,33 +29,33 @@ class Cap(NamedTuple):
     per: str = "user"   # or "app"
 
     def most(self, device: GpuDevice) -> int:  # bytes
-        "Return the bytes that one can reserve on a device, or of RAM"
+        "Return the bytes that one user or app can reserve on a device, or of RAM"
         return int(self.share*device.capacity)
 
     def may_be_of(self, claim: Claim, other: Claim) -> bool:
-        "Return whether a claim can be of the same user, or app, as another one; an unknown user can be any"
+        "Return whether two claims can belong to the same user, or app; an unknown user can be any user"
         if self.per == "app": return claim.app == other.app
         users = [c.receipt.user if c.receipt else None for c in (claim, other)]
         return None in users or users[0] == users[1]
 
     def reserved(self, claim: Claim, use: DeviceUse, claims: Iterable[Claim]) -> int:  # bytes
-        "Return the most that the user or app of a claim has reserved on a device"
+        "Return the most bytes that the user or app of a claim can have reserved on a device"
         return sum(c.memory for c in claims if use.is_called(c.device) and self.may_be_of(c, claim))
 
     def allows(self, claim: Claim, use: DeviceUse, claims: Collection[Claim]) -> bool:
-        "Return whether a request can be given this device, or RAM, given all reservations"
-        if is_ram(use.key) and use.key != RAM: return True   # of a control group
-        if claim.share: return self.share == 1   # all of it
+        "Return whether the cap lets a request have this device, or RAM, in addition to all reservations"
+        if is_ram(use.key) and use.key != RAM: return True   # the RAM limit of a control group
+        if claim.share: return self.share == 1   # the request is for a whole GPU
         return self.reserved(claim, use, claims) + claim.memory <= self.most(use.device)
 
 # %% ../../nbs/core/caps.ipynb #1401cf44
 def explain_cap(
     cap: Cap,
-    claim: Claim,                  # that waits
+    claim: Claim,                  # a request that waits
     uses: Iterable[DeviceUse],     # every device
-    claims: Collection[Claim],     # all that count now
+    claims: Collection[Claim],     # all reservations and requests that count now
 ) -> str:  # empty if enough devices are under the cap
-    "Return the reservations of the request's user or app, where these are why it waits"
+    "Return a sentence on the reservations of the request's user or app, if the cap is why it waits"
     uses = list(uses)
     if over_ram := _explain_ram(cap, claim, uses, claims): return over_ram
     uses = [use for use in uses if use.key in claim.allowed]
@@ -79,20 +79,20 @@ def _explain_ram(cap: Cap, claim: Claim, uses: Iterable[DeviceUse], claims: Coll
 # %% ../../nbs/core/caps.ipynb #119d4aeb
 def explain_caps(
     cap: Cap | None,
-    claims: Sequence[Claim],       # all that count now
+    claims: Sequence[Claim],       # all reservations and requests that count now
     uses: Sequence[DeviceUse],     # every device
-) -> dict[int, str]:  # by the ID of a waiting request for this
-    "Return the same for each request"
+) -> dict[int, str]:  # by the request's ID
+    "Return that sentence for each request that waits because of the cap"
     told = {c.id: explain_cap(cap, c, uses, claims) for c in claims if cap and c.device is None}
     return {id: text for id, text in told.items() if text}
 
 # %% ../../nbs/core/caps.ipynb #dab3e33d
 def check_cap(
     cap: Cap,
-    devices: Iterable[GpuDevice],   # that suit a request
+    devices: Iterable[GpuDevice],   # the devices that suit a request
     memory: int,                    # bytes on each
-    count: int = 1,                 # of the devices
-    is_whole: bool = False,         # it is for all of a device
+    count: int = 1,                 # how many devices it needs
+    is_whole: bool = False,         # whether it is for all of a device
     ram: int = 0,                   # bytes of RAM that it needs, too
 ) -> None:
     "Raise `ValueError` for a request above the cap"
@@ -124,7 +124,7 @@ def cap_in(
     "Return the cap of the settings; raise `ValueError` if they are invalid"
     found = dict[str, str]()
     for line in text.splitlines():
-        if line.lstrip().startswith("["): break   # a table: its keys are others
+        if line.lstrip().startswith("["): break   # a table of TOML: its keys are unrelated
         if not re.match(r"\s*[\"']?(max_share|per)[\"']?\s*=", line): continue
         parts = _LINE.match(line)
         if parts is None: raise ValueError(f"has an invalid line: {line.strip()}")

@@ -91,11 +91,11 @@ def estimate_notes(
 
 # %% ../../nbs/core/checks.ipynb #5c1d7a91
 def seen_notes(
-    complaint: str | None,            # the part that CUDA reads differently
+    complaint: str | None,            # the problem with CUDA_VISIBLE_DEVICES, in words
     visible: Sequence[DeviceStatus],
     others: Sequence[DeviceStatus],   # MIG instances that only another process can use
 ) -> list[str]:
-    "Return the complaint, and a note if one of the others has more room"
+    "Return the complaint, and a note if one of the other instances has more free memory"
     notes = [complaint] if complaint and (visible or others) else []
     best = max(others, key=lambda d: d.room, default=None)
     if best is None or any(d.room >= best.room for d in visible): return notes
@@ -112,7 +112,7 @@ def each_memory_once(
 # %% ../../nbs/core/checks.ipynb #0b3c5380
 UNSEEN_NOTE = "Reading a GPU that uses this memory failed, so the reservations on it count in full"
 UNREAD_NOTE = "Reading the reservations on a GPU that uses this memory failed, so no memory counts as free"
-EARLIER_NOTE = "The app's workers are those of an earlier moment: {}"
+EARLIER_NOTE = "The list of workers may be out of date: {}"
 UNREAD_RAM_NOTE = "Reading the reservations failed, so no memory counts as free"
 
 def tell_unified(
@@ -124,7 +124,7 @@ def tell_unified(
     return None if snapshot.reason or lacking else False
 
 def number_here(claim: Claim) -> int:
-    "Return the PID of a claim's holder; 0 if it is of another PID namespace, where numbers are others"
+    "Return the PID of a claim's holder; 0 if it is in another PID namespace, where PIDs differ"
     return claim.holder.pid if claim.space == pid_namespace() else 0
 
 def unseen_promises(machine: Sequence[GpuDevice], known: LedgerReading, app: str) -> list[Promise]:
@@ -143,7 +143,7 @@ def stand_in(promises: Sequence[Promise]) -> DeviceStatus:
 # %% ../../nbs/core/checks.ipynb #d78518cb
 def memory_for(
     pid: int | None,   # `None`: this process
-) -> tuple[HostMemory, list[str]]:   # and a note if it is this process's, because reading the other's failed
+) -> tuple[HostMemory, list[str]]:   # and a note, if reading that group failed and this process's counts instead
     "Return the RAM of the machine or of a process's control group, whichever has less"
     found = read_memory() if pid is None else process_memory(pid)
     return (read_memory(), [GROUP_NOTE.format(pid)]) if found is None else (found, [])
@@ -154,10 +154,10 @@ def reserves_ram(known: LedgerReading) -> bool:
     return any(asks_for_ram(c) for c in known.claims if c.id not in known.over)
 
 def least_left(
-    found: Sequence[tuple[int, Sequence[Promise]]],   # of RAM and of each control group: bytes free, and promises
+    found: Sequence[tuple[int, Sequence[Promise]]],   # bytes free and the promises: of RAM and of each control group
     available: int,                                   # the least that is free in one of them
 ) -> list[Promise]:
-    "Return the promises of the limit with the least left, cut to the available memory"
+    "Return the promises on RAM or a control group, whichever has less left, cut to the available memory"
     def left(pair: tuple[int, Sequence[Promise]]) -> int: return pair[0] - sum(p.unused for p in pair[1])
 
     tight = min(found, key=left)
@@ -183,7 +183,7 @@ class Checks:
         workers: Workers,
         ledger: Ledger,
         needs: Needs,
-        app: str = "",              # its name, which its reservations have
+        app: str = "",              # the app's name, as in its reservations
         track_self: bool = False,   # whether this process and its child processes are the app's
     ) -> None:
         self.workers, self.ledger, self.needs, self.app, self.track_self = workers, ledger, needs, app, track_self
@@ -191,7 +191,7 @@ class Checks:
         self.unified: bool | None = None   # whether a GPU uses the machine's memory, once that is known
 
     def me(self) -> ProcessId | None:
-        "Return this process, if its child processes are the app's; after a fork it is another one"
+        "Return this process (after a fork, the child) if its child processes belong to the app"
         return this_process() if self.track_self else None
 
     def prepare(self) -> Prepared:
@@ -221,7 +221,7 @@ class Checks:
                         see_waiting(self, known, snapshot.devices, found))
 
     def see(self, machine: Sequence[GpuDevice], known: LedgerReading, threshold_percent: float) -> Seen:
-        "Return the devices that this process can use; of those that a number can mean, the worst"
+        "Return the devices that this process can use; if a number can mean several, the one with the least free memory"
         return see_devices(machine, os.environ, partial(self.worst_first, machine, known, threshold_percent))
 
     def worst_first(
@@ -238,7 +238,7 @@ class Checks:
     def classify(
         self,
         devices: Sequence[GpuDevice],
-        machine: Sequence[GpuDevice],   # every device of it: a reservation on one can take memory of another
+        machine: Sequence[GpuDevice],   # every device of the machine: a reservation on one can take memory of another
         known: LedgerReading,
         threshold_percent: float,
     ) -> tuple[list[DeviceStatus], list[str]]:  # with a note where the division is an estimate
@@ -289,7 +289,7 @@ class Checks:
         self,
         threshold_percent: float,
         snapshot: GpuSnapshot | None = None,   # read already
-        read: Callable[[], GpuSnapshot] | None = None,   # reads one, where a GPU uses this memory or might
+        read: Callable[[], GpuSnapshot] | None = None,   # reads a snapshot, if a GPU uses this memory or might
         pid: int | None = None,                # the process whose control group counts; `None`: this one
     ) -> ResourceConflict:
         "Return who uses the memory of this machine, or of the control group that a process is in"
@@ -330,15 +330,15 @@ class Checks:
         self,
         snapshot: GpuSnapshot | None,
         prepared: Prepared,
-        available: int,   # bytes; all of it counts as taken where reading the reservations failed
+        available: int,   # bytes; all of it counts as taken if reading the reservations failed
     ) -> tuple[list[DeviceStatus], list[str]]:   # and notes
-        "Return the GPUs that use the machine's memory; one stands for the unreadable ones"
+        "Return the GPUs that use the machine's memory; one entry stands for the unreadable ones"
         if snapshot is None: return [], []
         self.unified = self.unified or tell_unified(snapshot)
         known = self._find_claims(prepared) if self.unified else LedgerReading()
         if isinstance(known, str): return [stand_in([Promise(0, "external", available, available)])], [UNREAD_NOTE]
         found, _ = self.classify([d for d in snapshot.devices if d.unified], snapshot.devices, known, 100)
-        once = [d if n == 0 else replace(d, promises=()) for n, d in enumerate(found)]   # they have one memory
+        once = [d if n == 0 else replace(d, promises=()) for n, d in enumerate(found)]   # they share one memory
         unseen = unseen_promises(snapshot.devices, known, self.app)
         return ([*once, stand_in(unseen)], [UNSEEN_NOTE]) if unseen else (once, [])
 
@@ -347,7 +347,7 @@ def promises_on(
     device: GpuDevice,
     uses: Sequence[DeviceUse],   # of the devices that could be read
     claims: Sequence[Claim],
-    app: str,                    # its name, which its reservations have
+    app: str,                    # the app's name, as in its reservations
 ) -> tuple[Promise, ...]:
     "Return the reservations on a device"
     use = next((use for use in uses if use.device.id == device.id), None)
@@ -373,9 +373,9 @@ def name_holder(claim: Claim) -> tuple[str | None, str | None]:
 def name_absent(
     promises: Sequence[Promise],
     claims: Iterable[Claim],
-    there: Collection[int],   # PIDs of the processes on the device, which have their names from it
+    there: Collection[int],   # PIDs of the processes on the device, whose names are known
 ) -> tuple[Promise, ...]:
-    "Return reservations with the names of holders that use 0 bytes of the device so far; of 20 at most"
+    "Return the reservations, with the names of up to 20 holders that use 0 bytes of the device so far"
     absent = [p.id for p in promises if p.pid not in there][:_NAMED]
     names = {c.id: name_holder(c)[0] for c in claims if c.id in absent}
     return tuple(replace(p, name=names[p.id]) if p.id in names else p for p in promises)
@@ -386,9 +386,9 @@ def see_waiting(
     checks: "Checks",
     known: LedgerReading,
     machine: Sequence[GpuDevice],
-    found: Sequence[DeviceStatus],   # those that are there, as they were found
+    found: Sequence[DeviceStatus],   # the devices, as classified
 ) -> tuple[Waiting, ...]:
-    "Return the requests that wait, in the order of the queue, with why and until when as far as it is known"
+    "Return the waiting requests in the order of the queue, each with the reason and the expected start, if known"
     claims = [c for c in known.claims if c.id not in known.over]
     if all(c.device is not None for c in claims): return ()
     from cjm_fasthtml_resources.core.outlook import find_outlook, times_of_app  # when they are used
@@ -402,7 +402,7 @@ def see_waiting(
 def find_waiting(
     known: LedgerReading,
     devices: Sequence[GpuDevice],
-    app: str,                    # its name, which its requests have
+    app: str,                    # the app's name, as in its requests
     starts: Mapping[int, tuple[float, float]] = {},   # by ID: when they are expected to start
 ) -> tuple[Waiting, ...]:
     "Return the requests that wait, in the order of the queue; the first 20 with the names of their processes"
@@ -428,14 +428,14 @@ def find_waiting(
 
 # %% ../../nbs/core/checks.ipynb #0876ee32
 def _usable_together(conflict: ResourceConflict, count: int) -> tuple[list[DeviceStatus], str]:
-    "Return the devices of which one process can use so many, and why others are left out"
+    "Return the devices of which one process can use `count` together, and the reason if others are left out"
     there = usable(conflict.allowed)
     whole = [d for d in there if d.device.mig_parent is None]
     if count < 2 or len(whole) == len(there): return there, f": {conflict.reason}" if conflict.reason else ""
     return whole or there[:1], ": a process can use one MIG instance, and then only that"
 
 def _with_room(devices: Sequence[DeviceStatus], least: float) -> list[DeviceStatus]:
-    "Return the devices with so much free on each, also where some share their memory; the most free first"
+    "Return the devices with `least` bytes free on each, even if some share their memory; the most free first"
     found, left = list[DeviceStatus](), dict[Any, float]()   # by `pool`
     for d in sorted(devices, key=lambda d: -d.room):
         room = left.get(d.device.pool, d.room)
@@ -451,7 +451,7 @@ def pick_devices(
     count: int,                  # how many devices
     least: float,                # bytes that each must have free
 ) -> GpuChoice:
-    "Return the devices with the most room; raise `ResourceUnavailable` for too few, `ResourceBusy` for too full ones"
+    "Return the devices with the most room; `ResourceUnavailable` if there are too few, `ResourceBusy` if too full"
     there, why = _usable_together(conflict, count)
     if len(there) < count:
         raise ResourceUnavailable(f"Requested {_gpus(count)}; {len(there) or 'none'} can be used{why}", conflict)

@@ -35,30 +35,30 @@ from .topology import Links, choose_close
 # %% ../../nbs/core/claims.ipynb #55c85b43
 @dataclass(frozen=True)
 class Claim:
-    "Memory that was asked for; a promise once it has a device"
-    id: int                       # in the order of asking
-    holder: ProcessId             # the process whose tree it is for
+    "Requested memory; a promise once it has a device"
+    id: int                       # a later request has a larger one
+    holder: ProcessId             # the process that it is for, with its child processes
     memory: int                   # bytes, on each device
     allowed: tuple[str, ...]      # keys of the devices that suit it
-    device: str | None = None     # the key of the device that it was given; `None` while it waits
-    base: int = 0                 # bytes that the holder uses there in addition to this promise
-    app: str = ""                 # the app that asked
+    device: str | None = None     # the key of the granted device; `None` while it waits
+    base: int = 0                 # bytes that the holder uses on the device in addition to this promise
+    app: str = ""                 # the app that requested it
     ttl: float | None = None      # seconds that the promise lasts; `None`: until it is released
     expires: float | None = None  # by `machine_time()`
-    lease: int = 0                # the claim counts while this is locked; 0: while the holder lives
+    lease: int = 0                # the claim counts while this lease is locked; 0: while the holder lives
     for_other: bool = False       # the holder is another process than the one that asked
     space: int | None = None      # the PID namespace that the holder's number is from
-    covers: bool = False          # of a job: includes the holder's present use, and then lasts as long as its lease
-    count: int = 1                # of the devices that it asks for together; a promise is one for each of them
+    covers: bool = False          # for a job: includes the holder's present use; if granted, lasts as long as its lease
+    count: int = 1                # how many devices it requests together; each granted one becomes a promise
     links: Links | None = None    # with a `count`: how close the devices are to one another
-    beside: tuple[tuple[str, int], ...] = ()   # asked for together with them: bytes by name, as ("RAM", 10)
+    beside: tuple[tuple[str, int], ...] = ()   # requested with the devices: bytes by name, such as ("RAM", 10)
     priority: int = 0             # while it waits: a smaller one is `PLACES` places further ahead in the queue
-    share: float = 0              # while it waits: of each device's capacity, which it is to have for itself
+    share: float = 0              # while it waits, for a device of its own: the part of the capacity that must be free
     receipt: Receipt | None = None   # the asker, the time, and the observed use; `None`: unknown
 
     @property
     def size(self) -> int:
-        "How many promises it becomes: one for each device, and one for each of the names in `beside`"
+        "Return the number of its promises: one for each device, and one for each name in `beside`"
         return self.count + len(self.beside)
 
     def is_over(
@@ -77,7 +77,7 @@ class Claim:
 
     @property
     def is_kept(self) -> bool:
-        "Return whether its lease is locked until its holder has ended, whatever program that becomes"
+        "Return whether its lease is locked until its holder has ended, even if the holder executes another program"
         return self.receipt is not None and self.receipt.kept == 1
     @property
     def is_suspended(self) -> bool:
@@ -127,15 +127,15 @@ class DeviceUse:
     processes: tuple[tuple[tuple[ProcessId, ...], int], ...] | None  # lineage and bytes of each; `None`: unknown
     whole: bool = True                       # `processes` has every process on the device
     others: frozenset[str] = frozenset()     # keys of the machine's other devices
-    sharing: frozenset[str] = frozenset()    # names of those among them that share this one's memory, or can
+    sharing: frozenset[str] = frozenset()    # names of the `others` that share this device's memory, or can
     # a process and its ancestors, itself first; `None` if it is hidden from here
     lineage_of: Callable[[ProcessId], tuple[ProcessId, ...] | None] = field(
         default=lambda p: (p,), compare=False, repr=False)
     space: int | None = None                 # the PID namespace of the lineages
-    in_doubt: bool = False                   # an unknown name can be that of a device that shares its memory
+    in_doubt: bool = False                   # an unknown name can mean a device that shares this one's memory
     # bytes that a process can be using beyond its figure in `processes`, where two figures for it can overlap
     slack: Mapping[ProcessId, int] = field(default_factory=dict, compare=False, repr=False)
-    has_partners: bool = field(init=False, repr=False, compare=False)   # `has_partners` of the name, for a MIG instance
+    has_partners: bool = field(init=False, repr=False, compare=False)   # the result of `has_partners(device)`
     key: str = field(init=False, repr=False, compare=False)      # the device's name in a claim
     address: str = field(init=False, repr=False, compare=False)  # its name for a program whose driver omits the UUID
 
@@ -147,12 +147,12 @@ class DeviceUse:
         object.__setattr__(self, "address", device_address(self.device))
 
     def holder_of(self, claim: Claim) -> ProcessId:
-        "Return a claim's holder by its PID here; of another PID namespace, by a free PID"
+        "Return a claim's holder; from another PID namespace, with a negative PID, which is free here"
         return claim.holder if claim.space == self.space else ProcessId(-claim.holder.pid, None)
 
     def is_called(self, key: str | None) -> bool:
         """Return whether a claim's `device` can be this one, or shares its memory:
-        by UUID or address; in doubt, also by any name that no device has now"""
+        by UUID or address; if in doubt, also by any name that no device has now"""
         if key is None or key in (self.key, self.address) or key in self.sharing: return key is not None
         if key in self.others or is_ram(key): return False
         return self.in_doubt or self.has_partners and _is_instance(key)
@@ -199,7 +199,7 @@ def _listed_in(pool: Sequence[GpuDevice]) -> tuple[GpuProcess, ...] | None:
     if any(d.processes is None for d in pool): return None
     if len(pool) == 1: return pool[0].processes
     every = sorted((p for d in pool for p in d.processes or ()), key=lambda p: p.memory_used or 0)
-    return tuple({p.pid: p for p in every}.values())   # at least its use of one of them
+    return tuple({p.pid: p for p in every}.values())   # a process on several devices has its largest figure
 
 # %% ../../nbs/core/claims.ipynb #9ff79152
 def read_use(
@@ -225,8 +225,8 @@ def read_use(
 
 def _identify(
     listed: Sequence[GpuProcess], complete: bool, read: Callable[[int], ProcessInfo],
-) -> tuple[tuple[tuple[tuple[ProcessId, ...], int], ...], bool]:   # and whether those are all
-    "Return lineage and bytes of the known processes; if others are missing, except those that draw"
+) -> tuple[tuple[tuple[tuple[ProcessId, ...], int], ...], bool]:   # and whether every process is known
+    "Return lineage and bytes of the known processes; leave out graphics processes if a list is incomplete"
     found = [(read(p.pid), p.memory_used if complete or "graphics" not in p.kind else None) for p in listed]
     known = [(info, used) for info, used in found
              if used is not None and (info.foreign or info.start_time is not None)]
@@ -237,7 +237,7 @@ def _identify(
 class Pool(NamedTuple):
     "The promises of one holder on one device, in bytes"
     claims: tuple[Claim, ...]
-    used: int                 # by the holder with its child processes, as far as it is known
+    used: int                 # bytes that the holder and its child processes are known to use
 
     @property
     def promised(self) -> int:
@@ -286,7 +286,7 @@ def owner_of(
     claim: Claim,
     app: str,   # the name of this app
 ) -> str:   # "app" or "external"
-    "Return whose a request or a reservation is"
+    "Return the owner of a request or a reservation"
     user = claim.receipt.user if claim.receipt else None
     return "app" if claim.app == app and user in (None, machine_user()) else "external"
 
@@ -321,7 +321,7 @@ def find_base(
     use: DeviceUse,
     claims: Sequence[Claim],
 ) -> int:  # bytes
-    "Return the base of a new promise: the largest that it can be"
+    "Return the largest possible base of a new promise"
     here = [c for c in claims if use.is_called(c.device)]
     used = used_by(use, {holder, *map(use.holder_of, here)}).get(holder, 0)
     return Pool(tuple(c for c in here if use.holder_of(c) == holder), _most_used(use, holder, used)).base
@@ -343,7 +343,7 @@ def find_freed(
     use: DeviceUse,
     claims: Sequence[Claim],
 ) -> int:  # bytes
-    "Return by how much less of other promises is used once a claim covers its holder's use"
+    "Return the bytes of other promises that become unused once a claim covers its holder's use"
     if not claim.covers: return 0
     before, after = find_pools(use, claims), find_pools(use, [*claims, replace(claim, device=use.key)])
     return sum(max(pool.consumed - after[holder].consumed, 0)
@@ -372,19 +372,19 @@ _UNKNOWN_BASE = 2**62
 
 def drop(
     claims: Sequence[Claim],
-    over: Collection[int],       # the ids of those that are over, found before the devices were read
+    over: Collection[int],       # the ids of the claims that are over, found before the devices were read
     uses: Sequence[DeviceUse],   # every device
 ) -> list[Claim]:
-    "Return the living claims, with bases so that none looks more used than before"
+    "Return the claims that are left, with bases that make none look more used than before"
     return move(claims, dict.fromkeys(over), uses)
 
 def move(
     claims: Sequence[Claim],
-    moved: Mapping[int, Claim | None],   # by id: with the new holder; `None`: it is over
+    moved: Mapping[int, Claim | None],   # by id: the claim with its new holder; `None`: it is over
     uses: Sequence[DeviceUse],           # every device
-    spent: Mapping[int, int] = {},       # by id: the most of a claim that its holder can be using; left out: all
+    spent: Mapping[int, int] = {},       # by id: the most bytes of a claim that its holder can be using; missing: all
 ) -> list[Claim]:
-    "Return the claims after some have left their holders, with bases so that the others look as used as before"
+    "Return the claims after some have left their holders, with bases that make the others look as used as before"
     after = [new for c in claims if (new := moved.get(c.id, c)) is not None]
     names = {c.device for c in claims if c.id in moved and c.device}
     for use in uses:
@@ -445,8 +445,8 @@ _Choose = Callable[[Sequence[Any]], Any]
 
 def _choose_together(claim: Claim, fitting: Mapping[str, _Room], choose: _Choose) -> list[str]:
     "Return the devices for a group: those with the most room, and of nearly equal ones those that are close together"
-    if not claim.count: return []   # it asks for RAM alone
-    once = {id(room): key for key, room in fitting.items()}   # of devices that share their memory one
+    if not claim.count: return []   # it requests RAM alone
+    once = {id(room): key for key, room in fitting.items()}   # one of the devices that share their memory
     keys = sorted(once.values(), key=lambda key: fitting[key].free, reverse=True)
     least = fitting[keys[claim.count - 1]].free
     margin = {key: (fitting[key].use.device.memory_total or 0)/100 for key in keys}
@@ -468,13 +468,13 @@ def in_queue(
 class _Share(NamedTuple):
     "The bytes that a request takes of one room"
     claim: Claim      # the request, for this room alone
-    key: str          # the device's
+    key: str          # the device's name
     room: _Room
-    missing: int      # beyond its holder's present use
-    taken: int        # and what other promises have unused again
+    missing: int      # bytes beyond its holder's present use
+    taken: int        # `missing`, and the bytes of other promises that become unused
 
 def _whole_of(claim: Claim, room: _Room, beside: Sequence[Claim]) -> Claim:
-    "Return a request for a device of its own with all that is free there, at least its share"
+    "Return a request for a device of its own, with all free memory of the device, at least its share"
     capacity = room.use.device.capacity
     covered = find_covered(replace(claim, memory=capacity), room.use, beside)
     return replace(claim, memory=max(int(claim.share*capacity), room.free + covered, 1))
@@ -504,14 +504,14 @@ class _Offer(NamedTuple):
     "The possible grant of a request"
     claim: Claim
     shares: Mapping[str, _Share]   # of the devices that it can have
-    named: Sequence[_Share]        # of what it names, as of RAM
+    named: Sequence[_Share]        # of the names in `beside`, such as RAM
     fitting: Mapping[str, _Room]   # the devices that have room for it now
-    fits: bool                     # whether there is room for all that it asks for
+    fits: bool                     # whether there is room for all of the request
     hopeful: Sequence[_Room]       # the devices that would have room if every promise were released
-    hopes: bool                    # whether there would be room for all that it asks for
+    hopes: bool                    # whether all of it would fit if every promise were released
 
     def give(self, after: dict[int, Claim], choose: _Choose) -> None:
-        "Give the request all of it"
+        "Grant the request: give it all its shares"
         if self.claim.count != 1: keys = _choose_together(self.claim, self.fitting, choose)
         else: keys = [choose(_most_nearly(self.fitting))]
         _give([*(self.shares[key] for key in keys), *self.named], self.claim.id, after)
@@ -524,7 +524,7 @@ class _Offer(NamedTuple):
 
 # %% ../../nbs/core/claims.ipynb #65814f5d
 class MayHave(Protocol):
-    "Returns whether a request can be given a device, given all claims by then"
+    "Returns whether a request can have a device, in view of all claims at that moment"
     def __call__(self, claim: Claim, use: DeviceUse, claims: Collection[Claim]) -> bool: ...
 
 def has_no_cap(claim: Claim, use: DeviceUse, claims: Collection[Claim]) -> bool:
@@ -549,18 +549,18 @@ def choose_any(found: Sequence[Any]) -> Any:
     return random.choice(found)
 
 def choose_first(found: Sequence[Any]) -> Any:
-    "Return the first of several, for a queue that is only played through"
+    "Return the first of several, for a queue that is only simulated"
     return found[0]
 
 # %% ../../nbs/core/claims.ipynb #2b64afb3
 def grant(
-    claims: Sequence[Claim],                                 # all, waiting or promised, in the order of asking
+    claims: Sequence[Claim],                                 # all, waiting or promised, the oldest first
     uses: Sequence[DeviceUse],                               # every device of the machine
     choose: Callable[[Sequence[Any]], Any] = choose_any,  # among nearly equal devices, or groups of devices
-    passes_over: Callable[[Claim], bool] = lambda claim: False,   # a request; not asked of those that get nothing
-    may_have: MayHave = has_no_cap,   # a request, a device, all claims by then; else it leaves the device to others
-    may_pass: MayPass = passes_none,  # a request whose time is limited, those ahead of it, all claims by then
-) -> list[Claim]:  # the same ones; those that were given a device have it, a group has one for each device
+    passes_over: Callable[[Claim], bool] = lambda claim: False,   # whether to skip a request; called if a room is open
+    may_have: MayHave = has_no_cap,   # whether a request can have a device
+    may_pass: MayPass = passes_none,  # whether a request with a time limit can pass
+) -> list[Claim]:  # the claims; a granted one has a device, a granted group is one claim per device
     "Give devices to the requests that fit, in the order of the queue"
     after = {c.id: c for c in lower_bases(claims, uses)}
     pools: dict[Any, _Room] = {}   # devices that share their memory have one room
@@ -574,12 +574,12 @@ def grant(
     return list(after.values()) if len(after) == len(claims) else sorted(after.values(), key=attrgetter("id"))
 
 def _is_open(claim: Claim, rooms: Mapping[str, _Room]) -> bool:
-    "Return whether those that are ahead leave a request one of its rooms; else it leaves all to others"
+    "Return whether the requests ahead leave open one of the rooms that a request can use"
     names = (*claim.allowed, *(key for key, _ in claim.beside))
     return any(not rooms[key].blocked for key in names if key in rooms)
 
 def _offer(claim: Claim, rooms: Mapping[str, _Room], after: Mapping[int, Claim], may_have: MayHave) -> _Offer:
-    "Return the possible grant of a request: all that it asks for, or a hope of as much"
+    "Return the grant of a request that is possible now, or would be if every promise were released"
     beside = list(after.values())
     named = _named_shares(claim, rooms, beside) if claim.beside else []
     if not all(may_have(s.claim, s.room.use, beside) for s in named): return _Offer(claim, {}, (), {}, False, (), False)
@@ -599,7 +599,7 @@ def _offer(claim: Claim, rooms: Mapping[str, _Room], after: Mapping[int, Claim],
 
 # %% ../../nbs/core/claims.ipynb #c14e4264
 def _rooms_of(claim: Claim, rooms: Mapping[str, _Room]) -> set[int]:
-    "Return the rooms that a request can be given a part of"
+    "Return the rooms from which a request can get memory, by `id`"
     return {id(rooms[key]) for key in (*claim.allowed, *(key for key, _ in claim.beside)) if key in rooms}
 
 def _find_passing(
@@ -619,7 +619,7 @@ def _find_passing(
         yield _offer(_passed(claim, ahead[0]), rooms, after, may_have)
 
 def _passed(claim: Claim, other: Claim) -> Claim:
-    "Return a request with a receipt that names the other one ahead of which it was granted"
+    "Return a request whose receipt names the other request that it passed"
     return replace(claim, receipt=claim.receipt and claim.receipt._replace(passed=other.id))
 
 # %% ../../nbs/core/claims.ipynb #8ad99fa5
@@ -645,7 +645,7 @@ def observe(
             for c in pool.claims:
                 if c.receipt is None: continue
                 is_idle = most < min(LEAST_USE, c.memory) and not is_ram(use.key)   # a process always uses some RAM
-                beside = promised - c.memory   # of its other promises: as much can be theirs
+                beside = promised - c.memory   # the holder's other promises: as much of its use can be theirs
                 part = most if not beside else min(most, -(-most*c.memory//promised))
                 seen[c.id] = c.receipt.seen(min(part, c.memory), is_used, now, is_idle)
     return [c if seen.get(c.id, c.receipt) == c.receipt else replace(c, receipt=seen[c.id]) for c in claims]

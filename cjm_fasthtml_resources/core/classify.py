@@ -44,9 +44,9 @@ def find_owner(
     process: ProcessInfo,
     workers: Mapping[int, WorkerState],                    # by PID
     children: Mapping[int, Mapping[int, float | None]],    # declared PID → worker's PID → the child's start
-    me: ProcessId | None = None,                           # the manager's own process; `None` leaves its tree out
+    me: ProcessId | None = None,                           # the manager's process; `None`: its tree is external
 ) -> tuple[str, WorkerState | None]:  # "app" or "external", and the worker that it belongs to
-    "Return whose a process is, found by walking up from it"
+    "Return the owner of a process; check it first, then each of its ancestors"
     for pid, start in () if process.foreign else process.lineage:
         worker = workers.get(pid)
         if worker and worker.start_time in (None, start): return "app", worker
@@ -59,12 +59,12 @@ def find_owner(
 # %% ../../nbs/core/classify.ipynb #52c21c3a
 @lru_cache(maxsize=1024)
 def _shown_worker(worker_type: str, plugin: str | None, job_id: str | None) -> tuple[str, str | None, str | None]:
-    "Return these as they can be shown"
+    "Return a worker's type, plugin and job with `***` in place of likely secrets"
     return shown_text(worker_type), plugin and shown_text(plugin), job_id and shown_text(job_id, identifier=True)
 
 @lru_cache(maxsize=4096)
 def _make_owned(*fields: Any) -> OwnedProcess:
-    "Return the process with these fields; most are unchanged since the last check, and are used again"
+    "Return the process with these fields; one that is unchanged since the last check comes from the cache"
     return OwnedProcess(*fields)
 
 def owned_process(
@@ -72,9 +72,9 @@ def owned_process(
     memory: int | None,          # bytes
     kind: str | None,            # on a GPU: "compute", "graphics", "mps"
     owner: str,
-    worker: WorkerState | None,  # that it belongs to
+    worker: WorkerState | None,  # the worker that the process belongs to, if any
 ) -> OwnedProcess:
-    "Return a process with its owner, as `find_owner` returns it"
+    "Return a process with the owner and the worker that `find_owner` returns"
     name, plugin, job = (None, None, None) if worker is None else _shown_worker(
         worker.worker_type, worker.plugin_name or worker.plugin_id, worker.job_id)
     parent = None if worker is None or worker.pid == process.pid else worker.pid
@@ -86,9 +86,9 @@ def owned_process(
 def divide_rest(
     left: int,                           # bytes in use beyond the processes' figures
     processes: Sequence[OwnedProcess],
-    reported: int | None,                # bytes that the app's workers report; `None`: unneeded, PIDs match
-) -> tuple[int, int, int]:  # bytes more for the app, for other programs, and not visible by process
-    "Return the owners of memory that the driver leaves out of its list of processes"
+    reported: int | None,                # bytes that the app's workers report; `None`: unneeded, because PIDs match
+) -> tuple[int, int, int]:  # additional bytes: of the app, of other programs, of no visible process
+    "Return the division by owner of memory that the driver's list of processes leaves out"
     if reported is not None:
         more = min(left, reported)
         return more, 0, left - more
@@ -102,9 +102,9 @@ def classify_device(
     processes: Sequence[OwnedProcess] = (),
     threshold_percent: float = 45.0,        # of the device's total
     reported: int | None = None,            # bytes that workers report, where PIDs are unmatched; else `None`
-    promises: tuple[Promise, ...] = (),     # the reservations on it
+    promises: tuple[Promise, ...] = (),     # the reservations on the device
 ) -> DeviceStatus:
-    "Return a device's memory by owner, and what that means for a job"
+    "Return a device's memory by owner, and its status for a job"
     total, used = device.memory_total, device.memory_used
     if not total or used is None:
         reason = device.reason or "the driver does not report its memory"
@@ -112,7 +112,7 @@ def classify_device(
     held = {"app": 0, "external": 0, "unknown": 0}  # owner → bytes
     for p in processes: held[p.owner] += p.memory_used or 0
     left = max(used - held["app"] - held["external"], 0)
-    # with one missing, the rest can be the missing one's; of unified memory, it is the programs' RAM
+    # the rest can belong to a process that the list lacks; with unified memory, it is the programs' RAM
     silent = processes if device.processes_whole and not device.unified else ()
     more_app, more_external, rest = divide_rest(left, silent, reported)
     unattributed, ram = (0, rest) if device.unified else (rest, 0)
@@ -169,7 +169,7 @@ def conclude(
     others: Sequence[DeviceStatus] = (),     # those that only another process can use
     waiting: tuple[Waiting, ...] = (),       # the requests in the order of asking
 ) -> ResourceConflict:
-    "Return one answer from the devices' own"
+    "Return one result from the results of all devices"
     status = best_status(d.status for d in devices)
     if status is ResourceStatus.UNAVAILABLE:
         reasons = "; ".join(name_unusable(d.device.id, d.reason) for d in devices)
@@ -188,7 +188,7 @@ def _pids(found: Iterable[tuple[OwnedProcess, GpuDevice]]) -> list[int]:
 # %% ../../nbs/core/classify.ipynb #8958546a
 def memory_process_dict(
     process: OwnedProcess,
-    total: int,              # bytes that use is measured against
+    total: int,              # bytes that count as 100 %
 ) -> MemoryProcessDict:
     "Return a process in system memory as a plain dictionary; its memory in MiB and in percent of the total"
     used = process.memory_used or 0
@@ -201,7 +201,7 @@ def memory_process_dict(
 def judge_memory(
     total: int,                 # bytes
     app: int,                   # bytes that this app uses or has reserved
-    external: int,              # bytes that other programs do
+    external: int,              # bytes that other programs use or have reserved
     threshold_percent: float,   # of the total
 ) -> ResourceStatus:
     "Return whether RAM is available, and otherwise whether this app or other programs use more of it"
@@ -213,7 +213,7 @@ def find_large(
     by_owner: Sequence[OwnedProcess],   # the largest first
     total: int,                         # bytes
 ) -> list[OwnedProcess]:
-    "Return the processes of other programs that have 1 % of the total, and in any case the largest"
+    "Return other programs' processes that use at least 1 % of the total, and always the largest one"
     others = [p for p in by_owner if p.owner != "app"]
     return others[:1] + [p for p in others[1:] if 100*(p.memory_used or 0) >= total]
 
@@ -223,12 +223,12 @@ def classify_memory(
     processes: Iterable[OwnedProcess],   # with the RAM of each
     threshold_percent: float = 90.0,     # of the total
     left_out: int = 0,                   # number of other programs' processes outside the list
-    estimated: bool = False,             # whether some of the app's can have pages that others have, too
+    estimated: bool = False,             # whether processes of the app can share pages with other processes
     notes: Sequence[str] = (),
-    gpus: Sequence[DeviceStatus] = (),   # those that use this memory, whose use is missing in `processes`
-    promises: Sequence[Promise] | None = None,   # all that is reserved of it, also on them; `None`: only on them
+    gpus: Sequence[DeviceStatus] = (),   # with unified memory, so in this RAM; `processes` lacks their use
+    promises: Sequence[Promise] | None = None,   # all reservations of RAM, also on `gpus`; `None`: only on `gpus`
 ) -> ResourceConflict:
-    "Return the use of system memory by owner, and what that means for a job"
+    "Return the use of system memory by owner, and its status for a job"
     by_owner = sorted(processes, key=by_size)
     app = [p for p in by_owner if p.owner == "app"]
     app_memory = min(sum(p.memory_used or 0 for p in app) + sum(d.app_memory for d in gpus), memory.used)

@@ -16,9 +16,9 @@ from .secrets import names_secret, shown_text
 from .text import printable
 
 # %% ../../nbs/core/command.ipynb #6da509d3
-def _letters(letters: str) -> str: return rf"(-[a-z\dS]*?[{letters}])(.*)"   # alone, behind others, before its value
+def _letters(letters: str) -> str: return rf"(-[a-z\dS]*?[{letters}])(.*)"   # alone, after letters, or with its value
 
-_PASSWORDS = {   # options whose names do not tell that a password follows, by program
+_PASSWORDS = {   # by program: options that take a password and have an unclear name
     **dict.fromkeys(("mysql", "mysqladmin", "mysqldump", "mariadb", "mariadb-dump", "mongosh", "mongodump", "cqlsh",
                      "sshpass", "login", "7z", "7za"), _letters("p")),
     **dict.fromkeys(("http", "https", "xh", "redis-cli"), _letters("a")),
@@ -69,7 +69,7 @@ _MOST = 8192   # bytes that are read
 
 @lru_cache(maxsize=4096)
 def _read(pid: int, start_time: float) -> str:
-    "Return a command line; raise `OSError` where it is empty, as that of a program that is just starting"
+    "Return a command line; raise `OSError` if it is empty (the program is just starting) or the process has ended"
     with FileIO(f"/proc/{pid}/cmdline") as file: data = file.read(_MOST).rstrip(b"\0 ")
     if not data or process.read_start(pid) != start_time: raise ProcessLookupError(pid)
     return show_command(data.decode(errors="replace").split("\0"))

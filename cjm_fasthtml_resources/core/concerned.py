@@ -13,18 +13,18 @@ from .claims import Claim, DeviceUse
 
 # %% ../../nbs/core/concerned.ipynb #cb0f9f17
 def _wants(claim: Claim) -> tuple[str, ...]:
-    "Return the names of what a claim has, or can be given"
+    "Return the names of the devices, and of RAM, that a claim has or can get"
     if claim.device is not None: return (claim.device,)
     return (*claim.allowed, *(key for key, _ in claim.beside))
 
 def _find_near(claims: Iterable[Claim], names: set[str], leases: set[int]) -> list[Claim]:
-    "Return the claims that have, or can be given, one of these, or that have one of these leases"
-    return [c for c in claims if c.device in names or c.lease in leases   # short, since there can be hundreds
+    "Return the claims that have, or can get, a device of these names, or that have one of these leases"
+    return [c for c in claims if c.device in names or c.lease in leases   # fast: there can be hundreds
             or c.device is None and not (names.isdisjoint(c.allowed) and (not c.beside or names.isdisjoint(_wants(c))))]
 
 # %% ../../nbs/core/concerned.ipynb #0097b4e4
 def _add_names(names: set[str], uses: Iterable[DeviceUse]) -> None:
-    "Add the other names of the devices that are named"
+    "Add all other names of each device that `names` has already"
     for use in uses:
         every = {use.key, use.address, *use.sharing}
         if not names.isdisjoint(every): names |= every
@@ -32,10 +32,10 @@ def _add_names(names: set[str], uses: Iterable[DeviceUse]) -> None:
 # %% ../../nbs/core/concerned.ipynb #bc79535c
 def find_concerned(
     asked: Claim,                # the new request
-    claims: Sequence[Claim],     # all others, in the order of asking
+    claims: Sequence[Claim],     # all other claims, in the order of asking
     uses: Sequence[DeviceUse],   # every device
 ) -> Sequence[Claim]:  # in the same order
-    "Return the claims that can make a difference to a request, and those to which it can make one"
+    "Return the claims that can affect a request, and those that it can affect"
     if any(use.in_doubt or use.has_partners for use in uses): return claims
     known = {name for use in uses for name in (use.key, use.address)}
     names = {*_wants(asked), *({c.device for c in claims if c.device is not None} - known)}

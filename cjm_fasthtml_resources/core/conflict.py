@@ -24,7 +24,7 @@ class ResourceConflict:
     "The result of a check: a status, the processes behind it, and a sentence"
     resource_type: ResourceType
     status: ResourceStatus
-    app_pids: list[int] = handed_out((), made=list)        # all of the app's processes there
+    app_pids: list[int] = handed_out((), made=list)        # all processes of the app on the devices, or in RAM
     external_pids: list[int] = handed_out((), made=list)   # processes of others that use too much
     app_processes: list[Any] = handed_out((), made=_copy_rows)       # GpuProcessDict or MemoryProcessDict
     external_processes: list[Any] = handed_out((), made=_copy_rows)
@@ -34,8 +34,8 @@ class ResourceConflict:
     threshold_percent: float | None = None        # the limit that decided
     notes: tuple[str, ...] = ()                   # why the result is an estimate, and the remedy
     snapshot: GpuSnapshot | None = field(default=None, repr=False)  # the raw driver data
-    other_instances: tuple[DeviceStatus, ...] = ()  # of MIG, and other GPUs: only another process can use them
-    waiting: tuple[Waiting, ...] = ()             # requests for GPU memory in the order of asking, of every app
+    other_instances: tuple[DeviceStatus, ...] = ()  # MIG instances and GPUs that only another process can use
+    waiting: tuple[Waiting, ...] = ()             # every app's requests for GPU memory, in the order of asking
 
     @property
     def allowed(self) -> tuple[DeviceStatus, ...]:
@@ -49,16 +49,16 @@ class ResourceConflict:
 
     @property
     def is_late(self) -> bool:
-        "Return whether the driver has yet to answer, so that a program with time can wait for it"
+        "Return whether the driver has yet to answer; a program that has time can wait for it"
         return self.snapshot is not None and self.snapshot.late
 
     @property
     def message(self) -> str:
         "Return the result as a sentence: whether a job could start, and otherwise which processes use the memory"
         if self.memory is not None: return explain_memory(self.status, self.memory, self.reason)
-        # a MIG instance such as 0:7 is of GPU 0
+        # a MIG instance such as 0:7 is on GPU 0
         gpus = {str(device.id).partition(":")[0] for device in self.snapshot.devices} if self.snapshot else set[str]()
-        named = len(self.devices) == 1 and len(gpus) > 1   # of several, this one was asked for
+        named = len(self.devices) == 1 and len(gpus) > 1   # of several, this one was requested
         return explain_gpus(self.status, self.devices, self.reason, self.threshold_percent, named)
 
     def _repr_html_(self) -> str | None: return repr_html(self)

@@ -74,11 +74,11 @@ def other_container(
     found: tuple[Container, ...],
     own: tuple[Container, ...],    # those that this process is in
 ) -> Container | None:
-    "Return the outermost container that a process is in and this process is outside of"
+    "Return the outermost container that a process is in, but this process is outside of"
     return next((c for n, c in enumerate(found) if c not in own[n:n + 1]), None)
 
 # %% ../../nbs/core/containers.ipynb #8036c155
-_PASSING = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)   # at another moment it can be read
+_PASSING = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)   # errors that pass: a later attempt can succeed
 
 def _read(path: str, most: int = 65_536) -> bytes:
     "Return the content of a file, empty if unreadable; raise `OSError` if another attempt can succeed"
@@ -152,5 +152,5 @@ def host_name() -> str | None:  # `None` for a missing or unprintable one
     return found
 
 def clean_host(name: str | None) -> str | None:
-    "Return a host name if it is one, as it can be shown and written"
+    "Return a host name if it is valid, so that it can be shown and written; otherwise `None`"
     return name if name and _HOST.fullmatch(name) else None

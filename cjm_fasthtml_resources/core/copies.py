@@ -21,7 +21,7 @@ def _copy_fields(thing: Any, given: Callable[[Any], Any]) -> Any:
 
 def copy_in_depth(
     value: Any,
-    visit: Callable[[Any, int], None] = lambda value, depth: None,   # called before each part
+    visit: Callable[[Any, int], None] = lambda value, depth: None,   # called with each part and its depth
     depth: int = 0,
 ) -> Any:
     "Return a copy of dictionaries, lists, tuples, sets and dataclasses, as deep as they go"
@@ -39,7 +39,7 @@ def copy_in_depth(
     return _copy_fields(value, given) if is_dataclass(value) and not isinstance(value, type) else value
 
 # %% ../../nbs/core/copies.ipynb #2dca6d36
-def unfit_text(text: str) -> str | None:  # `None`: it can be carried
+def unfit_text(text: str) -> str | None:  # `None`: the text is fine
     "Return why writing or sending a text would fail"
     if text.isascii() and "\0" not in text: return None
     if "\0" in text: return "must not contain NUL"
@@ -48,7 +48,7 @@ def unfit_text(text: str) -> str | None:  # `None`: it can be carried
 
 # %% ../../nbs/core/copies.ipynb #968c3284
 DEEPEST = 32        # levels of a configuration
-LARGEST = 1_000_000   # characters, bytes and parts of it together
+LARGEST = 1_000_000   # characters, bytes and parts of a configuration, together
 
 class _Visitor:
     "Raises for a part that is invalid in a configuration"
@@ -103,7 +103,7 @@ def handed_out(
 # %% ../../nbs/core/copies.ipynb #36fb3ff1
 class StaysHere:
     "A base class whose objects refuse to be pickled or copied, with a clear error"
-    instead = "Create another one in that process."   # what to do, in a sentence
+    instead = "Create another one in the other process."   # what to do, in a sentence
 
     def __reduce__(self) -> NoReturn:
         why = "cannot be pickled or copied: it belongs to this process"

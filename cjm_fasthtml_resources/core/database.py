@@ -74,13 +74,13 @@ def has_needs_table(db: "sqlite3.Connection") -> bool:
     return db.execute("SELECT 1 FROM sqlite_master WHERE type = 'table' AND name = 'needs'").fetchone() is not None
 
 # %% ../../nbs/core/database.ipynb #811f1b16
-_COMMIT_SECONDS = 0.05   # for which a reader waits for another process's commit; it takes less than a millisecond
+_COMMIT_SECONDS = 0.05   # a reader's longest wait for another process's commit, which takes less than a millisecond
 
 def _open(
     path: Path,
     timeout: float = 0.0,   # seconds for which SQLite waits for a lock; Python postpones signals until then
 ) -> "sqlite3.Connection":
-    "Open the database, unread; the caller closes it"
+    "Return a connection that has yet to read the file; the caller closes it"
     import sqlite3  # on use: few programs open one
     from urllib.parse import quote
     return sqlite3.connect(f"file:{quote(str(path))}?mode=rw", uri=True, timeout=timeout, isolation_level=None)
@@ -98,7 +98,7 @@ def _connect(
 def _world_of(db: "sqlite3.Connection", path: Path) -> str:
     """Return the world that a database belongs to
 
-    `StoreError` for one of another version, `sqlite3.DatabaseError` for a damaged one"""
+    `StoreError` for a database of another version, `sqlite3.DatabaseError` for a damaged one"""
     version = db.execute("PRAGMA user_version").fetchone()[0]
     if version not in (0, SCHEMA_VERSION):
         raise StoreError(f"{path} was written by another version of this library (schema {version}, this one has "
@@ -107,7 +107,7 @@ def _world_of(db: "sqlite3.Connection", path: Path) -> str:
 
 # %% ../../nbs/core/database.ipynb #14b4a2a4
 def is_damage(error: Exception) -> bool:
-    "Return whether SQLite reports wrong content; False if reading the file only failed now"
+    "Return whether the file's content is damaged; False if only this attempt to read it failed"
     import sqlite3
     text = str(error)
     missing = isinstance(error, sqlite3.OperationalError) and "no such table" in text
@@ -126,14 +126,14 @@ def _make(path: Path, world: str) -> None:
     "Make a database under another name, and rename it"
     new = as_path(f"{path}.new")
     for suffix in ("", "-journal"): as_path(f"{new}{suffix}").unlink(missing_ok=True)
-    os.close(open_made(str(new), os.O_RDWR))   # for the group in a folder that it shares; the journal is like it
+    os.close(open_made(str(new), os.O_RDWR))   # with the rights of its folder, which the journal gets, too
     with contextlib.closing(_connect(new)) as db: create_tables(db, world)
     as_path(f"{path}-journal").unlink(missing_ok=True)
     os.rename(new, path)
 
 # %% ../../nbs/core/database.ipynb #b59576dc
 def _insist(db: "sqlite3.Connection", statement: str) -> None:
-    "Begin or commit once the readers allow it; `sqlite3.OperationalError` after `BUSY_SECONDS`"
+    "Run BEGIN or COMMIT as soon as the file is unlocked; `sqlite3.OperationalError` after `BUSY_SECONDS`"
     import sqlite3
     until = time.monotonic() + BUSY_SECONDS
     while True:
@@ -151,7 +151,7 @@ def _open_in_gate(path: Path, file: FileIO, header: Header) -> "sqlite3.Connecti
     world = header.world.hex()
     check_owner(path)
     if not path.exists():
-        if header.counter: forbid_new(path, file, "was removed")   # 0: this world lacks one
+        if header.counter: forbid_new(path, file, "was removed")   # 0: this world has yet to get a database
         _make(path, world)
     try:
         db = _connect(path)
@@ -194,7 +194,7 @@ def _copy(path: Path, target: Path) -> None:
 
 # %% ../../nbs/core/database.ipynb #5b1e7a01
 def _put_in_place(db: "sqlite3.Connection", copied: Path, path: Path) -> None:
-    "Let a changed copy take the place of a database, in the gate; a journal there belongs to the file before"
+    "Replace a database with its changed copy, in the gate; delete a journal, which belongs to the old file"
     db.close()
     as_path(f"{path}-journal").unlink(missing_ok=True)
     os.rename(copied, path)
@@ -213,7 +213,7 @@ def _is_locked(path: Path) -> bool:
             finally:
                 if db is not None: db.close()
         finally:
-            if db is not None: db.close()   # if an interruption came just before the first: it would leave it locked
+            if db is not None: db.close()   # again: an interruption just before the first close leaves the file locked
     return False
 
 # %% ../../nbs/core/database.ipynb #9a87769f
@@ -257,11 +257,11 @@ def _end_change(file: FileIO) -> None:
     if (counter := read_header(file).counter)%2: write_number(file, "counter", counter + 1)
 
 # %% ../../nbs/core/database.ipynb #1d704aef
-NO_WORLD = "none"   # of the empty database that a reading gets where it is missing
+NO_WORLD = "none"   # the world of the empty database that a reading gets if the file is missing
 
 @block
 def read_database(path: Path) -> Iterator["sqlite3.Connection"]:
-    "Open the database for the block, or an empty one; `StoreError` if it was lost while it is in use"
+    "Open the database for the block, or an empty one; `StoreError` if the file was lost during its use"
     import sqlite3
     for place in (path.parent, path): check_owner(place)
     with no_fork(), contextlib.ExitStack() as opened:
@@ -284,15 +284,15 @@ def _open_to_read(
     header: Header,
     opened: contextlib.ExitStack,
 ) -> "tuple[sqlite3.Connection | None, str]":
-    "Return a connection to a good database, else the problem; an empty text if this world lacks one"
+    "Return a connection to a good database, or the problem in words; empty if the database is yet to be made"
     import sqlite3
     lost = "was removed" if header.counter or not header.is_good else ""
-    if not path.exists(): return None, lost   # asked before it is opened: another process can make it at any moment
+    if not path.exists(): return None, lost   # checked before opening: another process can make it at any moment
     try:
         try: db, world = _open_world(_copied(path, opened) if _is_poisoned(path) else path, opened)
         except sqlite3.OperationalError as error:
             if "locked" not in str(error): raise
-            db, world = _open_world(_copied(path, opened), opened)   # a process was stopped while it commits
+            db, world = _open_world(_copied(path, opened), opened)   # a process was suspended while it commits
     except sqlite3.DatabaseError as error:
         if path.exists():
             if not is_damage(error): raise
@@ -301,14 +301,14 @@ def _open_to_read(
     return (db, "") if header.is_good and world == header.world.hex() else (None, "was replaced")
 
 def _open_world(path: Path, opened: contextlib.ExitStack) -> "tuple[sqlite3.Connection, str]":
-    "Return a connection on which all SELECTs see the same, and the world"
+    "Return a connection whose SELECTs all see the same state of the database, and the world"
     db = _connect(path, _COMMIT_SECONDS)
     opened.callback(db.close)
     db.execute("BEGIN")
     return db, _world_of(db, path)
 
 def _is_being_made(path: Path, header: Header) -> bool:
-    "Return whether the lock file is another one than it was, or a process is changing it"
+    "Return whether the lock file has changed since it was read, or a process is changing it"
     try:
         with FileIO(path.with_suffix(".lock")) as file:
             return read_header(file) != header or is_locked(file.fileno(), 0)

@@ -45,7 +45,7 @@ _LEGACY = r"(?a)MIG-(GPU-[0-9a-fA-F-]+)/(\d+)/(\d+)"
 
 def find_legacy(devices: Sequence[GpuDevice], entry: str) -> list[GpuDevice]:
     "Return the MIG instance that a name of the form `MIG-GPU-<UUID>/<GPU instance>/<compute instance>` means"
-    if same := [d for d in devices if d.uuid == entry]: return same   # the driver itself names it so
+    if same := [d for d in devices if d.uuid == entry]: return same   # the driver itself uses this name
     if not (found := re.fullmatch(_LEGACY, entry)): return []
     digits, place = read_digits(found[1]), (int(found[2]), int(found[3]))
     parents = {d.index for d in devices if d.mig_mode and read_digits(d.uuid or "") == digits}
@@ -85,8 +85,9 @@ def read_value(
         if any(d.id in found for d in named):
             return (), f"CUDA_VISIBLE_DEVICES={shorten(value)} names a device twice: as in CUDA, every device is hidden"
         if not named:
-            missing = f"CUDA_VISIBLE_DEVICES={shorten(value)} names {shorten(entry.strip())}, which is not here"
-            return tuple(found.values()), f"{missing}: as in CUDA, it and what follows are not visible"
+            missing = f"CUDA_VISIBLE_DEVICES={shorten(value)}: no unique device matches {shorten(entry.strip())}"
+            rest = f"As in CUDA, {shorten(entry.strip())} and everything after it are ignored"
+            return tuple(found.values()), f"{missing}. {rest}"
         found.update((d.id, d) for d in named)
     return tuple(found.values()), None
 
@@ -101,7 +102,7 @@ def least_free_first(gpus: Sequence[GpuDevice]) -> list[GpuDevice]:
 
 def number_gpus(
     counted: CudaOrder,
-    asked: Sequence[int],             # numbers in the order of naming
+    asked: Sequence[int],             # the numbers that a value names, in its order
     worst_first: Callable[[Sequence[GpuDevice]], Sequence[GpuDevice]] = least_free_first,
 ) -> tuple[dict[int, GpuDevice], list[GpuDevice]]:  # and the GPUs that the numbers can mean instead
     "Return the GPU of each of CUDA's numbers; where it is uncertain, the worst of the possible ones"
@@ -126,9 +127,9 @@ LEAST_ROOM = "The result is for the one with the least free memory. "
 
 def explain_doubt(
     what: str,                     # the request
-    gpus: Sequence[GpuDevice],     # those that it can mean
+    gpus: Sequence[GpuDevice],     # the GPUs that it can mean
     trouble: str | None = None,    # the problem with CUDA_DEVICE_ORDER
-    answer: str = "",              # a sentence for which of them the answer is
+    answer: str = "",              # a sentence that names the GPU of the result
 ) -> str:
     "Return in words which GPUs a number can mean, and what settles it"
     names = [f"GPU {d.id} ({d.name or 'no name'})" for d in sorted(gpus, key=lambda d: d.index)]
@@ -141,10 +142,10 @@ class Seen(NamedTuple):
     "The devices for a process: those that its CUDA shows, and those that only another process can use"
     visible: tuple[GpuDevice, ...]
     others: tuple[GpuDevice, ...] = ()   # a child can be given one of them by UUID
-    complaint: str | None = None         # what in the value has no effect, or is uncertain, in words
+    complaint: str | None = None         # the part of the value that is ignored or uncertain, in words
 
 def split_mig(allowed: tuple[GpuDevice, ...]) -> Seen:
-    "Return the devices that one process can use of several"
+    "Return the devices that one process can use, and the others"
     instance = next((d for d in allowed if d.mig_parent is not None), None)
     if instance is None: return Seen(allowed)
     return Seen((instance,), tuple(d for d in allowed if d is not instance))
@@ -156,7 +157,7 @@ def _see_named(
     counted: CudaOrder,
     worst_first: Callable[[Sequence[GpuDevice]], Sequence[GpuDevice]],
 ) -> Seen:
-    "Return the devices that a value names, with what in it has no effect, or is uncertain"
+    "Return the devices that a value names, and explain the parts that are ignored or uncertain"
     numbers, instead = number_gpus(counted, list(_asked(value)), worst_first)
     allowed, complaint = read_value(devices, value, numbers)
     seen, said, name = split_mig(allowed), [complaint] if complaint else [], f"CUDA_VISIBLE_DEVICES={shorten(value)}"
@@ -172,7 +173,7 @@ def _unsure_instance(
     counted: CudaOrder,
     worst_first: Callable[[Sequence[GpuDevice]], Sequence[GpuDevice]],
 ) -> Seen:
-    "Return the visible devices; of the instances that the first one can be, the one with the least room"
+    "Return the visible devices; if the first instance is uncertain, the possible one with the least free memory"
     firsts: dict[int, GpuDevice] = {}
     for d in (*seen.visible, *seen.others):
         if d.mig_parent is not None: firsts.setdefault(d.mig_parent, d)
@@ -205,7 +206,7 @@ def visible_devices(
     devices: Sequence[GpuDevice],  # a snapshot's
     value: str | None,             # of CUDA_VISIBLE_DEVICES; `None` when it is unset
     order: str | None = None,      # of CUDA_DEVICE_ORDER
-) -> tuple[tuple[GpuDevice, ...], str | None]:  # in CUDA's order; and a sentence if the value names a missing one
+) -> tuple[tuple[GpuDevice, ...], str | None]:  # in CUDA's order; and a sentence if the value names a missing device
     "Return the devices that a CUDA program can use"
     visible, _, complaint = see_devices(devices, _environ(value, order))
     return visible, complaint
@@ -237,7 +238,7 @@ def _on_host(device: GpuDevice, key: str) -> str: return key if device.host is N
 # %% ../../nbs/core/devices.ipynb #ad4e2073
 def device_place(
     device: Any,  # as a plugin's configuration names it: 1, "cuda:1", "gpu:1", "cuda" …
-) -> int | None:  # `None`: it leaves the choice
+) -> int | None:  # `None`: the name leaves the choice open
     "Return the position among the visible devices, as CUDA counts them"
     if isinstance(device, int): return device
     found = re.fullmatch(r"\s*(?:(?:cuda|gpu):)?(\d{1,9})\s*", str(device), re.IGNORECASE)   # more digits are invalid
@@ -247,10 +248,10 @@ def device_place(
 def select_devices(
     devices: Sequence[GpuDevice],            # the visible ones, in CUDA's order
     wanted: int | str | GpuDevice | None,    # a position among them, "cuda:1", a UUID or a device; `None`: all
-    others: Sequence[GpuDevice] = (),        # those without a position here; a child can be given them
+    others: Sequence[GpuDevice] = (),        # devices without a position here; a child process can use them
 ) -> list[GpuDevice]:
-    """Return the devices that are meant.
-    Raise `ValueError` if it is unknown here, `TypeError` for an unsuitable type"""
+    """Return the requested devices.
+    Raise `ValueError` if the device is unknown here, `TypeError` for an unsuitable type"""
     every = [*devices, *others]
     if wanted is None: return every
     if isinstance(wanted, GpuDevice): wanted = device_key(wanted)
@@ -267,8 +268,8 @@ def select_devices(
 def doubtful_places(
     devices: Sequence[GpuDevice],    # a snapshot's
     environ: Mapping[str, str],      # with CUDA_VISIBLE_DEVICES and CUDA_DEVICE_ORDER
-) -> tuple[GpuDevice, ...]:   # also those that are not visible if the doubt is right; empty without a doubt
-    "Return the devices of which each can be the one at a position that this process sees"
+) -> tuple[GpuDevice, ...]:   # empty if all positions are certain
+    "Return the devices that can be at an uncertain position of this process; some of them can be invisible"
     if has_uuids(environ.get("CUDA_VISIBLE_DEVICES", "")): return ()
     parts = {d.mig_parent: d for d in reversed(devices) if d.mig_parent is not None}   # the first of each GPU
     doubtful = cuda_order(devices, environ.get("CUDA_DEVICE_ORDER")).doubtful
@@ -323,5 +324,5 @@ class GpuChoice:
         return visible_env(self.devices)
     @property
     def env_by_index(self) -> dict[str, str]:
-        "The same by index, for programs that expect numbers; raise `LookupError` for a MIG instance"
+        "These variables with indexes, for programs that expect numbers; raise `LookupError` for a MIG instance"
         return env_by_index(self.devices)

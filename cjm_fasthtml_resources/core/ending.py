@@ -44,7 +44,7 @@ def send_signal(
 # %% ../../nbs/core/ending.ipynb #f086216e
 def find_descendants(
     roots: Iterable[ProcessId],
-) -> list[ProcessId]:  # the roots among them; only living and real ones
+) -> list[ProcessId]:  # with the roots; only real processes that still run
     "Return these processes and all their child processes; raise `OSError` if some are unreadable now"
     import psutil
     wanted = {root for root in roots if root.start_time is not None}

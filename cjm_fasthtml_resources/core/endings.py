@@ -27,7 +27,7 @@ _log = Log(__name__)
 def find_user(
     claim: Claim,
 ) -> int | None:  # `None` if unknown
-    "Return the UID, as the machine counts it, of the user who asked"
+    "Return the UID, as the machine counts it, of the user who requested a claim"
     if claim.receipt is not None and claim.receipt.user is not None: return claim.receipt.user
     if claim.space != pid_namespace() or has_ended(*claim.holder): return None
     try: user = os.stat(f"/proc/{claim.holder.pid}").st_uid
@@ -37,7 +37,7 @@ def find_user(
 def name_user(
     user: int | None,   # as the machine counts it
 ) -> str:
-    "Return a user's name, or the number where it is unknown here"
+    "Return a user's name, or the UID if the name is unknown here"
     import pwd  # missing on Windows
 
     if user is None: return "an unknown user"
@@ -49,14 +49,14 @@ def may_end(
     claim: Claim,
     me: int | None,   # a UID, as the machine counts it
 ) -> bool:
-    "Return whether a user can end a claim: its own, or as root any"
+    "Return whether a user can end a claim: users end their own claims, root ends any claim"
     return me is not None and (me == 0 or me == find_user(claim))
 
 # %% ../../nbs/core/endings.ipynb #921f63d0
 _TABLE = "CREATE TABLE IF NOT EXISTS endings (lease INTEGER PRIMARY KEY, by TEXT NOT NULL)"
 
 def note_ending(store: Store, lease: int, by: str) -> None:
-    "Write who ends a claim; the first one counts. Notes for those who have ended are deleted; `StoreError`"
+    "Write the name of who ends a claim; the first name counts. Delete the notes of ended holders. `StoreError`"
     with store.transaction() as db:
         db.execute(_TABLE)
         known = [row[0] for row in db.execute("SELECT lease FROM endings").fetchall()]
@@ -76,7 +76,7 @@ def find_ending(
     ledger: Ledger,
     lease: int,   # of this process
 ) -> str | None:
-    "Return who ended a claim of this process from outside; `None` if it lives, or reading failed"
+    "Return who ended a claim of this process from outside; `None` if it still counts, or reading failed"
     try: row = ledger.find(lease)
     except StoreError: return None
     if row is not None and row.expires != 0.0: return None
@@ -101,7 +101,7 @@ def find_by_id(
     raise LookupError(f"{id} is a request that is still waiting. To end it, cancel it.")
 
 def _mark_over(store: Store, claim: Claim) -> bool:
-    "Mark the claims of a lease as over; False if they are by now, or if the request was granted"
+    "Mark the claims of a lease as over; False if they already are, or the request was granted"
     with store.changing() as draft:
         rows = from_bytes(draft.data)
         ends = {c.id for c in rows.claims if c.lease == claim.lease and c.expires != 0.0
@@ -114,9 +114,9 @@ def end_claim(
     ledger: Ledger,
     id: int,
     waits: bool = False,   # True: a waiting request is cancelled; False: a reservation is released
-) -> Claim:  # as it was; of a group, one of them
-    """End a claim of any process, a group with all its devices.
-    `LookupError` if it is missing, `PermissionError` for another user's, `StoreError`"""
+) -> Claim:  # as it was before; of a group, one of its claims
+    """End a claim of any process; a group ends on all its devices.
+    `LookupError` if it is missing, `PermissionError` if it is another user's, `StoreError`"""
     claim = find_by_id(ledger, id, waits)
     if not may_end(claim, machine_user()):
         owner = name_user(find_user(claim))
@@ -134,7 +134,7 @@ def give_back(
     lease: int,
     for_other: bool = False,   # whether it is for another process than this one
 ) -> bool:  # False if it was over
-    "Give a reservation back, as `Ledger.give_back`; log who has ended it before"
+    "Release a reservation, as `Ledger.give_back` does; log who had ended it before"
     by = find_ending(ledger, lease) if lease in ledger.leases.held else None
     was_there = ledger.give_back(lease, for_other)
     if was_there and by: _log.warning("a reservation of GPU memory was over before its release: %s had ended it", by)

@@ -41,15 +41,15 @@ def estimate_overhead(
 # %% ../../nbs/core/estimate.ipynb #e476d406
 @dataclass(frozen=True)
 class NeedEstimate:
-    "The GPU memory that a model's files let expect: an estimate, until a job was seen"
+    "An estimate of the GPU memory that a model needs, from its files"
     weights: int                                # bytes, as they are in the files
     overhead: int                               # bytes, by rule: `estimate_overhead`
-    tensors: int                                # how many
+    tensors: int                                # number of tensors
     dtypes: dict[str, int] = field(hash=False)  # bytes by type, the most first
     files: tuple[Path, ...]                     # those that were counted
     source: str                                 # "safetensors" or "GGUF"
-    base_model: str | None = None               # of an adapter, left out of the estimate; "" if its name is unknown
-    left_out: tuple[str, ...] = ()              # other files with weights in the folder, and in those within it
+    base_model: str | None = None               # an adapter's, left out of the estimate; "" if its name is unknown
+    left_out: tuple[str, ...] = ()              # other files with weights in the folder and its subfolders
 
     @property
     def total(self) -> int:
@@ -58,7 +58,7 @@ class NeedEstimate:
 
     @property
     def gpu_memory_mb(self) -> float:
-        "MiB: weights and overhead, as the other calls take it"
+        "MiB: weights and overhead, as `reserve` and other calls expect it"
         return self.total/2**20
 
     def explain(self) -> str:
@@ -184,7 +184,7 @@ def group_files(
 # %% ../../nbs/core/estimate.ipynb #2e3d84b2
 _LOADED_FIRST = ("model.safetensors", "model.safetensors.index.json",
                  "diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.safetensors.index.json")
-_OTHERS = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".h5", ".msgpack", ".onnx")   # of other weights
+_OTHERS = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".h5", ".msgpack", ".onnx")   # suffixes of other weights
 
 def _nothing_there(folder: Path, names: Iterable[str]) -> ValueError:
     others = [printable(name) for name in names if name.lower().endswith(_OTHERS)]
@@ -222,7 +222,7 @@ def _components(folder: Path) -> list[Path]:
 def find_files(
     folder: Path,
 ) -> list[Path]:
-    "Return the files of the model or of the pipeline in a folder; `ValueError` as of `choose_files`"
+    "Return the files of the model or of the pipeline in a folder; raise `ValueError` as `choose_files` does"
     if not (folder/"model_index.json").exists(): return choose_files(folder)
     parts = _components(folder)
     if not parts: raise _nothing_there(folder, list_files(folder))
@@ -250,7 +250,7 @@ def _left_out(folder: Path, files: list[Path]) -> tuple[str, ...]:
 def estimate_need(
     path: str | os.PathLike[str],  # a safetensors or GGUF file, or a folder with one model
 ) -> NeedEstimate:
-    "Return how much GPU memory a model is likely to need; `ValueError` or `OSError` names the file that is the reason"
+    "Return how much GPU memory a model is likely to need; `ValueError` or `OSError` names the unusable file"
     path = Path(path)
     folder = path.is_dir()
     files = find_files(path) if folder else find_parts(path)

@@ -29,17 +29,17 @@ WAIT_BUCKETS = (0.1, 1.0, 5.0, 15.0, 60.0, 300.0, 900.0, 3600.0, math.inf)   # s
 _log = Log(__name__)
 
 class EventCounts(NamedTuple):
-    "How often each event has happened, and how long the requests waited that were granted"
+    "How often each event has happened, and how long the granted requests waited"
     counts: Mapping[str, int]
-    waits: tuple[tuple[float, int], ...]   # for each of `WAIT_BUCKETS`, how many waited at most so long
-    waited: float                          # seconds, all together
+    waits: tuple[tuple[float, int], ...]   # for each of `WAIT_BUCKETS`, how many requests waited at most that long
+    waited: float                          # seconds that all of them waited, added up
 
 # %% ../../nbs/core/events.ipynb #8e51a7f2
 class _Tally:
     "The counts so far"
     def __init__(self) -> None:
         self.counts, self.buckets, self.waited = Counter[str](), [0]*len(WAIT_BUCKETS), 0.0
-        self.last: dict[str, float] = {}   # event → when it was last, by `time.monotonic()`
+        self.last: dict[str, float] = {}   # event → its last time, by `time.monotonic()`
 
     def add(self, line: str) -> None:
         name, _, rest = line.partition(" ")
@@ -64,7 +64,7 @@ def _append(path: Path, line: str) -> None:
     with FileIO(path, "a", opener=_open_made) as file: file.write(line.encode())
 
 def _read_from(path: Path, at: int) -> tuple[int, list[str]]:
-    "Return where the last whole line ends, and the lines from `at` on; a file that was made again begins at 0"
+    "Return where the last whole line ends, and the lines from `at` on; read a shorter file, made again, from 0"
     try:
         with FileIO(path, "r", opener=_open) as file:
             if os.fstat(file.fileno()).st_size < at: at = 0
@@ -85,17 +85,17 @@ class Events:
         reset_in_child(self)
 
     def after_fork(self) -> None:
-        "Make a new lock in a fork's child: a thread of the parent can have had the old one"
+        "Make a new lock in a fork's child: a thread of the parent can have locked the old one"
         self._lock = threading.RLock()   # reentrant, since a signal handler can count, too
 
     def of(self, app: str) -> "Events":
-        "Return the events of an app, next to these"
+        "Return the counters of an app, whose file is next to this one"
         return self if self.path is None or self.path.stem == app else Events(self.path.with_name(f"{app}.events"))
 
     def count(
         self,
         name: str,              # one of `EVENTS`
-        seconds: float = 0.0,   # that it took
+        seconds: float = 0.0,   # that the event took
     ) -> None:
         "Count an event. It is lost if writing fails, as on a full disk"
         line = f"{name} {max(seconds, 0):.6g} {time.monotonic():.6f}\n"

@@ -33,14 +33,14 @@ _SAMPLING = (["top", "p"], ["top", "k"], ["log", "level"])
 def is_of_one_job(
     name: str,   # of a setting
 ) -> bool:
-    "Return whether a setting is one job's own, such as its input, so that the next job has another one"
+    "Return whether a setting belongs to one job alone, such as its input; the next job has another value"
     words = [word.lower() for word in _WORDS.findall(name)]
     while len(words) > 1 and words[-1] in _PLACES: words.pop()
     return words[-2:] in _SAMPLING or bool(words) and words[-1] in _OF_ONE_JOB
 
 # %% ../../nbs/core/exact.ipynb #4155a5b0
 _PATH_LIKE = re.compile(r"[/\\]|\.\w{1,12}$")
-_LONGEST, _DEEPEST = 4096, 8   # characters of a text that is searched for tokens; values within values
+_LONGEST, _DEEPEST = 4096, 8   # characters of a text that is searched for tokens; levels of nested values
 
 def _text(value: str) -> str:
     if len(value) > _LONGEST: return value
@@ -55,7 +55,7 @@ def _mapping(found: Mapping[Any, Any], depth: int) -> dict[str, Any]:
         picked[f"{type(key).__name__} {name}"] = device_kind(value) if name == "device" else exact_value(value, depth)
     return picked
 
-def _single(value: Any) -> Any:   # `...` for a value that has others in it
+def _single(value: Any) -> Any:   # `...` for a value that can contain others
     if value is None or isinstance(value, (bool, float)): return value
     if isinstance(value, (str, os.PathLike)): return _text(os.fsdecode(value))
     if isinstance(value, int): return value if type(value) is int and abs(value) < 2**53 else f"{value:x}"
@@ -65,9 +65,9 @@ def _single(value: Any) -> Any:   # `...` for a value that has others in it
 
 def exact_value(
     value: Any,
-    depth: int = 0,   # how many values it is in
+    depth: int = 0,   # number of values that it is nested in
 ) -> Any:  # plain JSON
-    "Return a setting's value so that another value is another result; `LookupError` if only its description is there"
+    "Return a setting's value so that different values differ; `LookupError` if only a description of it is known"
     if is_description(value): raise LookupError("only the description of a setting is known here")
     if isinstance(value, Enum): value = value.value
     if (single := _single(value)) is not ...: return single
@@ -81,7 +81,7 @@ def exact_value(
 # %% ../../nbs/core/exact.ipynb #78bc713f
 def settings_mark(
     config: Mapping[str, Any] | None,
-    key: bytes,   # at most 64
+    key: bytes,   # at most 64 bytes
 ) -> str:
     "Return 16 characters that identify this configuration; \"\" for an empty or partly known one"
     import hashlib  # when it is needed: importing it takes long

@@ -27,12 +27,12 @@ def _unused_again(use: DeviceUse, claims: Sequence[Claim]) -> DeviceUse:
 
 # %% ../../nbs/core/expected.ipynb #881f0c7b
 def play(
-    claims: Sequence[Claim],             # all, waiting or promised, in the order of asking
+    claims: Sequence[Claim],             # all requests and reservations, in the order of asking
     uses: Sequence[DeviceUse],           # every device, as if all reservations were still unused
-    lasts: Callable[[Claim], float],     # seconds until a holder releases, from now or its start; infinite: unknown
+    lasts: Callable[[Claim], float],     # seconds that a claim lasts, from now or its start; infinite: unknown
     may_have: MayHave = has_no_cap,      # as for `grant`
 ) -> dict[int, float]:  # by the request's ID, for those that start
-    "Return in how many seconds each request starts, if each reservation lasts so long"
+    "Return in how many seconds each request starts, if each reservation lasts as long as `lasts` returns"
     at, state, starts = 0.0, list(claims), dict[int, float]()
     ends = {c.id: lasts(c) for c in claims if c.device is not None}
     while True:
@@ -50,9 +50,9 @@ def play(
 Range = tuple[float, float]   # seconds, at least and at most
 
 def expected_starts(
-    claims: Sequence[Claim],                        # as of `play`, suspended processes left out
+    claims: Sequence[Claim],                        # as for `play`, without suspended processes
     uses: Sequence[DeviceUse],                      # every device, as it is read
-    remaining: Callable[[Claim], Range | None],     # how long a holder still keeps its reservation, or a request will
+    remaining: Callable[[Claim], Range | None],     # how long a reservation still lasts, or a request's will last
     may_have: MayHave = has_no_cap,                 # as for `grant`
 ) -> dict[int, Range]:  # by the request's ID; left out: unknown
     "Return in how many seconds each waiting request is expected to start"
@@ -68,8 +68,8 @@ def expected_starts(
 # %% ../../nbs/core/expected.ipynb #ed70f29b
 def times_of_workers(
     claims: Iterable[Claim],              # of an app
-    workers: Iterable[WorkerState],       # of the same one
-    durations: Durations,                 # of its plugins
+    workers: Iterable[WorkerState],       # of the same app
+    durations: Durations,                 # how long jobs of its plugins took
     now: float,                           # `time.monotonic()`
 ) -> dict[int, Range]:  # by the claim's ID; left out: unknown
     "Return how long the jobs of holders still take"
@@ -83,7 +83,7 @@ def time_by_receipt(
     claim: Claim,
     now: float,   # by `machine_time()`
 ) -> Range | None:
-    "Return how long a job still takes, or will take, by how long jobs of its kind took when it asked"
+    "Return how long a job still takes, or will take, by the durations that its request recorded"
     receipt = claim.receipt
     if receipt is None or receipt.least is None or receipt.most is None: return None
     spent = 0.0 if claim.device is None or receipt.since is None else max(now - receipt.since, 0.0)
@@ -92,7 +92,7 @@ def time_by_receipt(
 # %% ../../nbs/core/expected.ipynb #07ec638f
 def within_limit(
     claim: Claim,
-    known: Range | None,   # by the earlier jobs of its kind
+    known: Range | None,   # from the earlier jobs of its kind; `None`: unknown
     now: float,            # by `machine_time()`
 ) -> Range | None:
     "Return how long a reservation lasts, at most as long as its time limit allows"
@@ -105,10 +105,10 @@ def within_limit(
 MOST_ENDS = 32   # reservations of known length: with more, playing the queue through takes too long
 
 def find_starts(
-    claims: Sequence[Claim],              # all living ones, in the order of asking
+    claims: Sequence[Claim],              # all that still count, in the order of asking
     uses: Sequence[DeviceUse],            # every device, and RAM if a request is for it
     now: float,                           # by `machine_time()`
-    times: Mapping[int, Range] = {},      # of `times_of_workers`, where that is known better than by receipts
+    times: Mapping[int, Range] = {},      # from `times_of_workers`; they replace the times of receipts
     may_have: MayHave = has_no_cap,       # as for `grant`
     suspended: Collection[int] = (),      # IDs of requests whose processes are suspended
 ) -> dict[int, Range]:  # by the request's ID; left out: unknown

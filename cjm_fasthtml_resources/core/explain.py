@@ -59,7 +59,7 @@ def name_unusable(
 
 # %% ../../nbs/core/explain.ipynb #0673444e
 def _inside(container: str | None) -> str | None:
-    "Return the container, pod or job of a process; the last two begin with their kind"
+    "Return a container's name after the word `container`; a pod or job begins with its kind already"
     return container if container is None or container.startswith(("pod ", "job ")) else f"container {container}"
 
 def _cut(text: str) -> str: return text if len(text) <= 40 else f"{text[:39]}…"
@@ -142,7 +142,7 @@ def unseen_causes(
     placed: bool = True,               # whether the words name the device
     known: int = 0,                    # bytes of named processes whose owner is unknown
 ) -> list[Cause]:
-    "Return the memory of a device that is not visible by process, and its part in use as RAM"
+    "Return the causes for a device's memory that is not visible by process, and for its part in use as RAM"
     unseen, found = max(device.unattributed_memory - known, 0), list[Cause]()
     at = f" on GPU {device.device.id}" if placed else ""
     if unseen: found.append(Cause(unseen, f"processes that are not visible from here ({format_bytes(unseen)}{at})"))
@@ -162,7 +162,7 @@ def name_room(
 
 # %% ../../nbs/core/explain.ipynb #9535d705
 def users_in_app(devices: Iterable[DeviceStatus]) -> list[Cause]:
-    "Return this app's processes and reservations; its memory as one sum where these are unknown"
+    "Return this app's processes and reservations; its memory on each device if these are unknown"
     devices = list(devices)
     whole = [Cause(d.app_memory, f"{format_bytes(d.app_memory)} on GPU {d.device.id}") for d in devices]
     return [*process_causes(devices, "app"), *reservation_causes(devices, "app")] or whole
@@ -181,7 +181,7 @@ def explain_gpus(
     devices: Iterable[DeviceStatus],
     reason: str | None = None,         # why every device is unusable
     threshold: float | None = None,    # percent of a device's memory from which other programs make it busy
-    named: bool = False,               # whether this device was asked for, of several
+    named: bool = False,               # whether this device was requested, of several
 ) -> str:
     "Return the result of a check of GPU memory as a sentence"
     devices = list(devices)
@@ -215,16 +215,16 @@ def closest(
     devices: Iterable[DeviceStatus],
     need: float,                       # bytes to have free on one device
 ) -> DeviceStatus | None:   # `None` if the list is empty
-    "Return the device with the most room of those that are large enough; if none is, of all"
+    "Return the device with the most free memory, of those that are large enough; of all if all are too small"
     devices = list(devices)
     return roomiest([d for d in devices if d.device.capacity >= need] or devices)
 
 # %% ../../nbs/core/explain.ipynb #d3c926ed
 def explain_free(
     devices: Iterable[DeviceStatus],
-    need: float,                       # bytes to have free on one device, more than there is
+    need: float,                       # bytes to have free on one device, more than any has
 ) -> str:  # empty for an empty list; omits the full stop
-    "Return how much the device has free that is closest to the need, and the causes that use the rest"
+    "Return how much is free on the device that is closest to the need, and the causes that use the rest"
     best = closest(devices, need)
     if best is None: return ""
     unknown = sum(p.memory_used or 0 for p in best.processes if p.owner == "unknown")
@@ -240,7 +240,7 @@ def explain_free(
 def explain_shortage(
     devices: Iterable[DeviceStatus],
     memory: int,                       # bytes to have free on one device
-    count: int = 1,                    # of the devices that are to have so much
+    count: int = 1,                    # number of devices that are to have so much
 ) -> str:  # empty for an empty list
     "Return the need of a request, and the causes that use the memory of the best device that is too full"
     devices = list(devices)
@@ -296,7 +296,7 @@ def name_swap(
 
 # %% ../../nbs/core/explain.ipynb #f0cb928f
 def _reserved_by(state: MemoryStatus) -> str:
-    "Return the holders of the reservations of RAM; where these are of GPUs alone, that"
+    "Return the holders of reserved RAM, in words; `on the GPU` if only reservations of GPU memory use it"
     if not state.promises: return " on the GPU"
     found = sorted((p for p in state.promises if p.unused and p.pid), key=lambda p: -p.unused)
     names = [f"PID {p.pid}" + (f" (app {p.app})" if p.owner == "external" and p.app else "") for p in found]

@@ -87,7 +87,7 @@ def folder_in(
 ) -> str | None:
     "Return the folder that the settings name; raise `ValueError` if it is invalid"
     for line in text.splitlines():
-        if line.lstrip().startswith("["): break   # a table: its keys are others
+        if line.lstrip().startswith("["): break   # a table begins: its keys mean something else
         if not re.match(r"\s*[\"']?folder[\"']?\s*=", line): continue
         found = re.match(_LINE, line)
         folder = (found[1] or found[2] or "") if found else ""

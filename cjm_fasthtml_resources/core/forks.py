@@ -74,18 +74,18 @@ def free_others() -> None:
         with contextlib.suppress(AttributeError): free(sys.modules[name])   # of a version without the lock
 
 # %% ../../nbs/core/forks.ipynb #f0a1c3d6
-FORK_SECONDS = 0.5   # for which a fork waits at most
+FORK_SECONDS = 0.5   # the longest wait of a fork
 _ACQUIRE_SOON, _RELEASE = methodcaller("acquire", timeout=FORK_SECONDS), methodcaller("release")
 _no_fork = threading.RLock()
 _forking = threading.local()
 
 @block
 def no_fork() -> Iterator[None]:
-    "Let forks by other threads wait for the end of the block, which has to be short"
+    "Make forks by other threads wait for the end of the block, which has to be short"
     with holding(_no_fork): yield
 
 def waited_in_vain() -> bool:
-    "In a fork's child: return whether another thread was still in such a block"
+    "Return, in a fork's child, whether another thread was still in a `no_fork` block"
     return getattr(_forking, "in_vain", False)
 
 def _wait_for_others() -> None:
@@ -95,11 +95,11 @@ def _wait_for_others() -> None:
 
 def _go_on() -> None:
     _forking.held[:] = zip(map(_RELEASE, _forking.held), (), strict=False)   # releases the lock, if it was taken
-    _forking.in_vain = False   # what is true in the child
+    _forking.in_vain = False   # here in the parent; the child keeps its value
 
 # %% ../../nbs/core/forks.ipynb #ad001722
 def reset_all() -> None:
-    "Make everything new that is registered, in a fork's child; an error is logged, and the others follow"
+    "Free all locks and reset every registered object, in a fork's child; log an error, and go on"
     global _no_fork
     _no_fork = threading.RLock()
     free_imports()

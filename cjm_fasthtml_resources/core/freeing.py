@@ -61,7 +61,7 @@ def make_wanted(
     unload: Any,
     waiting: Callable[[], Iterable[Claim]],
 ) -> RoomWanted:
-    "Return what `manager.make_room` was asked; `TypeError` or `ValueError` names the argument that is wrong"
+    "Return the request of a `manager.make_room` call; `TypeError` or `ValueError` names the wrong argument"
     grace = check_number(grace, "grace", 0, threading.TIMEOUT_MAX)
     return RoomWanted(check_number(mb, "mb")*2**20, check, grace, check_unload(unload), waiting)
 
@@ -77,7 +77,7 @@ class RoomMade:
     def then(
         self, step: str, released: tuple[WorkerState, ...] = (), stopped: tuple[WorkerState, ...] = (),
     ) -> "RoomMade":
-        "Return it after another step"
+        "Return these actions with another step added"
         return RoomMade((*self.steps, step), self.released + released, self.stopped + stopped)
 
 # %% ../../nbs/core/freeing.ipynb #da1b6d05
@@ -108,7 +108,7 @@ class RoomMaker:
 
 # %% ../../nbs/core/freeing.ipynb #a5af63b6
 def has_room(conflict: ResourceConflict, need: float, count: int = 1) -> bool:
-    "Return whether so many devices have room; `ResourceUnavailable` for too few, `ValueError` for too small ones"
+    "Return whether `count` devices have room; `ResourceUnavailable` if there are fewer, `ValueError` if too small"
     if len(there := usable(conflict.allowed)) < count: raise ResourceUnavailable(conflict.message, conflict)
     whose = "the largest device" if count == 1 else f"each of the {count} largest devices"
     check_capacity(need, largest_capacity(there, count), "mb", f"{need/2**20:g}", whose)
@@ -158,7 +158,7 @@ def choose_idle(
     conflict: ResourceConflict,
     gentle: Collection[int] = (),      # the PIDs of those that can unload
     made: RoomMade = RoomMade(),       # earlier actions, for the error
-    count: int = 1,                    # of the devices that are to have room
+    count: int = 1,                    # number of devices that are to have room
 ) -> WorkerState:
     "Return the idle worker that goes next; raise `ResourceBusy` if all together free too little"
     there = usable(conflict.allowed)
@@ -199,20 +199,20 @@ def use_again(
         table.stop(worker.pid, None)
 
 # %% ../../nbs/core/freeing.ipynb #167dddfe
-UNLOADED_WITHIN = 3.0   # seconds in which the memory of a worker that reports to have unloaded comes free
+UNLOADED_WITHIN = 3.0   # seconds to wait until the memory of a worker that has unloaded is free
 
 def used_on(worker: WorkerState, conflict: ResourceConflict) -> int:
-    "Return the bytes that a worker uses of the devices together"
+    "Return the bytes that a worker uses on all devices together"
     return sum(held_by(worker, usable(conflict.allowed)).values())
 
 # %% ../../nbs/core/freeing.ipynb #012d09f6
 def await_unloaded(
     worker: WorkerState,
-    before: int,                               # bytes
+    before: int,                               # bytes that it used then
     check: Callable[[], ResourceConflict],
     seconds: float,
 ) -> int:  # bytes
-    "Return a worker's use once it has come down, or after so many seconds"
+    "Return a worker's use once it has fallen and is stable, or after `seconds`"
     until, last = time.monotonic() + seconds, before
     while True:
         now = used_on(worker, check())
@@ -234,7 +234,7 @@ def unload_idle(
     lease: int,
     needed: Collection[ProcessId],    # processes that must keep running
 ) -> None:
-    "Ask an idle worker to unload, and note what came of it"
+    "Ask an idle worker to unload, and note the outcome"
     wanted = maker.wanted
     if not mark_unloading(maker.workers, worker, lease, needed): return
     if has_room(before := wanted.check(), wanted.need, wanted.count): return use_again(maker.workers, worker, True)
@@ -285,5 +285,5 @@ def free_gpu(
     grace: float,                              # seconds between asking (SIGTERM) and killing (SIGKILL)
     check: Callable[[], ResourceConflict],     # reads the devices
 ) -> list[WorkerState]:  # those that were stopped, in that order
-    "Free memory likewise, and return the workers that were stopped"
+    "Free memory as `make_room` does, and return the workers that were stopped"
     return list(make_room(workers, RoomWanted(need, check, grace)).stopped)

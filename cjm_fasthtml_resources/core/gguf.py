@@ -18,7 +18,7 @@ from .weights import LONGEST_HEADER, Tensor, Weights, file_error, open_file, sum
 
 # %% ../../nbs/core/gguf.ipynb #581c61ea
 class GgmlType(NamedTuple):
-    "A type of tensors: a block of so many numbers takes so many bytes"
+    "A type of tensors: a block of `numbers` numbers takes `size` bytes"
     name: str
     numbers: int
     size: int
@@ -36,7 +36,7 @@ GGML_TYPES = {number: GgmlType(*row) for number, row in {
 # %% ../../nbs/core/gguf.ipynb #35b2852b
 def tensor_size(
     kind: GgmlType,
-    shape: tuple[int, ...],  # the numbers of a row first
+    shape: tuple[int, ...],  # the length of a row first
 ) -> int:
     "Return the bytes of a tensor; raise `ValueError` unless its rows consist of whole blocks"
     row = shape[0] if shape else 1
@@ -45,7 +45,7 @@ def tensor_size(
 
 # %% ../../nbs/core/gguf.ipynb #37c37d1d
 class _Reader:
-    "A file that is read from its begin, with its order of bytes"
+    "A file that is read from its beginning, with its byte order"
     def __init__(self, file: BinaryIO, size: int) -> None:
         self.file, self.size, self.order, self.at = file, size, "<", 0
 
@@ -57,7 +57,7 @@ class _Reader:
         return self.file.read(count)
 
     def skip_texts(self, count: int) -> None:
-        "Skip so many texts, often hundreds of thousands"
+        "Skip `count` texts, often hundreds of thousands"
         read, end = self.file.read, min(self.size, LONGEST_HEADER)
         length = struct.Struct(self.order + "Q").unpack
         for _ in range(count):
@@ -96,11 +96,11 @@ MAGIC = b"GGUF"
 class Gguf:
     "The header of a GGUF file"
     weights: Weights
-    values: dict[str, Any] = field(repr=False, hash=False)   # its keys, without lists
+    values: dict[str, Any] = field(repr=False, hash=False)   # by key, without lists
 
 # %% ../../nbs/core/gguf.ipynb #7df6eefc
 def _read_counts(reader: _Reader) -> tuple[int, int]:
-    "Find the order of bytes, and return how many tensors and keys there are"
+    "Find the byte order, and return the number of tensors and the number of keys"
     if reader.take(4) != MAGIC: raise ValueError("it does not begin with GGUF")
     version = reader.number("I")
     if version and not version & 0xFFFF:

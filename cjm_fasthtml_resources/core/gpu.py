@@ -35,7 +35,7 @@ class GpuSnapshot:
     reason: str | None = None            # why the list of devices is empty, in words
     driver_version: str | None = None    # such as "580.105.08"
     time: float = field(default_factory=lambda: time.time())  # when it was read, in seconds since the epoch: for people
-    late: bool = False                   # the driver took longer than it was given
+    late: bool = False                   # the driver exceeded the time limit
 
     @property
     def simulated(self) -> bool:
@@ -51,10 +51,10 @@ class GpuSnapshot:
 
 # %% ../../nbs/core/gpu.ipynb #fa876573
 class _Driver:
-    "Reads snapshots with one session, until it goes bad. For one thread"
+    "Reads snapshots with one session, until the session fails. For one thread"
     def __init__(self) -> None:
         self.session: NvmlSession | None = None
-        self.before: NvmlSession | None = None   # the last one, for what its devices reported
+        self.before: NvmlSession | None = None   # the last session, which knows what its devices reported
 
     def open(self) -> NvmlSession:
         "Return a session with the library that pynvml calls now"
@@ -79,7 +79,7 @@ class _Driver:
             session = self.open()
             session.wants_loads = loads
             devices = tuple(session.read(sleeping))
-        except Exception as error:  # a broken driver costs the snapshot alone
+        except Exception as error:  # a broken driver spoils only the snapshot
             self.close()
             return GpuSnapshot(reason=in_words(error))
         if any(d.reason not in (None, NO_MEMORY, NO_NAME, ASLEEP) for d in devices): self.close()
@@ -93,7 +93,7 @@ class _Driver:
         except Exception: return Links()
 
     def let_sleep(self, sleeping: Sequence[GpuDevice]) -> GpuSnapshot:
-        "Let go of NVML, which would keep the GPUs awake"
+        "Return a snapshot of sleeping GPUs; close NVML, which would keep them awake"
         self.close()
         return GpuSnapshot(tuple(sleeping), driver_version=module_version())
 
@@ -106,7 +106,7 @@ def _taken_lock() -> threading.Lock:
 
 # %% ../../nbs/core/gpu.ipynb #7aaf42dd
 def _check_timeout(timeout: float) -> None:
-    "Raise `ValueError` unless it is a positive number that a lock can wait for"
+    "Raise `ValueError` unless `timeout` is a positive number of seconds that a lock accepts"
     if isinstance(timeout, bool) or not isinstance(timeout, (int, float)) or not 0 < timeout <= threading.TIMEOUT_MAX:
         raise ValueError(f"timeout must be a positive number of seconds, not {shorten(timeout)}")
 
@@ -116,9 +116,9 @@ class _Call(NamedTuple):
     answered: threading.Lock   # taken; released by the answer
     wake: bool = False         # sleeping GPUs are to be asked, too
     reads: bool = True         # False: close NVML, unless another caller reads
-    pairs: tuple[str, ...] = ()   # UUIDs of GPUs: how close they are is asked instead
-    found: list[Links] = []    # for the answer to that
-    loads: bool = False        # the loads of processes are to be asked for, too
+    pairs: tuple[str, ...] = ()   # UUIDs of GPUs, to read how close they are instead
+    found: list[Links] = []    # receives the answer about `pairs`
+    loads: bool = False        # the load of each process is to be read, too
 
 # %% ../../nbs/core/gpu.ipynb #9972c88d
 IDLE = 60.0   # idle seconds, after which NVML is closed
@@ -142,7 +142,7 @@ class GpuReader:
     def after_fork(self) -> None:
         "Reset thread and snapshot, in a fork's child"
         self._queue: SimpleQueue[_Call] = SimpleQueue()
-        self._since = math.inf                                    # when the reading that is under way began, if one is
+        self._since = math.inf                                    # when the current reading began; infinite: none
         self._latest = GpuSnapshot(reason="not read yet")
         self._starting = threading.RLock()
         self._thread: threading.Thread | None = None
@@ -168,7 +168,7 @@ class GpuReader:
 
     def _seconds_left(self, deadline: float, timeout: float) -> float:
         "Return how long a caller still waits"
-        # at most as long for an older reading as for its own
+        # it waits for an older reading at most as long as for its own
         return min(deadline, self._since + timeout) - time.monotonic()
 
     def read(
@@ -236,6 +236,6 @@ def read_gpu_links(
 
 def release_driver(
     timeout: float = 5.0,  # seconds to wait for a reading that is under way
-) -> bool:  # False: it is still asked something
+) -> bool:  # False: a reading is still under way
     "Close NVML until the next reading: an open connection blocks a GPU's reset and a change of MIG"
     return _reader.release(timeout)

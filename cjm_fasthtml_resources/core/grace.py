@@ -13,14 +13,14 @@ from .claims import Claim, is_ram
 
 # %% ../../nbs/core/grace.ipynb #775706fb
 def _is_spent(claim: Claim) -> bool:
-    "Return whether a reservation on one device, or of RAM, stayed unused in its time"
+    "Return whether a reservation on a device stayed unused in its grace; of RAM, whether it has a grace"
     grace = claim.receipt.grace if claim.receipt else None
     return grace is not None and (is_ram(claim.device) or grace.is_over)
 
 def give_up_unused(
-    claims: Sequence[Claim],   # with the receipts of this reading
+    claims: Sequence[Claim],   # with receipts that include this reading
 ) -> list[Claim]:
-    "Return the claims; those unused in their time are over, of a group if all of its devices stayed unused"
+    "Return the claims; those that stayed unused are over, a group only if all its devices stayed unused"
     unused = {c.lease for c in claims if not is_ram(c.device) and _is_spent(c)}
     kept = {c.lease for c in claims if c.lease in unused and not _is_spent(c)}
     return [replace(c, expires=0.0) if c.lease in unused - kept else c for c in claims]

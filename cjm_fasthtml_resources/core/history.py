@@ -45,7 +45,7 @@ def to_device_point(status: DeviceStatus) -> DevicePoint:
 
 # %% ../../nbs/core/history.ipynb #c1b255ba
 def worker_key(worker: WorkerState) -> str:
-    "Return what identifies a worker on all hosts"
+    "Return a text that identifies a worker among all hosts"
     return f"{worker.host or ''}/{worker.pid}/{worker.start_time}"
 
 def worker_memory(sample: Sample) -> dict[str, int]:

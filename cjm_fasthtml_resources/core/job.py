@@ -84,23 +84,23 @@ class JobRequest:
     job_id: str
     needs: PluginNeeds = PluginNeeds()
     plugin_name: str | None = None                # needs are learned under this name
-    resource: str | None = None                   # and under the model or other resource that it loads
+    resource: str | None = None                   # and under the model or other resource that the job loads
     config: dict[str, Any] | None = None
-    worker_pid: int | None = None                 # the registered worker that does it
+    worker_pid: int | None = None                 # the registered worker that runs the job
     worker_type: str = "job"
     device: int | str | GpuDevice | None = None
     n: int | None = None                          # how many devices; `None`: as many as it needs
     priority: int = 0                             # a smaller one is further ahead in the queue
     grace: float | None = None                    # seconds in which its memory has to be used; `None`: unlimited
-    duration: float | None = None                 # seconds at most, then its reservation ends; `None`: unlimited
+    duration: float | None = None                 # seconds until its reservation ends; `None`: unlimited
     ask_idle: bool = False                        # whether idle holders of other apps are asked to unload
-    timeout: float | None = None                  # seconds; `None`: unlimited
+    timeout: float | None = None                  # seconds to wait; `None`: unlimited
     unknown: float | None = None                  # MiB to reserve for an unknown need; `None`: a device
     concurrent: bool = False                      # whether its worker can have other jobs at the same time
     progress: bool = False
     make_room: bool = False                       # whether idle workers unload or are stopped for it
     unload: Unload | None = None                  # unloads a worker whose plugin is in another process
-    decide: Callable[..., "ValidationResult"] | None = None   # with a registry; takes the MiB that it needs
+    decide: Callable[..., "ValidationResult"] | None = None   # with a registry: validates a need in MiB
 
     def __post_init__(self) -> None:
         for name in ("job_id", "worker_type"):
@@ -118,21 +118,21 @@ class JobRequest:
 
     @property
     def count(self) -> int:
-        "How many devices it is for"
+        "The number of devices that the job requests"
         return self.needs.devices if self.n is None else self.n
 
     def __repr__(self) -> str:
         return shown_repr("JobRequest", {name: value for name, value in vars(self).items() if not callable(value)})
 
 # %% ../../nbs/core/job.ipynb #88b8deb3
-ALONE = 0.9   # the share of a device that a job with an unknown need asks for; a desktop can use the rest
+ALONE = 0.9   # the share of a device that a job with an unknown need requests; a desktop can use the rest
 
 # %% ../../nbs/core/job.ipynb #12f3f400
 def choose_alone(
-    devices: list[DeviceStatus],   # that it can use
-    count: int = 1,                # how many it is to have for itself
-) -> tuple[DeviceStatus, float] | None:  # the smallest of them, and the MiB to ask for on each; `None` for too few
-    "Return the memory and devices of a job that is to be alone on a device, or on several"
+    devices: list[DeviceStatus],   # that the job can use
+    count: int = 1,                # number of devices that it is to have for itself
+) -> tuple[DeviceStatus, float] | None:  # the smallest chosen device, and the MiB on each; `None`: too few
+    "Return the device and the memory to request for a job that is to be alone on one or several devices"
     there = usable(devices)
     empty = [d for d in there if d.room >= ALONE*d.device.capacity]
     largest = sorted(empty if len(empty) >= count else there, key=lambda d: d.device.capacity, reverse=True)
@@ -160,22 +160,22 @@ def name_turn(worker: WorkerState, timeout: float) -> str:
 
 # %% ../../nbs/core/job.ipynb #42c49787
 def name_double(worker: WorkerState, job_id: str) -> str:
-    "Return why a worker is refused a job that it has, in words"
+    "Return the refusal of a job that the worker has already, in words"
     return (f"job_id must be the job's own, and the {worker.shown().worker_type} worker with PID {worker.pid} has the "
             f"job {shorten(job_id)} already")
 
 # %% ../../nbs/core/job.ipynb #320b06be
 class ActiveJob(StaysHere):
     "A job in a `with` or `async with` block: its memory is reserved until the end of the block"
-    instead = "Create the job in the process that runs it, or give its `env` to that process."
+    instead = "Create the job in the process that runs it, or pass its `env` to that process."
     reservation: Reservation | None = None           # `None` before the block, and for a job without memory
     decision: "ValidationResult | None" = None       # with a registry: the next step, such as loading a plugin
     before: ResourceConflict | None = None           # the check at its beginning
-    request: Request | None = None                   # the one that its reservation came from
+    request: Request | None = None                   # the request that its reservation came from
     room: RoomForRequest | None = None               # with `make_room=True`: makes room for it
     phase = "not begun"                              # then "waiting", "running", "over"
-    is_alone = False                                 # whether it asks for a device of its own, by its unknown need
-    is_over = False                                  # whether its end was dealt with
+    is_alone = False                                 # whether it requests a whole device, as its need is unknown
+    is_over = False                                  # whether `finish` was called
     asked_by = "gpu_memory_mb= or unknown= (in MiB)"   # how its caller names the memory, for messages
     explanation: str | None = None                   # after an out-of-memory error: its cause and the remedy
 
@@ -184,7 +184,7 @@ class ActiveJob(StaysHere):
         self.worker_pid, self.holder, self.since = asked.worker_pid, this_process(), since_boot()
         self._exit, self._closed = contextlib.ExitStack(), False
         self._leave = make_end(self._exit.__exit__)
-        self.started = time.monotonic()              # and again when it began
+        self.started = time.monotonic()              # set again when the job begins
         self.after_fork()
         reset_in_child(self)
 
@@ -206,25 +206,25 @@ class ActiveJob(StaysHere):
         return self.reservation.devices if self.reservation else ()
     @property
     def env(self) -> dict[str, str]:
-        "Return environment variables that limit a child process to those devices; inside the block"
+        "Return environment variables that limit a child process to the job's devices; inside the block"
         self.must_run()
         return self.reservation.env if self.reservation else dict(_NO_GPU)
     @property
     def env_by_index(self) -> dict[str, str]:
-        "The same with numbers, for programs that understand only these; `LookupError` for a MIG instance"
+        "The same variables with numbers, for programs that expect numbers; `LookupError` for a MIG instance"
         self.must_run()
         return self.reservation.env_by_index if self.reservation else dict(_NO_GPU)
 
     @property
     def ordinal(self) -> int:
-        """CUDA's number of that device in this process, as in `torch.device("cuda", job.ordinal)`; inside the block.
+        """CUDA's number of `device` in this process, as in `torch.device("cuda", job.ordinal)`; inside the block.
         Raise `LookupError` without a device, if it is invisible to this process, or if CUDA's order is uncertain"""
         self.must_run()
         if self.reservation is None or not self.devices: raise LookupError(f"the job {shorten(self.job_id)} has no GPU")
         return self.reservation.ordinal
     @property
     def ordinals(self) -> tuple[int, ...]:
-        "Return the same of each of its devices; empty without one"
+        "Return CUDA's number of each of `devices` in this process; empty for a job on the CPU"
         self.must_run()
         return self.reservation.ordinals if self.reservation else ()
     @property
@@ -249,7 +249,7 @@ class ActiveJob(StaysHere):
         self,
         pid: int,   # a living process, such as one that the block started
     ) -> bool:  # False if it has ended already
-        "Make the reservation that process's, and show it as a worker with this job until the end of the block"
+        "Give the reservation to a process, and show it as a worker with this job until the end of the block"
         self.must_run()
         return watch_process(self, check_pid(pid))
 
@@ -285,7 +285,7 @@ class ActiveJob(StaysHere):
         with holding(self._turn): return None if self._closed else next(steps, None)
 
     def close(self, *error: Any) -> None:
-        "Put everything back, after a step that another thread is taking"
+        "Undo everything, once another thread has finished its step"
         with holding(self._turn):
             self._closed = True
             self._exit.__exit__(*(error or (None, None, None)))
@@ -296,7 +296,7 @@ class ActiveJob(StaysHere):
         self._exit.pop_all()
 
     def defer(self, call: Callable[..., Any], *args: Any) -> None:
-        "Call this at the end of the block: twice, since an interruption can come before the first"
+        "Call a function at the end of the block; twice, since Ctrl-C can interrupt the first call"
         undo = partial(call, *args)
         for _ in range(2): self._exit.callback(_put_back, undo)
 
@@ -335,7 +335,7 @@ def end_job_of(manager: Any, pid: int, job_id: str) -> None:
 
 # %% ../../nbs/core/job.ipynb #84b703e1
 def lease_for(job: ActiveJob) -> int:
-    "Keep a lease until the end of a job, or of this process, however it ends"
+    "Return a lease that this process keeps until the job or the process ends"
     from cjm_fasthtml_resources.core.leases import new_lease  # when it is used
     leases, lease = job.manager.workers.leases, new_lease()
     job.defer(leases.drop, lease)
@@ -343,13 +343,13 @@ def lease_for(job: ActiveJob) -> int:
     return lease
 
 def keep_while_held(job: ActiveJob, pid: int, lease: int) -> None:
-    "Let a worker have the job that it was given for as long as a lease is locked"
+    "Let a worker have this job for as long as a lease is locked"
     from cjm_fasthtml_resources.core.workers import give_while  # when it is used
     give_while(job.manager.workers, pid, job.job_id, lease)
 
 # %% ../../nbs/core/job.ipynb #6df7257c
 def await_turn(job: ActiveJob, pid: int) -> Iterator[float]:
-    "Give a worker the job, and wait until those before it are done; `ResourceBusy` when the time is over"
+    "Give a worker the job, and wait until its earlier jobs are done; `ResourceBusy` when the time is over"
     manager, name = job.manager, job.job_id
     if manager.get_worker_by_pid(pid) is None:
         raise ValueError(f"worker must be the PID of a registered worker, not {pid}")
@@ -392,7 +392,7 @@ def guess_within(
     need: LearnedNeed,
     most: int,          # bytes that the largest device has for programs
 ) -> float:   # MiB
-    "Return the memory to ask for; a guess, after memory ran out, is cut to a device's share for a single job"
+    "Return the memory to request; a guess, made after memory ran out, is at most 90 % of a device"
     guess = min(need.gpu_memory_mb or 0, int(ALONE*most/2**20))
     return min(max(math.ceil(need.with_margin/2**20), guess), most/2**20)
 
@@ -410,7 +410,7 @@ def device_of_worker(worker: WorkerState | None, devices: Sequence[DeviceStatus]
 def devices_of_worker(
     worker: WorkerState | None,
     devices: Sequence[DeviceStatus],
-    count: int,                        # how many a job of it asks for
+    count: int,                        # number of devices that its job requests
 ) -> tuple[GpuDevice, ...] | None:
     "Return the devices on which a worker has its memory, `None` if they are too few for a job"
     held = held_by(worker, devices) if worker else {}
@@ -418,7 +418,7 @@ def devices_of_worker(
     return found if len(found) >= count else None
 
 def find_alone(job: ActiveJob, device: Any, conflict: ResourceConflict) -> tuple[float, Any]:   # as for `find_memory`
-    "Return the request for an unknown need: of GPUs that are alike, the first that becomes empty"
+    "Return the request for an unknown need; if the GPUs are alike, for the first that becomes empty"
     if conflict.snapshot is None or not usable(conflict.allowed): raise ResourceUnavailable(conflict.message, conflict)
     count, holder = job.asked.count, None if job.worker_pid is None else find_holder(job.worker_pid)
     chosen = {device_key(d) for d in choose_devices(conflict.snapshot, device, 1, job.manager.judge, count, holder)}
@@ -503,7 +503,7 @@ def await_memory(job: ActiveJob, mb: float | str | None, device: Any) -> Iterato
 
 # %% ../../nbs/core/job.ipynb #32a3c9de
 def decide(job: ActiveJob) -> "ValidationResult":
-    "Let the validation decide; raises a conflict that outlasts every wait"
+    "Let the validation decide; raise a conflict that waiting cannot end"
     from cjm_fasthtml_resources.core.validation import ValidationAction
     need, ask = job.asked.needs.gpu_memory_mb, job.asked.decide
     assert ask is not None
@@ -511,7 +511,7 @@ def decide(job: ActiveJob) -> "ValidationResult":
     return job.decision.raise_if_blocked() if job.decision.action is ValidationAction.ABORT else job.decision
 
 def ask_validation(job: ActiveJob) -> bool:
-    "Return whether the queue is next; otherwise ask again"
+    "Return whether the job can go on, to the queue or at once; otherwise the validation is asked again"
     if job.asked.decide is None: return True
     decision = decide(job)
     if decision.can_proceed: return True
@@ -522,7 +522,7 @@ def ask_validation(job: ActiveJob) -> bool:
 
 # %% ../../nbs/core/job.ipynb #ea449870
 def take_ready(job: ActiveJob) -> bool:
-    "Give the job to the worker that the validation chose; False if another job came first: then it has to decide again"
+    "Give the job to the worker that the validation chose; False if another job came first: validate again"
     ready = job.decision.current_worker if job.decision and job.decision.can_proceed else None
     if job.worker_pid is not None or ready is None: return True
     manager, name = job.manager, job.job_id
@@ -553,7 +553,7 @@ def show_here(job: ActiveJob) -> None:
 
 # %% ../../nbs/core/job.ipynb #24e5aed0
 def start(job: ActiveJob) -> None:
-    "Begin to look at what a job uses, beside what its process uses already"
+    "Begin to measure a job's usage, in addition to its process's usage so far"
     manager, job.phase = job.manager, "running"
     if job.devices: job.before = manager.check_gpu_availability()
     job.started, job.since = time.monotonic(), since_boot()
@@ -579,12 +579,12 @@ def begin(job: ActiveJob) -> Iterator[float]:  # the seconds until its next step
 
 # %% ../../nbs/core/job.ipynb #00a1a4cb
 def _keys_of(job: ActiveJob) -> list[str]:
-    "Return what a job's memory is called in the ledger: its devices, and RAM"
+    "Return the names of a job's memory in reservations: its devices, and RAM"
     return [*map(device_key, job.devices), *(job.reservation.ram if job.reservation else ())]
 
 def read_all_use(
     job: ActiveJob,
-    *holders: ProcessId,   # of memory to be, beside those who hold some
+    *holders: ProcessId,   # future holders, in addition to the present ones
 ) -> list[DeviceUse]:
     "Read the use of all devices, and of RAM where it is reserved"
     uses, claims = read_use(job.manager.read().devices), job.manager.get_claims()
@@ -596,15 +596,15 @@ def read_all_use(
 def bases_of(job: ActiveJob, holder: ProcessId) -> dict[str, int]:  # by key of a device, bytes
     "Return what a process uses on the job's devices outside its reservation"
     keys = _keys_of(job)
-    is_younger = (holder.start_time or 0) >= math.floor(100*job.since)/100   # the kernel counts so
+    is_younger = (holder.start_time or 0) >= math.floor(100*job.since)/100   # the kernel counts in 1/100 s
     uses = [] if not keys or is_younger else read_all_use(job, holder)
     found = {key: next((use for use in uses if use.is_called(key)), None) for key in keys}
     return {key: find_base(holder, use, []) if use else 0 for key, use in found.items()}
 
 # %% ../../nbs/core/job.ipynb #f26de13d
 def spent_before(job: ActiveJob) -> tuple[dict[str, int], list[DeviceUse] | None]:
-    """Return by device how much of a job's reservation its process itself can be using, and all devices' use;
-    `None` for that if the process and its ancestors have no other reservation, which the use could be for"""
+    """Return by device how much of a job's reservation its own process can be using, and the use of all devices.
+    That use is `None` if the process and its ancestors lack another reservation that it could belong to"""
     lease, keys = job.reservation and job.reservation.lease, set(_keys_of(job))
     line, claims = read_process(job.holder.pid).lineage, job.manager.get_claims()
     if not any(c.holder in line and c.device in keys and c.lease != lease for c in claims): return {}, None
@@ -621,7 +621,7 @@ def _forget_worker(manager: Any, pid: int) -> None:
 
 # %% ../../nbs/core/job.ipynb #d4ba9646
 def watch_process(job: ActiveJob, pid: int) -> bool:  # False if it has ended already
-    "Make a job's reservation a process's, and show that one as a worker with this job"
+    "Give a job's reservation to a process, and show the process as a worker with this job"
     manager, asked = job.manager, job.asked
     if is_free(pid) or has_ended(*read_process(pid).lineage[0]): return False   # a zombie keeps its PID
     holder = find_holder(pid)
@@ -654,7 +654,7 @@ def explain_error(
     job: ActiveJob,
     error: BaseException,
 ) -> "OutOfMemory | None":  # `None`: it is another error
-    "Add to an out-of-memory error who used the memory, and what helps"
+    "Add a note to an out-of-memory error: the processes that used the memory, and the remedy"
     from cjm_fasthtml_resources.core.out_of_memory import explain_out_of_memory, find_out_of_memory
     if (found := find_out_of_memory(error)) is None: return None
     job.manager.events.count("out_of_memory")
@@ -666,12 +666,12 @@ def explain_error(
 
 # %% ../../nbs/core/job.ipynb #b7861477
 def find_lack(job: ActiveJob, most: int, found: "OutOfMemory") -> int:   # bytes
-    "Return what a job would have had; to ask for more than any of its devices has is an error"
+    "Return the memory that a job needed; ignore an allocation larger than any of its devices"
     largest, wanted = (job.before and largest_capacity(job.before.allowed)) or math.inf, found.wanted or 0
     return most if wanted > largest else max(most, wanted, int(min(found.needed or 0, largest)))
 
 def learn(job: ActiveJob, error: BaseException | None, found: "OutOfMemory | None") -> None:
-    "Remember what a job took, for the next one of its kind"
+    "Record a job's usage, for the next job of its kind"
     asked, usage, level = job.asked, job.usage, job.usage.level
     if asked.plugin_name is None or usage.mixed: return
     mark = job.manager.needs.mark(asked.config)
@@ -685,7 +685,7 @@ def learn(job: ActiveJob, error: BaseException | None, found: "OutOfMemory | Non
 
 # %% ../../nbs/core/job.ipynb #63f7e313
 def finish(job: ActiveJob, kind: Any = None, error: BaseException | None = None, trace: Any = None) -> None:
-    "See what a job took, and explain its error; later calls are harmless"
+    "Learn a job's usage, and explain its error; later calls are harmless"
     if job.is_over: return
     job.is_over = True
     job.manager.job_looks.remove(job)
@@ -695,11 +695,11 @@ def finish(job: ActiveJob, kind: Any = None, error: BaseException | None = None,
 
 # %% ../../nbs/core/job.ipynb #7c11bfd2
 def _from_registry(manager: "ResourceManager", registry: Any, plugin_id: str, asked: JobRequest) -> JobRequest:
-    "Return the request with what the registry and the plugin's configuration say"
+    "Return the request, completed from the registry and the plugin's configuration"
     from cjm_fasthtml_resources.core.validation import validate_resources_for_job
     need = asked.needs.gpu_memory_mb
     try: plugin, name, config = find_plugin(registry, plugin_id, asked.config)
-    except LookupError: plugin, name, config = None, plugin_id, asked.config or {}   # the validation says so
+    except LookupError: plugin, name, config = None, plugin_id, asked.config or {}   # the validation reports it
     declared, wanted = declared_needs(plugin), read_requirements(plugin, config)
     if need is None: need = declared.gpu_memory_mb
     device = asked.device if asked.device is not None else device_place(wanted.device)
@@ -721,7 +721,7 @@ def make_job(
     memory_mb: float | None = None,
     **asked: Any,                 # fields of `JobRequest`
 ) -> ActiveJob:
-    "Return a job; `TypeError` or `ValueError` names the argument that is wrong"
+    "Return a job; `TypeError` or `ValueError` names the wrong argument"
     if isinstance(unknown, str) and unknown != "alone":
         raise ValueError(f"unknown must be 'alone' or an amount in MiB, not {shorten(unknown)}")
     told = declared_needs(dict(needs=needs))

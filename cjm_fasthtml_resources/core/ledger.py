@@ -48,7 +48,7 @@ if TYPE_CHECKING:
     from cjm_fasthtml_resources.core.caps import Cap
 
 # %% ../../nbs/core/ledger.ipynb #54fc6b84
-_all_ = ["WAIT_BUCKETS"]   # it stood here before
+_all_ = ["WAIT_BUCKETS"]   # older versions had it here
 _log = Log(__name__)
 
 # %% ../../nbs/core/ledger.ipynb #b965f191
@@ -61,21 +61,21 @@ class Waits:
         self._events.count("granted", seconds)
 
     def read(self) -> tuple[list[tuple[float, int]], float]:
-        "Return a histogram (for each bound, how many waited at most so long), and the sum of all in seconds"
+        "Return a histogram (for each bound, how many requests waited at most that long), and the sum in seconds"
         found = self._events.read()
         return list(found.waits), found.waited
 
 # %% ../../nbs/core/ledger.ipynb #3ea43477
 class Rows(NamedTuple):
     "The content of the ledger"
-    claims: tuple[Claim, ...] = ()     # with those that are over, until a process settles
+    claims: tuple[Claim, ...] = ()     # also those that are over, until the next `settle`
     version: int = 0                   # how often a device was given or a claim was deleted
-    devices: tuple[str, ...] = ()      # the machine's devices when a process settled last
-    last_id: int = 0                   # of the claim that was entered last; a group has one for each device
-    ended: tuple[tuple[int, int], ...] = ()   # of deleted claims whose leases are still held: the lease and the id
+    devices: tuple[str, ...] = ()      # keys of the machine's devices at the last `settle`
+    last_id: int = 0                   # id of the claim entered last; a request for several devices has an id for each
+    ended: tuple[tuple[int, int], ...] = ()   # lease and id of deleted claims whose leases are still held
 
 # %% ../../nbs/core/ledger.ipynb #47478dd0
-# these begin what stands for the devices of a group, or of a request for more: names of devices begin otherwise
+# begin the text that replaces the device names of a group, and of a request with RAM, a priority or a share
 _GROUP, _MORE = "*", "+"
 _encode = json.JSONEncoder(separators=(",", ":")).encode
 
@@ -101,7 +101,7 @@ def _to_claim(id: int, holder: list[Any], memory: int, allowed: list[str], *othe
                    beside=tuple((key, size) for key, size in beside), priority=priority, share=share)
 
 def _to_rows(head: bytes, lines: Sequence[bytes], known: Mapping[bytes, Claim]) -> Rows:
-    "Return a ledger as it was read; known lines are reused"
+    "Return the ledger that these lines encode; the claims of known lines are reused"
     claims = list(map(known.get, lines))
     new = [n for n, claim in enumerate(claims) if claim is None]
     (version, devices, last_id, ended), *found = json.loads(b"[%s]" % b",".join((head, *(lines[n] for n in new))))
@@ -111,14 +111,14 @@ def _to_rows(head: bytes, lines: Sequence[bytes], known: Mapping[bytes, Claim]) 
 
 # %% ../../nbs/core/ledger.ipynb #5059b814
 def from_bytes(data: bytes) -> Rows:
-    "Return a ledger as it was read"
+    "Return the ledger that these bytes encode"
     if not data: return Rows()
     head, *lines = data.splitlines()
     return _to_rows(head, lines, {})
 
 # %% ../../nbs/core/ledger.ipynb #db7b192f
 def find_claim(data: bytes, lease: int) -> Claim | None:
-    "Return the claim with a lease, reading that one alone; `None` without it"
+    "Return the claim with a lease, parsing only its line; `None` if it is missing"
     at = data.find(b",%d," % lease, data.find(b"\n"))
     if at < 0: return None
     found = _to_claim(*json.loads(data[data.rfind(b"\n", 0, at) + 1:data.find(b"\n", at)]))
@@ -126,7 +126,7 @@ def find_claim(data: bytes, lease: int) -> Claim | None:
 
 # %% ../../nbs/core/ledger.ipynb #85fe10e3
 class _Reading(NamedTuple):
-    "What was read or written last"
+    "The last ledger that was read or written"
     data: bytes = b""
     rows: Rows = Rows()
     lines: Mapping[bytes, Claim] = {}   # the claims by their lines
@@ -141,13 +141,13 @@ def _read_on(data: bytes, last: _Reading) -> _Reading:
 
 # %% ../../nbs/core/ledger.ipynb #a83fc7c9
 def _write_anew(claim: Claim) -> tuple[bytes, Claim]:
-    "Return the line of a claim, and what it is read as: times are written in tenths of a second"
+    "Return a claim's line, and the claim that it reads as: times are written in tenths of a second"
     line = _encode(_to_row(claim)).encode()
     return line, _to_claim(*json.loads(line))
 
 def _write_on(rows: Rows, last: _Reading) -> _Reading:
-    "Return what a ledger is read as once it is written; the lines of unchanged claims, of the same objects, are kept"
-    same = [*map(is_, last.lines.values(), rows.claims), False].index(False)   # hundreds, of which the last one changes
+    "Return the reading of a ledger once it is written; claims that are the same objects keep their lines"
+    same = [*map(is_, last.lines.values(), rows.claims), False].index(False)   # often only the last one changes
     lines = dict(islice(last.lines.items(), same))
     by_claim = {id(claim): (line, claim) for line, claim in islice(last.lines.items(), same, None)}
     lines.update([by_claim.get(id(claim)) or _write_anew(claim) for claim in rows.claims[same:]])
@@ -156,12 +156,12 @@ def _write_on(rows: Rows, last: _Reading) -> _Reading:
 
 # %% ../../nbs/core/ledger.ipynb #5d6985b3
 def to_bytes(rows: Rows) -> bytes:
-    "Return a ledger as it is written"
+    "Return the bytes that encode a ledger"
     return _write_on(rows, _Reading()).data
 
 # %% ../../nbs/core/ledger.ipynb #e3758b6c
 LOOK_EVERY = 0.25     # seconds after which a waiting request reads the devices again: other programs free memory
-SURE_SECONDS = 1.0    # for which a claim must be missing before that is an error: one can just be being dropped
+SURE_SECONDS = 1.0    # a claim missing for so long is an error; shorter gaps occur while a claim is entered or dropped
 
 # %% ../../nbs/core/ledger.ipynb #0442e32f
 class HiddenClaims(StoreError):
@@ -171,7 +171,7 @@ class HiddenClaims(StoreError):
 class LedgerReading(NamedTuple):
     "The claims at one moment"
     claims: tuple[Claim, ...] = ()
-    over: frozenset[int] = frozenset()   # the ids of those that are over and still to delete
+    over: frozenset[int] = frozenset()   # the ids of the claims that are over and still to delete
 
 # %% ../../nbs/core/ledger.ipynb #711f157e
 _Look = Callable[[], Sequence[DeviceUse]]
@@ -179,15 +179,15 @@ _Ask = Callable[[], Claim | None]
 class _Moment(NamedTuple):
     "The reservations at one moment"
     rows: Rows                   # the ledger
-    held: set[int]               # of their leases and those in `ended`, those that are held
-    over: set[tuple[int, int]]   # those that are over: lease and id
+    held: set[int]               # the held leases, of the reservations and of `ended`
+    over: set[tuple[int, int]]   # lease and id of each reservation that is over
 
 class _Plan(NamedTuple):
     "The ledger as it is to be written"
     rows: Rows
     ended: list[Claim]    # the reservations that are deleted
     unused: list[Claim]   # the reservations that are given back now, because they stayed unused
-    is_granted: bool      # the new request is
+    is_granted: bool      # whether the new request is granted
 
 # %% ../../nbs/core/ledger.ipynb #88e17b83
 class Ledger:
@@ -219,17 +219,17 @@ class Ledger:
         self,
         before: LedgerReading,   # of `read`, just before the devices were read
     ) -> LedgerReading:
-        "Return what counts for that reading of the devices: the claims before it, and those entered since"
+        "Return the claims that count for that reading of the devices: those of `before`, and those entered since"
         now = _sure(self.rows, self.store).claims
         known = {c.id for c in now}
         return LedgerReading((*(c for c in before.claims if c.id not in known), *now), before.over)
 
     def rows(self) -> Rows:
-        "Return the ledger as it is written"
+        "Return the ledger as it is stored"
         return self._parse(self.store.read()[1])
 
     def _parse(self, data: bytes) -> Rows:
-        "Return a ledger as it was read"
+        "Return the ledger that these bytes encode"
         found = self._read = _read_on(data, self._read)
         return found.rows   # of these bytes: another thread can have read others since
 
@@ -242,7 +242,7 @@ class Ledger:
         return [c for c in self.rows().claims if c.lease == lease]
 
     def devices(self) -> tuple[str, ...]:
-        "Return the keys of the machine's devices when somebody settled last"
+        "Return the keys of the machine's devices at the last `settle`"
         data = self.store.read()[1]
         return tuple(json.loads(data[:data.find(b"\n")])[1]) if data else ()
 
@@ -261,8 +261,8 @@ class Ledger:
         return self.withdraw(lease)
 
     def renew(self, lease: int, ttl: float | None) -> bool:
-        """Let a reservation hold for `ttl` seconds from now on (`None`: until released); False if it is over.
-        `ValueError` for one that was granted ahead of a request, and would end later than it declared"""
+        """Let a reservation last for `ttl` seconds from now on (`None`: until released); False if it is over.
+        `ValueError` if it was granted ahead of another request, and would end later than it declared"""
         expires = None if ttl is None else machine_time() + ttl
         if not self.change(lease, lambda rows: _renewed(rows, lease, ttl, expires)): return False
         self.note_deadline(lease, expires)
@@ -273,7 +273,7 @@ class Ledger:
         self._deadlines[lease] = math.inf if expires is None else expires
 
     def glance(self) -> tuple[object, bool]:
-        "Return what is the same as long as the ledger is, and whether it is time to look again; costs little"
+        "Return a mark of the ledger's content, and whether it is time to read the devices again; costs little"
         mark, looked_at = self.store.glance()
         return mark, not machine_time() - LOOK_EVERY < looked_at <= machine_time()
 
@@ -284,9 +284,9 @@ class Ledger:
     def settle(
         self,
         look: Callable[[], Sequence[DeviceUse]],               # reads every device of the machine
-        ask: Callable[[], Claim | None] = lambda: None,        # the new claim, with 0 for its id; called after `look`
+        ask: Callable[[], Claim | None] = lambda: None,        # returns the new claim, with id 0; called after `look`
         allowed: Mapping[int, Collection[str]] = {},           # lease → devices that suit it now; filled by `look`
-    ) -> list[Claim]:  # all that are in the ledger now, in the order of asking, what was asked last
+    ) -> list[Claim]:  # all claims in the ledger now, in the order of asking, the new one last
         "Delete the claims that are over, enter the new one, and give devices to those that fit"
         until = time.monotonic() + SURE_SECONDS
         while True:
@@ -326,7 +326,7 @@ class Ledger:
         return plan
 
     def end_later(self, lease: int) -> None:
-        "Withdraw what was forgotten, also for another process: here now, and in the file at the next use or at exit"
+        "Withdraw a forgotten reservation, also for another process: here now, in the file at the next use or at exit"
         if lease not in self.leases.held: return   # also in a fork's child: it is the parent's
         self._to_end.add(lease)
         _unended.add(self)
@@ -342,7 +342,7 @@ class Ledger:
         else: _keep_unended(self, self._to_end - {lease})
 
     def change(self, lease: int, changed: Callable[[Rows], Rows] | None = None, **fields: Any) -> bool:
-        "Change the claims with a lease, or all; False if that lease is over, or is over by this process"
+        "Change the claims with a lease, or all claims; False if that lease is over or belongs to another process"
         with self.store.changing() as draft:
             rows = self._parse(draft.data)
             mine = tuple(c for c in rows.claims if c.lease == lease)
@@ -373,7 +373,7 @@ def _see(
 def _examine(
     ledger: "Ledger", claims: Sequence[Claim], ended: Iterable[tuple[int, int]] = (),
 ) -> tuple[set[int], set[int]]:
-    "Find out, for all leases at once, which are held, and return the ids of the claims that are over by now, too"
+    "Return which of the leases are held, and the ids of the claims that are over by now"
     now, held = machine_time(), ledger.leases.held_among([*(c.lease for c in claims), *(lease for lease, _ in ended)])
     return held, {c.id for c in claims if c.is_over(now, held) or c.lease in ledger._to_end}
 
@@ -407,14 +407,14 @@ def _renewed(rows: Rows, lease: int, ttl: float | None, expires: float | None) -
 class HandOver(NamedTuple):
     "How a reservation goes to another process"
     holder: ProcessId
-    bases: Mapping[str, int]            # by device: bytes that it uses there already, beside this
+    bases: Mapping[str, int]            # by device: bytes that the new holder uses there, outside this reservation
     spent: Mapping[str, int] = {}       # by device: the most that the former holder can be using
-    uses: Sequence[DeviceUse] | None = None   # every device; `None`: the only reservation of the former holder's tree
+    uses: Sequence[DeviceUse] | None = None   # every device; `None`: the former holder's tree has only this one
     until_released: bool = True         # False: it ends with its new holder, also while the former one lives
 
     def change(self, rows: Rows, lease: int) -> Rows:
         "Return the ledger with the claims of a lease handed over"
-        rows = _note_kept(rows, lease, None)   # it was for the former holder
+        rows = _note_kept(rows, lease, None)   # the note concerns the former holder
         now: dict[str, Any] = dict(holder=self.holder, for_other=True, covers=self.until_released,
                                    space=pid_namespace())
         mine = {c.id: c.device or "" for c in rows.claims if c.lease == lease}
@@ -430,7 +430,7 @@ def _write_end(store: Store, lease: int) -> None:
     with store.changing() as draft: draft.data = to_bytes(_change(from_bytes(draft.data), lease, dict(expires=0.0)))
 
 # %% ../../nbs/core/ledger.ipynb #ac8d11e7
-_unended: set[Ledger] = set()   # these have something that is over, and is still to be written
+_unended: set[Ledger] = set()   # ledgers with a reservation whose end is still to be written
 
 def _keep_unended(ledger: Ledger, leases: set[int]) -> None:
     ledger._to_end = leases
@@ -465,9 +465,9 @@ def _sure(read: Callable[[], Rows], store: Store) -> Rows:
 
 # %% ../../nbs/core/ledger.ipynb #1164d770
 def _with_others(
-    after: list[Claim],                # those that concern a new request, and that one
-    before: Sequence[Claim],           # the same, as they were
-    every: Sequence[Claim],            # all
+    after: list[Claim],                # the claims that concern a new request, and the request
+    before: Sequence[Claim],           # these claims as they were
+    every: Sequence[Claim],            # all claims
 ) -> list[Claim]:
     "Return all claims, in the order of asking"
     if len(before) == len(every): return after
@@ -481,7 +481,7 @@ CAP_FILE = "settings.toml"   # next to the ledger
 def find_cap(
     store: Store,
 ) -> "Cap | None":
-    "Return how much one user or app may reserve, as the folder's settings say it; `StoreError` if they are invalid"
+    "Return how much one user or app can reserve, from the folder's settings; `StoreError` if they are invalid"
     if store.path is None or not os.path.lexists(store.path.with_name(CAP_FILE)): return None
     from cjm_fasthtml_resources.core.caps import read_cap  # when it is used
     return read_cap(store.path.parent)
@@ -489,13 +489,13 @@ def find_cap(
 def find_rule(
     store: Store,
 ) -> MayHave:
-    "Return the same for `grant`"
+    "Return the cap as a rule for `grant`"
     cap = find_cap(store)
     return cap.allows if cap else has_no_cap
 
 # %% ../../nbs/core/ledger.ipynb #beefee8d
 def machine_devices(uses: Iterable[DeviceUse]) -> tuple[str, ...]:
-    "Return the keys of the devices of a reading, as `Ledger.devices` has them"
+    "Return the keys of the devices of a reading, as `Ledger.devices` returns them"
     return tuple(sorted(use.key for use in uses if not is_ram(use.key)))
 
 def _choose_again(claim: Claim, allowed: Mapping[int, Collection[str]]) -> Claim:
@@ -536,9 +536,9 @@ def _plan(
 # %% ../../nbs/core/ledger.ipynb #48d582ac
 def _give(
     claims: list[Claim],   # the new one last
-    last_id: int,          # of those before it
+    last_id: int,          # the last id before it
     uses: Sequence[DeviceUse], allowed: Mapping[int, Collection[str]], may_have: MayHave, now: float,
-) -> tuple[list[Claim], set[int]]:   # and the ids of those that were given a device
+) -> tuple[list[Claim], set[int]]:   # and the ids of the claims that got a device
     "Return the claims after `grant`; requests of suspended processes are passed over"
     current = [_choose_again(c, allowed) for c in claims]
     def is_asleep(claim: Claim) -> bool: return claim.id <= last_id and claim.is_suspended   # a new one asks now
@@ -554,7 +554,7 @@ def _give(
 
 # %% ../../nbs/core/ledger.ipynb #72e609b2
 def _start(claim: Claim, now: float) -> Claim:
-    "Return a claim that was just given a device, with the time from which it holds, and when it runs out"
+    "Return a claim that just got a device, with the times when it starts and when it runs out"
     receipt = claim.receipt and claim.receipt._replace(since=now)
     return replace(claim, receipt=receipt, expires=claim.expires if claim.ttl is None else now + claim.ttl)
 
@@ -570,7 +570,7 @@ def _note_unused(ledger: "Ledger", claims: Iterable[Claim]) -> None:
 
 # %% ../../nbs/core/ledger.ipynb #39b9354a
 def _announce(ledger: "Ledger", plan: _Plan) -> list[Claim]:
-    "Count, note and wake what the plan concerns, once it is written; return all claims"
+    "Count the ended reservations of a written plan, note the unused, wake the granted; return all claims"
     for claim in plan.ended: ledger.events.of(claim.app).count("ended")
     if plan.unused: _note_unused(ledger, plan.unused)
     ledger.wakers.wake(c.lease for c in plan.rows.claims if c.device is not None)

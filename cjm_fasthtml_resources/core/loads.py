@@ -40,7 +40,7 @@ def read_loads(
     handle: Any,      # of a device
     since: int = 0,   # the `newest` of the last reading; 0: all that the driver keeps, about 14 seconds on an H100
 ) -> Loads:
-    "Return the share of the time since then in which each process computed; idle ones are missing"
+    "Return the percentage of time in which each process computed after `since`; idle processes are missing"
     function = getattr(nvml.nvmlLib, "nvmlDeviceGetProcessUtilization", None)
     if function is None: return Loads(newest=since)
     error, samples = _ask(function, handle, since)
@@ -52,7 +52,7 @@ def read_loads(
 def with_loads(
     processes: Iterable[GpuProcess],
     loads: Mapping[int, int] | None,   # by PID, of `read_loads`
-    utilization: int | None,           # the device's, in percent
+    utilization: int | None,           # the device's load, in percent
 ) -> tuple[GpuProcess, ...]:
     "Return the processes on a device, with their loads as far as they are known"
     if loads is None or not loads and utilization != 0: return tuple(processes)
@@ -64,7 +64,7 @@ class _Read(NamedTuple):
     loads: Loads
 
 class LoadReader:
-    "Keeps the loads of each device, and reads old ones again. For one thread"
+    "Keeps the loads of each device, and reads them again after `LOAD_SECONDS`. For use by one thread"
     def __init__(
         self,
         nvml: Any,   # the module `pynvml`

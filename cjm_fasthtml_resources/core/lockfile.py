@@ -27,7 +27,7 @@ from .paths import Path, as_path
 from .sharing import check_owner, is_shared, open_made
 
 # %% ../../nbs/core/lockfile.ipynb #5f0f2680
-_all_ = ["boot_id", "state_folder", "check_owner"]   # they stood here before
+_all_ = ["boot_id", "state_folder", "check_owner"]   # older versions had them here
 
 # %% ../../nbs/core/lockfile.ipynb #ebb7bd37
 BUSY_SECONDS = 30.0  # how long to wait for other processes, in a transaction or before one
@@ -53,7 +53,7 @@ def explain_error(
 # %% ../../nbs/core/lockfile.ipynb #b9bae33a
 _MAGIC = b"CJMRES3\n"
 _HEADER = struct.Struct("<8s16sQdQQQQQ")
-_PLACES = (2**12, 2**12 + 2**23)   # where a ledger can stand
+_PLACES = (2**12, 2**12 + 2**23)   # the offsets of the two places for a ledger
 _MOST = 2**23                      # bytes of a ledger
 
 # %% ../../nbs/core/lockfile.ipynb #c718e61a
@@ -73,14 +73,14 @@ class Header(NamedTuple):
     def is_good(self) -> bool: return self.magic == _MAGIC
 
     def same_ledger(self, other: "Header") -> bool:
-        "Return whether both stand before the same ledger"
+        "Return whether both headers belong to the same ledger"
         return (self.world, *self[5:]) == (other.world, *other[5:])
 
 NO_HEADER = Header(b"", b"", 0, 0.0, 0, 0, 0, 0, 0)
 
 # %% ../../nbs/core/lockfile.ipynb #8e7cc3bd
 def read_header(file: FileIO) -> Header:
-    "Return the header; in a new file an invalid one"
+    "Return the header; an invalid one if the file is new"
     data = os.pread(file.fileno(), _HEADER.size, 0)
     return Header(*_HEADER.unpack(data)) if len(data) == _HEADER.size else NO_HEADER
 
@@ -95,8 +95,8 @@ def write_number(
     os.pwrite(file.fileno(), struct.pack(layout, value), offset)
 
 # %% ../../nbs/core/lockfile.ipynb #deb14c36
-_QUEUE, _QUEUE_END = 2**16, 2**32   # the bytes that are places in the queue; leases come behind
-_FREE_SECONDS = 0.05                # for which the gate is free before an absent process is passed over
+_QUEUE, _QUEUE_END = 2**16, 2**32   # the bytes that are places in the queue; leases come after them
+_FREE_SECONDS = 0.05                # the gate is free for so long before a suspended process is passed over
 
 def _queue_up(fd: int) -> int:
     "Take a place behind all that wait; return its byte"
@@ -105,7 +105,7 @@ def _queue_up(fd: int) -> int:
     return place
 
 def _try_gate(fd: int, place: int, free_since: float) -> bool:
-    "Return whether this open file has the gate now; it tries if it is its turn, or if others miss theirs"
+    "Try the gate if it is this file's turn, or if others miss theirs; return whether it has the gate"
     is_behind = is_locked(fd, _QUEUE, (place or _QUEUE_END) - _QUEUE)
     if is_behind and time.monotonic() - free_since < _FREE_SECONDS: return False
     try: lock_byte(fd, 0, alone=True)
@@ -139,7 +139,7 @@ class _Gate(FileIO):
         self.close()
 
     def leave(self) -> None:
-        "Free the gate, even if a fork's child has a copy of the descriptor, or it is free already"
+        "Free the gate if it is locked, even if a fork's child has a copy of the descriptor"
         if self.closed: return
         with contextlib.suppress(OSError): unlock_byte(self.fileno(), 0)
         with contextlib.suppress(OSError): self.close()   # it is closed, even if the system reports an error
@@ -150,7 +150,7 @@ def _is_at(path: Path, file: FileIO) -> bool:
     except FileNotFoundError: return False
 
 # %% ../../nbs/core/lockfile.ipynb #f89e19d6
-_inside: dict[int, _Gate] = {}   # by thread: the gate that it came to last
+_inside: dict[int, _Gate] = {}   # by thread: the last gate that it tried
 
 def _forbid_nested(path: Path) -> None:
     "Raise `StoreError` if this thread is in the gate of this file already"
@@ -234,7 +234,7 @@ def prepare(
     path: Path,
     file: FileIO,    # the lock file, in the gate
 ) -> tuple[Header, bytes]:
-    "Return the header and the ledger; make missing or damaged ones new while every lease is unlocked"
+    "Return the header and the ledger; replace missing or damaged ones if every lease is unlocked"
     check_owner(path)
     try: return read_ledger(file)
     except ValueError as error: forbid_new(path, file, str(error))

@@ -22,7 +22,7 @@ _ACQUIRE, _RELEASE = methodcaller("acquire"), methodcaller("release")
 
 @block
 def holding(
-    lock: Any,   # a `threading.Lock` or `RLock`, or what another package has put in their place
+    lock: Any,   # a `threading.Lock` or `RLock`, or another package's replacement of them
 ) -> Iterator[None]:
     "Take a lock for a block; it is free afterwards, whatever interrupts the block"
     held = list[Any]()   # the lock, while it is taken
@@ -74,7 +74,7 @@ def find_locked(
     fd: int,
     bytes_: Iterable[int],
 ) -> set[int]:
-    "Return those of these bytes that other open files have locked; asks once for those that are locked side by side"
+    "Return which of these bytes other open files have locked, with one query for adjacent locked bytes"
     import fcntl
     ask, query, kind, free = fcntl.fcntl, fcntl.F_OFD_GETLK, fcntl.F_WRLCK, fcntl.F_UNLCK   # there can be hundreds
     found, end = set[int](), 0.0   # up to `end` bytes are locked
@@ -93,7 +93,7 @@ def is_locked_beside(
     length: int,
     known: Iterable[int],   # some of these bytes, counted from `start`
 ) -> bool:
-    "Return whether another open file has locked one of these bytes outside the known ones"
+    "Return whether another open file has locked a byte of this range that is unknown"
     gaps = [(at + 1, end - at - 1) for at, end in pairwise((-1, *sorted(known), length)) if end - at > 1]
     return any(is_locked(fd, start + at, count) for at, count in gaps)
 

@@ -50,7 +50,7 @@ def find_covered_use(
     conflict: ResourceConflict,
     claims: Sequence[Claim],
 ) -> dict[str, int]:  # key of a device → bytes
-    "Return what a request's holder uses already, if the request covers that"
+    "Return the memory that a request's holder already uses, if the request covers it"
     mine = next((c for c in claims if c.lease == lease), None)
     if mine is None or not mine.covers or conflict.snapshot is None: return {}
     return {use.key: find_covered(mine, use, claims) for use in read_use(conflict.snapshot.devices)}
@@ -82,7 +82,7 @@ def find_all_capped(
 ) -> Collection[int]:  # IDs
     "Return all waiting requests that a cap holds back"
     if not (cap := find_cap(request.ledger.store)): return ()
-    from cjm_fasthtml_resources.core.caps import explain_caps  # imported where there is a cap, as the next one
+    from cjm_fasthtml_resources.core.caps import explain_caps  # this and the next are imported if there is a cap
     from cjm_fasthtml_resources.core.ram_use import see_ram
     snapshot = check().snapshot
     uses = see_ram(read_use(snapshot.devices if snapshot else ()), claims, request.ledger.unified)
@@ -131,7 +131,7 @@ class RoomForRequest:
     def step(self, request: Request) -> bool:  # whether the time limit is suspended
         "Take a step if freed memory helps the request"
         if time.monotonic() < self.not_before or not can_be_helped(request, self.claims, self.check): return False
-        self.maker.wanted = replace(self.maker.wanted, need=request.memory)   # of a whole GPU: known after a poll
+        self.maker.wanted = replace(self.maker.wanted, need=request.memory)   # a whole GPU's: known after a poll
         try: acted = self.maker.step()
         except Exception as error:   # the job waits on
             level = logging.DEBUG if isinstance(error, ResourceBusy) else logging.WARNING

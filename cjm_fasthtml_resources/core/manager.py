@@ -55,16 +55,16 @@ _all_ = ["ResourceType", "ResourceStatus", "ResourceConflict", "WorkerState", "P
 # %% ../../nbs/core/manager.ipynb #7146a72e
 class ResourceManager(StaysHere, WorkerRegistry, NeedsReader, JobStarter):
     "Knows this app's workers, and finds out who uses GPU memory and RAM"
-    gpu_memory_threshold_percent = Setting(MANAGER_SCHEMA)   # checked when it is assigned, as the next one
+    gpu_memory_threshold_percent = Setting(MANAGER_SCHEMA)   # this setting and the next are checked on assignment
     gpu_timeout = Setting(MANAGER_SCHEMA)
-    instead = "Create one in that process: with app='a-name', both share the workers. Samples can be pickled."
+    instead = "Create a manager in the other process: with app='a-name', both share the workers."
 
     def __init__(
         self,
         gpu_memory_threshold_percent: float = 45.0,  # a GPU is busy when other programs use this share of it
         *, track_self: bool = True,  # whether this process and its child processes are the app's
         gpu_timeout: float = 5.0,    # seconds to wait for the driver
-        app: str | None = None,      # a name: its processes (of this user) share workers, and all apps queue together
+        app: str | None = None,      # a name: this user's processes with it share workers; named apps share a queue
     ) -> None:
         self.gpu_memory_threshold_percent, self.gpu_timeout = gpu_memory_threshold_percent, gpu_timeout
         self.track_self, self.app = check_settings(track_self, app)
@@ -74,7 +74,7 @@ class ResourceManager(StaysHere, WorkerRegistry, NeedsReader, JobStarter):
     @classmethod
     def from_config(
         cls,
-        config: Mapping[str, Any],   # what `settings.MANAGER_SCHEMA` describes: the arguments of the class by name
+        config: Mapping[str, Any],   # the arguments of the class by name; `settings.MANAGER_SCHEMA` describes them
     ) -> "ResourceManager":
         "Return a manager from settings, as from a JSON file. `ValueError` or `TypeError` names the field that is wrong"
         return cls(**check_config(config, inspect.signature(cls).parameters))
@@ -85,12 +85,12 @@ class ResourceManager(StaysHere, WorkerRegistry, NeedsReader, JobStarter):
     def _repr_html_(self) -> str | None: return repr_html(self)
 
     def read(self, wake: bool = False, timeout: float | None = None) -> GpuSnapshot:
-        "Read the driver now, for at most so many seconds (`None`: `gpu_timeout`); `wake` suspended GPUs"
+        "Read the driver now, for at most `timeout` seconds (`None`: `gpu_timeout`); `wake`: suspended GPUs, too"
         return read_gpus(self.gpu_timeout if timeout is None else timeout, wake)
 
     def check_gpu_availability(
         self,
-        *, snapshot: GpuSnapshot | None = None,   # read already; `None`: read the driver now
+        *, snapshot: GpuSnapshot | None = None,   # a snapshot to check; `None`: read the driver now
         wake: bool = False,                    # ask GPUs that power management has suspended, too
         timeout: float | None = None,          # seconds to wait for the driver; `None`: `gpu_timeout`
     ) -> ResourceConflict:
@@ -101,7 +101,7 @@ class ResourceManager(StaysHere, WorkerRegistry, NeedsReader, JobStarter):
     def judge(
         self,
         snapshot: GpuSnapshot,
-        prepared: Prepared | None = None,   # of the app's file, just before the snapshot; `None`: read it now
+        prepared: Prepared | None = None,   # the app's file, read just before the snapshot; `None`: read it now
     ) -> ResourceConflict:
         "Check a snapshot, and leave the driver and the plugins alone"
         return self.checks.judge(check_snapshot(snapshot), self.gpu_memory_threshold_percent, prepared)
@@ -109,10 +109,10 @@ class ResourceManager(StaysHere, WorkerRegistry, NeedsReader, JobStarter):
     def check_memory_availability(
         self,
         threshold_percent: float = 90.0,       # RAM is low when this share is in use
-        *, snapshot: GpuSnapshot | None = None,   # read already; `None`: the driver is read if a GPU uses this memory
-        pid: int | None = None,                # the process whose control group counts, as a worker; `None`: this one
+        *, snapshot: GpuSnapshot | None = None,   # to check; `None`: the driver is read if a GPU uses this memory
+        pid: int | None = None,                # such as a worker: its control group counts; `None`: this process's
     ) -> ResourceConflict:
-        "Return who uses the memory of this machine, or of the control group that a process is in"
+        "Return whether RAM is low on this machine or in a process's control group, and which processes use it"
         limit = check_number(threshold_percent, "threshold_percent", 0, 100)
         return self.checks.memory(limit, snapshot, self.read, None if pid is None else check_pid(pid))
 
@@ -127,22 +127,22 @@ class ResourceManager(StaysHere, WorkerRegistry, NeedsReader, JobStarter):
 
     def reserve(
         self,
-        gpu_memory_mb: float | str | None = None,      # MiB on each device, or "all"; `None` or 0, with RAM: RAM alone
-        device: int | str | GpuDevice | None = None,   # a place among the visible ones, "cuda:1", a UUID; `None`: any
+        gpu_memory_mb: float | str | None = None,      # MiB on each device, or "all"; `None` or 0: only `memory_mb`
+        device: int | str | GpuDevice | None = None,   # position among the visible GPUs, "cuda:1", a UUID; `None`: any
         timeout: float | None = None,                  # seconds to wait; 0: answer at once; `None`: unlimited
         *,
         ttl: float | None = None,                      # seconds; `None`: until it is released or the holder ends
-        pid: int | None = None,                        # the process whose tree it is for; `None`: this one
+        pid: int | None = None,                        # for this process and its child processes; `None`: the caller
         progress: bool = False,                        # show a bar, with who uses the memory, while it waits
-        n: int = 1,                                    # how many whole GPUs together, with so much memory on each
+        n: int = 1,                                    # how many whole GPUs at once, each with `gpu_memory_mb`
         memory_mb: float = 0,                          # MiB of RAM, together with the GPUs or alone
-        priority: int = 0,                             # -20 to 19: smaller ones first, ten places for each step
-        grace: float | None = None,                    # seconds: released if unused for so long; `None`: kept
-        duration: float | None = None,                 # seconds at most, then it ends: so it can pass a larger request
+        priority: int = 0,                             # -20 to 19; each step down is ten places ahead in the queue
+        grace: float | None = None,                    # seconds after which it is released if unused; `None`: kept
+        duration: float | None = None,                 # seconds after which it ends; so it can pass a larger request
         ask_idle: bool = False,                        # while it waits, ask idle holders of other apps to unload
     ) -> "Reservation":
-        """Reserve GPU memory and RAM for a job, in a `with` block or until `release()`, in the order of asking.
-        `ResourceBusy` after the timeout, `ResourceUnavailable`, `ValueError` for more than there is, `StoreError`"""
+        """Reserve GPU memory and RAM for a job, in a `with` block or until `release()`. Earlier requests come first.
+        `ResourceBusy` after the timeout, `ResourceUnavailable`, `ValueError` if the machine has less, `StoreError`"""
         request = self.request(gpu_memory_mb, device, timeout, ttl=ttl, pid=pid, n=n, memory_mb=memory_mb,
                                priority=priority, grace=grace, duration=duration, ask_idle=ask_idle)
         return complete(request, make_check(self, timeout), progress)
@@ -153,7 +153,7 @@ class ResourceManager(StaysHere, WorkerRegistry, NeedsReader, JobStarter):
         n: int = 1, memory_mb: float = 0, priority: int = 0, grace: float | None = None, duration: float | None = None,
         ask_idle: bool = False,
     ) -> "PendingReservation":
-        "Reserve likewise with `await` or `async with`. A task that is cancelled leaves the queue"
+        "Reserve as `reserve` does, with `await` or `async with`. A cancelled task leaves the queue"
         make = partial(self.request, gpu_memory_mb, device, timeout, ttl=ttl, pid=pid, n=n, memory_mb=memory_mb,
                        priority=priority, grace=grace, duration=duration, ask_idle=ask_idle)
         return pend(partial(acquire, make, make_check(self, timeout), progress))
@@ -175,7 +175,7 @@ class ResourceManager(StaysHere, WorkerRegistry, NeedsReader, JobStarter):
         timeout: float | None = None,                  # seconds; `None`: unlimited
         *, progress: bool = False, n: int = 1,         # as for `reserve`
     ) -> GpuChoice:
-        "Wait in the same queue until a GPU has room, and leave it free: another program can take it a moment later"
+        "Wait in the queue of `reserve` until a GPU has room, and leave it free: another program can then take it"
         reserve = partial(self.reserve, gpu_memory_mb, device, timeout, progress=progress, n=n)
         with giving_back(reserve) as held: return GpuChoice(held.devices)
 
@@ -183,7 +183,7 @@ class ResourceManager(StaysHere, WorkerRegistry, NeedsReader, JobStarter):
         self, gpu_memory_mb: float | str, device: int | str | GpuDevice | None = None, timeout: float | None = None,
         *, progress: bool = False, n: int = 1,
     ) -> GpuChoice:
-        "Wait likewise; the event loop goes on"
+        "Wait as `wait_for_gpu` does, while the event loop goes on"
         pending = self.reserve_async(gpu_memory_mb, device, timeout, progress=progress, n=n)
         async with pending as held: return GpuChoice(held.devices)
 
@@ -193,7 +193,7 @@ class ResourceManager(StaysHere, WorkerRegistry, NeedsReader, JobStarter):
         return self.ledger.waits
 
     def get_claims(self) -> list[Claim]:
-        "Return all requests and reservations, in the order of asking; for a named app those of all apps"
+        "Return all requests and reservations, the earliest first; for a named app, those of all named apps"
         return self.ledger.claims()
 
     def stop_worker(
@@ -211,17 +211,17 @@ class ResourceManager(StaysHere, WorkerRegistry, NeedsReader, JobStarter):
         self,
         mb: float,            # MiB that one device is to have free
         *, grace: float = 5.0,   # seconds for a plugin to unload, and between asking (SIGTERM) and killing (SIGKILL)
-        unload: "Unload | None" = None,   # unloads a worker whose plugin is elsewhere; returns `False` on failure
+        unload: "Unload | None" = None,   # unloads a worker whose plugin is in another process; `False`: it failed
     ) -> "RoomMade":          # its `steps` describe each action, in order
         """Let idle workers unload, and stop them where that frees too little, until a GPU has room.
-        Leave them alone if all of them are too small.
+        Keep all of them if stopping them all would free too little.
         `ResourceBusy` if it is still too full, `ResourceUnavailable`, `ValueError`, `TimeoutError`, `OSError`"""
         from cjm_fasthtml_resources.core.freeing import make_room, make_wanted  # when it is used
         check = partial(self.check_gpu_availability, wake=True)
         return make_room(self.workers, make_wanted(mb, check, grace, unload, self.get_claims))
 
     def free_gpu(self, mb: float, *, grace: float = 5.0, unload: "Unload | None" = None) -> list[WorkerState]:
-        "Make room likewise, and return the workers that were stopped, in that order; empty if there was room already"
+        "Make room as `make_room` does, and return the stopped workers in order; empty if there was room already"
         return list(self.make_room(mb, grace=grace, unload=unload).stopped)
 
 # %% ../../nbs/core/manager.ipynb #ce945afa
@@ -229,7 +229,7 @@ def check_settings(
     track_self: Any,
     app: Any,
 ) -> tuple[bool, str | None]:
-    "Return a manager's settings; `TypeError` or `ValueError` names the one that is malformed"
+    "Return a manager's settings; `TypeError` or `ValueError` names the malformed setting"
     return check_flag(track_self, "track_self"), None if app is None else check_app(app)
 
 # %% ../../nbs/core/manager.ipynb #8f21ad22

@@ -21,9 +21,9 @@ from .resident import ResidentProcess, ResidentReader
 class HostMemory:
     "RAM, measured against the smaller of the machine's and the control group's limit"
     total: int                   # bytes
-    used: int                    # bytes that only swapping would make available
-    cgroup: str | None = None    # the control group's folder if its limit is the smaller one
-    machines: int = 1            # how many machines it is the sum of
+    used: int                    # bytes in use: all but what is available without swapping
+    cgroup: str | None = None    # the control group's folder if its limit is below the machine's
+    machines: int = 1            # how many machines these figures add up
     swap_total: int | None = None   # bytes; 0: swap is off, `None`: unknown
     swap_used: int | None = None    # bytes
 
@@ -42,13 +42,13 @@ simulated: SimulatedMemory | None = None
 
 # %% ../../nbs/core/memory.ipynb #39d4e011
 class _CgroupFiles(NamedTuple):
-    "The names of the same things in each version"
+    "The names of the files and figures in one version of control groups"
     mount: str       # below /sys/fs/cgroup
     limit: str
     used: str
     swap_limit: str
     swap_used: str
-    stat: str        # before the names in memory.stat, for figures that count the groups below
+    stat: str        # prefix of the names in memory.stat whose figures include the groups below
 
 _V2 = _CgroupFiles("", "memory.max", "memory.current", "memory.swap.max", "memory.swap.current", "")
 _V1 = _CgroupFiles("memory", "memory.limit_in_bytes", "memory.usage_in_bytes",
@@ -85,7 +85,7 @@ def _read_figures(path: str) -> dict[str, int]:
 
 def _droppable(
     figures: Mapping[str, int],   # of memory.stat
-    prefix: str = "",             # of the names there
+    prefix: str = "",             # of the names in memory.stat: "total_" in version 1
 ) -> int:
     "Return the bytes of a control group that the kernel drops before it swaps"
     def told(name: str) -> int: return figures.get(prefix + name, 0)
@@ -101,13 +101,13 @@ def _droppable(
 _UNLIMITED = 2**62   # version 1 writes the largest number of pages that there can be
 
 def _read_bytes(folder: str, name: str) -> int | None:
-    "Return a figure; `None` if reading it fails, or it stands for unlimited"
+    "Return a figure; `None` if reading it fails, or if it means unlimited"
     text = (_read_text(f"{folder}/{name}") or "").strip()
     if not text.isdecimal() or len(text) > 19: return None   # "max"; some kernels write -1
     return figure if (figure := int(text)) < _UNLIMITED else None
 
 def _read_swap(folder: str, files: _CgroupFiles, memory: HostMemory) -> HostMemory:
-    "Return the same with the swap of the group; in version 1 its figures have RAM and swap in one"
+    "Return the memory with the group's swap; the swap files of version 1 count RAM and swap together"
     limit, used = _read_bytes(folder, files.swap_limit), _read_bytes(folder, files.swap_used)
     if files is _V1:
         ram = _read_bytes(folder, files.used)
@@ -124,9 +124,9 @@ def _read_cgroup(folder: str, files: _CgroupFiles, limit: int) -> HostMemory | N
 # %% ../../nbs/core/memory.ipynb #d6a31ac7
 def limit_room(
     memory: HostMemory,
-    others: Iterable[HostMemory],   # the limits above it
+    others: Iterable[HostMemory],   # the memory of groups, or of the machine, whose limits apply, too
 ) -> HostMemory:
-    "Return the memory with as much in use as the one with the least available leaves"
+    "Return the memory with at most the least that any of the limits leaves available"
     least = min((m.available for m in others), default=memory.available)
     return replace(memory, used=max(memory.used, memory.total - least))
 
@@ -152,7 +152,7 @@ def cgroup_memory(
 
 # %% ../../nbs/core/memory.ipynb #b4a278da
 def _machine_by_psutil() -> HostMemory:
-    import psutil  # it takes longer to import than to read
+    import psutil  # when it is used: the import takes longer than reading
     machine, swap = psutil.virtual_memory(), psutil.swap_memory()
     return HostMemory(machine.total, machine.total - machine.available, swap_total=swap.total, swap_used=swap.used)
 
@@ -186,7 +186,7 @@ def sees_cgroup(
     root: str = "/sys/fs/cgroup",  # where control groups are mounted
     proc: str = "/proc",           # the process file system
 ) -> bool:
-    "Return whether the limits of a process's control group can be read: it is this process's, or seen from here"
+    "Return whether a process's limits can be read: its control group is this process's, or has a folder here"
     if (group := _own_cgroup(proc, pid)) is None: return False
     if group == _own_cgroup(proc): return True
     return ".." not in group[1].split("/") and os.path.isdir(_folders(root, *group)[0])
@@ -203,7 +203,7 @@ def process_memory(pid: int) -> HostMemory | None:   # `None`: its control group
 
 # %% ../../nbs/core/memory.ipynb #55ce49c7
 def list_resident(
-    reader: ResidentReader | None = None,   # one that read before does so faster
+    reader: ResidentReader | None = None,   # a reader that was used before is faster
 ) -> list[ResidentProcess]:
     "Return each readable process and its RAM in bytes"
     if simulated: return [ResidentProcess(pid, memory) for pid, memory in simulated.resident.items()]

@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
 # %% ../../nbs/core/monitor.ipynb #129b5337
 _log = logging.getLogger(__name__)
-# all of this process by identity, for its end; when the module is loaded again, it keeps them
+# all monitors of this process by identity, to close them at exit; reloading the module keeps them
 _monitors: dict[int, "weakref.ref[ResourceMonitor]"] = globals().get("_monitors", {})
 
 def _end_with_program(monitor: "ResourceMonitor") -> None:
@@ -58,7 +58,7 @@ class Subscription(StaysHere):
         self._callback, self._leave, self._failed = callback, leave, False
 
     def tell(self, sample: Sample) -> None:
-        "Call back; the first time that it raises is logged"
+        "Call the callback; log its first exception"
         try: self._callback(sample)
         except BaseException as error:  # a SystemExit, too, would only end the sampler's thread
             if not isinstance(error, Exception) and threading.current_thread() is threading.main_thread(): raise
@@ -68,7 +68,7 @@ class Subscription(StaysHere):
             self._failed = True
 
     def close(self) -> None:
-        "End it. A call that is running on the monitor's thread can still end after this"
+        "End the subscription. A call that is running on the monitor's thread can end later"
         self._leave(self)
 
     def __enter__(self) -> "Subscription": return self
@@ -91,15 +91,15 @@ def mark_stale(
 # %% ../../nbs/core/monitor.ipynb #277d6b71
 def next_due(
     due: float,        # when the present sample was due, by `time.monotonic()`
-    now: float,        # likewise
+    now: float,        # by the same clock
     interval: float,   # seconds
 ) -> float:
-    "Return when the next sample is due: on the beat, after now"
+    "Return when the next sample is due: after now, a whole number of intervals after `due`"
     return due + interval*max(math.ceil((now - due)/interval), 1)
 
 # %% ../../nbs/core/monitor.ipynb #5e359e67
 def read_patiently(
-    timeout: float,                   # seconds after which the driver is given up
+    timeout: float,                   # seconds after which to give up
     patience: float,                  # seconds after which `on_late` is called
     on_late: Callable[[str], Any],    # called with the reason
 ) -> GpuSnapshot:
@@ -126,7 +126,7 @@ async def newest_samples(monitor: "ResourceMonitor") -> AsyncIterator[Sample]:
     shown: tuple[int, bool] | None = None
 
     def wake(sample: Sample) -> None:
-        with contextlib.suppress(RuntimeError): loop.call_soon_threadsafe(fresh.set)   # else that loop is closed
+        with contextlib.suppress(RuntimeError): loop.call_soon_threadsafe(fresh.set)   # error: a closed loop
 
     with monitor.subscribe(wake):
         if monitor.latest and not monitor.latest.stale: fresh.set()
@@ -162,14 +162,14 @@ def note_loss(
     before: Sample | None,
     after: Sample,
 ) -> None:
-    "Count it if the driver has stopped answering"
+    "Count the event `driver_lost` if the driver has stopped answering"
     if not before or not before.driver_answers or after.driver_answers: return
     if isinstance(manager, ResourceManager): manager.events.count_once("driver_lost", within=30)
 
 # %% ../../nbs/core/monitor.ipynb #760ebf3d
 class ResourceMonitor(StaysHere):
     "Takes a sample in each interval while it has subscribers, and keeps the last samples' figures"
-    instead = "Create one in that process, or send `monitor.latest` and `monitor.history`."
+    instead = "Create a monitor in the other process, or send it `monitor.latest` and `monitor.history`."
 
     def __init__(
         self,
@@ -183,7 +183,7 @@ class ResourceMonitor(StaysHere):
         _end_with_program(reset_in_child(self))
 
     def after_fork(self) -> None:
-        "Begin as new, in a fork's child"
+        "Begin as a new monitor in a fork's child"
         self._changed = threading.Condition()  # guards the fields below
         self._subscriptions: tuple[Subscription, ...] = ()
         self._thread: threading.Thread | None = None
@@ -232,16 +232,16 @@ class ResourceMonitor(StaysHere):
 
     def subscribe(
         self,
-        callback: Callable[[Sample], Any],   # called on the monitor's thread, also when the last sample is stale
+        callback: Callable[[Sample], Any],   # called on the monitor's thread, also once the last sample is stale
     ) -> Subscription:
-        "Call back with each sample from now on. Raise `NoThreadError` where starting the sampler fails"
+        "Call back with each sample from now on. Raise `NoThreadError` if starting the thread fails"
         subscription = Subscription(callback, self._leave)
         with self._changed:
             self._subscriptions += (subscription,)
             try:
                 if self._thread is None: self._start()
             except BaseException as error:
-                if isinstance(error, NoThreadError) and error.ending: return subscription  # its samples are over
+                if isinstance(error, NoThreadError) and error.ending: return subscription  # at exit: it gets no samples
                 self._leave(subscription)
                 raise
         return subscription
@@ -339,13 +339,13 @@ class ResourceMonitor(StaysHere):
         for subscription in self._subscriptions: subscription.tell(sample)
 
 # %% ../../nbs/core/monitor.ipynb #dbc72d18
-# by the manager's identity, which a monitor keeps alive; when the module is loaded again, it keeps them
+# by the identity of the manager, which a monitor keeps alive; reloading the module keeps them
 _shared: weakref.WeakValueDictionary[int, ResourceMonitor]
 _shared = globals().get("_shared", weakref.WeakValueDictionary())
 
 def share_monitor(
     manager: ResourceManager | TakesSamples,
-    interval: float | None = None,   # seconds between two samples; `None`: as it is, and 1 s for the first
+    interval: float | None = None,   # seconds between two samples; `None`: unchanged, or 1 s in a new monitor
     history: float = 600.0,          # seconds for which figures are kept, at least
 ) -> ResourceMonitor:
     "Return the monitor that all callers with this manager share"

@@ -70,7 +70,7 @@ def measure(
     workers: Mapping[int, WorkerState],        # by PID
     devices: Iterable[DeviceStatus],
 ) -> dict[tuple[str, str], int]:  # plugin and resource (can be "") → bytes
-    "Return how much each plugin with its resource uses now, over all devices: of several workers, the most"
+    "Return how much each plugin with its resource uses now on all devices; of several workers, the largest use"
     found: dict[tuple[str, str], int] = {}
     for pid, memory in use_of_workers(workers, devices).items():
         key = shown_text(workers[pid].plugin_name or ""), shown_text(workers[pid].loaded_plugin_resource or "")
@@ -89,7 +89,7 @@ class Watched(NamedTuple):
 
     @property
     def counts(self) -> bool:
-        "Return whether its highest amount is a need"
+        "Return whether its highest amount counts as a need"
         if self.worker.status == "idle": return True
         return self.level.is_steady and self.worker.status not in LOADING
 
@@ -102,7 +102,7 @@ def watch(
     day: int,                 # of `day_of`
     mark: Callable[[WorkerState], str] = lambda worker: "",   # of its configuration
 ) -> Watched:
-    "Return a worker after another check; with another plugin, resource or setting it begins again"
+    "Return a worker after another check; if its plugin, resource or settings changed, its level starts again"
     if before and before.worker is worker: key = before.key
     else:
         config = vars(worker)["config"]
@@ -134,7 +134,7 @@ def history_path() -> Path:
 def needs_roster(
     roster: Roster | None,   # of the app's workers
 ) -> Roster | None:
-    "Return where the needs of the same app are kept"
+    "Return the roster that keeps the needs of the same app"
     if roster is None or roster.store.path is None or roster.store.path == (path := needs_path()): return roster
     return Roster(Store(path), roster.app)
 
@@ -142,7 +142,7 @@ def needs_roster(
 def find_mark(
     config: Mapping[str, Any] | None,
     path: Path | None,                                     # of the key; `None`: the one in memory
-    get: Callable[[Path], bytes | None] | None = None,     # `make_key`; `None`: `read_key`
+    get: Callable[[Path], bytes | None] | None = None,     # reads the key, as `make_key`; `None`: `read_key`
 ) -> str:
     "Return the mark of a configuration; \"\" for `None`, or if the key is unusable"
     if config is None: return ""
@@ -173,7 +173,7 @@ def find_closest(
 
 # %% ../../nbs/core/needs.ipynb #a55995a5
 RETRY_SECONDS = 10.0   # after writing a file failed
-_MORE = 1.25           # times the memory of a job when it ran out
+_MORE = 1.25           # the next request, times the memory that a job had when it ran out
 
 # %% ../../nbs/core/needs.ipynb #a33c29a8
 class Needs:
@@ -184,14 +184,14 @@ class Needs:
     ) -> None:
         self.roster = roster
         self.key_path = roster.store.path.with_suffix(".key") if roster and roster.store.path else None
-        self._new: Days = {}      # still to be written; everything, if it is kept in memory alone
+        self._new: Days = {}      # evidence to write; all evidence, if it is kept only in memory
         self._told = dict[NeedKey, tuple[int, int]]()   # the day and the bytes that a check last added
         self.after_fork()
         reset_in_child(self)
 
     def after_fork(self) -> None:
         "Make new locks, also in a fork's child, which leaves unwritten needs to its parent"
-        self._lock, self._turn = threading.RLock(), threading.RLock()   # of the fields; of the one who writes
+        self._lock, self._turn = threading.RLock(), threading.RLock()   # for the fields; for the thread that writes
         self._writer: threading.Thread | None = None
         self._failed: float | None = None   # when writing the file failed
         self._writing: Days = {}            # taken from `_new`
@@ -203,9 +203,9 @@ class Needs:
         self,
         workers: Mapping[int, WorkerState],   # by PID
         devices: Iterable[DeviceStatus],
-        seals: Mapping[int, str] = {},        # by PID, of configurations that other processes know
+        seals: Mapping[int, str] = {},        # by PID, with the marks of configurations that other processes have
     ) -> None:
-        "Learn from a check, where a worker uses more than was seen today"
+        "Learn from a check, if a worker uses more than was seen today"
         def mark(worker: WorkerState) -> str:
             return find_mark(vars(worker)["config"], self.key_path) or mark_in(seals.get(worker.pid, ""))
         used, now, wall = use_of_workers(workers, devices), time.monotonic(), time.time()
@@ -217,7 +217,7 @@ class Needs:
             self._start_writer()
 
     def mark(self, config: Mapping[str, Any] | None) -> str:
-        "Return the mark of a configuration, for writing; make its key if it is missing"
+        "Return a configuration's mark, to write evidence with it; make the key if it is missing"
         from cjm_fasthtml_resources.core.private_key import make_key  # when it is used
         return find_mark(config, self.key_path, make_key)
 
@@ -230,9 +230,9 @@ class Needs:
         key: NeedKey,
         had: int,      # bytes that the job had then
         warm: bool = False,   # whether its process used GPU memory before: then it needs that much at least
-        wanted: int = 0,      # bytes that it would have had
+        wanted: int = 0,      # bytes that it would have had with the failed request
     ) -> None:
-        "Let the next job ask for a quarter more than one had, or would have had, that ran out of memory"
+        "Let the next job request a quarter more than a job had, or would have had, when it ran out of memory"
         had, wanted = int(had*_MORE), int(max(had, wanted)*_MORE)
         found = Evidence(time.time(), least=wanted) if warm else Evidence(time.time(), floor=had, wish=wanted)
         if wanted > 0: self._add(key, found)
@@ -250,7 +250,7 @@ class Needs:
     def find(
         self,
         key: NeedKey,
-        each: bool = True,    # jobs with any settings; False: with those of the key or, if they are unknown, any mark
+        each: bool = True,    # jobs with any settings; False: with the key's, or with any mark if they are unknown
         margin_percent: float = 10.0,
     ) -> LearnedNeed | None:
         "Return a need, `None` if it is unknown; raise `StoreError` if reading the file fails"
@@ -300,7 +300,7 @@ class Needs:
         with contextlib.suppress(NoThreadError): self._writer = start_thread("needs-writer", self.write)
 
 # %% ../../nbs/core/needs.ipynb #a55995a6
-_unwritten = WeakSet[Needs]()   # these have evidence to write; a thread that writes keeps its own
+_unwritten = WeakSet[Needs]()   # objects with evidence to write; a thread that writes keeps its object alive
 
 @atexit.register
 def _write_at_exit() -> None:
@@ -324,11 +324,11 @@ class NeedsReader:
         self,
         plugin_name: str,
         resource: str | None = None,                # `None`: the one that the configuration names
-        config: Mapping[str, Any] | None = None,    # only jobs with these settings, as far as known; `None`: with any
+        config: Mapping[str, Any] | None = None,    # only jobs with these settings, if known; `None`: any settings
         margin_percent: float = 10.0,               # is added to the highest amount
         *,
-        devices: int = 1,                           # how many GPUs a job uses; the need is that of one of them
-    ) -> LearnedNeed | None:  # `None` if it is unknown; its `gpu_memory_mb` is the amount to ask for
+        devices: int = 1,                           # how many GPUs a job uses; the need is for each of them
+    ) -> LearnedNeed | None:  # `None` if it is unknown; its `gpu_memory_mb` is the amount to request
         "Return the usage of jobs with this plugin, resource and settings, with a margin"
         margin = check_number(margin_percent, "margin_percent", 0, 1000)
         mark = find_mark(config, self.needs.key_path)

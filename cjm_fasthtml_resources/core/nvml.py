@@ -51,36 +51,36 @@ class GpuDevice:
     mig_mode: bool | None = None                  # True on a GPU that is divided into MIG instances
     mig_parent: int | None = None                 # for a MIG instance, its GPU's index
     reason: str | None = None                     # why reading the memory failed, in words
-    host: str | None = None                       # which machine it is in, where devices of several stand side by side
+    host: str | None = None                       # the name of its machine, in a list of several machines' devices
     unified: bool = False                         # it uses the machine's RAM: its total is that of the RAM
     asleep: bool = False                          # runtime power management has suspended it, and it was left asleep
-    gpu_instance: int | None = None               # for a MIG instance: its memory, which others of this number share
+    gpu_instance: int | None = None               # for a MIG instance: the number of its memory, which others can share
     compute_instance: int | None = None           # for a MIG instance: its part of the processors
     shared_with: tuple[int | str, ...] = ()       # ids of the MIG instances that share its memory
     compute_capability: tuple[int, int] | None = None
     cuda_cores: int | None = None
     max_clock: int | None = None                  # of the processors, in MHz
     notes: tuple[str, ...] = ()                   # impossible figures that were left out, in words
-    pci: str | None = None                        # where it is on the PCI bus, such as "0000:01:00.0"; or its GPU is
+    pci: str | None = None                        # PCI address, such as "0000:01:00.0"; for a MIG instance, its GPU's
 
     @property
     def id(self) -> int | str:
-        """The index, or `gpu:instance` for a MIG instance, as Docker's `--gpus` has it.
-        After `host:` if it has one"""
+        """The index, or `gpu:instance` for a MIG instance, as in Docker's `--gpus`.
+        If the device has a host, `host:` comes before it"""
         here = self.index if self.mig_parent is None else f"{self.mig_parent}:{self.index}"
         return here if self.host is None else f"{self.host}:{here}"
 
     @property
     def address(self) -> str | None:
-        """Return its place on the PCI bus, which stays when others come or go; `None` if unknown.
-        Of a MIG instance with its numbers there, such as "0000:01:00.0/2/0"."""
+        """Return its address on the PCI bus, which stays when other GPUs come or go; `None` if unknown.
+        For a MIG instance, its two numbers follow, such as "0000:01:00.0/2/0"."""
         if self.mig_parent is None or self.pci is None: return self.pci
         part = self.gpu_instance, self.compute_instance
         return None if None in part else "{}/{}/{}".format(self.pci, *part)
 
     @property
     def pool(self) -> tuple[Any, ...]:
-        "Return the key of its memory: compute instances of one GPU instance share theirs, and unified memory is one"
+        "Return the key of its memory; devices that share memory (MIG instances, unified memory) have the same key"
         if self.unified: return self.host, "RAM"
         return self.id if self.gpu_instance is None else (self.host, self.mig_parent, self.gpu_instance),
 
@@ -124,8 +124,8 @@ def _read_use(
 class _Told:
     "Earlier reports of a device"
     def __init__(self) -> None:
-        self.what = set[str]()          # kinds of processes; "memory", "instances"
-        self.total: int | None = None   # bytes of memory, the first time
+        self.what = set[str]()          # its reports: kinds of processes, "memory", "instances"
+        self.total: int | None = None   # bytes of memory at the first reading
 
 # %% ../../nbs/core/nvml.ipynb #8b05942a
 def _add_total(memory: _Memory, told: _Told) -> tuple[_Memory, list[str]]:   # and contradictions, in words
@@ -156,7 +156,7 @@ def _memory_fields(memory: _Memory) -> dict[str, Any]:
 
 def _read_device(
     nvml: Any, lists: ProcessLists, handle: Any,
-    told: _Told,   # that of this reading is added
+    told: _Told,   # this reading's reports are added
     **fixed: Any,
 ) -> GpuDevice:
     "Return everything that changes on one device, added to the `fixed` facts"
@@ -265,7 +265,7 @@ def _add_loads(device: GpuDevice, handle: Any, reader: "LoadReader") -> GpuDevic
 class NvmlSession:
     "NVML, initialised once. For one thread"
     wants_loads = False   # whether the next reading is to have the processes' loads
-    loads: "LoadReader | None" = None   # once they were asked for
+    loads: "LoadReader | None" = None   # the reader of loads, once they were requested
 
     def __init__(
         self,
@@ -278,8 +278,8 @@ class NvmlSession:
         self.lists = ProcessLists(pynvml)
         self.driver_version: str | None = ask(pynvml, "nvmlSystemGetDriverVersion")
         self.facts: dict[str, dict[str, Any]] = {}   # UUID, or else address → constant facts
-        self.told: dict[str, _Told] = before.told if before and before.current else {}   # by both names
-        self.divided = set[str]()                    # the same of the GPUs that were divided at the last reading
+        self.told: dict[str, _Told] = before.told if before and before.current else {}   # by UUID and by address
+        self.divided = set[str]()                    # UUIDs, or else addresses, of GPUs that were divided before
         self.near: dict[tuple[str, str], int] = {}   # UUIDs of a pair → its rank in `core.topology`
 
     @property
@@ -293,7 +293,7 @@ class NvmlSession:
 
     def read(
         self,
-        sleeping: Sequence[GpuDevice | None] = (),   # by index: what stands for a GPU that stays asleep
+        sleeping: Sequence[GpuDevice | None] = (),   # by index: the device to return for a GPU that stays asleep
     ) -> Iterator[GpuDevice]:
         "Return each GPU, and after it its MIG instances; raise `NVMLError` if counting them fails"
         count = self.nvml.nvmlDeviceGetCount()

@@ -18,7 +18,7 @@ def refuse_when(
     is_old: Callable[[tuple[Any, ...], Mapping[str, Any]], bool],   # gets the positional and the named arguments
     now: str,                                                       # the call as it is written now
 ) -> Callable[[Callable[_P, _R]], Callable[_P, _R]]:
-    "Return a decorator: a call in the old form raises a `TypeError` that shows the new one"
+    "Return a decorator that refuses a call in the old form, by a `TypeError` that shows the new form"
     def decorate(function: Callable[_P, _R]) -> Callable[_P, _R]:
         @wraps(function)
         def call(*args: _P.args, **kwargs: _P.kwargs) -> _R:
@@ -37,7 +37,7 @@ _VALIDATION = ("validate_resources_for_job(manager, registry, plugin_id, plugin_
 def refuse_old_validation(
     function: Callable[_P, _R],   # `validate_resources_for_job`
 ) -> Callable[_P, _R]:
-    "Return the function so that it refuses functions and `verbose`"
+    "Return the function in a form that refuses functions and `verbose` as arguments"
     def is_old(args: tuple[Any, ...], named: Mapping[str, Any]) -> bool:
         return any(map(callable, args[2:])) or bool(named.keys() & _OLD_NAMES)
     return refuse_when(is_old, _VALIDATION)(function)
@@ -49,5 +49,5 @@ _REQUIREMENTS = ("get_plugin_resource_requirements(registry, plugin_id, plugin_c
 def refuse_old_requirements(
     function: Callable[_P, _R],   # `get_plugin_resource_requirements`
 ) -> Callable[_P, _R]:
-    "Return the function so that it refuses a text in the place of the registry"
+    "Return the function in a form that refuses a text in place of the registry"
     return refuse_when(lambda args, named: isinstance(next(iter(args), None), str), _REQUIREMENTS)(function)

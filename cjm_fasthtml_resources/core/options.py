@@ -80,7 +80,7 @@ def _soonest(when: tuple[float, float] | float | None) -> tuple[float, float, fl
 def in_order(
     options: Iterable[Option],
 ) -> tuple[Option, ...]:
-    "Return the soonest first, and of these the one that costs least"
+    "Return the options, the soonest first, and at the same time the cheapest kind first"
     kinds = list(OptionKind)
     return tuple(sorted(options, key=lambda o: (_soonest(o.when), kinds.index(o.kind), o.freed)))
 
@@ -106,17 +106,17 @@ def no_durations(plugin_name: str, resource: str) -> tuple[float, float] | None:
 class Situation:
     "The input of a refusal, so that it can be decided again for another state"
     workers: tuple[WorkerState, ...]     # of this app
-    devices: tuple[DeviceStatus, ...]    # those in question
+    devices: tuple[DeviceStatus, ...]    # those that count for the job
     # whether a job can start with these workers, devices and need
     decide: Callable[[Sequence[WorkerState], Sequence[DeviceStatus], float | None], bool]
     need: float | None = None            # bytes; `None`: unknown
     stoppable: tuple[WorkerState, ...] = ()   # idle workers, the least recently used first
-    place: int | None = None             # index of the device that the job asked for
+    place: int | None = None             # index of the device that the job requested
     threshold_percent: float = 45.0      # a GPU of which other programs use this share counts as theirs
     durations: Durations = no_durations
     now: float = 0.0                     # `time.monotonic()`
     ancestors: Callable[[int], Collection[int]] = find_ancestors
-    count: int = 1                       # of devices for the job, which needs so much on each
+    count: int = 1                       # of devices for the job, each with `need` bytes
 
     @property
     def can_start(self) -> bool: return self.decide(self.workers, self.devices, self.need)
@@ -131,11 +131,11 @@ class Situation:
         left = tuple(w for w in self.workers if w.pid not in [worker.pid for worker in stopped])
         return replace(self, workers=left).on_devices(lambda d: without_workers(d, stopped, self.ancestors))
     def with_device(self, after: DeviceStatus) -> "Situation":
-        "Return the state with one device after a change: that one alone, or among the others for a job on several"
+        "Return the state after one device changed: this device alone, or all devices if the job needs several"
         if self.count == 1: return replace(self, devices=(after,))
         return self.on_devices(lambda d: after if d.device.id == after.device.id else d)
     def after_jobs(self, worker: WorkerState) -> "Situation":
-        "Return the state after the jobs of a worker"
+        "Return the state after a worker's jobs have ended"
         done = replace(worker, status="idle", job_id=None, waiting_jobs=())
         return replace(self, workers=tuple(done if w.pid == worker.pid else w for w in self.workers))
 
@@ -163,7 +163,7 @@ def _stop(before: Situation, workers: Sequence[WorkerState]) -> Option:
     return Option(what, OptionKind.STOP_WORKER, 0, calls, before.without(workers).room - before.room, cost)
 
 def _needed(before: Situation, workers: Sequence[WorkerState]) -> list[WorkerState]:
-    "Return those of these workers that have to be stopped together; empty if all of them free too little"
+    "Return the workers that have to be stopped together; empty if all of them free too little"
     if not before.without(workers).can_start: return []
     needed = list(workers)
     for worker in workers:
@@ -172,7 +172,7 @@ def _needed(before: Situation, workers: Sequence[WorkerState]) -> list[WorkerSta
     return needed
 
 def stop_options(before: Situation) -> list[Option]:
-    "Return the idle workers after whose end the job could start"
+    "Return the options that stop idle workers, so that the job could start"
     workers = [w for w in before.stoppable if held_by(w, before.devices)][:_MOST]
     alone = [_stop(before, [w]) for w in workers if before.without([w]).can_start]
     if alone: return alone
@@ -185,7 +185,7 @@ def remaining_time(
     durations: Durations,
     now: float,             # `time.monotonic()`
 ) -> tuple[tuple[float, float] | None, str]:  # the seconds until its jobs are done, and their source
-    "Return how long a worker is still at work; `None` where that is unknown"
+    "Return how long a worker's jobs still take; `None` if it is unknown"
     took = durations(worker.plugin_name, worker.loaded_plugin_resource or "") if worker.plugin_name else None
     if took is None or not (worker.jobs or worker.status in ("running", "busy")): return None, ""
     low, high = took
@@ -207,7 +207,7 @@ def _could_stop(before: Situation, worker: WorkerState) -> bool:
     return worker.pid != os.getpid() and not any(worker.pid in before.ancestors(pid) for pid in (os.getpid(), *others))
 
 def _job(worker: WorkerState) -> str:
-    "Return the jobs to wait for"
+    "Return the wait for a worker's jobs, in words"
     jobs = worker.shown().jobs
     if len(jobs) > 1: return f"wait for the {len(jobs)} jobs of the {_name(worker)}"
     return f"wait for {jobs[0]} of the {_name(worker)}" if jobs else f"wait until the {_name(worker)} is idle"
@@ -227,7 +227,7 @@ def _wait(before: Situation, worker: WorkerState) -> Option | None:
                   f"manager.stop_worker({worker.pid})", stopped.room - before.room, evidence=evidence)
 
 def wait_options(before: Situation) -> list[Option]:
-    "Return the workers after whose jobs the job could start"
+    "Return the options that wait for a worker's jobs, so that the job could start"
     at_work = [w for w in before.workers if is_at_work(w)][:_MOST]
     return [option for w in at_work if (option := _wait(before, w))]
 
@@ -239,7 +239,7 @@ def _released(before: Situation, promises: Collection[Promise]) -> Situation:
     return before.on_devices(after)
 
 def reservation_options(before: Situation) -> list[Option]:
-    "Return the reservations of this app after whose release the job could start"
+    "Return the options that wait for this app's reservations, so that the job could start"
     there = [(p, d.device.id) for d in before.devices for p in d.promises if p.owner == "app" and p.unused]
     alone = [Option(f"wait until PID {p.pid} releases its reservation of {format_bytes(p.memory)} on GPU {place}",
                     OptionKind.WAIT_FOR_RESERVATION, None, before.reserve_call, p.unused)
@@ -260,7 +260,7 @@ def _outside(device: DeviceStatus) -> int:
     return device.external_memory + device.unattributed_memory + device.promised("external")
 
 def _without_others(device: DeviceStatus, freed: int | None = None) -> DeviceStatus:
-    "Return a device as it is when other programs have freed so many bytes of it; `None`: all that they have"
+    "Return a device after other programs freed `freed` bytes of it; `None`: all their bytes"
     left = device.promises if freed is not None else tuple(p for p in device.promises if p.owner == "app")
     more = device.external_memory + device.unattributed_memory if freed is None else freed
     after = replace(device.device, memory_free=(device.device.memory_free or 0) + more)
@@ -272,7 +272,7 @@ def _least_freed(before: Situation, device: DeviceStatus) -> int:
     return bisect_left(range(ceil(_outside(device)/2**20)), True, key=enough)*2**20
 
 def others_options(before: Situation) -> list[Option]:
-    "Return the device on which the job could start if other programs used less"
+    "Return the option that waits until other programs use less of the device with the most room"
     there = [d for d in usable(before.devices)
              if _outside(d) and before.with_device(_without_others(d)).can_start]
     best = roomiest(there)
@@ -287,7 +287,7 @@ def others_options(before: Situation) -> list[Option]:
 
 # %% ../../nbs/core/options.ipynb #b9b39c01
 def smaller_option(before: Situation) -> list[Option]:
-    "Return the size that a job could have now"
+    "Return the option of a smaller job that could start now"
     there = most_room(usable(before.devices), before.count)
     if not there or before.need is None or not before.need/2 <= there[-1].room < before.need: return []
     size, memory = _size(there[-1].room, up=False)
@@ -299,9 +299,9 @@ def smaller_option(before: Situation) -> list[Option]:
 # %% ../../nbs/core/options.ipynb #998a8bd5
 def host_option(
     before: Situation,
-    elsewhere: Iterable[DeviceStatus],   # of all hosts
+    elsewhere: Iterable[DeviceStatus],   # devices of all hosts
 ) -> list[Option]:
-    "Return another host where a device has room"
+    "Return the option to use another host that has room"
     here = [d.device.uuid for d in before.devices if d.device.uuid]
     others = [d for d in usable(elsewhere) if d.device.host is not None and d.device.uuid not in here]
     if before.need is None: able = [d for d in others if d.status is ResourceStatus.AVAILABLE]

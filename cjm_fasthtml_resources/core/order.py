@@ -51,7 +51,7 @@ def possible_orders(
 class CudaOrder(NamedTuple):
     "The GPUs of a machine as CUDA counts them"
     gpus: tuple[GpuDevice, ...]           # whole GPUs, also those that MIG divides
-    doubtful: tuple[GpuDevice, ...] = ()  # those of them whose place is uncertain
+    doubtful: tuple[GpuDevice, ...] = ()  # the GPUs whose place is uncertain
     trouble: str | None = None            # the problem with CUDA_DEVICE_ORDER, in words
 
 def cuda_order(

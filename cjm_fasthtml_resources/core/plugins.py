@@ -33,7 +33,7 @@ class LifecycleAwarePlugin(Protocol):
         "Return the PIDs of the running processes that it started; their own children are found"
 
     def get_managed_resources(self) -> dict[str, Any]:
-        "Return what else it uses; `container_id` and `conda_env` are shown with the worker"
+        "Return the other resources that it uses; `container_id` and `conda_env` are shown with the worker"
 
     def force_cleanup(self) -> None:
         "End the processes and free the memory; `manager.stop_worker` calls it before it ends the worker"
@@ -61,13 +61,13 @@ class CloudAwarePlugin(Protocol):
     "A plugin that rents a machine to run its work on"
 
     def get_remote_resource_info(self) -> Any:
-        """Return the rented machine, `None` without it.
+        """Return the rented machine; `None` if it rents none now.
 
         A mapping or an object with `provider`, `region`, `instance_id`, `status`, `ssh_host`, `gpu_count`,
         `gpu_type` and `estimated_cost_per_hour`, as many as are known"""
 
     def estimate_cost(self, duration_hours: float) -> float:
-        "Return the cost of so many hours, in the currency of `estimated_cost_per_hour`"
+        "Return the cost of `duration_hours`, in the currency of `estimated_cost_per_hour`"
 
 # %% ../../nbs/core/plugins.ipynb #d7f03391
 @dataclass(frozen=True)
@@ -124,7 +124,7 @@ def uses_gpu_device(
 # %% ../../nbs/core/plugins.ipynb #b14d91e8
 def get_plugin_resource_identifier(
     plugin_config: Mapping[str, Any] | None,
-) -> str | None:  # `None` without it
+) -> str | None:  # `None` if it is missing
     "Return the model or other resource that a configuration names"
     found = ((plugin_config or {}).get(key) for key in PLUGIN_RESOURCE_CONFIG_KEYS)
     return next((str(value) for value in found if value not in (None, "")), None)

@@ -38,7 +38,7 @@ def read_key(
 def make_key(
     path: Path,
 ) -> bytes:
-    "Return the key in a file, which is made if missing, with its folder; raise `OSError` on failure"
+    "Return the key in a file; make the file and its folder if missing; raise `OSError` on failure"
     if (known := read_key(path)) is not None: return known
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     draft = path.with_name(f".{path.name}-{os.urandom(8).hex()}")

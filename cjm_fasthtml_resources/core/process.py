@@ -38,7 +38,7 @@ class Stat(NamedTuple):
     state: str         # "R", "S", "Z" …
     ppid: int
     start_time: float  # seconds since boot
-    threads: int = 1   # a process whose main thread has ended is a zombie with others
+    threads: int = 1   # if only the main thread has ended, the process is a zombie with other threads
 
 # %% ../../nbs/core/process.ipynb #3c2b4d66
 _TICKS = os.sysconf("SC_CLK_TCK") if hasattr(os, "sysconf") else 100
@@ -107,7 +107,7 @@ def _read_line(pid: int, proc: str) -> bytes:
     with FileIO(f"{proc}/{pid}/stat") as file: return file.read(4096)   # open() would cost as much as the reading
 
 def _stat_by_psutil(pid: int) -> Stat | None:
-    "Return the same on systems without /proc"
+    "Return the same facts by psutil, for systems without /proc"
     import psutil
     try:
         process = psutil.Process(pid)
@@ -127,7 +127,7 @@ def read_stat(
 def read_start(
     pid: int,
 ) -> float | None:  # seconds since boot; `None` if the process has ended, is hidden or is unreadable now
-    "Return when a process started, and read that alone"
+    "Return when a process started; reads only the start"
     try:
         line = _read_line(pid, "/proc")
         ahead: int = _clock_ahead(os.getpid())
@@ -146,7 +146,7 @@ class ProcessInfo:
     username: str | None = None
     ancestors: tuple[ProcessId, ...] = ()     # its parent first, then the parent's parent …
     foreign: bool = False                     # in another PID namespace: `pid` is the host's number
-    container: str | None = None              # or pod or job that it is in, if it is another than this process's
+    container: str | None = None              # its container, pod or job, if different from this process's
     lineage: tuple[ProcessId, ...] = field(init=False, repr=False, compare=False)   # the process itself, its ancestors
 
     def __post_init__(self) -> None:   # until Python 3.12 a `cached_property` has a lock, which a fork would copy
@@ -156,7 +156,7 @@ class ProcessInfo:
 def find_ancestors(
     pid: int,
     stat: Stat | None = None,    # the process's own, if it was read already
-    found_before: Mapping[ProcessId, tuple[ProcessId, ...]] = {},   # the ancestors of others, of this moment
+    found_before: Mapping[ProcessId, tuple[ProcessId, ...]] = {},   # ancestors of other processes, read at this moment
 ) -> tuple[ProcessId, ...]:  # the parent first; as far as can be seen
     "Walk up from a process to the first one of its PID namespace"
     found: list[ProcessId] = []
@@ -207,7 +207,7 @@ def is_same_start(
     one: float,
     other: float,
 ) -> bool:  # True also for the next tick: a time namespace can shift by a part of one, and both readings are rounded
-    "Return whether two starts that were read for one number are those of the same process"
+    "Return whether two starts, both read for one PID, are those of the same process"
     return abs(one - other)*_TICKS < 1.5
 
 def has_ended(
@@ -225,7 +225,7 @@ def has_ended(
 def _born() -> dict[int, ProcessId]: return {}   # this process, once its start was read
 
 def this_process() -> ProcessId:
-    "Return the process in which this runs; it is read once and after a fork"
+    "Return this process; it is read once, and again after a fork"
     pid = os.getpid()
     if (info := simulated_process(pid)) is not None: return info.lineage[0]
     known: dict[int, ProcessId] = _born()
@@ -235,7 +235,7 @@ def this_process() -> ProcessId:
 
 # %% ../../nbs/core/process.ipynb #95b80013
 class _Known(NamedTuple):
-    "A process that was read, and the mark of its folder in /proc at that time"
+    "A process that was read, and the mark of its folder in /proc (inode and time) at that moment"
     info: ProcessInfo
     mark: tuple[int, int] | None = None   # `None`: reading it failed
 
@@ -306,7 +306,7 @@ def _look_at(pid: int, stat: Stat, found: _Found | None = None) -> ProcessInfo:
     return ProcessInfo(pid, stat.start_time, printable(name), username, ancestors)
 
 def is_whole(info: ProcessInfo) -> bool:
-    "Return whether every fact was read that could be read at another moment, as with a free descriptor"
+    "Return whether every readable fact was read; False if, for example, file descriptors were short"
     last = info.lineage[-1]
     return info.username is not None and (last.start_time is not None or not could_be_read(last.pid))
 
@@ -320,11 +320,11 @@ def _read_mark(pid: int) -> tuple[int, int] | None:
 # %% ../../nbs/core/process.ipynb #abd19f04
 def read_process(
     pid: int,
-    found: dict[ProcessId, tuple[ProcessId, ...]] | None = None,   # the ancestors that a reading of many has found
+    found: dict[ProcessId, tuple[ProcessId, ...]] | None = None,   # ancestors found so far in a reading of many
 ) -> ProcessInfo:  # with `start_time=None` if it has ended or is hidden
     "Return the facts of the process that has this PID now"
     if (info := simulated_process(pid)) is not None: return info
-    known, mark = _known.get(pid), _read_mark(pid)   # before the rest: an older one is only another one
+    known, mark = _known.get(pid), _read_mark(pid)   # read before the rest: an outdated mark only costs another reading
     if known is not None and _is_still(known, mark): return known.info
     if (stat := read_stat(pid)) is None: return ProcessInfo(pid)
     info = _look_at(pid, stat, found)
@@ -336,7 +336,7 @@ def read_process(
     return info
 
 def _is_still(known: _Known, mark: tuple[int, int] | None) -> bool:
-    "Return whether a number still stands for the process that was read; a mark that is new is kept"
+    "Return whether a PID still belongs to the process that was read; store its new mark"
     if mark is not None and mark == known.mark: return True
     start = read_start(known.info.pid)
     if start is not None and start == known.info.start_time: _known[known.info.pid] = known._replace(mark=mark)
@@ -354,7 +354,7 @@ def _namespace(proc: str, pid: int | str) -> int | None:
 def _own_namespace(pid: int) -> int | None: return _namespace("/proc", "self")
 
 def pid_namespace() -> int | None:  # `None` in the machine's first namespace, and where reading it fails
-    "Return the inode of this process's PID namespace, a simulated machine aside"
+    "Return the inode of this process's real PID namespace, also on a simulated machine"
     inode = _own_namespace(os.getpid())
     return None if inode == _FIRST_PID_NAMESPACE else inode
 
@@ -405,8 +405,8 @@ def _is_machines(proc: str) -> bool:
     second = read_stat(2, proc)
     return second is not None and second.name == "kthreadd"
 
-def host_proc() -> str | None:  # `None` without it
-    "Return where the host's processes are: in CJM_HOST_PROC, or else in /host/proc"
+def host_proc() -> str | None:  # `None` if it is missing
+    "Return the path of the host's /proc: CJM_HOST_PROC, or else /host/proc"
     path = os.environ.get("CJM_HOST_PROC") or "/host/proc"
     return path if os.path.exists(f"{path}/self/status") and _is_machines(path) else None
 
@@ -425,7 +425,7 @@ def to_local_pid(
     proc: str,            # the host's process file system
     here: str = "/proc",  # this container's
 ) -> int | None:  # `None` for a process outside this container
-    "Return the number inside this container of a process that the driver names"
+    "Return the PID inside this container of a process that the driver lists"
     level, numbers = len(_numbers(proc, "self")) - 1, _numbers(proc, pid)
     if not 0 < level < len(numbers): return None
     there, local = read_stat(pid, proc), read_stat(numbers[level], here)
@@ -438,7 +438,7 @@ def shown_by(
     listed: Iterable[int],  # the numbers in the driver's lists
     proc: str,              # the host's process file system
 ) -> str | None:  # "own", "host"; `None`: undecided
-    "Return whose numbers these are, as far as they exist on one side only"
+    "Return whose numbers these are, if one of them exists on one side only"
     numbers = set(listed)
     if not numbers or any(map(is_free, numbers)): return "host"
     if not os.path.exists(f"{proc}/1"): return None   # the option hidepid: a hidden PID can exist

@@ -24,24 +24,24 @@ from .text import format_bytes
 # %% ../../nbs/core/queue.ipynb #784ee03e
 @dataclass(frozen=True)
 class QueueRow:
-    "A reservation, or a waiting request. Of a group, each device that was granted has a row"
+    "A reservation, or a waiting request; a reservation of several devices has a row for each"
     id: int
     state: str                     # "held" or "waiting"
-    devices: tuple[int | str, ...] # the id of the device; of a request, those that suit it, as far as they are seen
+    devices: tuple[int | str, ...] # the ID of the device; for a request, of each visible device that suits it
     memory: int                    # bytes on each device
-    count: int                     # of the devices that it waits for together
-    pid: int                       # of the holder, as it is numbered where it asked
+    count: int                     # number of devices that it waits for together
+    pid: int                       # of the holder, in the PID namespace of the request
     process: str | None            # the holder's name; `None`: it is hidden from here
     user: str | None
     app: str
     seconds: float | None          # since it was granted, or for which it waits; `None`: unknown
     used: int | None = None        # bytes of it that are surely in use; `None`: unknown, or it waits
-    asked: int | None = None       # bytes that it asked for, before a part was given back
-    most_used: int | None = None   # bytes that are the most it was seen to use
-    unused_seconds: float | None = None   # since it was first seen unused, if it was not seen in use after that
+    asked: int | None = None       # requested bytes, before a part was given back
+    most_used: int | None = None   # bytes: its highest observed use
+    unused_seconds: float | None = None   # since it was first seen unused; `None` once it is seen in use
     behind: int | None = None      # the ID of the request before it, for one of the same devices
     why: str = ""                  # why it waits, or a hint for its holder, in a sentence
-    container: str | None = None   # another one than this process's: the host name that it has
+    container: str | None = None   # host name of its container, if different from this process's
     starts: tuple[float, float] | None = None   # seconds until its expected start; `None`: unknown, or granted
     asks_idle: bool = False        # whether it asks idle holders of other apps to unload
 
@@ -50,7 +50,7 @@ def find_ahead(
     claim: Claim,
     waiting: Iterable[Claim],   # all that wait, the next one first
 ) -> int | None:  # an ID
-    "Return the last request before this one that can be given one of the same devices, or needs RAM, too"
+    "Return the last request ahead of this one that can get one of the same devices, or also needs RAM"
     mine = _places(claim)
     ahead = [c.id for c in takewhile(lambda c: c.id != claim.id, waiting) if not mine.isdisjoint(_places(c))]
     return ahead[-1] if ahead else None
@@ -85,7 +85,7 @@ def with_reasons(
     capped: Mapping[int, str] = {},     # of `explain_caps`
     most: int = 20,                     # requests to explain
 ) -> tuple[Waiting, ...]:
-    "Return the requests with the one before each, and why the first of them wait"
+    "Return the requests, each with the one ahead of it; the first `most` also have a reason"
     line = in_queue(claims)
     by_id = {claim.id: claim for claim in line}
 

@@ -47,7 +47,7 @@ class InRam(NamedTuple):
     whole: bool     # whether reading the memory that the app's processes share succeeded
 
 class RamReader:
-    "Reads the processes in RAM with their owners; it remembers who they are"
+    "Reads the processes in RAM with their owners; it remembers the identity of each"
     def __init__(self) -> None:
         self.reader, self.names, self.pages = ResidentReader(), ProcessNames(), SharedPages()
 
@@ -57,7 +57,7 @@ class RamReader:
         me: ProcessId | None = None,   # this process, if its child processes are the app's
         cgroup: str | None = None,     # the folder of the control group whose limit counts
     ) -> InRam:
-        "Return the app's processes, and the largest of others; in a control group, of those in it"
+        "Return the app's processes, and the largest of other programs; with `cgroup`, only of those in the group"
         listed = list_resident(self.reader)
         if me is None and _is_empty(workers): return self.read_others(listed, workers, cgroup)
         rows = list(zip(listed, self.names.identify(listed), strict=True))
@@ -76,7 +76,7 @@ class RamReader:
         workers: Workers,                    # empty
         cgroup: str | None,
     ) -> InRam:
-        "Return the largest processes where all belong to other programs, without reading the identity of the rest"
+        "Return the largest processes, if all belong to other programs; the smaller ones stay unidentified"
         inside = None if cgroup is None else cgroup_pids(cgroup)
         others = [p for p in listed if inside is None or p.pid in inside]
         named = nlargest(NAMED, others, key=lambda p: p.memory)
@@ -89,7 +89,7 @@ def _is_empty(workers: Workers) -> bool:
     with workers.last_read() as table: return not table.workers and not table.children
 
 def _find_others(rows: Iterable[Row], app: set[int], cgroup: str | None) -> list[Row]:
-    "Return the processes of other programs; in a control group, of those in it"
+    "Return the processes of other programs; with `cgroup`, only those in the group"
     if cgroup is None: return [row for row in rows if row[0].pid not in app]
     inside = cgroup_pids(cgroup) - app
     return [row for row in rows if row[0].pid in inside]

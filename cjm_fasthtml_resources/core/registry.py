@@ -57,7 +57,7 @@ class WorkerRegistry(AnswersQuestions):
     def update_worker_state(
         self,
         pid: int,
-        job_id: str | None = UNCHANGED,               # its next one; it waits until those before it are done
+        job_id: str | None = UNCHANGED,               # its next job, which waits until the earlier ones are done
         plugin_id: str | None = UNCHANGED,
         plugin_name: str | None = UNCHANGED,
         loaded_plugin_resource: str | None = UNCHANGED,
@@ -137,5 +137,5 @@ class WorkerRegistry(AnswersQuestions):
         self,
         duration_hours: float = 1.0,  # 0 or more
     ) -> float:  # in the currency of the plugins' figures
-        "Return what all rented machines cost: each plugin's own estimate, else its price per hour"
+        "Return the cost of all rented machines: each plugin's own estimate, else its price per hour"
         return estimate_costs(self.workers, check_number(duration_hours, "duration_hours"))

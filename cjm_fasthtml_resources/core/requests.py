@@ -86,8 +86,8 @@ class Asked(NamedTuple):
     "The memory of a request"
     memory: int                           # bytes on each device
     devices: int                          # how many; 0: RAM alone
-    beside: tuple[tuple[str, int], ...]   # bytes of RAM, as a `Claim` has it
-    share: float = 0                      # of each device, as a `Claim` has it
+    beside: tuple[tuple[str, int], ...]   # RAM to reserve, such as ("RAM", bytes); as in `Claim.beside`
+    share: float = 0                      # part of each device's capacity to have alone; as in `Claim.share`
 
     @property
     def ram(self) -> int:
@@ -95,14 +95,14 @@ class Asked(NamedTuple):
         return max((size for _, size in self.beside), default=0)
 
 # %% ../../nbs/core/requests.ipynb #8dc0f794
-ALL = 0.9   # the share of a device that is free when a request for all of it is given; a desktop may use the rest
+ALL = 0.9   # a request for a whole device is granted if this share of it is free: a desktop can use the rest
 
 def find_ram(
     ram: int,           # bytes
-    memory_mb: float,   # the same, as it was asked for
+    memory_mb: float,   # the same, as the caller gave it
     pid: int | None = None,   # the process that it is for; `None`: this one
 ) -> tuple[tuple[str, int], ...]:
-    "Return what a request for RAM asks for `beside` its devices; `TooMuchMemory` for more than there is"
+    "Return the RAM of a request, for `Asked.beside`; raise `TooMuchMemory` if the machine has less"
     from cjm_fasthtml_resources.core.ram_use import most_ram, ram_needs  # when it is used
     where = "self" if pid is None else pid
     check_capacity(ram, most_ram(where), "memory_mb", f"{memory_mb:g}", "this machine or its control group")
@@ -163,7 +163,7 @@ def capacity_beside(
     device: GpuDevice,
     ram: int,            # bytes that the same request needs
 ) -> int:  # bytes
-    "Return what programs can have of a device at most, beside so much RAM"
+    "Return the most memory that programs can use on a device, after `ram` bytes of RAM are taken"
     return max(device.capacity - ram, 0) if device.unified else device.capacity
 
 def whose_beside(
@@ -171,9 +171,9 @@ def whose_beside(
     devices: Iterable[GpuDevice],
     ram: int,                       # bytes that the same request needs
 ) -> str:
-    "Return this for a message, with the RAM where the devices use the same memory"
+    "Return `whose` for an error message, with the request's RAM if GPU and RAM are one memory"
     beside = ram and any(d.unified for d in devices)
-    return f"{whose} without {format_bytes(ram)} of RAM in the same memory" if beside else whose
+    return f"{whose} minus this request's {format_bytes(ram)} of RAM" if beside else whose
 
 # %% ../../nbs/core/requests.ipynb #fd556944
 def choose_devices(
@@ -183,10 +183,10 @@ def choose_devices(
     judge: Callable[[GpuSnapshot], ResourceConflict],   # checks a snapshot, for the errors
     count: int = 1,                                     # of the devices that it is for
     holder: ProcessId | None = None,                    # the process that is to use them; `None`: one of this process's
-    ram: int = 0,                                       # bytes of RAM that it needs beside
+    ram: int = 0,                                       # bytes of RAM that it needs, too
 ) -> list[GpuDevice]:
     """Return the devices for a request; `ResourceUnavailable` if all are unusable.
-    `ValueError` for more memory than any has, and for a position that can mean another device"""
+    `ValueError` if no device has so much memory, or if a name such as `cuda:0` can mean several GPUs"""
     if count > 1 or isinstance(wanted, tuple):
         return choose_several(snapshot, wanted, memory, judge, count, holder, ram)
     visible, others, _ = see_devices(snapshot.devices, os.environ)
@@ -208,7 +208,7 @@ def choose_devices(
     return found
 
 def _capacity(device: GpuDevice, ram: int, holder: ProcessId | None) -> int:
-    "Return the bytes that a process can have on a device: of RAM, at most its control group's limit"
+    "Return the most bytes that a process can use on a device; in RAM, its control group's limit counts, too"
     group = find_cgroup(holder.pid if holder else os.getpid()) if device.unified else None
     beside = capacity_beside(device, ram)
     return min(beside, group.total - ram) if group else beside
@@ -268,7 +268,7 @@ def choose_under_cap(
     store: "Store",
     asked: Asked,
 ) -> list[GpuDevice]:
-    "Return the devices for a request; `ValueError` for more on each than its user, or app, may ever have"
+    "Return the devices for a request; raise `ValueError` if it exceeds the cap of its user or app"
     devices = choose(snapshot)
     if cap := find_cap(store):
         from cjm_fasthtml_resources.core.caps import check_cap  # when it is used
@@ -281,7 +281,7 @@ def check_ram_under_cap(
     ram: int,          # bytes
     store: "Store",
 ) -> None:
-    "Raise `ValueError` for more RAM than the user, or app, may ever have"
+    "Raise `ValueError` if the RAM exceeds the cap of the user or app"
     if ram and (cap := find_cap(store)):
         from cjm_fasthtml_resources.core.caps import check_ram_cap  # when it is used
         check_ram_cap(cap, ram, read_machine().total)
@@ -291,7 +291,7 @@ def find_capped(
     request: "Request",
     conflict: ResourceConflict,   # a check of now
 ) -> str:  # empty if it waits for something else
-    "Return in a sentence what the user or app of a request has already, if a cap is why it waits"
+    "Return in a sentence how much the user or app has reserved already, if the request waits because of a cap"
     cap = find_cap(request.ledger.store)
     if cap is None: return ""
     from cjm_fasthtml_resources.core.caps import explain_cap  # when it is used, as the next one
@@ -327,7 +327,7 @@ def check_timeout(timeout: float | None) -> float | None:
     return None if timeout is None else check_number(timeout, "timeout", 0, threading.TIMEOUT_MAX)
 
 def find_answers(request: "Request") -> str:  # empty unless idle holders were asked
-    "Return what idle holders have answered to a request, in sentences"
+    "Return how idle apps answered the question to unload their models for a request, in sentences"
     if not (request.receipt and request.receipt.asks_idle): return ""
     from cjm_fasthtml_resources.core.endings import name_user  # when it is used, as the next one
     from cjm_fasthtml_resources.core.questions import describe_answers, read_answers
@@ -371,7 +371,7 @@ def within(
     seconds: Callable[[], float],
     call: Callable[..., _Answer],   # has an argument `timeout`
 ) -> Callable[..., _Answer]:
-    "Return the same function with its `timeout`, which is asked for at each call"
+    "Return the function with its `timeout` filled in, from `seconds()` at each call"
     return lambda *args: call(*args, timeout=seconds())
 
 # %% ../../nbs/core/requests.ipynb #0a6e6e9d
@@ -433,7 +433,7 @@ def _make_bar(memory: int, kind: str) -> Any:
                 bar_format="{desc}: {bar} {n:.1f} of {total:.1f} GiB free, {elapsed}{postfix}")
 
 def _find_room(request: "Request", conflict: ResourceConflict) -> int:
-    "Return how much of what a request needs is free, on each device, or of RAM; 0 if the check was of the other"
+    "Return the bytes that are free for a request, on each device or of RAM; 0 if the check covers the other kind"
     if not request.count: return conflict.memory.room if conflict.memory else 0
     rooms = sorted(d.room for d in conflict.allowed if device_key(d.device) in request.devices)
     return rooms[-request.count] if len(rooms) >= request.count else 0
@@ -472,7 +472,7 @@ def show_progress(
     check: Callable[[], ResourceConflict],
     wanted: bool = True,
 ) -> Iterator[Callable[[], None]]:
-    "Yield a function to call while a request waits; the first call shows a bar, or where there is none a line"
+    "Yield a function to call while a request waits. It shows a bar, or lines of text where no bar can be drawn"
     bars: list[Any] = []
     lines, has_bar, shown, began = _Lines(), _has_bar(), -math.inf, time.monotonic()
 

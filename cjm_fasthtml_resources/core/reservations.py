@@ -53,7 +53,7 @@ _all_ = ["Claim", "DeviceUse", "Pool", "Promise", "find_pools", "find_promises",
 
 # %% ../../nbs/core/reservations.ipynb #8e4f30a5
 async def surely(call: Callable[[], Any]) -> None:
-    "Call in a thread, to its end even if the task is cancelled before that"
+    "Call a function in a thread, and let it finish even if the task is cancelled"
     import asyncio  # it takes longer to import than this library
 
     await asyncio.shield(in_thread(call))
@@ -73,8 +73,8 @@ class RequestCancelled(ResourceBusy):
 
 # %% ../../nbs/core/reservations.ipynb #7b2cf0ce
 def _shrunk(rows: Rows, lease: int, memory: int | None, uses: Sequence[DeviceUse]) -> Rows:
-    """Return the ledger with a reservation of less memory; `None`: of the most that was seen in use.
-    `ValueError` for more than is reserved, or for less than is in use"""
+    """Return the ledger with a reservation reduced to `memory` bytes; `None`: to its highest observed use.
+    `ValueError` if `memory` is more than is reserved, or less than is in use"""
     rows = _observed(rows, uses)
     mine = [c for c in rows.claims if c.lease == lease and not is_ram(c.device)]   # RAM stays as it is
     by_claim = [(c, next((use for use in uses if use.is_called(c.device)), None)) for c in mine]
@@ -116,7 +116,7 @@ class OnDevices:
         return find_ordinal(self.device, self._machine, os.environ)
     @property
     def ordinals(self) -> tuple[int, ...]:
-        "The same of each of its devices"
+        "The position of each of its devices, as in `ordinal`"
         return tuple(find_ordinal(device, self._machine, os.environ) for device in self.devices)
     @property
     def env(self) -> dict[str, str]:
@@ -124,16 +124,16 @@ class OnDevices:
         return visible_env(self.devices)   # an empty one hides every GPU
     @property
     def env_by_index(self) -> dict[str, str]:
-        "Return the same with numbers, for programs that read only numbers; raise `LookupError` for a MIG instance"
+        "Return `env` with device numbers, for programs that read only numbers; raise `LookupError` for a MIG instance"
         return env_by_index(self.devices)
 
 # %% ../../nbs/core/reservations.ipynb #41b9ace7
 @dataclass(frozen=True)
 class Reservation(OnDevices, StaysHere, contextlib.AbstractContextManager["Reservation"]):
     "Memory that is reserved for a process, until it is released or the process ends"
-    instead = "Keep the reservation in this process, and give its `env` to the other one."
+    instead = "Keep the reservation in this process, and pass its `env` to the other process."
     id: int
-    devices: tuple[GpuDevice, ...] = field(repr=False)   # in CUDA's order, as they were read when they were promised
+    devices: tuple[GpuDevice, ...] = field(repr=False)   # in CUDA's order, as read when they were granted
     gpu_memory_mb: float      # MiB on each device
     holder: ProcessId         # the process whose tree it is reserved for
     lease: int = field(repr=False)          # the reservation counts as long as this is locked
@@ -177,10 +177,10 @@ class Reservation(OnDevices, StaysHere, contextlib.AbstractContextManager["Reser
         self,
         gpu_memory_mb: float | None = None,   # MiB that stay reserved on each device; `None`: the most that was used
     ) -> "Reservation":
-        """Give a part of it back, and return the reservation of the rest. RAM stays; by default, so does memory that is
-        wholly unused so far.
-        `ReservationOver` if it is over, `ValueError` for more than is reserved, or for less than the holder uses now
-        as far as it can be seen"""
+        """Give a part back, and return the reservation of the rest. RAM stays reserved; by default, so does a
+        reservation that is entirely unused so far.
+        `ReservationOver` if it is over, `ValueError` if the size is more than is reserved, or less than the holder
+        can be using now"""
         memory = None if gpu_memory_mb is None else int(check_number(gpu_memory_mb, "gpu_memory_mb", 1)*2**20)
         change = partial(_shrunk, lease=self.lease, memory=memory, uses=read_use(self._look().devices))
         if not self._ledger.change(self.lease, change): raise ReservationOver(self)
@@ -192,21 +192,21 @@ class Reservation(OnDevices, StaysHere, contextlib.AbstractContextManager["Reser
         self,
         ttl: float | None = None,  # seconds from now on; `None`: until it is released
     ) -> bool:  # False if it has run out; then reserve again
-        "Let the reservation end later or sooner. `ValueError` for later, if it was granted ahead of a request"
+        "Change when the reservation ends. `ValueError` for a later end, if it was granted ahead of another request"
         return self._ledger.renew(self.lease, ttl)
 
     def hand_over(
         self,
         holder: ProcessId,   # another process
-        base: int | Mapping[str, int] = 0,   # bytes that it uses there already, beside this; of several by `device_key`
-        spent: Mapping[str, int] = {},       # the most of it that this process's tree uses, by `device_key`
+        base: int | Mapping[str, int] = 0,   # bytes that it already uses there in addition; of several by `device_key`
+        spent: Mapping[str, int] = {},       # bytes that this process's tree can be using of it, by `device_key`
         uses: Sequence[DeviceUse] | None = None,   # every device, if that tree has another reservation
         *,
         until_released: bool = True,               # False: until the other process ends, or it is released
     ) -> "Reservation":
         """Return the reservation for another process with its child processes; `ReservationOver` if it is over
 
-        It holds until it is released; if this process ends before that, until the other process ends."""
+        It lasts until it is released. If this process ends first, it lasts until the other process ends."""
         keys = (*map(device_key, self.devices), *self.ram)
         bases = {key: base if isinstance(base, int) else base[key] for key in keys}
         change = partial(HandOver(holder, bases, spent, uses, until_released).change, lease=self.lease)
@@ -236,9 +236,9 @@ def _has_room(device: GpuDevice, memory: int, holder: ProcessId, covers: bool, g
 
 def find_suiting(
     devices: Mapping[str, GpuDevice],   # by key
-    memory: int,                        # bytes that are asked for
+    memory: int,                        # requested bytes
     holder: ProcessId,
-    covers: bool = False,               # what the holder uses already is part of that
+    covers: bool = False,               # the holder's present use is part of `memory`
 ) -> tuple[str, ...]:
     "Return the keys of the devices that use at most as much RAM as the holder's control group leaves"
     group = find_cgroup(holder.pid) if any(d.unified for d in devices.values()) else None
@@ -249,9 +249,9 @@ def find_suiting(
 def find_rows(
     ledger: Ledger,
     lease: int,
-    is_one: bool,   # it is for one device alone, so that it has at most one row
+    is_one: bool,   # whether it is for one device alone, and so has at most one row
 ) -> Sequence[Claim]:
-    "Return the rows of a request: one while it waits, and one for each device and each limit of RAM then"
+    "Return the rows of a request: one while it waits; once granted, one for each device and each limit of RAM"
     first = ledger.find(lease)
     if first is None: return ()
     return (first,) if is_one or first.device is None else ledger.find_all(lease)
@@ -259,7 +259,7 @@ def find_rows(
 def divide_granted(
     claims: Sequence[Claim],   # of one request
 ) -> tuple[tuple[tuple[str, ...], int], tuple[tuple[str, ...], int]]:
-    "Return the names of the devices with the least bytes on one of them, and those of RAM with its bytes"
+    "Return the names of the granted devices and the least bytes on one of them, and the same for RAM"
     def part(of_ram: bool) -> tuple[tuple[str, ...], int]:
         found = {c.device: c.memory for c in claims if c.device is not None and is_ram(c.device) is of_ram}
         return tuple(found), min(found.values(), default=0)
@@ -272,10 +272,10 @@ def choose_again(
     snapshot: GpuSnapshot,
     before: dict[str, GpuDevice],   # by key: those that suited at the last reading
 ) -> dict[str, GpuDevice]:
-    "Return the devices that suit a request now, by key; while all are lost, those of before"
+    "Return the devices that suit a request now, by key; while all are lost, return `before`"
     try: return {device_key(device): device for device in choose(snapshot)}
     except (ResourceUnavailable, ValueError):
-        if not before: raise   # once there was one, it waits until one is back
+        if not before: raise   # after a device was found once, the request waits until one is back
         return before
 
 # %% ../../nbs/core/reservations.ipynb #5f5ab342
@@ -285,10 +285,10 @@ class Request(StaysHere):
     _seen: tuple[str, ...] = ()   # the machine's devices when it read them last
     covers = False                # a worker's job: includes what the worker uses already, and ends with this process
     _rows: Sequence[Claim] = ()   # its claims as they were read last: one, or one for each device of a group
-    _mark: object = None          # of the ledger at that moment
+    _mark: object = None          # identifies the ledger's content at that moment
     _machine: tuple[GpuDevice, ...] = ()   # every device, as it was read last
-    _suiting: tuple[str, ...] = ()         # the keys of those on which any process can give it memory now
-    snapshot: GpuSnapshot | None = None   # what the driver said last
+    _suiting: tuple[str, ...] = ()         # the keys of the devices on which any process can grant it memory now
+    snapshot: GpuSnapshot | None = None   # the last reading that found devices
     _links: Links | None = None   # how close its devices are to one another, if it asks for some of them
 
     def __init__(
@@ -299,15 +299,15 @@ class Request(StaysHere):
         holder: ProcessId,
         memory: int,                                    # bytes, on each device
         app: str = "",
-        ttl: float | None = None,                       # seconds for which the reservation holds, once given
-        give_up: Callable[["Request"], None] = lambda request: None,   # called when it has to wait; raises in the end
-        count: int = 1,                                 # of the devices that it asks for together; 0: RAM alone
-        find_links: Callable[[Collection[str]], Links] = lambda uuids: Links(),   # called for several devices alone
-        beside: tuple[tuple[str, int], ...] = (),       # bytes of RAM, as a `Claim` has it
+        ttl: float | None = None,                       # seconds that the reservation lasts, once it is granted
+        give_up: Callable[["Request"], None] = lambda request: None,   # called while it waits; raises to end the wait
+        count: int = 1,                                 # number of devices that it requests together; 0: RAM alone
+        find_links: Callable[[Collection[str]], Links] = lambda uuids: Links(),   # called only for several devices
+        beside: tuple[tuple[str, int], ...] = (),       # bytes of RAM by name, such as (("RAM", 2**30),)
         priority: int = 0,                              # a smaller one is further ahead in the queue
-        check_ram: Callable[[], ResourceConflict] | None = None,   # checks RAM, to say why it waits for that
-        share: float = 0,                               # of each device, as a `Claim` has it
-        receipt: Receipt | None = None,                 # of `new_receipt`
+        check_ram: Callable[[], ResourceConflict] | None = None,   # checks RAM, to explain a wait for RAM
+        share: float = 0,                               # share of each device's capacity to request; 0: `memory` counts
+        receipt: Receipt | None = None,                 # made by `new_receipt`
     ) -> None:
         self.ledger, self.look, self.choose, self.give_up, self.check_ram = ledger, look, choose, give_up, check_ram
         self.holder, self.memory, self.app, self.ttl, self.receipt = holder, memory, app, ttl, receipt
@@ -321,7 +321,7 @@ class Request(StaysHere):
         for end in self._forgotten: end.atexit = False
 
     def poll(self) -> Reservation | None:
-        "Return the reservation if it is given by now, else `None`; the first call enters the queue"
+        "Return the reservation if it is granted by now, else `None`; the first call enters the queue"
         if os.getpid() != self._made_in: raise RuntimeError("the parent process made this request: make a new one")
         try: return self._poll()
         except (ResourceBusy, ResourceUnavailable):
@@ -341,7 +341,7 @@ class Request(StaysHere):
         return None
 
     def withdraw(self) -> None:
-        "Leave the queue, and give back the reservation if it was given"
+        "Leave the queue, and give back the reservation if it was granted"
         self._is_over = True
         if self._is_cancelled: self.ledger.give_back(self.lease, self.is_for_other)
         else: give_back(self.ledger, self.lease, self.is_for_other)   # it logs who has ended it
@@ -349,7 +349,7 @@ class Request(StaysHere):
 
     @property
     def ram(self) -> int:
-        "The bytes of RAM that it asks for"
+        "The bytes of RAM that it requests"
         return max((size for _, size in self.beside), default=0)
 
     @property
@@ -361,7 +361,7 @@ class Request(StaysHere):
         self,
         show: Callable[[], None] = lambda: None,   # called between two polls
     ) -> Reservation:
-        "Return the reservation once it is given; after any error the request has left the queue"
+        "Return the reservation once it is granted; after any error the request has left the queue"
         try:
             for pause in pauses():
                 if found := self.poll(): return found
@@ -390,11 +390,11 @@ class Request(StaysHere):
             raise
 
     def _enter(self) -> Sequence[Claim]:
-        "Enter the queue, and be given a device at once if there is room"
+        "Enter the queue; enough free memory is granted at once"
         try: found = self.ledger.settle(self._look, self._claim, self._allowed)
         except ResourceUnavailable as error:
             if error.conflict is None or not error.conflict.is_late: raise
-            self.give_up(self)   # else the driver can answer until the time is over
+            self.give_up(self)   # unless this raises, wait: the driver can still answer
             return ()
         self._has_entered = True
         return [c for c in found if c.lease == self.lease]
@@ -405,7 +405,7 @@ class Request(StaysHere):
                      beside=self.beside, priority=self.priority, share=self.share, receipt=self.receipt)
 
     def _check(self) -> Sequence[Claim]:
-        "Read the request's own rows; settle before that on its turn, or if the machine's devices have changed"
+        "Read the request's rows; settle first if it is this process's turn, or if the machine's devices have changed"
         mark, is_due = self.ledger.glance()
         if mark == self._mark and not is_due: return self._rows   # unchanged since the last poll
         if is_due and self.ledger.take_turn() or self.ledger.devices() != self._seen:
@@ -414,7 +414,7 @@ class Request(StaysHere):
         return self._rows
 
     def _ask_again(self, is_cancelled: bool) -> None:
-        """Let the next poll ask again, because the row is gone; `ProcessLookupError` if the holder has ended.
+        """Let the next poll enter the queue again, as the row is gone; `ProcessLookupError` if the holder has ended.
         `RequestCancelled` if another process has ended it"""
         by = find_ending(self.ledger, self.lease)
         if by or is_cancelled:
@@ -452,7 +452,7 @@ class Request(StaysHere):
 
 # %% ../../nbs/core/reservations.ipynb #f2befc18
 class PendingReservation(StaysHere):
-    "A reservation that is still to be given: `await` it, or use it in `async with`, which releases it at the end"
+    "A reservation that is still to be granted: `await` it, or use it in `async with`, which releases it at the end"
     def __init__(
         self,
         acquire: Callable[[], Awaitable[Reservation]],
@@ -474,7 +474,7 @@ class PendingReservation(StaysHere):
         finally: self._release()
 
     def _release(self) -> None:
-        "Release the reservations that are held; one that was released stays so"
+        "Release the reservations of this object; releasing one twice is harmless"
         while self._held:
             self._held[-1].release()
             self._held.pop()

@@ -78,7 +78,7 @@ def _never_has_ram(folder: str) -> bool:
 _HAS_PROC = sys.platform.startswith("linux")
 
 def _read_by_psutil() -> list[ResidentProcess]:
-    "Return the same on systems without /proc"
+    "Return the RAM of each process by psutil, for systems without /proc"
     import psutil
     found = [(p.pid, p.info["memory_info"]) for p in psutil.process_iter(["memory_info"])]
     return [ResidentProcess(pid, memory.rss) for pid, memory in found if memory and memory.rss]
@@ -87,7 +87,7 @@ class _Line(NamedTuple):
     inode: int
     text: bytes | None                # `None`: parse it again
     process: ResidentProcess | None   # `None`: it has ended, or is a kernel thread
-    for_good: bool = False            # whether it stays so
+    for_good: bool = False            # whether its RAM stays at 0
 
 class ResidentReader:
     "Reads the RAM of each process"
@@ -136,7 +136,7 @@ class KnownProcess(NamedTuple):
     pids: tuple[int, ...]   # its own and its ancestors'
 
 class ProcessNames:
-    "Remembers who each process is"
+    "Remembers the identity of each process"
     def __init__(self) -> None: self._known: dict[int, KnownProcess] = {}   # by PID
 
     def identify(
@@ -160,7 +160,7 @@ def read_share(
     pid: int,
     proc: str = "/proc",   # where the process file system is mounted
 ) -> int | None:  # 0 if it has ended; `None` if unreadable, as another user's process
-    "Return the bytes of a process, shared pages by its share of them, less file pages that are listed apart"
+    "Return a process's bytes, with its share of shared pages, less file pages if these are listed separately"
     for name in ("smaps_rollup", "smaps"):   # the former since Linux 4.14
         try:
             with open(f"{proc}/{pid}/{name}", "rb") as file: lines = [row.split() for row in file if row[:3] == b"Pss"]
@@ -224,8 +224,8 @@ class SharedPages:
         processes: Sequence[tuple[ResidentProcess, KnownProcess]],
         proc: str = "/proc",   # where the process file system is mounted
     ) -> Counted:
-        "Return the bytes of each, so that the sum is right"
-        real = [row for row in processes if row[0].inode]   # simulated ones, and those of psutil, lack it
+        "Return the bytes of each process, so that the sum counts shared pages once"
+        real = [row for row in processes if row[0].inode]   # simulated processes, and those of psutil, lack an inode
         of, last = [p.inode for p, _ in real], self._last
         if last.of != of or time.monotonic() >= last.until: self._last = last = _read_shares(real, of, proc)
         memory = {p.pid: p.memory for p, _ in processes}

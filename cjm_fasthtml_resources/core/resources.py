@@ -20,7 +20,7 @@ from .secrets import shown_fields, shown_repr
 
 # %% ../../nbs/core/resources.ipynb #5c0d6bcb
 class ResourceType(Enum):
-    "The need of a job"
+    "A kind of memory that a job needs"
     GPU_MEMORY = "gpu_memory"
     SYSTEM_MEMORY = "system_memory"
 
@@ -31,13 +31,13 @@ class StatusLook(NamedTuple):
     ascii: str       # in a terminal
     words: str
     exit_code: int   # of `cjm-resources --exit-code`
-    style: str       # in a terminal, as rich has it
+    style: str       # in a terminal, as `rich` names it
 
 class ResourceStatus(Enum):
     "The availability of a resource for a job; the best is declared first"
-    AVAILABLE = "available", StatusLook("✓", "+", "available", 0, "green")                    # neither of these
+    AVAILABLE = "available", StatusLook("✓", "+", "available", 0, "green")                    # none of the following
     APP_BUSY = "app_busy", StatusLook("●", "*", "app busy", 10, "cyan")                       # this app uses it
-    EXTERNAL_BUSY = "external_busy", StatusLook("▲", "!", "external busy", 11, "bold red")    # other programs do
+    EXTERNAL_BUSY = "external_busy", StatusLook("▲", "!", "external busy", 11, "bold red")    # other programs use it
     UNAVAILABLE = "unavailable", StatusLook("✕", "-", "unavailable", 12, "bold yellow")       # see `reason`
 
     look: StatusLook
@@ -67,12 +67,12 @@ class OwnedProcess:
     kind: str | None = None               # on a GPU: "compute", "graphics", "mps"
     parent_pid: int | None = None         # the worker that it descends from
     parent_worker_type: str | None = None
-    container: str | None = None          # or pod or job that it is in, if it is another than this process's
+    container: str | None = None          # its container, pod or job, if different from this process's
     worker_type: str | None = None        # of the worker that it is, or descends from
     plugin: str | None = None             # of that worker
     job_id: str | None = None             # that this worker works on
     start_time: float | None = None       # seconds from boot to its start
-    command: str | None = None            # its command line, cut, its secrets hidden, where a sample asked for it
+    command: str | None = None            # its command line, shortened, with secrets hidden; only in a sample
     load: int | None = None               # percent of the device's time that it computed, where the driver reports it
 
     @property
@@ -84,7 +84,7 @@ class OwnedProcess:
 @dataclass(frozen=True)
 class Promise:
     "Memory that is reserved for a process on a device"
-    pid: int          # 0: of another PID namespace, where numbers are others
+    pid: int          # 0: unknown, because it is of another PID namespace
     owner: str        # "app" or "external"
     memory: int       # bytes
     unused: int       # bytes of it that are still unused
@@ -92,20 +92,20 @@ class Promise:
     id: int = 0       # as `cjm-resources queue` shows it; 0: unknown
     since: float | None = None   # when it was granted, by `machine_time()`
     username: str | None = None  # of another user
-    container: str | None = None  # another one: the host name that it has
-    most_used: int | None = None  # bytes that are the most it was seen to use; `None`: unknown
+    container: str | None = None  # host name of its container, if different from this process's
+    most_used: int | None = None  # bytes: its highest observed use; `None`: unknown
     hint: str = ""                # for its holder, in a sentence: the part that stayed unused
-    name: str | None = None       # of the process, where it has no memory on the device and is seen from here
+    name: str | None = None       # of the process, if it uses no memory on the device and is visible from here
 
 # %% ../../nbs/core/resources.ipynb #fd30f6ec
 @dataclass(frozen=True)
 class Waiting:
     "A waiting request for GPU memory, or for RAM"
-    pid: int                             # 0: of another PID namespace, where numbers are others
+    pid: int                             # 0: unknown, because it is of another PID namespace
     owner: str                           # "app" or "external"
     memory: int                          # bytes on each device; 0: it waits for RAM alone
     position: int                        # its place in the queue, from 1
-    devices: tuple[int | str, ...] = ()  # ids of those that suit it, as far as they are seen
+    devices: tuple[int | str, ...] = ()  # IDs of the devices that suit it, as far as they are visible
     app: str = ""                        # the app's name
     name: str | None = None              # of the process; `None` if it is hidden from here
     username: str | None = None
@@ -113,18 +113,18 @@ class Waiting:
     priority: int = 0                    # a smaller one is further ahead
     id: int = 0                          # as `cjm-resources queue` shows it; 0: unknown
     since: float | None = None           # when it entered the queue, by `machine_time()`
-    container: str | None = None         # another one than this process's: the host name that it has
-    count: int = 1                       # of the devices that it waits for together; 0: it waits for RAM alone
-    why: str = ""                        # it waits, in a sentence; empty: unknown
+    container: str | None = None         # host name of its container, if different from this process's
+    count: int = 1                       # number of devices that it waits for together; 0: it waits for RAM alone
+    why: str = ""                        # why it waits, in a sentence; empty: unknown
     starts: tuple[float, float] | None = None   # seconds until it is expected to start, at least and at most
     asks_idle: bool = False              # whether it asks idle holders of other apps to unload
-    answers: str = ""                    # theirs so far, in sentences
+    answers: str = ""                    # the answers of these holders so far, in sentences
     behind: int | None = None            # the ID of the request before it, for one of the same devices
     is_capped: bool = False              # whether a cap makes it wait, even where memory is free
 
 # %% ../../nbs/core/resources.ipynb #264b4bc5
 SHARE_WORDS = dict(app="app", external="other programs", unattributed="not visible", promised="reserved",
-                   ram="other RAM", free="free")   # what people read for the parts of a memory, in this order
+                   ram="other RAM", free="free")   # the displayed words for the parts of a memory, in this order
 
 # %% ../../nbs/core/resources.ipynb #5a65063d
 @dataclass(frozen=True)
@@ -202,7 +202,7 @@ class _Child(TypedDict, total=False):
     worker_type: str                 # of the worker that it is or descends from
     plugin: str | None
     job_id: str | None
-    container: str                   # or pod or job that it is in, if it is another than this process's
+    container: str                   # its container, pod or job, if different from this process's
 
 # %% ../../nbs/core/resources.ipynb #c6762a38
 class GpuProcessDict(_Process, _Child):
@@ -226,7 +226,7 @@ class WorkerState:
     plugin_id: str | None = None
     plugin_name: str | None = None
     loaded_plugin_resource: str | None = None     # the model or other resource that the plugin has loaded
-    config: dict[str, Any] | None = handed_out(None)  # the plugin's configuration; a copy, as are the other two
+    config: dict[str, Any] | None = handed_out(None)  # the plugin's configuration; reading it gives a copy
     status: str = "idle"                          # "idle", "running", "stopping", or a word of the app's own
     execution_mode: str | None = None             # how the plugin runs its work, such as "subprocess"
     child_pids: list[int] = handed_out((), made=list)    # processes that the plugin declares as its own

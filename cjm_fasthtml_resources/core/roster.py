@@ -24,9 +24,9 @@ from .store import Store, boot_id
 def make_seal(
     config: Any,
     salt: str | None = None,   # `None`: a new one
-    mark: str = "",            # of `settings_mark`, to hand on with it
+    mark: str = "",            # of `settings_mark`, to pass on in the seal
 ) -> str:
-    "Return a seal of a configuration, which shows whether another one is the same, and hides its content"
+    "Return a seal of a configuration, which shows whether another configuration is the same, and hides the content"
     import hashlib  # when it is needed: importing it takes long
 
     salt = salt or ".".join([os.urandom(8).hex(), *([mark] if mark else [])])
@@ -40,7 +40,7 @@ def fits(
     return make_seal(config, seal.partition(":")[0]) == seal
 
 def mark_in(seal: str) -> str:
-    "Return the mark that was handed on with a seal, or \"\""
+    "Return the mark that a seal passes on, or \"\""
     return seal.partition(":")[0].partition(".")[2]
 
 # %% ../../nbs/core/roster.ipynb #7e11a00a
@@ -48,21 +48,21 @@ class WorkerRow(NamedTuple):
     "A worker, with what all processes of the app know about it"
     state: WorkerState
     starts: Mapping[int, float | None] = {}   # when its declared children started
-    seal: str | None = None                   # of its whole configuration; `None`: this process has that
+    seal: str | None = None                   # of its whole configuration; `None`: this process has all of it
     stopper: int | None = None                # the lease of the process that stops it
 
 def to_row(
     row: WorkerRow,
-    mark: Callable[[Any], str] = lambda config: "",   # of a configuration that this process knows, for its seal
+    mark: Callable[[Any], str] = lambda config: "",   # returns the mark of a known configuration, for the seal
 ) -> str:
-    "Return a worker as the file has it: its secrets are left out"
+    "Return a worker as a text for the file, with its secrets left out"
     seal = row.seal or make_seal(row.state.config, mark=mark(row.state.config))
     return json.dumps([vars(row.state.shown()), list(row.starts.items()), seal, row.stopper])
 
 # %% ../../nbs/core/roster.ipynb #ec18d2d2
 def from_row(
     text: str,
-    before: Mapping[int, WorkerState] = {},   # what this process knew, by PID
+    before: Mapping[int, WorkerState] = {},   # the workers that this process knew, by PID
 ) -> WorkerRow:
     "Return a worker from the file"
     fields, starts, seal, stopper = json.loads(text)
@@ -79,13 +79,13 @@ class Rows(NamedTuple):
     "The rows of an app, in the order of registration"
     here: list[str]        # of this PID namespace
     elsewhere: list[str]   # of others: their workers are shown, and their PIDs are ignored here
-    over: list[int]        # numbers of the rows whose worker has ended, as has the process that registered it
+    over: list[int]        # numbers of the rows whose worker and registering process have both ended
 
 def _is_gone(process: ProcessId) -> bool:
     return is_free(process.pid) if process.start_time is None else has_ended(*process)
 
 def _divide(found: Iterable[tuple[Any, ...]], boot: str) -> Rows:
-    "Return rows by where their processes are, and which are over; of each registering process this is asked once"
+    "Return the rows by PID namespace, and those that are over; each registering process is checked once"
     rows, gone, here = Rows([], [], []), dict[ProcessId, bool](), pid_namespace()
     for seq, text, pid, start, by_pid, by_start, space, row_boot in found:
         if row_boot != boot: rows.over.append(seq)
@@ -138,7 +138,7 @@ def forget_needs(
     plugin: str,             # its name, as it is shown
     app: str | None = None,  # `None`: of all apps
 ) -> int:
-    "Forget what a plugin needs, and return how many needs that were; `StoreError`"
+    "Forget a plugin's needs, and return their number; raise `StoreError` on failure"
     found = sum(len(days) for days in read_needs(store, app, plugin).values())
     if not found: return 0   # a missing file stays missing
     where, values = ("plugin = ?", [plugin]) if app is None else ("plugin = ? AND app = ?", [plugin, app])
@@ -162,7 +162,7 @@ class Roster:
     "The rows of one app's workers in a file"
     def __init__(self, store: Store, app: str) -> None:
         self.store, self.app, self.boot = store, app, boot_id()
-        self.mark: Callable[[Any], str] = lambda config: ""   # of a configuration, for processes that know less of it
+        self.mark: Callable[[Any], str] = lambda config: ""   # returns the mark of a configuration
 
     def version(self, db: Any) -> int:
         "Return how often the rows were changed"
@@ -194,7 +194,7 @@ class Roster:
         db.execute(_ADD_WORKER, [self.app, *worker, text, *this_process(), space, self.boot])
 
     def evidence(self, plugin: str, resource: str) -> Days:
-        "Return the usage of jobs of a plugin with its resource, by its settings; raise `StoreError` on failure"
+        "Return the usage of a plugin's jobs with a resource, by their settings; raise `StoreError` on failure"
         return read_needs(self.store, self.app, plugin, resource).get(self.app, {})
 
     def add(self, days: Days) -> None:
@@ -220,7 +220,7 @@ def write_giver(
     pid: int,              # of the worker
     job: str,
     lease: int,
-    jobs: Iterable[str],   # all that it has; notes of others are deleted
+    jobs: Iterable[str],   # all jobs that it has; notes of other jobs are deleted
 ) -> None:
     "Note that a worker has a job for as long as a lease is locked"
     db.execute(_GIVERS)
@@ -232,7 +232,7 @@ def write_giver(
 
 # %% ../../nbs/core/roster.ipynb #bb2af665
 def read_givers(db: Any, app: str) -> dict[tuple[int, str], int]:
-    "Return by worker's PID and job, as it is shown, the lease of the process that gave it"
+    "Return the lease of the process that gave a job, by the worker's PID and the shown name of the job"
     if not db.execute("SELECT 1 FROM sqlite_master WHERE name = 'givers'").fetchone(): return {}
     read = "SELECT pid, job, lease FROM givers WHERE app = ? AND space IS ?"
     return {(pid, job): lease for pid, job, lease in db.execute(read, [app, pid_namespace()]).fetchall()}

@@ -20,7 +20,7 @@ from typing import Any
 _REST = r"(?:[\w-]{16,}|(?=[\w-]*\d)[\w-]{8,})"   # long, or with a digit
 _WORD_BEFORE = "(?<![A-Za-z0-9])"                # outside of words such as "task-1"
 
-TOKENS = (   # in small letters, texts of which one occurs in each; and the pattern
+TOKENS = (   # texts in lower case, of which one occurs in each token; and the pattern
     (("sk-", "pk-", "rk-"), rf"{_WORD_BEFORE}(?:sk|pk|rk)-{_REST}"),   # OpenAI, Anthropic, OpenRouter, DeepSeek
     (("_live_", "_test_", "whsec_"), rf"[rs]k_(?:live|test)_{_REST}|whsec_{_REST}"),   # Stripe
     (("gho_", "ghp_", "ghr_", "ghs_", "ghu_", "github_pat_", "gl"),
@@ -45,7 +45,7 @@ _GIVEN = rf"(?:{_NAMES})\w{{0,20}}[\\\"']*\s*(?:=>|:=|[:=])\s*"   # `api_key=`, 
 
 _NAMED = ("key", "token", "secret", "passw", "passphrase", "pwd", "credential", "auth", "jwt", "dsn", "sig")
 
-SECRETS: tuple[tuple[tuple[str, ...], str, str], ...] = (   # texts of which one occurs, pattern, replacement
+SECRETS: tuple[tuple[tuple[str, ...], str, str], ...] = (   # texts of which one occurs in a match, pattern, replacement
     (("-----begin ",), r"(?s)-----BEGIN [^\n-]{1,40}-----.*?(?:-----END [^\n-]{1,40}-----|\Z)", "***"),   # PEM
     (("authorization", "cookie"), r"(?i)((?:authorization|cookie)[\\\"']*\s*[:=]\s*)[^\n]+", r"\1***"),   # to its end
     (("bearer", "basic"),
@@ -59,7 +59,7 @@ SECRETS: tuple[tuple[tuple[str, ...], str, str], ...] = (   # texts of which one
     *((occurs, token, "***") for occurs, token in TOKENS))
 
 def small_letters(text: str) -> str:
-    "Return a text so that each letter that a pattern takes for another one, whatever its case, is that one"
+    "Return a text in lower case, with letters replaced that `re` equates with ASCII letters when it ignores case"
     return text.casefold().replace("\u0131", "i").replace("\u0307", "")   # for `re`, an i with any dots is an i
 
 def _mask_known(text: str) -> str:
@@ -141,7 +141,7 @@ _PLAIN_WORD = (
 _FEW = 8   # numbers in a list that is shown
 
 def shown_value(value: Any) -> Any:  # plain JSON
-    "Return a number, a few of them, a boolean, `None` or a short word as it is, and a description of anything else"
+    "Return a number, a short list of them, a boolean, `None` or a short word unchanged; else a description"
     if value is None or type(value) is bool: return value
     if type(value) is int and abs(value) < 2**53: return value
     if type(value) is float and math.isfinite(value): return value
@@ -176,7 +176,7 @@ def _shown_field(key: Any, value: Any, depth: int) -> Any:
 
 def shown_config(
     config: Mapping[Any, Any],
-    depth: int = 0,   # how many mappings it is in
+    depth: int = 0,   # number of mappings around it
 ) -> dict[str, Any]:  # plain JSON, and the same for the same configuration
     "Return the part of a configuration that can be shown"
     shown: dict[str, Any] = {}
@@ -202,7 +202,7 @@ REMOTE_FIELDS = ("provider", "region", "instance_id", "status", "ssh_host", "gpu
 
 def redact(
     value: Any,
-    name: str = "",   # the field that it stands in
+    name: str = "",   # the field that has this value
 ) -> Any:
     "Return a value that can be shown: a text with secrets masked, a configuration, a number, or its type and size"
     if isinstance(value, Mapping): return shown_config(value)

@@ -47,7 +47,7 @@ def check_bounds(
     return check_number(value, name, bounds["minimum"], bounds["maximum"])
 
 class Setting:
-    "A class attribute for a number: each assigned value is held against the bounds of a schema"
+    "A class attribute for a number: each assigned value is checked against the bounds of a schema"
     def __init__(self, schema: Mapping[str, Any]) -> None: self.schema = schema
 
     def __set_name__(self, owner: type, name: str) -> None: self.name = name

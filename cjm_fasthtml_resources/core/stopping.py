@@ -38,7 +38,7 @@ _log = Log(__name__)
 def find_ended(
     table: WorkerTable | TableChange,
     worker: WorkerState,
-) -> list[ProcessId]:  # limited to those that were seen
+) -> list[ProcessId]:  # only processes that were seen running
     "Return a worker's process and the children that only it declared: stopping ends these, with their descendants"
     alone = {child: by[worker.pid] for child in worker.child_pids
              if (by := table.children.get(child) or {}).keys() == {worker.pid}}
@@ -50,8 +50,8 @@ def find_stoppable(
     workers: Workers,
     pid: int,
     me: ProcessId | None,   # this process, if its tree is the app's
-) -> tuple[WorkerState | None, list[ProcessId]]:  # the worker, if it is one, and the processes to end
-    "Return the processes that end with one; raise `PermissionError` if stopping it is forbidden"
+) -> tuple[WorkerState | None, list[ProcessId]]:  # the worker, if the PID is one, and the processes to end
+    "Return the processes that end with this one; raise `PermissionError` if stopping it is forbidden"
     info = read_process(pid)
     with workers.reading() as table:
         state = table.workers.get(pid)
@@ -110,7 +110,7 @@ def mark_all(
 def _clean_up(plugin: Any, grace: float) -> None:
     "Call a plugin's `force_cleanup`, and wait for it; the processes end even if it hangs"
     try: start_thread("force_cleanup", ask_plugin, plugin, "force_cleanup").join(grace)
-    except NoThreadError: ask_plugin(plugin, "force_cleanup")   # here, then; it can rent a machine that costs money
+    except NoThreadError: ask_plugin(plugin, "force_cleanup")   # call it on this thread: a rented machine costs money
 
 def end_worker(
     workers: Workers,
@@ -119,7 +119,7 @@ def end_worker(
     ends: list[ProcessId],
     grace: float,                # seconds between asking (SIGTERM) and killing (SIGKILL)
 ) -> None:
-    "Call its plugin's `force_cleanup`, end these processes, forget it; raise `TimeoutError` if one keeps running"
+    "Call the plugin's `force_cleanup`, end the processes, forget the worker; raise `TimeoutError` if one keeps running"
     with workers.last_read() as table:
         now, kept = table.workers.get(pid), table.plugins.get(pid)  # `None` if another process registered the worker
     if not state or not now or now.start_time != state.start_time: kept = None
@@ -157,14 +157,14 @@ def is_idle(worker: WorkerState) -> bool:
 def find_waiting(
     claims: Iterable[Claim],
 ) -> set[ProcessId]:
-    "Return the processes that a request is waiting for, with their ancestors"
+    "Return the processes for which requests wait, with their ancestors"
     holders = {c.holder for c in claims if c.device is None and c.space == pid_namespace()}
     found = [(holder, read_process(holder.pid)) for holder in holders]
     return {p for holder, info in found if info.start_time == holder.start_time for p in info.lineage}
 
 # %% ../../nbs/core/stopping.ipynb #2709c61e
 def own_lineage() -> set[ProcessId]:
-    "Return this process and its ancestors: a server can be registered itself, and is never stopped by its own app"
+    "Return this process and its ancestors, which keep running even if they are registered as workers"
     return set(read_process(os.getpid()).lineage)
 
 def find_used(
@@ -184,7 +184,7 @@ def find_idle(
     workers: Workers,
     needed: Collection[ProcessId],   # processes that must keep running
 ) -> list[WorkerState]:
-    "Return the idle workers except those, the least recently used first"
+    "Return the idle workers, the least recently used first; those that end a needed process are left out"
     with workers.reading() as table:
         all_of_them = list(table.workers.values())
         used = find_used(workers, table, all_of_them, needed)
@@ -206,7 +206,7 @@ def find_ends(
     table: TableChange,
     worker: WorkerState,                  # as it was seen
     needed: Collection[ProcessId] = (),   # processes that must keep running
-) -> list[ProcessId]:  # empty if it has a job by now, was replaced, or another call is at a worker
+) -> list[ProcessId]:  # empty if it has a job by now, was replaced, or another call is stopping a worker
     "Return the processes that end with an idle worker"
     now, all_of_them = table.workers.get(worker.pid), list(workers.table.workers.values())
     if now is None or now.start_time != worker.start_time: return []
@@ -221,7 +221,7 @@ def mark_idle(
     lease: int,
     needed: Collection[ProcessId] = (),
 ) -> list[ProcessId]:  # the processes to end; empty as in `find_ends`
-    "Take an idle worker out of use, with those that end with it"
+    "Take an idle worker out of use, with the workers that end with it"
     with workers.changing() as table:
         if ends := find_ends(workers, table, worker, own_lineage().union(needed)):
             mark_all(table, list(workers.table.workers.values()), ends, lease)
@@ -241,7 +241,7 @@ def await_release(
     until = time.monotonic() + RELEASE_WITHIN
     while gone & {p.pid for d in conflict.allowed for p in d.processes}:
         if time.monotonic() > until:
-            raise ResourceBusy(f"the worker with PID {worker.pid} was stopped, "
-                               f"but its GPU memory is not free after {RELEASE_WITHIN:g} s", conflict)
+            raise ResourceBusy(f"Stopped worker {worker.pid}, but the driver has not released its GPU memory "
+                               f"after {RELEASE_WITHIN:g} s", conflict)
         time.sleep(0.05)
         conflict = check()

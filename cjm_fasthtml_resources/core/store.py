@@ -59,14 +59,14 @@ def store_path() -> Path:
     "Return the path of this user's database on this machine; raise `StoreError` if the home folder is missing"
     return state_folder()/"resources.sqlite"
 def tables_path() -> Path:
-    "Return the path of the database with this user's workers: the same one, unless a group shares the folder"
+    "Return the path of the database with this user's workers: `store_path()`, unless a group shares the folder"
     return own_folder(state_folder())/"resources.sqlite"
 
 # %% ../../nbs/core/store.ipynb #74003466
 def _short(text: str) -> str: return f"{zlib.crc32(text.encode()):08x}"   # a check then imports less
 
 def queue_id(
-    boot: str,     # of the machine
+    boot: str,     # of `boot_id`
     path: Path,    # of the file
 ) -> str:
     "Return a short text that is the same for all programs that share a queue, and for them alone"
@@ -75,7 +75,7 @@ def queue_id(
     return _short(f"{boot} {where}")
 
 def find_ids() -> tuple[str, str | None]:
-    "Return a text for this machine since its boot, and one for the queue here; `None` if the home folder is missing"
+    "Return texts for this boot of the machine and for its queue; the second is `None` if the home folder is missing"
     boot = boot_id()
     try: return _short(boot), queue_id(boot, store_path())
     except StoreError: return _short(boot), None
@@ -91,7 +91,7 @@ def make_in_memory() -> "sqlite3.Connection":
 # %% ../../nbs/core/store.ipynb #10ea59a6
 @block
 def nested_transaction(db: "sqlite3.Connection") -> Iterator[None]:
-    "Open a transaction for the block, or make the block a part of the one that is open, as for a reading in a change"
+    "Open a transaction for the block; if one is open, as when a change also reads, make the block a part of it"
     nested = db.in_transaction
     try:
         try:
@@ -101,7 +101,7 @@ def nested_transaction(db: "sqlite3.Connection") -> Iterator[None]:
         finally:
             if not nested and db.in_transaction: db.execute("ROLLBACK")
     finally:
-        if not nested and db.in_transaction: db.execute("ROLLBACK")   # if an interruption came just before the first
+        if not nested and db.in_transaction: db.execute("ROLLBACK")   # an interruption can skip the first rollback
 
 # %% ../../nbs/core/store.ipynb #9a7f1c52
 class Draft:
@@ -131,7 +131,7 @@ class Store:
         reset_in_child(self)
 
     def after_fork(self) -> None:
-        "Start empty, also in a fork's child, where the memory still has the parent's"
+        "Start empty, also in a fork's child, whose memory still has the parent's data"
         self._lock = threading.RLock()                    # for `_memory` and `_db`
         self._known: tuple[Header, bytes] = (NO_HEADER, b"")   # the last reading
         self._memory: tuple[int, bytes] = (0, b"")        # how often the ledger was changed, and the ledger
@@ -140,7 +140,7 @@ class Store:
         if self.path is not None and waited_in_vain(): poison(self.path)
 
     def read(self) -> tuple[int, bytes]:
-        "Return how often the ledger was changed, and the ledger, at once and by reading alone"
+        "Return the number of changes so far, and the ledger's bytes; this only reads, and returns at once"
         if self.path is None or self.lock_path is None: return self._memory
         with _explained(self.path):
             self._forbid_replaced()
@@ -189,13 +189,13 @@ class Store:
             with self.transaction(): pass
 
     def glance(self) -> tuple[object, float]:
-        "Return a mark of the ledger's content, and when the devices were read, with one system call"
+        "Return a value that changes with the ledger, and when the devices were last read; needs one system call"
         if (file := self.leases.file) is None: return self._memory[0], self._looked_at
         with _explained(self.path): header = read_header(file)
         return (header.world, header.serial, header.checksum), header.looked_at
 
     def take_turn(self, seconds: float) -> bool:
-        "Return whether the devices were unread for so many seconds; the process that gets True has to read them"
+        "Return whether the devices' last reading is `seconds` old; the process that gets True has to read them"
         now = machine_time()
         with _explained(self.path), _to_write(self.lock_path) as file:
             at = self._looked_at if file is None else read_header(file).looked_at
@@ -266,7 +266,7 @@ def _is_of_sqlite(error: Exception) -> bool:
 # %% ../../nbs/core/store.ipynb #995a1b46
 @block
 def _to_write(path: Path | None) -> Iterator[FileIO | None]:
-    "Open the lock file for a number in its header; `None` in memory"
+    "Open the lock file to write a number into its header; yield `None` for a store in memory"
     if path is None: yield None
     else:
         with FileIO(path, "r+") as file: yield file
@@ -290,7 +290,7 @@ def _read_ledger(path: Path, lock_path: Path, known: tuple[Header, bytes]) -> tu
 def open_tables(
     store: Store,   # with the ledger
 ) -> Store:
-    "Return the store with this user's tables, its files made; raise `StoreError` if one is unusable"
+    "Make the files of this user's tables, and return their store; raise `StoreError` if a file is unusable"
     path = None if store.path is None else own_folder(store.path.parent)/store.path.name
     tables = store if path == store.path else Store(path)
     if tables is not store: store.read()   # raises at once if the file is unusable

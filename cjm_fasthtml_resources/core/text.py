@@ -28,7 +28,7 @@ def format_age(
 # %% ../../nbs/core/text.ipynb #00bc027a
 def list_names(
     names: Sequence[str],  # the most important first
-    left_out: int = 0,     # further ones, after at least three names
+    left_out: int = 0,     # number of further names, after at least three
 ) -> str:
     "Return the first three names, and how many more there are"
     rest = len(names[3:]) + left_out

@@ -22,9 +22,9 @@ def _write(span: Sequence[int]) -> list[str]:
     return list(map(str, span)) if len(span) < 3 else [f"{span[0]} to {span[-1]}"]
 
 def name_devices(
-    ids: Iterable[int | str],   # as the devices have them
+    ids: Iterable[int | str],   # such as 0, or "ada:0" in a cluster
 ) -> str:  # empty for empty `ids`
-    "Return the ids of devices as people write them: those that follow each other as a span"
+    "Return the ids of devices in words; three or more consecutive ones become a span, such as 4 to 7"
     found = dict.fromkeys(ids)
     numbers = sorted(i for i in found if isinstance(i, int))
     spans = [[n for _, n in group] for _, group in groupby(enumerate(numbers), lambda pair: pair[1] - pair[0])]
@@ -38,14 +38,14 @@ def name_devices(
 class Total:
     "The memory of one user's or app's processes together"
     name: str
-    processes: int                       # each once, on however many devices it is
+    processes: int                       # how many; each counts once, even on several devices
     memory: int                          # bytes
     devices: tuple[int | str, ...]       # their ids
-    silent: int = 0                      # of these processes, those whose memory is unknown on some device
+    silent: int = 0                      # how many of them have unknown memory on some device
 
     @property
     def size(self) -> str:
-        "Return the sum in words; where some memory is unknown, the least that it is"
+        "Return the sum in words; with 'at least' if some memory is unknown"
         if self.silent and not self.memory: return "unknown"
         return f"at least {format_bytes(self.memory)}" if self.silent else format_bytes(self.memory)
 
@@ -73,9 +73,9 @@ def _sum_up(name: str, parts: Sequence[_Part]) -> Total:
 
 def sum_by(
     devices: Iterable[DeviceStatus],
-    name_of: Callable[[OwnedProcess, DeviceStatus], str],   # whose sum a process counts for
+    name_of: Callable[[OwnedProcess, DeviceStatus], str],   # returns the group of a process
 ) -> list[Total]:  # the largest first
-    "Return the memory of the processes on these devices, by the group of each one"
+    "Return the memory of the processes on these devices, added up by group"
     parts: dict[str, list[_Part]] = {}
     def add(part: _Part) -> None: parts.setdefault(part.name, []).append(part)
     for d in devices:
@@ -89,7 +89,7 @@ def sum_by_user(devices: Iterable[DeviceStatus]) -> list[Total]:  # the largest 
     return sum_by(devices, lambda process, _: process.username or "unknown user")
 
 def _app_of(process: OwnedProcess, device: DeviceStatus) -> str:
-    "Return the app that a process belongs to, as far as that is seen"
+    "Return the app that a process belongs to, or else its container or name"
     if process.owner == "app": return "this app"
     if process.owner == "unknown": return "unknown"
     known = next((p.app for p in device.promises if p.pid == process.pid and p.app), None)

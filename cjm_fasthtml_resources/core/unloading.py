@@ -38,7 +38,7 @@ def has_loaded(worker: WorkerState) -> bool:
 def find_unloader(
     worker: WorkerState,
     asked: AskedPlugin | None,   # the plugin that this process has
-    unload: Unload | None,       # the app's
+    unload: Unload | None,       # the app's function
 ) -> Callable[[], Any] | None:  # `None`: it cannot unload, or has unloaded
     "Return the call that unloads a worker"
     try: release = getattr(asked.plugin, "release", None) if asked else None
@@ -49,7 +49,7 @@ def find_unloader(
     return partial(unload, worker) if unload and has_loaded(worker) else None
 
 # %% ../../nbs/core/unloading.ipynb #7ce4fc87
-REFUSED = "it refused"   # and has its model still
+REFUSED = "it refused"   # the worker still has its model
 
 def ask_to_unload(
     call: Callable[[], Any],   # of `find_unloader`

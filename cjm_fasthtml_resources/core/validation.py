@@ -70,7 +70,7 @@ from .store import StoreError
 from .text import format_bytes, list_names
 
 # %% ../../nbs/core/validation.ipynb #1b331914
-_all_ = ["Option", "OptionKind"]   # of a result's `options`
+_all_ = ["Option", "OptionKind"]   # the types of a result's `options`
 
 # %% ../../nbs/core/validation.ipynb #50743bae
 _log = Log(__name__)
@@ -82,13 +82,13 @@ class ValidationAction(Enum):
     RELOAD_PLUGIN = "reload_plugin"                  # the worker must load the plugin or the model first
     WAIT_FOR_JOB = "wait_for_job"                    # a running job must end, or a reservation of this app
     WAIT_FOR_OTHER_WORKER = "wait_for_other_worker"  # another process of this app must give its memory back
-    USER_INTERVENTION = "user_intervention"          # other programs use the memory: a person has to see to it
-    ABORT = "abort"                                  # it is impossible here
+    USER_INTERVENTION = "user_intervention"          # other programs use the memory: a person has to act
+    ABORT = "abort"                                  # the job is impossible here
 
 # %% ../../nbs/core/validation.ipynb #494390b8
 def _suggest(
     action: ValidationAction,
-    worker: WorkerState | None,    # that would do the job, or that uses the memory
+    worker: WorkerState | None,    # the one that would do the job, or that uses the memory
 ) -> tuple[bool, str]:  # whether waiting can help, and what to do
     "Return the advice for a job that is blocked"
     if action is ValidationAction.USER_INTERVENTION:
@@ -109,24 +109,24 @@ class ValidationResult:
     can_proceed: bool                             # also True where the plugin only has to be loaded first
     message: str                                  # a sentence for people: which processes, how much, which PID
     conflict: ResourceConflict | None = None      # the check's result, if one was needed
-    current_worker: WorkerState | None = None     # the worker that would do it, or that uses the memory
-    plugin_name_to_reload: str | None = None      # what to load on `current_worker`
-    new_config: dict[str, Any] | None = handed_out(None)  # to load it with; can hold keys
-    device: GpuDevice | None = None               # the GPU to use, the first of several, if it needs one
-    options: tuple[Option, ...] = ()              # the ways out of a refusal, the soonest first; `message` has them
+    current_worker: WorkerState | None = None     # the worker that would do the job, or that uses the memory
+    plugin_name_to_reload: str | None = None      # the plugin to load on `current_worker`
+    new_config: dict[str, Any] | None = handed_out(None)  # the configuration to load it with; it can contain API keys
+    device: GpuDevice | None = None               # the GPU to use, or the first of several, if it needs one
+    options: tuple[Option, ...] = ()              # the ways out of a refusal, the soonest first, also in `message`
     devices: tuple[GpuDevice, ...] = ()           # the GPUs to use, for a job on several
 
     @property
     def verdict(self) -> str:
-        "Return the message up to the ways out"
+        "Return the part of the message before the ways out"
         return self.message.removesuffix(f" {explain_options(self.options)}")
     @property
     def env(self) -> dict[str, str]:
-        "Return environment variables that limit a new worker to that device"
+        "Return environment variables that limit a new worker to the GPUs to use"
         return self._choice.env if self.device else {}
     @property
     def env_by_index(self) -> dict[str, str]:
-        "Return the same with numbers, for programs that read numbers alone; raise `LookupError` for a MIG instance"
+        "Return `env` with GPU numbers in place of UUIDs; raise `LookupError` for a MIG instance"
         return self._choice.env_by_index if self.device else {}
     @property
     def _choice(self) -> GpuChoice: return GpuChoice(self.devices or ((self.device,) if self.device else ()))
@@ -165,7 +165,7 @@ def _with_resource(plugin: str | None, resource: str | None) -> str:
 
 def describe_worker(
     worker: WorkerState,
-    devices: Sequence[DeviceStatus] = (),   # to name the memory that it uses of each
+    devices: Sequence[DeviceStatus] = (),   # for each, the memory that the worker uses is named
 ) -> str:
     "Describe a worker in words: its type, PID, plugin, job and memory"
     loaded = _with_resource(worker.plugin_name or worker.plugin_id, worker.loaded_plugin_resource)
@@ -178,10 +178,10 @@ def describe_worker(
 # %% ../../nbs/core/validation.ipynb #6820545c
 def free_devices(
     devices: Sequence[DeviceStatus],
-    need: float | None,                # bytes on each; `None`: unknown
+    need: float | None,                # bytes on each device; `None`: unknown
     using: Sequence[WorkerState],      # the workers that use the devices
-    count: int = 1,                    # of the devices that the job is for
-) -> list[DeviceStatus]:  # empty for too few
+    count: int = 1,                    # how many devices the job needs
+) -> list[DeviceStatus]:  # empty if too few are free
     "Return the devices with the most room on which a job could start"
     candidates = usable(devices)
     if need is not None: return most_room((d for d in candidates if d.room >= need), count)
@@ -218,9 +218,9 @@ def could_have_room(
     devices: Sequence[DeviceStatus],
     need: float | None,                # bytes; `None`: unknown
     workers: Sequence[WorkerState],    # assumed to free their memory
-    count: int = 1,                    # of the devices that the job is for
+    count: int = 1,                    # how many devices the job needs
 ) -> bool:
-    "Return whether a device, or so many, would have room once these workers have freed their memory"
+    "Return whether `count` devices would have room once these workers have freed their memory"
     return most_room((d for d in usable(devices) if _could_start(d, need, _freed(d, workers))), count) != []
 
 # %% ../../nbs/core/validation.ipynb #cccc4e03
@@ -234,7 +234,7 @@ def only_device(
     conflict: ResourceConflict,   # of `check_gpu_availability`
     device: Any,                  # as a plugin's configuration names it
 ) -> ResourceConflict:
-    "Return the same answer for the one device that is named, if one is"
+    "Return the check for the named device alone, or for all if none is named"
     place = device_place(device)
     if place is None or conflict.status is ResourceStatus.UNAVAILABLE: return conflict
     count = len(conflict.devices)
@@ -252,7 +252,7 @@ def _result(
     message: str,
     conflict: ResourceConflict | None = None,
     worker: WorkerState | None = None,
-    **fields: Any,    # more of a result's
+    **fields: Any,    # further fields of the result
 ) -> ValidationResult:
     can_proceed = action in (ValidationAction.PROCEED, ValidationAction.RELOAD_PLUGIN)
     return ValidationResult(action, can_proceed, message, conflict, worker, **fields)
@@ -266,10 +266,11 @@ def decide_on_cpu(
     "Decide whether a job on the CPU can start"
     message = f"{why}. {memory.message}"
     if memory.status is ResourceStatus.AVAILABLE: return _result(ValidationAction.PROCEED, message, memory)
+    if memory.status is ResourceStatus.UNAVAILABLE: return _result(ValidationAction.ABORT, message, memory)
     if memory.status is ResourceStatus.EXTERNAL_BUSY:
         return _result(ValidationAction.USER_INTERVENTION, message, memory)
     if busy := next(filter(is_at_work, workers), None):
-        said = f"{message} Running a job: {describe_worker(busy)}."
+        said = f"{message} Busy with a job: {describe_worker(busy)}."
         return _result(ValidationAction.WAIT_FOR_JOB, said, memory, busy)
     message += " No running job would free it when it finishes."
     return _result(ValidationAction.WAIT_FOR_OTHER_WORKER, message, memory, next(iter(workers), None))
@@ -285,13 +286,13 @@ class Job:
     worker_type: str
     memory: float | None  # bytes of GPU memory; `None`: unknown
     concurrent: bool = False  # whether it can share the model of a worker that is running another job
-    job_id: str | None = None # its name, if a worker can have it already
+    job_id: str | None = None # its name, if a worker can already be registered with it
     count: int = 1        # how many GPUs it uses together, each with that much memory
 
     def __repr__(self) -> str: return shown_repr("Job", vars(self))
 
     def loaded_on(self, worker: WorkerState) -> bool:
-        "Return whether a worker has loaded just this, on the same device if both name one"
+        "Return whether a worker has loaded this plugin and resource, on the same device if both name one"
         by_name = worker.plugin_id is None
         same_plugin = worker.plugin_name == self.plugin_name if by_name else worker.plugin_id == self.plugin_id
         if worker.loaded_plugin_resource is None: same_resource = compare_plugin_resources(worker.config, self.config)
@@ -305,7 +306,7 @@ class Job:
 
 # %% ../../nbs/core/validation.ipynb #b797d391
 def free_for(worker: WorkerState, job: Job) -> WorkerState:
-    "Return a worker as it is for a job: idle if this is its job"
+    "Return a worker as a job sees it: idle if the worker is registered with this job"
     is_its_own = job.job_id is not None and worker.job_id == job.job_id
     return replace(worker, job_id=None, status="idle") if is_its_own else worker
 
@@ -322,14 +323,14 @@ def holds_nothing(
 def has_loaded(
     job: Job,
     worker: WorkerState,
-    devices: Sequence[DeviceStatus],   # those in question
+    devices: Sequence[DeviceStatus],   # the devices that the job could use
 ) -> bool:
-    "Return whether a worker has loaded just the job's model, and still has its memory where that is known"
+    "Return whether a worker has loaded the job's model, and still uses memory as far as that is known"
     return job.loaded_on(worker) and not (job.memory and holds_nothing(worker, devices))
 
 # %% ../../nbs/core/validation.ipynb #208c26e2
 def _device_of(worker: WorkerState, conflict: ResourceConflict) -> GpuDevice | None:
-    "Return the device on which a worker uses most"
+    "Return the device on which a worker uses the most memory"
     used = held_by(worker, conflict.devices)
     on = [d.device for d in conflict.devices if d.device.id in used]
     return max(on, key=lambda device: used[device.id], default=None)
@@ -348,7 +349,7 @@ def _reload(job: Job, worker: WorkerState, conflict: ResourceConflict) -> Valida
 # %% ../../nbs/core/validation.ipynb #22533c57
 def decide_for_worker(
     job: Job,
-    worker: WorkerState,            # that the job is for
+    worker: WorkerState,            # the one that the job is for
     conflict: ResourceConflict,     # of `check_gpu_availability`
 ) -> ValidationResult | None:  # `None`: the devices decide
     "Decide whether the worker that a job is for can take it"
@@ -369,7 +370,7 @@ def _need(job: Job) -> str:
     return "" if job.memory is None else f"The job needs {format_bytes(job.memory)}{_on_each(job)}. "
 
 def _lack(job: Job, devices: Sequence[DeviceStatus]) -> str:
-    "Return the job's need and the free memory, where that is less; empty where the need is unknown"
+    "Return a sentence with the job's need and the free memory if that is less; else an empty text"
     there = usable(devices)
     lacking = [d for d in there if d.room < (job.memory or 0)]
     if job.memory is None or (most := closest(lacking, job.memory)) is None: return ""
@@ -378,7 +379,7 @@ def _lack(job: Job, devices: Sequence[DeviceStatus]) -> str:
     return f"The job needs {need}{_on_each(job)}. {have}GPU {most.device.id} has {free} free. "
 
 def _too_much(job: Job, devices: Sequence[DeviceStatus]) -> str:   # empty if it could run here
-    "Return that a job needs more than the devices have for programs"
+    "Return a sentence if a job needs more than programs can use on the devices"
     if len({d.device.pool for d in usable(devices)}) < job.count:
         return f"The job needs {job.count} GPUs; {len(usable(devices))} can be used here."
     if job.memory is None or job.memory <= (most := largest_capacity(devices, job.count)): return ""
@@ -408,8 +409,8 @@ def decide_by_workers(
 def _explain_reserved(
     job: Job,
     devices: Sequence[DeviceStatus],
-) -> str | None:  # `None`: releasing them would be useless
-    "Name the reservations of this app after whose release a device would do"
+) -> str | None:  # `None`: their release would be too little
+    "Name the reservations of this app whose release would free enough memory on a device"
     would_do = [d for d in devices if _could_start(d, job.memory, d.promised("app"))]
     found = [d for d in would_do if d.promised("app")]
     if not found or not most_room(would_do, job.count): return None
@@ -423,7 +424,7 @@ def _filled_by_app(job: Job, devices: Sequence[DeviceStatus]) -> list[DeviceStat
     return found if most_room(found, job.count) else []
 
 def decide_without_workers(job: Job, conflict: ResourceConflict) -> ValidationResult:
-    "Decide who has to act besides workers: this app, or other programs, which are named"
+    "Decide whether this app or other programs have to free memory, and name them"
     devices = usable(conflict.devices)
     if reserved := _explain_reserved(job, devices):
         return _result(ValidationAction.WAIT_FOR_JOB, _need(job) + reserved, conflict)
@@ -455,7 +456,7 @@ def decide_by_device(
     conflict: ResourceConflict,      # for the devices in question
     own: WorkerState | None = None,  # the worker that the job is for; it frees its memory first
 ) -> ValidationResult:
-    "Decide whether a job can start on a worker that has it loaded, or on a device"
+    "Decide whether a job can start on a worker that has its model loaded, or on a device"
     devices, need = conflict.devices, job.memory
     ready = [w for w in workers if w.worker_type == job.worker_type and has_loaded(job, w, devices)]
     if able := [w for w in ready if not is_at_work(w)] or [w for w in ready if job.may_share(w)]:
@@ -474,7 +475,7 @@ def _expected_need(
     manager: ResourceManager,
     job: Job,
 ) -> float | None:  # bytes; `None`: unknown
-    "Return the GPU memory that the job's plugin and resource were seen to use"
+    "Return the observed GPU memory of the job's plugin and resource"
     resource = need_key(job.plugin_name, job.needs.plugin_resource or "", devices=job.count).resource
     try: expected = manager.expected_gpu_memory_mb(job.plugin_name, resource)
     except StoreError as error:
@@ -501,7 +502,7 @@ def _can_start(
     conflict: ResourceConflict,
     own: WorkerState | None,
 ) -> bool:
-    "Return whether a job can start on devices; False where every one is unusable"
+    "Return whether a job can start on these devices; False if all of them are unusable"
     there = conflict.status is not ResourceStatus.UNAVAILABLE
     return there and decide_on_gpu(job, workers, conflict, own).can_proceed
 
@@ -511,7 +512,7 @@ def _other_device(
     whole: ResourceConflict,           # for all devices
     own: WorkerState | None,
 ) -> list[Option]:
-    "Return another visible device on which the job could start, where it names one"
+    "Return another visible device on which the job could start, if the job names a device"
     place, found = device_place(job.needs.device), dict[int, DeviceStatus]()
     if place is None: return []
     for i, device in enumerate(whole.devices):
@@ -523,7 +524,7 @@ def _other_device(
                    f"plugin_config['device'] = 'cuda:{best}'")]
 
 def _other_instance(job: Job, whole: ResourceConflict) -> list[Option]:
-    "Return an instance of MIG that only another process can use, where it has room"
+    "Return a MIG instance that only another process can use, if it has room"
     if job.memory is None or job.count > 1: return []
     best = roomiest(d for d in usable(whole.other_instances) if d.room >= (job.memory or 0))
     if best is None: return []
@@ -563,7 +564,7 @@ def with_options(result: ValidationResult, options: Sequence[Option]) -> Validat
 
 # %% ../../nbs/core/validation.ipynb #342f138f
 def known_durations(manager: ResourceManager) -> Durations:
-    "Return the function for the durations of jobs, which are unknown while the shared file is unreadable"
+    "Return a function for the durations of earlier jobs; it returns `None` while the shared file is unreadable"
     def durations(plugin_name: str, resource: str) -> tuple[float, float] | None:
         try: return manager.needs.durations(plugin_name, resource)
         except StoreError as error:
@@ -643,11 +644,11 @@ def validate_resources_for_job(
     worker_type: str = "transcription",              # the type of worker that does such jobs
     *,
     gpu_memory_mb: float | None = None,              # MiB that the job needs; `None`: as declared, or as learned
-    memory_threshold_percent: float = 90.0,          # of RAM; from this share on, it is short
+    memory_threshold_percent: float = 90.0,          # the used part of RAM from which it counts as short
     concurrent: bool = False,                        # whether it can share the model of a worker that runs another job
     cluster: ChecksHosts | None = None,              # a `ClusterResources`, to name another host where there is room
-    job_id: str | None = None,                       # the job, if its worker has it already: it is idle for that one
-    n: int | None = None,                            # how many GPUs together, each with that much; `None`: as declared
+    job_id: str | None = None,                       # the job, if its worker has it already: it then counts as idle
+    n: int | None = None,                            # how many GPUs at once, each with this memory; `None`: as declared
 ) -> ValidationResult:
     """Decide whether this job can start now, and otherwise the next step and the ways out.
 

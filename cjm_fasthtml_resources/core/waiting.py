@@ -35,33 +35,33 @@ def _holders(
 @dataclass(frozen=True)
 class ReservationRow:
     "A row for a reservation, or for a waiting request"
-    place: str     # of the device; of a request, those that suit it
+    place: str     # the device's id; for a request, the ids of all suitable devices
     pid: int
     owner: str
-    who: str       # the process
+    who: str       # the process in words
     app: str
     state: str
     memory: int    # bytes
     id: int = 0    # as `cjm-resources queue` shows it
-    age: str = ""  # for how long; empty if that is unknown
-    count: int = 1     # of the devices that a request waits for together, with so much memory on each
-    note: str = ""     # why a request waits, behind which, and when it is expected to start; or a hint for a holder
-    is_known: bool = True   # whether that is known
+    age: str = ""  # how long it has existed, such as 2 min; empty if unknown
+    count: int = 1     # how many devices a request needs at once, each with `memory`
+    note: str = ""     # why a request waits, behind which one, and its expected start; or a hint on a reservation
+    is_known: bool = True   # whether a request's expected start is known
 
     @property
     def waits(self) -> bool: return self.state.startswith("waits")
     @property
     def size(self) -> str:
-        "The memory, and on how many devices a request waits for so much"
+        "The memory in words; with the number of devices if a request needs several"
         return f"{format_bytes(self.memory)} x {self.count}" if self.count > 1 else format_bytes(self.memory)
     @property
     def number(self) -> str:
-        "Return the name of a request or a reservation in sentences"
+        "Return how sentences name this row, such as Request 7"
         kind = "Request" if self.waits else "Reservation"
         return f"{kind} {self.id}" if self.id else self.state.removeprefix("waits, ").capitalize()
 
 def _age(since: float | None) -> str:
-    "Return for how long something is so; empty if that is unknown"
+    "Return the time since then in words; empty if it is unknown"
     return format_age(None if since is None else machine_time() - since)
 
 def _of(row: Promise | Waiting) -> str:
@@ -76,7 +76,7 @@ def _reserved(place: int | str, promise: Promise, who: str) -> ReservationRow:
 
 # %% ../../nbs/core/waiting.ipynb #774fcbc3
 def _note(request: Waiting) -> str:
-    "Return a request's note below its row; empty where it is unknown"
+    "Return the note that is shown below a request's row"
     from cjm_fasthtml_resources.core.expected import describe_start  # when it is used: most queues are empty
 
     is_told = request.behind is None or f" {request.behind}," in request.why
@@ -96,7 +96,7 @@ def _waits(request: Waiting, name: str | None) -> ReservationRow:
 def row_notes(
     rows: Sequence[ReservationRow],   # that are shown
 ) -> list[str]:  # sentences
-    "Return hints on reservations, why requests wait and their expected starts, with the unknown ones in one line"
+    "Return the notes of the rows; requests whose note and start are unknown share one line"
     def tell(row: ReservationRow) -> str:
         return f"{row.number}: {row.note}" + (" Expected start: unknown." if row.waits and not row.is_known else "")
 
@@ -110,7 +110,7 @@ def row_notes(
 # %% ../../nbs/core/waiting.ipynb #29421fbb
 def reservation_rows(
     devices: Sequence[DeviceStatus],
-    waiting: Iterable[Waiting] = (),   # in the order of asking
+    waiting: Iterable[Waiting] = (),   # in the order in which they were made
     workers: Iterable[WorkerState] = (),   # of this app, which are named by type, plugin and job
 ) -> list[ReservationRow]:
     "Return a row for each reservation on these devices, and then for each waiting request"
@@ -124,12 +124,12 @@ def reservation_rows(
 _UUID = re.compile(r"((?:MIG-)?(?:GPU|MIG)-[\da-f]{4})[\da-f]{4}-[\da-f-]{20,}.*", re.IGNORECASE)
 
 def shorten_uuids(
-    ids: Iterable[int | str],   # of devices; of an unreadable one, its UUID
+    ids: Iterable[int | str],   # of devices; an unreadable device has its UUID here
 ) -> list[int | str]:
-    "Return ids of devices as a table has them: of a UUID the beginning"
+    "Return ids of devices as a table shows them: only the beginning of a UUID"
     return [_UUID.sub(r"\1…", id) if isinstance(id, str) else id for id in ids]
 
-def name_unread(ids: Iterable[int | str]) -> str:  # empty where all are read
+def name_unread(ids: Iterable[int | str]) -> str:  # empty if all are readable
     "Return a sentence about the devices that are known by their UUIDs alone"
     unread = [id for id in shorten_uuids(ids) if isinstance(id, str) and id.endswith("…")]
     return f"{name_devices(unread).removeprefix('GPU ')} are unreadable now." if unread else ""

@@ -14,7 +14,7 @@ from .forks import reset_in_child
 
 # %% ../../nbs/core/waking.ipynb #4ef58058
 class Wakers:
-    "The threads of a process that wait, by the lease of their request. For any thread, signal handlers and finalizers"
+    "The waiting threads of a process, by the lease of their request. Safe from any thread, signal handler or finalizer"
     def __init__(self) -> None:
         self.after_fork()
         reset_in_child(self)
@@ -36,7 +36,7 @@ class Wakers:
         self,
         leases: Iterable[int],
     ) -> None:
-        "Wake the threads that wait for these, those of this process"
+        "Wake the threads of this process that wait for these leases"
         if not self._queues: return   # most often
         for lease in leases:
             if (found := self._queues.get(lease)) is not None and found.empty(): found.put(None)

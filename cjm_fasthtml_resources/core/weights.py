@@ -32,7 +32,7 @@ class Weights:
     "The tensors of a file, or of several"
     tensors: int = 0                                                # how many
     dtypes: dict[str, int] = field(default_factory=dict, hash=False)  # bytes by type, the most first
-    adapter: bool = False                                           # they change another model, which is elsewhere
+    adapter: bool = False                                           # whether they add to a base model elsewhere
 
     @property
     def size(self) -> int:
@@ -80,7 +80,7 @@ LONGEST_HEADER = 100_000_000   # bytes
 _MOST_TENSORS = 250_000        # the largest models have about 150,000, in many files
 
 def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    "Return an object of JSON; `ValueError` if a key is there twice, which the format rules out"
+    "Return a JSON object; raise `ValueError` if a key occurs twice, which the format forbids"
     found = dict(pairs)
     if len(found) < len(pairs): raise ValueError("a name occurs twice")
     return found
@@ -89,7 +89,7 @@ def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def parse_json(
     text: bytes,
 ) -> dict[str, Any]:
-    "Return an object of JSON; `ValueError` for anything else"
+    "Return a JSON object; raise `ValueError` for any other text"
     try: found = json.loads(text.decode(), object_pairs_hook=_distinct)
     except RecursionError: raise ValueError("it is nested too deeply") from None
     if not isinstance(found, dict): raise ValueError("it is not a JSON object")
@@ -115,7 +115,7 @@ def read_header(
 # %% ../../nbs/core/weights.ipynb #052a174b
 BITS = {"BOOL": 8, "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6, "U8": 8, "I8": 8, "F8_E5M2": 8, "F8_E4M3": 8, "F8_E8M0": 8,
         "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8, "I16": 16, "U16": 16, "F16": 16, "BF16": 16, "I32": 32, "U32": 32,
-        "F32": 32, "C64": 64, "F64": 64, "I64": 64, "U64": 64}   # of one number
+        "F32": 32, "C64": 64, "F64": 64, "I64": 64, "U64": 64}   # bits of one number
 
 _MOST_DIMENSIONS = 64   # NumPy's limit
 

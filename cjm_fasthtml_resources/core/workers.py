@@ -60,7 +60,7 @@ def end_job(state: WorkerState, job: str | None) -> WorkerState:
 # %% ../../nbs/core/workers.ipynb #259438c1
 def change_state(
     old: WorkerState,
-    changes: Mapping[str, Any],   # as `find_changes` gives it
+    changes: Mapping[str, Any],   # as `find_changes` returns them
 ) -> WorkerState:
     "Return a worker after an update"
     rest = {name: value for name, value in changes.items() if name not in ("job_id", "status")}
@@ -82,11 +82,11 @@ class WorkerTable:
         self.children: dict[int, dict[int, float | None]] = {}    # declared PID → worker's PID → the child's start
         self.reporting: dict[int, bool] = {}                      # PIDs of workers that report their GPU memory
         self.plugins: dict[int, Any] = {}                         # PID → its plugin, as known to this process
-        self.seals: dict[int, str] = {}                           # PID → the seal of a configuration that others know
-        self.stoppers: dict[int, int] = {}                        # PID → the lease of whoever stops it
-        self.givers: dict[tuple[int, str], int] = {}              # PID and job → the lease of whoever gave it
-        self.elsewhere: dict[int, WorkerState] = {}               # by PID in another PID namespace
-        self.over: list[int] = []                                 # rows of the file that are to be deleted
+        self.seals: dict[int, str] = {}                           # PID → the seal (a digest) of a configuration
+        self.stoppers: dict[int, int] = {}                        # PID → the lease of the process that stops it
+        self.givers: dict[tuple[int, str], int] = {}              # PID and job → the lease of the process that gave it
+        self.elsewhere: dict[int, WorkerState] = {}               # workers in another PID namespace, by PID
+        self.over: list[int] = []                                 # rows of the shared file to delete
 
     def apply(self, change: "TableChange") -> None:
         "Take a change over; a second call is harmless"
@@ -121,7 +121,7 @@ class TableChange:
         self.changed: dict[int, bool] = {}   # PID → whether it was taken out first
 
     def put(self, state: WorkerState) -> WorkerState:
-        "Store a state; a job that another worker has leaves that one"
+        "Store a state, and take its jobs away from other workers"
         before, pid = self.workers.get(state.pid), state.pid
         if before: self._release_jobs(before)
         for job in state.jobs:
@@ -134,7 +134,7 @@ class TableChange:
         return state
 
     def update(self, old: WorkerState, changes: Mapping[str, Any]) -> WorkerState:
-        "Store what `change_state` makes of a worker; the seal of a configuration that was replaced goes"
+        "Store a worker as `change_state` returns it; remove the seal of a replaced configuration"
         if "config" in changes: self.seals[old.pid] = None
         return self.put(change_state(old, changes))
 
@@ -157,12 +157,12 @@ class TableChange:
             self.children[child] = {**(self.children.get(child) or {}), state.pid: start}
 
     def stop(self, pid: int, lease: int | None) -> None:
-        "Note that a worker is being stopped, for as long as that lease is locked; `None`: the stop is over"
+        "Note that a worker is being stopped while this lease is locked; `None`: the stop is over"
         self.stoppers[pid] = lease
         self.changed.setdefault(pid, False)
 
     def rows(self, mark: Callable[[Any], str] = lambda config: "") -> list[tuple[ProcessId, str]]:
-        "Return the changed workers as the file has them, with the mark of each configuration"
+        "Return the changed workers as rows of the shared file; `mark` returns the mark of a configuration"
         left = [state for pid in self.changed if (state := self.workers.get(pid))]
         return [(ProcessId(w.pid, w.start_time), to_row(self._row(w), mark)) for w in left]
 
@@ -199,7 +199,7 @@ def read_starts(
 # %% ../../nbs/core/workers.ipynb #243b38d0
 def end_lost(
     state: WorkerState,
-    lost: Collection[tuple[int, str]],   # PIDs with jobs, as they are shown, whose givers have ended
+    lost: Collection[tuple[int, str]],   # PIDs with jobs (as they are shown) whose giver has ended
 ) -> WorkerState:
     "Remove from a worker the jobs whose giver has ended"
     gone = [job for job in state.jobs if (state.pid, redact(job, "job_id")) in lost]
@@ -215,7 +215,7 @@ def has_lost(roster: Roster, table: WorkerTable) -> bool:
 def read_table(
     roster: Roster,
     db: Any,
-    before: WorkerTable,   # known to this process: plugins, and secrets that the file lacks
+    before: WorkerTable,   # the earlier table, with plugins and secrets that the file lacks
 ) -> WorkerTable:
     "Return the workers that the file has; a worker that was replaced loses its plugin"
     rows, givers, table = roster.read(db), read_givers(db, roster.app), WorkerTable()
@@ -247,8 +247,8 @@ class Workers:
         reset_in_child(self)
 
     def after_fork(self) -> None:
-        "Make new locks, and read the file again: another thread of the parent may have been within"
-        self.lock, self.turn = threading.RLock(), threading.RLock()   # the table's, and that of whoever changes it
+        "Make new locks, and read the file again: a thread of the parent can have been in a change"
+        self.lock, self.turn = threading.RLock(), threading.RLock()   # for the table; for the thread that changes it
         self._version = None
 
     @block
@@ -293,7 +293,7 @@ class Workers:
         return self.roster.write(db, gone, change.rows(self.roster.mark), self.table.over)
 
     def _catch_up(self, roster: Roster, db: Any) -> None:
-        "Read the rows if they are newer; of two threads that do so, the first one's count"
+        "Read the rows if they are newer; if two threads do so, the first result counts"
         with self.last_read() as before: known = self._version
         if (version := roster.version(db)) == known and not has_lost(roster, before): return
         table = read_table(roster, db, before)
@@ -305,7 +305,7 @@ class Workers:
         state: WorkerState,     # of `make_state`; replaces a worker with its PID
         plugin: Any = None,     # kept in this process only
     ) -> WorkerState:
-        "Store a new worker; `ValueError` for a process that is just being stopped"
+        "Store a new worker; raise `ValueError` if its process is just being stopped"
         info = read_process(state.pid)
         with self.changing() as table:
             _, worker = find_owner(info, table.workers, table.children)
@@ -388,7 +388,7 @@ class Workers:
     def name_owners(
         self,
         found: Iterable[tuple[ProcessInfo, int | None, str | None]],   # each process with its bytes and its kind
-        me: ProcessId | None,                                         # the manager's process, if its tree is the app's
+        me: ProcessId | None,                                         # the manager's process, if it belongs to the app
     ) -> list[OwnedProcess]:
         "Return processes with their owners, as last read"
         with self.last_read() as table:
@@ -396,7 +396,7 @@ class Workers:
                     for process, memory, kind in found]
 
     def some(self, pids: Iterable[int] = ()) -> dict[int, WorkerState]:
-        "Return those of these PIDs that are registered, and the workers that report their memory; as last read"
+        "Return the workers with these PIDs, and all that report their GPU memory, as last read"
         with self.last_read() as table:
             return {pid: w for pid in (*pids, *table.reporting) if (w := table.workers.get(pid))}
 
@@ -407,9 +407,9 @@ class Workers:
 def give_while(
     workers: Workers,
     pid: int,
-    job: str,      # that the worker has
+    job: str,      # one that the worker has
     lease: int,    # of this process
 ) -> None:
-    "Let a worker in a shared file have a job for as long as a lease is locked; in memory all ends together"
+    "Keep a worker's job in the shared file only while a lease is locked; skipped for workers in memory"
     if (roster := workers.roster) is None or (worker := workers.get(pid)) is None: return
     with roster.store.transaction() as db: write_giver(db, roster.app, pid, job, lease, worker.jobs)

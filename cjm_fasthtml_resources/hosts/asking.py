@@ -51,7 +51,7 @@ class Known:
 def gather_hosts(
     workers: Iterable[str],                   # addresses of all workers
     known: Mapping[str, Known],               # address → its host, as far as it is known
-    told: Mapping[str, Report | str],         # address → its report, or why it is missing; of those that were asked
+    told: Mapping[str, Report | str],         # address of each asked worker → its report, or why it is missing
 ) -> list[HostAnswer]:
     "Return an answer for each host. A worker with an unknown host is a host of its own"
     hosts: dict[str, list[str]] = {}
@@ -73,7 +73,7 @@ def gather_hosts(
 def read_report(
     told: bytes | str,      # a pickled report, or why it is missing
 ) -> Report | str:
-    "Return the report, or why it is missing; one of a host with another version can be unreadable"
+    "Return the report, or why it is missing; a report of another version can be unreadable"
     if isinstance(told, str): return told
     try: found = pickle.loads(told)
     except Exception as e: return f"its answer is unreadable here ({shown_error(e)}); use one version everywhere"
@@ -82,11 +82,11 @@ def read_report(
 # %% ../../nbs/hosts/asking.ipynb #ee6b169f
 @dataclass(frozen=True)
 class Asked:
-    "The answers of all hosts, and the scheduler's own"
+    "The answers of all hosts and of the scheduler"
     answers: list[HostAnswer]                                   # by name
     seats: Mapping[str, Seat] = field(default_factory=dict)     # the workers, by address
-    entered: tuple[str, ...] = ()                               # own tasks that are in the queue of their host by now
-    restarted: bool = False                                     # another scheduler than the last time
+    entered: tuple[str, ...] = ()                               # the client's tasks that are in their host's queue
+    restarted: bool = False                                     # whether another scheduler answered than last time
     error: Exception | None = None                              # why the scheduler is silent
 
 # %% ../../nbs/hosts/asking.ipynb #0b9d5239
@@ -95,18 +95,18 @@ def find_silent(
     told: Mapping[str, Report | str],     # of this round
     known: Mapping[str, Known],
 ) -> set[str]:
-    "Return the silent workers; without those of a host where all were tried, so that they are tried again"
+    "Return the silent workers, except those of a host where all were silent: they are tried again"
     silent = set(before) - set(told) | {a for a, found in told.items() if not isinstance(found, Report)}
     alive = {known[a].id for a in known if a not in silent}
     return {a for a in silent if a in known and known[a].id in alive}
 
 # %% ../../nbs/hosts/asking.ipynb #faec50e5
 class HostAsker:
-    "Asks all hosts by way of the scheduler, from any thread but the client's own"
+    "Asks all hosts through the scheduler, from any thread except the client's own"
     def __init__(
         self,
         client: Any,           # a `distributed.Client`
-        plugin: HostPlugin,    # what the workers are to have
+        plugin: HostPlugin,    # the plugin that each worker must have
     ) -> None:
         self.client, self.plugin, self.sender = client, plugin, f"{client.id}/{uuid.uuid4().hex}"
         self._known: dict[str, Known] = {}   # address → its host
@@ -128,7 +128,7 @@ class HostAsker:
         self,
         found: Round,       # the scheduler's answer
     ) -> Asked:
-        "Return an answer for each host, by name: the part of a round that is the client's own work"
+        "Return an answer for each host, by name, from the scheduler's answer to a round"
         told = {address: read_report(report) for address, report in found.told.items()}
         self._learn(found.workers, told)
         answers = name_apart(gather_hosts(found.workers, self._known, told))
@@ -142,7 +142,7 @@ class HostAsker:
         self._silent = find_silent(self._silent, told, self._known)
 
     def _without_scheduler(self, error: Exception) -> list[HostAnswer]:
-        "Return a row for each host that was there, or for the scheduler, with the reason"
+        "Return an answer with the reason for each known host, or else for the scheduler"
         reason = shown_error(error)
         gone = gather_hosts(self._known, self._known, dict.fromkeys(self._known, reason))
         return name_apart(gone or [HostAnswer("scheduler", (), reason=reason)])

@@ -34,10 +34,10 @@ from ..core.samples import Sample
 # %% ../../nbs/hosts/combine.ipynb #d8c56c12
 def missing_device(
     host: str,
-    name: str,              # stands in place of the product's name
+    name: str,              # shown in place of the product's name, such as "no GPU"
     reason: str | None,     # why the GPUs are missing, in words
 ) -> DeviceStatus:
-    "Return an unavailable device, the row of a host without one"
+    "Return an unavailable device, as the row of a host whose GPUs are missing"
     device = GpuDevice(0, name=name, host=host, reason=reason)
     return DeviceStatus(device, ResourceStatus.UNAVAILABLE, reason=reason)
 
@@ -56,10 +56,10 @@ class HostAnswer:
     host: str
     workers: tuple[str, ...]          # addresses of its dask workers
     sample: Sample | None = None      # `None`: no answer
-    waiting: int = 0                  # bytes that requests wait for there
+    waiting: int = 0                  # bytes that the requests in its queue wait for
     reason: str | None = None         # why the answer is missing, in words
     id: str = ""                      # distinguishes hosts of one name
-    beside: tuple[str, ...] = ()      # the ids of hosts that report a GPU of this one, too
+    beside: tuple[str, ...] = ()      # the ids of other hosts that report one of its GPUs, too
 
     # its devices, which know their host, or an unavailable one in their place; and those that a job can use
     devices: tuple[DeviceStatus, ...] = field(init=False, repr=False, compare=False)
@@ -71,13 +71,13 @@ class HostAnswer:
 
     @property
     def requests(self) -> tuple[Waiting, ...]:
-        "The requests that wait there, with the host's devices; their places are those of its own queue"
+        "The waiting requests of the host, with its name in their devices; positions count in its own queue"
         waiting = self.sample.gpu.waiting if self.sample else ()
         return tuple(replace(w, devices=tuple(f"{self.host}:{i}" for i in w.devices) or (self.host,)) for w in waiting)
 
     @property
     def states(self) -> tuple[WorkerState, ...]:
-        "The workers of its app, which know their host"
+        "The workers of its app, with the host's name"
         return tuple(replace(w, host=self.host) for w in self.sample.workers) if self.sample else ()
 
     @property
@@ -87,7 +87,7 @@ class HostAnswer:
 
     @property
     def memory(self) -> MemoryStatus | None:
-        "Its system memory; a process names the host behind its user"
+        "Its system memory; the user of each process has the host behind it, as in bob@ada"
         if (state := self.ram) is None: return None
         return replace(state, processes=tuple(_at_host(p, self.host) for p in state.processes))
 
@@ -111,7 +111,7 @@ def _pooled(status: DeviceStatus, others: Sequence[DeviceStatus]) -> DeviceStatu
 def find_shared(
     answers: Sequence[HostAnswer],
 ) -> dict[str, list[HostAnswer]]:
-    "Return the hosts that report a GPU, by its UUID, of each that several report"
+    "Return the hosts of each GPU that several hosts report, by the GPU's UUID"
     found: dict[str, list[HostAnswer]] = {}
     for a in answers:
         for d in a.devices:
@@ -134,7 +134,7 @@ def _share(answer: HostAnswer, shared: dict[str, list[HostAnswer]]) -> HostAnswe
 def pool_devices(
     answers: Sequence[HostAnswer],
 ) -> list[HostAnswer]:
-    "Return the answers, in which a GPU that several hosts report has the same room in each, with a note"
+    "Return the answers with the same room for a GPU that several hosts report, and a note about it"
     shared = find_shared(answers)
     return [_share(a, shared) if shared else a for a in answers]
 
@@ -181,7 +181,7 @@ def add_memory(
 def find_first_of_each(
     answers: Sequence[HostAnswer],
 ) -> dict[str, HostAnswer]:   # by the host's name
-    "Return for each host the first that reports the same RAM of the same machine, which can be itself"
+    "Return for each host the first host that reports the same machine's RAM; it can be the host itself"
     first, found = dict[object, HostAnswer](), dict[str, HostAnswer]()
     for a in answers:
         machine = a.sample.machine if a.sample and not a.sample.simulated else None

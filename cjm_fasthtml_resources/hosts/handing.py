@@ -23,9 +23,9 @@ from ..core.threads import NoThreadError, start_thread
 Need = tuple[Any, ...]
 
 def need_of(
-    asked: Mapping[str, Any],   # for `ResourceManager.request`
+    asked: Mapping[str, Any],   # the arguments of `ResourceManager.request`
 ) -> Need | None:
-    "Return the need that the next task must share; `None` if it must be released"
+    "Return the need that the next task must have, too; `None` if the reservation must be released"
     if asked.get("memory_mb") or not asked.get("gpu_memory_mb"): return None
     return asked["gpu_memory_mb"], asked.get("n", 1), asked.get("priority", 0)
 
@@ -39,10 +39,10 @@ def _names(claims: Iterable[Claim]) -> frozenset[tuple[int, str | None]]:
 
 def is_unused(
     lease: int,
-    claims: Sequence[Claim],     # all of the machine
+    claims: Sequence[Claim],     # all claims of the machine
     uses: Iterable[DeviceUse],   # read after the last task's end
 ) -> bool:
-    "Return whether a reservation lives, and its holder uses no more of the device than before the grant"
+    "Return whether a reservation still exists, and its holder uses no more of the device than before the grant"
     mine, there = [c for c in claims if c.lease == lease], list(uses)
 
     def is_free(claim: Claim) -> bool:
@@ -53,8 +53,8 @@ def is_unused(
     return bool(mine) and all(map(is_free, mine))
 
 # %% ../../nbs/hosts/handing.ipynb #23f68b20
-KEEP, LOOK_EVERY = 0.2, 0.02   # seconds that a reservation is kept at most; between two readings of the queue
-LONGEST = 2.0                  # seconds for which one is handed on, in all
+KEEP, LOOK_EVERY = 0.2, 0.02   # seconds: the longest time that a reservation is kept; between two readings of the queue
+LONGEST = 2.0                  # seconds for which a reservation is handed on, in all
 
 class _Kept(NamedTuple):
     need: Need
@@ -64,12 +64,12 @@ class _Kept(NamedTuple):
 class _Reading(NamedTuple):
     "A reading of the devices, which serves for all tasks that had ended before it"
     began: float = -1.0   # by `time.monotonic()`
-    names: frozenset[Any] = frozenset()   # of the claims before it and after it
+    names: frozenset[Any] = frozenset()   # of the claims, the same before and after it
     uses: Sequence[DeviceUse] = ()
 
 # %% ../../nbs/hosts/handing.ipynb #6ad3bee8
 class Handing:
-    "Hands the reservations of a process's tasks on. For any thread"
+    "Hands reservations on from task to task of a process. Safe from any thread"
     def __init__(
         self,
         manager: Callable[[], ResourceManager],
@@ -99,7 +99,7 @@ class Handing:
             return True
 
     def take(self, asked: Mapping[str, Any]) -> Reservation | None:
-        "Return a reservation for a task, if one is kept that can be handed on; release those for other needs"
+        "Return a kept reservation that suits a task; release the unsuitable ones"
         if not self._kept: return None   # most often
         need = need_of(asked)
         with self._lock:
@@ -121,7 +121,7 @@ class Handing:
             with self.turn(), one.held: pass   # given back twice, as at the end of its own block
 
     def _may_hand_on(self, kept: _Kept) -> bool:
-        "Return whether the rules allow it now; no thread of this process asks or gives back meanwhile"
+        "Return whether the rules allow it now; other threads of this process have to wait with their requests"
         with self.turn(), suppress(StoreError):
             claims = self.manager().get_claims()
             if waits(claims): return False
@@ -130,7 +130,7 @@ class Handing:
         return False
 
     def _read(self, claims: Sequence[Claim]) -> _Reading:
-        "Read the devices; claims that other processes change meanwhile make it useless"
+        "Read the devices; the reading is empty if other processes have changed claims during it"
         began, uses = time.monotonic(), read_use(self.manager().read(True).devices)
         is_same = _names(self.manager().get_claims()) == _names(claims)
         return _Reading(began, _names(claims), uses) if is_same else _Reading()
@@ -153,7 +153,7 @@ class Handing:
             if not idle: self._release_late()
 
     def _release_late(self) -> None:
-        "Release those whose time is over; all of them if a request waits, or if reading that fails"
+        "Release the reservations whose time is over; all if a request waits, or if reading the queue fails"
         is_needed, now = True, time.monotonic()
         with suppress(StoreError): is_needed = waits(self.manager().get_claims())
         with self._lock:

@@ -30,7 +30,7 @@ class Need:
     memory: int          # bytes on each device
     count: int = 1       # devices; 0: RAM alone
     ram: int = 0         # bytes of RAM
-    share: float = 0     # of each device instead, where a whole one is asked for
+    share: float = 0     # the part of each device instead, if a whole one is requested
 
     def on(self, device: GpuDevice) -> int:
         "Return the bytes that it needs of this device"
@@ -52,11 +52,11 @@ def check_need(
 
 # %% ../../nbs/hosts/placing.ipynb #d64c224a
 def take_often(
-    rooms: list[int],     # bytes that are left on each device; changed
+    rooms: list[int],     # bytes that are left on each device; changed in place
     size: int,            # bytes
     times: int,
 ) -> None:
-    "Take so many bytes so often, each time from the device with the most left"
+    "Take `size` bytes `times` times, each time from the device with the most left"
     if not rooms: return
     for place, often in enumerate(_surely(rooms, size, times)):
         rooms[place] -= often*size
@@ -64,7 +64,7 @@ def take_often(
     for _ in range(times): rooms[rooms.index(max(rooms))] -= size
 
 def _surely(rooms: Sequence[int], size: int, times: int) -> list[int]:
-    "Return how often it is taken from each at least: down to the level that all would have, and one less"
+    "Return how often `size` is surely taken from each: down to the common level, and one less"
     order = sorted(rooms, reverse=True)
     for n in range(1, len(order) + 1):
         level = (sum(order[:n]) - times*size)/n
@@ -94,7 +94,7 @@ def room_for(
     need: Need,
     coming: Mapping[Need, int],     # the requests that are on their way there, and how many of each
 ) -> int | None:  # `None`: too full now
-    "Return the bytes that a host has free for such a task, on the device with the least of those that it would get"
+    "Return the bytes that a host has free for a task, on the fullest device that the task would get"
     memory = answer.ram
     if memory is None or memory.room - sum(each.ram*times for each, times in coming.items()) < need.ram: return None
     if not need.count: return memory.room
@@ -114,7 +114,7 @@ def check_need_fits(
     answers: Sequence[HostAnswer],
     need: Need,
 ) -> None:
-    "Raise `ValueError` for more than any host has, `ResourceUnavailable` where every host lacks a usable GPU"
+    "Raise `ValueError` if the need exceeds every host, `ResourceUnavailable` if every host lacks a usable GPU"
     if need.count and not any(a.usable for a in answers):
         conflict = combine_gpus(answers)
         raise ResourceUnavailable(f"no host of the cluster has a GPU that can be used: {conflict.message}", conflict)
@@ -137,7 +137,7 @@ def choose(
     need: Need,
     sent: Mapping[str, Counter[Need]],      # host's id → the requests that are on their way there; "": to any host
 ) -> HostAnswer:
-    "Return the host with the most room, or else the one where the least is asked for"
+    "Return the host with the most room, or else the host where the least memory is requested"
     coming = {a.id: _coming(a, sent) for a in able}
     room = {a.id: room_for(a, need, coming[a.id]) for a in able}
     fitting = [a for a in able if room[a.id] is not None]
@@ -145,7 +145,7 @@ def choose(
     return min(able, key=lambda a: a.waiting + _total(coming[a.id]))
 
 def _coming(answer: HostAnswer, sent: Mapping[str, Counter[Need]]) -> Mapping[Need, int]:
-    "Return the requests on their way to a host, to one that shares a GPU with it, and to any"
+    "Return the requests on their way to a host, to hosts that share a GPU with it, and to any host"
     found = [sent[id] for id in (answer.id, "", *answer.beside) if id in sent]
     return found[0] if len(found) == 1 else sum(found, Counter[Need]())
 
@@ -157,7 +157,7 @@ def place(
     need: Need,
     sent: Mapping[str, Counter[Need]],      # as for `choose`
 ) -> HostAnswer:
-    "Return the host for a task; errors as `check_need_fits` raises them"
+    "Return the host for a task; raise the errors of `check_need_fits`"
     check_need_fits(answers, need)
     return choose([a for a in answers if can_hold(a, need)], need, sent)
 
@@ -169,7 +169,7 @@ class OnTheWay:
         self._lock, self._sent = threading.RLock(), dict[str, tuple[str, Need]]()   # key → the host's id, and the need
         self._by_host: dict[str, Counter[Need]] = {}
         self._confirmed = set[str]()
-        self._answers: Sequence[HostAnswer] = ()         # the last ones, and of those
+        self._answers: Sequence[HostAnswer] = ()         # the last answers, and for them
         self._able: dict[Need, list[HostAnswer]] = {}    # the hosts that can hold such a task
         reset_in_child(self)
 

@@ -38,7 +38,7 @@ from ..ui.export import SCHEMA_VERSION
 _LARGEST = 2**63
 
 def fits(
-    value: Any,   # as JSON has it
+    value: Any,   # a value from JSON
     hint: Any,    # the type of a dataclass's field
 ) -> bool:
     "Return whether a value can stand in a field"
@@ -89,7 +89,7 @@ def _process(data: Mapping[str, Any]) -> OwnedProcess:
     return read_fields(OwnedProcess, data, start_time=None if age is None else since_boot() - age)
 
 def _since(kind: type[_Row], data: Mapping[str, Any]) -> _Row:
-    "Return a reservation or a request that has been there for so many seconds"
+    "Return a reservation or a request, with its age on the clock of this machine"
     seconds = _check_seconds(data.get("seconds"))
     return read_fields(kind, data, since=None if seconds is None else machine_time() - seconds)
 
@@ -136,7 +136,7 @@ def _memory(data: Mapping[str, Any]) -> ResourceConflict:
 
 # %% ../../nbs/hosts/reading.ipynb #cff3e4a3
 def from_json(
-    data: Mapping[str, Any],   # of `to_json`
+    data: Mapping[str, Any],   # the result of `to_json`
 ) -> Sample:
     "Return the sample that was written; raise `ValueError` for impossible figures"
     try:
@@ -160,7 +160,7 @@ def _parse(line: str) -> dict[str, Any]:
 
 # %% ../../nbs/hosts/reading.ipynb #74f17438
 def read_sample(
-    text: str,   # that `cjm-resources --json` printed, perhaps behind the lines of a shell
+    text: str,   # the output of `cjm-resources --json`, possibly after lines of a shell
 ) -> Sample:
     "Return the sample of another machine; raise `ValueError` with the reason if it is unreadable"
     lines = [line for line in text.splitlines() if line.strip()]

@@ -30,7 +30,7 @@ class Limits:
 
     @property
     def options(self) -> dict[str, Any]:
-        "The same as arguments of `Client.submit`"
+        "The limits as arguments of `Client.submit`"
         found = dict(workers=list(self.workers or ()), resources=dict(self.resources or {}))
         return {name: value for name, value in found.items() if value}
 
@@ -89,7 +89,7 @@ def find_route(
     need: Need,
     limits: Limits,
     asked: Asked,       # the hosts' answers
-    sent: OnTheWay,     # the task is counted there
+    sent: OnTheWay,     # where the task is counted as on its way
 ) -> Route:
     "Return the route of a task; raise `ValueError` for an unknown worker, and the errors of `place`"
     if asked.error: check_need_fits(asked.answers, need)   # raises with the reason

@@ -16,17 +16,17 @@ from ..core.threads import NoThreadError, start_thread
 # %% ../../nbs/hosts/shown.ipynb #0d53e75f
 def to_write(
     running: Sequence[str],    # the tasks, in the order of their beginning
-    shown: Sequence[str],      # those that are shown
+    shown: Sequence[str],      # the tasks that the list shows
 ) -> list[tuple[str, str]]:    # a task, and "running" or "idle"
-    "Return what to write so that a task that runs is shown: first the new one, so that there is always one"
+    "Return the entries to write: first a running task, then the shown ones as idle, so that one is always shown"
     if running and shown and shown[0] in running: return []
     return [*((key, "running") for key in running[:1]), *((key, "idle") for key in shown)]
 
 # %% ../../nbs/hosts/shown.ipynb #5c434410
-LATER = 0.1   # seconds until it is written what a worker does now
+LATER = 0.1   # seconds from the end of a task until the list is updated
 
 class ShownJob:
-    "Tells the host's list which task a worker runs. For any thread"
+    "Writes to the host's list which task a worker runs. Safe from any thread"
     def __init__(
         self,
         write: Callable[[str, str], None],   # called with a task and "running" or "idle"
@@ -48,7 +48,7 @@ class ShownJob:
             if not self._shown: self._catch_up()
 
     def end(self, key: str) -> None:
-        "Note that a task is over; a moment later the one that runs then is shown"
+        "Note that a task is over; a moment later, the task that runs then is shown"
         with self._lock:
             self._running.remove(key)
             if self._thread or key not in self._shown: return
@@ -60,7 +60,7 @@ class ShownJob:
         with self._lock: self._closed = True
 
     def _follow(self) -> None:
-        "Show what runs in a moment, until that is what is shown"
+        "Show the running task after a moment; repeat until the list is up to date"
         while True:
             time.sleep(LATER)
             with self._lock:
@@ -69,7 +69,7 @@ class ShownJob:
                     return
 
     def _catch_up(self) -> bool:
-        "Show what runs now; returns whether something changed"
+        "Show the task that runs now; return whether something changed"
         changes = to_write(self._running, self._shown)
         if changes: self._shown = self._running[:1]
         for key, status in changes:

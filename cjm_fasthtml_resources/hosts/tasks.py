@@ -29,21 +29,21 @@ from ..core.reservations import Request, Reservation
 # %% ../../nbs/hosts/tasks.ipynb #29e8d15a
 @dataclass(frozen=True)
 class Task:
-    "What a worker has to know to run a task with its reservation"
+    "The data with which a worker runs a task and makes its reservation"
     key: str
-    plugin: Any                     # the workers' plugin; one without it sets it up
-    asked: Mapping[str, Any]        # what is reserved, for `ResourceManager.request`
+    plugin: Any                     # the workers' plugin; a worker without it sets it up
+    asked: Mapping[str, Any]        # the arguments of `ResourceManager.request`
     host: str = ""                  # the id of the host that it was sent to; "": dask has chosen one
-    sender: str = ""                # who is told when the host's queue has the request
+    sender: str = ""                # notified once the request is in the host's queue
 
-TOPIC = "cjm-resources"   # of dask's events, for the senders of tasks
+TOPIC = "cjm-resources"   # the topic of dask's events for the senders of tasks
 
 # %% ../../nbs/hosts/tasks.ipynb #27067e58
 _current: contextvars.ContextVar[Reservation] = contextvars.ContextVar("cjm_resources_reservation")
 
 def current_reservation() -> Reservation:
     """Return the reservation of the running task.
-    It has the device's `index`, `uuid` and `env`. `LookupError` outside of a task with one"""
+    It has the device's `index`, `uuid` and `env`. Raise `LookupError` outside a task with a reservation"""
     if (held := _current.get(None)) is not None: return held
     raise LookupError("no reservation: send this task by ClusterResources.submit, or make it within annotate")
 
@@ -68,12 +68,12 @@ _NO_TURN = contextlib.nullcontext()
 
 def wait_for_memory(
     request: Request,                  # one that is yet to enter the queue
-    entered: Callable[[], object],     # called when the host's queue has it
+    entered: Callable[[], object],     # called when the request is in the host's queue
     check: Callable[[], None],         # called between two polls; raises to end the waiting
-    turn: contextlib.AbstractContextManager[Any] = _NO_TURN,   # of the process's threads
+    turn: contextlib.AbstractContextManager[Any] = _NO_TURN,   # a lock of the process's threads
 ) -> Reservation:
     """Wait until a request is granted.
-    Whatever else ends the waiting, the request leaves the queue"""
+    If anything else ends the waiting, the request leaves the queue"""
     try:
         with turn: held = request.poll()
         entered()
@@ -88,7 +88,7 @@ def wait_for_memory(
 LATER = 0.05   # seconds
 
 class Entered:
-    "Tells the senders of tasks that these are in the queue, or run. For any thread"
+    "Notifies senders that their tasks are in the queue, or run. Safe from any thread"
     def __init__(
         self,
         worker: Any,   # a dask worker
@@ -102,7 +102,7 @@ class Entered:
         self._lock, self._new = threading.Lock(), dict[str, list[str]]()   # by sender
 
     def add(self, sender: str, key: str) -> None:
-        "Tell of a task a moment later"
+        "Notify the sender of a task a moment later"
         with self._lock:
             is_due = not self._new
             self._new.setdefault(sender, []).append(key)
@@ -124,10 +124,10 @@ def reserve(
     key: str,                    # the task's
     asked: Mapping[str, Any],    # for `ResourceManager.request`
     plugin: Any,                 # the worker's `HostPlugin`
-    sender: str = "",            # who is told; "": nobody
+    sender: str = "",            # the sender to notify; "": none
 ) -> Reservation:
-    """Take over what the last task had, or wait on this host for the memory that a task needs.
-    Its sender is told once the queue has the request. `CancelledError` when the task is cancelled;
+    """Take over the last task's reservation, or wait on this host for the memory that a task needs.
+    Its sender is notified once the request is in the queue. Raise `CancelledError` if the task is cancelled;
     otherwise the errors of `ResourceManager.reserve`"""
     def check() -> None:
         if is_cancelled(plugin.worker, key):
@@ -148,7 +148,7 @@ def using(
     asked: Mapping[str, Any],
 ) -> Iterator[None]:
     """Release a reservation after the block, or keep it for the worker's next task if the block has succeeded.
-    Threads that use the file in turn take a third of the time"""
+    Threads release in turn, because this takes a third of the time on the shared file"""
     with contextlib.ExitStack() as ends:
         ends.enter_context(held)
         ends.callback(_release_in_turn, plugin, held)
@@ -159,7 +159,7 @@ def _release_in_turn(plugin: Any, held: Reservation) -> None:
     with plugin.turn: held.release()
 
 # %% ../../nbs/hosts/tasks.ipynb #8a61e145
-REFUSALS, PAUSE = 20, 0.5   # how often a worker sends a task on, and seconds before it does: no circle at full speed
+REFUSALS, PAUSE = 20, 0.5   # how often a worker sends a task on; seconds of pause before, so that it circles slowly
 
 def send_on(
     plugin: Any,    # the worker's `HostPlugin`
@@ -181,7 +181,7 @@ def run_reserved(
     args: Sequence[Any],         # of `fn`
     kwargs: Mapping[str, Any],   # of `fn`
     host: str = "",              # the id of the host that it was sent to
-    sender: str = "",            # who is told when the host's queue has the request
+    sender: str = "",            # notified once the request is in the host's queue
 ) -> Any:
     "Reserve what a task needs, run it, and release; called on a worker. An `async` function runs to its end"
     try: held = reserve(key, asked, plugin, sender)
@@ -194,7 +194,7 @@ def run_reserved(
         return asyncio.run(found) if inspect.iscoroutine(found) else found
 
 def find_plugin(worker: Any, plugin: Any) -> Any:
-    "Return the worker's own plugin; one without it, as after the restart of a scheduler, sets this one up"
+    "Return the worker's own plugin; if it lacks one, as after a scheduler's restart, set this one up"
     there = worker.plugins.get(plugin.name)
     if there is not None: return there
     adding = asyncio.run_coroutine_threadsafe(worker.plugin_add(plugin=plugin, name=plugin.name),
@@ -221,7 +221,7 @@ def send_task(
     kwargs: Mapping[str, Any] = {},    # of `fn`
     **options: Any,                    # of `Client.submit`, such as `workers` and `retries`
 ) -> Future:
-    "Send a task to a host's workers, or to any. Of one priority, the first sent is the first to begin"
+    "Send a task to a host's workers, or to any worker. Tasks of one priority begin in the order of sending"
     return client.submit(run_task, task, fn, kwargs, *args, key=task.key, pure=False, fifo_timeout=0, **options)
 
 # %% ../../nbs/hosts/tasks.ipynb #d59b72d5
@@ -229,7 +229,7 @@ def begin_task(
     plugin: Any,    # a worker's `HostPlugin`
     key: Any,       # the task's
 ) -> None:
-    "Have a task that is annotated for this plugin reserve what it needs; the plugin's worker is about to run it"
+    "Wrap a task that is annotated for this plugin, so that it reserves its memory; called just before it runs"
     task = plugin.worker.state.tasks.get(key)
     asked = (task.annotations or {}).get(plugin.name) if task else None
     if asked is None or isinstance(task.run_spec.func, Reserving): return

@@ -40,7 +40,7 @@ def host_name() -> str:
 
 # %% ../../nbs/hosts/worker.ipynb #d9e56324
 class Residents:
-    "Counts the dask workers of this process that are there, by app"
+    "Counts the running dask workers of this process, by app"
     def __init__(self) -> None:
         self.after_fork()
         reset_in_child(self)
@@ -48,7 +48,7 @@ class Residents:
     def after_fork(self) -> None:
         "Begin empty, in a fork's child"
         self._lock, self._there = threading.Lock(), dict[str, set[int]]()
-        self.turn = threading.Lock()   # held while a thread asks for memory or gives it back
+        self.turn = threading.Lock()   # locked while a thread requests or releases memory
 
     def enter(self, app: str, worker: object) -> None:
         "Count a dask worker"
@@ -66,9 +66,9 @@ _residents = Residents()
 # %% ../../nbs/hosts/worker.ipynb #79510eac
 @dataclass(frozen=True)
 class Report:
-    "What a dask worker reports of its host"
+    "The report of a dask worker on its host"
     host: str                       # its name
-    id: str                         # of its queue, as `queue_id` has it
+    id: str                         # the id of its queue, as `queue_id` returns it
     sample: Sample | None = None    # `None`: reading the host failed
     waiting: int = 0                # bytes that requests in its queue wait for
     reason: str | None = None       # why reading it failed, in words
@@ -82,7 +82,7 @@ def read_host(manager: ResourceManager) -> tuple[Sample, int]:
 
 # %% ../../nbs/hosts/worker.ipynb #3fdc4541
 class HostPlugin(WorkerPlugin):
-    "On each dask worker: the manager that all workers of the host share"
+    "The plugin of each dask worker, with a manager of the app that the host's workers share"
     idempotent = True   # once for each worker, however many clients ask
 
     def __init__(
@@ -117,7 +117,7 @@ class HostPlugin(WorkerPlugin):
             if self.manager.get_worker_by_pid(os.getpid()): self.manager.unregister_worker(os.getpid())
 
     def transition(self, key: Any, start: str, finish: str, **kwargs: Any) -> None:
-        "Called by dask when a task changes its state; one of a graph that begins is given its reservation"
+        "Called by dask when a task changes its state; a task of a graph that begins gets its reservation"
         if finish == "executing": begin_task(self, key)
 
     @property
@@ -129,14 +129,14 @@ class HostPlugin(WorkerPlugin):
 
     @property
     def turn(self) -> threading.Lock:
-        "The lock that threads of this process have in turn while they ask for memory or give it back"
+        "The lock that a thread of this process takes while it requests or releases memory"
         return _residents.turn
 
     def _has_next(self) -> bool: return bool(self.worker.state.ready)
 
     @property
     def id(self) -> str:
-        "The host's queue, as `queue_id` has it"
+        "The id of the host's queue, as `queue_id` returns it"
         try: path = store_path()
         except StoreError: path = Path(f"none of PID {os.getpid()}")
         return queue_id(boot_id(), path)
@@ -162,7 +162,7 @@ class HostPlugin(WorkerPlugin):
 
 # %% ../../nbs/hosts/worker.ipynb #a9712b6c
 async def tell_report(
-    plugin: HostPlugin,         # what is to be there
+    plugin: HostPlugin,         # the plugin that the worker must have
     dask_worker: Any = None,    # filled in by dask
 ) -> bytes:
     "Return the report of a worker's host, pickled; called on the worker"

@@ -23,7 +23,7 @@ class Asked(NamedTuple):
     id: int                   # as `cjm-resources queue` shows it
     memory: int               # bytes on each GPU
     places: tuple[str, ...]   # for a request: the keys of all suitable GPUs; for a reservation: the key of its GPU
-    gpus: int = 1             # how many a request is for; 0: for RAM alone
+    gpus: int = 1             # how many GPUs a request needs; 0: RAM alone
     priority: int = 0         # of a request
     app: str = ""
     user: str = ""            # empty: the user who records
@@ -32,8 +32,8 @@ class Asked(NamedTuple):
 class Change(NamedTuple):
     "Something that happened"
     kind: str         # one of `KINDS`
-    place: str        # the key of the GPU, or "ram"; empty: about other things
-    pid: int          # of the process; 0: about other things, or in another PID namespace
+    place: str        # the key of the GPU, or "ram"; empty for other changes
+    pid: int          # of the process; 0 for other changes, or in another PID namespace
     text: str         # a sentence
     asked: Asked | None = None   # of a request, or of a reservation on a GPU
 
@@ -141,7 +141,7 @@ def _has_ram(request: Waiting, sample: Sample) -> bool:
                                    and p.id >= request.id for p in ram.promises)
 
 def _request_changes(before: Sample, after: Sample, granted: Collection[int]) -> Iterator[Change]:
-    "Yield each request that began to wait or left the queue, and each for RAM alone that was granted"
+    "Yield each request that began to wait or left the queue, and each granted request for RAM alone"
     old, new = ({request.id: request for request in sample.gpu.waiting} for sample in (before, after))
     keys = {d.device.id: device_key(d.device) for sample in (before, after) for d in sample.gpu.allowed}
     for id, request in {**old, **new}.items():

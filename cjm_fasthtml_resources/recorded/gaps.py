@@ -31,7 +31,7 @@ def _fill(before: DeviceStatus | None, status: DeviceStatus) -> DeviceStatus:
 
 # %% ../../nbs/recorded/gaps.ipynb #60ce3b87
 def fill_gaps(
-    before: Sample,   # filled itself, if there was one before it
+    before: Sample,   # the sample before, with its own gaps filled
     after: Sample,
 ) -> Sample:
     "Return `after` with its missing GPUs, processes, reservations, requests and workers as in `before`"

@@ -25,7 +25,7 @@ def clock_jump(
     last: Sample,
     sample: Sample,
 ) -> float:
-    "Return by how many seconds the clock was set between two samples; 0 for less than two"
+    "Return by how many seconds the clock was set between two samples; 0 for less than 2 s"
     if last.time is None or sample.time is None: return 0.0
     jump = (sample.time - last.time) - (sample.taken - last.taken)
     return jump if abs(jump) >= 2 else 0.0
@@ -69,7 +69,7 @@ class Notes:
     def take(
         self,
         sample: Sample,
-        seconds: float,               # for which it stands
+        seconds: float,               # for which the sample stands
         ran_out: int | None = None,   # jobs of the app that have run out of memory; `None`: uncounted
     ) -> None:
         "Note a sample, and what has changed since the last one"
@@ -95,6 +95,6 @@ class Notes:
         return rows, changes
 
     def put_back(self, rows: list[Row], changes: list[tuple[float, Change]]) -> None:
-        "Note again what failed to be written: the newest of it, if it is too much"
+        "Take back rows and changes that failed to be written; keep only the newest if they are too many"
         self.rows = [*rows, *self.rows][-MOST_NOTES:]
         self.changes = [*changes, *self.changes][-MOST_NOTES:]

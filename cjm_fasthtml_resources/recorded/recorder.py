@@ -34,12 +34,12 @@ def count_ran_out(monitor: ResourceMonitor) -> int | None:
 # %% ../../nbs/recorded/recorder.ipynb #20cf9465
 class Recorder(StaysHere):
     "Writes a monitor's samples, until it is closed; use it in a `with` block, or call `start` and `close`"
-    instead = "Create one in that process; of several recorders, only one writes."
+    instead = "In the other process, create a recorder; of several, only one writes."
 
     def __init__(
         self,
         monitor: ResourceMonitor,
-        path: Path | None = None,   # of the file; `None`: this user's history, for real machines alone
+        path: Path | None = None,   # the file; `None`: this user's history, which skips simulated samples
     ) -> None:
         if not isinstance(monitor, ResourceMonitor):
             raise TypeError(f"monitor must be a ResourceMonitor, not {type(monitor).__name__}")
@@ -48,16 +48,16 @@ class Recorder(StaysHere):
         reset_in_child(self)
 
     def after_fork(self) -> None:
-        "Stop in a fork's child: the parent continues"
+        "Stop recording in a forked child; the parent continues"
         self._lock, self._ending, self._notes = threading.Lock(), threading.Event(), Notes()
         self._held, self._problem = ExitStack(), ""
         self._thread: threading.Thread | None = None
-        self.records = False   # whether it writes: False where another recorder does
+        self.records = False   # whether it writes; False while another recorder writes the file
 
     def __repr__(self) -> str: return f"Recorder({str(self.path)!r}, records={self.records})"
 
     def start(self) -> None:
-        "Begin; where another recorder writes this file, begin when that has ended. Raise `StoreError` on failure"
+        "Begin to record, at once or after another recorder of the file has ended; raise `StoreError` on failure"
         if self._thread is not None: return
         self._take_over()
         self._thread = start_thread("recorder", self._run)

@@ -30,15 +30,15 @@ def recheck(
     return classify_device(device, processes, threshold, promises=promises)
 
 def recheck_row(row: Row, threshold: float) -> ResourceStatus:
-    "Return what a check of all GPUs of a row answers with a threshold"
+    "Return the status that a check of all GPUs of a row has with a threshold"
     return conclude([recheck(place, threshold) for place in row.places if place.key != "ram"], threshold).status
 
 # %% ../../nbs/recorded/replay.ipynb #27d9643e
 class Answers(NamedTuple):
-    "What a check would have answered in one row"
-    time: float                # when it begins, in seconds since the epoch
-    seconds: float             # for which it stands
-    usual: ResourceStatus      # with the threshold that is compared with
+    "The status of a check in one row, with each of two thresholds"
+    time: float                # when the row begins, in seconds since the epoch
+    seconds: float             # how long the row is
+    usual: ResourceStatus      # with the usual threshold
     other: ResourceStatus      # with the other threshold
 
 def say_hours(seconds: float) -> str:
@@ -51,25 +51,25 @@ def say_hours(seconds: float) -> str:
 class Replay:
     "The answers of checks in a stretch of time, with two thresholds"
     threshold: float                # percent
-    usual: float                    # percent, that is compared with
+    usual: float                    # percent, to compare with
     answers: tuple[Answers, ...]    # of each row, the oldest first
 
     @property
     def seconds(self) -> float:
-        "Return for how many seconds there are rows"
+        "Return how many seconds the rows cover"
         return sum(answer.seconds for answer in self.answers)
 
     def seconds_of(
         self,
         status: ResourceStatus = ResourceStatus.AVAILABLE,
     ) -> tuple[float, float]:
-        "Return for how many seconds a check answers so, with the threshold and with the usual one"
+        "Return how many seconds a check has this status, with the threshold and with the usual one"
         return (sum(a.seconds for a in self.answers if a.other is status),
                 sum(a.seconds for a in self.answers if a.usual is status))
 
     @property
     def stretches(self) -> list[Answers]:
-        "Return the stretches in which both differ, each from its first row to its last"
+        "Return the stretches in which both statuses differ, each from its first row to its last"
         return [*_join(self.answers)]
 
     def __str__(self) -> str:
@@ -82,7 +82,7 @@ class Replay:
 
 # %% ../../nbs/recorded/replay.ipynb #62cae82b
 def _join(answers: Sequence[Answers]) -> Iterator[Answers]:
-    "Yield the rows in which both answers differ, and those that follow one another as one"
+    "Yield the rows in which both statuses differ; join consecutive rows with the same statuses"
     now: Answers | None = None
     for row in answers:
         if now and now[2:] == row[2:] and row.time - now.time - now.seconds <= row.seconds:
@@ -94,11 +94,11 @@ def _join(answers: Sequence[Answers]) -> Iterator[Answers]:
 
 def replay(
     rows: Sequence[Row],         # of `RecordedHistory.between`
-    threshold: float,            # percent of a GPU's memory, from which on it is busy with other programs
+    threshold: float,            # percent of a GPU's memory from which on other programs make it busy
     *,
     usual: float = 45.0,         # percent, to compare with: the default of a manager
 ) -> Replay:
-    "Return what a check would have answered at each time with a threshold, and with the usual one"
+    "Return the answers of checks at each recorded time, with a threshold and with the usual one"
     for name, percent in (("threshold", threshold), ("usual", usual)): check_number(percent, name, 0, 100)
     return Replay(threshold, usual, tuple(
         Answers(row.time, row.seconds, recheck_row(row, usual), recheck_row(row, threshold)) for row in rows))

@@ -27,8 +27,8 @@ class Share(NamedTuple):
     owner: str            # "app", "external" or "unknown"
     name: str
     user: str
-    memory: int           # on average
-    most: int             # at one moment
+    memory: int           # the mean
+    most: int             # the most at one moment
 
     @property
     def key(self) -> tuple[int, float | None]:
@@ -38,17 +38,17 @@ class Share(NamedTuple):
 LONGEST_NAME = 60   # characters of a process's or a user's name
 
 def to_share(process: OwnedProcess) -> Share:
-    "Return the kept part of a process"
+    "Return the part of a process that a row keeps"
     name = name_worker(process) if process.worker_type else process.name or f"PID {process.pid}"
     size = process.memory_used or 0
     return Share(process.pid, process.start_time, process.owner, printable(name)[:LONGEST_NAME],
                  printable(process.username or "")[:LONGEST_NAME], size, size)
 
 # %% ../../nbs/recorded/rows.ipynb #5e06ab6c
-MOST_SHARES = 64   # of a place
+MOST_SHARES = 64   # named processes of a place
 
 def to_shares(processes: Iterable[OwnedProcess]) -> tuple[Share, ...]:
-    "Return the shares of the processes, the largest first; the smallest of many as one"
+    "Return the shares of the processes, the largest first; beyond `MOST_SHARES`, the smallest become one"
     ordered = sorted(processes, key=by_size)
     shares = tuple(to_share(process) for process in ordered[:MOST_SHARES])
     if not (rest := ordered[MOST_SHARES:]): return shares
@@ -64,9 +64,9 @@ class Place(NamedTuple):
     status: str
     total: int | None
     used: int | None           # on average
-    most: int | None           # in use at one moment
-    app: int                   # in use by this app's processes, as is the next by others'
-    external: int
+    most: int | None           # the most in use at one moment
+    app: int                   # in use by this app's processes
+    external: int              # in use by other programs
     unattributed: int          # in use, and not visible by process
     promised: int              # reserved, and still unused
     utilization: int | None    # percent
@@ -76,11 +76,11 @@ class Place(NamedTuple):
 
     @property
     def label(self) -> str:
-        "The name in a sentence"
+        "The place's name in a sentence"
         return "RAM" if self.key == "ram" else f"GPU {self.id}"
 
 def to_place(status: DeviceStatus) -> Place:
-    "Return the kept part of a GPU"
+    "Return the part of a GPU that a row keeps"
     device = status.device
     return Place(device_key(device), device.id, printable(device.name or "")[:LONGEST_NAME], status.status.value,
                  device.memory_total, device.memory_used, device.memory_used, status.app_memory,
@@ -92,7 +92,7 @@ def to_ram(
     status: str,
     memory: MemoryStatus,
 ) -> Place:
-    "Return the kept part of RAM"
+    "Return the part of RAM that a row keeps"
     host, used = memory.memory, memory.app_memory + memory.external_memory
     return Place("ram", "RAM", "", status, host.total, used, used, memory.app_memory, memory.external_memory, 0,
                  memory.promised, None, None, None, to_shares(memory.processes))
@@ -110,16 +110,16 @@ class Row(NamedTuple):
 
 def to_row(
     sample: Sample,
-    seconds: float = 1.0,   # for which it stands
+    seconds: float = 1.0,   # the time that the row stands for
 ) -> Row:
-    "Return the kept part of a sample"
+    "Return the part of a sample that is kept"
     ram = sample.memory.memory
     places = [*map(to_place, sample.gpu.allowed), *([to_ram(sample.memory.status.value, ram)] if ram else [])]
     return Row(sample.time or time.time(), seconds, tuple(places))
 
 # %% ../../nbs/recorded/rows.ipynb #8c472a08
 def _mean(values: Sequence[tuple[float | None, float]]) -> int | None:
-    "Return the mean of values with their seconds, of those that are known"
+    "Return the mean of the known values, weighted by their seconds"
     known = [(value, seconds) for value, seconds in values if value is not None]
     length = sum(seconds for _, seconds in known)
     return round(sum(value*seconds for value, seconds in known)/length) if length else None
@@ -140,9 +140,9 @@ def _merge_shares(found: Sequence[tuple[tuple[Share, ...], float]]) -> tuple[Sha
 _MEANS = "used", "app", "external", "unattributed", "promised", "utilization", "temperature", "power"
 
 def merge_places(
-    found: Sequence[tuple[Place, float]],   # of one key, each with its seconds, in the order of time
+    found: Sequence[tuple[Place, float]],   # all of one key, each with its seconds, the oldest first
 ) -> Place:
-    "Return the mean of a place, as it was last called"
+    "Return a place with the means of its figures, and its last name"
     last, most = found[-1][0], [place.most for place, _ in found if place.most is not None]
     means: dict[str, Any] = {name: _mean([(getattr(place, name), seconds) for place, seconds in found])
                              for name in _MEANS}
@@ -151,9 +151,9 @@ def merge_places(
 
 # %% ../../nbs/recorded/rows.ipynb #f03c55e3
 def merge_rows(
-    rows: Sequence[Row],   # at least one, in the order of time
+    rows: Sequence[Row],   # at least one, the oldest first
 ) -> Row:
-    "Return a row that stands for all of them"
+    "Return one row that stands for all rows"
     by_key = dict[str, list[tuple[Place, float]]]()
     for row in rows:
         for place in row.places: by_key.setdefault(place.key, []).append((place, row.seconds))
@@ -176,7 +176,7 @@ def pack(row: Row) -> Packed:
 
 def unpack(
     figures: bytes,
-    shares: bytes | None = None,   # `None`: the places of the row have none
+    shares: bytes | None = None,   # `None`: return the places without shares
 ) -> Row:
     "Return the row that was packed; `ValueError` for anything else"
     try:

@@ -20,12 +20,12 @@ from ..core.text import printable
 from .rows import Place, Row, Share
 
 # %% ../../nbs/recorded/scenario.ipynb #5cf07ed0
-_FIRST = 2_000_000_000   # of the PIDs that are made up, above those of Linux
+_FIRST = 2_000_000_000   # the first made-up PID, above all PIDs of Linux
 
 def number_processes(
     row: Row,
 ) -> dict[tuple[int, float | None], int]:  # by `Share.key`
-    "Return a PID for each process, its own where it is the first that has it"
+    "Return a PID for each process: its own, or a made-up one if its own is taken"
     made, numbers, taken = itertools.count(_FIRST), dict[tuple[int, float | None], int](), {0}
     for share in _shares(row):
         if share.key in numbers: continue
@@ -36,7 +36,7 @@ def number_processes(
 def _shares(row: Row) -> Iterator[Share]: return (share for place in row.places for share in place.shares)
 
 # %% ../../nbs/recorded/scenario.ipynb #d93c3637
-_LONGEST = 95   # bytes of a text that the driver gives
+_LONGEST = 95   # bytes of the longest text that the driver can return
 
 def _fit(text: str) -> str:
     return printable(text).encode(errors="replace")[:_LONGEST].decode(errors="ignore")
@@ -51,7 +51,7 @@ _WORKER = re.compile(r"(?:(?P<plugin_name>.+) )?(?P<worker_type>\S+) worker(?:, 
 
 def to_worker(
     pid: int,
-    name: str,   # of a process of the app, as the history has it
+    name: str,   # the name of an app's process in the history
 ) -> dict[str, Any]:  # arguments of `register_worker`
     "Return a process of the app as a worker, with its plugin, type and job if its name has them"
     found = _WORKER.fullmatch(name)
@@ -60,7 +60,7 @@ def to_worker(
 
 # %% ../../nbs/recorded/scenario.ipynb #d71aba6d
 def _gpu(place: Place, numbers: dict[tuple[int, float | None], int]) -> dict[str, Any]:
-    "Return a GPU as the fields of a simulated one"
+    "Return a recorded GPU as the fields of a simulated GPU"
     processes = [dict(pid=numbers[s.key], memory_mb=_mib(s.most) if s.most else None) for s in place.shares]
     known = dict(name=_fit(place.name), utilization=place.utilization, temperature=place.temperature,
                  power_usage=place.power, uuid=place.key if place.key.startswith("GPU-") else None)
@@ -70,7 +70,7 @@ def _gpu(place: Place, numbers: dict[tuple[int, float | None], int]) -> dict[str
 
 _NOT_SUPPORTED = 3   # NVML's error code
 _CALLS = {"utilization": "nvmlDeviceGetUtilizationRates", "temperature": "nvmlDeviceGetTemperature",
-          "power": "nvmlDeviceGetPowerUsage"}   # of a figure
+          "power": "nvmlDeviceGetPowerUsage"}   # the call that returns each figure
 
 def _faults(number: int, place: Place) -> Iterator[dict[str, Any]]:
     "Yield an error for each figure that the driver failed to report"
@@ -91,7 +91,7 @@ def to_scenario(
     row: Row,   # of `RecordedHistory.at`
 ) -> dict[str, Any]:
     "Return a recorded moment as a scenario; `ValueError` if a figure is impossible, as in a damaged file"
-    from cjm_fasthtml_resources.simulated.scenarios import parse_scenario  # 20 ms, which `history` saves at its start
+    from cjm_fasthtml_resources.simulated.scenarios import parse_scenario  # takes 20 ms, so only when it is used
     try:
         numbers, gpus = number_processes(row), [place for place in row.places if place.key != "ram"]
         app = {numbers[share.key]: share for share in _shares(row) if share.owner == "app"}
@@ -108,9 +108,9 @@ def to_scenario(
 # %% ../../nbs/recorded/scenario.ipynb #584bea56
 def save_scenario(
     row: Row | None,    # of `RecordedHistory.at`
-    path: str | Path,   # of a new or an existing file, whose name ends in .json
+    path: str | Path,   # a new or an existing file whose name ends in .json
 ) -> None:
-    "Write a recorded moment as a file for `load_scenario` and `--simulate`; `ValueError`, or `OSError`"
+    "Write a recorded moment as a file for `load_scenario` and `--simulate`; raise `ValueError` or `OSError`"
     if row is None: raise ValueError("nothing is recorded for that time: RecordedHistory.at returned None")
     file = Path(path)
     if file.suffix != ".json": raise ValueError(f"the name of a scenario's file ends in .json, not {file.name!r}")

@@ -14,14 +14,14 @@ from .rows import Place, Row, Share
 
 # %% ../../nbs/recorded/totals.ipynb #888f64bf
 def time_there(
-    shares: Iterable[Share],   # of one user or program, on one GPU
+    shares: Iterable[Share],   # the shares of one user or program on one GPU
 ) -> float:  # from 0 to 1
-    "Return for which part of a row's time the longest of these had memory"
+    "Return the part of a row's time in which the longest of these processes had memory"
     return max((min(share.memory/share.most, 1.0) for share in shares if share.most), default=0.0)
 
 # %% ../../nbs/recorded/totals.ipynb #0a24cf0e
 _By = Literal["user", "program"]
-BY: tuple[_By, ...] = ("user", "program")   # how it can be summed up
+BY: tuple[_By, ...] = ("user", "program")   # the ways to sum up
 
 class Used(NamedTuple):
     "The use of the GPUs by a user or program"

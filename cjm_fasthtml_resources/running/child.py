@@ -30,20 +30,20 @@ from .orphans import is_first, reap_others
 @dataclass(frozen=True)
 class Ended:
     "How a command ended"
-    status: int                      # its exit code; of a signal, less than 0
+    status: int                      # its exit code, or minus the number of the signal that ended it
     errors: bytes = b""              # the last 64 KB that it wrote to standard error
-    signals: tuple[int, ...] = ()    # that this process got during it and that end a program
+    signals: tuple[int, ...] = ()    # those that end a program and that this process got during it
 
     @property
     def code(self) -> int:
-        "The exit code as a shell has it: 128 + n for the signal n"
+        "The exit code as a shell reports it: 128 + n for the signal n"
         return 128 - self.status if self.status < 0 else self.status
 
 # %% ../../nbs/running/child.ipynb #e60084cd
 _FIRST = 10   # descriptors from here on differ from the standard ones, which can be closed
 
 def _moved(fd: int) -> int:
-    "Return a descriptor with a higher number in place of this one, closed in started programs"
+    "Replace a descriptor by one with a higher number, which started programs get closed; return the number"
     high = fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, _FIRST)
     os.close(fd)
     return high
@@ -56,7 +56,7 @@ def open_pipe() -> tuple[int, int]:  # to read from, to write to
 def open_errors(
     errors: int,   # standard error
 ) -> tuple[int, int]:  # to read from, and for the command to write to
-    "Return a pipe; a pseudoterminal where standard error is a terminal"
+    "Return a pseudoterminal if standard error is a terminal, else a pipe"
     if not os.isatty(errors): return open_pipe()
     try: read, write = os.openpty()
     except OSError: return open_pipe()   # all are in use, or /dev/pts is missing
@@ -70,7 +70,7 @@ _PYTHON_IGNORES = [signal.SIGPIPE, signal.SIGXFSZ]
 def spawn(
     command: Sequence[str],
     env: Mapping[str, str],
-    descriptors: Mapping[int, int],    # the program's → ours, which is 10 or more
+    descriptors: Mapping[int, int],    # number in the program → number here, 10 or more
     blocked: Iterable[int] = (),       # signals
     own_group: bool = False,           # whether it gets a process group of its own
 ) -> int:  # its PID
@@ -83,14 +83,14 @@ def spawn(
 # %% ../../nbs/running/child.ipynb #14bc8d6a
 ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)   # these end a program
 PASSED_ON = (*ENDING, signal.SIGUSR1, signal.SIGUSR2, signal.SIGTSTP, signal.SIGCONT, signal.SIGWINCH)
-WITHIN = 0.05    # seconds in which a signal for the whole group has reached each of it
-PAUSE = 0.005    # seconds between two looks
+WITHIN = 0.05    # seconds within which a signal for the group reaches all its processes
+PAUSE = 0.005    # seconds between two checks
 
 def is_pending(
     pid: int,
     number: int,
-) -> bool:  # False also if it is hidden
-    "Return whether a process that blocks a signal has been sent it"
+) -> bool:  # False also if the process is hidden
+    "Return whether a signal is pending for a process that blocks it"
     try:
         with open(f"/proc/{pid}/status", "rb") as status:
             masks = [int(line[7:], 16) for line in status if line.startswith(b"ShdPnd:")]
@@ -98,19 +98,19 @@ def is_pending(
     return any(mask >> (number - 1) & 1 for mask in masks)
 
 def wait_until(condition: Callable[[], bool], seconds: float) -> bool:
-    "Return whether it is so within that time"
+    "Wait until a condition is true; return whether it was in time"
     until = time.monotonic() + seconds
     while not (found := condition()) and time.monotonic() < until: time.sleep(PAUSE)
     return found
 
 # %% ../../nbs/running/child.ipynb #b60dd6ac
-TELL_WITHIN = 1.0   # seconds in which the output ends with the command, unless other processes write there, too
+TELL_WITHIN = 1.0   # seconds to wait for the end of the output; other processes can keep it open
 
 class Copying:
-    "Standard error of a command, which a process of its own passes on"
+    "A separate process that passes on the standard error of a command"
     def __init__(
         self,
-        source: int,   # of the command's output; is closed here
+        source: int,   # descriptor of the command's output, which is closed here
     ) -> None:
         control, self._control = open_pipe()
         self._report, report = open_pipe()
@@ -127,7 +127,7 @@ class Copying:
         with contextlib.suppress(OSError): os.write(self._control, what)
 
     def has_got(self, number: int) -> bool:
-        "Return whether a signal came for the whole process group; then forget it, for the next one"
+        "Return whether a signal came for the whole process group; if so, clear it in the copier"
         if not wait_until(partial(is_pending, self.pid, number), WITHIN): return False
         time.sleep(PAUSE)
         self.order(copier.CLEAR)
@@ -135,24 +135,24 @@ class Copying:
         return True
 
     def read_end(self) -> bytes:
-        "Return the end of the output, after the command has ended; empty the second time"
+        "Return the end of the output, after the command has ended; a second call returns nothing"
         if not select.select([self._report], [], [], TELL_WITHIN)[0]: self.order(copier.TELL)
         with open(os.dup(self._report), "rb") as report: return report.read()
 
     def close(self) -> None:
-        "Release the copier, which ends with the last writer"
+        "Release the copier, which ends once no program can write to it"
         for fd in (self._control, self._report): os.close(fd)
         with contextlib.suppress(ChildProcessError): os.waitpid(self.pid, os.WNOHANG)
 
 # %% ../../nbs/running/child.ipynb #e257c55f
 def _note(number: int, frame: FrameType | None) -> None:
-    "Leave the signal to the pipe, which has its number"
+    "Do nothing: the pipe has the number of the signal"
 
 @block
 def catching(
     numbers: Iterable[int],
 ) -> Iterator[int]:  # a pipe with a byte for each signal: its number
-    "Catch signals for a block; those that were ignored stay so"
+    "Catch signals in a block; ignored signals stay ignored"
     read, write = open_pipe()
     for fd in (read, write): os.set_blocking(fd, False)
     before = {number: signal.getsignal(number) for number in numbers}
@@ -168,7 +168,7 @@ def catching(
 
 # %% ../../nbs/running/child.ipynb #06d97ec5
 def suspend() -> None:
-    "Suspend this process as Ctrl-Z does; returns when it goes on"
+    "Suspend this process as Ctrl-Z does; return when it continues"
     before = signal.signal(signal.SIGTSTP, signal.SIG_DFL)
     try: os.kill(os.getpid(), signal.SIGTSTP)
     finally: signal.signal(signal.SIGTSTP, before)
@@ -201,16 +201,16 @@ class Child:
         env: Mapping[str, str],   # in addition to this process's own
     ) -> None:
         self.command, self.env = command, {**os.environ, **env}
-        self.signals: list[int] = []         # that came and end a program
-        self._to_pass_on = deque[int]()      # that came
+        self.signals: list[int] = []         # received ones that end a program
+        self._to_pass_on = deque[int]()      # received ones
         self._exit = contextlib.ExitStack()
 
     def __enter__(self) -> "Child":
-        "Start it; raise `CannotRun`, or `OSError` if starting any process fails"
+        "Start the command; raise `CannotRun`, or `OSError` if starting any process fails"
         with contextlib.ExitStack() as stack:
             self._caught = stack.enter_context(catching([*PASSED_ON, signal.SIGCHLD]))
             source, errors = open_errors(2)
-            with open(errors, "wb", 0):   # is closed here then, so that the copier sees its end
+            with open(errors, "wb", 0):   # closed here after the start, so that the copier sees its end
                 self._copying = Copying(source)
                 stack.callback(self._copying.close)
                 self.pid = start_command(self.command, self.env, {2: errors})
@@ -221,7 +221,7 @@ class Child:
     def __exit__(self, *error: Any) -> None: self._exit.close()
 
     def wait(self) -> Ended:
-        "Wait until it has ended, and pass on the signals that come"
+        "Wait until the command has ended, and pass on the signals that come"
         while not has_exited(self.pid):
             select.select([self._caught], [], [], 1.0)
             self.read_signals()
@@ -238,14 +238,14 @@ class Child:
         with contextlib.suppress(BlockingIOError): self._to_pass_on.extend(os.read(self._caught, 4096))
 
     def send_early(self) -> None:
-        "Send the command the signals that came just before it was there"
+        "Send the command the signals that came just before it started"
         self.read_signals()
         self.signals += [number for number in self._to_pass_on if number in ENDING]
         for number in self.signals: os.kill(self.pid, number)
         self._to_pass_on.clear()
 
     def pass_on(self, number: int) -> None:
-        "Send the command a signal that this process got, unless it has got it itself; suspend this process, too"
+        "Send the command a signal of this process, unless the command got it, too; at SIGTSTP, suspend this process"
         if number == signal.SIGCHLD: return
         if number in ENDING: self.signals.append(number)
         if number == signal.SIGWINCH: self._copying.order(copier.RESIZE)
@@ -253,11 +253,11 @@ class Child:
         if number == signal.SIGTSTP: suspend()
 
     def has_got(self, number: int) -> bool:
-        "Return whether a signal came for the whole process group, with the command"
+        "Return whether a signal came for the whole process group, and so for the command"
         if number in (signal.SIGCONT, signal.SIGWINCH) or os.getpgid(self.pid) != os.getpgrp():
             time.sleep(PAUSE)
             return False
         if not self._copying.has_got(number): return False
-        self.read_signals()   # some send it to this process and then to the group, as `timeout` does
+        self.read_signals()   # some programs, as `timeout`, send it to this process and then to the group
         self._to_pass_on = deque(other for other in self._to_pass_on if other != number)
         return True

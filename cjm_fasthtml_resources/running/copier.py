@@ -17,7 +17,7 @@ import termios
 # %% ../../nbs/running/copier.ipynb #82e96523
 CONTROL, REPORT, ERRORS, SOURCE = range(4)
 CLEAR, RESIZE, TELL = b"c", b"w", b"t"
-KEPT = 65_536   # bytes at the end that are kept
+KEPT = 65_536   # bytes at the end of the output that are kept
 _CHUNK = 65_536
 
 # %% ../../nbs/running/copier.ipynb #ecc247ca
@@ -25,7 +25,7 @@ def write_all(
     fd: int,
     data: bytes,
 ) -> bool:  # False if the reader is gone
-    "Write all of it, however slow the reader is; drop it on a full disk or a closed terminal"
+    "Write all bytes, however slow the reader is; drop them on a full disk or a closed terminal"
     left = memoryview(data)
     while left:
         try: left = left[os.write(fd, left):]
@@ -42,8 +42,8 @@ def read_some(fd: int) -> bytes:
 
 # %% ../../nbs/running/copier.ipynb #3fd9c097
 def copy_size(
-    terminal: int,   # the real one
-    other: int,      # of a pseudoterminal
+    terminal: int,   # descriptor of the real terminal
+    other: int,      # descriptor of a pseudoterminal
 ) -> None:
     "Give a pseudoterminal the size of the real one; skip a pipe"
     with contextlib.suppress(OSError):
@@ -51,7 +51,7 @@ def copy_size(
 
 # %% ../../nbs/running/copier.ipynb #0fcd9ab8
 def forget_signals() -> None:
-    "Take all pending signals, so that the next ones can be distinguished from them"
+    "Clear all pending signals, so that later ones can be distinguished from them"
     while signal.sigtimedwait(signal.valid_signals(), 0): pass
 
 # %% ../../nbs/running/copier.ipynb #e71329cf
@@ -59,7 +59,7 @@ class Copier:
     "Copies one stream to another, and keeps its end"
     def __init__(self) -> None:
         self.end = bytearray()
-        self.sources = [CONTROL, SOURCE]   # that are open
+        self.sources = [CONTROL, SOURCE]   # the open descriptors to read from
 
     def run(self) -> None:
         "Copy until the last writer is gone"
@@ -70,7 +70,7 @@ class Copier:
         self.tell()
 
     def copy(self, data: bytes) -> None:
-        "Pass on the bytes; once the reader is gone, end as a command does whose output is gone"
+        "Pass on the bytes; at their end, or once the reader is gone, close the source"
         self.end += data
         del self.end[:-KEPT]
         if data and write_all(ERRORS, data): return
@@ -78,7 +78,7 @@ class Copier:
         os.close(SOURCE)
 
     def obey(self, order: bytes) -> None:
-        "Carry out a request of the process that started this one; b\"\": it has ended"
+        "Carry out a request of the parent process; b\"\": the parent has ended"
         if order == CLEAR: forget_signals()
         elif order == RESIZE: copy_size(ERRORS, SOURCE)
         elif order == TELL: self.tell()

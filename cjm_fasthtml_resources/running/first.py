@@ -23,7 +23,7 @@ def _end(number: int, frame: FrameType | None) -> NoReturn: raise SystemExit(128
 
 @block
 def end_by_signals() -> Iterator[None]:
-    "Let signals end the first process of a container in the block, as the kernel does it with other processes"
+    "In the block, let signals end a container's first process, as the kernel does it with other processes"
     left_out = [n for n in ENDING if signal.getsignal(n) is signal.SIG_DFL] if is_first() else []
     for number in left_out: signal.signal(number, _end)
     try: yield
@@ -42,7 +42,7 @@ def _give_terminal(pid: int) -> None:
 def run_as_first(
     command: Sequence[str],
     env: Mapping[str, str],   # in addition to this process's own
-) -> int:  # its exit code as a shell has it
+) -> int:  # its exit code as a shell reports it
     "Run a program as a child, pass signals on to it, and reap all other children; raise `CannotRun` on failure"
     with catching([*PASSED_ON, signal.SIGCHLD]) as caught:
         pid = start_command(command, {**os.environ, **env}, {}, own_group=True)

@@ -19,9 +19,9 @@ _STARTS_OTHERS = {"torch.distributed.run", "torch.distributed.launch", "accelera
                   "deepspeed", "coverage", "debugpy", "pdb", "cProfile"}   # modules that run a script or module
 _TAKES_CODE = re.compile(r"(?:python|pypy)[\d.]*$|(?:ba|da|z|k)?sh$")      # code follows -c
 _STARTERS = {"uv run", "poetry run", "pipenv run", "pdm run", "hatch run", "rye run", "pixi run", "conda run",
-             "accelerate launch"}   # the option that follows is theirs
+             "accelerate launch"}   # an option that follows belongs to the starter
 _WRAPPERS = {"env", "nice", "nohup", "time", "stdbuf", "exec"}
-_NEXT = re.compile(r"--?[nc]$|--name$|--prefix$|--nice$")   # options of these that take another word
+_NEXT = re.compile(r"--?[nc]$|--name$|--prefix$|--nice$")   # options of starters and wrappers that take a value
 
 def base_name(word: str) -> str:
     "Return the last part of a path"

@@ -27,7 +27,7 @@ class UnknownAddress(ValueError):
 def open_services(
     addresses: Sequence[str],
 ) -> Any:  # an `apprise.Apprise`
-    "Return the services with these addresses. `ImportError` if the extra is missing, `UnknownAddress`"
+    "Return the services with these addresses; raise `ImportError` if the extra is missing, or `UnknownAddress`"
     import apprise  # the extra notify
 
     log = logging.getLogger("apprise")   # its warnings name addresses

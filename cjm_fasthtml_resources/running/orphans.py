@@ -17,7 +17,7 @@ def is_first() -> bool:
 # %% ../../nbs/running/orphans.ipynb #970dec1e
 def reap(
     pid: int,   # of the command
-) -> int | None:  # the command's status as `waitpid` has it; `None`: it runs
+) -> int | None:  # the command's status as `waitpid` returns it; `None`: it still runs
     "Wait for all children that have ended, until the command is among them"
     while True:
         try: found, status = os.waitpid(-1, os.WNOHANG)
@@ -25,9 +25,9 @@ def reap(
         if found in (0, pid): return status if found else None
 
 def reap_others(
-    pid: int,   # of the command, which is left to its parent's code
+    pid: int,   # of the command, which the caller waits for itself
 ) -> None:
-    "Wait for all children that have ended, until the command is the next"
+    "Wait for children that have ended, until the next one is the command"
     with contextlib.suppress(ChildProcessError):
         while (found := os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)) and found.si_pid != pid:
             os.waitpid(found.si_pid, 0)

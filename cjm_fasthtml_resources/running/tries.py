@@ -32,17 +32,17 @@ class Wanted:
     "The arguments of `cjm-resources run`"
     command: tuple[str, ...]
     name: str                             # its need is learned under this name
-    gpu_memory_mb: float | str | None = None   # MiB, or "all"; `None`: as learned, or a device of its own
+    gpu_memory_mb: float | str | None = None   # MiB, or "all"; `None`: the learned need, or 90 % of a device
     ram_mb: float = 0
-    retries: int = 0                      # after memory ran out
+    retries: int = 0                      # how often to repeat after memory ran out
     device: str | None = None
     timeout: float | None = None          # seconds to wait before each try
     by_index: bool = False                # whether the command gets the device by number
     progress: bool = False
-    devices: int = 1                      # how many GPUs, with so much memory on each
+    devices: int = 1                      # how many GPUs, with `gpu_memory_mb` on each
     priority: int = 0                     # a smaller one is further ahead in the queue
-    grace: float | None = None            # seconds in which its memory has to be used
-    settings: dict[str, Any] | None = None   # of `command_settings`; `None`: all commands of that name share a need
+    grace: float | None = None            # seconds within which its memory has to be used
+    settings: dict[str, Any] | None = None   # from `command_settings`; `None`: all commands of that name share a need
     duration: float | None = None         # seconds that it takes at most; then its reservation ends
     ask_idle: bool = False                # whether idle holders of other apps are asked to unload
 
@@ -57,11 +57,11 @@ class CommandFailed(Exception):
     "A command ended with another exit code than 0; raised inside of its job, which explains it and learns from it"
     def __init__(self, ended: Ended) -> None:
         super().__init__(f"exit code {ended.code}")
-        self.ended, self.stderr = ended, plain_text(ended.errors)   # there `find_out_of_memory` finds it
+        self.ended, self.stderr = ended, plain_text(ended.errors)   # which `find_out_of_memory` reads
 
 # %% ../../nbs/running/tries.ipynb #b4677071
 def watch(job: ActiveJob, pid: int) -> None:
-    "Make the reservation the command's; where that fails, it stays this process's, the command's parent"
+    "Hand the reservation to the command; if that fails, this process, the command's parent, keeps it"
     try: job.watch(pid)
     except (StoreError, OSError, ValueError) as error:
         if not has_exited(pid): _log.warning("if this process is killed, its command loses the reservation: %s", error)
@@ -72,7 +72,7 @@ def env_of(job: ActiveJob, wanted: Wanted) -> dict[str, str]:
     except LookupError as error: raise CannotRun(str(error), os.EX_UNAVAILABLE) from None
 
 def run_inside(job: ActiveJob, wanted: Wanted) -> Ended:
-    "Run a command inside of its job; `CommandFailed`, or `CannotRun`"
+    "Run a command inside its job; raise `CommandFailed` or `CannotRun`"
     job.is_over = True   # a command that fails to start teaches nothing
     with Child(wanted.command, env_of(job, wanted)) as child:
         job.is_over = False
@@ -87,13 +87,13 @@ class Tried:
     "The outcome of one try"
     ended: Ended
     asked_mb: float = 0                # MiB that it had reserved
-    capacity: int = 0                  # bytes of its device, of several the smallest
-    found: OutOfMemory | None = None   # its error's facts about memory that ran out
-    explanation: str | None = None     # who used it
+    capacity: int = 0                  # bytes of its device, or of its smallest device
+    found: OutOfMemory | None = None   # the facts of its out-of-memory error
+    explanation: str | None = None     # in sentences, with the processes that used the memory
 
     @property
     def can_be_retried(self) -> bool:
-        "Return whether GPU memory ran out, without a signal to end; C++ ends with SIGABRT after an error"
+        "Return whether GPU memory ran out, unless a signal ended it; C++ programs end by SIGABRT after an error"
         is_end = self.ended.status > 0 or self.ended.status == -signal.SIGABRT
         return self.found is not None and self.found.kind != "ram" and is_end and not self.ended.signals
 
@@ -101,11 +101,11 @@ class Tried:
 def try_once(
     manager: Any,             # a ResourceManager
     wanted: Wanted,
-    mb: float | str | None,                            # MiB to ask for, or "all"; `None`: as learned
-    make_room: bool = False,                           # with idle workers of the same app
+    mb: float | str | None,                            # MiB to request, or "all"; `None`: as learned
+    make_room: bool = False,                           # whether idle workers of the same app make room
     say: Callable[[str], None] = lambda line: None,    # shows a line to the user
 ) -> Tried:
-    "Run a command as a job; raise the errors of a job's beginning, and of `run_inside`"
+    "Run a command as a job; raise the errors of a job that cannot begin, and `CannotRun`"
     needs = PluginNeeds(None, wanted.ram_mb, wanted.devices)
     job = manager.job(wanted.name, mb, plugin=wanted.name, config=wanted.settings, needs=needs, worker_type="command",
                       device=wanted.device, timeout=wanted.timeout, progress=wanted.progress, make_room=make_room,
@@ -118,16 +118,16 @@ def try_once(
             for step in job.room_made.steps: say(f"{wanted.name}: {step}")
             ended = run_inside(job, wanted)
     except CommandFailed as failed: ended, found = failed.ended, find_out_of_memory(failed)
-    manager.needs.write()   # the end of this process can be a signal
+    manager.needs.write()   # a signal can end this process next
     held = job.reservation
     capacity = min((device.capacity for device in job.devices), default=0)
     return Tried(ended, held.gpu_memory_mb if held else 0, capacity, found, job.explanation)
 
 # %% ../../nbs/running/tries.ipynb #e8685e88
 def more_memory(
-    asked_mb: float,   # of the try before
-    seen_mb: float,    # MiB that were too little in earlier tries, with the quarter; 0: unknown
-    largest: int,      # bytes that programs can have on the largest device that it can use
+    asked_mb: float,   # MiB that the try before requested
+    seen_mb: float,    # MiB that were too little in earlier tries, plus a quarter; 0: unknown
+    largest: int,      # bytes that programs can use on the largest suitable device
 ) -> float:   # MiB
     "Return the memory for the next try"
     return max(min(max(1.25*asked_mb, seen_mb), int(ALONE*largest/2**20)), asked_mb)
@@ -158,7 +158,7 @@ def for_command_line(
 
 # %% ../../nbs/running/tries.ipynb #0755ce8f
 def explain_try(wanted: Wanted, tried: Tried) -> str:
-    "Return a paragraph on memory that ran out, which begins in a new line"
+    "Return a paragraph on memory that ran out; it begins on a new line"
     new_line = "\n" if tried.ended.errors[-1:] not in (b"", b"\n") else ""
     return f"{new_line}{wanted.name}: {for_command_line(tried.explanation or '', tried.asked_mb)}"
 
@@ -173,8 +173,8 @@ def try_again(
     before: Tried,
     number: int,                   # of the retry, from 1 on
     say: Callable[[str], None],
-) -> Tried | None:  # `None`: memory is missing
-    "Ask for more memory, let idle workers of the app make room, and run the command once more in a fresh process"
+) -> Tried | None:  # `None`: the try could not begin
+    "Request more memory, let idle workers of the app make room, and run the command once more in a fresh process"
     mb = next_memory(manager, wanted, before)
     say(announce(wanted, number, mb))
     try: return try_once(manager, wanted, mb, True, say)

@@ -14,10 +14,10 @@ from ..core.exact import is_of_one_job
 from ..core.secrets import mask_tokens, names_secret
 
 # %% ../../nbs/running/words.ipynb #ce53f1b0
-_SWITCHES = {"verbose", "debug", "cache"}   # options that are left out; the next word stays
+_SWITCHES = {"verbose", "debug", "cache"}   # options that are left out alone; the next word stays
 
 def words_that_matter(command: Sequence[str]) -> Iterator[str]:
-    "Yield the words of a command, except those of one run alone, and secrets"
+    "Yield the words of a command, except secrets and words that only concern one run"
     words = list(command)
     for i, word in enumerate(words):
         name, equals, _ = word.partition("=")
@@ -36,7 +36,7 @@ def resolve_word(
     word: str,
     folder: str,             # in which the command runs
     is_module: bool = False,   # whether it follows `-m`
-) -> str | None:  # `None`: another kind of word
+) -> str | None:  # `None`: the word names no file here
     "Return a word with the resolved path of the file that it names"
     name, equals, value = word.rpartition("=")
     value = value or word
@@ -53,9 +53,9 @@ def _readable(word: str) -> str:
 
 def command_settings(
     command: Sequence[str],
-    folder: str | None = None,   # in which it runs; `None`: this process's
+    folder: str | None = None,   # in which the command runs; `None`: this process's folder
 ) -> dict[str, Any]:
-    "Return a command as settings, for its need"
+    "Return the settings under which the need of a command is kept"
     try: here = folder or os.getcwd()
     except FileNotFoundError: here = ""   # it was removed
     words = list(words_that_matter(command))

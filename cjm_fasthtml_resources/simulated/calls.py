@@ -36,13 +36,13 @@ def write_number(
 
 # %% ../../nbs/simulated/calls.ipynb #5429ebeb
 class Handles:
-    "The GPUs of a simulated library, and the handles by which programs name them"
+    "The GPUs of a simulated library, and the handles by which programs refer to them"
     def __init__(
         self,
         gpus: list[SimulatedGpu],  # in NVML's order; can be changed while the library is in use
     ) -> None:
         self.gpus = gpus
-        self.slots = [*gpus]                          # by address, also those that were taken out
+        self.slots = [*gpus]                          # by PCI address, including removed GPUs
         self._structures: dict[int, Any] = {}         # id of a GPU → the structure that its handle points at
         self._at: dict[int, SimulatedGpu] = {}        # address of that structure → GPU
 
@@ -58,7 +58,7 @@ class Handles:
         return self._at[ctypes.addressof(handle.contents)]
 
     def place(self, gpu: SimulatedGpu) -> tuple[int, int | None]:
-        "Return the index of a GPU, and of the instance on it; raises `LookupError` if it was taken out"
+        "Return the index of a GPU, and of the instance on it; raises `LookupError` if it was removed"
         for index, top in enumerate(self.gpus):
             if top is gpu: return index, None
             for number, part in enumerate(top.mig or ()):

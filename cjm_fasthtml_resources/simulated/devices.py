@@ -24,7 +24,7 @@ def make_uuid(
     index: int,           # of the GPU
     number: int | None,   # of the instance on it; `None`: the GPU itself
 ) -> str:
-    "Return the UUID of a place"
+    "Return the UUID of a position"
     return f"{'GPU' if number is None else 'MIG'}-51000000-0000-4000-8000-{index:06x}{(number or 0):06x}"
 
 # %% ../../nbs/simulated/devices.ipynb #837a93d1

@@ -41,7 +41,7 @@ class Fault(Checked):
 
 # %% ../../nbs/simulated/faults.ipynb #76ec91bd
 def meet_faults(
-    faults: Iterable[Fault],                 # those of the driver
+    faults: Iterable[Fault],                 # the driver's faults
     call: str,                               # the C function's name
     find_gpu: Callable[[], int | None],      # returns the index of the GPU that the call is about
     wait: Callable[[float | None], object],  # waits for so many seconds; `None`: until the driver recovers

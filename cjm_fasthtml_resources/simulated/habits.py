@@ -36,7 +36,7 @@ class Habits(Checked):
         self,
         call: str,   # a C function's name
     ) -> bool:
-        "Return whether the driver lacks a function; one that writes 32 bytes is known by its missing functions"
+        "Return whether a function is missing; with 32-byte entries, `nvmlDeviceGetRunningProcessDetailList` is, too"
         is_newer = call == "nvmlDeviceGetRunningProcessDetailList"
         return call in self.missing or is_newer and self.process_size == 32
 
@@ -51,7 +51,7 @@ def make_older(
     module, before = vars(pynvml), dict(vars(pynvml))
     for name in names: module.pop(name, None)
     form = before["nvmlDeviceGetMemoryInfo"]
-    module["nvmlDeviceGetMemoryInfo"] = lambda handle: form(handle)   # the version is left out
+    module["nvmlDeviceGetMemoryInfo"] = lambda handle: form(handle)   # takes only the handle
 
     def undo() -> None: module.update({name: before[name] for name in (*names, form.__name__) if name in before})
 

@@ -33,7 +33,7 @@ def _fits(value: Any, hint: Any) -> bool:
     return isinstance(value, (int, float) if origin is float else origin)
 
 # %% ../../nbs/simulated/machine.ipynb #e214109b
-_MOST: dict[str, float] = dict(delay=float("inf"), power_usage=4e6, power_limit=4e6)   # else what follows
+_MOST: dict[str, float] = dict(delay=float("inf"), power_usage=4e6, power_limit=4e6)   # for others, the next line
 _MOST_INT, _MOST_MB, _MOST_BYTES = 2**32 - 1, 2**44 - 1, 95   # limits of NVML's types: an int, MiB, a text
 
 def _complaint(name: str, value: Any, hint: Any) -> str | None:
@@ -66,7 +66,7 @@ class SimulatedProcess(Checked):
     pid: int
     memory_mb: float | None = None  # MiB; `None`: the driver omits it
     kind: str = "compute"           # "compute", "graphics", "mps", or several joined by "+"
-    load: int = 0                   # percent of the last seconds in which it computed
+    load: int = 0                   # percent of the last seconds during which it computed
 
     def __post_init__(self) -> None:
         if not set(self.kind.split("+")) <= {"compute", "graphics", "mps"}:
@@ -87,19 +87,19 @@ class SimulatedGpu(Checked):
     temperature: int = 35                    # °C
     power_usage: float = 20                  # W
     power_limit: float = 72                  # W
-    uuid: str | None = None                  # `None`: made from its place
+    uuid: str | None = None                  # `None`: made from its position
     processes: list[SimulatedProcess] = field(default_factory=list)
-    mig: list["SimulatedGpu"] | None = None  # its instances, where it is divided
-    gpu_instance: int | None = None          # of an instance: those of one number share its memory; `None`: made up
+    mig: list["SimulatedGpu"] | None = None  # its MIG instances; `None`: the GPU lacks MIG
+    gpu_instance: int | None = None          # for an instance: those with one number share memory; `None`: chosen
     unified: bool = False                    # it uses the machine's memory
     addressing_mode: str | None = None       # "NONE", "HMM" or "ATS"; `None`: ATS if it is unified
     asleep: bool = False                     # suspended by runtime power management
     compute_capability: str = "8.9"
     cuda_cores: int = 7424
     max_clock: int = 2040                    # MHz
-    numa_node: int | None = None             # `None`: the driver leaves its distance to other GPUs out
+    numa_node: int | None = None             # `None`: the distance to other GPUs is unsupported
     nvlink: int | None = None                # NVLink joins the GPUs that have the same number here
-    pci: str | None = None                   # its address, such as "0000:01:00.0"; `None`: by its place at the start
+    pci: str | None = None                   # its address, such as "0000:01:00.0"; `None`: by its position at the start
 
     def __post_init__(self) -> None:
         if self.addressing_mode not in (None, *ADDRESSING_MODES):
@@ -113,15 +113,15 @@ class SimulatedGpu(Checked):
 
     @property
     def used_mb(self) -> float:
-        "Return the memory in use in MiB, with that of its instances"
+        "Return the memory in use in MiB, including the memory of the instances"
         if self.memory_used_mb is not None: return self.memory_used_mb
         return sum(p.memory_mb or 0 for p in self.processes) + sum(gpu.used_mb for gpu in self.mig or ())
 
 # %% ../../nbs/simulated/machine.ipynb #03dd1f78
 def instance_ids(
-    gpu: SimulatedGpu,   # a divided one
+    gpu: SimulatedGpu,   # a GPU with MIG instances
 ) -> list[tuple[int, int]]:  # the numbers of GPU instance and compute instance of each
-    "Return where the instances of a GPU are"
+    "Return the numbers by which MIG places the instances of a GPU"
     parts = gpu.mig or []
     too_much = sum(part.memory_total_mb for part in parts) > gpu.memory_total_mb
     ids, seen = list[tuple[int, int]](), dict[Any, list[int]]()
@@ -142,7 +142,7 @@ class SimulatedHostProcess(Checked):
     username: str | None = None
     parent: int | None = None  # the parent's PID
     memory_mb: float = 0       # MiB of RAM
-    container: str | None = None  # or "pod NAMESPACE/NAME" or "job NUMBER" that it is in
+    container: str | None = None  # its container, "pod NAMESPACE/NAME" or "job NUMBER"
     command: str | None = None    # its command line; `None`: hidden
     age: float | None = None      # seconds that it has run before this module was imported; `None`: unknown
 
@@ -150,14 +150,14 @@ class SimulatedHostProcess(Checked):
 class SimulatedMachine(Checked):
     "The machine that the library sees while the driver runs"
     memory_total_mb: float = 65536  # MiB
-    memory_used_mb: float = 16384   # MiB: the total less the available memory
+    memory_used_mb: float = 16384   # MiB: the total minus the available memory
     processes: list[SimulatedHostProcess] = field(default_factory=list)
-    pid_namespace: bool = False     # as inside a container
+    pid_namespace: bool = False     # whether the library sees a PID namespace, as inside a container
     local_pids: bool = False        # whether the driver gives a container its own PIDs, as the open kernel modules do
 
 # %% ../../nbs/simulated/machine.ipynb #db03a79d
 def _above(pid: int, parents: Mapping[int, int | None]) -> Iterator[int]:
-    "Yield the PIDs above one, the nearest first and each once"
+    "Yield the PIDs of a process's ancestors, the nearest first and each once"
     seen = {pid}
     while (up := parents.get(pid)) is not None and up not in seen:
         yield up
@@ -199,14 +199,14 @@ def replace_host(
 
 # %% ../../nbs/simulated/machine.ipynb #e99155ae
 def available_ram() -> int:
-    "Return the bytes of RAM that are available; less than 0 where more is in use than there is"
+    "Return the bytes of RAM that are available; less than 0 if more is in use than the total"
     now = memory.read_machine()
     return now.total - now.used
 
 def use_ram(
     size: int,   # bytes
 ) -> Callable[[], None]:  # gives it back
-    "Use so much of the simulated machine's RAM; a real machine's stays as it is"
+    "Use `size` bytes of the simulated machine's RAM; a real machine's RAM stays as it is"
     def change(more: int) -> None:
         if (now := memory.simulated) is None: return
         memory.simulated = now._replace(memory=replace(now.memory, used=now.memory.used + more))
@@ -219,7 +219,7 @@ def replace_listed(
     list_gpus: Callable[[], list[sysfs.ListedGpu]],
     version: str,   # the driver's
 ) -> Callable[[], None]:  # restores the original
-    "Let the library see simulated GPUs where it looks for sleeping ones"
+    "Let the library see simulated GPUs in Linux's list, where it searches for sleeping GPUs"
     before, sysfs.simulated = sysfs.simulated, sysfs.SimulatedList(list_gpus, version)
 
     def undo() -> None: sysfs.simulated = before

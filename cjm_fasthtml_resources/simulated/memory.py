@@ -35,7 +35,7 @@ from .habits import Habits
 # %% ../../nbs/simulated/memory.ipynb #10263308
 def _make_locked(path: Path) -> FileIO:
     "Make a file with its first byte locked for as long as it is open"
-    draft = path.with_name(f".{path.name}")   # until it is locked
+    draft = path.with_name(f".{path.name}")   # its name until it is locked
     file = FileIO(draft, "x+")
     try:
         lock_byte(file.fileno(), 0)
@@ -46,7 +46,7 @@ def _make_locked(path: Path) -> FileIO:
     return file
 
 def _is_alive(path: Path) -> bool:
-    "Return whether a process keeps a file locked; True for one that opening is forbidden for this user"
+    "Return whether a process keeps a file locked; True if this user is not allowed to open it"
     try:
         with FileIO(path) as file: return is_locked(file.fileno(), 0)
     except FileNotFoundError: return False
@@ -57,7 +57,7 @@ class Allocations:
     "The memory that processes have allocated, in addition to the GPUs' lists"
     def __init__(
         self,
-        folder: Path | None,  # of those who share the GPUs; `None`: this process alone
+        folder: Path | None,  # shared by the GPUs' processes; `None`: this process alone
     ) -> None:
         self.folder, self.names = folder, dict[str, FileIO | None]()   # this process's own
         if folder: folder.mkdir(parents=True, exist_ok=True)
@@ -71,19 +71,19 @@ class Allocations:
             del self.names[name]
 
     def add(self, gpu: int, size: int) -> str:
-        "Record so many bytes more of this process on a GPU; return the name of the allocation"
+        "Record an allocation of `size` bytes by this process on a GPU; return its name"
         me = host_process.read_process(os.getpid())
         name = f"{gpu}_{me.pid}_{me.start_time}_{size}_{uuid.uuid4().hex}"
         self.names[name] = _make_locked(self.folder/name) if self.folder else None
         return name
 
     def remove(self, name: str) -> None:
-        "Give an allocation back"
+        "Remove an allocation"
         if self.folder: (self.folder/name).unlink(missing_ok=True)
         if file := self.names.pop(name, None): file.close()
 
     def on(self, gpu: int) -> dict[int, int]:
-        "Return the bytes of each living process on a GPU, by PID; remove the files of the others"
+        "Return the bytes of each living process on a GPU, by PID; remove the files of ended processes"
         found: dict[int, int] = {}
         for name in os.listdir(self.folder) if self.folder else list(self.names):
             if name.startswith(".") or int(name.partition("_")[0]) != gpu: continue
@@ -106,13 +106,13 @@ class MemoryCalls(Handles):
         return self.allocations.on(index) if number is None else {}
 
     def free(self, gpu: SimulatedGpu) -> int:
-        "Return the bytes that are free; less than 0 where more is in use than there is"
+        "Return the bytes that are free; less than 0 if more is in use than the total"
         free_mb = gpu.memory_total_mb - gpu.memory_reserved_mb - gpu.used_mb
         return to_bytes(free_mb) - sum(self.allocated(gpu).values())
 
     @block
     def use(self, index: int, size: int) -> Iterator[int]:
-        "Use so many bytes of a GPU for a block; yield the bytes free then, less than 0 where it is too much"
+        "Use `size` bytes of a GPU for a block; yield the bytes that are then free, less than 0 if it is too much"
         name, gpu = self.allocations.add(index, size), self.gpus[index]
         undo = use_ram(size) if gpu.unified else None
         try: yield available_ram() if gpu.unified else self.free(gpu)
@@ -160,7 +160,7 @@ def write_processes(
     if found and (array is None or length < len(found)): return INSUFFICIENT_SIZE
     if not found: return SUCCESS
     written = _pack_processes(found, size, instance)
-    block = array if array._b_base_ is None else array._b_base_   # over whose end a real driver would write
+    block = array if array._b_base_ is None else array._b_base_   # a real driver would write over its end
     room = ctypes.sizeof(block) - (ctypes.addressof(array) - ctypes.addressof(block))
     ctypes.memmove(array, written, min(len(written), room))
     return SUCCESS
@@ -172,7 +172,7 @@ def write_loads(
     array: Any,                      # `None`: the caller asks for the number only
 ) -> int:
     "Write samples of processes and their number; return success, `NOT_FOUND` or `INSUFFICIENT_SIZE`"
-    room, most = count._obj.value, max(len(found), 72)   # an H100's driver wants room for 72, however few there are
+    room, most = count._obj.value, max(len(found), 72)   # an H100's driver requires space for 72, even for fewer
     if array is None or room < most:
         count._obj.value = most
         return INSUFFICIENT_SIZE
@@ -185,7 +185,7 @@ def write_loads(
 class ProcessCalls(MemoryCalls):
     "The lists of processes on a GPU"
     def write_list(self, kind: str, size: int, handle: Any, count: Any, array: Any) -> int:
-        "Write the processes of one kind, in entries of a size"
+        "Write the processes of one kind, in entries of `size` bytes"
         gpu = self.gpu(handle)
         index, number = self.place(gpu)
         instance = _NO_INSTANCE if number is None else instance_ids(self.gpus[index])[number]
@@ -194,14 +194,14 @@ class ProcessCalls(MemoryCalls):
         return write_processes(found, count, array, size, instance)
 
     def nvmlDeviceGetProcessUtilization(self, handle: Any, array: Any, count: Any, since: Any) -> int:
-        "Write a sample of each process that computed, as an H100 does: `NOT_FOUND` without one"
+        "Write a sample of each process that computed, as an H100 does; return `NOT_FOUND` if none did"
         gpu = self.gpu(handle)
         if gpu.mig is not None or self.place(gpu)[1] is not None: return NOT_SUPPORTED
         return write_loads([p for p in gpu.processes if p.load], count, array)
 
 # %% ../../nbs/simulated/memory.ipynb #7be81f31
 def _list_call(kind: str, size: int | None) -> Callable[..., int]:
-    "Return the C function that lists a kind in entries of a size; `None`: of the size that is the driver's habit"
+    "Return the C function that lists one kind, in entries of `size` bytes; `None`: as the driver's habits define"
     def function(self: ProcessCalls, *args: Any) -> int:
         return self.write_list(kind, size or self.habits.process_size, *args)
     return function

@@ -80,7 +80,7 @@ def _launched(g: int) -> list[Scenario]:
             *(dict(engine if i < 10 else training, pid=first + i) for i in range(20))]
 
 def _h100(g: int, bob_mb: float) -> Scenario:
-    "Return a GPU with its twenty processes; Bob's use so many MiB each"
+    "Return a GPU with its twenty processes; Bob's use `bob_mb` MiB each"
     rows = [(4203000 + 20*g + i, 2600 if i < 10 else bob_mb) for i in range(20)]
     return dict(name="NVIDIA H100 80GB HBM3", memory_total_mb=81559, memory_reserved_mb=551, utilization=97,
                 temperature=61, power_usage=640, power_limit=700, processes=_processes(*rows), numa_node=g//4, nvlink=0)

@@ -19,7 +19,7 @@ def squeeze_css(text: str) -> str:
 
 # %% ../../nbs/ui/assets.ipynb #1c417f42
 def squeeze_script(text: str) -> str:
-    "Return a script; drop its indentation and lines of comment, and join lines where one surely goes on"
+    "Return a script; drop indentation and comment lines, and join a line that ends with {;,( to the next"
     lines = [line.strip() for line in text.splitlines()]
     short = "\n".join(line for line in lines if line and not line.startswith("//"))
     return re.sub(r"(?<=[{;,(])\n", "", short)
@@ -29,7 +29,7 @@ _SQUEEZE = {"css": squeeze_css, "js": squeeze_script}
 
 @lru_cache
 def read_asset(
-    name: str,   # of a file in `ui/static`
+    name: str,   # name of a file in `ui/static`
 ) -> str:
     "Return a file as it is sent"
     text = (files("cjm_fasthtml_resources.ui")/"static"/name).read_text(encoding="utf-8")

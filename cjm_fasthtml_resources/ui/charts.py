@@ -43,13 +43,13 @@ from .view import View
 # %% ../../nbs/ui/charts.ipynb #84d61e52
 RANGES = {"10m": "10 minutes", "1h": "1 hour", "24h": "24 hours"}
 _SPANS = {"10m": Span(600, 5, 120), "1h": Span(3600, 60, 300), "24h": Span(86400, 900, 7200)}
-_MANY = 6   # charts, above which columns are wider
+_MANY = 6   # with more charts than this, columns are wider
 
 def span_of(
     name: str,    # one of `RANGES`
-    count: int,   # charts
+    count: int,   # number of charts on the page
 ) -> Span:
-    "Return how much time each of some charts shows. `ValueError` for another name"
+    "Return the span of time that each chart shows. `ValueError` for another name"
     if name not in _SPANS: raise ValueError(f"range must be one of {', '.join(RANGES)}, not {printable(name)[:20]}")
     span = _SPANS[name]
     return replace(span, width=2*span.width) if name == "10m" and count > _MANY else span
@@ -63,7 +63,7 @@ class Wanted:
     since: int | None = None     # the first column; `None`: all
     view: View = View()
     interval: float = 1.0        # seconds between two samples
-    workers: bool = True         # whether those of workers are drawn, which are folded
+    workers: bool = True         # whether the workers' charts, which are folded, are drawn
 
 # %% ../../nbs/ui/charts.ipynb #1feff262
 Stretch = tuple[float, float, Column]   # since and until, in seconds since the epoch, and the figures
@@ -90,7 +90,7 @@ def to_columns(
 # %% ../../nbs/ui/charts.ipynb #099c13ad
 @dataclass(frozen=True)
 class Subject:
-    "What a chart is of"
+    "The GPU, the RAM or the worker that a chart shows"
     key: str                          # of a GPU or of a worker, or "ram"
     label: str
     total: int                        # bytes
@@ -116,7 +116,7 @@ def subjects_of(
     sample: Sample,
     view: View = View(),
 ) -> list[Subject]:
-    "Return what a sample has charts of: its GPUs, RAM and its workers"
+    "Return the subjects of a sample's charts: its GPUs, RAM and its workers"
     percent, ram = sample.gpu.threshold_percent, sample.memory
     limit = f"threshold for other programs: {percent:g} %" if percent is not None else ""
     app = frozenset((p.pid, p.start_time) for d in sample.gpu.allowed for p in d.processes if p.owner == "app")
@@ -128,7 +128,7 @@ def subjects_of(
 
 # %% ../../nbs/ui/charts.ipynb #0ee71d50
 def subjects_of_rows(rows: Sequence[Row]) -> list[Subject]:
-    "Return the GPUs and RAM of recorded rows, as they were last called"
+    "Return the GPUs and RAM of recorded rows, each with its latest label"
     last = {place.key: place for row in rows for place in row.places}
     return [Subject(key, printable(place.label), place.total or 0) for key, place in last.items()]
 
@@ -149,7 +149,7 @@ def point_stretches(
     points: Sequence[Point],
     interval: float,          # seconds between two samples
 ) -> list[tuple[float, float, Point]]:
-    "Return each point with the time for which it stands, in seconds since the epoch"
+    "Return each point after the start and end of the time that it covers, in seconds since the epoch"
     if not points: return []
     last = points[-1]
     begins = [last.time - (last.taken - p.taken) if last.taken and p.taken else p.time for p in points]
@@ -166,7 +166,7 @@ def status_marks(
     subject: Subject,
     stretches: Sequence[tuple[float, float, Point]],
 ) -> tuple[Mark, ...]:
-    "Return a mark for each status of a GPU that followed another one"
+    "Return a mark for each change of a GPU's status"
     known = [(begin, d.status) for begin, _, point in stretches if (d := point.devices.get(subject.key))]
     return tuple(Mark(begin, f"{subject.label} is {_WORDS[status.value]}.")
                  for (_, before), (begin, status) in zip(known, known[1:], strict=False) if status is not before)
@@ -176,7 +176,7 @@ def monitor_charts(
     sample: Sample,
     history: History,
     wanted: Wanted = Wanted(),
-    changes: Sequence[tuple[float, Change]] = (),   # that a recorder has kept; empty: each status is a mark
+    changes: Sequence[tuple[float, Change]] = (),   # from a recorder; empty: marks are changes of status
 ) -> list[Chart]:
     "Return the charts of the last ten minutes"
     subjects = subjects_of(sample, wanted.view)
@@ -209,7 +209,7 @@ def marks_of(
     return tuple(Mark(when, change.text) for when, change in changes if is_of(change))
 
 # %% ../../nbs/ui/charts.ipynb #eb46a471
-_LONGEST = 24   # characters of a program's and of a user's name
+_LONGEST = 24   # characters of each name, the program's and the user's
 
 def _largest(subject: Subject, place: Place) -> str:
     "Return the largest other program with its user, and with its memory if there are more; else an empty text"
@@ -223,7 +223,7 @@ def _largest(subject: Subject, place: Place) -> str:
 
 # %% ../../nbs/ui/charts.ipynb #ebbc40f5
 def _of_place(subject: Subject, place: Place) -> Column | None:
-    "Return the figures of a place: the mean of each owner, and what its fullest moment had beyond them"
+    "Return the figures of a place: the mean of each owner, and how much more its fullest moment had"
     if not place.total or place.used is None: return None
     ours = sum(share.memory for share in place.shares if share.owner == "external" and share.key in subject.app)
     ours = min(ours, place.external)
@@ -234,7 +234,7 @@ def _of_place(subject: Subject, place: Place) -> Column | None:
 
 # %% ../../nbs/ui/charts.ipynb #269fe3ab
 def _of_row(subject: Subject, row: Row) -> Column | None:
-    "Return the figures of a row, of several processes what they had together for sure; `None` if they are missing"
+    "Return the figures of a row; a worker's are the least that its processes reached; `None` if missing"
     if not subject.pids: return _of_place(subject, place) if (place := row.place(subject.key)) else None
     shares = [share for place in row.places if place.key != "ram" for share in place.shares
               if share.pid in subject.pids]
@@ -263,7 +263,7 @@ def recorded_charts(
     until: Moment | None = None,    # `None`: now
     zone: int | None = None,        # minutes east of UTC; `None`: as this machine
 ) -> list[Chart]:
-    "Return the charts of the GPUs and of RAM, as a recorder saw them; `StoreError`"
+    "Return the recorded charts of the GPUs and of RAM. `StoreError` if the record is unreadable"
     now = datetime.now().timestamp() if until is None else to_seconds(until)
     span = span_of(range, 0)
     end = math.ceil(now/span.width)
@@ -273,7 +273,7 @@ def recorded_charts(
 
 # %% ../../nbs/ui/charts.ipynb #5e163c2f
 def _readout(chart: Chart) -> Any:
-    "Return the time and the figures of the last column, as figures.js writes those of others"
+    "Return the time and the figures of the last column, in the form that figures.js uses for other columns"
     if not chart.columns: return ft("output", "no figures yet", cls="key", aria_live="off")
     last = chart.columns[-1]
     parts = [ft("i", text, cls=owner) if owner else ft("span", text) for owner, text in column_parts(last, chart)]
@@ -282,11 +282,11 @@ def _readout(chart: Chart) -> Any:
 
 def figure(
     chart: Chart,
-    since: int | None = None,   # the first column that is wanted; `None`: all
+    since: int | None = None,   # the first column to draw; `None`: all, with name and figures
 ) -> Any:
-    "Return a chart with its legend, and with its name and its last figures, unless it is what is new of one"
+    "Return a chart with its legend; a complete one also has its name and its last figures"
     before, after = ([ft("figcaption", B(chart.label))], [_readout(chart)]) if since is None else ([], [])
-    kind = "chart named" if any(column.largest for column in chart.columns) else "chart"   # longer figures
+    kind = "chart named" if any(column.largest for column in chart.columns) else "chart"   # its figures need more space
     return ft("figure", *before, draw_chart(chart, since), legend(chart), *after, cls=kind, data_key=chart.key)
 
 # %% ../../nbs/ui/charts.ipynb #2fc37d61
@@ -294,7 +294,7 @@ def chart_grid(
     charts: Sequence[Chart],
     wanted: Wanted = Wanted(),
 ) -> Any:
-    "Return charts next to each other; those of workers folded"
+    "Return charts next to each other; the charts of workers are in a fold"
     machine, workers = ([c for c in charts if ("/" in c.key) is is_worker] for is_worker in (False, True))
     drawn, folded = ([figure(c, wanted.since) for c in found] for found in (machine, workers if wanted.workers else []))
     fold = Details(Summary(f"Workers ({len(workers)})"), Div(*folded, cls="chart-grid"), cls="fold")
@@ -303,7 +303,7 @@ def chart_grid(
 # %% ../../nbs/ui/charts.ipynb #e4d87edf
 @dataclass(frozen=True)
 class ChartView:
-    "Charts as a notebook shows them; in a terminal, what they show in sentences"
+    "Charts in a notebook; in a terminal, sentences that describe them"
     charts: Sequence[Chart]
 
     def __repr__(self) -> str: return "\n".join(map(describe, self.charts)) or "No data of that time."
@@ -320,7 +320,7 @@ def _hint(range: str, problem: str = "") -> Any:
 
 # %% ../../nbs/ui/charts.ipynb #b69e2048
 def _late(charts: Sequence[Chart], zone: int | None) -> list[Any]:
-    "Say when the last figures are from, if the recorder has stopped"
+    "Return a note with the time of the last figures, if the recorder has stopped"
     last = max((chart.columns[-1].number for chart in charts if chart.columns), default=None)
     if last is None or last >= charts[0].end - 2: return []
     when = column_time(last, charts[0])
@@ -342,7 +342,7 @@ def _recorded(sample: Sample, recorded: RecordedHistory, wanted: Wanted) -> Any:
 def _changes(recorded: RecordedHistory | None, sample: Sample) -> list[tuple[float, Change]]:
     now = sample.time or 0.0
     try: return recorded.changes(now - 600, now + 1) if recorded else []
-    except StoreError: return []   # the longer charts show why
+    except StoreError: return []   # the charts of an hour and a day show the error
 
 # %% ../../nbs/ui/charts.ipynb #67e701e1
 def draw_charts(
@@ -351,7 +351,7 @@ def draw_charts(
     wanted: Wanted = Wanted(),
     recorded: RecordedHistory | None = None,   # `None`: the machine is unrecorded
 ) -> Any:
-    "Return the charts that are wanted, or how to get them. `ValueError` for an unknown range"
+    "Return the wanted charts, or a note on how to get them. `ValueError` for an unknown range"
     if wanted.range != "10m":
         span_of(wanted.range, 0)
         return _recorded(sample, recorded, wanted) if recorded else (_hint(wanted.range),)
@@ -361,7 +361,7 @@ def draw_charts(
 REDRAW = 10.0   # seconds between two drawings of a panel's charts, at least
 
 def kept_for(sample: Sample) -> RecordedHistory | None:
-    "Return what this user's recorder keeps of a machine; `None` for a simulated one, which it leaves out"
+    "Return the history that this user's recorder keeps; `None` for a simulated machine, which it leaves out"
     return None if sample.simulated else RecordedHistory()
 
 def charts_of(
@@ -375,7 +375,7 @@ def charts_of(
 
 # %% ../../nbs/ui/charts.ipynb #409a06c4
 def chart_shape(sample: Sample, wanted: Wanted) -> str:
-    "Return the range, the seconds until there is more, and what is the same while the same charts move on"
+    "Return the range, the seconds until the next column, and the number and total memory of the charts"
     subjects = subjects_of(sample, wanted.view)
     seconds = min(span_of(wanted.range, len(subjects)).width, 60)
     return f"{wanted.range} {seconds} {len(subjects)} {sum(subject.total for subject in subjects)}"

@@ -25,15 +25,15 @@ from .shutdown import running_steps
 
 # %% ../../nbs/ui/connection.ipynb #5f59c82b
 def _own_sockets() -> Iterator[socket.socket]:
-    "Yield a copy of each socket of this process, for the moment"
+    "Yield a copy of each socket of this process, and close it afterwards"
     names = [] if socket.getdefaulttimeout() is not None else os.listdir("/dev/fd")
     for fd in map(int, names):
-        with contextlib.suppress(OSError):   # closed since, as is the one of the listing
+        with contextlib.suppress(OSError):   # the file is closed by now, as the listing's own is
             if not stat.S_ISSOCK(os.fstat(fd).st_mode): continue
             with socket.socket(fileno=os.dup(fd)) as found: yield found
 
 class SocketOf:
-    "The connection of a request, by its addresses; of the buffers that it fills only the kernel's is known"
+    "The connection of a request, found by its addresses; only the kernel's buffer is known"
     def __init__(
         self,
         scope: Mapping[str, Any],   # of an ASGI request
@@ -42,21 +42,21 @@ class SocketOf:
 
     def _find(self) -> Iterator[socket.socket]:
         for found in _own_sockets():
-            with contextlib.suppress(OSError):   # one that listens has no peer
+            with contextlib.suppress(OSError):   # a listening socket has no peer
                 if [found.getpeername()[:2], found.getsockname()[:2]] == self.addresses: yield found
 
     def get_write_buffer_size(self) -> int:
-        "Return the bytes in the kernel's buffer; 1 where it is empty and the connection open: its server's can be full"
+        "Return the bytes in the kernel's buffer, at least 1 while it is open: the server's buffer can be full"
         sizes = (fcntl.ioctl(found, termios.TIOCOUTQ, bytes(4)) for found in self._find())
         return sum(max(struct.unpack("i", size)[0], 1) for size in sizes)
 
     def abort(self) -> None:
-        "Shut the socket down; its server hears of it"
+        "Shut the socket down, which its server notices"
         for found in self._find():
-            with contextlib.suppress(OSError): found.shutdown(socket.SHUT_RDWR)   # it has just ended
+            with contextlib.suppress(OSError): found.shutdown(socket.SHUT_RDWR)   # the connection has just ended
 
 def _socket_of(scope: Mapping[str, Any]) -> SocketOf | None:
-    "Return a request's connection where granian is running; `None` for a Unix socket, or an address from a header"
+    "Return a request's connection if granian runs; `None` if the addresses are missing, as for a Unix socket"
     if "granian" not in sys.modules: return None
     try: return SocketOf(scope)
     except (KeyError, TypeError, ValueError): return None
@@ -80,18 +80,18 @@ def find_transport(
         places = _KNOWN.get((frame.f_globals.get("__name__", ""), name))
         if places is None: continue
         try: found, transport = attrgetter(*places)(SimpleNamespace(**frame.f_locals))
-        except AttributeError: continue   # another version's
+        except AttributeError: continue   # of another version of the server
         if found.get("headers") is headers: return transport
     return _socket_of(scope)
 
 # %% ../../nbs/ui/connection.ipynb #430ddca9
-_LOOK = 0.02   # seconds between two looks at the buffer
+_LOOK = 0.02   # seconds between two checks of the buffer
 
 async def break_unread(
     scope: Mapping[str, Any],   # of an ASGI request
     seconds: float,             # to wait for the client
 ) -> bool:
-    "Wait until the client has read all that was sent. Break the connection of one that does not, and return True"
+    "Wait until the client has read all data. Return True if the time is over and its connection was broken"
     transport, end = find_transport(scope), time.monotonic() + seconds
     while transport and transport.get_write_buffer_size():
         if time.monotonic() >= end:

@@ -33,7 +33,7 @@ def _process(process: OwnedProcess) -> dict[str, Any]:
 
 # %% ../../nbs/ui/export.ipynb #6bac2e97
 def _since(row: Promise | Waiting) -> dict[str, Any]:
-    "Return a reservation or a request, with the seconds for which it is held or waits"
+    "Return a reservation or a request, with its age in seconds"
     found = asdict(row)
     since = found.pop("since")
     return dict(found, seconds=None if since is None else round(max(machine_time() - since, 0)))
@@ -61,12 +61,12 @@ def _worker(worker: WorkerState) -> dict[str, Any]:
 
 # %% ../../nbs/ui/export.ipynb #792ae82b
 def _question(question: "Question") -> dict[str, Any]:
-    "Return what a request of another app asks, with the workers that would unload"
+    "Return the question of another app's request, with the workers that would unload"
     told = {name: getattr(question, name) for name in ("id", "app", "user", "memory", "count", "devices", "agreed")}
     return dict(told, message=str(question), workers=[_worker(worker) for worker in question.workers])
 
 def _totals(conflict: ResourceConflict) -> dict[str, Any]:
-    "Return what each user and each app uses"
+    "Return the totals of each user and of each app"
     sums = dict(users=sum_by_user(conflict.allowed), apps=sum_by_app(conflict.allowed))
     return {of: [asdict(total) for total in totals] for of, totals in sums.items()}
 

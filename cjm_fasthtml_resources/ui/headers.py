@@ -22,7 +22,7 @@ HEADERS = {
 
 # %% ../../nbs/ui/headers.ipynb #7ccff01d
 class Headed:
-    "Adds these headers to what an ASGI app answers"
+    "Adds these headers to the answers of an ASGI app"
     def __init__(self, app: Any) -> None: self.app = app
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:

@@ -30,7 +30,7 @@ def text_view(
     sample: Sample,
 ) -> str:
     "Return a sample as in a terminal, with its time"
-    from cjm_fasthtml_resources.ui.lines import Terminal, to_text  # when it is used, as the next one
+    from cjm_fasthtml_resources.ui.lines import Terminal, to_text  # imported at first use, as the next one
     from cjm_fasthtml_resources.ui.terminal import status_view
     terminal = Terminal(max(shutil.get_terminal_size().columns, 60))
     old = f", out of date: {sample.stale}" if sample.stale else ""
@@ -38,7 +38,7 @@ def text_view(
 
 # %% ../../nbs/ui/kept.ipynb #4ee2fac0
 def _hiding(id: str) -> str:
-    "Return the style sheet that hides a panel's picture while the panel is shown, and what stands for a lost panel"
+    "Return the style sheet that hides a panel's picture while the panel is shown, and the message for a lost panel"
     lost = f".jp-OutputArea-child:has(+ .jp-OutputArea-child .kept-{id})"
     return f":root:has(.of-{id}) .kept-{id},{lost} .jp-OutputArea-output.jupyter-widgets:not(:has(*)){{display:none}}"
 
@@ -67,7 +67,7 @@ def _publish(data: Mapping[str, Any], **kw: Any) -> None:
     with contextlib.suppress(OSError, RuntimeError): publish(dict(data), raw=True, **kw)
 
 def _publish_live(bundle: Any) -> None:
-    "Display a widget, of which its `_repr_mimebundle_` is given; a converter without widgets leaves it out"
+    "Display a widget by the result of its `_repr_mimebundle_`; a converter without widgets leaves it out"
     data, metadata = bundle if isinstance(bundle, tuple) else (bundle, {})
     shown = {kind: value for kind, value in data.items() if kind != "text/plain"}
     _publish({**shown, "text/html": ""}, metadata=metadata)
@@ -84,11 +84,11 @@ class Kept:
         draw: Callable[[], str],        # returns its picture
     ) -> None:
         self.id, self.sample, self.draw = id, sample, draw
-        self.since, self.at, self.number = math.inf, math.inf, 0   # when it was displayed and sent, and which sample
+        self.since, self.at, self.number = math.inf, math.inf, 0   # when displayed, when sent, and the sent sample
 
     def display(
         self,
-        live: Any,   # the panel's own data; `None`: it is closed, and its picture is all that there is
+        live: Any,   # the panel's own data; `None`: the panel is closed, and only its picture is shown
         text: str,   # what a terminal shows
     ) -> None:
         "Display a panel with its picture below it"
@@ -107,7 +107,7 @@ class Kept:
         _publish({"text/html": self.draw()}, display_id=self.id, update=True)
 
     def send_in_time(self) -> None:
-        "Send it if it is time for another one"
+        "Send the picture if enough time has passed since the last one"
         now = time.monotonic()
         if now - self.at >= min(max(5.0, (now - self.since)/20), 60.0): self.send()
 
@@ -118,6 +118,6 @@ def _send_all(*_: Any) -> None:
     for kept in list(_displayed): kept.send()
 
 def _send_after_cells() -> None:
-    "Do so after each cell from now on"
+    "Send all pictures after each cell from now on"
     events = getattr(find_shell(), "events", None)
     if events and _send_all not in events.callbacks["post_run_cell"]: events.register("post_run_cell", _send_all)

@@ -50,22 +50,22 @@ def cut(
     text: str,
     width: int,   # cells
 ) -> str:
-    "Return a text that takes at most so many cells; a … stands for what is cut off"
+    "Return a text, cut to at most `width` cells; a … stands for the rest"
     if cell_len(text) <= width: return text
     return f"{_begin(text, width - 1)}…" if width > 0 else ""
 
 # %% ../../nbs/ui/lines.ipynb #5b1e7a02
 def _begin(text: str, width: int) -> str:
-    "Return the beginning of a text that takes at most so many cells"
+    "Return the beginning of a text, at most `width` cells"
     kept = text[:max(width, 0)]
     while kept and cell_len(kept) > width: kept = kept[:-1]
     return kept
 
 # %% ../../nbs/ui/lines.ipynb #88795643
 def cut_line(line: Line, width: int) -> Line:
-    "Return a line that takes at most so many cells; a … stands for what is cut off"
+    "Return a line, cut to at most `width` cells; a … stands for the rest"
     if cell_len(plain(line)) <= width: return line
-    kept, left = list[Piece](), width - 1   # cells, besides those of the …
+    kept, left = list[Piece](), width - 1   # cells, minus one for the …
     for piece in line:
         part = _begin(piece.text, left)
         if part != piece.text: return (*kept, Piece(f"{part}…", piece.style)) if width > 0 else ()
@@ -77,9 +77,9 @@ def cut_line(line: Line, width: int) -> Line:
 def pad(
     line: Line,
     width: int,           # cells
-    right: bool = False,  # against the right edge
+    right: bool = False,  # aligned to the right
 ) -> Line:
-    "Return a line that takes so many cells: cut, or filled with spaces"
+    "Return a line of `width` cells: cut, or filled with spaces"
     line = cut_line(line, width)
     fill = Piece(" "*(width - cell_len(plain(line))))
     if not fill.text: return line
@@ -101,7 +101,7 @@ def wrap(
     text: str,
     width: int,   # cells
 ) -> list[str]:
-    "Return a text as lines of at most so many cells"
+    "Return a text as lines of at most `width` cells"
     lines = [""]
     for word in _broken(text.split(), max(width, 1)):
         joined = f"{lines[-1]} {word}" if lines[-1] else word
@@ -111,7 +111,7 @@ def wrap(
 
 # %% ../../nbs/ui/lines.ipynb #bb6209ff
 class Terminal(NamedTuple):
-    "What a terminal shows"
+    "The size and the abilities of a terminal"
     width: int = 80        # cells
     height: int = 24       # lines
     styled: bool = False   # attributes such as bold; a file shows none
@@ -122,7 +122,7 @@ PLAIN = Terminal()   # as a file of 80 columns
 
 # %% ../../nbs/ui/lines.ipynb #3adc86b3
 def _size() -> tuple[int, int]:   # cells, lines
-    "Return the size of the terminal that one of the standard streams is, else 80 × 24"
+    "Return the size of the terminal behind a standard stream, else 80 × 24"
     found = os.terminal_size((80, 24))
     for fd in (1, 2, 0):
         try: found = os.get_terminal_size(fd)
@@ -137,7 +137,7 @@ def _size() -> tuple[int, int]:   # cells, lines
 def read_terminal(
     stream: IO[str] | None = None,   # `None`: standard output
 ) -> Terminal:
-    "Return what the terminal behind a stream shows"
+    "Return the size and the abilities of the terminal behind a stream"
     stream, env = sys.stdout if stream is None else stream, os.environ
     styled = bool(env.get("FORCE_COLOR")) or env.get("TERM") not in ("dumb", "unknown") and stream.isatty()
     is_ascii = not (getattr(stream, "encoding", None) or "ascii").lower().startswith("utf")
@@ -163,7 +163,7 @@ def paint(
     line: Line,
     terminal: Terminal = PLAIN,
 ) -> str:
-    "Return what is written to a terminal for a line"
+    "Return the text that is written to a terminal for a line"
     return "".join(_paint_piece(piece, terminal) for piece in line).rstrip()
 
 # %% ../../nbs/ui/lines.ipynb #2809a01f

@@ -54,7 +54,7 @@ _COLOURS = dict(available="#1a7f37", app_busy="#0969da", external_busy="#cf222e"
 def icon_of(
     status: str,   # the value of a `ResourceStatus`, or "old"
 ) -> str:
-    "Return the address of the page's icon"
+    "Return the address of the icon for a status, a `data:` URL"
     sign = next((s.look.sign for s in ResourceStatus if s.value == status), "?")
     box = f"<rect width='16' height='16' rx='3' fill='{_COLOURS[status]}'/>"
     text = f"<text x='8' y='12.5' text-anchor='middle' font-size='12' fill='#fff'>{sign}</text>"
@@ -63,7 +63,7 @@ def icon_of(
 
 # %% ../../nbs/ui/page.ipynb #9a9e0001
 def icon_link(sample: Sample | None) -> Any:
-    "Return the link to the icon, with those of the other statuses for the script"
+    "Return the link to the icon, with the icons of all statuses for the script"
     icons = {status: icon_of(status) for status in _COLOURS}
     now = sample.gpu.status.value if sample and not sample.stale else "old"
     return Link(rel="icon", href=icons[now], data_cjm_icons=json.dumps(icons))
@@ -75,7 +75,7 @@ _STEPS = (1, 2, 5, 10, 30, 60)   # seconds
 def intervals(
     fastest: float,   # seconds between two samples
 ) -> list[float]:
-    "Return the intervals that a tab can have"
+    "Return the intervals that a tab can choose"
     return [fastest, *(float(step) for step in _STEPS if step > fastest)]
 
 def _choices(fastest: float) -> Iterable[Any]:
@@ -97,7 +97,7 @@ def _moment(sample: Sample | None) -> Any:
     return ft("time", f"{taken:%H:%M:%S %Z}", datetime=taken.isoformat(), data_cjm_time=True)
 
 def host_name(monitor: ResourceMonitor) -> str:
-    "Return the name of the machine; empty for a cluster, whose devices have names of hosts"
+    "Return the name of the machine; empty for a cluster, whose devices name their hosts"
     return platform.node() if isinstance(monitor.manager, ResourceManager) else ""
 
 # %% ../../nbs/ui/page.ipynb #9a9e0003

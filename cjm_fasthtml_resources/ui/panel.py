@@ -57,10 +57,10 @@ def _halves(
     rows: Sequence[Any],
     more: str,
 ) -> dict[str, str]:
-    "Return a table in two slots: the constant part, and the memory"
+    "Return a table in two slots: the other columns, and the memory column"
     if not rows: return {name: "", f"{name}.memory": ""}
     still = [c for c in columns if c.name != "memory"]
-    moving = [Column(c.name, c.cell) for c in columns if c.name == "memory"]   # the table `only` has a look of its own
+    moving = [Column(c.name, c.cell) for c in columns if c.name == "memory"]   # the style sheet has rules for `only`
     memory = make_table("only", "Memory", moving, rows)
     return {name: to_html(table(rows, more, still)), f"{name}.memory": to_html(memory)}
 
@@ -79,7 +79,7 @@ def panel_slots(
 
 # %% ../../nbs/ui/panel.ipynb #5b75fcbd
 def _close(widget: Any) -> None:
-    "Close a widget with its style and layout, which live on otherwise; leave its children open"
+    "Close a widget with its style and layout, which otherwise stay open; leave its children open"
     for part in (getattr(widget, "style", None), getattr(widget, "layout", None)):
         if isinstance(part, widgets.Widget): part.close()
     widgets.Widget.close(widget)
@@ -99,7 +99,7 @@ def _renew(
     box: Any,
     makers: Mapping[Any, Callable[[], Any]],   # the subject of a button → its maker
 ) -> None:
-    "Give a box a button for each key, unless it has just these"
+    "Give a box a button for each key; leave the box as it is if it has the same keys"
     old = box.children
     if [button.key for button in old] == list(makers): return
     new = [make() for make in makers.values()]
@@ -109,17 +109,17 @@ def _renew(
 
 # %% ../../nbs/ui/panel.ipynb #a1f03236
 def _put(
-    shown: dict[str, Any],       # slot → widget; is brought up to date
+    shown: dict[str, Any],       # slot → widget; updated in place
     slots: Mapping[str, str],    # slot → HTML
 ) -> None:
-    "Give each slot a widget with its HTML, and close those of slots that are gone"
+    "Give each slot a widget with its HTML, and close the widgets of slots that are gone"
     for key in [key for key in shown if key not in slots]: _close(shown.pop(key))
     for key, html in slots.items():
         if key not in shown: shown[key] = widgets.HTML(html)
         elif shown[key].value != html: shown[key].value = html
 
 def _chosen_gpus(buttons: Sequence[Any]) -> tuple[int | str, ...] | None:
-    "Return the GPUs of the buttons that are pressed; `None` where all are"
+    "Return the GPUs of the buttons that are pressed; `None` if all are pressed"
     chosen = tuple(button.key for button in buttons if button.value)
     return None if len(chosen) == len(buttons) else chosen
 
@@ -134,7 +134,7 @@ def _menu(text: str, options: Sequence[Any], value: Any, width: str) -> widgets.
                             style={"description_width": "auto"})
 
 def _interval_options(interval: float) -> list[tuple[str, float]]:
-    "Return the intervals of a menu, with an unusual one among them"
+    "Return the options of the interval menu, including an unusual interval"
     return [(f"{s:g} s", s) for s in sorted({*_INTERVALS, interval})]
 
 def _interval_menu(interval: float) -> widgets.Dropdown:
@@ -162,11 +162,11 @@ def _tables(slots: Mapping[str, Any]) -> list[Any]:
             for name, cls in (("workers", "halves of-workers"), ("processes", "halves"))]
 
 # %% ../../nbs/ui/panel.ipynb #196d2e7d
-# cell, run, panel; when the module is loaded again, it keeps them
+# (cell, run, panel) of each open panel; kept when the module is loaded again
 open_panels: list[tuple[Any, Any, "ResourcePanel"]] = globals().get("open_panels", [])
 
 def _running_cell() -> tuple[Any, Any]:
-    "Return the cell that is running now, and this run of it; `None` where that is unknown"
+    "Return the ids of the running cell and of its run; `None` if unknown"
     kernel = getattr(find_shell(), "kernel", None)
     parent = kernel.get_parent() if kernel else None
     if not parent: return None, None
@@ -179,7 +179,7 @@ def _replace_earlier(panel: "ResourcePanel", cell: Any, run: Any) -> None:
 
 # %% ../../nbs/ui/panel.ipynb #52b30dd4
 def _ask_about(worker: WorkerState, now: WorkerState | None) -> str:
-    "Return the question before a worker is stopped"
+    "Return the question that is asked before a worker is stopped"
     row = to_row(now or worker)
     return name_question(row.pid, row.type, row.status if now else "", row.plugin)
 
@@ -189,12 +189,12 @@ def _on_thread(stop: Callable[[], None]) -> None:
     except NoThreadError: stop()
 
 def _answer_asked(manager: ResourceManager, id: int, is_yes: bool, pids: Sequence[int]) -> str:
-    "Answer the request of another app, and return what came of it"
+    "Answer the request of another app, and return the outcome as a text"
     try: return manager.answer(id, is_yes, pids if is_yes else None)
     except (LookupError, StoreError, ResourceBusy, ResourceUnavailable) as error: return str(error.args[0])
 
 def _stop_asked(manager: ResourceManager, worker: WorkerState) -> str:
-    "Stop a worker, and return what came of it"
+    "Stop a worker, and return the outcome as a text"
     found = find_asked(manager, worker.pid, worker.start_time)
     try:
         if found is None: raise ProcessLookupError("it has ended")
@@ -211,7 +211,7 @@ class PanelCharts:
         self._due, self._view = 0.0, View()
 
     def show(self, sample: Sample, monitor: ResourceMonitor, view: View) -> None:
-        "Draw what the menu names, if that is due or the view is another one"
+        "Draw the charts that the menu names, if a redraw is due or the view has changed"
         view, now = replace(view, charts=self.menu.value), time.monotonic()
         if view == self._view and (now < self._due or not view.charts): return
         self._due, self._view = now + REDRAW, view
@@ -238,11 +238,11 @@ class PanelConsents:
         return _button(text, lambda: _on_thread(partial(self._answer, question, is_yes)))
 
     def _answer(self, question: Question, is_yes: bool) -> None:
-        "On a thread of its own, because unloading takes a moment; a yes is for the workers that were shown"
+        "Send the answer on its own thread, because unloading takes a moment; a yes is for the shown workers"
         self.report(_answer_asked(self.manager, question.id, is_yes, question.pids))
 
 # %% ../../nbs/ui/panel.ipynb #15c70f1f
-# a front end skips the <script> of an HTML widget; the style sheet's event is where the one for the tables begins
+# a front end skips the <script> of an HTML widget, so the style sheet's `onload` event starts the scripts
 _SCRIPTS = escape("\n".join(map(read_asset, ("tables.js", "figures.js", "sign.js"))))
 _STYLE = f'<style onload="{_SCRIPTS}">{CSS}{read_asset("panel.css")}</style>'
 _FILTER = "<div data-cjm-filter></div>"
@@ -253,17 +253,17 @@ _PAUSE_HELP = "Pause updates"
 # %% ../../nbs/ui/panel.ipynb #a8721c04
 class ResourcePanel(StaysHere, SeenBox):
     "GPUs, memory, workers and processes, live. `close()` ends it; so does running its cell again"
-    instead = "Create one in that process, with a manager of its own."
+    instead = "In the other process, create a panel with a manager of that process."
 
     def __init__(
         self,
         manager: ResourceManager | TakesSamples,  # or a ClusterResources
-        interval: float | None = None,            # seconds between two samples; `None`: 1, or as its other panels
+        interval: float | None = None,            # seconds between two samples; `None`: as its other panels, else 1
         history: float = 600.0,                   # seconds that the small curves go back
         *,
         controls: bool = False,                   # show a button for each worker that stops it, after asking
         rows: int = 20,                           # processes and workers to show at most
-        monitor: ResourceMonitor | None = None,   # one to share, with its interval; `None`: that of its other panels
+        monitor: ResourceMonitor | None = None,   # a shared one, with its interval; `None`: the manager's
         charts: str = "",                         # charts to show at first: "10m", "1h" or "24h"; empty: hidden
     ) -> None:
         self._lock, self._closed = threading.RLock(), True   # until there is something to close
@@ -278,7 +278,7 @@ class ResourcePanel(StaysHere, SeenBox):
         self._start()
 
     def after_fork(self) -> None:
-        "Close the panel in a fork's child; the front end, which is the parent's, gets no message"
+        "Close the panel in a fork's child; the front end belongs to the parent and gets no message"
         self._lock, self._closed, self._subscription = threading.RLock(), True, None
         open_panels[:] = [entry for entry in open_panels if entry[2] is not self]
 
@@ -310,7 +310,7 @@ class ResourcePanel(StaysHere, SeenBox):
         return picture(self._sample, self.monitor.history, self._view, "" if self._closed else self.id)
 
     def close(self) -> None:
-        "End the panel: its subscription, and with the last subscriber the monitor's thread, and its widgets"
+        "End the panel: its subscription and its widgets; the monitor's thread ends with the last subscriber"
         with self._lock:
             if self._closed: return
             self._closed = True
@@ -319,7 +319,7 @@ class ResourcePanel(StaysHere, SeenBox):
         for widget in (*self._parts(), self): _close(widget)
 
     def _parts(self) -> list[Any]:
-        "Return every widget of it, those inside before their boxes"
+        "Return every widget of the panel, the inner ones before their boxes"
         rows = (self._gpus, self._stops, self._asked, self._consents.box)
         buttons = [button for row in rows for button in row.children]
         single = (self._pause, self._every, self._sort, *self._more.values(), self._style, self.pulse.widget,
@@ -360,7 +360,7 @@ class ResourcePanel(StaysHere, SeenBox):
 
     # Controls; a front end can call these on any thread
     def _on_pause(self, change: Any) -> None:
-        with self._lock:  # so that a sample of meanwhile sees both or neither
+        with self._lock:  # so that a concurrent sample sees both changes or neither
             self._paused = change["new"]
             self._pause.description = "Resume" if self._paused else "Pause"
             if not self._closed: (self.monitor.pause if self._paused else self.monitor.resume)()
@@ -379,7 +379,7 @@ class ResourcePanel(StaysHere, SeenBox):
             self._fill()
 
     def _offer_gpus(self) -> None:
-        "A button for each device, where there is a choice"
+        "Show a button for each device, if there are at least two"
         ids = [d.device.id for d in self._sample.gpu.allowed]
         _renew(self._gpus, {id: partial(self._gpu_button, id) for id in ids} if len(ids) > 1 else {})
 
@@ -389,7 +389,7 @@ class ResourcePanel(StaysHere, SeenBox):
         return button
 
     def _offer_stops(self) -> None:
-        "A button for each worker that is shown, and two for each question of another app"
+        "Show a button for each shown worker, and two for each question of another app"
         self._consents.offer(self._sample)
         workers = [w for w in self._sample.workers if w.start_time is not None][:self._view.rows]
         _renew(self._stops, {(w.pid, w.start_time): partial(self._stop_button, w) for w in workers})
@@ -398,7 +398,7 @@ class ResourcePanel(StaysHere, SeenBox):
         return _button(f"Stop {printable(worker.shown().worker_type)} {worker.pid} …", lambda: self._ask(worker))
 
     def _ask(self, worker: WorkerState) -> None:
-        "Ask before it is stopped"
+        "Ask before a worker is stopped"
         with self._lock:
             if self._closed or self._question is not None: return
             self._question = worker

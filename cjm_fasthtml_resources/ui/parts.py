@@ -23,7 +23,7 @@ from ..core.text import format_bytes, printable
 from ..core.validation import ValidationAction, ValidationResult
 
 # %% ../../nbs/ui/parts.ipynb #04213296
-_PLAIN = re.compile(r'="([\w.:#%/-]+)"(?=[^<>]*>)')   # within a tag, for in texts < and > are escaped
+_PLAIN = re.compile(r'="([\w.:#%/-]+)"(?=[^<>]*>)')   # only in tags: texts have < and > escaped
 
 def to_html(component: Any) -> str:
     "Return a component as HTML, with quotes only around values that need them"
@@ -32,9 +32,9 @@ def to_html(component: Any) -> str:
 # %% ../../nbs/ui/parts.ipynb #a0f4c739
 def badge(
     status: ResourceStatus,
-    words: str = "",   # in place of the status's own
+    words: str = "",   # to show instead of the status's words
 ) -> Any:
-    "Return a status as one word"
+    "Return a status as its sign and its words"
     look = status.look
     return Span(f"{look.sign} {words or look.words}", cls=f"cjm-badge {status.value}")
 
@@ -60,7 +60,7 @@ def memory_key(
     total: int,                  # bytes
     kept: int = 0,               # bytes that the driver keeps for itself
 ) -> Any:
-    "Return the figures of a bar in words: together they are the total"
+    "Return the figures of a bar in words; they add up to the total"
     rows = [ft("i", f"{SHARE_WORDS.get(owner, owner)} {format_bytes(n)}", cls=owner)
             for owner, n in shares.items() if n > 0]
     driver = f" (driver:\N{NO-BREAK SPACE}{_gib(kept)})" if kept else ""
@@ -93,9 +93,9 @@ def sparkline(
 # %% ../../nbs/ui/parts.ipynb #d851b5a0
 def gpu_head(
     device: GpuDevice,
-    status: ResourceStatus | None = None,   # `None`: for a reading alone
+    status: ResourceStatus | None = None,   # `None`: for a reading, whose status is unknown
 ) -> Any:
-    "Return which device it is, and its status"
+    "Return the head of a GPU's card: the device and its status"
     name = printable(device.name or "no name")
     title = f"{name}, {device.uuid}" if device.uuid else name   # a narrow card cuts the name off
     words = "asleep" if device.asleep else ""
@@ -109,11 +109,11 @@ def _memory(device: GpuDevice, shares: Mapping[str, int], free: int, reason: str
     return memory_bar(shares, total, f"memory of GPU {device.id}"), key
 
 def gpu_memory(status: DeviceStatus) -> Any:
-    "Return the owners of its memory, or why it is unreadable"
+    "Return a GPU's memory by owner, or the reason why it is unreadable"
     return _memory(status.device, status.shares, status.room, status.reason)
 
 def gpu_used(device: GpuDevice) -> Any:
-    "Return how much of its memory is used, owners left out"
+    "Return a GPU's used memory as one part, for a reading, whose owners are unknown"
     return _memory(device, dict(used=device.memory_used or 0), device.memory_free or 0, device.reason)
 
 # %% ../../nbs/ui/parts.ipynb #bd0e11d7
@@ -125,7 +125,7 @@ def gpu_load(
     device: GpuDevice,
     trace: Sequence[float] = (),   # the share of memory in use over the last minutes, the oldest first
 ) -> Any:
-    "Return how busy and how warm it is, and its memory over time"
+    "Return a GPU's load, temperature and power, and its memory over time"
     kind = "unified memory" if device.unified else None
     if device.shared_with: kind = f"memory shared with {', '.join(map(str, device.shared_with))}"
     load = None if device.utilization is None else f"{device.utilization} % load"
@@ -141,7 +141,7 @@ def _whose(state: MemoryStatus | None) -> str:
 def memory_head(
     conflict: ResourceConflict,   # of `check_memory_availability`
 ) -> Any:
-    "Return whose memory it is, the swap in use, and the status"
+    "Return the head of RAM's card: the kind of memory, the swap in use, and the status"
     memory = conflict.memory.memory if conflict.memory else None
     swap = f", {name_swap(memory)}" if memory and memory.swap_total and memory.swap_used else ""
     return Div(B("RAM"), Span(_whose(conflict.memory) + swap), badge(conflict.status), cls="head")
@@ -149,7 +149,7 @@ def memory_head(
 def memory_use(
     conflict: ResourceConflict,   # of `check_memory_availability`
 ) -> Any:
-    "Return the owners of system memory"
+    "Return system memory by owner"
     state = conflict.memory
     assert state is not None
     shares, total = state.shares, state.memory.total
@@ -164,7 +164,7 @@ def conflict_banner(conflict: ResourceConflict) -> Any:
     return _banner(conflict.status, conflict.message)
 
 def notes(conflict: ResourceConflict) -> Any:
-    "Return the notes that make the answer less than exact"
+    "Return the notes that limit the accuracy of the answer"
     return tuple(P(printable(note), cls="note") for note in conflict.notes)
 
 # %% ../../nbs/ui/parts.ipynb #4f43173a

@@ -22,8 +22,8 @@ from .heard import SIGN, Hearing, running_cells
 from .kept import Kept, picture, text_view
 
 # %% ../../nbs/ui/seen.ipynb #f6282058
-_EXPECT = 60.0   # seconds in which a panel should be shown
-_BEAT = 0.9      # seconds between two beginnings of the animation, at least
+_EXPECT = 60.0   # seconds in which a front end should show a panel
+_BEAT = 0.9      # minimum of seconds between two starts of the animation
 
 # %% ../../nbs/ui/seen.ipynb #655bdf24
 class Audience:
@@ -31,11 +31,11 @@ class Audience:
     def __init__(self) -> None: self.views, self.until, self.counts = 0, time.monotonic() + _EXPECT, False
 
     def expect(self) -> None:
-        "Note that it is displayed, and whether the front end counts views"
+        "Note that the panel is displayed; if the front end counts views, wait for one, else take it as visible"
         self.until = time.monotonic() + _EXPECT if self.counts else math.inf
 
     def begin_again(self) -> None:
-        "Note that a front end has loaded it, whose views are counted from 0"
+        "Note that a front end has loaded the panel, and count its views from 0"
         self.views, self.until = 0, time.monotonic() + _EXPECT
 
     def count(self, views: int | None) -> None:
@@ -44,7 +44,7 @@ class Audience:
         if views: self.counts, self.until = True, 0.0
 
     def is_there(self) -> bool:
-        "Return whether it is visible, or will be soon"
+        "Return whether the panel is visible, or still has time to become visible"
         return self.views > 0 or time.monotonic() < self.until
 
 # %% ../../nbs/ui/seen.ipynb #52c63085
@@ -56,10 +56,10 @@ class Pulse:
         self,
         name: str,          # the class of the box
         sample: Sample,
-        interval: float,    # seconds until the next one
-        at_once: bool = False,   # also if it has just been begun
+        interval: float,    # seconds until the next sample
+        at_once: bool = False,   # even within 0.9 s of the last start
     ) -> None:
-        "Begin the animation again; a stale sample ends it"
+        "Restart the animation; a stale sample ends it"
         now = time.monotonic()
         if sample.stale: self.widget.value = ""
         elif at_once or now - self.at >= _BEAT or not self.widget.value:
@@ -68,7 +68,7 @@ class Pulse:
 
 # %% ../../nbs/ui/seen.ipynb #f56df2dc
 def _make_sign(box: Any, act: Callable[[Any], None]) -> widgets.Button:
-    "Return the button that the panel's script presses; it names the seconds between two times"
+    "Return the button that the panel's script presses; its text is the seconds between two clicks"
     sign = widgets.Button(description=f"{SIGN:g}").add_class("cjm-sign")
     sign.on_click(act)
     running_cells.told.add(box)
@@ -76,16 +76,16 @@ def _make_sign(box: Any, act: Callable[[Any], None]) -> widgets.Button:
 
 # %% ../../nbs/ui/seen.ipynb #4a31a1c0
 class LeftAtTheEnd:
-    "A widget that is closed when it is collected, and left as it is when Python ends"
+    "A widget that closes when it is garbage-collected, and stays as it is when Python ends"
     close: Callable[[], None]
-    _is_ending = staticmethod(sys.is_finalizing)   # kept here: a module's names are gone by then
+    _is_ending = staticmethod(sys.is_finalizing)   # stored here, because a module's names are deleted by then
 
     def __del__(self) -> None:
         if not self._is_ending(): self.close()
 
 # %% ../../nbs/ui/seen.ipynb #187af873
 class SeenBox(LeftAtTheEnd, widgets.VBox):  # type: ignore[misc]  # ipywidgets has no types
-    "A box that listens to a monitor while a front end shows it, and whose last picture a notebook keeps"
+    "A box that follows a monitor while a front end shows it; a notebook keeps its last picture"
     def __init__(
         self,
         monitor: ResourceMonitor,
@@ -117,12 +117,12 @@ class SeenBox(LeftAtTheEnd, widgets.VBox):  # type: ignore[misc]  # ipywidgets h
         self.follow_audience()
 
     def beat(self, at_once: bool = False) -> None:
-        "Mark the sample as current, and have the notebook keep it now and then"
+        "Mark the sample as current, and send its picture to the notebook if one is due"
         self.pulse.beat(f"of-{self.id}", self._sample, self.monitor.interval, at_once)
         self.kept.send_in_time()
 
     def follow_audience(self) -> None:
-        "Subscribe as long as it is visible. Raise `NoThreadError` where starting the sampler fails"
+        "Subscribe while the box is visible. Raise `NoThreadError` if the sampler cannot start"
         with self._lock:
             there = self.audience.is_there() and not self.hearing.is_silent()
             if self._closed or there == (self._subscription is not None): return
@@ -130,13 +130,13 @@ class SeenBox(LeftAtTheEnd, widgets.VBox):  # type: ignore[misc]  # ipywidgets h
             else: self.leave()
 
     def leave(self) -> None:
-        "Unsubscribe, and have the notebook keep the last sample"
+        "Unsubscribe, and send the last picture to the notebook"
         if self._subscription: self._subscription.close()
         self._subscription = None
         self.kept.send()
 
     def get_state(self, key: Any = None, drop_defaults: bool = False) -> dict[str, Any]:
-        "Return the data for a front end; one that loads all of it has yet to make a view"
+        "Return the data for a front end; after a request for all data, views are counted from 0"
         if key is None and not drop_defaults and self.audience.counts and not self._closed:
             self.audience.begin_again()
             self.hearing.forget()
@@ -150,10 +150,10 @@ class SeenBox(LeftAtTheEnd, widgets.VBox):  # type: ignore[misc]  # ipywidgets h
         self.follow_audience()
 
     def on_work(self, at_work: bool) -> None:
-        "Keep the page silent while a cell runs"
+        "Disable the hidden button while a cell runs, so that the page is silent"
         self.sign.disabled = at_work and self.hearing.silence is not None and not self._closed
 
     def _on_sign(self, _: Any) -> None:
-        "Note that a page has pressed the hidden button: it shows the panel"
+        "Note that a page shows the panel, because it has pressed the hidden button"
         self.hearing.hear()
         self.follow_audience()

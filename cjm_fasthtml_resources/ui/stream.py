@@ -43,24 +43,24 @@ def to_event(
     name: str,
     *lines: str,
 ) -> bytes:
-    "Return a Server-Sent Event. Line breaks within a line are blanks in HTML, and as blanks cannot begin another event"
+    "Return a Server-Sent Event; a line break within a line becomes a blank, so it cannot begin another event"
     data = "".join(f"data: {_BREAKS.sub(' ', line)}\n" for line in lines)
     return f"event: {name}\n{data}\n".encode()
 
 # %% ../../nbs/ui/stream.ipynb #92cf8e2e
 def layout_event(slots: Slots) -> bytes:
-    "Return everything, in its places"
+    "Return the event with all slots, each in its place"
     return to_event("layout", to_html(arrange(slots)))
 
 def change_event(before: Slots, after: Slots) -> bytes | None:
-    "Return the event that takes a page from the one to the other; `None` if both are equal"
+    "Return the event that brings a page from `before` to `after`; `None` if both are equal"
     if before.keys() != after.keys(): return layout_event(after)
     changed = {key: html for key, html in after.items() if html != before[key]}
     return to_event("slots", *(line for slot in changed.items() for line in slot)) if changed else None
 
 # %% ../../nbs/ui/stream.ipynb #98bc85e6
 async def done_within(task: "asyncio.Future[Any]", seconds: float) -> bool:
-    "Wait for a task for so long. `asyncio.wait_for` loses a cancellation that comes together with the result"
+    "Return whether a task ends in time. `asyncio.wait_for` loses a cancellation that comes with the result"
     return bool((await asyncio.wait({task}, timeout=seconds))[0])
 
 # %% ../../nbs/ui/stream.ipynb #0bd9e805
@@ -85,7 +85,7 @@ class Client:
         "On the loop: queue an event, or the whole picture in place of missed events"
         if self.every:
             if time.monotonic() < self._due: return
-            self._due = time.monotonic() + 0.9*self.every   # samples are on a beat, and a little early or late
+            self._due = time.monotonic() + 0.9*self.every   # 0.9: the next sample can be a little early
             event = b"" if whole is self._whole else whole
         elif self.events.qsize() >= QUEUE:
             while not self.events.empty(): self.events.get_nowait()
@@ -94,7 +94,7 @@ class Client:
         self.events.put_nowait(event + beat)
 
     async def next(self, seconds: float) -> bytes | None:
-        "Wait for the next event for so long; return `None` after that"
+        "Return the next event; `None` if none comes within `seconds`"
         if not await done_within(self._coming, seconds): return None
         event, self._coming = self._coming.result(), asyncio.ensure_future(self.events.get())
         return event
@@ -109,14 +109,14 @@ BEAT = 15.0   # seconds between signs of life, at most
 def pace(
     interval: float,   # seconds between two samples
 ) -> float:
-    "Return the seconds between two signs of life: enough that a page stays steady on a slow network"
+    "Return the seconds between two signs of life: 1 to 15, so that figures stay valid on a slow network"
     return min(max(interval, 1), BEAT)
 
 def beat_event(
     interval: float,               # seconds between two samples
-    sample: Sample | None = None,  # the shown one
+    sample: Sample | None = None,  # the shown sample
 ) -> bytes:
-    "Return a sign of life: in ms, the time after which a page takes the stream for lost, now, and when it was read"
+    "Return a sign of life, in ms: how long a page waits for the next one, now, and the time of the sample"
     now = moment_of()
     read = moment_of(sample) if sample else now
     return to_event("beat", *(f"{1000*seconds:.0f}" for seconds in (3*pace(interval), now, read)))
@@ -126,14 +126,14 @@ def _put_all(clients: Sequence[Client], event: bytes, whole: bytes, beats: Mappi
     for client in clients: client.put(event, whole, beats[client.every])
 
 def _send(clients: Sequence[Client], event: bytes, whole: bytes, beats: Mapping[float, bytes]) -> None:
-    "From any thread: queue an event for clients, whose loops can differ"
+    "Queue an event for clients, from any thread; their event loops can differ"
     for loop in {c.loop for c in clients}:
         with contextlib.suppress(RuntimeError):  # that loop was closed, and its clients with it
             loop.call_soon_threadsafe(_put_all, [c for c in clients if c.loop is loop], event, whole, beats)
 
 # %% ../../nbs/ui/stream.ipynb #8f1e61a5
 async def _events(hub: "Hub", every: float) -> AsyncGenerator[bytes, None]:
-    "Yield the events for one client; raise `NoThreadError` where starting a thread failed"
+    "Yield the events for one client; raise `NoThreadError` if a thread cannot start"
     client = Client(every if every > hub.monitor.interval else 0)
     try:
         await hub.calls.run("draw", hub.draw)
@@ -174,14 +174,14 @@ class Hub:
         self._subscription: Subscription | None = None
 
     def render(self, sample: Sample | None = None) -> Slots:
-        "Return a sample's slots; by default, those of the last or of one that is taken now, or the reason"
+        "Return a sample's slots, by default of the current sample; if sampling fails, slots with the error"
         try: sample = sample or self.monitor.current()
         except Exception as error: return broken_slots(error)   # a plugin, a file: the sampler goes on, and tries again
         return {**render(sample, self.monitor.history, self.view), **render_tables(sample, self.view, self.actions),
                 "questions": render_questions(sample, self.buttons)}
 
     async def current(self) -> Slots:
-        "Return the slots of this moment. `NoThreadError` where starting a thread failed to wait for the driver"
+        "Return the present slots. `NoThreadError` if no thread can start to wait for the driver"
         slots: Slots = await self.calls.run("render", self.render)
         return slots
 
@@ -199,7 +199,7 @@ class Hub:
             _send(clients, changed or b"", whole, beats)
 
     def draw(self) -> None:
-        "Draw the first client's picture; the others are kept up to date. Can wait for the driver"
+        "Draw the picture for the first client; later clients share it. Can wait for the driver"
         if self._clients: return
         slots = self.render()
         shown = slots, layout_event(slots)
@@ -207,14 +207,14 @@ class Hub:
             if not self._clients: self._shown = shown
 
     def join(self, client: Client) -> None:
-        "Draw, and let a client enter"
+        "Draw the picture, and add a client"
         self.draw()
         self.enter(client)
 
     # On an event loop, or on a thread
 
     def enter(self, client: Client) -> None:
-        "Add a client, with the present picture as its first event, and the time for which it is current"
+        "Add a client; its first event is the present picture with a sign of life"
         with self._lock:
             if client.gone: return  # it left while it waited for this
             beat = beat_event(max(self.monitor.interval, client.every), self.monitor.latest)
@@ -240,13 +240,13 @@ class Hub:
         return _events(self, every)
 
     async def tell_if_stale(self) -> None:
-        "Send the last sample where the sampler itself hangs"
+        "Send the last sample with its warning, if the sampler itself hangs"
         latest = self.monitor.latest
         if not latest or not latest.stale: return
         with contextlib.suppress(NoThreadError): await self.calls.run("tell", partial(self.publish, latest))
 
 # %% ../../nbs/ui/stream.ipynb #c2c8b285
-STREAMS, RETRY_AFTER = 200, 30   # maximum of open streams, and seconds after which one can be free
+STREAMS, RETRY_AFTER = 200, 30   # maximum of open streams; seconds until a refused client tries again
 
 class Places:
     "Counts the streams that are open"
@@ -261,7 +261,7 @@ class Places:
 
     @block
     def take(self) -> Iterator[bool]:
-        "Take a place for the block; False: all are taken"
+        "Take a place for the block; yield False if all are taken"
         with self._lock:
             is_free = self.taken < self.most
             self.taken += is_free
@@ -276,7 +276,7 @@ async def _until_gone(receive: Any) -> None:
     while (await receive())["type"] != "http.disconnect": pass
 
 async def _taken(send: Any, event: bytes, seconds: float, more: bool = True) -> bool:
-    "Send an event, or with `more=False` the end; whether the connection took it within so long"
+    "Send an event, or the end (`more=False`); return whether the connection took it in time"
     sending = asyncio.ensure_future(send(dict(type="http.response.body", body=event, more_body=more)))
     try:
         if not await done_within(sending, seconds): return False
@@ -286,13 +286,13 @@ async def _taken(send: Any, event: bytes, seconds: float, more: bool = True) -> 
     return True
 
 # %% ../../nbs/ui/stream.ipynb #ae351aac
-_FAREWELL, _HEARD = 0.2, 0.05   # seconds that a client has at the end, and then its server, to hear of it
+_FAREWELL, _HEARD = 0.2, 0.05   # seconds for a client to read the end, then for its server to notice
 
 async def _end(scope: Mapping[str, Any], receive: Any, send: Any, is_over: bool) -> None:
-    "End a stream, as a whole answer where `is_over`; a stalled connection breaks"
+    "End a stream, as a complete answer if `is_over`; break a stalled connection"
     is_whole = is_over and await _taken(send, b"", _FAREWELL, more=False)
     if not await break_unread(scope, _FAREWELL if is_whole else 0): return
-    gone = asyncio.ensure_future(_until_gone(receive))   # the server hears of it before the app returns
+    gone = asyncio.ensure_future(_until_gone(receive))   # the server notices before the app returns
     await done_within(gone, _HEARD)
     gone.cancel()
 
@@ -306,7 +306,7 @@ class EventStream(Response):
     def __init__(
         self,
         events: AsyncGenerator[bytes, None],
-        places: Places | None = None,   # of which it takes one; `None`: unlimited
+        places: Places | None = None,   # limits the open streams; `None`: unlimited
     ) -> None:
         headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
         super().__init__(headers=headers, media_type="text/event-stream")
@@ -332,7 +332,7 @@ class EventStream(Response):
                 await asyncio.gather(*tasks, return_exceptions=True)
             if tasks[1].cancelled(): await _end(scope, receive, send, is_over)   # else the client has gone
 
-    async def _send_all(self, send: Any) -> bool:   # whether the connection took them
+    async def _send_all(self, send: Any) -> bool:   # whether the connection took all
         async with contextlib.aclosing(self.events) as events:
             async for event in events:
                 if not await _taken(send, event, PATIENCE): return False

@@ -28,8 +28,8 @@ class Column:
     unattributed: int = 0     # not visible
     promised: int = 0         # reserved and still unused
     load: int | None = None
-    peak: int = 0             # in use at the fullest moment, beyond the others: which owner had it is not recorded
-    largest: str = ""         # of the other programs
+    peak: int = 0             # further memory in use at the fullest moment; its owner is not recorded
+    largest: str = ""         # the largest of the other programs
 
     @property
     def used(self) -> int:
@@ -53,7 +53,7 @@ class Span:
 
     @property
     def count(self) -> int:
-        "How many columns there are"
+        "The number of columns"
         return self.length//self.width
 
 # %% ../../nbs/ui/svg_chart.ipynb #9832f7da
@@ -102,14 +102,14 @@ def column_time(
     number: int,   # of a column
     chart: Chart,
 ) -> str:
-    "Return when a column begins"
+    "Return the time at which a column begins"
     form = "%H:%M:%S" if chart.span.width < 60 else "%H:%M" if chart.span.length < 86400 else "%a %H:%M"
     return clock(number*chart.span.width, chart.zone, form)
 
 def column_parts(
     column: Column,
     chart: Chart,
-) -> list[tuple[str, str]]:  # each with its owner, or with ""
+) -> list[tuple[str, str]]:  # (owner, text); the owner can be empty
     "Return the figures of a column in words"
     sizes = {owner: column.used if owner == "peak" else getattr(column, owner)
              for owner in owners_of(column, chart.total)}
@@ -130,7 +130,7 @@ def column_text(
 def _between(values: Sequence[float], form: str) -> str:
     "Return the smallest and the largest of some values, or the only one"
     low, high = (form.format(value) for value in (min(values), max(values)))
-    return low if low == high else f"{low} to {high}"
+    return low if low == high else f"between {low} and {high}"
 
 # %% ../../nbs/ui/svg_chart.ipynb #2e1f93e0
 def describe(chart: Chart) -> str:
@@ -167,7 +167,7 @@ def strokes(
 
 # %% ../../nbs/ui/svg_chart.ipynb #144f08d2
 def escaped(text: str) -> str:
-    "Return a text as an SVG has it"
+    "Return a text escaped for an SVG"
     return printable(text).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;").replace('"', "&quot;")
 
 def _area(number: int, title: str, chart: Chart, drawn: str = "") -> str:
@@ -180,7 +180,7 @@ def _column(column: Column, chart: Chart) -> str:
 
 # %% ../../nbs/ui/svg_chart.ipynb #84c219ae
 def _east(chart: Chart) -> int:
-    "Return how many seconds the reader's clock is before UTC"
+    "Return how many seconds the reader's clock is ahead of UTC"
     at = timezone(timedelta(minutes=chart.zone)) if chart.zone is not None else None
     offset = datetime.fromtimestamp(chart.first*chart.span.width, at).astimezone(at).utcoffset()
     return round(offset.total_seconds()) if offset else 0
@@ -219,7 +219,7 @@ def _sizes(chart: Chart) -> Iterator[str]:
         yield f'<line x2=100% y1={_LOAD} y2={_LOAD} /><text x=-6 y={_LOAD - 6} >load</text>'
 
 # %% ../../nbs/ui/svg_chart.ipynb #7bc2d9a7
-_MANY_TIMES = 8   # above which a narrow chart shows every third
+_MANY_TIMES = 8   # with more times, a narrow chart shows every third
 
 def _axis(chart: Chart) -> Iterator[str]:
     "Yield the times below a chart, each with its line"
@@ -258,7 +258,7 @@ def _threshold(chart: Chart) -> str:
 
 # %% ../../nbs/ui/svg_chart.ipynb #a83c2bba
 def _columns(chart: Chart, since: int | None) -> str:
-    "Return the columns, and an empty one for an event without figures, so that it is reached as the others are"
+    "Return the columns; an event whose figures are missing gets an empty one, which the pointer can reach"
     first = chart.first if since is None else max(chart.first, since)
     found = {number: _area(number, f"{column_time(number, chart)} · no figures", chart)
              for number in _marks_by_column(chart)}
@@ -270,13 +270,13 @@ def _columns(chart: Chart, since: int | None) -> str:
 # %% ../../nbs/ui/svg_chart.ipynb #90d35776
 def draw_chart(
     chart: Chart,
-    since: int | None = None,   # the first column that is wanted; `None`: all
+    since: int | None = None,   # the first column to draw; `None`: all
 ) -> Any:
-    "Return a chart as an SVG; with `since` its new part, minus the constant sizes"
+    "Return a chart as an SVG; with `since`, only the new columns, and the constant sizes left out"
     sizes = "".join(_sizes(chart)) if since is None else ""
     inside = (f"<g class=sizes>{sizes}</g><g class=axis>{''.join(_axis(chart))}</g>{_columns(chart, since)}"
               f"<g class=over>{_threshold(chart)}{''.join(_marks(chart))}</g>")
-    more = dict(data_lm_suppress_shortcuts="true") if since is None else {}   # JupyterLab's own arrow keys
+    more = dict(data_lm_suppress_shortcuts="true") if since is None else {}   # keeps its arrow keys from JupyterLab
     return ft("svg", Safe(inside), cls="plot", role="img", tabindex="0", aria_label=describe(chart),
               height=_bottom(chart) + 20, data_first=chart.first, **more)
 

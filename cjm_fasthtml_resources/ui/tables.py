@@ -52,7 +52,7 @@ def make_table(
     title: Any,                   # its caption
     columns: Sequence[Column],
     rows: Iterable[Any],
-    key: Callable[[Any], str] | None = None,   # of a row: its open details move with it
+    key: Callable[[Any], str] | None = None,   # identifies a row, so that opened details stay open when the row moves
 ) -> Any:
     "Return a table with a caption and headers"
     head = "".join(_header_html(c.name, f"{c.look} {c.width}".strip()) for c in columns)
@@ -118,7 +118,7 @@ _SOMETIMES: dict[str, Sequence[tuple[Column, Callable[[OwnedProcess], bool]]]] =
              (Column("load", lambda row: _load(row[1]), "n xl", "w4"), lambda process: process.load is not None))}
 
 def _with_sometimes(columns: Sequence[Column], rows: Iterable[ProcessRow]) -> Sequence[Column]:
-    "Return the columns, and after some of them those that a process has a value for"
+    "Return the columns, with each optional one inserted if some process has a value for it"
     found = list[Column]()
     for c in columns:
         more = (column for column, has in _SOMETIMES.get(c.name, ()) if any(has(process) for _, process in rows))
@@ -210,7 +210,7 @@ RESERVATION_COLUMNS = (
 def reservation_notes(
     rows: Sequence[ReservationRow],   # that are shown
 ) -> Any:   # empty where there are none
-    "Return the hints on reservations, why requests wait and their expected starts, for below the table"
+    "Return the notes below the table: hints on reservations, why requests wait, and their expected starts"
     return [P(Small(printable(note)), cls="note") for note in row_notes(rows)]
 
 def reservation_table(
@@ -245,5 +245,5 @@ def total_tables(devices: Sequence[DeviceStatus]) -> Any:
             _total_table("By app", _BY_APP, sum_by_app(devices)))
 
 def folded_totals(devices: Sequence[DeviceStatus]) -> Any:
-    "Return these tables, to be opened by a click"
+    "Return the tables of totals in a block that a click opens"
     return Details(Summary("Totals by user and by app"), *total_tables(devices), cls="fold")

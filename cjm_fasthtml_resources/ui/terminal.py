@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 # %% ../../nbs/ui/terminal.ipynb #8bbf3ea0
 def _status(
     status: ResourceStatus,
-    words: str = "",   # in place of the status's own
+    words: str = "",   # to show instead of the status's words
 ) -> Line:
     look = status.look
     return (Piece(f"{look.ascii} {words or look.words}", look.style),)
@@ -114,13 +114,13 @@ class Column(Generic[_Row]):
     name: str
     cell: Callable[[_Row], Cell]
     justify: Literal["left", "right"] = "left"
-    shrinks: bool = False   # gives way where there is little room; one column of a table does
-    least: int = 18         # cells that it keeps as long as another column can leave
-    leaves: int = 0         # where there is still too little room, the column with the highest number leaves; 0 stays
+    shrinks: bool = False   # gets narrower if there is little room; exactly one column of a table
+    least: int = 18         # cells that it keeps as long as another column can be left out
+    leaves: int = 0         # order in which columns are left out after that, the highest number first; 0 stays
 
 # %% ../../nbs/ui/terminal.ipynb #8329cbfe
 _GAP = 2   # cells between two columns; 1 where there is too little room for the cells themselves
-_LEAST = 6 # cells of the column that shrinks
+_LEAST = 6 # minimum of cells of the column that shrinks
 
 def _fit(
     columns: Sequence[Column[Any]],
@@ -183,7 +183,7 @@ class _Resource(NamedTuple):
     used: float | None = None          # bytes
     total: float | None = None         # bytes
     load: str = ""                     # how busy and how warm it is
-    words: str = ""                    # in place of the status's own
+    words: str = ""                    # to show instead of the status's words
 
 def _used(
     row: _Resource,
@@ -233,7 +233,7 @@ def resource_table(
     answer: Sample,
     terminal: Terminal,
 ) -> list[Line]:
-    "Return a table with a row for each device and one for RAM; decimals leave where there is too little room"
+    "Return a table with a row for each device and one for RAM; decimals are left out if there is too little room"
     bar, rows, lines = max(6, min(24, terminal.width - 76)), _resources(answer), list[Line]()
     for whole_from in (1000, 100, 0):
         lines = make_table(_resource_columns(terminal.ascii, bar, whole_from), [rows], terminal.width)
@@ -385,7 +385,7 @@ def wrap_verdict(
 def list_tables(
     answer: Sample,
     terminal: Terminal,
-    processes: Sequence[Line],   # a table of them
+    processes: Sequence[Line],   # the table of processes
     dense: bool = False,         # omits legend and empty lines
 ) -> list[Line]:
     "Return all tables, with an empty line between two"

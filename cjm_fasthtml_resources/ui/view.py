@@ -66,16 +66,16 @@ SORTS: dict[str, Callable[[ProcessRow], Any]] = {
 # %% ../../nbs/ui/view.ipynb #809f4e6a
 @dataclass(frozen=True)
 class View:
-    "The choice and order of devices, processes and workers"
+    "The devices, processes and workers to show, and their order"
     gpus: tuple[int | str, ...] | None = None   # ids of devices; `None`: all
     sort: str = "memory"                        # one of `SORTS`
     rows: int = 20                              # processes and workers at most
-    totals: bool = False                        # whether the panel shows totals, which the page folds
+    totals: bool = False                        # whether the panel shows totals (the page has them in a fold)
     details: bool = False                       # whether it shows ages, command lines and loads, as the page does
     charts: str = ""                            # how far back its charts go: "10m", "1h", "24h"; empty: off
 
     def devices(self, sample: Sample) -> list[DeviceStatus]:
-        "Return those that are shown"
+        "Return the shown devices"
         return [d for d in sample.gpu.allowed if self.gpus is None or d.device.id in self.gpus]
 
     def processes(self, devices: Iterable[DeviceStatus]) -> tuple[list[ProcessRow], str]:
@@ -100,7 +100,7 @@ def find_traces(
 ) -> dict[str, list[float]]:  # by the device's key
     "Return the share of each device's memory that was in use, at evenly spaced moments"
     step = -(-len(history.points)//_TRACE) or 1
-    # chosen by number, so that they stay as it goes on
+    # chosen by number, so that the same points stay as the history grows
     chosen = [p for p in history.points if p.number % step == 0 or p is history.points[-1]]
     traces: dict[str, list[float]] = {}
     for point in chosen:
@@ -120,7 +120,7 @@ def _gpu_slots(status: DeviceStatus, trace: Sequence[float]) -> dict[str, str]:
     "Return the two slots of a device's card"
     d = status.device
     named = GpuDevice(d.index, d.uuid, d.name, mig_parent=d.mig_parent, host=d.host, asleep=d.asleep)   # what it shows
-    figures = replace(status, device=replace(d, processes=None), processes=())   # which are many, and left out here
+    figures = replace(status, device=replace(d, processes=None), processes=())   # many processes, left out here
     return dict(head=_head_html(named, status.status), live=_live_html(figures, tuple(trace)))
 
 # %% ../../nbs/ui/view.ipynb #3886d469
@@ -131,15 +131,15 @@ def _state(sample: Sample) -> Any:
     return P(B(printable("; ".join(parts))), cls="state stale" if sample.stale else "state") if parts else ""
 
 def _memory_banner(conflict: ResourceConflict) -> Any:
-    "Return the answer for RAM where it is short"
+    "Return the answer for RAM if RAM is low"
     return "" if conflict.status is ResourceStatus.AVAILABLE else conflict_banner(conflict)
 
 # %% ../../nbs/ui/view.ipynb #ce0e43ca
 def render_questions(
     sample: Sample,
-    buttons: Callable[[Any], Any] = lambda question: "",   # that answer one
+    buttons: Callable[[Any], Any] = lambda question: "",   # returns the buttons of a question
 ) -> str:
-    "Return what requests of other apps ask of this one; empty where nothing is asked"
+    "Return the questions of other apps to this app; empty if there are none"
     def ask(question: Any) -> Any:
         return P(printable(str(question)), buttons(question), cls="asks", data_key=f"asks-{question.id}")
 
@@ -151,7 +151,7 @@ def render(
     history: History = History(),
     view: View = View(),
 ) -> dict[str, str]:  # slot → HTML
-    "Return the whole picture but the tables, in the parts that change alone"
+    "Return all figures except the tables, in slots that change alone"
     traces = find_traces(history)
     parts = dict(state=_state(sample), banner=conflict_banner(sample.gpu), notes=notes(sample.gpu),
                  memory_banner=_memory_banner(sample.memory))
