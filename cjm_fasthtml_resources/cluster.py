@@ -185,7 +185,7 @@ class ClusterResources(StaysHere):
         **kwargs: Any,
     ) -> Future:
         """Run `fn(*args, **kwargs)` on a host with room.
-        The memory is reserved before the task starts, until it ends. In it, `current_reservation()` names the device.
+        The memory is reserved before it starts, and released after it. In it, `current_reservation()` names the device.
         Tasks of one priority begin in the order in which they are submitted.
         The task fails with `ResourceBusy` after `timeout`.
         `ValueError` if no host has so much memory, `ResourceUnavailable` if the devices are missing"""
@@ -217,7 +217,7 @@ class ClusterResources(StaysHere):
         timeout: float | None = None, priority: int = 0,
     ) -> contextlib.AbstractContextManager[None]:
         """Return a `with` block: each task of a dask graph that is made in it reserves this memory while it runs.
-        dask places these tasks; a host that is too small sends the task to another one"""
+        dask places these tasks; a host that is too small sends the task on, and dask chooses a worker again"""
         check_need(gpu_memory_mb, timeout, n, memory_mb)
         asked = request_for(gpu_memory_mb, timeout, n, memory_mb, priority)
         around: contextlib.AbstractContextManager[None] = annotate(**{self._plugin.name: asked})

@@ -180,7 +180,7 @@ def test_a_file_that_cannot_be_read_is_named_in_every_answer(folder, caplog, mon
         assert found.reason == "cannot read the reservations: /a is read-only"
         assert found.snapshot.devices and found.threshold_percent == 45.0 and found.devices == ()
         assert manager.check_memory_availability().notes == (
-            "The list of workers may be out of date: /a is read-only",
+            "The list of workers can be out of date: /a is read-only",
             "Reading the reservations failed, so no memory counts as free")
         path.rename(f"{path}.away")
         gone = f"{path} was removed while other programs use it. End them; the file is then re-created"

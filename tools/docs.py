@@ -18,6 +18,8 @@ from html.parser import HTMLParser
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
+from imports import add_imports
+
 ROOT = Path(__file__).resolve().parent.parent
 PROC, SITE = ROOT/"_proc", ROOT/"_docs"
 OWN = ROOT/"tools"/"site"
@@ -36,15 +38,11 @@ def process() -> str:
     return f"{cfg.doc_host.rstrip('/')}/{cfg.doc_baseurl.strip('/')}/"
 
 
-def import_own_names() -> None:
-    "Begin the folded imports of a page with the names of its own module: its examples then run as they are printed"
+def import_names() -> None:
+    "Import all names that a page's examples use: they then run as they are printed"
     for path in PROC.rglob("*.ipynb"):
         notebook = json.loads(path.read_text(encoding="utf-8"))
-        for cell in notebook["cells"]:
-            source = "".join(cell["source"])
-            if not (found := re.search(r"^#\| code-summary: .*all names in ([\w.]+)\).*\n", source, re.M)): continue
-            own = f"from cjm_fasthtml_resources.{found[1]} import *\n"
-            cell["source"] = (source[:found.end()] + own + source[found.end():]).splitlines(keepends=True)
+        add_imports(notebook)
         path.write_text(json.dumps(notebook, ensure_ascii=False), encoding="utf-8")
 
 
@@ -163,7 +161,7 @@ def fetched_from_elsewhere(pages: dict[Path, Page]) -> dict[Path, list[str]]:
 def main() -> int:
     os.chdir(ROOT)
     published = process()
-    import_own_names()
+    import_names()
     render()
     keep_inside()
     paths = sorted(SITE.rglob("*.html"))

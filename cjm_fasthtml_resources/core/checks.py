@@ -112,7 +112,7 @@ def each_memory_once(
 # %% ../../nbs/core/checks.ipynb #0b3c5380
 UNSEEN_NOTE = "Reading a GPU that uses this memory failed, so the reservations on it count in full"
 UNREAD_NOTE = "Reading the reservations on a GPU that uses this memory failed, so no memory counts as free"
-EARLIER_NOTE = "The list of workers may be out of date: {}"
+EARLIER_NOTE = "The list of workers can be out of date: {}"
 UNREAD_RAM_NOTE = "Reading the reservations failed, so no memory counts as free"
 
 def tell_unified(
@@ -451,7 +451,7 @@ def pick_devices(
     count: int,                  # how many devices
     least: float,                # bytes that each must have free
 ) -> GpuChoice:
-    "Return the devices with the most room; `ResourceUnavailable` if there are too few, `ResourceBusy` if too full"
+    "Return the devices with the most room; raise `ResourceUnavailable` for too few, `ResourceBusy` if too full"
     there, why = _usable_together(conflict, count)
     if len(there) < count:
         raise ResourceUnavailable(f"Requested {_gpus(count)}; {len(there) or 'none'} can be used{why}", conflict)

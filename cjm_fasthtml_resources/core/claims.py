@@ -558,8 +558,8 @@ def grant(
     uses: Sequence[DeviceUse],                               # every device of the machine
     choose: Callable[[Sequence[Any]], Any] = choose_any,  # among nearly equal devices, or groups of devices
     passes_over: Callable[[Claim], bool] = lambda claim: False,   # whether to skip a request; called if a room is open
-    may_have: MayHave = has_no_cap,   # whether a request can have a device
-    may_pass: MayPass = passes_none,  # whether a request with a time limit can pass
+    may_have: MayHave = has_no_cap,   # whether a request can have a device; if not, it leaves that to others
+    may_pass: MayPass = passes_none,  # whether a request with a time limit can pass those ahead of it
 ) -> list[Claim]:  # the claims; a granted one has a device, a granted group is one claim per device
     "Give devices to the requests that fit, in the order of the queue"
     after = {c.id: c for c in lower_bases(claims, uses)}

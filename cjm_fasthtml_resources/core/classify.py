@@ -44,7 +44,7 @@ def find_owner(
     process: ProcessInfo,
     workers: Mapping[int, WorkerState],                    # by PID
     children: Mapping[int, Mapping[int, float | None]],    # declared PID → worker's PID → the child's start
-    me: ProcessId | None = None,                           # the manager's process; `None`: its tree is external
+    me: ProcessId | None = None,                           # the manager's process; `None`: only workers count
 ) -> tuple[str, WorkerState | None]:  # "app" or "external", and the worker that it belongs to
     "Return the owner of a process; check it first, then each of its ancestors"
     for pid, start in () if process.foreign else process.lineage:

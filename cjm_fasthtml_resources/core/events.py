@@ -64,7 +64,7 @@ def _append(path: Path, line: str) -> None:
     with FileIO(path, "a", opener=_open_made) as file: file.write(line.encode())
 
 def _read_from(path: Path, at: int) -> tuple[int, list[str]]:
-    "Return where the last whole line ends, and the lines from `at` on; read a shorter file, made again, from 0"
+    "Return where the last whole line ends, and the lines from `at` on; from 0 if the file is shorter, so made again"
     try:
         with FileIO(path, "r", opener=_open) as file:
             if os.fstat(file.fileno()).st_size < at: at = 0

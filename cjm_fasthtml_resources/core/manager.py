@@ -110,7 +110,7 @@ class ResourceManager(StaysHere, WorkerRegistry, NeedsReader, JobStarter):
         self,
         threshold_percent: float = 90.0,       # RAM is low when this share is in use
         *, snapshot: GpuSnapshot | None = None,   # to check; `None`: the driver is read if a GPU uses this memory
-        pid: int | None = None,                # such as a worker: its control group counts; `None`: this process's
+        pid: int | None = None,                # a worker or other process whose control group counts; `None`: this one
     ) -> ResourceConflict:
         "Return whether RAM is low on this machine or in a process's control group, and which processes use it"
         limit = check_number(threshold_percent, "threshold_percent", 0, 100)
@@ -132,7 +132,7 @@ class ResourceManager(StaysHere, WorkerRegistry, NeedsReader, JobStarter):
         timeout: float | None = None,                  # seconds to wait; 0: answer at once; `None`: unlimited
         *,
         ttl: float | None = None,                      # seconds; `None`: until it is released or the holder ends
-        pid: int | None = None,                        # for this process and its child processes; `None`: the caller
+        pid: int | None = None,                        # the holder, a process with its children; `None`: this one
         progress: bool = False,                        # show a bar, with who uses the memory, while it waits
         n: int = 1,                                    # how many whole GPUs at once, each with `gpu_memory_mb`
         memory_mb: float = 0,                          # MiB of RAM, together with the GPUs or alone

@@ -279,7 +279,7 @@ class NvmlSession:
         self.driver_version: str | None = ask(pynvml, "nvmlSystemGetDriverVersion")
         self.facts: dict[str, dict[str, Any]] = {}   # UUID, or else address → constant facts
         self.told: dict[str, _Told] = before.told if before and before.current else {}   # by UUID and by address
-        self.divided = set[str]()                    # UUIDs, or else addresses, of GPUs that were divided before
+        self.divided = set[str]()                    # UUIDs, or else addresses, of GPUs divided at the last reading
         self.near: dict[tuple[str, str], int] = {}   # UUIDs of a pair → its rank in `core.topology`
 
     @property

@@ -80,7 +80,7 @@ def _soonest(when: tuple[float, float] | float | None) -> tuple[float, float, fl
 def in_order(
     options: Iterable[Option],
 ) -> tuple[Option, ...]:
-    "Return the options, the soonest first, and at the same time the cheapest kind first"
+    "Return the options, the soonest first; of equally soon ones, the cheapest kind first"
     kinds = list(OptionKind)
     return tuple(sorted(options, key=lambda o: (_soonest(o.when), kinds.index(o.kind), o.freed)))
 
@@ -239,7 +239,7 @@ def _released(before: Situation, promises: Collection[Promise]) -> Situation:
     return before.on_devices(after)
 
 def reservation_options(before: Situation) -> list[Option]:
-    "Return the options that wait for this app's reservations, so that the job could start"
+    "Return the options that wait until reservations of this app are released, so that the job could start"
     there = [(p, d.device.id) for d in before.devices for p in d.promises if p.owner == "app" and p.unused]
     alone = [Option(f"wait until PID {p.pid} releases its reservation of {format_bytes(p.memory)} on GPU {place}",
                     OptionKind.WAIT_FOR_RESERVATION, None, before.reserve_call, p.unused)

@@ -127,7 +127,7 @@ def read_stat(
 def read_start(
     pid: int,
 ) -> float | None:  # seconds since boot; `None` if the process has ended, is hidden or is unreadable now
-    "Return when a process started; reads only the start"
+    "Return when a process started; read only its start"
     try:
         line = _read_line(pid, "/proc")
         ahead: int = _clock_ahead(os.getpid())

@@ -86,7 +86,7 @@ class Asked(NamedTuple):
     "The memory of a request"
     memory: int                           # bytes on each device
     devices: int                          # how many; 0: RAM alone
-    beside: tuple[tuple[str, int], ...]   # RAM to reserve, such as ("RAM", bytes); as in `Claim.beside`
+    beside: tuple[tuple[str, int], ...]   # RAM to reserve: pairs such as ("RAM", bytes), as in `Claim.beside`
     share: float = 0                      # part of each device's capacity to have alone; as in `Claim.share`
 
     @property

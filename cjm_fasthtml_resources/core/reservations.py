@@ -177,8 +177,8 @@ class Reservation(OnDevices, StaysHere, contextlib.AbstractContextManager["Reser
         self,
         gpu_memory_mb: float | None = None,   # MiB that stay reserved on each device; `None`: the most that was used
     ) -> "Reservation":
-        """Give a part back, and return the reservation of the rest. RAM stays reserved; by default, so does a
-        reservation that is entirely unused so far.
+        """Give a part back, and return the reservation of the rest. RAM stays reserved; by default, so does
+        everything if one of its devices is entirely unused so far.
         `ReservationOver` if it is over, `ValueError` if the size is more than is reserved, or less than the holder
         can be using now"""
         memory = None if gpu_memory_mb is None else int(check_number(gpu_memory_mb, "gpu_memory_mb", 1)*2**20)

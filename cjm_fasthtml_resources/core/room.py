@@ -132,7 +132,7 @@ def without_workers(
     return device
 
 def with_status(device: DeviceStatus) -> DeviceStatus:
-    "Return a device with its status once this app uses less of it; busy by other programs and unavailable stay"
+    "Return a device with its status once this app uses less of it; `EXTERNAL_BUSY` and `UNAVAILABLE` stay"
     if device.status in (ResourceStatus.EXTERNAL_BUSY, ResourceStatus.UNAVAILABLE): return device
     used = device.app_memory or device.promised("app") or any(p.owner == "app" for p in device.processes)
     return replace(device, status=ResourceStatus.APP_BUSY if used else ResourceStatus.AVAILABLE)

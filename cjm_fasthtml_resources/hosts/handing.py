@@ -121,7 +121,7 @@ class Handing:
             with self.turn(), one.held: pass   # given back twice, as at the end of its own block
 
     def _may_hand_on(self, kept: _Kept) -> bool:
-        "Return whether the rules allow it now; other threads of this process have to wait with their requests"
+        "Return whether the rules allow it now; meanwhile other threads of this process neither request nor release"
         with self.turn(), suppress(StoreError):
             claims = self.manager().get_claims()
             if waits(claims): return False

@@ -135,7 +135,7 @@ class Copying:
         return True
 
     def read_end(self) -> bytes:
-        "Return the end of the output, after the command has ended; a second call returns nothing"
+        "Return the end of the output, after the command has ended; empty in a second call"
         if not select.select([self._report], [], [], TELL_WITHIN)[0]: self.order(copier.TELL)
         with open(os.dup(self._report), "rb") as report: return report.read()
 

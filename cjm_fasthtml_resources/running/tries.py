@@ -93,7 +93,7 @@ class Tried:
 
     @property
     def can_be_retried(self) -> bool:
-        "Return whether GPU memory ran out, unless a signal ended it; C++ programs end by SIGABRT after an error"
+        "Return whether it ran out of GPU memory, and got no signal to end; C++ programs end by SIGABRT after an error"
         is_end = self.ended.status > 0 or self.ended.status == -signal.SIGABRT
         return self.found is not None and self.found.kind != "ram" and is_end and not self.ended.signals
 

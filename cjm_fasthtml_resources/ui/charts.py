@@ -149,7 +149,7 @@ def point_stretches(
     points: Sequence[Point],
     interval: float,          # seconds between two samples
 ) -> list[tuple[float, float, Point]]:
-    "Return each point after the start and end of the time that it covers, in seconds since the epoch"
+    "Return the time that each point covers, as its start and end in seconds since the epoch, and the point"
     if not points: return []
     last = points[-1]
     begins = [last.time - (last.taken - p.taken) if last.taken and p.taken else p.time for p in points]
@@ -234,7 +234,7 @@ def _of_place(subject: Subject, place: Place) -> Column | None:
 
 # %% ../../nbs/ui/charts.ipynb #269fe3ab
 def _of_row(subject: Subject, row: Row) -> Column | None:
-    "Return the figures of a row; a worker's are the least that its processes reached; `None` if missing"
+    "Return the figures of a row, for a worker at least what its processes used together; `None` if missing"
     if not subject.pids: return _of_place(subject, place) if (place := row.place(subject.key)) else None
     shares = [share for place in row.places if place.key != "ram" for share in place.shares
               if share.pid in subject.pids]
@@ -375,7 +375,7 @@ def charts_of(
 
 # %% ../../nbs/ui/charts.ipynb #409a06c4
 def chart_shape(sample: Sample, wanted: Wanted) -> str:
-    "Return the range, the seconds until the next column, and the number and total memory of the charts"
+    "Return the range, the seconds until there are new figures, and the number and total memory of the charts"
     subjects = subjects_of(sample, wanted.view)
     seconds = min(span_of(wanted.range, len(subjects)).width, 60)
     return f"{wanted.range} {seconds} {len(subjects)} {sum(subject.total for subject in subjects)}"

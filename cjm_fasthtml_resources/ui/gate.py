@@ -87,7 +87,7 @@ def _is_loopback(request: Request) -> bool:
     # only the header counts: if it is missing, request.url has the server's own address
     host = _HOST.fullmatch(request.headers.get("host", ""))
     if host is None or host[1].lower() == "localhost": return host is not None
-    try: return ipaddress.ip_address(host[1].strip("[]")).is_loopback   # another site has a name
+    try: return ipaddress.ip_address(host[1].strip("[]")).is_loopback   # an address: another site has a name
     except ValueError: return False
 
 def _equal(a: str, b: str) -> bool: return hmac.compare_digest(a.encode(errors="replace"), b.encode())

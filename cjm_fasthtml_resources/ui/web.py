@@ -328,7 +328,7 @@ def resource_routes(
     monitor: ResourceMonitor | None = None,   # a monitor to share; `None`: the routes have their own
     view: View = View(),                      # the shown devices and rows, and their order
     controls: bool = False,                   # whether workers can be stopped
-    guard: Callable[..., Any] | None = None,  # decides on each stop: `None` allows it, a response refuses it
+    guard: Callable[..., Any] | None = None,  # decides on each stop or answer: `None` allows it, a response refuses it
     metrics: str | None = None,               # where Prometheus finds metrics, as "/metrics" (extra `prometheus`)
     process_metrics: bool = False,            # a metric for each process, too: the number of labels is unlimited
     streams: int = STREAMS,                   # maximum of open streams; each page has one

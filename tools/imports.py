@@ -1,0 +1,70 @@
+"""The imports that the examples of an API page need where its module is installed, for tools/docs.py
+
+In the notebook, examples use the names that its exported cells define and import; the site shows none of these cells.
+"""
+import ast
+import importlib
+import inspect
+import re
+import textwrap
+from collections.abc import Iterable, Iterator
+from types import ModuleType
+from typing import Any
+
+PACKAGE = "cjm_fasthtml_resources"
+FOLD = re.compile(r'^(#\| code-summary: "Imports of the examples) \(and all names in ([\w.]+)\)"\n', re.M)
+SHOWN = 88   # characters in a line of code on the site
+
+
+def parse(source: str) -> ast.AST:
+    "Parse a cell, which can have `await` outside a function"
+    return compile(source, "cell", "exec", ast.PyCF_ONLY_AST | ast.PyCF_ALLOW_TOP_LEVEL_AWAIT)
+
+
+def names_used(sources: Iterable[str]) -> Iterator[str]:
+    "Yield the names that these cells use and do not import"
+    nodes = [node for source in sources for node in ast.walk(parse(source))]
+    imported = {name.asname or name.name.partition(".")[0] for node in nodes
+                if isinstance(node, (ast.Import, ast.ImportFrom)) for name in node.names}
+    yield from sorted({node.id for node in nodes if isinstance(node, ast.Name)} - imported)
+
+
+def origin(name: str, value: Any, own: str) -> str:
+    "Return the module to import a name from: where it is defined, or the page's own"
+    defined = getattr(value, "__module__", None) or own
+    if defined.startswith("_") or "._" in defined: return own
+    return defined if getattr(importlib.import_module(defined), name, None) is value else own
+
+
+def written(module: str, names: Iterable[str]) -> str:
+    "Return the import of these names from a module"
+    line = f"from {module} import {', '.join(names)}"
+    if len(line) <= SHOWN: return line
+    rows = textwrap.fill(", ".join(names), SHOWN, initial_indent="    ", subsequent_indent="    ")
+    return f"from {module} import (\n{rows},\n)"
+
+
+def own_imports(sources: Iterable[str], own: ModuleType) -> str:
+    "Return the imports of the names that examples take from a module's exported cells"
+    found: dict[str, list[str]] = {}
+    for name in names_used(sources):
+        if name not in vars(own) or name.startswith("__"): continue
+        value = vars(own)[name]
+        if inspect.ismodule(value): found.setdefault("", []).append(value.__name__)
+        else: found.setdefault(origin(name, value, own.__name__), []).append(name)
+    modules = found.pop("", [])
+    lines = [f"import {', '.join(modules)}"] if modules else []
+    return "".join(f"{line}\n" for line in [*lines, *(written(*item) for item in sorted(found.items()))])
+
+
+def add_imports(notebook: dict[str, Any]) -> None:
+    "Add to a processed notebook's folded imports the names that its examples take from its own module"
+    cells = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
+    sources = ["".join(cell["source"]) for cell in cells]
+    fold = next(((n, found) for n, source in enumerate(sources) if (found := FOLD.search(source))), None)
+    if fold is None: return
+    number, found = fold
+    examples = [source for source in sources if not re.search(r"^(?:#\| echo: false|[%!])", source, re.M)]
+    added = own_imports(examples, importlib.import_module(f"{PACKAGE}.{found[2]}"))
+    before, after = sources[number][:found.start()], sources[number][found.end():].rstrip("\n")
+    cells[number]["source"] = f'{before}{found[1]}"\n{after}\n{added}'
