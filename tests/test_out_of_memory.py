@@ -485,7 +485,7 @@ def test_workers_are_named_with_type_and_job():
     child = replace(a_process(4200103, 30, "app", parent=4200102), worker_type="llm", job_id="job-7")
     worker = replace(make_state(4200102, "llm"), job_id="job-7", status="running")
     busy = scene_of(a_device(0, child, JOB), workers=(worker,))
-    assert "python of your llm worker, job-7 (PID 4200103, 30.0 GiB)" in explain_found(LACK, busy)
+    assert "python of your llm worker (PID 4200103, running job-7, 30.0 GiB)" in explain_found(LACK, busy)
     assert "Other processes of this app use the rest" in explain_found(LACK, busy)
     assert "stop_worker" not in explain_found(LACK, busy)
     idle = replace(worker, job_id=None, status="idle", start_time=1.0)

@@ -64,29 +64,33 @@ def _inside(container: str | None) -> str | None:
 
 def _cut(text: str) -> str: return text if len(text) <= 40 else f"{text[:39]}…"
 
+def _kind(process: OwnedProcess) -> str:
+    "Return the plugin and type of the worker that a process is or belongs to"
+    kind = process.worker_type or process.parent_worker_type or ""
+    return " ".join([*dict.fromkeys(_cut(name) for name in (process.plugin, kind) if name), "worker"])
+
 def name_worker(
     process: OwnedProcess,   # of a worker
 ) -> str:
     "Return the worker that a process is or belongs to: its plugin, type and job"
-    kind = process.worker_type or process.parent_worker_type or ""
-    names = dict.fromkeys(_cut(name) for name in (process.plugin, kind) if name)
-    return " ".join([*names, "worker"]) + (f", {_cut(process.job_id)}" if process.job_id else "")
+    return _kind(process) + (f", {_cut(process.job_id)}" if process.job_id else "")
 
 def _title(process: OwnedProcess) -> str:
     "Return a process by name, or as the worker that it is or belongs to"
-    if process.is_worker: return f"your {name_worker(process)}"
+    if process.is_worker: return f"your {_kind(process)}"
     name = process.name or "a process without a name"
-    return f"{name} of your {name_worker(process)}" if process.worker_type or process.parent_worker_type else name
+    return f"{name} of your {_kind(process)}" if process.worker_type or process.parent_worker_type else name
 
 def name_process(
     process: OwnedProcess,
     where: str = "",     # such as " on GPU 0"
 ) -> str:
-    "Return a process by name, with its PID, user, container and memory; of this app, with its worker"
+    "Return a process by name, with its PID, user, container and memory; of this app, with its worker and job"
     size = None if process.memory_used is None else f"{format_bytes(process.memory_used)}{where}"
     in_a_worker = process.worker_type or process.parent_worker_type
     user = f"user {process.username}" if process.username and not in_a_worker else None
-    details = (f"PID {process.pid}", user, _inside(process.container), size or where.strip())
+    job = f"running {_cut(process.job_id)}" if process.job_id else None
+    details = (f"PID {process.pid}", job, user, _inside(process.container), size or where.strip())
     return f"{_title(process)} ({', '.join(part for part in details if part)})"
 
 def by_size(process: OwnedProcess) -> int:
