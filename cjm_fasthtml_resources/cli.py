@@ -145,7 +145,7 @@ def _end(answer: Sample, as_exit_code: bool) -> NoReturn:
 @click.option("--interval", type=click.FloatRange(0.1, 3600), default=2.0, show_default=True, callback=check_nan,
               metavar="SECONDS", help="Time between refreshes of --watch.")
 @click.option("--top", type=click.IntRange(1), default=10, show_default=True, metavar="N",
-              help="Processes to show on GPUs, and in RAM.")
+              help="Maximum number of processes to show on GPUs, and in RAM.")
 @click.option("--by", "whose", type=click.Choice(["user", "app"]),
               help="Show the totals of each user, or of each app, in place of processes.")
 @click.option("--threshold", type=click.FloatRange(0, 100), default=45.0, show_default=True, callback=check_nan,

@@ -89,14 +89,14 @@ async def a_reservation_needs_a_ttl_and_is_given_back(client):
     assert busy.is_error and "The job did not wait: timeout is 0" in text(busy) and busy.structured_content["gpus"]
     other = await call("release", id=id + 100)
     assert other.is_error and f"Its own: {id}." in text(other)
-    assert text(await call("release", id=id)) == f"Released {id}." and claims() == []
+    assert text(await call("release", id=id)) == f"Released reservation {id}." and claims() == []
 
 
 async def a_reservation_runs_out(client):
     held = await client.call_tool("reserve", dict(gpu_memory_mb=4000, ttl=1))
     await asyncio.to_thread(wait_until, lambda: claims() == [])
     over = await client.call_tool("release", dict(id=held.structured_content["id"]))
-    assert "was over already: its ttl had run out" in text(over)
+    assert "had already ended: its ttl had run out" in text(over)
 
 
 async def a_reservation_goes_to_the_program_that_the_agent_started(client):
@@ -184,7 +184,7 @@ def test_what_an_agent_reserved_ends_with_its_server(folder):
     found = []
     asyncio.run(run())
     (mine, theirs, both), refused, left = found
-    assert both == [mine, theirs] and left == [mine] and "not a reservation of this agent" in refused
+    assert both == [mine, theirs] and left == [mine] and "not one of this agent" in refused
     wait_until(lambda: claims() == [])
 
 

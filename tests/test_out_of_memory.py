@@ -428,7 +428,7 @@ FULL = a_device(0, TRAIN, JOB)
 def test_others_are_named_as_the_cause_only_where_they_are():
     blamed = explain_found(LACK, scene_of(FULL))
     assert "Other processes use the rest: train.py (PID 4200301, user ada, 30.0 GiB)" in blamed
-    assert "The failed process had 14.0 GiB. Without the others, it would fit" in blamed
+    assert "The failed process had 14.0 GiB. Without the other processes, the request would fit" in blamed
     alone = explain_found(LACK, scene_of(a_device(0, a_process(4200110, 43, "app"), a_process(4200301, 1))))
     assert "other programs are not the cause" in alone and "had 43.0 GiB of 48.0 GiB" in alone
     nearly = a_device(0, a_process(4200110, 44, "app"), a_process(4200301, 3.9))

@@ -198,7 +198,7 @@ def test_an_idle_worker_with_a_busy_one_below_it_is_not_stopped(spawn):
     manager, process, gpu = one_worker(spawn, lambda *_: None, CHILD)
     child = int(process.stdout.readline())
     manager.register_worker(child, "llm", "job")
-    with SimulatedDriver([gpu]), pytest.raises(ResourceBusy, match="cannot be freed"): manager.free_gpu(900)
+    with SimulatedDriver([gpu]), pytest.raises(ResourceBusy, match="would not free"): manager.free_gpu(900)
     assert not gone(process.pid) and not gone(child)
     manager.update_worker_state(child, status="idle")      # both are idle, and both go
     with SimulatedDriver([gpu]): assert [w.pid for w in manager.free_gpu(900)] == [process.pid]
@@ -345,7 +345,7 @@ def test_a_server_that_is_registered_itself_is_not_stopped(spawn):
     room = Room(spawn, 1)
     room.manager.register_worker(os.getpid(), "server")
     room.gpu.processes.append(SimulatedProcess(os.getpid(), 9000))
-    with SimulatedDriver([room.gpu]), pytest.raises(ResourceBusy, match="cannot be freed"):
+    with SimulatedDriver([room.gpu]), pytest.raises(ResourceBusy, match="would not free"):
         room.manager.free_gpu(20000)
     assert room.living == [0]
 
@@ -372,7 +372,7 @@ def test_what_cannot_be_made_free_is_said_with_who_holds_it(monkeypatch):
             SimulatedGpu(memory_total_mb=3_000, memory_reserved_mb=0, processes=[SimulatedProcess(GONE, 500)])]
     with SimulatedDriver(gpus):
         assert manager.free_gpu(2_500) == [] and manager.free_gpu(0) == []   # exactly as much as there is
-        message = (r"^2.9 GiB cannot be freed by stopping all idle workers\. GPU 1 has 2.4 GiB free\. "
+        message = (r"^Stopping all idle workers would not free 2.9 GiB\. GPU 1 has 2.4 GiB free\. "
                    rf"In use there: a process without a name \(PID {GONE}, 500 MiB\)\.$")
         with pytest.raises(ResourceBusy, match=message) as busy: manager.free_gpu(3_000)
         assert len(busy.value.conflict.devices) == 2

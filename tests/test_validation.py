@@ -313,7 +313,7 @@ def test_ram_that_is_short_names_the_worker_that_could_end():
     running = replace(LLM, status="running")
     found = decide_on_cpu(replace(memory, status=APP), [SPEECH, running])
     assert (found.action, found.current_worker, found.conflict.status) == (WAIT_FOR_JOB, running, APP)
-    assert found.message.endswith("Busy with a job: the llm worker (PID 42, llama, running).")
+    assert found.message.endswith("The llm worker (PID 42, llama, running) is busy.")
     loading = replace(SPEECH, status="loading")
     assert decide_on_cpu(replace(memory, status=APP), [loading]).current_worker is loading
     assert decide_on_cpu(replace(memory, status=APP), []).current_worker is None

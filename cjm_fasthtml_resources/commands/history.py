@@ -216,7 +216,7 @@ def _save(history: RecordedHistory, moment: float, scenario: Path) -> None:
               help="Show for how long GPU memory would have been available if a GPU counted as busy only when other "
                    "programs use this part of its memory or more.")
 @click.option("--instead-of", "usual", type=click.FloatRange(0, 100), callback=check_nan, metavar="PERCENT",
-              help="The threshold that --what-if-threshold is compared with. Default: 45.")
+              help="Compare --what-if-threshold with this percentage, the threshold in use. Default: 45.")
 @click.option("--what-if-max-share", "share", callback=converted(parse_share), metavar="SHARE",
               help="Show how long requests would have waited if each user could reserve at most this share of each "
                    "GPU, such as 50%.")

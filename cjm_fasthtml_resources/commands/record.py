@@ -42,7 +42,7 @@ def unit_text(
     python: str,        # the interpreter that has this package
     interval: float,    # seconds between two samples
 ) -> str:
-    "Return a systemd unit that records; write it to ~/.config/systemd/user/cjm-resources.service"
+    "Return the text of a systemd unit that records, for ~/.config/systemd/user/cjm-resources.service"
     quoted = python.replace("\\", "\\\\").replace('"', '\\"').replace("%", "%%")
     return _UNIT.format(python=f'"{quoted}"' if " " in python else quoted, interval=interval)
 
@@ -63,7 +63,7 @@ Examples:
 # %% ../../nbs/commands/record.ipynb #0ee9290f
 @click.command("record", cls=Command, epilog=_EXAMPLES)
 @click.option("--app", "apps", callback=read_apps, multiple=True, metavar="NAME|PID",
-              help="As for cjm-resources: record this app's workers, jobs and reservations, too.")
+              help="Record the workers, jobs and reservations of this app, too; see cjm-resources --help.")
 @click.option("--interval", type=click.FloatRange(0.1, 3600), default=1.0, show_default=True, callback=check_nan,
               metavar="SECONDS", help="Time between two samples.")
 @click.option("--file", "path", type=click.Path(path_type=Path), metavar="FILE",

@@ -37,7 +37,7 @@ Examples:
                    "first, a whole GPU. all: an empty GPU for COMMAND alone. none: no GPU.")
 @options.ram_option
 @click.option("--gpus", type=click.IntRange(1, 4096), default=1, show_default=True, metavar="N",
-              help="Use this many whole GPUs together, each with that much memory.")
+              help="Number of whole GPUs (no MIG instances) to use together, each with this memory.")
 @click.option("--retries", type=click.IntRange(0, 100), default=0, show_default=True, metavar="N",
               help="Run COMMAND again up to this many times if GPU memory runs out, each time with 25 % more.")
 @options.timeout_option
@@ -48,7 +48,7 @@ Examples:
 @options.exclusive_option
 @options.device_option
 @click.option("--app", default="cjm-resources", show_default=True, metavar="NAME",
-              help="App name for the reservation and for learned needs.")
+              help="App name of the reservation. Needs learned from earlier runs are kept under it, too.")
 @click.option("--name", metavar="NAME", callback=converted(parse_name),
               help="Name under which the need of COMMAND is learned. Default: its first script (train.py), the module "
                    "after python -m, or the program, apart for each folder and each set of arguments.")

@@ -154,7 +154,7 @@ def _explain_cap(path: Path) -> str:
 @click.argument("folder", metavar="FOLDER", type=click.Path())
 @click.option("--group", "group_name", required=True, metavar="GROUP", help="Group whose members share the folder.")
 @click.option("--max-share", callback=converted(parse_share), metavar="SHARE",
-              help="Let one user reserve at most this share of each GPU and of RAM, such as 50%. 100%: all of it.")
+              help="Largest share of each GPU and of RAM that each user can reserve, such as 50%. 100%: no limit.")
 @click.option("--per", type=click.Choice(["user", "app"]), default="user", show_default=True,
               help="Count the reservations of a user or of an app together for --max-share.")
 def command(folder: str, group_name: str, max_share: float | None, per: str) -> None:

@@ -94,7 +94,7 @@ def _child_env(held: Reservation, by_index: bool) -> dict[str, str]:
               help="GPU memory on one device, such as 8GiB. all: an empty one for COMMAND alone.")
 @options.ram_option
 @click.option("--gpus", type=click.IntRange(1, 4096), default=1, show_default=True, metavar="N",
-              help="Wait for this many whole GPUs together, each with that much memory.")
+              help="Number of whole GPUs (no MIG instances) to wait for together, each with this memory.")
 @options.timeout_option
 @options.priority_option
 @options.grace_option
@@ -103,7 +103,7 @@ def _child_env(held: Reservation, by_index: bool) -> dict[str, str]:
 @options.exclusive_option
 @options.device_option
 @click.option("--app", default="cjm-resources", show_default=True, metavar="NAME",
-              help="App name for the reservation.")
+              help="App name of the reservation.")
 @options.by_index_option
 @click.option("--notify", "notifier", callback=_open_notifier, multiple=True, envvar="CJM_RESOURCES_NOTIFY",
               metavar="URL", help="Notify this service when the memory is granted or the waiting has failed, such as "

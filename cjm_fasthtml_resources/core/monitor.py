@@ -169,7 +169,7 @@ def note_loss(
 # %% ../../nbs/core/monitor.ipynb #760ebf3d
 class ResourceMonitor(StaysHere):
     "Takes a sample in each interval while it has subscribers, and keeps the last samples' figures"
-    instead = "Create a monitor in the other process, or send it `monitor.latest` and `monitor.history`."
+    instead = "Create a monitor in the other process, or send it the data: `monitor.latest` and `monitor.history`."
 
     def __init__(
         self,

@@ -425,7 +425,7 @@ def _say_itself(own: int, wanted: int, capacity: int) -> str:
 
 def _say_others(found: OutOfMemory, own: int, there: DeviceStatus, names: str) -> str:
     ours = not (there.unattributed_memory or there.ram_memory) and all(p.owner == "app" for p in there.processes)
-    fits = "" if found.wanted is None else ". Without the others, it would fit"
+    fits = "" if found.wanted is None else ". Without the other processes, the request would fit"
     had = format_bytes(own) if own else "nothing there yet"
     who = "Other processes of this app" if ours else "Other processes"
     return f"{who} use the rest: {names}. The failed process had {had}{fits}."
@@ -448,7 +448,8 @@ def say_cause(
         case "others": return _say_others(found, own, there, about + names)
         case "freed":
             free = f"{format_bytes(there.device.memory_free or 0)} are free now"
-            return f"{free}. Seen after the failure: {about}{names}." if users else f"{free}, after the failure."
+            after = f". Seen after the failure: {about}{names}." if users else ": memory was freed after the failure."
+            return free + after
         case _: return f"Seen there now: {about}{names}."
 
 # %% ../../nbs/core/out_of_memory.ipynb #7886e733
@@ -533,7 +534,7 @@ def _say_gpu(found: OutOfMemory, scene: Scene, devices: Sequence[DeviceStatus]) 
         return [f"Cannot read who used the GPU: {reason}."]
     said, cause = [say_cause(found, scene, devices)], find_cause(found, scene, devices[0])
     if cause in ("others", "freed", "unknown") and (grown := name_growth(scene, devices)):
-        said.append(f"Since the previous check, {list_names(grown)}.")
+        said.append(f"Since the previous check: {'; '.join(grown[:3])}.")
     if cause in ("others", "freed", "unknown") and (came := name_lately(scene, devices)):
         said.append(f"Shortly before: {'; '.join(came)}.")
     return [*said, f"To fix it: {'; or '.join(ways_out(found, scene, devices)[:2])}."]
