@@ -10,6 +10,7 @@ newest fastcore and no nbdev, as a user has it. Closes with 'N passed, N failed'
 """
 import contextlib
 import hashlib
+import io
 import os
 import re
 import shutil
@@ -19,8 +20,9 @@ import sys
 import tempfile
 import threading
 import venv
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TextIO
 
 ROOT = Path(__file__).resolve().parent.parent
 VENVS = ROOT/".venvs"
@@ -62,16 +64,16 @@ def wait(process: subprocess.Popen) -> int:
     "Wait for a step, at most `LIMIT` seconds, and end what it leaves behind; its exit code"
     try: return process.wait(LIMIT)
     except subprocess.TimeoutExpired:
-        print(f"\n== it did not end within {LIMIT} s", flush=True)
+        print(f"\n== a step did not end within {LIMIT} s", flush=True)
         kill(process, signal.SIGABRT)   # pytest says where each of its threads is
         with contextlib.suppress(subprocess.TimeoutExpired): process.wait(10)
         return 1
     finally: kill(process, signal.SIGABRT if os.name == "nt" else signal.SIGKILL)
 
 
-def run(title: str, programs: Path, *command: str, cwd: Path = ROOT) -> Step:
+def run(title: str, programs: Path, *command: str, cwd: Path = ROOT, out: TextIO = sys.stdout) -> Step:
     "One step; it counts as one where it does not say how many passed and failed in it"
-    print(f"\n== {title}: {' '.join(command)}", flush=True)
+    print(f"\n== {title}: {' '.join(command)}", file=out, flush=True)
     places = (programs, os.environ.get("PATH", ""), VENVS/"debian"/"usr"/"sbin")
     env = {**os.environ, "PATH": os.pathsep.join(map(str, places))}
     process = subprocess.Popen([programs/command[0], *command[1:]], cwd=cwd, env=env, stdin=subprocess.DEVNULL,
@@ -80,7 +82,7 @@ def run(title: str, programs: Path, *command: str, cwd: Path = ROOT) -> Step:
     lines = list[str]()
     def show() -> None:
         for line in process.stdout:
-            print(line, end="", flush=True)
+            print(line, end="", file=out, flush=True)
             lines.append(line)
 
     reader = threading.Thread(target=show, daemon=True)
@@ -154,6 +156,17 @@ def static_checks(programs: Path) -> list[Step]:
     ]
 
 
+def python_and_browser(programs: Path) -> list[Step]:
+    "The tests under pytest, and those in a browser at the same time: both mostly wait"
+    with ThreadPoolExecutor() as pool, io.StringIO() as told:
+        browser = pool.submit(run, "in a browser", programs, *PYTEST, "tests/browser", out=told)
+        # the notebooks' cells are left out here; they run once more against the wheel
+        tests = run("tests", programs, *PYTEST, "tests", "--ignore=tests/browser", "--ignore=tests/test_examples.py")
+        steps = [tests, browser.result()]
+        print(told.getvalue(), flush=True)
+    return steps
+
+
 def development() -> list[Step]:
     "The notebooks, the modules, the README and the site"
     provide("chromium", "chromium", "chromium-browser", "google-chrome")
@@ -176,9 +189,7 @@ def development() -> list[Step]:
         *static_checks(programs),
         run("notebooks", programs, "python", "tools/notebooks.py"),
         run("nbdev's own tests", programs, "nbdev_test", "--n_workers", "2"),
-        run("tests", programs, *PYTEST, "tests", "--ignore=tests/browser",
-            "--ignore=tests/test_examples.py"),   # the notebooks' cells; they run once more against the wheel
-        run("in a browser", programs, *PYTEST, "tests/browser"),
+        *python_and_browser(programs),
         run("the saved figures", programs, "python", "benchmarks/run.py", "--short"),
         unchanged(before)]
 
