@@ -14,6 +14,7 @@ from typing import Any
 PACKAGE = "cjm_fasthtml_resources"
 FOLD = re.compile(r'^(#\| code-summary: "Imports of the examples) \(and all names in ([\w.]+)\)"\n', re.M)
 SHOWN = 88   # characters in a line of code on the site
+EVERY_MODULE = ("__name__", "__doc__", "__file__", "__all__", "__spec__", "__package__", "__builtins__")
 
 
 def parse(source: str) -> ast.AST:
@@ -22,11 +23,14 @@ def parse(source: str) -> ast.AST:
 
 
 def names_used(sources: Iterable[str]) -> Iterator[str]:
-    "Yield the names that these cells use and do not import"
-    nodes = [node for source in sources for node in ast.walk(parse(source))]
-    imported = {name.asname or name.name.partition(".")[0] for node in nodes
-                if isinstance(node, (ast.Import, ast.ImportFrom)) for name in node.names}
-    yield from sorted({node.id for node in nodes if isinstance(node, ast.Name)} - imported)
+    "Yield the names that these cells use and that no folded cell imports"
+    used, imported = set[str](), set[str]()
+    for source in sources:
+        for node in ast.walk(parse(source)):
+            if isinstance(node, ast.Name): used.add(node.id)
+            elif isinstance(node, (ast.Import, ast.ImportFrom)) and "#| code-fold" in source:
+                imported.update(name.asname or name.name.partition(".")[0] for name in node.names)
+    yield from sorted(used - imported)
 
 
 def origin(name: str, value: Any, own: str) -> str:
@@ -47,13 +51,13 @@ def written(module: str, names: Iterable[str]) -> str:
 def own_imports(sources: Iterable[str], own: ModuleType) -> str:
     "Return the imports of the names that examples take from a module's exported cells"
     found: dict[str, list[str]] = {}
+    lines = list[str]()
     for name in names_used(sources):
-        if name not in vars(own) or name.startswith("__"): continue
+        if name not in vars(own) or name in EVERY_MODULE: continue
         value = vars(own)[name]
-        if inspect.ismodule(value): found.setdefault("", []).append(value.__name__)
-        else: found.setdefault(origin(name, value, own.__name__), []).append(name)
-    modules = found.pop("", [])
-    lines = [f"import {', '.join(modules)}"] if modules else []
+        if not inspect.ismodule(value): found.setdefault(origin(name, value, own.__name__), []).append(name)
+        elif "." in value.__name__: found.setdefault(value.__name__.rpartition(".")[0], []).append(name)
+        else: lines.append(f"import {name}" if value.__name__ == name else f"import {value.__name__} as {name}")
     return "".join(f"{line}\n" for line in [*lines, *(written(*item) for item in sorted(found.items()))])
 
 
