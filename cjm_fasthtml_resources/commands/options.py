@@ -158,8 +158,8 @@ def memory_or_all(
 def priority_option(function: _Function) -> _Function:
     "Add `--priority`: a place in the queue"
     return click.option("--priority", type=click.IntRange(-20, 19), default=0, show_default=True, metavar="N",
-                        help="Place in the queue, as with nice: a smaller number moves the request ahead, by ten "
-                             "places for each step.")(function)
+                        help="Priority in the queue, as with nice: each step below 0 moves the request ten places "
+                             "ahead, each step above 0 ten places back.")(function)
 
 def by_index_option(function: _Function) -> _Function:
     "Add `--env-by-index`, a flag: whether a GPU is named by its number"

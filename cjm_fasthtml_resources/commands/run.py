@@ -33,11 +33,11 @@ Examples:
 @click.command("run", cls=Command, context_settings=dict(allow_interspersed_args=False), epilog=_EXAMPLES)
 @click.option("--gpu-memory", default="auto", show_default=True, callback=converted(parse_need),
               metavar="auto|all|none|SIZE",
-              help="GPU memory on one device, such as 8GiB. auto: the most that COMMAND used before, plus 10 %; at "
-                   "first, a whole GPU. all: an empty GPU for COMMAND alone. none: no GPU.")
+              help="GPU memory on one device, such as 8GiB. auto: the most that COMMAND used before, plus 10 %; in "
+                   "its first run, a whole GPU. all: an empty GPU for COMMAND alone. none: no GPU.")
 @options.ram_option
 @click.option("--gpus", type=click.IntRange(1, 4096), default=1, show_default=True, metavar="N",
-              help="Number of whole GPUs (no MIG instances) to use together, each with this memory.")
+              help="Number of GPUs to use together, each with --gpu-memory. MIG instances do not count.")
 @click.option("--retries", type=click.IntRange(0, 100), default=0, show_default=True, metavar="N",
               help="Run COMMAND again up to this many times if GPU memory runs out, each time with 25 % more.")
 @options.timeout_option
@@ -48,7 +48,7 @@ Examples:
 @options.exclusive_option
 @options.device_option
 @click.option("--app", default="cjm-resources", show_default=True, metavar="NAME",
-              help="App name of the reservation. Needs learned from earlier runs are kept under it, too.")
+              help="App name of the reservation. Memory needs of earlier runs are kept under this name, too.")
 @click.option("--name", metavar="NAME", callback=converted(parse_name),
               help="Name under which the need of COMMAND is learned. Default: its first script (train.py), the module "
                    "after python -m, or the program, apart for each folder and each set of arguments.")

@@ -94,7 +94,7 @@ def _child_env(held: Reservation, by_index: bool) -> dict[str, str]:
               help="GPU memory on one device, such as 8GiB. all: an empty one for COMMAND alone.")
 @options.ram_option
 @click.option("--gpus", type=click.IntRange(1, 4096), default=1, show_default=True, metavar="N",
-              help="Number of whole GPUs (no MIG instances) to wait for together, each with this memory.")
+              help="Number of GPUs to wait for together, each with --gpu-memory. MIG instances do not count.")
 @options.timeout_option
 @options.priority_option
 @options.grace_option

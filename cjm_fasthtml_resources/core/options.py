@@ -223,7 +223,7 @@ def _wait(before: Situation, worker: WorkerState) -> Option | None:
     after = before.after_jobs(worker)
     if after.can_start: return Option(_job(worker), OptionKind.WAIT_FOR_JOB, when, evidence=evidence)
     if not _could_stop(before, worker) or not (stopped := after.without([worker])).can_start: return None
-    return Option(f"{_job(worker)}, then stop it", OptionKind.WAIT_FOR_JOB, when,
+    return Option(f"{_job(worker)}, then stop that worker", OptionKind.WAIT_FOR_JOB, when,
                   f"manager.stop_worker({worker.pid})", stopped.room - before.room, evidence=evidence)
 
 def wait_options(before: Situation) -> list[Option]:

@@ -272,7 +272,7 @@ def decide_on_cpu(
     if busy := next(filter(is_at_work, workers), None):
         said = f"{message} T{describe_worker(busy)[1:]} is busy."
         return _result(ValidationAction.WAIT_FOR_JOB, said, memory, busy)
-    message += " No running job would free it when it finishes."
+    message += " No running job would free RAM when it finishes."
     return _result(ValidationAction.WAIT_FOR_OTHER_WORKER, message, memory, next(iter(workers), None))
 
 # %% ../../nbs/core/validation.ipynb #ccae244a
@@ -337,7 +337,7 @@ def _device_of(worker: WorkerState, conflict: ResourceConflict) -> GpuDevice | N
 
 # %% ../../nbs/core/validation.ipynb #0bf8555c
 def _already_loaded(worker: WorkerState, conflict: ResourceConflict) -> ValidationResult:
-    message = f"Already loaded on {describe_worker(worker, conflict.devices)}."
+    message = f"The model is already loaded on {describe_worker(worker, conflict.devices)}."
     return _result(ValidationAction.PROCEED, message, conflict, worker, device=_device_of(worker, conflict))
 
 def _reload(job: Job, worker: WorkerState, conflict: ResourceConflict) -> ValidationResult:

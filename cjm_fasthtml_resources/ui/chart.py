@@ -41,7 +41,7 @@ def fullest(
     course: Course,
     stretch: Stretch,
 ) -> Place | None:  # `None`: a gap in the record
-    "Return the place as it was when most of its memory was in use"
+    "Return a place (a GPU, or RAM) at the peak of its memory use"
     found = [place for (since, until), place in course if since < stretch.until and until > stretch.since]
     return max(found, key=lambda place: place.most or 0, default=None)
 
@@ -49,7 +49,7 @@ def fullest(
 def share_by_owner(
     place: Place,
 ) -> dict[str, float]:
-    "Return each owner's bytes at the place's fullest moment, in proportion to the owners' mean use"
+    "Return each owner's bytes at the peak, estimated in proportion to the owners' mean use"
     more = place.most/place.used if place.most and place.used else 1
     used = dict(app=place.app, external=place.external, unattributed=place.unattributed)
     return {owner: memory*more for owner, memory in used.items()} | dict(promised=place.promised)
@@ -60,7 +60,7 @@ def count_cells(
     total: float,              # bytes
     height: int,               # cells
 ) -> list[int]:  # cells of each owner, then the free cells
-    "Divide a column into cells: a small share can be rounded to 0, but any memory in use keeps one cell"
+    "Divide a column into cells. A small share can get none; if any memory is in use, one cell at least shows it"
     ends = [round(min(end/total, 1)*height) for end in itertools.accumulate(shares)]
     if ends and not ends[-1] and sum(shares) > 0:
         largest = list(shares).index(max(shares))

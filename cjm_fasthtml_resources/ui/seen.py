@@ -31,7 +31,7 @@ class Audience:
     def __init__(self) -> None: self.views, self.until, self.counts = 0, time.monotonic() + _EXPECT, False
 
     def expect(self) -> None:
-        "Note that the panel is displayed; if the front end counts views, wait for one, else take it as visible"
+        "Note that the panel is displayed: if the front end has counted views, wait for one, else it is visible"
         self.until = time.monotonic() + _EXPECT if self.counts else math.inf
 
     def begin_again(self) -> None:
@@ -54,7 +54,7 @@ class Pulse:
 
     def beat(
         self,
-        name: str,          # the class of the box
+        name: str,          # the CSS class of the box
         sample: Sample,
         interval: float,    # seconds until the next sample
         at_once: bool = False,   # even within 0.9 s of the last start
@@ -68,7 +68,7 @@ class Pulse:
 
 # %% ../../nbs/ui/seen.ipynb #f56df2dc
 def _make_sign(box: Any, act: Callable[[Any], None]) -> widgets.Button:
-    "Return the button that the panel's script presses; its text is the seconds between two clicks"
+    "Return the hidden button that the page's script clicks while it is open; its text: seconds between clicks"
     sign = widgets.Button(description=f"{SIGN:g}").add_class("cjm-sign")
     sign.on_click(act)
     running_cells.told.add(box)
@@ -85,7 +85,7 @@ class LeftAtTheEnd:
 
 # %% ../../nbs/ui/seen.ipynb #187af873
 class SeenBox(LeftAtTheEnd, widgets.VBox):  # type: ignore[misc]  # ipywidgets has no types
-    "A box that follows a monitor while a front end shows it; a notebook keeps its last picture"
+    "A box that shows a monitor's samples while it is visible; the notebook's file keeps its last picture"
     def __init__(
         self,
         monitor: ResourceMonitor,
@@ -110,7 +110,7 @@ class SeenBox(LeftAtTheEnd, widgets.VBox):  # type: ignore[misc]  # ipywidgets h
         self._sample = sample
 
     def _ipython_display_(self) -> None:
-        "Show the box, and below it the picture that a notebook keeps"
+        "Display the box, and the static picture that the notebook's file keeps"
         self.kept.display(None if self._closed else self._repr_mimebundle_(), repr(self))
         if self._closed: return
         self.audience.expect()
@@ -122,7 +122,7 @@ class SeenBox(LeftAtTheEnd, widgets.VBox):  # type: ignore[misc]  # ipywidgets h
         self.kept.send_in_time()
 
     def follow_audience(self) -> None:
-        "Subscribe while the box is visible. Raise `NoThreadError` if the sampler cannot start"
+        "Subscribe if the box is visible, else unsubscribe. Raise `NoThreadError` if the sampler cannot start"
         with self._lock:
             there = self.audience.is_there() and not self.hearing.is_silent()
             if self._closed or there == (self._subscription is not None): return
@@ -136,7 +136,7 @@ class SeenBox(LeftAtTheEnd, widgets.VBox):  # type: ignore[misc]  # ipywidgets h
         self.kept.send()
 
     def get_state(self, key: Any = None, drop_defaults: bool = False) -> dict[str, Any]:
-        "Return the data for a front end; after a request for all data, views are counted from 0"
+        "Return the state for a front end. A request for all of it means a page load: count views from 0"
         if key is None and not drop_defaults and self.audience.counts and not self._closed:
             self.audience.begin_again()
             self.hearing.forget()
@@ -150,10 +150,10 @@ class SeenBox(LeftAtTheEnd, widgets.VBox):  # type: ignore[misc]  # ipywidgets h
         self.follow_audience()
 
     def on_work(self, at_work: bool) -> None:
-        "Disable the hidden button while a cell runs, so that the page is silent"
+        "Disable the hidden button while a cell runs, so that the page's script leaves it alone"
         self.sign.disabled = at_work and self.hearing.silence is not None and not self._closed
 
     def _on_sign(self, _: Any) -> None:
-        "Note that a page shows the panel, because it has pressed the hidden button"
+        "Note that a page shows the panel: its script has clicked the hidden button"
         self.hearing.hear()
         self.follow_audience()
