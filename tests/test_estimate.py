@@ -172,7 +172,7 @@ def test_an_index_leads_to_the_parts(tmp_path, either):
     need = estimate_need(tmp_path)
     assert (need.weights, need.tensors) == (32, 2)
     assert need.left_out == ("consolidated.safetensors",)
-    assert "Not counted: consolidated.safetensors." in need.explain()
+    assert "Not included: consolidated.safetensors." in need.explain()
 
 
 # ---- what is odd

@@ -237,7 +237,7 @@ def test_a_command_goes_on_when_its_memory_is_released(rig, name):
 def test_a_reservation_that_is_not_used_within_its_grace_goes_to_the_next_and_its_holder_is_told(rig):
     idle = rig.hold("speech", 16, 2)
     waiting, _ = rig.wait("train", 20)
-    assert "Not used: the reservation is released after 2 s" in rig.rows()[0]["why"]
+    assert "Not used yet: the reservation ends after 2 s" in rig.rows()[0]["why"]
     assert waiting.stdout.readline() == "has it\n" and idle.poll() is None
     assert "it was released by the queue (not used within 2 s)" in ask(idle, "keep")
     assert ask(idle, "release") == "False the queue (not used within 2 s)"

@@ -62,7 +62,7 @@ def _told_over(held: Reservation, ttl: float | None) -> Told:
     holder, limit = held.holder.pid, "" if ttl is None else f", after {ttl:g} s"
     name = read_process(holder).name
     text = (f"Reservation {held.id} now belongs to {name} (PID {holder}) and its child processes: their memory "
-            f"counts as part of it. It ends with that process{limit}, or by release.")
+            f"counts as part of it. The reservation ends with that process{limit}, or by release.")
     return Told(text, dict(id=held.id, pid=holder, ttl=ttl))
 
 # %% ../../nbs/agents/held.ipynb #720ef739

@@ -136,8 +136,8 @@ def duration_option(function: _Function) -> _Function:
 
 def ask_idle_option(function: _Function) -> _Function:
     "Add `--ask-idle`, a flag: whether idle holders of other apps are asked to unload"
-    return click.option("--ask-idle", is_flag=True, help="While it waits, ask the apps of idle models to unload them. "
-                        "They decide.")(function)
+    return click.option("--ask-idle", is_flag=True, help="While waiting, ask other apps to unload their idle "
+                        "models. Each app decides.")(function)
 
 # %% ../../nbs/commands/options.ipynb #f7457251
 def exclusive_option(function: _Function) -> _Function:

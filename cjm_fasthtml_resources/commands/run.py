@@ -39,7 +39,7 @@ Examples:
 @click.option("--gpus", type=click.IntRange(1, 4096), default=1, show_default=True, metavar="N",
               help="Number of GPUs to use together, each with --gpu-memory. MIG instances do not count.")
 @click.option("--retries", type=click.IntRange(0, 100), default=0, show_default=True, metavar="N",
-              help="Run COMMAND again up to this many times if GPU memory runs out, each time with 25 % more.")
+              help="Run COMMAND again, up to N times, if GPU memory runs out. Each try reserves 25 % more.")
 @options.timeout_option
 @options.priority_option
 @options.grace_option

@@ -68,8 +68,8 @@ Examples:
               metavar="PERCENT", help="As for cjm-resources.")
 @click.option("--metrics", is_flag=True, help="Serve metrics for Prometheus at /metrics, too. With --token, "
                                               "Prometheus sends it as a bearer token.")
-@click.option("--process-metrics", is_flag=True, help="Serve metrics with the memory of each process, too. Each "
-                                                      "process leaves series behind in Prometheus.")
+@click.option("--process-metrics", is_flag=True, help="Serve the memory of each process, too. Each process adds "
+                                                      "series, which stay in Prometheus after it ends.")
 @click.option("--streams", type=click.IntRange(1), default=200, show_default=True, metavar="N",
               help="Maximum number of browser pages that are open at once.")
 @click.pass_obj

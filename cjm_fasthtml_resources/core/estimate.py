@@ -75,11 +75,11 @@ def explain_estimate(
     tensors = "1 tensor" if need.tensors == 1 else f"{need.tensors:,} tensors"
     sentence = (f"An estimate: {format_bytes(need.weights)} of weights ({tensors}, {list_names([*need.dtypes])}) and "
                 f"{format_bytes(need.overhead)} of overhead (CUDA's context, activations). The cache of a long context "
-                "comes in addition. The exact need is learned from the first run.")
+                "is not included. The exact need is learned from the first run.")
     if need.base_model is not None:
         base = f"its base model, {need.base_model}," if need.base_model else "its base model"
         sentence += f" These are the weights of an adapter: {base} is left out."
-    if need.left_out: sentence += f" Not counted: {list_names(need.left_out)}."
+    if need.left_out: sentence += f" Not included: {list_names(need.left_out)}."
     return sentence
 
 # %% ../../nbs/core/estimate.ipynb #611a07ef

@@ -47,15 +47,15 @@ class GpuDevice:
     power_usage: float | None = None              # W
     power_limit: float | None = None              # W
     processes: tuple[GpuProcess, ...] | None = None  # by PID; `None` where the driver omits the list
-    processes_whole: bool = True                  # False: a list failed, so there can be others on it
+    processes_whole: bool = True                  # False: a list failed, so other processes can use it, too
     mig_mode: bool | None = None                  # True on a GPU that is divided into MIG instances
     mig_parent: int | None = None                 # for a MIG instance, its GPU's index
     reason: str | None = None                     # why reading the memory failed, in words
     host: str | None = None                       # the name of its machine, in a list of several machines' devices
     unified: bool = False                         # it uses the machine's RAM: its total is that of the RAM
     asleep: bool = False                          # runtime power management has suspended it, and it was left asleep
-    gpu_instance: int | None = None               # for a MIG instance: the number of its memory, which others can share
-    compute_instance: int | None = None           # for a MIG instance: its part of the processors
+    gpu_instance: int | None = None               # for a MIG instance: its GPU instance, whose memory others can share
+    compute_instance: int | None = None           # for a MIG instance: its compute instance
     shared_with: tuple[int | str, ...] = ()       # ids of the MIG instances that share its memory
     compute_capability: tuple[int, int] | None = None
     cuda_cores: int | None = None
@@ -73,7 +73,7 @@ class GpuDevice:
     @property
     def address(self) -> str | None:
         """Return its address on the PCI bus, which stays when other GPUs come or go; `None` if unknown.
-        For a MIG instance, its two numbers follow, such as "0000:01:00.0/2/0"."""
+        For a MIG instance, the numbers of its GPU instance and compute instance follow, such as "0000:01:00.0/2/0"."""
         if self.mig_parent is None or self.pci is None: return self.pci
         part = self.gpu_instance, self.compute_instance
         return None if None in part else "{}/{}/{}".format(self.pci, *part)
@@ -124,12 +124,12 @@ def _read_use(
 class _Told:
     "Earlier reports of a device"
     def __init__(self) -> None:
-        self.what = set[str]()          # its reports: kinds of processes, "memory", "instances"
+        self.what = set[str]()          # what it reported so far: kinds of processes, "memory", "instances"
         self.total: int | None = None   # bytes of memory at the first reading
 
 # %% ../../nbs/core/nvml.ipynb #8b05942a
 def _add_total(memory: _Memory, told: _Told) -> tuple[_Memory, list[str]]:   # and contradictions, in words
-    "Return the memory with the smaller of its totals, and remember the first one"
+    "Return the memory with its present or its first total, the smaller one; remember the first total"
     if memory.figures is None or memory.unified: return memory, []
     told.what.add("memory")
     told.total = told.total or memory.figures.total
@@ -156,7 +156,7 @@ def _memory_fields(memory: _Memory) -> dict[str, Any]:
 
 def _read_device(
     nvml: Any, lists: ProcessLists, handle: Any,
-    told: _Told,   # this reading's reports are added
+    told: _Told,   # extended by what this reading reports
     **fixed: Any,
 ) -> GpuDevice:
     "Return everything that changes on one device, added to the `fixed` facts"
@@ -269,7 +269,7 @@ class NvmlSession:
 
     def __init__(
         self,
-        before: "NvmlSession | None" = None,   # a session with the same library, whose reports still count
+        before: "NvmlSession | None" = None,   # the session before; its reports are kept if the library is the same
     ) -> None:
         import pynvml
         self.nvml: Any = pynvml
@@ -280,7 +280,7 @@ class NvmlSession:
         self.facts: dict[str, dict[str, Any]] = {}   # UUID, or else address → constant facts
         self.told: dict[str, _Told] = before.told if before and before.current else {}   # by UUID and by address
         self.divided = set[str]()                    # UUIDs, or else addresses, of GPUs divided at the last reading
-        self.near: dict[tuple[str, str], int] = {}   # UUIDs of a pair → its rank in `core.topology`
+        self.near: dict[tuple[str, str], int] = {}   # UUIDs of two GPUs → their nearness, as a rank of `core.topology`
 
     @property
     def current(self) -> bool:
@@ -317,14 +317,14 @@ class NvmlSession:
             if divided: yield from share_memory(self.read_instances(handle, index, fixed["pci"]))
 
     def told_by(self, uuid: str | None, pci: str | None) -> _Told:
-        "Return a device's earlier reports, under either of its names"
+        "Return a device's earlier reports, by its UUID or address"
         names = [name for name in (uuid, pci) if name]
         told = next((self.told[name] for name in names if name in self.told), None) or _Told()
         self.told.update(dict.fromkeys(names, told))
         return told
 
     def is_divided(self, handle: Any, fixed: Mapping[str, Any]) -> bool | None:
-        "Return whether a GPU is divided, by its earlier report if it omits one now"
+        "Return whether a GPU is divided; if it omits a report now, the last one counts"
         told, name = self.told_by(fixed["uuid"], fixed["pci"]).what, fixed["uuid"] or fixed["pci"]
         try: divided = _mig_mode(self.nvml, handle, "instances" in told)
         except self.nvml.NVMLError:

@@ -36,7 +36,7 @@ class Grace(NamedTuple):
 
     def explain(self) -> str:
         "Return in a sentence the end of an unused reservation"
-        return f"Not used: the reservation is released after {self.seconds:g} s without use."
+        return f"Not used yet: the reservation ends after {self.seconds:g} s without use."
 
 # %% ../../nbs/core/receipts.ipynb #b5ca6af0
 STEP = 2**26   # bytes: use is noted in steps of this size, which saves writing small changes
