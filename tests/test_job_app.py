@@ -68,7 +68,7 @@ def test_jobs_of_two_kinds_run_and_one_that_takes_too_much_is_told_who_was_there
         assert all(text in page for text in (job, str(worker.pid), "transcription", "NVIDIA L4"))
         said = ask(f"{address}/diffusion?mb=20000", "POST")
         assert "asked for 19.5 GiB of GPU memory on GPU 0" in said
-        assert f"your transcription worker, {job} (PID {worker.pid}, 5.9 GiB)" in said
+        assert f"your transcription worker (PID {worker.pid}, running {job}, 5.9 GiB)" in said
         worker.resume()
         assert re.search(r"diffusion-\w+ is done", ask(f"{address}/diffusion", "POST"))
         assert f"{job} is done" in transcription.result()

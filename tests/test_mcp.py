@@ -88,7 +88,7 @@ async def a_reservation_needs_a_ttl_and_is_given_back(client):
     busy = await call("reserve", gpu_memory_mb=40_000, ttl=600)
     assert busy.is_error and "The job did not wait: timeout is 0" in text(busy) and busy.structured_content["gpus"]
     other = await call("release", id=id + 100)
-    assert other.is_error and f"Its own: {id}." in text(other)
+    assert other.is_error and f"The agent has: {id}." in text(other)
     assert text(await call("release", id=id)) == f"Released reservation {id}." and claims() == []
 
 
@@ -110,7 +110,7 @@ async def a_reservation_goes_to_the_program_that_the_agent_started(client):
             assert (await call("hand_over", id=held["id"] + 100, pid=program.pid)).is_error
             assert holders() == {held["id"]: held["pid"]}
             given = await call("hand_over", id=held["id"], pid=program.pid)
-            assert not given.is_error and f"reserved for sleep (PID {program.pid})" in text(given), text(given)
+            assert not given.is_error and f"belongs to sleep (PID {program.pid})" in text(given), text(given)
             assert holders() == {held["id"]: program.pid}
             limited = await call("hand_over", id=held["id"], pid=os.getpid(), ttl=600)
             assert limited.structured_content == dict(id=held["id"], pid=os.getpid(), ttl=600)
