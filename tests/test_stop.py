@@ -336,7 +336,7 @@ def test_memory_that_does_not_come_back_stops_no_more_workers(spawn, monkeypatch
     room = Room(spawn, 3)
     room.manager.workers.plugins.clear()  # so nobody tells the simulated driver that the process has ended
     monkeypatch.setattr(stopping, "RELEASE_WITHIN", 0.2)
-    with SimulatedDriver([room.gpu]), pytest.raises(ResourceBusy, match="not free after 0.2 s"):
+    with SimulatedDriver([room.gpu]), pytest.raises(ResourceBusy, match="not released its GPU memory after 0.2 s"):
         room.manager.free_gpu(15000)
     assert room.living == [1, 2]
 

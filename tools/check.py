@@ -27,7 +27,7 @@ from typing import NamedTuple, TextIO
 ROOT = Path(__file__).resolve().parent.parent
 VENVS = ROOT/".venvs"
 BIN = "Scripts" if os.name == "nt" else "bin"
-LIMIT = 1800   # seconds for one step: three times what the longest takes on two quiet cores
+LIMIT = 2400   # seconds for one step: half as much again as the longest takes on two quiet cores
 # a test that hangs fails with the stack of every thread, and the others go on
 PYTEST = ("python", "-m", "pytest", "-q", "--timeout", "300", "--durations", "10")
 MADE = ("nbs", "cjm_fasthtml_resources", "README.md")  # what the notebooks make, besides themselves
