@@ -201,7 +201,7 @@ def test_wait_runs_the_command_on_that_gpu_and_passes_its_exit_code_on(command, 
 @pytest.mark.parametrize("args, code, message", [
     (["--gpu-memory", "30GiB"], 2, "30.0 GiB is more than the largest GPU has (23.4 GiB)"),
     (["--gpu-memory", "8GiB", "--device", "3"], 2, "visible to this process"),
-    (["--gpu-memory", "1MiB", "--app", "4 2"], 2, "app must be"),
+    (["--gpu-memory", "1MiB", "--app", "4 2"], 2, "Invalid app name"),
     (["--gpu-memory", "1MiB", "/no/such"], 127, "No such file"),
     (["--gpu-memory", "1MiB", "/"], 126, "ermission denied"),
     (["--gpu-memory", "8000"], 2, "'8000' needs a unit, such as 8000MiB"),

@@ -400,7 +400,7 @@ def test_the_command_lists_and_forgets(folder, command):
     assert command("needs", "--forget", "a").stdout == "Forgot 3 needs of a.\n"
     assert len(json.loads(command("needs", "--json").stdout)["needs"]) == 2
     wrong = command("needs", "--app", "x y")
-    assert wrong.returncode == 2 and "app must be a letter" in wrong.stderr
+    assert wrong.returncode == 2 and "Invalid app name" in wrong.stderr
 
 
 def test_the_command_makes_no_file_and_names_one_that_cannot_be_used(folder, command, tmp_path):

@@ -100,7 +100,7 @@ def test_the_exit_code_is_the_commands(rig, script, code):
     (["--gpu-memory", "400GiB", "true"], 2, "--gpu-memory: 400.0 GiB is more than the largest GPU has (24.0 GiB)"),
     (["--gpu-memory", "0", "true"], 2, "at least 1 MiB"),
     (["--ram", "900000GiB", "true"], 2, "--ram"),
-    (["--app", "x y", "true"], 2, "app must be"),
+    (["--app", "x y", "true"], 2, "Invalid app name"),
     (["--device", "7", "true"], 2, "device"),
     ([], 2, "Missing argument 'COMMAND...'"),
     (["--retrys", "1", "true"], 2, "No such option")])

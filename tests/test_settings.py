@@ -38,4 +38,4 @@ def test_names_of_apps(folder):
     for name in ("", "1a", "x"*65, "a b", "../a", "a\n"):
         errors = list(jsonschema.Draft202012Validator(MANAGER_SCHEMA).iter_errors({"app": name}))
         assert errors or name == "a\n"  # $ in JSON Schema's dialect is Python's here
-        with pytest.raises(ValueError, match="app must be"): ResourceManager.from_config({"app": name})
+        with pytest.raises(ValueError, match="Invalid app name"): ResourceManager.from_config({"app": name})

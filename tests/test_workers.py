@@ -464,7 +464,7 @@ def test_a_configuration_that_is_none_is_named():
      "gpu_memory_threshold_percent must be between 0 and 100, not 101"),
     (lambda m: ResourceManager(gpu_timeout=0), ValueError, "gpu_timeout must be between 0.001 and 1e+06, not 0"),
     (lambda m: ResourceManager(app="4711"), ValueError,
-     "app must be a letter and then at most 63 letters, digits or any of '_.-', not '4711'"),
+     "Invalid app name '4711'. Start with a letter, then use up to 63 letters, digits, '_', '.' or '-'"),
     (lambda m: ResourceManager(app=7), TypeError, "app must be a name, not 7"),
 ])
 def test_what_may_not_be_passed_in_is_named(call, error, words):

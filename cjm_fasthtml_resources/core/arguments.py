@@ -85,8 +85,8 @@ def check_app(
     "Return an app's name; raise `TypeError` or `ValueError` for anything else"
     if not isinstance(name, str): raise TypeError(f"app must be a name, not {shorten(name)}")
     if not re.fullmatch(r"[A-Za-z][A-Za-z0-9_.-]{0,63}", name):
-        allowed = "a letter and then at most 63 letters, digits or any of '_.-'"
-        raise ValueError(f"app must be {allowed}, not {shorten(name)}")
+        allowed = "Start with a letter, then use up to 63 letters, digits, '_', '.' or '-'"
+        raise ValueError(f"Invalid app name {shorten(name)}. {allowed}")
     return name
 
 # %% ../../nbs/core/arguments.ipynb #4388b137
