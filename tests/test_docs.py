@@ -470,3 +470,19 @@ def test_python_that_does_not_suit_the_library_is_found(misuses):
     for name in ("timeuot", "sums", "resevre", "format_bytes", "nomen"):
         assert sum(name in text for text in misuses["wrong"]) == 1, (name, misuses["wrong"])
     assert len(misuses["wrong"]) == 5
+
+
+def test_the_imports_of_a_page_have_the_names_that_its_examples_use(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT/"tools")
+    from imports import add_imports
+    fold = '#| code-summary: "Imports of the examples (and all names in recorded.scenario)"\nimport os'
+    shown = "#| echo: false\nshow_doc(to_scenario)"
+    examples = "to_worker(1, os.name)\nsaved = Share, Path", shown, "await _gpu(saved)"
+    notebook = dict(cells=[dict(cell_type="code", source=source) for source in (fold, *examples)])
+    add_imports(notebook)
+    names: dict = {}
+    made = notebook["cells"][0]["source"]
+    exec(made, names)
+    assert {"os", "to_worker", "_gpu", "Share", "Path"} <= names.keys() and "to_scenario" not in names
+    assert "from cjm_fasthtml_resources.recorded.rows import Share" in made and "all names" not in made
+    assert [cell["source"] for cell in notebook["cells"][1:]] == list(examples)
