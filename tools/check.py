@@ -30,6 +30,7 @@ BIN = "Scripts" if os.name == "nt" else "bin"
 LIMIT = 2400   # seconds for one step: half as much again as the longest takes on two quiet cores
 # a test that hangs fails with the stack of every thread, and the others go on
 PYTEST = ("python", "-m", "pytest", "-q", "--timeout", "300", "--durations", "10")
+RUNNING = set[subprocess.Popen]()   # the steps that have not ended
 MADE = ("nbs", "cjm_fasthtml_resources", "README.md")  # what the notebooks make, besides themselves
 
 # lines of a step's output that show what failed: of pytest, benchmarks/run.py, tools/notebooks.py, ruff and codespell
@@ -79,6 +80,7 @@ def run(title: str, programs: Path, *command: str, cwd: Path = ROOT, out: TextIO
     process = subprocess.Popen([programs/command[0], *command[1:]], cwd=cwd, env=env, stdin=subprocess.DEVNULL,
                                stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace",
                                start_new_session=True)
+    RUNNING.add(process)
     lines = list[str]()
     def show() -> None:
         for line in process.stdout:
@@ -88,6 +90,7 @@ def run(title: str, programs: Path, *command: str, cwd: Path = ROOT, out: TextIO
     reader = threading.Thread(target=show, daemon=True)
     reader.start()
     code = wait(process)
+    RUNNING.discard(process)
     reader.join(10)   # what a step leaves behind can hold its output open
     output = "".join(lines)
     passed, failed = counted(output, "passed"), counted(output, "failed")
@@ -160,9 +163,12 @@ def python_and_browser(programs: Path) -> list[Step]:
     "The tests under pytest, and those in a browser at the same time: both mostly wait"
     with ThreadPoolExecutor() as pool, io.StringIO() as told:
         browser = pool.submit(run, "in a browser", programs, *PYTEST, "tests/browser", out=told)
-        # the notebooks' cells are left out here; they run once more against the wheel
-        tests = run("tests", programs, *PYTEST, "tests", "--ignore=tests/browser", "--ignore=tests/test_examples.py")
-        steps = [tests, browser.result()]
+        try:
+            tests = run("tests", programs, *PYTEST, "tests", "--ignore=tests/browser",
+                        "--ignore=tests/test_examples.py")   # its cells run once more against the wheel
+            steps = [tests, browser.result()]
+        finally:   # after Ctrl-C, the other step ends, too
+            for process in [*RUNNING]: kill(process, signal.SIGABRT if os.name == "nt" else signal.SIGKILL)
         print(told.getvalue(), flush=True)
     return steps
 
