@@ -184,7 +184,7 @@ def test_what_an_agent_reserved_ends_with_its_server(folder):
     found = []
     asyncio.run(run())
     (mine, theirs, both), refused, left = found
-    assert both == [mine, theirs] and left == [mine] and "not one of this agent" in refused
+    assert both == [mine, theirs] and left == [mine] and "does not belong to this agent" in refused
     wait_until(lambda: claims() == [])
 
 

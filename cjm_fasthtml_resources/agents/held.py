@@ -124,4 +124,4 @@ class OwnReservations:
     def _find(self, id: int, what: str) -> Reservation:
         if held := self.held.get(check_pid(id, "id")): return held
         own = ", ".join(map(str, self.held)) or "none"
-        raise LookupError(f"Reservation {id} is not one of this agent, so it cannot {what}. The agent has: {own}.")
+        raise LookupError(f"Reservation {id} does not belong to this agent, so it cannot {what}. The agent has: {own}.")

@@ -534,7 +534,7 @@ def _say_gpu(found: OutOfMemory, scene: Scene, devices: Sequence[DeviceStatus]) 
         return [f"Cannot read who used the GPU: {reason}."]
     said, cause = [say_cause(found, scene, devices)], find_cause(found, scene, devices[0])
     if cause in ("others", "freed", "unknown") and (grown := name_growth(scene, devices)):
-        said.append(f"Since the previous check: {'; '.join(grown[:3])}.")
+        said.append(f"Since the previous check: {list_names(grown, between='; ')}.")
     if cause in ("others", "freed", "unknown") and (came := name_lately(scene, devices)):
         said.append(f"Shortly before: {'; '.join(came)}.")
     return [*said, f"To fix it: {'; or '.join(ways_out(found, scene, devices)[:2])}."]

@@ -29,10 +29,11 @@ def format_age(
 def list_names(
     names: Sequence[str],  # the most important first
     left_out: int = 0,     # number of further names, after at least three
+    between: str = ", ",   # for names that contain a comma, a semicolon
 ) -> str:
     "Return the first three names, and how many more there are"
     rest = len(names[3:]) + left_out
-    return ", ".join(names[:3]) + (f" and {rest} more" if rest else "")
+    return between.join(names[:3]) + (f" and {rest} more" if rest else "")
 
 # %% ../../nbs/core/text.ipynb #3c8c4869
 def printable(

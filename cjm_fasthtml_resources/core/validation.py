@@ -270,7 +270,7 @@ def decide_on_cpu(
     if memory.status is ResourceStatus.EXTERNAL_BUSY:
         return _result(ValidationAction.USER_INTERVENTION, message, memory)
     if busy := next(filter(is_at_work, workers), None):
-        said = f"{message} T{describe_worker(busy)[1:]} is busy."
+        said = f"{message} {describe_worker(busy).replace('the', 'The', 1)} is busy."
         return _result(ValidationAction.WAIT_FOR_JOB, said, memory, busy)
     message += " No running job would free RAM when it finishes."
     return _result(ValidationAction.WAIT_FOR_OTHER_WORKER, message, memory, next(iter(workers), None))
