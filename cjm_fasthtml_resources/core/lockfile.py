@@ -114,9 +114,9 @@ def _try_gate(fd: int, place: int, free_since: float) -> bool:
     return True
 
 # %% ../../nbs/core/lockfile.ipynb #f900afee
-def _pass(file: FileIO, path: Path) -> None:
-    "Wait until this open file has the gate; `StoreError` after `BUSY_SECONDS`"
-    fd, until = file.fileno(), time.monotonic() + BUSY_SECONDS
+def _pass(file: FileIO, path: Path, seconds: float = BUSY_SECONDS) -> None:
+    "Wait until this open file has the gate; `StoreError` after `seconds`"
+    fd, until = file.fileno(), time.monotonic() + seconds
     place, free_since, pause = 0, math.inf, 2e-4
     try:
         while not _try_gate(fd, place, free_since):
@@ -125,7 +125,7 @@ def _pass(file: FileIO, path: Path) -> None:
             if time.monotonic() > until:
                 where = " in its own container" if is_shared(path.parent) else ""
                 raise StoreError(f"{path} has been locked by PID {read_header(file).pid}{where} "
-                                 f"for {BUSY_SECONDS:g} s. It might be suspended (Ctrl-Z): resume it or end it")
+                                 f"for {seconds:g} s. It might be suspended (Ctrl-Z): resume it or end it")
             time.sleep(pause)
             pause = min(1.5*pause, 5e-3)
     except (OSError, ImportError, AttributeError) as error:
