@@ -88,6 +88,14 @@ def process_tree(pid: int) -> list[int]:
     except psutil.NoSuchProcess: return []
 
 
+def wait_until(condition, seconds: float = 30) -> None:
+    "Wait until a condition is true; a machine that is busy with other tests is slow"
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, f"not so in {seconds:g} s"
+        time.sleep(0.05)
+
+
 def wait_for(page, expression: str, timeout: float = 30_000) -> None:
     "Wait until an expression is true in a page. Playwright's own way evaluates text there, which the page forbids"
     end = time.monotonic() + timeout/1000

@@ -9,7 +9,7 @@ import time
 from importlib.util import find_spec
 
 import pytest
-from helpers import COUNT, JUPYTER_FOLDERS, SILENCE, free_port, notebook, process_tree, serving
+from helpers import COUNT, JUPYTER_FOLDERS, SILENCE, free_port, notebook, process_tree, serving, wait_until
 
 SETUP = """import subprocess, threading, time
 from cjm_fasthtml_resources.core.manager import ResourceManager
@@ -88,19 +88,12 @@ def tool(folder, *command: str) -> str:
     return done.stdout
 
 
-def wait_until(condition, seconds=20.0):
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "it takes too long"
-        time.sleep(0.05)
-
-
 def loads(page) -> list[str]: return page.locator(".load").all_inner_texts()
 
 
 def moves(page, panel: int = 0) -> bool:
     "Whether the figures of a panel change"
-    card, seen, end = page.locator(".cjm:visible").nth(panel).locator(".load").first, set(), time.monotonic() + 5
+    card, seen, end = page.locator(".cjm:visible").nth(panel).locator(".load").first, set(), time.monotonic() + 15
     while time.monotonic() < end and len(seen) < 3:
         seen.add(card.inner_text())
         time.sleep(0.1)
@@ -147,7 +140,7 @@ def test_voila_shows_it_live_and_ends_with_its_pages(chromium, new_page, tmp_pat
         assert moves(page, 0) and moves(page, 1)
         assert len(process_tree(process.pid)) > 0
         page.goto("about:blank")                                     # a closed page ends its kernel
-        wait_until(lambda: process_tree(process.pid) == [], 30)
+        wait_until(lambda: process_tree(process.pid) == [])
         page.goto(url)
         page.locator(".cjm .cjm-card").first.wait_for()
         kernels = process_tree(process.pid)
@@ -175,8 +168,8 @@ def test_voila_ends_the_sampler_of_a_closed_page_and_so_its_kernel(chromium, new
         assert moves(page) and told.read_text() == "1"
         kernel = process_tree(process.pid)
         page.goto("about:blank")
-        wait_until(lambda: told.read_text() == "0", 30)              # nobody sees it
-        wait_until(lambda: not any(map(is_there, kernel)), 30)
+        wait_until(lambda: told.read_text() == "0")                  # nobody sees it
+        wait_until(lambda: not any(map(is_there, kernel)))
 
 
 def is_there(pid: int) -> bool:
@@ -201,7 +194,7 @@ def test_marimo_shows_it(chromium, new_page, tmp_path):
         panel = page.locator(".cjm").first
         assert "A static picture. Data from" in panel.inner_text() or moves(page)   # old figures never look live
         assert moves(page, 1) and moves(page, 2)   # a LiveView, and what marimo shows again each second
-        wait_until(lambda: told.read_text() == "1", 30)              # the picture takes no samples
+        wait_until(lambda: told.read_text() == "1")                  # the picture takes no samples
         live = page.locator(".cjm[data-cjm-watched]")                # the LiveView
         live.locator(".processes th button", has_text="PID").click()
         assert live.locator(".processes th[aria-sort=descending]").count() == 1
@@ -213,7 +206,7 @@ def test_marimo_shows_it(chromium, new_page, tmp_path):
         process.send_signal(signal.SIGCONT)
         wait_until(lambda: not live.get_by_text("Not live. Showing data from").is_visible())
         page.goto("about:blank")
-        wait_until(lambda: told.read_text() == "0", 30)              # a closed page ends its sampler
+        wait_until(lambda: told.read_text() == "0")                  # a closed page ends its sampler
         page.goto(f"http://127.0.0.1:{port}/")
         page.locator(".cjm .cjm-card").nth(8).wait_for()
         process.send_signal(signal.SIGTERM)                          # with a page open

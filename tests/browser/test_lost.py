@@ -9,8 +9,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
-from helpers import free_port, serving, violations, wait_for
-from test_web import ask, second, wait_until
+from helpers import free_port, serving, violations, wait_for, wait_until
+from test_web import ask, second
 
 SERVER = Path(__file__).with_name("ended.py")
 

@@ -4,7 +4,7 @@ import re
 import time
 
 import pytest
-from helpers import COUNT, CUT, SILENCE, notebook, settle, violations
+from helpers import COUNT, CUT, SILENCE, notebook, settle, violations, wait_until
 
 SETUP = """import subprocess, sys, threading, time
 from cjm_fasthtml_resources.core.manager import ResourceManager
@@ -26,7 +26,7 @@ manager = ResourceManager()
 _ = manager.register_worker(worker.pid, "llm", job_id="job-1"), manager.register_worker(4_200_101, "transcription")
 threading.Thread(target=vary, daemon=True).start()"""
 SHOW = "panel = ResourcePanel(manager, interval=0.2, controls=True)\npanel"
-BUSY = "time.sleep(5)\nprint('awake')"
+BUSY = "from pathlib import Path\nwhile Path('busy').exists(): time.sleep(0.05)\nprint('awake')"
 TELL = """threads = sum(t.name == 'resource-monitor' for t in threading.enumerate())
 told = dict(threads=threads, paused=panel.monitor.paused, interval=panel.monitor.interval, ended=worker.poll())
 print(told, time.time())"""
@@ -118,8 +118,8 @@ class Notebook:
 
     def load(self) -> str: return self.page.locator(".cjm .load").first.inner_text()
 
-    def moves(self, seconds=2.0) -> bool:
-        "Whether the figures change"
+    def moves(self, seconds=15.0) -> bool:
+        "Whether the figures change within seconds"
         seen, end = self.load(), time.monotonic() + seconds
         while time.monotonic() < end:
             if self.load() != seen: return True
@@ -127,20 +127,23 @@ class Notebook:
         return False
 
 
-def wait_until(condition, seconds=15.0):
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "it takes too long"
-        time.sleep(0.05)
+@pytest.fixture
+def busy(open_notebook):
+    "While this file exists, the cell BUSY is running"
+    file = open_notebook.folder/"busy"
+    file.touch()
+    yield file
+    file.unlink(missing_ok=True)
 
 
-def test_it_moves_while_a_cell_runs_and_a_click_is_honoured_once(book):
+def test_it_moves_while_a_cell_runs_and_a_click_is_honoured_once(book, busy):
     assert book.moves()
     book.start(BUSY)
-    assert book.moves(3) and book.output(BUSY) == ""                # still at work
+    assert book.moves() and book.output(BUSY) == ""                 # still at work
     pause = book.page.get_by_role("button", name="Pause")
     pause.click()
-    wait_until(lambda: book.output(BUSY) == "awake", 20)
+    busy.unlink()
+    wait_until(lambda: book.output(BUSY) == "awake")
     wait_until(lambda: not book.moves(1.5))
     assert book.tell()["paused"] is True
     assert book.page.locator(".cjm.widget-vbox .state").inner_text().endswith("out of date: paused")
@@ -206,28 +209,29 @@ def test_a_worker_is_stopped_after_a_question_and_a_selection_stays(book):
     assert book.tell()["ended"] == -15
 
 
-def test_a_closed_page_ends_the_sampler_and_one_that_is_opened_begins_it(open_notebook, new_page):
+def test_a_closed_page_ends_the_sampler_and_one_that_is_opened_begins_it(open_notebook, new_page, busy):
     name = f"closed-{time.monotonic_ns()}"
-    cells = [SETUP, COUNT.replace("NAME", name), SHOW, f"time.sleep({2*SILENCE + 1})"]
+    cells = [SETUP, COUNT.replace("NAME", name), SHOW, BUSY]
     url = open_notebook(name, cells)
     book = Notebook(new_page(width=1400, height=1600), url, cells)
     for source in cells[:3]: book.run(source)
     told = open_notebook.folder/name
     wait_until(lambda: told.read_text() == "1" and book.moves())
-    book.start(cells[3])                             # a kernel that is at work hears no page
-    end = time.monotonic() + 2*SILENCE - 1
+    book.start(BUSY)                                 # a kernel that is at work hears no page
+    end = time.monotonic() + 2*SILENCE
     while time.monotonic() < end:
         assert told.read_text() == "1" and book.moves()
         assert book.page.locator(".jp-Notebook-ExecutionIndicator[data-status=idle]").count() == 0
+    busy.unlink()
     time.sleep(2*SILENCE)
     assert told.read_text() == "1" and book.moves()
     book.page.keyboard.press("Control+s")
     wait_until(lambda: "widget-view+json" in (open_notebook.folder/f"{name}.ipynb").read_text())
     book.page.goto("about:blank")
-    wait_until(lambda: told.read_text() == "0", 30)
+    wait_until(lambda: told.read_text() == "0")
     book.page.goto(url)
     book.page.locator(".cjm.widget-vbox .load").first.wait_for()
-    wait_until(lambda: told.read_text() == "1" and book.moves(1), 30)
+    wait_until(lambda: told.read_text() == "1" and book.moves(1))
 
 
 def test_charts_are_chosen_and_read_by_keyboard_while_they_are_drawn_anew(book):
@@ -248,7 +252,7 @@ def test_charts_are_chosen_and_read_by_keyboard_while_they_are_drawn_anew(book):
         page.emulate_media(color_scheme=scheme)
         page.locator(f"body[data-jp-theme-light={str(scheme == 'light').lower()}]").wait_for(state="attached")
         assert violations(page, ".chart") == []
-    wait_until(lambda: plot.evaluate("e => e.drawn") != "at first", 30)
+    wait_until(lambda: plot.evaluate("e => e.drawn") != "at first")
     page.wait_for_timeout(200)
     assert plot.evaluate("e => e === document.activeElement")          # the keyboard stays where it was
     assert said.inner_text().split()[0] == first.split(" · ")[0]

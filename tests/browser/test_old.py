@@ -6,8 +6,8 @@ import signal
 import time
 
 import pytest
-from helpers import notebook
-from test_notebook import Notebook, wait_until
+from helpers import notebook, wait_until
+from test_notebook import Notebook
 
 SETUP = """import os, threading, time
 from cjm_fasthtml_resources.core.manager import ResourceManager
@@ -67,7 +67,7 @@ def save_until(book, condition) -> None:
         except ValueError: return False
         return condition(saved)
 
-    wait_until(found, 30)
+    wait_until(found)
 
 
 def samplers(book) -> int:
@@ -90,7 +90,7 @@ def test_a_kernel_that_is_killed_or_suspended_leaves_figures_that_say_that_they_
     book.run(SETUP)
     book.run(SHOW)
     pid = int(book.output(SETUP))
-    wait_until(lambda: stays_live(page, 3.5), 30)      # longer than figures stay live; a starved kernel has gaps
+    wait_until(lambda: stays_live(page, 3.5))      # longer than figures stay live; a starved kernel has gaps
     page.evaluate(WATCH)
     wait_until(lambda: page.evaluate("told.changed"))
     os.kill(pid, signal.SIGSTOP)                       # nothing is told to the page

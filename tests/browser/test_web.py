@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from fastcore.xml import P
-from helpers import CUT, free_port, serving, violations, wait_for
+from helpers import CUT, free_port, serving, violations, wait_for, wait_until
 
 from cjm_fasthtml_resources.core.questions import Question
 from cjm_fasthtml_resources.core.resources import OwnedProcess, WorkerState
@@ -42,13 +42,6 @@ def ask(server: str, query: str = "") -> dict:
 
 
 def second(page): return page.locator(".cjm-card", has_text="NVIDIA L40S")
-
-
-def wait_until(condition, seconds=15.0) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "it takes too long"
-        time.sleep(0.05)
 
 
 def test_two_tabs_show_a_gpu_that_fills_up_and_is_freed_and_share_one_sampler(server, new_page):
