@@ -19,7 +19,9 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 import venv
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple, TextIO
@@ -27,10 +29,13 @@ from typing import NamedTuple, TextIO
 ROOT = Path(__file__).resolve().parent.parent
 VENVS = ROOT/".venvs"
 BIN = "Scripts" if os.name == "nt" else "bin"
-LIMIT = 2400   # seconds for one step: half as much again as the longest takes on two quiet cores
+LIMIT = 2400   # seconds for one step: twice what the longest takes on two quiet cores
 # a test that hangs fails with the stack of every thread, and the others go on
 PYTEST = ("python", "-m", "pytest", "-q", "--timeout", "300", "--durations", "10")
 RUNNING = set[subprocess.Popen]()   # the steps that have not ended
+# every error at every call, every line, every state: they keep one core busy and measure no time
+WALKS = [f"tests/test_{name}.py" for name in
+         ("walks", "model", "degraded", "secrets", "docs", "validation", "blocks", "faults")]
 MADE = ("nbs", "cjm_fasthtml_resources", "README.md")  # what the notebooks make, besides themselves
 
 # lines of a step's output that show what failed: of pytest, benchmarks/run.py, tools/notebooks.py, ruff and codespell
@@ -81,6 +86,7 @@ def run(title: str, programs: Path, *command: str, cwd: Path = ROOT, out: TextIO
                                stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace",
                                start_new_session=True)
     RUNNING.add(process)
+    began = time.monotonic()
     lines = list[str]()
     def show() -> None:
         for line in process.stdout:
@@ -92,6 +98,7 @@ def run(title: str, programs: Path, *command: str, cwd: Path = ROOT, out: TextIO
     code = wait(process)
     RUNNING.discard(process)
     reader.join(10)   # what a step leaves behind can hold its output open
+    print(f"== {title}: {time.monotonic() - began:.0f} s", file=out, flush=True)
     output = "".join(lines)
     passed, failed = counted(output, "passed"), counted(output, "failed")
     if code: return Step(title, passed, failed or 1, tuple(COMPLAINT.findall(output)))
@@ -159,18 +166,21 @@ def static_checks(programs: Path) -> list[Step]:
     ]
 
 
-def python_and_browser(programs: Path) -> list[Step]:
-    "The tests under pytest, and those in a browser at the same time: both mostly wait"
+def beside(steps: Callable[[], list[Step]], title: str, *pytest: str) -> list[Step]:
+    "Run steps, and tests at the same time, whose output is shown after that of the steps"
     with ThreadPoolExecutor() as pool, io.StringIO() as told:
-        browser = pool.submit(run, "in a browser", programs, *PYTEST, "tests/browser", out=told)
-        try:
-            tests = run("tests", programs, *PYTEST, "tests", "--ignore=tests/browser",
-                        "--ignore=tests/test_examples.py")   # its cells run once more against the wheel
-            steps = [tests, browser.result()]
-        finally:   # after Ctrl-C, the other step ends, too
+        other = pool.submit(run, title, VENVS/"dev"/BIN, *PYTEST, *pytest, out=told)
+        try: done = [*steps(), other.result()]
+        finally:   # after Ctrl-C, all of them end
             for process in [*RUNNING]: kill(process, signal.SIGABRT if os.name == "nt" else signal.SIGKILL)
         print(told.getvalue(), flush=True)
-    return steps
+    return done
+
+
+def tests() -> list[Step]:
+    "The tests under pytest that need neither a browser nor the notebooks, whose cells run once more against the wheel"
+    apart = ("tests/browser", "tests/test_examples.py", *WALKS)
+    return [run("tests", VENVS/"dev"/BIN, *PYTEST, "tests", *(f"--ignore={path}" for path in apart))]
 
 
 def development() -> list[Step]:
@@ -195,7 +205,7 @@ def development() -> list[Step]:
         *static_checks(programs),
         run("notebooks", programs, "python", "tools/notebooks.py"),
         run("nbdev's own tests", programs, "nbdev_test", "--n_workers", "2"),
-        *python_and_browser(programs),
+        *beside(tests, "every error and every line", *WALKS),
         run("the saved figures", programs, "python", "benchmarks/run.py", "--short"),
         unchanged(before)]
 
@@ -238,7 +248,7 @@ def as_installed(given: Path | None = None) -> list[Step]:
 
 def main() -> int:
     wheel = Path(sys.argv[2]) if sys.argv[1:2] == ["--wheel"] else None
-    steps = as_installed(wheel) if wheel else [*development(), *as_installed()]
+    steps = as_installed(wheel) if wheel else [*development(), *beside(as_installed, "in a browser", "tests/browser")]
     for step in steps:
         if step.failed: print(f"\n== failed: {step.title}", *step.failures, sep="\n")
     passed, failed = (sum(getattr(step, word) for step in steps) for word in ("passed", "failed"))
