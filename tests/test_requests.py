@@ -113,7 +113,7 @@ def test_a_child_sees_the_devices_by_uuid_and_where_there_is_none_by_number():
 
 @pytest.mark.parametrize("args, error, words", [
     (dict(gpu_memory_mb=0), ValueError, "gpu_memory_mb must be 1 or more, not 0"),
-    (dict(gpu_memory_mb="8"), TypeError, "gpu_memory_mb must be a number, not '8'"),
+    (dict(gpu_memory_mb="8"), TypeError, "gpu_memory_mb must be a number, not '8': it counts MiB"),
     (dict(timeout=-1), ValueError, f"timeout must be between 0 and {threading.TIMEOUT_MAX:g}, not -1"),
     (dict(timeout=True), TypeError, "timeout must be a number, not True"),
     (dict(ttl=0), ValueError, "ttl must be 0.001 or more, not 0"),

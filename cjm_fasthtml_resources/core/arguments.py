@@ -51,7 +51,8 @@ def check_number(
 ) -> float:
     "Return a number within bounds; raise `TypeError` or `ValueError` for anything else"
     if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name} must be a number, not {shorten(value)}")
+        unit = ": it counts MiB" if name.endswith("mb") else ""
+        raise TypeError(f"{name} must be a number, not {shorten(value)}{unit}")
     if not low <= value <= high:
         bounds = f"{low:g} or more" if value < low and high == LARGEST_NUMBER else f"between {low:g} and {high:g}"
         raise ValueError(f"{name} must be {bounds}, not {shorten(value)}")

@@ -44,7 +44,7 @@ from .asking import hanging_notes, refresh_stale
 from .classify import classify_device, classify_memory, conclude
 from .conflict import ResourceBusy, ResourceConflict, ResourceUnavailable
 from .devices import GpuChoice, Seen, device_key, see_devices
-from .explain import compare_sizes, explain_free
+from .explain import compare_sizes, explain_free, suggest_room
 from .gpu import GpuDevice, GpuSnapshot
 from .ledger import Ledger, LedgerReading
 from .memory import HostMemory, process_memory, read_memory
@@ -463,5 +463,6 @@ def pick_devices(
             f"Requested {count} GPUs with {wanted} free on each. "
             f"Enough is free on {len(room)} of the {len(there)} GPUs")
         raise ResourceBusy(f"{text}. {explain_free(fuller, least)}.", conflict,
-                           retryable=sum(d.device.capacity >= least for d in there) >= count)
+                           retryable=sum(d.device.capacity >= least for d in there) >= count,
+                           suggested_action=suggest_room(fuller, least))
     return GpuChoice(tuple(d.device for d in room[:count]))

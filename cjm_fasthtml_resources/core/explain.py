@@ -6,7 +6,7 @@
 __all__ = ['SENTENCES', 'say', 'name_unusable', 'name_worker', 'name_process', 'by_size', 'Cause', 'name_causes',
            'process_causes', 'reservation_causes', 'unseen_causes', 'name_room', 'users_in_app', 'users_outside',
            'explain_gpus', 'compare_sizes', 'closest', 'explain_free', 'explain_shortage', 'explain_timeout',
-           'explain_others', 'explain_app', 'device_line', 'name_swap', 'explain_memory']
+           'suggest_room', 'explain_others', 'explain_app', 'device_line', 'name_swap', 'explain_memory']
 
 # %% ../../nbs/core/explain.ipynb #ad35b98e
 import re
@@ -262,6 +262,25 @@ def explain_timeout(
 ) -> str:
     "Return that a wait is over, in a sentence"
     return f"Gave up after {timeout:g} s." if timeout else "The job did not wait: timeout is 0."
+
+# %% ../../nbs/core/explain.ipynb #5ad0c1e2
+def suggest_room(
+    devices: Iterable[DeviceStatus],
+    need: float,                       # bytes to have free on one device
+) -> str | None:  # `None` for an empty list
+    "Return the remedies for the device that is closest to the need"
+    best = closest(devices, need)
+    if best is None: return None
+    if best.room >= need: return "wait longer"   # others are first in the queue
+    has_idle = any(p.owner == "app" and p.worker_type and not p.job_id for p in best.processes)
+    has_others = any(p.owner == "external" for p in best.processes)
+    ways = [
+        *(["stop idle workers with free_gpu()"] if has_idle else []),
+        *([f"request at most {int(best.room/2**20):,} MiB"] if best.room >= 2**20 else []),
+        *(["wait for a reservation to end, or release it (`cjm-resources queue` shows its ID)"]
+          if reservation_causes([best]) else []),
+        *(["ask the owners of the other programs to stop them"] if has_others else [])]
+    return "; or ".join(ways) or "wait longer"
 
 # %% ../../nbs/core/explain.ipynb #7dc50f88
 def _percent(share: float) -> str: return "less than 1 %" if share < 1 else f"{share:.0f} %"

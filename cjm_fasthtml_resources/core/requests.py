@@ -6,9 +6,9 @@
 __all__ = ['ALL', 'LEAST_TIME', 'SHOW_EVERY', 'SAY_AFTER', 'SAY_EVERY', 'check_memory', 'check_ttl', 'check_grace',
            'check_duration', 'check_priority', 'check_count', 'Asked', 'find_ram', 'check_asked', 'find_holder',
            'read_environ', 'keep_seen', 'capacity_beside', 'whose_beside', 'choose_devices', 'choose_several',
-           'choose_under_cap', 'check_ram_under_cap', 'find_capped', 'find_shortage', 'check_timeout', 'find_answers',
-           'make_give_up', 'time_for_driver', 'within', 'make_check', 'make_request', 'pend', 'show_progress',
-           'complete', 'giving_back', 'acquire']
+           'choose_under_cap', 'check_ram_under_cap', 'find_capped', 'find_shortage', 'suggest', 'check_timeout',
+           'find_answers', 'make_give_up', 'time_for_driver', 'within', 'make_check', 'make_request', 'pend',
+           'show_progress', 'complete', 'giving_back', 'acquire']
 
 # %% ../../nbs/core/requests.ipynb #d9afc2dc
 import contextlib
@@ -24,12 +24,18 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 from weakref import WeakSet
 
+from cjm_fasthtml_resources.core.explain import (
+    explain_free,
+    explain_shortage,
+    explain_timeout,
+    name_unusable,
+    suggest_room,
+)
 from .arguments import check_flag, check_number, check_pid, shorten
 from .blocks import block
 from .claims import read_use
 from .conflict import ResourceBusy, ResourceConflict, ResourceUnavailable
 from .devices import device_key, device_place, doubtful_places, explain_doubt, see_devices, select_devices
-from .explain import explain_free, explain_shortage, explain_timeout, name_unusable
 from .forks import reset_in_child
 from .gpu import GpuDevice, GpuSnapshot, read_gpu_links
 from .ledger import find_cap
@@ -37,6 +43,7 @@ from .memory import find_cgroup, read_machine
 from .paths import as_path
 from .process import ProcessId, has_ended, is_free, read_process, this_process
 from .receipts import new_receipt
+from .resources import DeviceStatus
 from .room import check_capacity
 from .store import StoreError
 from .text import format_bytes
@@ -301,6 +308,9 @@ def find_capped(
     return explain_cap(cap, mine, see_ram(read_use(devices), claims, request.ledger.unified), claims) if mine else ""
 
 # %% ../../nbs/core/requests.ipynb #afd00373
+def _concerned(request: "Request", conflict: ResourceConflict) -> list[DeviceStatus]:
+    return [d for d in conflict.allowed if device_key(d.device) in request.devices]
+
 def find_shortage(
     request: "Request",
     check: Callable[[], ResourceConflict],   # checks the GPUs now
@@ -312,7 +322,7 @@ def find_shortage(
         return capped or f"The job needs {format_bytes(request.ram)} of RAM. {memory.message}", memory
     conflict = check()
     if capped := find_capped(request, conflict): return capped, conflict
-    concerned = [d for d in conflict.allowed if device_key(d.device) in request.devices]
+    concerned = _concerned(request, conflict)
     if request.share:
         capacity = max((d.device.capacity for d in concerned), default=0)
         return f"The job needs a GPU for itself alone. {explain_free(concerned, capacity)}.", conflict
@@ -321,6 +331,15 @@ def find_shortage(
         free = explain_free(concerned, request.memory + request.ram)
         return f"The job needs {both}, which are one memory here: {free}.", conflict
     return explain_shortage(concerned, request.memory, request.count) or conflict.message, conflict
+
+# %% ../../nbs/core/requests.ipynb #5ad0c1e4
+def suggest(
+    request: "Request",
+    conflict: ResourceConflict,
+) -> str:
+    "Return the remedy for a request that gives up"
+    if request.share or find_capped(request, conflict): return "wait longer"
+    return suggest_room(_concerned(request, conflict), request.memory) or "wait longer"
 
 def check_timeout(timeout: float | None) -> float | None:
     "Return the seconds for which a request can wait, `None` if unlimited; `TypeError` or `ValueError`"
@@ -349,8 +368,9 @@ def make_give_up(
         shortage, conflict = find_shortage(request, check)
         if conflict.is_late and judge and (last := request.snapshot):
             shortage, conflict = find_shortage(request, lambda: judge(last))
-        error = ResourceUnavailable if conflict.is_late else ResourceBusy
-        raise error(f"{shortage} {explain_timeout(timeout or 0)}{find_answers(request)}", conflict)
+        text = f"{shortage} {explain_timeout(timeout or 0)}{find_answers(request)}"
+        if conflict.is_late: raise ResourceUnavailable(text, conflict)
+        raise ResourceBusy(text, conflict, suggested_action=suggest(request, conflict))
 
     return give_up
 

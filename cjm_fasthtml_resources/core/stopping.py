@@ -26,7 +26,7 @@ from .conflict import ResourceBusy, ResourceConflict
 from .ending import end_processes
 from .leases import new_lease
 from .logs import Log
-from .process import ProcessId, pid_namespace, read_process
+from .process import ProcessId, has_ended, is_free, pid_namespace, read_process
 from .resources import WorkerState
 from .store import StoreError
 from .threads import NoThreadError, start_thread
@@ -59,6 +59,8 @@ def find_stoppable(
         ends = [info.lineage[0]] if state is None else find_ended(table, state)
     if set(ends) & set(read_process(os.getpid()).lineage):
         raise PermissionError(f"Cannot stop PID {pid}: it is this process or one of its parent processes")
+    if state is None and (has_ended(pid, info.start_time) or is_free(pid)):
+        raise PermissionError(f"Cannot stop PID {pid}: this process has ended")
     if state is None and owner != "app":
         raise PermissionError(f"PID {pid} does not belong to this app. Only this app's processes can be stopped")
     if state and state.start_time is None and info.start_time is not None:
