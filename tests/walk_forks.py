@@ -179,7 +179,7 @@ def do_publish(world: World) -> None:
 
 
 @operation
-def do_page(world: World) -> None: assert asyncio.run(world.hub.current())["gpu0.head"]
+def do_page(world: World) -> None: assert asyncio.run(world.hub.current()).slots["gpu0.head"]
 
 
 @operation

@@ -152,6 +152,9 @@ def check_setting(
     "Return a value that `MONITOR_SCHEMA` allows; `TypeError` or `ValueError` for any other"
     return check_bounds(MONITOR_SCHEMA, name, value)
 
+def _is_new(sample: Sample, running: bool, interval: float) -> bool:
+    return not sample.stale and (running or sample.age <= min(interval, 1))
+
 def _check_manager(manager: Any) -> ResourceManager | TakesSamples:
     if isinstance(manager, (ResourceManager, TakesSamples)): return manager
     raise TypeError(f"manager must be a ResourceManager, or a cluster's, not {type(manager).__name__}")
@@ -213,9 +216,9 @@ class ResourceMonitor(StaysHere):
         return self.keep(self._sample(read_gpus))
 
     def current(self) -> Sample:
-        "Return the last sample if it is up to date or the monitor is paused, else take one"
+        "Return the last sample while the monitor samples, is paused, or has just taken it; else take one"
         latest = self.latest
-        return latest if latest and (not latest.stale or self._paused) else self.take()
+        return latest if latest and (self._paused or _is_new(latest, self.running, self._interval)) else self.take()
 
     def keep(self, sample: Sample) -> Sample:
         "Number a sample and keep it as the latest, and its figures in the history"

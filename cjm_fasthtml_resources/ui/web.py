@@ -33,6 +33,7 @@ from cjm_fasthtml_resources.ui.stream import (
     Client,
     EventStream,
     Hub,
+    Picture,
     Places,
     Slots,
     change_event,
@@ -76,18 +77,19 @@ _NOT_YET = "The driver has yet to answer."
 def _form_id(prefix: str, act: str) -> str: return f"cjm-{act}{prefix}"
 
 def _component(
-    slots: Slots | None,   # `None`: before the first reading; the stream brings it
-    prefix: str,           # where the routes begin in the app
-    base: str,             # the address of the routes, as the page names it
+    picture: Picture | None,   # `None`: before the first reading; the stream brings it
+    prefix: str,               # where the routes begin in the app
+    base: str,                 # the address of the routes, as the page names it
 ) -> Any:
     now = moment_of()
-    lost = Div(not_live(now), cls="state", data_cjm_lost=True, role="status", aria_live="polite")
-    place = Div(P(_NOT_YET, cls="note") if slots is None else arrange(slots), data_cjm_place=True)
+    read = picture.read if picture else now
+    lost = Div(not_live(read), cls="state", data_cjm_lost=True, role="status", aria_live="polite")
+    place = Div(arrange(picture.slots) if picture else P(_NOT_YET, cls="note"), data_cjm_place=True)
     forms = [Form(id=_form_id(prefix, act), method="post", action=f"{base}/{act}", hidden=True)
              for act in ("stop", "answer")]
     script = Script(src=f"{base}/live", defer=True)
     return Div(Style(Safe(CSS)), lost, place, *forms, script, cls="cjm ages", data_cjm_stream=f"{base}/stream",
-               data_cjm_charts=f"{base}/charts", data_cjm_now=f"{1000*now:.0f}")
+               data_cjm_charts=f"{base}/charts", data_cjm_now=f"{1000*now:.0f}", data_cjm_read=f"{1000*read:.0f}")
 
 # %% ../../nbs/ui/web.ipynb #c3000543
 _LOOP_WAITS = 0.04   # maximum of seconds that a component can block an event loop
@@ -109,11 +111,11 @@ def _is_on_loop() -> bool:
     except RuntimeError: return False
     return True
 
-def _look(manager: ResourceManager | TakesSamples) -> Slots | None:
-    "Return the present slots; `None` if an event loop, or too many threads, would have to wait for them"
-    render, on_loop, is_known = Hub(ResourceMonitor(manager)).render, _is_on_loop(), _looks.is_running(id(manager))
-    try: coming: Future[Slots] = _looks.start(id(manager), render)   # it keeps the manager, so the id stays unique
-    except NoThreadError: return None if on_loop else render()
+def _look(manager: ResourceManager | TakesSamples) -> Picture | None:
+    "Return the present picture; `None` if an event loop, or too many threads, would have to wait for it"
+    look, on_loop, is_known = Hub(ResourceMonitor(manager)).picture, _is_on_loop(), _looks.is_running(id(manager))
+    try: coming: Future[Picture] = _looks.start(id(manager), look)   # it keeps the manager, so the id stays unique
+    except NoThreadError: return None if on_loop else look()
     free = _waiters.free
     may_wait = not on_loop and free.acquire(blocking=False)
     try: return coming.result(timeout=None if may_wait else 0 if is_known else _LOOP_WAITS)
@@ -131,8 +133,8 @@ def ResourceCard(
     return _component(_look(manager), prefix, current_base(prefix))
 
 # %% ../../nbs/ui/web.ipynb #e3728359
-def _page(hub: Hub, slots: Slots, prefix: str, base: str) -> str:
-    return page_html(hub.monitor, _component(slots, prefix, base), base)
+def _page(hub: Hub, picture: Picture, prefix: str, base: str) -> str:
+    return page_html(hub.monitor, _component(picture, prefix, base), base)
 
 # %% ../../nbs/ui/web.ipynb #9bf9cef2
 def _stop_column(prefix: str) -> Column:
@@ -186,7 +188,7 @@ _NEW = {"Cache-Control": "no-store"}
 
 def _no_thread(error: NoThreadError) -> Response: return PlainTextResponse(str(error), 503)
 
-async def _answer(hub: Hub, write: Callable[[Slots], str]) -> Response:
+async def _answer(hub: Hub, write: Callable[[Picture], str]) -> Response:
     "Return the data of this moment, while the event loop goes on"
     try: return HTMLResponse(write(await hub.current()), headers=_NEW)
     except NoThreadError as error: return _no_thread(error)
@@ -199,9 +201,9 @@ def _script(text: str) -> Callable[..., Any]:
 def _picture_handlers(hub: Hub, prefix: str) -> dict[str, Callable[..., Any]]:  # path after the prefix → handler
     "Return the handlers of the page, of its fragment and of the scripts"
     async def page(req: Request) -> Any:
-        return await _answer(hub, lambda slots: _page(hub, slots, prefix, find_base(req, prefix)))
+        return await _answer(hub, lambda picture: _page(hub, picture, prefix, find_base(req, prefix)))
     async def fragment(req: Request) -> Any:
-        return await _answer(hub, lambda slots: to_html(_component(slots, prefix, find_base(req, prefix))))
+        return await _answer(hub, lambda picture: to_html(_component(picture, prefix, find_base(req, prefix))))
     scripts = {"/live": _script(SCRIPT), "/page": _script(read_asset("page.js"))}
     return {"": page, "/": page, "/fragment": fragment, **scripts}
 
@@ -303,6 +305,12 @@ def _add(app: Any, path: str, handler: Callable[..., Any], method: str = "GET") 
     route = next(r for r in reversed(app.router.routes) if getattr(r, "name", None) == name)
     route.app = Headed(Bounded(route.app))
 
+def _check_app(app: Any) -> None:
+    from fasthtml.core import FastHTML
+    if not isinstance(app, FastHTML):
+        raise TypeError(f"app must be a FastHTML app, not {type(app).__name__}. Give a FastHTML app these routes, and "
+                        "mount it in your app: app.mount('/gpu', fasthtml_app)")
+
 def _check_guard(guard: Any, controls: bool) -> None:
     if controls and guard is None:
         raise ValueError("controls=True needs a guard: a function that takes the request and returns None to allow it, "
@@ -336,8 +344,10 @@ def resource_routes(
 ) -> ResourceRoutes:
     """Add the page, its fragment, its streams and its scripts.
 
-    Raise `ValueError` for controls without a guard, `ImportError` for metrics if the extra is missing.
+    Raise `TypeError` for another kind of app, `ValueError` for controls without a guard, `ImportError` for metrics if
+    the extra is missing.
     """
+    _check_app(app)
     check_controls(manager, controls)
     _check_guard(guard, controls)
     places = Places(check_pid(streams, "streams"))

@@ -119,9 +119,9 @@ function watch(root) {
   // relative to the page, whose own address can change later
   const url = new URL(root.dataset.cjmStream, document.baseURI);
   // when the figures were read, by the server's clock
-  let shown = Number(root.dataset.cjmNow);
-  // the last message
-  let sent = shown;
+  let shown = Number(root.dataset.cjmRead);
+  // when the last message was sent: the page itself
+  let sent = Number(root.dataset.cjmNow);
   // what the clock here is ahead of the server's, at most
   let ahead = Date.now() - sent;
   // a clock that nobody sets
@@ -176,7 +176,7 @@ function watch(root) {
   };
   const hear = (data) => {
     [limit, sent, shown] = data.split("\n").map(Number);
-    root.dataset.cjmNow = shown;
+    root.dataset.cjmRead = shown;
     const now = Date.now();
     ahead = Math.min(ahead, now - sent);
     late = now - ahead - sent;

@@ -46,7 +46,7 @@ function follow(header, root) {
   const clock = part(header, "time");
   const link = document.querySelector("link[data-cjm-icons]");
   const show = () => {
-    showTime(clock, new Date(+root.dataset.cjmNow));
+    showTime(clock, new Date(+root.dataset.cjmRead));
     colour(link, root);
   };
   if (clock.dateTime) showTime(clock, new Date(clock.dateTime));
