@@ -64,7 +64,7 @@ def test_a_grant_is_told_before_the_command_runs_without_its_arguments(wait):
 
 def test_the_end_without_a_grant_is_told(wait):
     out, told, _ = wait("40GiB", "--timeout", "0", "--notify", f"told://{SECRET}", preset="shared")
-    assert out.returncode == 75 and len(told) == 1 and ": ended|" in told[0] and "timeout is 0." in told[0]
+    assert out.returncode == 75 and len(told) == 1 and ": not granted|" in told[0] and "timeout is 0." in told[0]
 
 
 def test_an_argument_that_is_wrong_is_told_nobody(wait):

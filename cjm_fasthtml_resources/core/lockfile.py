@@ -114,7 +114,7 @@ def _try_gate(fd: int, place: int, free_since: float) -> bool:
     return True
 
 # %% ../../nbs/core/lockfile.ipynb #f900afee
-def _pass(file: FileIO, path: Path, seconds: float = BUSY_SECONDS) -> None:
+def _pass(file: FileIO, path: Path, seconds: float) -> None:
     "Wait until this open file has the gate; `StoreError` after `seconds`"
     fd, until = file.fileno(), time.monotonic() + seconds
     place, free_since, pause = 0, math.inf, 2e-4
@@ -169,7 +169,7 @@ def in_gate(path: Path) -> Iterator[FileIO]:
         try:
             while file is None:
                 file = _inside[threading.get_ident()] = reset_in_child(_Gate(path, "r+", opener=open_made))
-                _pass(file, path)
+                _pass(file, path, BUSY_SECONDS)
                 if not _is_at(path, file):   # it was replaced while this process waited
                     file.leave()
                     file = None

@@ -61,7 +61,7 @@ class Notifier:
         with contextlib.suppress(NoThreadError): start_thread("notify", send).join(self.within)
         with contextlib.suppress(OSError):   # the reader is gone
             if not answers: self.say(f"--notify: no answer within {self.within:g} s, so the message can be lost.")
-            elif not answers[0]: self.say("--notify: sending the message failed for some services.")
+            elif not answers[0]: self.say("--notify: at least one service did not take the message.")
         return answers == [True]
 
     def granted(self, text: str) -> None:
@@ -74,5 +74,5 @@ class Notifier:
         try: yield
         except BrokenPipeError: raise   # it was granted, and the reader is gone
         except (ResourceBusy, ResourceUnavailable, StoreError, OSError) as error:   # except wrong arguments
-            self.tell(f"GPU memory on {self.host}: ended", str(error))
+            self.tell(f"GPU memory on {self.host}: not granted", str(error))
             raise
