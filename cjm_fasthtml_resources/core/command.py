@@ -7,6 +7,7 @@ __all__ = ['COMMAND', 'shown_arguments', 'show_command', 'read_command']
 
 # %% ../../nbs/core/command.ipynb #d2847b64
 import re
+import shlex
 from collections.abc import Sequence
 from functools import lru_cache
 from io import FileIO
@@ -24,7 +25,12 @@ _PASSWORDS = {   # by program: options that take a password and have an unclear 
     **dict.fromkeys(("http", "https", "xh", "redis-cli"), _letters("a")),
     **dict.fromkeys(("mosquitto_pub", "mosquitto_sub", "sqlcmd", "ipmitool", "unzip", "zip"), _letters("P")),
     **dict.fromkeys(("ldapsearch", "ldapmodify", "ldapadd"), _letters("w")),
-    "curl": rf"{_letters('uU')}|(--(?:proxy-)?user(?:=|$))(.*)", "smbclient": _letters("U")}
+    "curl": rf"{_letters('uU')}|(--(?:proxy-)?user(?:=|$))(.*)", "smbclient": _letters("U"),
+    "openssl": r"(-pass(?:in|out)?)(.*)"}
+
+def _program(argument: str) -> str:
+    "Return the name of a program that `_PASSWORDS` knows, else an empty string"
+    return base if (base := argument.rpartition("/")[2]) in _PASSWORDS else ""
 
 def _find_password(argument: str, program: str) -> tuple[str, str] | None:
     "Return an option that takes a password, and the value behind it in the same argument"
@@ -34,19 +40,27 @@ def _find_password(argument: str, program: str) -> tuple[str, str] | None:
     return option, value
 
 # %% ../../nbs/core/command.ipynb #0f1b7f13
+def _as_script(argument: str) -> list[str] | None:  # `None` for anything else
+    "Return the words of a script that calls such a program, as `sh -c` gets it in one argument"
+    if " " not in argument: return None
+    try: words = shlex.split(argument)
+    except ValueError: words = argument.split()
+    return words if any(map(_program, words)) else None
+
 def shown_arguments(
     arguments: Sequence[str],   # of a command line
 ) -> str:
     "Return arguments as one text, with `***` for likely secrets and for values after names of secrets"
     shown, hide, program = list[str](), False, ""
     for argument in arguments:
+        if words := _as_script(argument): argument = shown_arguments(words)
         if hide and not argument.startswith("--"):
             shown.append("***")
             hide = False
             continue
         name, equals, value = argument.partition("=")
         secret = names_secret(name) and re.fullmatch(r"[\w.-]{1,60}", name) is not None
-        if (base := argument.rpartition("/")[2]) in _PASSWORDS: program = base
+        program = _program(argument) or program
         option, attached = _find_password(argument, program) or ("", "")
         shown.append(f"{option}***" if attached else f"{name}=***" if secret and equals and value else argument)
         hide = bool(option and not attached) or secret and not equals and argument.startswith("-")
