@@ -7,12 +7,19 @@ __all__ = ['Wakers']
 
 # %% ../../nbs/core/waking.ipynb #62d9614c
 import contextlib
+import threading
 from collections.abc import Iterable
-from queue import Empty, SimpleQueue
 
 from .forks import reset_in_child
 
 # %% ../../nbs/core/waking.ipynb #4ef58058
+def _taken() -> threading.Lock:
+    "Return a lock that is taken"
+    lock = threading.Lock()
+    lock.acquire()
+    return lock
+
+# %% ../../nbs/core/waking.ipynb #5ad0c1f0
 class Wakers:
     "The waiting threads of a process, by the lease of their request. Safe from any thread, signal handler or finalizer"
     def __init__(self) -> None:
@@ -21,7 +28,7 @@ class Wakers:
 
     def after_fork(self) -> None:
         "Begin with an empty list, in a fork's child"
-        self._queues = dict[int, SimpleQueue[None]]()
+        self._locks = dict[int, threading.Lock]()   # each is free while its thread is to go on
 
     def wait(
         self,
@@ -29,20 +36,20 @@ class Wakers:
         seconds: float,
     ) -> None:
         "Wait until the lease is woken, for so many seconds at most"
-        mine = self._queues.setdefault(lease, SimpleQueue())
-        with contextlib.suppress(Empty): mine.get(timeout=seconds)
+        self._locks.setdefault(lease, _taken()).acquire(timeout=seconds)
 
     def wake(
         self,
         leases: Iterable[int],
     ) -> None:
         "Wake the threads of this process that wait for these leases"
-        if not self._queues: return   # most often
+        if not self._locks: return   # most often
         for lease in leases:
-            if (found := self._queues.get(lease)) is not None and found.empty(): found.put(None)
+            with contextlib.suppress(RuntimeError):   # it is free already
+                if found := self._locks.get(lease): found.release()
 
     def wake_first(self) -> None:
         "Wake one of the threads: it finds out which request is next, and wakes that one"
-        self.wake(list(self._queues)[:1])
+        self.wake(list(self._locks)[:1])
 
-    def forget(self, lease: int) -> None: self._queues.pop(lease, None)
+    def forget(self, lease: int) -> None: self._locks.pop(lease, None)
