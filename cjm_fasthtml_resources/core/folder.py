@@ -42,14 +42,18 @@ def explain_os_error(
     return f"{path} {advice.replace('{reason}', reason)}"
 
 # %% ../../nbs/core/folder.ipynb #117c0987
+_BOOT_ID = "/proc/sys/kernel/random/boot_id"   # missing where the kernel is not Linux's
+
 @cache
 def boot_id() -> str:
-    "Return a text that identifies this boot of the machine"
-    try: return as_path("/proc/sys/kernel/random/boot_id").read_text().strip()
-    except OSError:
+    "Return a text that identifies this boot of the machine; raise `StoreError` if reading it fails"
+    try: return as_path(_BOOT_ID).read_text().strip()
+    except FileNotFoundError:
         import psutil  # when it is used
 
-        return str(round(psutil.boot_time(), -1))
+        try: return str(round(psutil.boot_time(), -1))
+        except (OSError, psutil.Error) as error: raise StoreError(explain_os_error(as_path(_BOOT_ID), error)) from error
+    except OSError as error: raise StoreError(explain_os_error(as_path(_BOOT_ID), error)) from error
 
 # %% ../../nbs/core/folder.ipynb #92bf1891
 def home_folder() -> Path:
@@ -61,6 +65,10 @@ def home_folder() -> Path:
         raise StoreError(f"UID {os.geteuid()} is not in the user database, so it has no home folder: set "
                          "CJM_RESOURCES_DIR to a folder that is the same for all programs that share reservations"
                          ) from None
+    if not os.path.isabs(home):
+        raise StoreError(f"the home folder of UID {os.geteuid()} in the user database is {home!r}, which is not an "
+                         "absolute path: set CJM_RESOURCES_DIR to a folder that is the same for all programs that "
+                         "share reservations")
     return as_path(home)/".local/state/cjm-fasthtml-resources"/boot_id()
 
 # %% ../../nbs/core/folder.ipynb #83550c3b

@@ -7,6 +7,7 @@ __all__ = ['FIRST_LEASE', 'new_lease', 'in_use', 'is_used_elsewhere', 'hides_any
 
 # %% ../../nbs/core/leases.ipynb #b21a401f
 import contextlib
+import errno
 import itertools
 import os
 import threading
@@ -17,6 +18,7 @@ from typing import Any
 from zlib import crc32
 
 from cjm_fasthtml_resources.core.locking import (
+    OpenFile,
     OpenFolder,
     find_locked,
     holding,
@@ -28,7 +30,7 @@ from cjm_fasthtml_resources.core.locking import (
 from .folder import StoreError, explain_os_error
 from .forks import reset_in_child
 from .keeper import keep_open
-from .paths import Path
+from .paths import Path, as_path
 from .sharing import is_shared
 
 # %% ../../nbs/core/leases.ipynb #c9cd1dc3
@@ -72,15 +74,17 @@ def _mark_of_claim(first: int, id: int) -> int:
     "Return the byte that stands for a claim, where the marks of a folder begin with `first`"
     return first + _ENTERED + id%_ENTERED
 
-def _witness(path: Path) -> tuple[str, int]:
-    "Return the folder whose marks are believed, and the first of them"
+def _witnesses(path: Path) -> list[tuple[str, int]]:
+    "Return the folders whose marks are believed, and the first mark in each"
     folder = os.path.dirname(path)
-    return (folder, 0) if is_shared(folder) else (os.path.dirname(folder), _mark(path))
+    return [(folder, 0)] if is_shared(folder) else [(folder, 0), (os.path.dirname(folder), _mark(path))]
 
 def _open_folder(path: str | Path) -> OpenFolder | None:
-    "Return a folder; `None` if opening it fails"
+    "Return a folder; `None` if opening it is refused; `StoreError` if it could be opened later: its marks are unknown"
     try: return OpenFolder(path)
-    except OSError: return None
+    except OSError as error:
+        if error.errno not in (errno.EMFILE, errno.ENFILE, errno.EIO, errno.ENOMEM): return None
+        raise StoreError(explain_os_error(as_path(path), error)) from error
 
 def _find_marked(path: str | Path, places: Iterable[int], length: int = 1) -> set[int]:
     "Return each place at which one of the next `length` bytes of a folder is locked; empty if reading fails"
@@ -95,16 +99,20 @@ def is_used_elsewhere(path: Path) -> bool:
     return bool(_find_marked(path.parent.parent, [_mark(path)], _SPAN) or _find_marked(path.parent, [0], _SPAN))
 
 # %% ../../nbs/core/leases.ipynb #f0d9c16a
+def _is_marked_beside(path: str, first: int, ids: list[int]) -> bool:
+    if (folder := _open_folder(path)) is None: return False
+    with folder, contextlib.suppress(OSError):
+        return is_locked_beside(folder.fileno(), _mark_of_claim(first, 0), _ENTERED, ids)
+    return False
+
+# %% ../../nbs/core/leases.ipynb #5ad0c1f1
 def hides_any(
     path: Path,
     known: Iterable[int],   # the ids of the claims that the ledger accounts for
 ) -> bool:
     "Return whether a claim was entered and is missing in the ledger now, while its lease is locked"
-    place, first = _witness(path)
-    if (folder := _open_folder(place)) is None: return False
-    with folder, contextlib.suppress(OSError):
-        return is_locked_beside(folder.fileno(), _mark_of_claim(first, 0), _ENTERED, [id%_ENTERED for id in known])
-    return False
+    ids = [id%_ENTERED for id in known]
+    return any(_is_marked_beside(folder, first, ids) for folder, first in _witnesses(path))
 
 # %% ../../nbs/core/leases.ipynb #da7b1c08
 class Leases:
@@ -115,7 +123,7 @@ class Leases:
     ) -> None:
         self.path, self.held = path, set[int]()
         self._entered = dict[int, int]()           # lease → id of its claim, whose mark is locked
-        self._file: FileIO | None = None           # opened with the first lease
+        self._file: OpenFile | None = None         # opened with the first lease
         self._above: OpenFolder | None = None
         self._folder: OpenFolder | None = None
         self._kept: list[FileIO | OpenFolder] = [] # for programs that this process becomes
@@ -143,8 +151,8 @@ class Leases:
         if lease not in self.held or self.path is None: return
         if self._entered.get(lease, id) != id: self._unlock_claim(self.path, lease)   # an attempt before has failed
         self._entered[lease] = id
-        if is_shared(os.path.dirname(self.path)): _quietly(lock_byte, self._folder, _mark_of_claim(0, id))
-        else: _quietly(lock_byte, self._above, _mark_of_claim(_mark(self.path), id))
+        _quietly(lock_byte, self._folder, _mark_of_claim(0, id))
+        _quietly(lock_byte, self._above, _mark_of_claim(_mark(self.path), id))
 
     def drop(self, lease: int) -> bool:
         "End a lease; return False if this process lacks it"
@@ -158,6 +166,11 @@ class Leases:
     def file(self) -> FileIO | None:
         "Return the file in which this process has leases; `None` in memory, and before the first one"
         return self._file
+
+    @property
+    def is_closed(self) -> bool:
+        "Return whether other code has closed this process's descriptor of the file, which ended its leases"
+        return self._file is not None and not self._file.is_own()
 
     def drop_with(self, thing: Any, lease: int) -> None:
         "Drop a lease when an object is collected, even if an interruption hits the finalizer"
@@ -175,8 +188,9 @@ class Leases:
         return mine | _find_held(self.path, unknown) if unknown and self.path else mine
 
     def is_replaced(self) -> bool:
-        "Return whether the file that this process has locked was moved, replaced or deleted"
+        "Return whether the file that this process has locked was moved, replaced, deleted or closed by other code"
         if self._file is None or self.path is None: return False
+        if self.is_closed: return True
         try: return not os.path.samestat(os.stat(self.path), os.fstat(self._file.fileno()))
         except FileNotFoundError: return True
         except OSError as error: raise StoreError(explain_os_error(self.path, error)) from error
@@ -202,7 +216,7 @@ class Leases:
     def _keep(self, path: Path, lease: int) -> None:
         "Lock a lease with descriptors that survive `exec`"
         id = self._entered.get(lease)
-        for file, mark, first in ((FileIO(path, "r+"), lease, None),
+        for file, mark, first in ((OpenFile(path), lease, None),
                                   (_open_folder(path.parent.parent), _mark(path, lease), _mark(path)),
                                   (_open_folder(path.parent), _mark_inside(lease), 0)):
             if file is None: continue
@@ -213,9 +227,9 @@ class Leases:
 
     def _open(self, path: Path) -> None:
         if self._file is None or not self.held and self.is_replaced():   # a new file, while this process had no lease
-            try: self._file, self._above = FileIO(path, "r+"), _open_folder(path.parent.parent)
+            try: opened = OpenFile(path), _open_folder(path.parent.parent), _open_folder(path.parent)
             except OSError as error: raise StoreError(explain_os_error(path, error)) from error
-            self._folder = _open_folder(path.parent)
+            self._file, self._above, self._folder = opened
 
     def _lock(self, lease: int) -> None:
         if self._file is None or self.path is None: return
@@ -265,6 +279,7 @@ def _find_held(path: Path, leases: Collection[int]) -> set[int]:
     except (OSError, ImportError, AttributeError) as error:
         raise StoreError(explain_os_error(path, error)) from error
     if not (left := set(leases) - found): return found
-    folder, first = _witness(path)
-    marked = _find_marked(folder, {first + n%_ENTERED for n in left})
-    return found | {n for n in left if first + n%_ENTERED in marked}
+    for folder, first in _witnesses(path):
+        marked = _find_marked(folder, {first + n%_ENTERED for n in left})
+        found |= {n for n in left if first + n%_ENTERED in marked}
+    return found

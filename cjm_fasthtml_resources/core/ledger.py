@@ -203,7 +203,7 @@ class Ledger:
         self._deadlines: dict[int, float] = {}   # lease → when a reservation of this process runs out
         _unended.discard(self)
         self._to_end = set[int]()                # leases of reservations for other processes that are still to end
-        self._kept = set[int]()                  # leases of reservations that this process keeps over `exec`
+        self._kept = set[int]()                  # leases of reservations that outlast this program or process
 
     def claims(self) -> list[Claim]:
         "Return the claims in force, in the order of asking; only reads, and waits for no other process"
@@ -350,9 +350,13 @@ class Ledger:
             if is_held: draft.data = to_bytes(changed(rows) if changed else _change(rows, lease, fields))
         return is_held
 
+    def note_outlasting(self, lease: int) -> None:
+        "Remember that the end of a reservation has to be written, because another process keeps it"
+        self._kept.add(lease)
+
     def keep_over_exec(self, lease: int) -> bool:
         "Keep a reservation for the program that this process becomes by `os.exec…`; False if it is over"
-        self._kept.add(lease)   # first: from now on its end has to be written
+        self.note_outlasting(lease)   # first: from now on
         if not self.change(lease, for_other=True): return False
         if self.leases.keep_over_exec(lease): self.change(lease, lambda rows: _note_kept(rows, lease, 1))
         return True
@@ -453,7 +457,7 @@ def _check_complete(rows: Rows, store: Store) -> None:
 # %% ../../nbs/core/ledger.ipynb #9b5c0bbe
 def _sure(read: Callable[[], Rows], store: Store) -> Rows:
     "Return a complete reading; a claim that is just being entered or dropped is tolerated"
-    for pause in (0, 0.001, 0.004, 0.016):
+    for pause in (0, 0.001, 0.004, 0.016, 0.064, 0.128):
         if pause: time.sleep(pause)
         rows = read()
         try: _check_complete(rows, store)

@@ -20,7 +20,7 @@ from zlib import crc32
 
 from .blocks import block
 from .folder import StoreError, boot_id, explain_os_error, state_folder
-from .forks import reset_in_child
+from .forks import is_in_no_fork, reset_in_child
 from .leases import in_use, is_used_elsewhere
 from .locking import is_locked, lock_byte, unlock_byte
 from .paths import Path, as_path
@@ -155,7 +155,7 @@ _inside: dict[int, _Gate] = {}   # by thread: the last gate that it tried
 def _forbid_nested(path: Path) -> None:
     "Raise `StoreError` if this thread is in the gate of this file already"
     gate = _inside.get(threading.get_ident())
-    if gate is None or gate.closed or not _is_at(path, gate): return
+    if not is_in_no_fork() and (gate is None or gate.closed or not _is_at(path, gate)): return
     raise StoreError(f"{path} is being changed by this thread, which a signal handler or a finalizer has interrupted: "
                      "change it outside of that")
 

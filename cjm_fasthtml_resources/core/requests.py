@@ -341,10 +341,12 @@ def suggest(
     if request.share or find_capped(request, conflict): return "wait longer"
     return suggest_room(_concerned(request, conflict), request.memory) or "wait longer"
 
+# %% ../../nbs/core/requests.ipynb #5ad0c1f2
 def check_timeout(timeout: float | None) -> float | None:
     "Return the seconds for which a request can wait, `None` if unlimited; `TypeError` or `ValueError`"
     return None if timeout is None else check_number(timeout, "timeout", 0, threading.TIMEOUT_MAX)
 
+# %% ../../nbs/core/requests.ipynb #5ad0c1f3
 def find_answers(request: "Request") -> str:  # empty unless idle holders were asked
     "Return how idle apps answered the question to unload their models for a request, in sentences"
     if not (request.receipt and request.receipt.asks_idle): return ""

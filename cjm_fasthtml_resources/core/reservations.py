@@ -209,6 +209,7 @@ class Reservation(OnDevices, StaysHere, contextlib.AbstractContextManager["Reser
         It lasts until it is released. If this process ends first, it lasts until the other process ends."""
         keys = (*map(device_key, self.devices), *self.ram)
         bases = {key: base if isinstance(base, int) else base[key] for key in keys}
+        self._ledger.note_outlasting(self.lease)
         change = partial(HandOver(holder, bases, spent, uses, until_released).change, lease=self.lease)
         if not self._ledger.change(self.lease, change): raise ReservationOver(self)
         return replace(self, holder=holder, _exit=contextlib.ExitStack())

@@ -225,7 +225,11 @@ class Store:
 
     def _forbid_replaced(self) -> None:
         "Raise `StoreError` if this process has leases in a file that was moved from its path"
-        if self.leases.held and self.leases.is_replaced():
+        if not self.leases.held: return
+        if self.leases.is_closed:
+            raise StoreError(f"{self.path} cannot be used: other code has closed the descriptors of this program, as a "
+                             "daemoniser does. Create the ResourceManager after that")
+        if self.leases.is_replaced():
             raise StoreError(f"{self.path} was removed or replaced while this program uses it; "
                              "end the programs that use it, and start them again")
 
