@@ -102,3 +102,26 @@ def test_the_first_object_of_a_reservation_that_was_handed_over_still_releases_i
     finally:
         child.kill()
         child.wait()
+
+
+def test_ram_that_cannot_be_read_is_unavailable_in_words_wherever_it_is_shown(monkeypatch):
+    from cjm_fasthtml_resources.core import memory
+    from cjm_fasthtml_resources.core.conflict import ResourceBusy, ResourceUnavailable
+    from cjm_fasthtml_resources.core.resources import ResourceStatus
+    from cjm_fasthtml_resources.core.samples import take_sample
+    from cjm_fasthtml_resources.ui.panel import ResourcePanel
+
+    def refused(): raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), "/proc/meminfo")
+
+    monkeypatch.setattr(memory, "_read_figures", lambda path: {})     # as with /proc mounted with subset=pid
+    monkeypatch.setattr("psutil.virtual_memory", refused)
+    monkeypatch.setattr(memory, "simulated", None)
+    manager = ResourceManager()
+    found = manager.check_memory_availability()
+    assert found.status is ResourceStatus.UNAVAILABLE and found.memory.room == 0
+    assert found.message == "Cannot read RAM usage: the system does not report it here."
+    assert "Cannot read RAM usage" in take_sample(manager).memory.message
+    with pytest.raises((ResourceBusy, ResourceUnavailable, ValueError)): manager.reserve(memory_mb=1, timeout=0)
+    panel = ResourcePanel(manager, interval=3600)
+    panel._show(take_sample(manager))
+    panel.close()

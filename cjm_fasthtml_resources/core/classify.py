@@ -240,7 +240,9 @@ def classify_memory(
     state = MemoryStatus(memory, tuple(by_owner), app_memory, external_memory, left_out, estimated, mine + theirs,
                          tuple(promises or ()))
     make = partial(memory_process_dict, total=memory.total)
+    if not memory.total: status, reason = ResourceStatus.UNAVAILABLE, "the system does not report it here"
+    else: reason = None
     return ResourceConflict(
         ResourceType.SYSTEM_MEMORY, status, [p.pid for p in app], [p.pid for p in named],
         _rows(make, app), _rows(make, named),
-        memory=state, threshold_percent=threshold_percent, notes=tuple(notes))
+        memory=state, threshold_percent=threshold_percent, notes=tuple(notes), reason=reason)
