@@ -13,7 +13,7 @@ from operator import index
 from typing import Any
 
 from .copies import copy_config, unfit_text
-from .secrets import shown_text
+from .secrets import cut_text, shown_text
 
 # %% ../../nbs/core/arguments.ipynb #2661250c
 _SHOWN = 100   # characters of a value in a message
@@ -21,7 +21,7 @@ _SHOWN = 100   # characters of a value in a message
 def shorten(value: Any) -> str:
     "Return a value for an error's message: short, with secrets replaced"
     if isinstance(value, int) and value.bit_length() > 64: return f"a number of {value.bit_length():,} bits"
-    try: text = shown_text(repr(value)[:100*_SHOWN])
+    try: text = shown_text(cut_text(repr(value), 100*_SHOWN)) or f"<{type(value).__name__}>"
     except Exception: text = f"<{type(value).__name__}>"   # its `repr` fails
     return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}…"
 
@@ -77,7 +77,7 @@ def check_text(
     if len(value) > LONGEST_TEXT:
         raise ValueError(f"{name} must have at most {LONGEST_TEXT} characters, not {len(value):,}")
     if problem := unfit_text(value): raise ValueError(f"{name} {problem}, as {shorten(value)} does")
-    return value
+    return "".join(value)   # of an enumeration or another kind of string, its characters
 
 # %% ../../nbs/core/arguments.ipynb #f226438f
 def check_app(
@@ -108,7 +108,7 @@ def check_fields(
         if name == "gpu_memory_mb": check_number(value, name)
         elif name == "config": given[name] = copy_config(value)
         elif name == "job_id": given[name] = check_text(value, name, " or None") or None
-        else: check_text(value, name, " or None")
+        else: given[name] = check_text(value, name, " or None")
     return given
 
 # %% ../../nbs/core/arguments.ipynb #4be0b917

@@ -13,7 +13,7 @@ from functools import lru_cache
 from io import FileIO
 
 from . import process
-from .secrets import names_secret, shown_text
+from .secrets import cut_text, names_secret, shown_text
 from .text import printable
 
 # %% ../../nbs/core/command.ipynb #6da509d3
@@ -64,7 +64,7 @@ def shown_arguments(
         option, attached = _find_password(argument, program) or ("", "")
         shown.append(f"{option}***" if attached else f"{name}=***" if secret and equals and value else argument)
         hide = bool(option and not attached) or secret and not equals and argument.startswith("-")
-    return shown_text(" ".join(shown)[:2000])   # far more than is shown
+    return shown_text(cut_text(" ".join(shown), 2000))   # far more than is shown
 
 # %% ../../nbs/core/command.ipynb #2bdb393d
 COMMAND = 120   # characters that are shown
@@ -84,7 +84,9 @@ _MOST = 8192   # bytes that are read
 @lru_cache(maxsize=4096)
 def _read(pid: int, start_time: float) -> str:
     "Return a command line; raise `OSError` if it is empty (the program is just starting) or the process has ended"
-    with FileIO(f"/proc/{pid}/cmdline") as file: data = file.read(_MOST).rstrip(b"\0 ")
+    with FileIO(f"/proc/{pid}/cmdline") as file: data = file.read(_MOST)
+    if len(data) == _MOST: data = data.rpartition(b"\0")[0]   # half of an argument could be half of a secret
+    data = data.rstrip(b"\0 ")
     if not data or process.read_start(pid) != start_time: raise ProcessLookupError(pid)
     return show_command(data.decode(errors="replace").split("\0"))
 

@@ -44,7 +44,7 @@ def say(
     **parts: object,   # for the names in its braces
 ) -> str:
     "Return a sentence of the table with its parts filled in"
-    return SENTENCES[key].format(**parts)
+    return SENTENCES[key].format(**{name: printable(str(part)) for name, part in parts.items()})
 
 # %% ../../nbs/core/explain.ipynb #1648f709
 _SUBJECT = re.compile("(?:it|the GPU|the device) (?=is|did|does|shares|needs)")
@@ -91,7 +91,7 @@ def name_process(
     user = f"user {process.username}" if process.username and not in_a_worker else None
     job = f"running {_cut(process.job_id)}" if process.job_id else None
     details = (f"PID {process.pid}", job, user, _inside(process.container), size or where.strip())
-    return f"{_title(process)} ({', '.join(part for part in details if part)})"
+    return printable(f"{_title(process)} ({', '.join(part for part in details if part)})")
 
 def by_size(process: OwnedProcess) -> int:
     "Sort the largest first, those of unknown size last"

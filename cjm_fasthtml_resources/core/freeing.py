@@ -40,7 +40,7 @@ from .explain import compare_sizes, explain_free
 from .process import ProcessId
 from .resources import WorkerState
 from .room import check_capacity, held_by, largest_capacity, plan_room, usable
-from .text import format_bytes
+from .text import format_bytes, printable
 from .workers import Workers
 
 # %% ../../nbs/core/freeing.ipynb #e77ae919
@@ -121,7 +121,7 @@ def name_loaded(worker: WorkerState) -> str | None:
     return shown.loaded_plugin_resource or shown.plugin_name or shown.plugin_id
 
 def _name(worker: WorkerState, more: str = "") -> str:
-    return f"idle {worker.shown().worker_type} worker (PID {worker.pid}{more})"
+    return printable(f"idle {worker.shown().worker_type} worker (PID {worker.pid}{more})")
 
 def being_stopped(maker: RoomMaker) -> WorkerState | None:
     "Return a worker that another call is stopping or unloading now"

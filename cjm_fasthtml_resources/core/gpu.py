@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from queue import Empty, SimpleQueue
 from typing import NamedTuple
 
-from .arguments import shorten
+from .arguments import check_flag, shorten
 from .devices import visible_devices, visible_env
 from .display import repr_html
 from .forks import reset_in_child
@@ -79,9 +79,9 @@ class _Driver:
             session = self.open()
             session.wants_loads = loads
             devices = tuple(session.read(sleeping))
-        except Exception as error:  # a broken driver spoils only the snapshot
+        except BaseException as error:  # a broken driver spoils only the snapshot, even by SystemExit
             self.close()
-            return GpuSnapshot(reason=in_words(error))
+            return GpuSnapshot(reason=in_words(error) if isinstance(error, Exception) else type(error).__name__)
         if any(d.reason not in (None, NO_MEMORY, NO_NAME, ASLEEP) for d in devices): self.close()
         return GpuSnapshot(devices, None if devices else "the NVIDIA driver lists no GPU", session.driver_version)
 
@@ -90,7 +90,7 @@ class _Driver:
         try:
             session = self.open()
             return read_links(session.nvml, uuids, session.near)
-        except Exception: return Links()
+        except BaseException: return Links()
 
     def let_sleep(self, sleeping: Sequence[GpuDevice]) -> GpuSnapshot:
         "Return a snapshot of sleeping GPUs; close NVML, which would keep them awake"
@@ -151,7 +151,9 @@ class GpuReader:
 
     def _start(self) -> None:
         with self._starting:
-            if not self._is_running(): self._thread = start_thread("nvml-reader", self._run)
+            if self._is_running(): return
+            self._since = math.inf   # a thread that ended during a reading left its time here
+            self._thread = start_thread("nvml-reader", self._run)
 
     def _run(self) -> None:
         "Answer all callers in the queue with one reading, until the program ends; close NVML when idle"
@@ -180,6 +182,7 @@ class GpuReader:
         """Return the state of every device, read after this call began.
         `ValueError` unless `timeout` is a positive number"""
         _check_timeout(timeout)
+        for name, flag in (("wake", wake), ("loads", loads)): check_flag(flag, name)
         try:
             if not self._is_running(): self._start()
         except NoThreadError as error: return GpuSnapshot(reason=f"cannot ask the NVIDIA driver: {error}")

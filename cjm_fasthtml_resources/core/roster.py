@@ -21,6 +21,15 @@ from .secrets import redact
 from .store import Store, boot_id
 
 # %% ../../nbs/core/roster.ipynb #18437b9a
+def _content(value: Any) -> str:
+    "Return the content of an object, also what its text hides; its type, if it cannot be written"
+    import pickle  # when it is needed, as hashlib
+
+    if isinstance(value, (set, frozenset)): return repr(sorted(map(repr, value)))   # in one order
+    try: return pickle.dumps(value, protocol=5).hex()
+    except Exception: return f"<{type(value).__name__}>"
+
+# %% ../../nbs/core/roster.ipynb #5ad0c1fd
 def make_seal(
     config: Any,
     salt: str | None = None,   # `None`: a new one
@@ -30,8 +39,11 @@ def make_seal(
     import hashlib  # when it is needed: importing it takes long
 
     salt = salt or ".".join([os.urandom(8).hex(), *([mark] if mark else [])])
-    return f"{salt}:{hashlib.sha256(f'{salt}{json.dumps(config, default=str)}'.encode()).hexdigest()}"
+    try: text = json.dumps(config, default=_content)
+    except (ValueError, RecursionError): text = _content(config)   # such as a number of 5,000 digits
+    return f"{salt}:{hashlib.sha256(f'{salt}{text}'.encode()).hexdigest()}"
 
+# %% ../../nbs/core/roster.ipynb #5ad0c1fe
 def fits(
     seal: str,
     config: Any,

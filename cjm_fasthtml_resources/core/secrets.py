@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['TOKENS', 'SECRETS', 'PLUGIN_RESOURCE_CONFIG_KEYS', 'IDENTIFIERS', 'REMOTE_FIELDS', 'small_letters', 'shown_text',
-           'shown_error', 'is_description', 'describe', 'shown_value', 'shown_config', 'names_secret', 'mask_tokens',
-           'redact', 'shown_fields', 'shown_repr']
+           'cut_text', 'shown_error', 'is_description', 'describe', 'shown_value', 'shown_config', 'names_secret',
+           'mask_tokens', 'redact', 'shown_fields', 'shown_repr']
 
 # %% ../../nbs/core/secrets.ipynb #c938cf52
 import math
@@ -107,11 +107,19 @@ def shown_text(
 # %% ../../nbs/core/secrets.ipynb #b4620275
 _MOST = 500   # characters of an error that are shown
 
+def cut_text(
+    text: str,
+    most: int,   # characters
+) -> str:
+    "Return the beginning of a text, up to the last whole word: half a secret looks harmless"
+    return text if len(text) <= most else re.sub(r"\S*$", "", text[:most])
+
+# %% ../../nbs/core/secrets.ipynb #5ad0c1fc
 def shown_error(error: BaseException) -> str:
     "Return the text of an error, secrets masked, cut to 500 characters; its kind if it is empty"
     try: text = str(error) or type(error).__name__
     except Exception: return "an error without a text"
-    masked = shown_text(text[:20*_MOST])   # far longer than the result, so that secrets are whole
+    masked = shown_text(cut_text(text, 20*_MOST))   # far longer than the result
     return masked if len(masked) <= _MOST else f"{masked[:_MOST]} …"
 
 # %% ../../nbs/core/secrets.ipynb #1d0d2ba7
@@ -200,14 +208,25 @@ IDENTIFIERS = ("job_id", "container_id", "instance_id")   # texts that can be ra
 REMOTE_FIELDS = ("provider", "region", "instance_id", "status", "ssh_host", "gpu_count", "gpu_type",
                  "estimated_cost_per_hour")   # of a machine that a plugin rents
 
+def _digest(identifier: str) -> str:
+    "Return a text that tells hidden identifiers apart, the same in every process of this boot"
+    import hashlib
+
+    from cjm_fasthtml_resources.core.folder import StoreError, boot_id  # when it is used
+    try: key = boot_id()
+    except StoreError: key = ""
+    return hashlib.sha256(f"{key}{identifier}".encode()).hexdigest()[:8]
+
+# %% ../../nbs/core/secrets.ipynb #5ad0c1fb
 def redact(
     value: Any,
     name: str = "",   # the field that has this value
 ) -> Any:
     "Return a value that can be shown: a text with secrets masked, a configuration, a number, or its type and size"
     if isinstance(value, Mapping): return shown_config(value)
-    if type(value) is str and name: return shown_text(value, name in IDENTIFIERS)
-    return shown_value(value)
+    if type(value) is not str or not name: return shown_value(value)
+    shown = shown_text(value, name in IDENTIFIERS)
+    return shown if shown == value or name not in IDENTIFIERS else f"{shown}-{_digest(value)}"
 
 def shown_fields(
     fields: Mapping[str, Any],   # by name, as `vars` gives them

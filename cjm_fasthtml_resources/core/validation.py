@@ -67,7 +67,7 @@ from .room import by_hope, held_by, is_at_work, largest_capacity, most_room, roo
 from .secrets import shown_error, shown_repr, shown_text
 from .stopping import find_idle, own_lineage
 from .store import StoreError
-from .text import format_bytes, list_names
+from .text import format_bytes, list_names, printable
 
 # %% ../../nbs/core/validation.ipynb #1b331914
 _all_ = ["Option", "OptionKind"]   # the types of a result's `options`
@@ -173,7 +173,7 @@ def describe_worker(
     state = f"running {worker.job_id}" if worker.job_id else worker.status
     used = [f"{format_bytes(size)} on GPU {place}" for place, size in held_by(worker, devices).items()]
     details = ", ".join([*([loaded] if loaded else []), state, *used])
-    return f"the {worker.worker_type} worker (PID {worker.pid}, {details})"
+    return printable(f"the {worker.worker_type} worker (PID {worker.pid}, {details})")
 
 # %% ../../nbs/core/validation.ipynb #6820545c
 def free_devices(
