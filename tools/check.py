@@ -33,9 +33,11 @@ LIMIT = 2400   # seconds for one step: twice what the longest takes on two quiet
 # a test that hangs fails with the stack of every thread, and the others go on
 PYTEST = ("python", "-m", "pytest", "-q", "--timeout", "300", "--durations", "10")
 RUNNING = set[subprocess.Popen]()   # the steps that have not ended
-# every error at every call, every line, every state: they keep one core busy and measure no time
-WALKS = [f"tests/test_{name}.py" for name in
-         ("walks", "model", "degraded", "secrets", "docs", "validation", "blocks", "faults")]
+# half of the tests, by the time that they take. First those that keep one core busy and measure no time: every error at
+# every call, every line, every state
+HALF = [f"tests/test_{name}.py" for name in
+        ("walks", "model", "degraded", "secrets", "docs", "validation", "blocks", "faults", "job_ends", "run",
+         "gpu_run", "folder", "queue", "programs")]
 MADE = ("nbs", "cjm_fasthtml_resources", "README.md")  # what the notebooks make, besides themselves
 
 # lines of a step's output that show what failed: of pytest, benchmarks/run.py, tools/notebooks.py, ruff and codespell
@@ -179,7 +181,7 @@ def beside(steps: Callable[[], list[Step]], title: str, *pytest: str) -> list[St
 
 def tests() -> list[Step]:
     "The tests under pytest that need neither a browser nor the notebooks, whose cells run once more against the wheel"
-    apart = ("tests/browser", "tests/test_examples.py", *WALKS)
+    apart = ("tests/browser", "tests/test_examples.py", *HALF)
     return [run("tests", VENVS/"dev"/BIN, *PYTEST, "tests", *(f"--ignore={path}" for path in apart))]
 
 
@@ -205,7 +207,7 @@ def development() -> list[Step]:
         *static_checks(programs),
         run("notebooks", programs, "python", "tools/notebooks.py"),
         run("nbdev's own tests", programs, "nbdev_test", "--n_workers", "2"),
-        *beside(tests, "every error and every line", *WALKS),
+        *beside(tests, "the other half of the tests", *HALF),
         run("the saved figures", programs, "python", "benchmarks/run.py", "--short"),
         unchanged(before)]
 
