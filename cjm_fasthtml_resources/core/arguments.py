@@ -77,7 +77,7 @@ def check_text(
     if len(value) > LONGEST_TEXT:
         raise ValueError(f"{name} must have at most {LONGEST_TEXT} characters, not {len(value):,}")
     if problem := unfit_text(value): raise ValueError(f"{name} {problem}, as {shorten(value)} does")
-    return "".join(value)   # of an enumeration or another kind of string, its characters
+    return str.__str__(value)   # of an enumeration or another kind of string, its characters
 
 # %% ../../nbs/core/arguments.ipynb #f226438f
 def check_app(

@@ -22,7 +22,7 @@ from .forks import reset_in_child
 from .nvml import NO_NAME, GpuDevice, GpuProcess, NvmlSession, find_sleeping, in_words, merge_processes
 from .nvml_errors import ASLEEP, NO_MEMORY
 from .sysfs import listed_gpus, module_version
-from .threads import NoThreadError, start_thread
+from .threads import NoThreadError, start_thread, taken_lock
 from .topology import Links, read_links
 
 _all_ = ["GpuDevice", "GpuProcess", "in_words", "merge_processes", "visible_devices", "visible_env"]
@@ -96,13 +96,6 @@ class _Driver:
         "Return a snapshot of sleeping GPUs; close NVML, which would keep them awake"
         self.close()
         return GpuSnapshot(tuple(sleeping), driver_version=module_version())
-
-# %% ../../nbs/core/gpu.ipynb #983c54fd
-def _taken_lock() -> threading.Lock:
-    "Return a lock that is taken: acquiring it waits until another thread releases it"
-    lock = threading.Lock()
-    lock.acquire()
-    return lock
 
 # %% ../../nbs/core/gpu.ipynb #7aaf42dd
 def _check_timeout(timeout: float) -> None:
@@ -186,7 +179,7 @@ class GpuReader:
         try:
             if not self._is_running(): self._start()
         except NoThreadError as error: return GpuSnapshot(reason=f"cannot ask the NVIDIA driver: {error}")
-        if self._is_answered(_Call(_taken_lock(), wake=wake, loads=loads), timeout): return self._latest
+        if self._is_answered(_Call(taken_lock(), wake=wake, loads=loads), timeout): return self._latest
         return GpuSnapshot(reason=f"the NVIDIA driver did not respond within {timeout:.3g} s", late=True)
 
     def read_links(
@@ -196,7 +189,7 @@ class GpuReader:
     ) -> Links:
         "Return how close GPUs are to one another, empty if reading it fails or takes longer"
         _check_timeout(timeout)
-        call = _Call(_taken_lock(), reads=False, pairs=tuple(uuids), found=[])
+        call = _Call(taken_lock(), reads=False, pairs=tuple(uuids), found=[])
         try:
             if call.pairs and not self._is_running(): self._start()
         except NoThreadError: return Links()
@@ -208,7 +201,7 @@ class GpuReader:
     ) -> bool:
         "Close the connection to NVML; return whether it is closed"
         _check_timeout(timeout)
-        return not self._is_running() or self._is_answered(_Call(_taken_lock(), reads=False), timeout)
+        return not self._is_running() or self._is_answered(_Call(taken_lock(), reads=False), timeout)
 
     def _is_answered(self, call: _Call, timeout: float) -> bool:
         "Enter a call into the queue, and return whether it was answered in time"

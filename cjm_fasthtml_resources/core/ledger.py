@@ -250,6 +250,7 @@ class Ledger:
         "Take back a request or a reservation of this process; False if it was over already"
         deadline = self._deadlines.pop(lease, math.inf)
         if not self.leases.drop(lease): return False
+        self._kept.discard(lease)
         self.store.wake()
         self.wakers.wake_first()
         return machine_time() < deadline
@@ -350,9 +351,7 @@ class Ledger:
             if is_held: draft.data = to_bytes(changed(rows) if changed else _change(rows, lease, fields))
         return is_held
 
-    def note_outlasting(self, lease: int) -> None:
-        "Remember that the end of a reservation has to be written, because another process keeps it"
-        self._kept.add(lease)
+    def note_outlasting(self, lease: int) -> None: self._kept.add(lease)   # its end has to be written
 
     def keep_over_exec(self, lease: int) -> bool:
         "Keep a reservation for the program that this process becomes by `os.exec…`; False if it is over"

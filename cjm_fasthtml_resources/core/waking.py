@@ -11,13 +11,7 @@ import threading
 from collections.abc import Iterable
 
 from .forks import reset_in_child
-
-# %% ../../nbs/core/waking.ipynb #4ef58058
-def _taken() -> threading.Lock:
-    "Return a lock that is taken"
-    lock = threading.Lock()
-    lock.acquire()
-    return lock
+from .threads import taken_lock
 
 # %% ../../nbs/core/waking.ipynb #5ad0c1f0
 class Wakers:
@@ -36,7 +30,7 @@ class Wakers:
         seconds: float,
     ) -> None:
         "Wait until the lease is woken, for so many seconds at most"
-        self._locks.setdefault(lease, _taken()).acquire(timeout=seconds)
+        self._locks.setdefault(lease, taken_lock()).acquire(timeout=seconds)
 
     def wake(
         self,
