@@ -11,10 +11,14 @@ from typing import TYPE_CHECKING, Any
 
 from .arguments import check_flag, check_pid
 from .asking import answers_requests
+from .logs import Log
+from .threads import NoThreadError
 
 if TYPE_CHECKING:
     from cjm_fasthtml_resources.core.questions import Question
     from cjm_fasthtml_resources.core.unloading import Unload
+
+_log = Log(__name__)
 
 # %% ../../nbs/core/consent.ipynb #e3d12447
 class AnswersQuestions:
@@ -54,5 +58,7 @@ def follow_plugin(
     manager: Any,
     plugin: Any,   # of a worker that is being registered
 ) -> None:
-    "Follow the queue for a plugin with `on_request`, if other apps can ask"
-    if answers_requests(plugin) and manager.app is not None: manager.follow_questions()
+    "Follow the queue for a plugin with `on_request`, if other apps can ask; log it if starting a thread fails"
+    if not answers_requests(plugin) or manager.app is None: return
+    try: manager.follow_questions()
+    except NoThreadError as error: _log.warning("the plugin is not asked before the next registration: %s", error)

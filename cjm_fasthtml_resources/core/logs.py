@@ -6,6 +6,8 @@
 __all__ = ['Log']
 
 # %% ../../nbs/core/logs.ipynb #7d14bcdc
+import sys
+from functools import partial
 from typing import Any
 
 # %% ../../nbs/core/logs.ipynb #32519592
@@ -14,5 +16,11 @@ class Log:
     def __init__(self, name: str) -> None: self.name = name
 
     def __getattr__(self, method: str) -> Any:
-        import logging
+        try:
+            import logging
+        except OSError: return partial(_print, method)   # as if this process is out of file descriptors
         return getattr(logging.getLogger(self.name), method)
+
+def _print(method: str, message: str, *args: object) -> None:
+    "Print a message on stderr, if there is one"
+    if sys.stderr is not None: print(f"{method}: {message % args}", file=sys.stderr)
