@@ -64,6 +64,58 @@ def test_a_signal_between_two_instructions_leaves_a_lock_free(kind):
     assert number > 100 and left == 0
 
 
+BURSTS = """
+import os, random, signal, sys, time
+from cjm_fasthtml_resources import ResourceManager
+from cjm_fasthtml_resources.simulate import SimulatedDriver, SimulatedGpu
+
+gap, pressed, interrupted, left = float(sys.argv[1]), 0, 0, 0
+
+def press(*_):
+    global pressed
+    if pressed >= 2: return
+    pressed += 1
+    if pressed == 2: signal.setitimer(signal.ITIMER_REAL, 0)
+    raise KeyboardInterrupt
+
+def work():
+    with manager.reserve(100, timeout=0): pass
+    manager.update_worker_state(os.getpid(), status=random.choice(["idle", "running"]))
+
+def until_pressed():
+    while pressed < 2: work()
+
+with SimulatedDriver([SimulatedGpu(memory_total_mb=24000)]):
+    manager = ResourceManager(app="a")
+    manager.register_worker(os.getpid(), "llm")
+    work()
+    signal.signal(signal.SIGALRM, press)
+    for _ in range(1500):
+        try:
+            pressed = 0
+            signal.setitimer(signal.ITIMER_REAL, random.uniform(1e-5, 4e-3), gap)
+            until_pressed()
+        except KeyboardInterrupt: interrupted += 1
+        while pressed < 2:
+            try: time.sleep(1e-3)
+            except KeyboardInterrupt: pass
+        left += len(manager.get_claims())
+        work()   # an error if the gate stays locked
+print(interrupted, left)
+"""
+
+
+@pytest.mark.parametrize("gap", [3e-5, 1e-4, 3e-4])
+def test_two_signals_in_a_row_leave_nothing_behind(gap, tmp_path):
+    "As a terminal and a parent send them: the second one comes while the first one's cleanup runs"
+    program = [sys.executable, "-c", BURSTS, str(gap)]
+    environment = dict(os.environ, CJM_RESOURCES_DIR=str(tmp_path/"state"))
+    ended = subprocess.run(program, capture_output=True, text=True, timeout=120, env=environment)
+    assert ended.returncode == 0, ended.stderr
+    interrupted, left = map(int, ended.stdout.split())
+    assert interrupted > 1000 and left == 0
+
+
 @pytest.mark.skipif(not shutil.which("strace") and not os.environ.get("CI"),
                     reason="needs strace (Debian's package strace)")
 def test_whatever_happens_at_any_system_call_the_next_program_works():

@@ -11,6 +11,7 @@ import contextlib
 import os
 import time
 from collections.abc import Iterator
+from functools import partial
 from io import FileIO
 from typing import TYPE_CHECKING
 
@@ -24,7 +25,7 @@ from cjm_fasthtml_resources.core.lockfile import (
     read_header,
     write_number,
 )
-from .blocks import block
+from .blocks import at_end, block
 from .folder import StoreError
 from .forks import no_fork
 from .leases import in_use, is_used_elsewhere
@@ -203,17 +204,10 @@ def _put_in_place(db: "sqlite3.Connection", copied: Path, path: Path) -> None:
 def _is_locked(path: Path) -> bool:
     "Return whether a program has locked the database, called in the gate"
     import sqlite3
-    db = None
     with no_fork():
         try:
-            try:
-                db = _open(path)
-                db.execute("BEGIN IMMEDIATE")
-            except sqlite3.DatabaseError as error: return "locked" in str(error)
-            finally:
-                if db is not None: db.close()
-        finally:
-            if db is not None: db.close()   # again: an interruption just before the first close leaves the file locked
+            with at_end((db := _open(path)).close): db.execute("BEGIN IMMEDIATE")
+        except sqlite3.DatabaseError as error: return "locked" in str(error)
     return False
 
 # %% ../../nbs/core/database.ipynb #9a87769f
@@ -232,28 +226,22 @@ def changed_database(
     header: Header,
 ) -> Iterator["sqlite3.Connection"]:
     "Open the database and change it in the block, atomically"
-    db, place = None, path
+    copied = as_path(f"{path}.copy")
     with no_fork():
         wait_for_lock(path)
-        try:
-            try:
-                if _is_poisoned(path): _copy(path, place := as_path(f"{path}.copy"))
-                db = _open_in_gate(place, file, header)
+        with at_end(partial(_end_change, file, copied)):
+            if is_poisoned := _is_poisoned(path): _copy(path, copied)
+            with at_end((db := _open_in_gate(copied if is_poisoned else path, file, header)).close):   # it rolls back
                 _insist(db, "BEGIN IMMEDIATE")
                 write_number(file, "counter", header.counter | 1)
                 yield db
                 _insist(db, "COMMIT")
-                if place != path: _put_in_place(db, place, path)
-            finally:
-                if db is not None: db.close()   # which rolls back an open transaction
-                _end_change(file)
-        finally:
-            if db is not None: db.close()       # if an interruption came just before the first
-            _end_change(file)
-            if place != path: place.unlink(missing_ok=True)   # if it was not put in place
+                if is_poisoned: _put_in_place(db, copied, path)
 
 # %% ../../nbs/core/database.ipynb #5b1e7a03
-def _end_change(file: FileIO) -> None:
+def _end_change(file: FileIO, copied: Path) -> None:
+    copied.unlink(missing_ok=True)   # if it was not put in place
+    if file.closed: return           # an end that is called again, later
     if (counter := read_header(file).counter)%2: write_number(file, "counter", counter + 1)
 
 # %% ../../nbs/core/database.ipynb #1d704aef
@@ -263,7 +251,7 @@ NO_WORLD = "none"   # the world of the empty database that a reading gets if the
 def read_database(path: Path) -> Iterator["sqlite3.Connection"]:
     "Open the database for the block, or an empty one; `StoreError` if the file was lost during its use"
     import sqlite3
-    for place in (path.parent, path): check_owner(place)
+    for place in (path.parent, path.with_suffix(".lock"), path): check_owner(place)
     with no_fork(), contextlib.ExitStack() as opened:
         for _ in range(50):
             header, used = _look_at(path.with_suffix(".lock"))
@@ -275,8 +263,7 @@ def read_database(path: Path) -> Iterator["sqlite3.Connection"]:
         if db is None:
             db = opened.enter_context(contextlib.closing(sqlite3.connect(":memory:", isolation_level=None)))
             create_tables(db, NO_WORLD)
-        try: yield db
-        finally: db.close()   # an interruption can come just before the stack's end, and would leave it locked
+        with at_end(db.close): yield db   # an interruption can come just before the stack's end
 
 # %% ../../nbs/core/database.ipynb #85e626dd
 def _open_to_read(

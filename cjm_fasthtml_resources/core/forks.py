@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FORK_SECONDS', 'ResetsInChild', 'reset_in_child', 'free_imports', 'free_others', 'no_fork', 'is_in_no_fork',
-           'waited_in_vain', 'reset_all', 'cache_until_fork']
+           'waited_in_vain', 'reset_all', 'process_mark', 'cache_until_fork']
 
 # %% ../../nbs/core/forks.ipynb #0f874a1c
 import contextlib
@@ -118,6 +118,21 @@ def reset_all() -> None:
 
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(before=_wait_for_others, after_in_parent=_go_on, after_in_child=reset_all)
+
+# %% ../../nbs/core/forks.ipynb #6701d41e
+class _Mark:
+    "Something that every process has anew"
+    def __init__(self) -> None:
+        self.after_fork()
+        reset_in_child(self)
+
+    def after_fork(self) -> None: self.mark = object()
+
+_itself = _Mark()
+
+def process_mark() -> tuple[int, object]:
+    "Return a value that is the same in one process, and differs in its parent and its children"
+    return os.getpid(), _itself.mark
 
 # %% ../../nbs/core/forks.ipynb #5ad3e23c
 def cache_until_fork(

@@ -42,7 +42,7 @@ from cjm_fasthtml_resources.core.requests import (
     show_progress,
 )
 from .arguments import check_fields, check_flag, check_number, check_pid, check_text, shorten
-from .blocks import block_end, make_end
+from .blocks import block_end, make_end, make_undo
 from .claims import DeviceUse, any_for_ram, asks_for_ram, find_base, read_use, used_by
 from .conflict import ResourceBusy, ResourceConflict, ResourceUnavailable
 from .copies import StaysHere
@@ -255,11 +255,12 @@ class ActiveJob(StaysHere):
 
     def __enter__(self) -> "ActiveJob":
         self.enter()
+        undo = make_undo(self._exit.close)
         try:
             for pause in begin(self): time.sleep(pause)
             return self
         except BaseException:
-            self._exit.close()
+            undo()
             raise
 
     __exit__ = block_end()

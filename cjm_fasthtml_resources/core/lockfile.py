@@ -15,10 +15,10 @@ import threading
 import time
 from collections.abc import Iterator
 from io import FileIO
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 from zlib import crc32
 
-from .blocks import block
+from .blocks import block, block_end, block_start, make_end
 from .folder import StoreError, boot_id, explain_os_error, state_folder
 from .forks import is_in_no_fork, reset_in_child
 from .leases import in_use, is_used_elsewhere
@@ -134,11 +134,18 @@ def _pass(file: FileIO, path: Path, seconds: float) -> None:
 # %% ../../nbs/core/lockfile.ipynb #b74cfa97
 class _Gate(FileIO):
     "The lock file of a process that waits for the gate, or is in it"
+    __exit__ = block_end()
+    if not TYPE_CHECKING: __enter__ = block_start()
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path, "r+", opener=open_made)
+        self._leave = make_end(self.leave)
+
     def after_fork(self) -> None:
         "Close the copy in a fork's child, which leaves the parent's lock in place"
         self.close()
 
-    def leave(self) -> None:
+    def leave(self, *error: object) -> None:
         "Free the gate if it is locked, even if a fork's child has a copy of the descriptor"
         if self.closed: return
         with contextlib.suppress(OSError): unlock_byte(self.fileno(), 0)
@@ -163,22 +170,15 @@ def _forbid_nested(path: Path) -> None:
 @block
 def in_gate(path: Path) -> Iterator[FileIO]:
     "Open the lock file, made if it is missing, with its gate locked for the block"
-    file: _Gate | None = None
     _forbid_nested(path)
-    try:
-        try:
-            while file is None:
-                file = _inside[threading.get_ident()] = reset_in_child(_Gate(path, "r+", opener=open_made))
-                _pass(file, path, BUSY_SECONDS)
-                if not _is_at(path, file):   # it was replaced while this process waited
-                    file.leave()
-                    file = None
+    while True:
+        with _Gate(path) as file:
+            _inside[threading.get_ident()] = reset_in_child(file)
+            _pass(file, path, BUSY_SECONDS)
+            if not _is_at(path, file): continue   # it was replaced while this process waited
             write_number(file, "pid", os.getpid())
             yield file
-        finally:
-            if file is not None: file.leave()
-    finally:
-        if file is not None: file.leave()   # if an interruption came just before the first
+            return
 
 # %% ../../nbs/core/lockfile.ipynb #04688e0c
 def _sum(data: bytes, serial: int, offset: int) -> int:

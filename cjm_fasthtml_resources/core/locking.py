@@ -10,29 +10,28 @@ import math
 import os
 import struct
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
+from functools import partial
 from io import FileIO
 from itertools import pairwise
 from operator import methodcaller
 from typing import Any
 
-from .blocks import block
+from .blocks import Pair
 
 # %% ../../nbs/core/locking.ipynb #4747e2ac
 _ACQUIRE, _RELEASE = methodcaller("acquire"), methodcaller("release")
 
-@block
 def holding(
     lock: Any,   # a `threading.Lock` or `RLock`, or another package's replacement of them
-) -> Iterator[None]:
+) -> Pair:
     "Take a lock for a block; it is free afterwards, whatever interrupts the block"
     held = list[Any]()   # the lock, while it is taken
-    try:
-        try:
-            held[:] = filter(_ACQUIRE, [lock])   # one instruction: a signal comes before or after it
-            yield
-        finally: held[:] = zip(map(_RELEASE, held), (), strict=False)   # another one: it releases, and empties the list
-    finally: held[:] = zip(map(_RELEASE, held), (), strict=False)   # if an interruption came just before the first
+    return Pair(partial(_take, held, lock), partial(_free, held))
+
+# each assignment is one instruction: a signal comes before or after it. The second one also empties the list
+def _take(held: list[Any], lock: Any) -> None: held[:] = filter(_ACQUIRE, [lock])
+def _free(held: list[Any], *error: object) -> None: held[:] = zip(map(_RELEASE, held), (), strict=False)
 
 # %% ../../nbs/core/locking.ipynb #7baaebe2
 # struct flock on 64-bit Linux: type, whence, start, length, PID (0 for these locks)

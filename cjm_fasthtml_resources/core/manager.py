@@ -33,7 +33,7 @@ from .gpu import GpuDevice, GpuSnapshot, read_gpus
 from .ledger import Ledger, Waits
 from .needs import Needs, NeedsReader, needs_roster
 from .registry import WorkerRegistry
-from .requests import acquire, complete, giving_back, make_check, make_request, pend
+from .requests import acquire, complete, make_check, make_request, pend
 from .resources import ResourceStatus, ResourceType, WorkerState
 from .room import plan_room
 from .roster import Roster
@@ -177,7 +177,7 @@ class ResourceManager(StaysHere, WorkerRegistry, NeedsReader, JobStarter):
     ) -> GpuChoice:
         "Wait in the queue of `reserve` until a GPU has room, and leave it free: another program can then take it"
         reserve = partial(self.reserve, gpu_memory_mb, device, timeout, progress=progress, n=n)
-        with giving_back(reserve) as held: return GpuChoice(held.devices)
+        with reserve() as held: return GpuChoice(held.devices)
 
     async def wait_for_gpu_async(
         self, gpu_memory_mb: float | str, device: int | str | GpuDevice | None = None, timeout: float | None = None,

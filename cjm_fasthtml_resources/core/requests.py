@@ -8,7 +8,7 @@ __all__ = ['ALL', 'LEAST_TIME', 'SHOW_EVERY', 'SAY_AFTER', 'SAY_EVERY', 'check_m
            'read_environ', 'keep_seen', 'capacity_beside', 'whose_beside', 'choose_devices', 'choose_several',
            'choose_under_cap', 'check_ram_under_cap', 'find_capped', 'find_shortage', 'suggest', 'check_timeout',
            'find_answers', 'make_give_up', 'time_for_driver', 'within', 'make_check', 'make_request', 'pend',
-           'show_progress', 'complete', 'giving_back', 'acquire']
+           'show_progress', 'complete', 'acquire']
 
 # %% ../../nbs/core/requests.ipynb #d9afc2dc
 import contextlib
@@ -32,7 +32,7 @@ from cjm_fasthtml_resources.core.explain import (
     suggest_room,
 )
 from .arguments import check_flag, check_number, check_pid, shorten
-from .blocks import block
+from .blocks import block, make_undo
 from .claims import read_use
 from .conflict import ResourceBusy, ResourceConflict, ResourceUnavailable
 from .devices import device_key, device_place, doubtful_places, explain_doubt, see_devices, select_devices
@@ -523,26 +523,12 @@ def complete(
     progress: bool,
 ) -> "Reservation":
     "Wait for a request's reservation; whatever ends the waiting, nothing stays reserved"
+    undo = make_undo(request.withdraw)
     try:
         with show_progress(request, check, progress) as show: return request.wait(show)
     except BaseException:
-        request.withdraw()
+        undo()
         raise
-
-@block
-def giving_back(
-    reserve: "Callable[[], Reservation]",
-) -> "Iterator[Reservation]":
-    "Reserve for a block; released twice, since an interruption can come just before the first release"
-    held: Reservation | None = None
-    try:
-        try:
-            held = reserve()
-            yield held
-        finally:
-            if held is not None: held.release()
-    finally:
-        if held is not None: held.release()
 
 # %% ../../nbs/core/requests.ipynb #2b1eef43
 async def acquire(

@@ -31,12 +31,13 @@ from cjm_fasthtml_resources.core.claims import (
     read_use,
 )
 from .arguments import check_number
-from .blocks import block_end, block_start, make_end
+from .blocks import at_end, block_end, block_start, make_end, make_undo
 from .conflict import ResourceBusy, ResourceConflict, ResourceUnavailable
 from .copies import StaysHere
 from .devices import device_key, env_by_index, find_ordinal, visible_env
 from .endings import find_ending, give_back
 from .events import WAIT_BUCKETS
+from .forks import process_mark
 from .gpu import GpuDevice, GpuSnapshot
 from .leases import new_lease
 from .ledger import HandOver, Ledger, Rows, Waits, machine_devices
@@ -138,15 +139,14 @@ class Reservation(OnDevices, StaysHere, contextlib.AbstractContextManager["Reser
     holder: ProcessId         # the process whose tree it is reserved for
     lease: int = field(repr=False)          # the reservation counts as long as this is locked
     _ledger: Ledger = field(repr=False, compare=False)
-    _exit: contextlib.ExitStack = field(repr=False, compare=False, default_factory=contextlib.ExitStack)
     _machine: tuple[GpuDevice, ...] = field(repr=False, compare=False, default=())   # every device, as it was read
     memory_mb: float = 0      # MiB of RAM
     ram: tuple[str, ...] = field(repr=False, default=())   # the names of that RAM in the ledger
     _look: Callable[[], GpuSnapshot] = field(repr=False, compare=False, default=GpuSnapshot)   # reads every device
 
     def __post_init__(self) -> None:
-        for _ in range(2): self._exit.callback(give_back, self._ledger, self.lease, self.is_for_other)   # twice
-        object.__setattr__(self, "_leave", make_end(self._exit.__exit__))
+        give_it_back = partial(give_back, self._ledger, self.lease, self.is_for_other)
+        object.__setattr__(self, "_leave", make_end(lambda *error: give_it_back() and None))
 
     __exit__ = block_end()
     if not TYPE_CHECKING: __enter__ = block_start()   # a type checker knows it from the base class
@@ -186,7 +186,7 @@ class Reservation(OnDevices, StaysHere, contextlib.AbstractContextManager["Reser
         if not self._ledger.change(self.lease, change): raise ReservationOver(self)
         self._ledger.store.wake()
         rest = next((c.memory for c in self._ledger.find_all(self.lease) if not is_ram(c.device)), 0)
-        return replace(self, gpu_memory_mb=rest/2**20, _exit=contextlib.ExitStack())
+        return replace(self, gpu_memory_mb=rest/2**20)
 
     def renew(
         self,
@@ -212,7 +212,7 @@ class Reservation(OnDevices, StaysHere, contextlib.AbstractContextManager["Reser
         self._ledger.note_outlasting(self.lease)
         change = partial(HandOver(holder, bases, spent, uses, until_released).change, lease=self.lease)
         if not self._ledger.change(self.lease, change): raise ReservationOver(self)
-        return replace(self, holder=holder, _exit=contextlib.ExitStack())
+        return replace(self, holder=holder)
 
     def keep_over_exec(self) -> None:
         """Keep the reservation for the program that this process becomes by `os.exec…`, until that ends
@@ -279,6 +279,14 @@ def choose_again(
         if not before: raise   # after a device was found once, the request waits until one is back
         return before
 
+# %% ../../nbs/core/reservations.ipynb #91954663
+def _links_among(
+    devices: Mapping[str, GpuDevice], known: Links | None, find: Callable[[Collection[str]], Links],
+) -> Links:
+    "Return how close the devices are to one another, read once for the same devices"
+    uuids = [device.uuid for device in devices.values() if device.uuid]
+    return known if known is not None and set(known.keys) == set(uuids) else find(uuids)
+
 # %% ../../nbs/core/reservations.ipynb #5f5ab342
 class Request(StaysHere):
     "A request in the queue: it enters at the first `poll` and leaves by `withdraw`, both from any thread"
@@ -314,7 +322,7 @@ class Request(StaysHere):
         self.holder, self.memory, self.app, self.ttl, self.receipt = holder, memory, app, ttl, receipt
         self.count, self.find_links, self.beside, self.priority, self.share = count, find_links, beside, priority, share
         self.devices: dict[str, GpuDevice] = {}          # those that suited it at the last reading, by key
-        self.lease, self._asked, self._made_in = new_lease(), time.monotonic(), os.getpid()
+        self.lease, self._asked, self._made_in = new_lease(), time.monotonic(), process_mark()
         self._known: dict[str, GpuDevice] = {}           # every device that ever suited it, by key
         self._allowed: dict[int, tuple[str, ...]] = {}   # for the ledger: the devices that suit it now
         give_up_lease = ledger.end_later if self.is_for_other else ledger.withdraw
@@ -323,7 +331,7 @@ class Request(StaysHere):
 
     def poll(self) -> Reservation | None:
         "Return the reservation if it is granted by now, else `None`; the first call enters the queue"
-        if os.getpid() != self._made_in: raise RuntimeError("the parent process made this request: make a new one")
+        if process_mark() != self._made_in: raise RuntimeError("the parent process made this request: make a new one")
         try: return self._poll()
         except (ResourceBusy, ResourceUnavailable):
             self.ledger.events.count("refused")
@@ -363,16 +371,19 @@ class Request(StaysHere):
         show: Callable[[], None] = lambda: None,   # called between two polls
     ) -> Reservation:
         "Return the reservation once it is granted; after any error the request has left the queue"
-        try:
+        undo = make_undo(self.withdraw)
+        try: return self._wait(show)
+        except BaseException:
+            undo()
+            raise
+
+    def _wait(self, show: Callable[[], None]) -> Reservation:
+        with at_end(partial(self.ledger.wakers.forget, self.lease)):
             for pause in pauses():
                 if found := self.poll(): return found
                 show()
                 self.ledger.wakers.wait(self.lease, pause)
             raise AssertionError("the pauses never end")
-        except BaseException:
-            self.withdraw()
-            raise
-        finally: self.ledger.wakers.forget(self.lease)
 
     async def wait_async(
         self,
@@ -442,14 +453,10 @@ class Request(StaysHere):
         self._known.update(self.devices)
         if self.share: self.memory = int(self.share*min((d.capacity for d in self.devices.values()), default=0))
         self._allowed[self.lease] = self._suiting = find_suiting(self.devices, self.memory, self.holder, self.covers)
-        if 1 < self.count < len(self.devices): self._look_at_links([d.uuid for d in self.devices.values() if d.uuid])
+        if 1 < self.count < len(self.devices): self._links = _links_among(self.devices, self._links, self.find_links)
         uses = read_use(snapshot.devices)
         self._seen = machine_devices(uses)
         return uses
-
-    def _look_at_links(self, uuids: Collection[str]) -> None:
-        "Read how close the devices are to one another, once for the same devices"
-        if self._links is None or set(self._links.keys) != set(uuids): self._links = self.find_links(uuids)
 
 # %% ../../nbs/core/reservations.ipynb #f2befc18
 class PendingReservation(StaysHere):

@@ -9,8 +9,10 @@ __all__ = ['is_shared', 'explain_refusal', 'check_owner', 'open_made', 'map_user
 import contextlib
 import os
 import stat
+from functools import partial
 from io import FileIO
 
+from .blocks import at_end
 from .folder import StoreError, is_hidden
 from .paths import Path, as_path
 
@@ -97,6 +99,8 @@ def _problem(path: Path, found: os.stat_result) -> str | None:
     "Return the problem with a file or folder, `None` if it is right"
     if stat.S_ISLNK(found.st_mode): return f"is a symbolic link, so it is refused{_REDIRECTED}"
     if _shares(found): return _problem_of_shared(path, found)
+    if not stat.S_ISDIR(found.st_mode) and not stat.S_ISREG(found.st_mode):
+        return f"is neither a file nor a folder, so it is refused{_REDIRECTED}"   # opening a named pipe can hang
     mine = found.st_uid == os.geteuid()
     if mine and not found.st_mode & 0o022: return None
     if not stat.S_ISDIR(found.st_mode) and _shares(folder := os.lstat(os.path.dirname(path))):
@@ -110,12 +114,9 @@ def _problem(path: Path, found: os.stat_result) -> str | None:
 def _make_shared(path: Path) -> None:
     "Make an empty file that its group can use, unless another process is first"
     new = f"{path}.{os.getpid()}-{os.urandom(4).hex()}.new"
-    try:
-        try:
-            with FileIO(new, "x") as file: os.fchmod(file.fileno(), 0o660)
-            with contextlib.suppress(FileExistsError): os.link(new, path)
-        finally: _remove(new)
-    finally: _remove(new)   # an interruption can skip the first `_remove`
+    with at_end(partial(_remove, new)):
+        with FileIO(new, "x") as file: os.fchmod(file.fileno(), 0o660)
+        with contextlib.suppress(FileExistsError): os.link(new, path)
 
 def _remove(path: str) -> None:
     with contextlib.suppress(OSError): os.unlink(path)

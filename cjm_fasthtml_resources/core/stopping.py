@@ -11,6 +11,7 @@ __all__ = ['RELEASE_WITHIN', 'find_ended', 'find_stoppable', 'with_lease', 'find
 import os
 import time
 from collections.abc import Callable, Collection, Iterable
+from functools import partial
 from typing import Any, TypeVar
 
 from cjm_fasthtml_resources.core.workers import (
@@ -20,6 +21,7 @@ from cjm_fasthtml_resources.core.workers import (
     find_starts,
 )
 from .asking import ask_plugin
+from .blocks import at_end
 from .claims import Claim
 from .classify import find_owner
 from .conflict import ResourceBusy, ResourceConflict
@@ -77,12 +79,9 @@ def with_lease(
 ) -> _Result:
     "Call a function with a new lease, which is dropped however the call ends"
     lease = new_lease()
-    try:
-        try:
-            workers.leases.take(lease)
-            return do(lease)
-        finally: workers.leases.drop(lease)
-    finally: workers.leases.drop(lease)
+    with at_end(partial(workers.leases.drop, lease)):
+        workers.leases.take(lease)
+        return do(lease)
 
 # %% ../../nbs/core/stopping.ipynb #ce82711c
 def find_lines(

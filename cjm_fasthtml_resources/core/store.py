@@ -39,7 +39,7 @@ from cjm_fasthtml_resources.core.lockfile import (
     write_ledger,
     write_number,
 )
-from .blocks import block
+from .blocks import at_end, block
 from .folder import StoreError
 from .forks import no_fork, reset_in_child, waited_in_vain
 from .leases import Leases, is_used_elsewhere, new_lease
@@ -92,16 +92,12 @@ def make_in_memory() -> "sqlite3.Connection":
 @block
 def nested_transaction(db: "sqlite3.Connection") -> Iterator[None]:
     "Open a transaction for the block; if one is open, as when a change also reads, make the block a part of it"
-    nested = db.in_transaction
-    try:
-        try:
-            if not nested: db.execute("BEGIN")
+    if db.in_transaction: yield
+    else:
+        with at_end(db.rollback):   # nothing, after COMMIT
+            db.execute("BEGIN")
             yield
-            if not nested: db.execute("COMMIT")
-        finally:
-            if not nested and db.in_transaction: db.execute("ROLLBACK")
-    finally:
-        if not nested and db.in_transaction: db.execute("ROLLBACK")   # an interruption can skip the first rollback
+            db.execute("COMMIT")
 
 # %% ../../nbs/core/store.ipynb #9a7f1c52
 class Draft:

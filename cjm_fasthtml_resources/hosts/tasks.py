@@ -21,7 +21,7 @@ from typing import Any
 
 from distributed import Client, Future, Reschedule, get_worker, secede
 
-from ..core.blocks import block
+from ..core.blocks import block, make_undo
 from ..core.conflict import ResourceUnavailable
 from ..core.forks import reset_in_child
 from ..core.reservations import Request, Reservation
@@ -74,6 +74,7 @@ def wait_for_memory(
 ) -> Reservation:
     """Wait until a request is granted.
     If anything else ends the waiting, the request leaves the queue"""
+    undo = make_undo(request.withdraw)
     try:
         with turn: held = request.poll()
         entered()
@@ -81,7 +82,7 @@ def wait_for_memory(
         secede()
         return request.wait(check)
     except BaseException:
-        request.withdraw()
+        undo()
         raise
 
 # %% ../../nbs/hosts/tasks.ipynb #d7bcd575
