@@ -123,13 +123,22 @@ def read_settings(
 
 # %% ../../nbs/core/folder.ipynb #935f8539
 @cache
-def _resolve(folder: str) -> Path: return as_path(os.path.abspath(folder))
+def _resolve(folder: str) -> Path:
+    try: return as_path(os.path.abspath(folder))
+    except FileNotFoundError:
+        raise StoreError(f"CJM_RESOURCES_DIR is {folder!a}, relative to the current folder, which was deleted: "
+                         "set it to an absolute path") from None
 
 def chosen_folder() -> Path | None:
-    "Return the folder that `CJM_RESOURCES_DIR` or the machine's settings name, if one of them does"
+    "Return the folder that `CJM_RESOURCES_DIR` or the machine's settings name, if one of them does; `StoreError`"
     if folder := os.environ.get("CJM_RESOURCES_DIR"): return _resolve(folder)
     return read_settings()
 
 def state_folder() -> Path:
     "Return the folder for this program, existing or not; `StoreError` if it is unknown"
-    return chosen_folder() or home_folder()
+    folder = chosen_folder() or home_folder()
+    try: os.fspath(folder).encode()
+    except UnicodeEncodeError:
+        raise StoreError(f"the folder {os.fspath(folder)!a} has a name that is not UTF-8: set CJM_RESOURCES_DIR to "
+                         "another one") from None
+    return folder
