@@ -99,3 +99,31 @@ def test_a_shift_by_a_part_of_a_tick_ends_no_process(spawn):
     processes = [(pid, read_start(pid)) for pid in pids]
     found = run(sys.executable, "-c", SHIFTED, ENDED, json.dumps(processes))
     assert found == str([False]*len(processes))
+
+
+def write_back(copy, path): path.write_bytes(copy.read_bytes())   # into the same file
+def put_back(copy, path): os.rename(shutil.copy2(copy, path.with_name("new")), path)
+def remove(copy, path): path.unlink()
+
+
+@pytest.mark.skipif(not allows(["unshare", "--mount"]), reason="making a mount namespace needs root")
+@pytest.mark.parametrize("restore", [write_back, put_back, remove])
+@pytest.mark.parametrize("holder", ["host", "container"])
+def test_an_old_copy_hides_no_reservation_where_a_container_has_the_folder_at_another_path(tmp_path, restore, holder):
+    "As with `docker -v ~/.local/state/…:/reservations`, and a backup of the files that is restored"
+    state, inside, copy = tmp_path/"state", tmp_path/"elsewhere"/"reservations", tmp_path/"copy"
+    assert python(ASKS) == "0 given"
+    shutil.copy2(state/"resources.lock", copy)
+    inside.mkdir(parents=True)
+    enter = ["unshare", "--mount", "--propagation", "private", "sh", "-c",
+             f'mount --bind "{state}" "{inside}" && CJM_RESOURCES_DIR="{inside}" exec "$@"', "sh"]
+    holds, asks = ([], enter) if holder == "host" else (enter, [])
+    with subprocess.Popen([*holds, sys.executable, "-c", KILLED, str(os.getpid())], stdin=subprocess.PIPE,
+                          stdout=subprocess.PIPE, text=True) as held:
+        assert held.stdout.readline() == "held\n"
+        assert python(ASKS, *asks) == "1 busy"
+        restore(copy, state/"resources.lock")
+        asked = subprocess.run([*asks, sys.executable, "-c", ASKS], capture_output=True, text=True, timeout=60)
+        assert "given" not in asked.stdout
+        assert "busy" in asked.stdout or "while other programs use it" in asked.stderr, asked.stderr
+        held.kill()
