@@ -15,10 +15,10 @@ import threading
 import time
 from collections.abc import Iterator
 from io import FileIO
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 from zlib import crc32
 
-from .blocks import block, block_end, block_start, make_end
+from .blocks import at_end, block
 from .folder import StoreError, boot_id, explain_os_error, state_folder
 from .forks import is_in_no_fork, reset_in_child
 from .leases import in_use, is_used_elsewhere
@@ -134,18 +134,11 @@ def _pass(file: FileIO, path: Path, seconds: float) -> None:
 # %% ../../nbs/core/lockfile.ipynb #b74cfa97
 class _Gate(FileIO):
     "The lock file of a process that waits for the gate, or is in it"
-    __exit__ = block_end()
-    if not TYPE_CHECKING: __enter__ = block_start()
-
-    def __init__(self, path: Path) -> None:
-        super().__init__(path, "r+", opener=open_made)
-        self._leave = make_end(self.leave)
-
     def after_fork(self) -> None:
         "Close the copy in a fork's child, which leaves the parent's lock in place"
         self.close()
 
-    def leave(self, *error: object) -> None:
+    def leave(self) -> None:
         "Free the gate if it is locked, even if a fork's child has a copy of the descriptor"
         if self.closed: return
         with contextlib.suppress(OSError): unlock_byte(self.fileno(), 0)
@@ -172,7 +165,7 @@ def in_gate(path: Path) -> Iterator[FileIO]:
     "Open the lock file, made if it is missing, with its gate locked for the block"
     _forbid_nested(path)
     while True:
-        with _Gate(path) as file:
+        with at_end((file := _Gate(path, "r+", opener=open_made)).leave):
             _inside[threading.get_ident()] = reset_in_child(file)
             _pass(file, path, BUSY_SECONDS)
             if not _is_at(path, file): continue   # it was replaced while this process waited
