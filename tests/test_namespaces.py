@@ -5,7 +5,9 @@ import shutil
 import subprocess
 import sys
 
+import psutil
 import pytest
+from conftest import wait_until
 
 from cjm_fasthtml_resources import ResourceManager
 from cjm_fasthtml_resources.core.process import read_start
@@ -127,3 +129,31 @@ def test_an_old_copy_hides_no_reservation_where_a_container_has_the_folder_at_an
         assert "given" not in asked.stdout
         assert "busy" in asked.stdout or "while other programs use it" in asked.stderr, asked.stderr
         held.kill()
+
+
+WAITS = """
+from cjm_fasthtml_resources import ResourceManager
+from cjm_fasthtml_resources.core import reservations
+from cjm_fasthtml_resources.simulate import SimulatedDriver, SimulatedGpu
+reservations.POLL_WITHIN = 2.0
+with SimulatedDriver([SimulatedGpu(memory_total_mb=24000)]):
+    manager = ResourceManager(app="w")
+    with manager.reserve(24000): print("given", flush=True)
+"""
+
+
+@needs_pids
+def test_a_waiter_that_is_stopped_in_another_pid_namespace_is_passed_over_until_it_goes_on(spawn):
+    waits = subprocess.Popen([*PID_NAMESPACE, sys.executable, "-c", WAITS], stdout=subprocess.PIPE, text=True)
+    with SimulatedDriver([SimulatedGpu(memory_total_mb=24000)]), waits:
+        manager = ResourceManager(app="a")
+        with manager.reserve(5000, timeout=0):
+            wait_until(lambda: len(manager.get_claims()) == 2)
+            waiter = psutil.Process(waits.pid).children()[0]
+            waiter.suspend()
+            with manager.reserve(1000, timeout=20): pass   # of the 19,000 that are free
+            line = next(c for c in manager.get_claims() if c.device is None)
+            assert line.is_suspended
+            waiter.resume()
+            wait_until(lambda: not any(c.is_suspended for c in manager.get_claims()))
+        assert waits.stdout.readline() == "given\n"

@@ -82,6 +82,7 @@ class Claim:
     @property
     def is_suspended(self) -> bool:
         "Return whether the process that waits for it is suspended, as by Ctrl-Z"
+        if self.receipt is not None and self.receipt.is_late: return True
         if self.for_other or self.covers or self.space != pid_namespace(): return False
         stat = read_stat(self.holder.pid)
         return stat is not None and stat.state in ("T", "t") and stat.start_time == self.holder.start_time

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['LOOK_EVERY', 'SURE_SECONDS', 'CAP_FILE', 'Waits', 'Rows', 'from_bytes', 'find_claim', 'to_bytes', 'HiddenClaims',
-           'LedgerReading', 'Ledger', 'HandOver', 'find_cap', 'find_rule', 'machine_devices', 'WAIT_BUCKETS']
+           'LedgerReading', 'Ledger', 'HandOver', 'find_cap', 'find_rule', 'machine_devices', 'mark_late',
+           'WAIT_BUCKETS']
 
 # %% ../../nbs/core/ledger.ipynb #9a04c222
 import atexit
@@ -213,7 +214,7 @@ class Ledger:
     def read(self) -> LedgerReading:
         "Return the claims as they are now; only reads, and waits for no other process"
         found = _sure(self.rows, self.store)
-        return LedgerReading(found.claims, frozenset(_examine(self, found.claims)[1]))
+        return LedgerReading(mark_late(found.claims, self.store), frozenset(_examine(self, found.claims)[1]))
 
     def since(
         self,
@@ -528,7 +529,7 @@ def _plan(
     left = drop(mine, [c.id for c in gone], uses) if gone else [*mine]
     released = {c.id for c in left if c.expires == 0.0}   # since the devices were read
     if asked: left.append(_receive(asked, rows.last_id + 1, now))
-    after, given = _give(left, rows.last_id, uses, allowed, find_rule(ledger.store), now)
+    after, given = _give(ledger, left, rows.last_id, uses, allowed, now)
     ended = {*rows.ended, *((c.lease, c.id) for c in gone)}
     new = Rows(tuple(_with_others(after, mine, rows.claims)), rows.version + bool(gone or given),
                machine_devices(uses), rows.last_id + (asked.size if asked else 0),
@@ -536,14 +537,24 @@ def _plan(
     unused = [c for c in after if c.expires == 0.0 and c.id not in released]
     return _Plan(new, [c for c in gone if c.device is not None], unused, rows.last_id + 1 in given)
 
+# %% ../../nbs/core/ledger.ipynb #3f412476
+def mark_late(claims: Sequence[Claim], store: Store) -> tuple[Claim, ...]:
+    "Return the claims, with a mark on the requests that were not polled in time"
+    late = store.find_late([c.lease for c in claims if c.device is None])
+    def marked(c: Claim) -> Claim: return replace(c, receipt=(c.receipt or Receipt())._replace(is_late=True))
+    return tuple(marked(c) if c.lease in late else c for c in claims) if late else tuple(claims)
+
 # %% ../../nbs/core/ledger.ipynb #48d582ac
 def _give(
+    ledger: "Ledger",
     claims: list[Claim],   # the new one last
     last_id: int,          # the last id before it
-    uses: Sequence[DeviceUse], allowed: Mapping[int, Collection[str]], may_have: MayHave, now: float,
+    uses: Sequence[DeviceUse], allowed: Mapping[int, Collection[str]], now: float,
 ) -> tuple[list[Claim], set[int]]:   # and the ids of the claims that got a device
     "Return the claims after `grant`; requests of suspended processes are passed over"
-    current = [_choose_again(c, allowed) for c in claims]
+    may_have = find_rule(ledger.store)
+    waiting = [c for c in claims if c.id <= last_id]
+    current = [_choose_again(c, allowed) for c in (*mark_late(waiting, ledger.store), *claims[len(waiting):])]
     def is_asleep(claim: Claim) -> bool: return claim.id <= last_id and claim.is_suspended   # a new one asks now
 
     after = grant(current, uses, passes_over=is_asleep, may_have=may_have, may_pass=passing_rule(now, may_have))

@@ -57,6 +57,7 @@ class Receipt(NamedTuple):
     passed: int | None = None          # ID of the request that it was granted ahead of: it ends before that one
     asks_idle: int | None = None       # 1: while it waits, it asks idle holders of other apps to unload
     kept: int | None = None            # 1: its lease is locked until its holder has ended (see `core.keeper`)
+    is_late: bool = False              # as it was read: it waits, and was not polled again in time. It is never written
 
     def seen(
         self,
@@ -115,7 +116,7 @@ _BEGIN = "!"   # device names begin with other characters
 
 def to_text(receipt: Receipt) -> str:
     "Return a receipt as a text for a row of the ledger"
-    first, more = receipt[:7], [*(receipt.grace or (None, None, None)), *receipt[8:]]
+    first, more = receipt[:7], [*(receipt.grace or (None, None, None)), *receipt[8:-1]]
     while more and more[-1] is None: more.pop()
     values = (*first, *more)
     parts = ("" if value is None else f"{value:.1f}" if isinstance(value, float) else str(value) for value in values)
@@ -132,7 +133,7 @@ def from_text(text: str) -> Receipt:
     values: list[Any] = [kind(part) if part else None for kind, part in zip(kinds, parts, strict=False)]
     values += [None]*(len(kinds) - len(values))
     grace = Grace(*values[7:10]) if values[7] else None
-    last = dict(zip(Receipt._fields[7:], (grace, *values[10:]), strict=True))
+    last = dict(zip(Receipt._fields[7:-1], (grace, *values[10:]), strict=True))
     return Receipt(*values[:7])._replace(**last)
 
 # %% ../../nbs/core/receipts.ipynb #98dad3e3

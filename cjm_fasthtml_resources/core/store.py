@@ -11,7 +11,7 @@ import contextlib
 import sys
 import threading
 import zlib
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from io import FileIO
 from typing import TYPE_CHECKING
 
@@ -30,8 +30,10 @@ from cjm_fasthtml_resources.core.lockfile import (
     boot_id,
     check_owner,
     explain_error,
+    find_late,
     forbid_new,
     in_gate,
+    note_polled_until,
     prepare,
     read_header,
     read_ledger,
@@ -202,6 +204,18 @@ class Store:
     def wake(self) -> None:
         "Let the next waiting request read the devices at once"
         with contextlib.suppress(OSError), _to_write(self.lock_path) as file: self._set_looked_at(file, 0.0)
+
+    def note_polled_until(self, lease: int, time: float) -> None:
+        "Write when a request of this process will have been polled again; a failure leaves that unknown to others"
+        if (file := self.leases.file) is None: return
+        with contextlib.suppress(OSError): note_polled_until(file, lease, time)
+
+    def find_late(self, leases: Collection[int]) -> set[int]:
+        "Return those of the requests that should have been polled again by now"
+        if self.lock_path is None or not leases: return set()
+        try:
+            with FileIO(self.lock_path) as file: return find_late(file, leases, machine_time())
+        except OSError: return set()
 
     def is_changing(self) -> bool:
         "Return whether a process is in the gate at this moment"
