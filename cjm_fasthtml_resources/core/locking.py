@@ -6,6 +6,7 @@
 __all__ = ['holding', 'lock_byte', 'unlock_byte', 'is_locked', 'find_locked', 'is_locked_beside', 'OpenFolder', 'OpenFile']
 
 # %% ../../nbs/core/locking.ipynb #a40e9415
+import contextlib
 import math
 import os
 import struct
@@ -100,10 +101,18 @@ def is_locked_beside(
 # %% ../../nbs/core/locking.ipynb #40c0a136
 _FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
 
+def _chance() -> int: return 1 + int.from_bytes(os.urandom(4), "big")//2   # a position that every file system allows
+
+def _close_own(fd: int, position: int) -> None:
+    "Close a descriptor, if it is still at the position to which it was set"
+    with contextlib.suppress(OSError):
+        if os.lseek(fd, 0, os.SEEK_CUR) == position: os.close(fd)
+
 class OpenFolder:
-    "A descriptor of a folder, closed with the last reference to this object"
+    "A descriptor of a folder, closed with the last reference to this object, while it is its own"
     def __init__(self, path: str | os.PathLike[str]) -> None:
-        self._closing = weakref.finalize(self, os.closerange, fd := os.open(path, _FOLDER), fd + 1)   # ignores errors
+        set_to, at = os.lseek, _chance()   # C alone until something closes it
+        self._closing = weakref.finalize(self, _close_own, fd := os.open(path, _FOLDER), set_to(fd, at, os.SEEK_SET))
         self._closing.atexit = False
 
     def fileno(self) -> int:
@@ -113,7 +122,9 @@ class OpenFolder:
 
     def close(self) -> None:
         "Close it, if it is open"
-        self._closing()
+        if (open_one := self._closing.peek()) is None: return
+        _close_own(*open_one[2])   # if an interruption comes first, the last reference does it
+        self._closing.detach()
 
     def __enter__(self) -> "OpenFolder": return self
     def __exit__(self, *exc: object) -> None: self.close()
@@ -126,8 +137,7 @@ class OpenFile(FileIO):
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self._position = 0
         super().__init__(path, "r+")
-        chance = int.from_bytes(os.urandom(4), "big")//2   # every file system allows such a position
-        self._position = os.lseek(self.fileno(), 1 + chance, os.SEEK_SET)
+        self._position = os.lseek(self.fileno(), _chance(), os.SEEK_SET)
 
     def is_own(self) -> bool:
         "Return whether the descriptor is still the one that was opened"
