@@ -104,6 +104,8 @@ class ResourceManager(StaysHere, WorkerRegistry, NeedsReader, JobStarter):
         prepared: Prepared | None = None,   # the app's file, read just before the snapshot; `None`: read it now
     ) -> ResourceConflict:
         "Check a snapshot, and leave the driver and the plugins alone"
+        if not isinstance(prepared, Prepared | None):
+            raise TypeError(f"prepared must be what checks.prepare() returns, not {type(prepared).__name__}")
         return self.checks.judge(check_snapshot(snapshot), self.gpu_memory_threshold_percent, prepared)
 
     def check_memory_availability(
@@ -114,6 +116,7 @@ class ResourceManager(StaysHere, WorkerRegistry, NeedsReader, JobStarter):
     ) -> ResourceConflict:
         "Return whether RAM is low on this machine or in a process's control group, and which processes use it"
         limit = check_number(threshold_percent, "threshold_percent", 0, 100)
+        if snapshot is not None: check_snapshot(snapshot)
         return self.checks.memory(limit, snapshot, self.read, None if pid is None else check_pid(pid))
 
     def pick_gpus(

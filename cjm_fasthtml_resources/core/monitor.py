@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['STALE_AFTER', 'Subscription', 'mark_stale', 'next_due', 'read_patiently', 'newest_samples', 'TakesSamples',
-           'check_setting', 'note_loss', 'ResourceMonitor', 'share_monitor', 'DevicePoint', 'History', 'Point',
-           'Sample', 'take_sample', 'to_point']
+           'check_setting', 'check_monitor', 'note_loss', 'ResourceMonitor', 'share_monitor', 'DevicePoint', 'History',
+           'Point', 'Sample', 'take_sample', 'to_point']
 
 # %% ../../nbs/core/monitor.ipynb #19d669e1
 import atexit
@@ -20,6 +20,7 @@ from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
+from .arguments import has_methods
 from .copies import StaysHere
 from .forks import reset_in_child
 from .gpu import GpuSnapshot, read_gpus
@@ -156,8 +157,16 @@ def _is_new(sample: Sample, running: bool, interval: float) -> bool:
     return not sample.stale and (running or sample.age <= min(interval, 1))
 
 def _check_manager(manager: Any) -> ResourceManager | TakesSamples:
-    if isinstance(manager, (ResourceManager, TakesSamples)): return manager
+    if isinstance(manager, ResourceManager) or has_methods(manager, "take_sample"):
+        watched: ResourceManager | TakesSamples = manager
+        return watched
     raise TypeError(f"manager must be a ResourceManager, or a cluster's, not {type(manager).__name__}")
+
+# %% ../../nbs/core/monitor.ipynb #e1d7f88e
+def check_monitor(monitor: Any) -> "ResourceMonitor | None":
+    "Return a monitor or `None`; raise `TypeError` for anything else"
+    if isinstance(monitor, ResourceMonitor | None): return monitor
+    raise TypeError(f"monitor must be a ResourceMonitor or None, not {type(monitor).__name__}")
 
 # %% ../../nbs/core/monitor.ipynb #d21f0e11
 def note_loss(
@@ -222,6 +231,7 @@ class ResourceMonitor(StaysHere):
 
     def keep(self, sample: Sample) -> Sample:
         "Number a sample and keep it as the latest, and its figures in the history"
+        if not isinstance(sample, Sample): raise TypeError(f"sample must be a Sample, not {type(sample).__name__}")
         with self._changed:
             sample = replace(sample, number=(self._latest.number if self._latest else 0) + 1)
             point = to_point(sample)

@@ -11,6 +11,7 @@ import threading
 from contextlib import ExitStack
 from pathlib import Path
 
+from ..core.arguments import check_path
 from ..core.copies import StaysHere
 from ..core.folder import StoreError
 from ..core.forks import reset_in_child
@@ -43,7 +44,8 @@ class Recorder(StaysHere):
     ) -> None:
         if not isinstance(monitor, ResourceMonitor):
             raise TypeError(f"monitor must be a ResourceMonitor, not {type(monitor).__name__}")
-        self.monitor, self.path, self._is_own = monitor, Path(path or history_path()), path is not None
+        self.monitor, self._is_own = monitor, path is not None
+        self.path = Path(history_path() if path is None else check_path(path, "path"))
         self.after_fork()
         reset_in_child(self)
 

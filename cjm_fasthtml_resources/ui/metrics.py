@@ -245,6 +245,8 @@ class ResourceCollector:
         monitor: ResourceMonitor,
         processes: bool = False,   # a metric for each process, too: unlimited labels
     ) -> None:
+        if not isinstance(monitor, ResourceMonitor):
+            raise TypeError(f"monitor must be a ResourceMonitor, not {type(monitor).__name__}")
         self.monitor, self.processes, self._users, self._logged = monitor, processes, UserLabels(), False
         self._events = monitor.manager.events if isinstance(monitor.manager, ResourceManager) else Events()
 
