@@ -41,6 +41,9 @@ _all_ = ["CALLS", "PRESETS", "Fault", "Habits", "ScenarioError", "SimulatedGpu",
          "SimulatedMachine", "SimulatedProcess"]
 
 # %% ../nbs/simulate.ipynb #d094e72f
+def _as_workers(workers: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    return list(map(dict, check_items(workers, "workers", Mapping)))
+
 def _as_habits(habits: Habits | Mapping[str, Any] | None) -> Habits:
     if isinstance(habits, Habits): return habits
     made: Habits = build(Habits, {} if habits is None else habits, "habits")
@@ -60,9 +63,8 @@ class SimulatedDriver:
         habits: Habits | Mapping[str, Any] | None = None,   # its differences from other drivers
         shared: str | Path | None = None,                # a folder: processes with the same one share allocations
     ) -> None:
-        self.gpus, self.machine = check_items(gpus, "gpus", SimulatedGpu), machine
-        self.workers = [dict(w) for w in check_items(workers, "workers", Mapping)]
-        self.faults, self.description = check_items(faults, "faults", Fault), description
+        self.gpus, self.machine, self.description = check_items(gpus, "gpus", SimulatedGpu), machine, description
+        self.faults, self.workers = check_items(faults, "faults", Fault), _as_workers(workers)
         self.calls: Counter[str] = Counter()             # how often each C function was called
         self.habits = _as_habits(habits)
         allocations = Allocations(None if shared is None else Path(check_path(shared, "shared")))

@@ -14,7 +14,6 @@ __all__ = ['ALONE', 'TELL_AFTER', 'JobRequest', 'choose_alone', 'is_turn', 'is_l
 # %% ../../nbs/core/job.ipynb #466a9486
 import atexit
 import contextlib
-import logging
 import math
 import os
 import threading
@@ -56,6 +55,7 @@ from .gpu import GpuDevice
 from .learned import JobRun, LearnedNeed, need_key
 from .ledger import find_cap
 from .locking import holding
+from .logs import Log
 from .making_room import RoomForRequest
 from .plugins import PluginNeeds, declared_needs, find_plugin, read_requirements
 from .receipts import Receipt
@@ -76,7 +76,7 @@ if TYPE_CHECKING:
 # %% ../../nbs/core/job.ipynb #d54f983b
 _all_ = ["PluginNeeds", "declared_needs"]   # for plugins that declare needs
 
-_log = logging.getLogger(__name__)
+_log = Log(__name__)
 _NO_GPU = {"CUDA_VISIBLE_DEVICES": ""}   # the environment of a job on the CPU
 
 # %% ../../nbs/core/job.ipynb #24e7da69

@@ -6,13 +6,20 @@
 __all__ = ['Log']
 
 # %% ../../nbs/core/logs.ipynb #7d14bcdc
+from os import PathLike
 from typing import Any
 
+from .text import printable_lines
+
 # %% ../../nbs/core/logs.ipynb #32519592
+def _shown(value: Any) -> Any:   # a number as it is, for `%d`
+    return printable_lines(str(value)) if isinstance(value, (str, BaseException, PathLike)) else value
+
 class Log:
-    "The logger of this name, for rare messages"
+    "The logger of this name, for rare messages, which it writes without control characters"
     def __init__(self, name: str) -> None: self.name = name
 
     def __getattr__(self, method: str) -> Any:
         import logging
-        return getattr(logging.getLogger(self.name), method)
+        write = getattr(logging.getLogger(self.name), method)
+        return lambda *args, **named: write(*map(_shown, args), stacklevel=2, **named)

@@ -10,7 +10,6 @@ __all__ = ['STALE_AFTER', 'Subscription', 'mark_stale', 'next_due', 'read_patien
 # %% ../../nbs/core/monitor.ipynb #19d669e1
 import atexit
 import contextlib
-import logging
 import math
 import threading
 import time
@@ -25,6 +24,7 @@ from .copies import StaysHere
 from .forks import reset_in_child
 from .gpu import GpuSnapshot, read_gpus
 from .history import DevicePoint, History, Point, to_point
+from .logs import Log
 from .manager import ResourceManager
 from .samples import Sample, take_sample
 from .secrets import shown_error
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     import asyncio
 
 # %% ../../nbs/core/monitor.ipynb #129b5337
-_log = logging.getLogger(__name__)
+_log = Log(__name__)
 # all monitors of this process by identity, to close them at exit; reloading the module keeps them
 _monitors: dict[int, "weakref.ref[ResourceMonitor]"] = globals().get("_monitors", {})
 
@@ -168,6 +168,10 @@ def check_monitor(monitor: Any) -> "ResourceMonitor | None":
     if isinstance(monitor, ResourceMonitor | None): return monitor
     raise TypeError(f"monitor must be a ResourceMonitor or None, not {type(monitor).__name__}")
 
+def _check_sample(sample: Any) -> Sample:
+    if isinstance(sample, Sample): return sample
+    raise TypeError(f"sample must be a Sample, not {type(sample).__name__}")
+
 # %% ../../nbs/core/monitor.ipynb #d21f0e11
 def note_loss(
     manager: ResourceManager | TakesSamples,
@@ -231,9 +235,8 @@ class ResourceMonitor(StaysHere):
 
     def keep(self, sample: Sample) -> Sample:
         "Number a sample and keep it as the latest, and its figures in the history"
-        if not isinstance(sample, Sample): raise TypeError(f"sample must be a Sample, not {type(sample).__name__}")
         with self._changed:
-            sample = replace(sample, number=(self._latest.number if self._latest else 0) + 1)
+            sample = replace(_check_sample(sample), number=(self._latest.number if self._latest else 0) + 1)
             point = to_point(sample)
             note_loss(self.manager, self._latest, sample)
             self._latest = sample

@@ -67,7 +67,7 @@ from .room import by_hope, held_by, is_at_work, largest_capacity, most_room, roo
 from .secrets import shown_error, shown_repr, shown_text
 from .stopping import find_idle, own_lineage
 from .store import StoreError
-from .text import format_bytes, list_names, printable
+from .text import format_bytes, keep_printable, list_names, printable
 
 # %% ../../nbs/core/validation.ipynb #1b331914
 _all_ = ["Option", "OptionKind"]   # the types of a result's `options`
@@ -115,6 +115,8 @@ class ValidationResult:
     device: GpuDevice | None = None               # the GPU to use, or the first of several, if it needs one
     options: tuple[Option, ...] = ()              # the ways out of a refusal, the soonest first, also in `message`
     devices: tuple[GpuDevice, ...] = ()           # the GPUs to use, for a job on several
+
+    def __post_init__(self) -> None: keep_printable(self)
 
     @property
     def verdict(self) -> str:

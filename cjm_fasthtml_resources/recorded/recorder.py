@@ -6,7 +6,6 @@
 __all__ = ['FLUSH_SECONDS', 'count_ran_out', 'Recorder']
 
 # %% ../../nbs/recorded/recorder.ipynb #3d91ef12
-import logging
 import threading
 from contextlib import ExitStack
 from pathlib import Path
@@ -15,6 +14,7 @@ from ..core.arguments import check_path
 from ..core.copies import StaysHere
 from ..core.folder import StoreError
 from ..core.forks import reset_in_child
+from ..core.logs import Log
 from ..core.manager import ResourceManager
 from ..core.monitor import ResourceMonitor
 from ..core.needs import history_path
@@ -24,7 +24,7 @@ from .file import add, alone
 from .notes import Notes
 
 # %% ../../nbs/recorded/recorder.ipynb #7c96a6ec
-_log = logging.getLogger(__name__)
+_log = Log(__name__)
 FLUSH_SECONDS = 10.0   # between two writes
 
 def count_ran_out(monitor: ResourceMonitor) -> int | None:
