@@ -10,6 +10,7 @@ __all__ = ['check_client', 'check_first', 'queue_priority', 'request_for', 'find
 # %% ../nbs/cluster.ipynb #d1c753ee
 from .core.blocks import block
 from .core.extras import explain_missing
+from .core.logs import Log
 
 try:
     from dask.base import annotate, get_annotations
@@ -18,7 +19,6 @@ except ModuleNotFoundError as error: raise explain_missing(error, "cluster") fro
 
 # %% ../nbs/cluster.ipynb #b6d68b7f
 import contextlib
-import logging
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
@@ -41,7 +41,7 @@ _all_ = ["ClusterChoice", "HostAnswer", "HostPlugin", "Rehoming", "combine", "co
          "current_reservation", "host_name", "place"]
 
 # %% ../nbs/cluster.ipynb #b248a632
-_log = logging.getLogger(__name__)
+_log = Log(__name__)
 _FRESH = 1.0   # seconds for which the hosts' answers are good enough to place a task
 
 # %% ../nbs/cluster.ipynb #7d5bfb5f

@@ -25,7 +25,7 @@ from cjm_fasthtml_resources.simulated.machine import (
     replace_listed,
     to_bytes,
 )
-from .core.arguments import shorten
+from .core.arguments import check_items, check_path, shorten
 from .core.blocks import block
 from .core.forks import reset_in_child
 from .simulated.calls import GPU_IS_LOST, gpu_index, replace_library
@@ -39,6 +39,15 @@ from .simulated.scenarios import build, find_scenario, parse_scenario
 # %% ../nbs/simulate.ipynb #1de95689
 _all_ = ["CALLS", "PRESETS", "Fault", "Habits", "ScenarioError", "SimulatedGpu", "SimulatedHostProcess",
          "SimulatedMachine", "SimulatedProcess"]
+
+# %% ../nbs/simulate.ipynb #d094e72f
+def _as_workers(workers: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    return list(map(dict, check_items(workers, "workers", Mapping)))
+
+def _as_habits(habits: Habits | Mapping[str, Any] | None) -> Habits:
+    if isinstance(habits, Habits): return habits
+    made: Habits = build(Habits, {} if habits is None else habits, "habits")
+    return made
 
 # %% ../nbs/simulate.ipynb #da37cb81
 class SimulatedDriver:
@@ -54,11 +63,11 @@ class SimulatedDriver:
         habits: Habits | Mapping[str, Any] | None = None,   # its differences from other drivers
         shared: str | Path | None = None,                # a folder: processes with the same one share allocations
     ) -> None:
-        self.gpus, self.machine, self.workers = list(gpus), machine, [dict(w) for w in workers]
-        self.faults, self.description = list(faults), description
+        self.gpus, self.machine, self.description = check_items(gpus, "gpus", SimulatedGpu), machine, description
+        self.faults, self.workers = check_items(faults, "faults", Fault), _as_workers(workers)
         self.calls: Counter[str] = Counter()             # how often each C function was called
-        self.habits = habits if isinstance(habits, Habits) else build(Habits, dict(habits or {}), "habits")
-        allocations = Allocations(None if shared is None else Path(shared))
+        self.habits = _as_habits(habits)
+        allocations = Allocations(None if shared is None else Path(check_path(shared, "shared")))
         self.library = Library(self.gpus, allocations, self.habits)   # its C functions
         self._awake = threading.Event()                  # set when hanging calls go on
         self._starts = 0.0                               # seconds that the next call takes, if it is the first
@@ -111,7 +120,7 @@ class SimulatedDriver:
         gpu: int = 0,       # the GPU's index
     ) -> Iterator[None]:
         "Use GPU memory while the block lasts, or until the process ends; raises `MemoryError` if less is free"
-        if not 0 <= gpu < len(self.gpus):
+        if isinstance(gpu, bool) or not isinstance(gpu, int) or not 0 <= gpu < len(self.gpus):
             raise ScenarioError(f"gpu must be the index of one of the {len(self.gpus)} GPUs, not {shorten(gpu)}")
         size = to_bytes(SimulatedProcess(1, memory_mb).memory_mb or 0)   # checked
         with self.library.use(gpu, size) as free:

@@ -9,8 +9,15 @@ __all__ = ['parse_size', 'parse_duration']
 import re
 from collections.abc import Mapping
 from threading import TIMEOUT_MAX
+from typing import Any
 
 from .core.arguments import shorten
+from .core.copies import plain
+
+# %% ../nbs/sizes.ipynb #e4e90a9b
+def _check(text: Any) -> str:
+    if not isinstance(text, str): raise TypeError(f"text must be a string such as 8GiB or 10m, not {shorten(text)}")
+    return str(plain(text))
 
 # %% ../nbs/sizes.ipynb #094b381d
 def _parse(
@@ -34,6 +41,7 @@ def parse_size(
     text: str,  # "8GiB", "8.5G", "8192MiB"
 ) -> float:
     "Return a size in bytes; `ValueError` for other texts"
+    text = _check(text)
     if (number := text.strip()).isdecimal() and len(number) <= 9:
         if not int(number): return 0
         raise ValueError(f"{text!r} needs a unit, such as {number}{'GiB' if int(number) < 1024 else 'MiB'}")
@@ -46,4 +54,4 @@ def parse_duration(
     text: str,  # "90", "90s", "10m", "1.5h"
 ) -> float:
     "Return a duration in seconds; `ValueError` for other texts"
-    return _parse(text, _SECONDS, "duration. Examples: 90s, 10m, 1.5h", TIMEOUT_MAX)
+    return _parse(_check(text), _SECONDS, "duration. Examples: 90s, 10m, 1.5h", TIMEOUT_MAX)

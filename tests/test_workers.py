@@ -425,7 +425,7 @@ def test_the_need_of_a_plugin_without_a_resource_is_its_own():
     gpu = SimulatedGpu(processes=[SimulatedProcess(GONE, 700)])
     with SimulatedDriver([gpu]): manager.check_gpu_availability()
     assert manager.expected_gpu_memory_mb("piper") == 700 and manager.expected_gpu_memory_mb("piper", "de") is None
-    with pytest.raises(TypeError, match="^plugin_name must be a string or None, not 7$"):
+    with pytest.raises(TypeError, match="^plugin_name must be a string, not 7$"):
         manager.expected_gpu_memory_mb(7)
     with pytest.raises(TypeError, match="^resource must be a string or None, not 7$"):
         manager.expected_gpu_memory_mb("piper", 7)

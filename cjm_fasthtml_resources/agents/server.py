@@ -7,13 +7,13 @@ __all__ = ['TOOLS', 'INSTRUCTIONS', 'AgentTool', 'describe_tool', 'check_call', 
 
 # %% ../../nbs/agents/server.ipynb #af1cdd05
 from ..core.extras import explain_missing
+from ..core.logs import Log
 
 try:
     from mcp import types
 except ModuleNotFoundError as error: raise explain_missing(error, "mcp") from None
 
 # %% ../../nbs/agents/server.ipynb #afd748a0
-import logging
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -38,7 +38,7 @@ from ..core.threads import in_thread
 from .held import OwnReservations
 
 # %% ../../nbs/agents/server.ipynb #26fcff2d
-_log = logging.getLogger(__name__)
+_log = Log(__name__)
 
 # %% ../../nbs/agents/server.ipynb #a4ba2cb8
 _NEED: dict[str, Any] = dict(

@@ -18,7 +18,7 @@ from ..core.receipts import machine_user
 from ..core.resources import ResourceStatus
 from ..core.store import Store, StoreError, open_tables, store_path
 from ..core.text import printable
-from .ending import fail
+from .ending import fail, tell
 from .looking import check_known
 from .options import Command
 
@@ -80,14 +80,14 @@ def answer(id: int | None, is_yes: bool, app: str | None) -> None:
     if app is not None: check_known(app, store)
     questions = [(name, q) for name, q in find_all_questions(store) if app in (None, name)]
     if id is None:
-        for name, q in questions: click.echo(f"{q.id}, to {printable(name)}: {q}")
-        if not questions: click.echo(_no_question(store, app or "your apps"))
+        for name, q in questions: tell(f"{q.id}, to {printable(name)}: {q}")
+        if not questions: tell(_no_question(store, app or "your apps"))
         return
     name, question = find_asked(id, app, questions)
     manager = ResourceManager(track_self=False, app=name)
     try: said = manager.answer(id, is_yes, question.pids)
     except LookupError as error: raise click.BadParameter(str(error.args[0]), param_hint="ID") from None
-    if not is_yes: click.echo(said)
+    if not is_yes: tell(said)
     elif done := await_done(manager, question, DONE_WITHIN): _tell(done)
     elif is_agreed(manager, question):
         fail(f"You agreed, but no process of {printable(name)} has unloaded yet. One does if it has the plugin and "
@@ -104,7 +104,7 @@ def _no_question(store: Store, apps: str) -> str:
 
 def _tell(done: Answer) -> None:
     if not done.is_yes: fail(done.done, os.EX_TEMPFAIL)
-    click.echo(done.done)
+    tell(done.done)
 
 # %% ../../nbs/commands/answer.ipynb #8b766b6f
 @click.command("answer", cls=Command, epilog=_EXAMPLES)

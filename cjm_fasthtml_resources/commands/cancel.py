@@ -8,6 +8,7 @@ __all__ = []
 # %% ../../nbs/commands/cancel.ipynb #022acc69
 import click
 
+from .ending import tell
 from .options import Command
 from .release import end_by_id
 
@@ -23,4 +24,4 @@ def command(id: int) -> None:
     Exits with 2 for an unknown request, 77 when it is another user's, 74 when the shared file is
     unusable.
     """
-    click.echo(f"Cancelled {end_by_id(id, True)}.")
+    tell(f"Cancelled {end_by_id(id, True)}.")

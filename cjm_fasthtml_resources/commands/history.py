@@ -41,8 +41,8 @@ from ..ui.chart import Stretch, chart_lines, legend_line
 from ..ui.export import SCHEMA_VERSION
 from ..ui.lines import Line, Piece, Terminal, read_terminal, to_text, wrap
 from ..ui.terminal import Column, make_table
-from .ending import fail
-from .options import Command, check_nan, converted, parse_positive, parse_share
+from .ending import fail, tell
+from .options import FILE, Command, check_nan, converted, parse_positive, parse_share
 
 # %% ../../nbs/commands/history.ipynb #4eb313db
 def change_lines(
@@ -197,7 +197,7 @@ def _save(history: RecordedHistory, moment: float, scenario: Path) -> None:
         save_scenario(row, scenario)
     except (StoreError, OSError) as error: fail(str(error), os.EX_IOERR)
     except ValueError as error: raise click.BadParameter(str(error), param_hint="--save-scenario") from None
-    click.echo(f"Saved. To see it: cjm-resources --simulate {shlex.quote(str(scenario))}")
+    tell(f"Saved. To see it: cjm-resources --simulate {shlex.quote(str(scenario))}")
 
 # %% ../../nbs/commands/history.ipynb #6d0bd724
 @click.command("history", cls=Command, epilog=_EXAMPLES)
@@ -210,7 +210,7 @@ def _save(history: RecordedHistory, moment: float, scenario: Path) -> None:
                    "2026-11-26T03:12 names the day, too.")
 @click.option("--gpu", metavar="ID", help="Only this GPU, by its ID in the tables (0; 0:7 for a MIG instance). "
                                           "Default: every GPU, and RAM.")
-@click.option("--save-scenario", "scenario", type=click.Path(path_type=Path), metavar="FILE",
+@click.option("--save-scenario", "scenario", type=FILE, metavar="FILE",
               help="Write the moment of --at to FILE.json, for cjm-resources --simulate FILE.json.")
 @click.option("--what-if-threshold", "threshold", type=click.FloatRange(0, 100), callback=check_nan, metavar="PERCENT",
               help="Show for how long GPU memory would have been available if a GPU counted as busy only when other "
@@ -227,7 +227,7 @@ def _save(history: RecordedHistory, moment: float, scenario: Path) -> None:
                    "Repeat it for several apps.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 @click.option("--csv", "as_csv", is_flag=True, help="Print CSV: a line for each process at each recorded time.")
-@click.option("--file", "path", type=click.Path(path_type=Path), metavar="FILE",
+@click.option("--file", "path", type=FILE, metavar="FILE",
               help="The file to read. Default: this user's history on this machine.")
 def command(since: float, until: float | None, moment: float | None, gpu: str | None, scenario: Path | None,
             as_json: bool, as_csv: bool, path: Path | None, **what_if: Any) -> None:

@@ -24,7 +24,7 @@ from ..core.text import format_bytes
 from ..ui.export import SCHEMA_VERSION
 from ..ui.lines import read_terminal, to_text
 from ..ui.terminal import Column, make_table
-from .ending import fail
+from .ending import fail, tell
 from .options import Command
 
 # %% ../../nbs/commands/needs.ipynb #8bf09162
@@ -92,13 +92,13 @@ def command(as_json: bool, forget: str | None, app: str | None) -> None:
         store = Store(needs_path())
         if forget is not None:
             count = forget_needs(store, shown_text(forget), app)
-            click.echo(f"Forgot {count} need{'' if count == 1 else 's'} of {shown_text(forget)}.")
+            tell(f"Forgot {count} need{'' if count == 1 else 's'} of {shown_text(forget)}.")
             return
         rows = read_app_needs(store, app, time.time())
     except ValueError as error: raise click.BadParameter(str(error), param_hint="--app") from None
     except (StoreError, OSError) as error: fail(str(error), os.EX_IOERR)
     if as_json: click.echo(json.dumps(dict(schema_version=SCHEMA_VERSION, needs=[_need_to_json(row) for row in rows])))
-    elif not rows: click.echo("No needs are learned yet.")
+    elif not rows: tell("No needs are learned yet.")
     else:
         terminal = read_terminal()
         print(to_text(make_table(_NEED_COLUMNS, [rows], terminal.width), terminal))

@@ -19,9 +19,9 @@ from ..core.folder import StoreError
 from ..core.monitor import ResourceMonitor
 from ..recorded.recorder import Recorder
 from ..running.child import catching
-from .ending import end_by, fail
+from .ending import end_by, fail, tell
 from .looking import Machine, make_manager, register_apps, simulated_machine
-from .options import Command, check_nan, read_apps
+from .options import FILE, Command, check_nan, read_apps
 
 # %% ../../nbs/commands/record.ipynb #0db998e2
 _UNIT = """\
@@ -66,7 +66,7 @@ Examples:
               help="Record the workers, jobs and reservations of this app, too; see cjm-resources --help.")
 @click.option("--interval", type=click.FloatRange(0.1, 3600), default=1.0, show_default=True, callback=check_nan,
               metavar="SECONDS", help="Time between two samples.")
-@click.option("--file", "path", type=click.Path(path_type=Path), metavar="FILE",
+@click.option("--file", "path", type=FILE, metavar="FILE",
               help="File to write. Default: this user's history on this machine.")
 @click.option("--unit", is_flag=True, help="Print a systemd unit for this command, and exit.")
 @click.pass_obj
@@ -87,7 +87,7 @@ def command(machine: Machine, apps: list[int | str], interval: float, path: Path
             register_apps(manager, apps)
             made = ending.enter_context(Recorder(ResourceMonitor(manager, interval), path))
             waits = "" if made.records else " Another recorder writes there now; this one takes over when it ends."
-            click.echo(f"Recording to {made.path}. Press Ctrl-C to end.{waits}")
+            tell(f"Recording to {made.path}. Press Ctrl-C to end.{waits}")
             number = _wait_for_end()
     except (StoreError, OSError) as error: fail(str(error), os.EX_IOERR)
     end_by(number)

@@ -15,7 +15,7 @@ from ..core.endings import end_claim
 from ..core.ledger import Ledger
 from ..core.store import Store, StoreError, store_path
 from ..core.text import format_bytes, printable
-from .ending import fail
+from .ending import fail, tell
 from .options import Command
 
 # %% ../../nbs/commands/release.ipynb #f743ecea
@@ -47,4 +47,4 @@ def command(id: int) -> None:
     Exits with 2 for an unknown reservation, 77 when it is another user's, 74 when the shared file is
     unusable.
     """
-    click.echo(f"Released {end_by_id(id, False)}. The process keeps the memory that it uses until it frees it.")
+    tell(f"Released {end_by_id(id, False)}. The process keeps the memory that it uses until it frees it.")

@@ -22,7 +22,7 @@ from ..ui.export import SCHEMA_VERSION
 from ..ui.lines import Line, Piece, read_terminal, to_text
 from ..ui.terminal import Column, make_table
 from .ending import fail
-from .options import Command, converted, parse_positive
+from .options import FILE, Command, converted, parse_positive
 
 # %% ../../nbs/commands/report.ipynb #caeaa239
 def _columns(heading: str) -> Sequence[Column[Used]]:
@@ -53,7 +53,7 @@ Examples:
 @click.option("--since", default="7d", show_default=True, callback=converted(parse_positive), metavar="TIME",
               help="How far back to go, such as 24h or 30d.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-@click.option("--file", "path", type=click.Path(path_type=Path), metavar="FILE",
+@click.option("--file", "path", type=FILE, metavar="FILE",
               help="The file to read. Default: this user's history on this machine.")
 def command(since: float, as_json: bool, path: Path | None) -> None:
     """Sum up who has used the GPUs, in GPU-hours and GiB-hours, by user and by program.

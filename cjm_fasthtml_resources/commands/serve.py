@@ -12,7 +12,8 @@ from typing import Any
 
 import click
 
-from .ending import fail
+from ..core.arguments import shorten
+from .ending import fail, tell
 from .looking import Machine, make_manager, register_apps, simulated_machine
 from .options import Command, check_nan, read_apps
 
@@ -40,7 +41,7 @@ def serve_app(app: Any, host: str, port: int, query: str) -> None:
                             timeout_graceful_shutdown=1, lifespan="off")  # h11 limits headers
 
     async def serve() -> None:
-        click.echo(f"http://{shown}:{listening.getsockname()[1]}/resources{query}  (Ctrl-C ends)")
+        tell(f"http://{shown}:{listening.getsockname()[1]}/resources{query}  (Ctrl-C ends)")
         await uvicorn.Server(config).serve([listening])
 
     with listening: asyncio.run(serve())
@@ -80,7 +81,8 @@ def command(machine: Machine, host: str, port: int, token: str | None, apps: lis
     Exits with 69 when listening on the address fails, or when the extra `web` (or `prometheus`) is missing.
     """
     if not token and not is_loopback(host):
-        raise click.BadParameter(f"{host} can be reached from other machines: it needs --token", param_hint="--host")
+        needs = f"{shorten(host)} can be reached from other machines: it needs --token"
+        raise click.BadParameter(needs, param_hint="--host")
     try:
         for needed in ("fasthtml", "uvicorn"): import_module(needed)
         from cjm_fasthtml_resources.ui.web import make_app

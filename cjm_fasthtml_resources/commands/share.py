@@ -7,6 +7,7 @@ __all__ = ['Group', 'find_group', 'explain_place', 'make_folder', 'write_cap', '
 
 # %% ../../nbs/commands/share.ipynb #7fed6560
 import os
+import re
 import stat
 from pathlib import Path
 from string import Template
@@ -14,13 +15,14 @@ from typing import NamedTuple
 
 import click
 
+from ..core.arguments import shorten
 from ..core.caps import Cap, read_cap, to_toml
 from ..core.folder import SETTINGS_FILE, StoreError, explain_os_error
 from ..core.ledger import CAP_FILE
 from ..core.sharing import check_owner, is_shared
 from ..core.store import Store
-from .ending import fail
-from .options import Command, converted, parse_share
+from .ending import fail, tell
+from .options import FILE, Command, converted, parse_share
 
 # %% ../../nbs/commands/share.ipynb #aa386438
 class Group(NamedTuple):
@@ -35,9 +37,11 @@ def find_group(
     "Return a group; raise `ValueError` if it is missing"
     import grp  # missing on Windows
 
-    try: found = grp.getgrgid(int(text)) if text.isdecimal() else grp.getgrnam(text)
-    except (KeyError, OverflowError):
-        raise ValueError(f"group {text} does not exist. Create it with: sudo groupadd {text}") from None
+    is_number = text.isdecimal() and len(text) <= 10
+    try: found = grp.getgrgid(int(text)) if is_number else grp.getgrnam(text)
+    except (KeyError, OverflowError, ValueError):   # the last for NUL
+        name = text if re.fullmatch(r"(?a)[\w-]{1,32}", text) else "NAME"
+        raise ValueError(f"group {shorten(text)} does not exist. Create it with: sudo groupadd {name}") from None
     return Group(found.gr_name, found.gr_gid, tuple(found.gr_mem))
 
 # %% ../../nbs/commands/share.ipynb #6914d7d8
@@ -151,7 +155,7 @@ def _explain_cap(path: Path) -> str:
 
 # %% ../../nbs/commands/share.ipynb #99880f06
 @click.command("share", cls=Command, epilog=_EXAMPLES)
-@click.argument("folder", metavar="FOLDER", type=click.Path())
+@click.argument("folder", metavar="FOLDER", type=FILE)
 @click.option("--group", "group_name", required=True, metavar="GROUP", help="Group whose members share the folder.")
 @click.option("--max-share", callback=converted(parse_share), metavar="SHARE",
               help="Largest share of each GPU and of RAM that each user can reserve, such as 50%. 100%: no limit.")
@@ -180,4 +184,4 @@ def command(folder: str, group_name: str, max_share: float | None, per: str) -> 
         capped = _explain_cap(path)
     except StoreError as error: fail(str(error), os.EX_IOERR)
     except OSError as error: fail(explain_os_error(path, error), os.EX_IOERR)
-    click.echo(f"{path} is shared by the group {group.name} (GID {group.number}).{capped}\n{explain_use(path, group)}")
+    tell(f"{path} is shared by the group {group.name} (GID {group.number}).{capped}\n{explain_use(path, group)}")

@@ -11,7 +11,6 @@ import os
 import signal
 import sys
 from collections.abc import Iterator, Sequence
-from functools import partial
 from typing import Any, NoReturn
 
 import click
@@ -22,7 +21,7 @@ from ..core.reservations import Reservation
 from ..core.text import format_bytes
 from ..running.orphans import is_first
 from . import options
-from .ending import fail, failing
+from .ending import fail, failing, say, tell
 from .looking import Machine, simulated_machine
 from .options import Command, complete_files, converted, parse_memory
 
@@ -70,7 +69,7 @@ def _open_notifier(context: click.Context, option: click.Parameter, addresses: S
     "Return the `Notifier` of the services with these addresses, which are never shown; `None` if the list is empty"
     if not addresses: return None
     from cjm_fasthtml_resources.running.notify import Notifier, open_services
-    try: return Notifier(open_services(addresses), partial(click.echo, err=True))
+    try: return Notifier(open_services(addresses), say)
     except ImportError:
         fail("apprise is not installed: pip install 'cjm-fasthtml-resources[notify]'", os.EX_UNAVAILABLE)
     except ValueError as error: raise click.BadParameter(str(error)) from None
@@ -134,7 +133,7 @@ def command(machine: Machine, gpu_memory: float | str | None, ram: float, gpus: 
                               ask_idle=ask_idle) as held):
             env = _child_env(held, env_by_index)
             if notifier: notifier.granted(_what_was_granted(held, command))
-            if not command: click.echo("\n".join(f"{name}={value}" for name, value in env.items()))
+            if not command: tell("\n".join(f"{name}={value}" for name, value in env.items()))
             elif is_first(): stay_with(command, env)
             else:
                 held.keep_over_exec()

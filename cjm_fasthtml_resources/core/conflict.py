@@ -15,6 +15,7 @@ from .display import repr_html
 from .explain import device_line, explain_gpus, explain_memory
 from .gpu import GpuSnapshot
 from .resources import DeviceStatus, MemoryStatus, ResourceStatus, ResourceType, Waiting
+from .text import keep_printable, printable_lines
 
 # %% ../../nbs/core/conflict.ipynb #037eef8e
 def _copy_rows(rows: Iterable[Any]) -> list[Any]: return [dict(row) for row in rows]
@@ -36,6 +37,8 @@ class ResourceConflict:
     snapshot: GpuSnapshot | None = field(default=None, repr=False)  # the raw driver data
     other_instances: tuple[DeviceStatus, ...] = ()  # MIG instances and GPUs that only another process can use
     waiting: tuple[Waiting, ...] = ()             # every app's requests for GPU memory, in the order of asking
+
+    def __post_init__(self) -> None: keep_printable(self)
 
     @property
     def allowed(self) -> tuple[DeviceStatus, ...]:
@@ -81,7 +84,7 @@ class ResourceBusy(RuntimeError):
         suggested_action: str | None = None,   # a remedy, in words
         result: Any = None,                    # the ValidationResult, where a validation raised this
     ) -> None:
-        super().__init__(message)
+        super().__init__(printable_lines(message))
         self.conflict, self.result = conflict, result
         self.retryable, self.suggested_action = retryable, suggested_action
 
@@ -95,5 +98,5 @@ class ResourceUnavailable(RuntimeError):
         *,
         result: Any = None,                    # the ValidationResult, where a validation raised this
     ) -> None:
-        super().__init__(message)
+        super().__init__(printable_lines(message))
         self.conflict, self.result = conflict, result

@@ -9,7 +9,7 @@ __all__ = ['AnswersQuestions', 'follow_plugin']
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from .arguments import check_flag, check_pid
+from .arguments import check_flag, check_pid, check_pids
 from .asking import answers_requests
 from .logs import Log
 from .threads import NoThreadError
@@ -41,7 +41,8 @@ class AnswersQuestions:
         `LookupError` if the ID is unknown, or the question names other workers by now; `ResourceBusy` if
         unloading failed; `StoreError`"""
         from cjm_fasthtml_resources.core.answering import answer_question, find_unload
-        return answer_question(self, check_pid(id, "id"), check_flag(unload, "unload"), find_unload(self), pids)
+        told = None if pids is None else check_pids(pids)
+        return answer_question(self, check_pid(id, "id"), check_flag(unload, "unload"), find_unload(self), told)
 
     def follow_questions(
         self: Any,

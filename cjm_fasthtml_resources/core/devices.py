@@ -16,6 +16,7 @@ from itertools import takewhile
 from typing import Any, NamedTuple
 
 from .arguments import shorten
+from .copies import plain, text_of
 from .nvml import GpuDevice
 from .order import CudaOrder, cuda_order
 
@@ -240,8 +241,9 @@ def device_place(
     device: Any,  # as a plugin's configuration names it: 1, "cuda:1", "gpu:1", "cuda" …
 ) -> int | None:  # `None`: the name leaves the choice open
     "Return the position among the visible devices, as CUDA counts them"
-    if isinstance(device, int): return device
-    found = re.fullmatch(r"\s*(?:(?:cuda|gpu):)?(\d{1,9})\s*", str(device), re.IGNORECASE)   # more digits are invalid
+    if isinstance(device, int): return int.__int__(device)
+    text = text_of(device) or ""
+    found = re.fullmatch(r"\s*(?:(?:cuda|gpu):)?(\d{1,9})\s*", text, re.IGNORECASE)   # more digits are invalid
     return int(found[1]) if found else None
 
 # %% ../../nbs/core/devices.ipynb #32f9bd49
@@ -257,6 +259,7 @@ def select_devices(
     if isinstance(wanted, GpuDevice): wanted = device_key(wanted)
     if isinstance(wanted, bool) or not isinstance(wanted, (int, str)):
         raise TypeError(f"device must be a number, 'cuda:1', a UUID, a GpuDevice or None, not {shorten(wanted)}")
+    wanted = plain(wanted)
     if (place := device_place(wanted)) is not None: found = list(devices[place:place + 1]) if place >= 0 else []
     else: found = [d for d in every if wanted in (d.uuid, device_key(d), str(d.id), "cuda", "gpu", "auto")]
     if found: return found

@@ -15,6 +15,7 @@ from enum import Enum
 from numbers import Number
 from typing import Any
 
+from .copies import text_of
 from .secrets import is_description, mask_tokens, names_secret, shown_text
 
 # %% ../../nbs/core/exact.ipynb #fc35023c
@@ -50,7 +51,7 @@ def _mapping(found: Mapping[Any, Any], depth: int) -> dict[str, Any]:
     from cjm_fasthtml_resources.core.plugins import device_kind  # when it is used
     picked = {}
     for key, value in found.items():
-        name = str(key)
+        name = text_of(key) or type(key).__name__
         if is_of_one_job(name) or names_secret(name) or value is None: continue
         picked[f"{type(key).__name__} {name}"] = device_kind(value) if name == "device" else exact_value(value, depth)
     return picked
@@ -60,7 +61,7 @@ def _single(value: Any) -> Any:   # `...` for a value that can contain others
     if isinstance(value, (str, os.PathLike)): return _text(os.fsdecode(value))
     if isinstance(value, int): return value if type(value) is int and abs(value) < 2**53 else f"{value:x}"
     if isinstance(value, (bytes, bytearray)): return ["bytes", value.hex()]
-    if isinstance(value, (Number, type)) or type(value).__name__ == "dtype": return str(value)   # torch.float16
+    if isinstance(value, (Number, type)) or type(value).__name__ == "dtype": return text_of(value)   # torch.float16
     return ...
 
 def exact_value(

@@ -15,10 +15,12 @@ from functools import cache
 from io import FileIO
 
 from .paths import Path, as_path
+from .text import printable_lines
 
 # %% ../../nbs/core/folder.ipynb #24590e81
 class StoreError(RuntimeError):
     "The shared file is unusable; the message names it, the reason and the remedy"
+    def __init__(self, *said: object) -> None: super().__init__(*(printable_lines(str(text)) for text in said))
 
 _ADVICE = {
     (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK, errno.EINVAL):   # answers of file systems without locks

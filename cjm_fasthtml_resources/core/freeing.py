@@ -40,7 +40,7 @@ from .explain import compare_sizes, explain_free
 from .process import ProcessId
 from .resources import WorkerState
 from .room import check_capacity, held_by, largest_capacity, plan_room, usable
-from .text import format_bytes, printable
+from .text import format_bytes, keep_printable, printable
 from .workers import Workers
 
 # %% ../../nbs/core/freeing.ipynb #e77ae919
@@ -72,6 +72,8 @@ class RoomMade:
     steps: tuple[str, ...] = ()                  # in words and in order; empty if there was room
     released: tuple[WorkerState, ...] = ()       # workers that unloaded, as they were before
     stopped: tuple[WorkerState, ...] = ()        # workers that were ended
+
+    def __post_init__(self) -> None: keep_printable(self)
 
     def __str__(self) -> str: return " ".join(self.steps)
     def then(

@@ -14,7 +14,6 @@ __all__ = ['ALONE', 'TELL_AFTER', 'JobRequest', 'choose_alone', 'is_turn', 'is_l
 # %% ../../nbs/core/job.ipynb #466a9486
 import atexit
 import contextlib
-import logging
 import math
 import os
 import threading
@@ -34,7 +33,9 @@ from cjm_fasthtml_resources.core.process import (
 )
 from cjm_fasthtml_resources.core.requests import (
     check_duration,
+    check_grace,
     check_priority,
+    check_timeout,
     choose_devices,
     find_holder,
     find_shortage,
@@ -54,6 +55,7 @@ from .gpu import GpuDevice
 from .learned import JobRun, LearnedNeed, need_key
 from .ledger import find_cap
 from .locking import holding
+from .logs import Log
 from .making_room import RoomForRequest
 from .plugins import PluginNeeds, declared_needs, find_plugin, read_requirements
 from .receipts import Receipt
@@ -74,7 +76,7 @@ if TYPE_CHECKING:
 # %% ../../nbs/core/job.ipynb #d54f983b
 _all_ = ["PluginNeeds", "declared_needs"]   # for plugins that declare needs
 
-_log = logging.getLogger(__name__)
+_log = Log(__name__)
 _NO_GPU = {"CUDA_VISIBLE_DEVICES": ""}   # the environment of a job on the CPU
 
 # %% ../../nbs/core/job.ipynb #24e7da69
@@ -103,18 +105,17 @@ class JobRequest:
     decide: Callable[..., "ValidationResult"] | None = None   # with a registry: validates a need in MiB
 
     def __post_init__(self) -> None:
+        given = check_fields(plugin=self.plugin_name, resource=self.resource, config=self.config)   # a copy
+        given |= {name: check_text(getattr(self, name), name) for name in ("job_id", "worker_type")}
         for name in ("job_id", "worker_type"):
-            if not check_text(getattr(self, name), name): raise ValueError(f"{name} must not be empty")
-        if self.timeout is not None: check_number(self.timeout, "timeout", 0, threading.TIMEOUT_MAX)
-        if self.grace is not None: check_number(self.grace, "grace", 1)
-        check_duration(self.duration)
-        if self.worker_pid is not None: check_pid(self.worker_pid, "worker")
-        if self.n is not None: check_pid(self.n, "n")
-        check_priority(self.priority)
+            if not given[name]: raise ValueError(f"{name} must not be empty")
+        given |= dict(timeout=check_timeout(self.timeout), grace=check_grace(self.grace),
+                      duration=check_duration(self.duration), priority=check_priority(self.priority),
+                      plugin_name=given.pop("plugin"), n=None if self.n is None else check_pid(self.n, "n"),
+                      worker_pid=None if self.worker_pid is None else check_pid(self.worker_pid, "worker"))
         for name in ("ask_idle", "concurrent", "progress", "make_room"): check_flag(getattr(self, name), name)
         check_unload(self.unload)
-        given = check_fields(plugin=self.plugin_name, resource=self.resource, config=self.config)
-        object.__setattr__(self, "config", given["config"])   # a copy
+        for name, value in given.items(): object.__setattr__(self, name, value)
 
     @property
     def count(self) -> int:

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from functools import reduce
 from typing import Any, NamedTuple
 
-from .arguments import check_fields, check_number
+from .arguments import check_fields, check_number, check_pid, check_text
 from .secrets import PLUGIN_RESOURCE_CONFIG_KEYS, is_description, shown_config, shown_text
 from .text import format_bytes
 
@@ -73,7 +73,8 @@ def need_key(
 ) -> NeedKey:
     "Return the key of a job's need; `TypeError` or `ValueError` names a malformed text"
     import hashlib  # when it is needed: importing it takes long
-    check_fields(plugin_name=plugin_name, resource=resource)
+    plugin_name, devices = check_text(plugin_name, "plugin_name"), check_pid(devices, "devices")
+    resource = check_fields(resource=resource)["resource"]
     if resource is None:
         from cjm_fasthtml_resources.core.plugins import get_plugin_resource_identifier
         resource = get_plugin_resource_identifier(config)

@@ -8,19 +8,26 @@ __all__ = ['Log']
 # %% ../../nbs/core/logs.ipynb #7d14bcdc
 import sys
 from functools import partial
+from os import PathLike
 from typing import Any
 
+from .text import printable_lines
+
 # %% ../../nbs/core/logs.ipynb #32519592
+def _shown(value: Any) -> Any:   # a number as it is, for `%d`
+    return printable_lines(str(value)) if isinstance(value, (str, BaseException, PathLike)) else value
+
 class Log:
-    "The logger of this name, for rare messages"
+    "The logger of this name, for rare messages, which it writes without control characters"
     def __init__(self, name: str) -> None: self.name = name
 
     def __getattr__(self, method: str) -> Any:
         try:
             import logging
         except OSError: return partial(_print, method)   # as if this process is out of file descriptors
-        return getattr(logging.getLogger(self.name), method)
+        write = getattr(logging.getLogger(self.name), method)
+        return lambda *args, **named: write(*map(_shown, args), stacklevel=2, **named)
 
-def _print(method: str, message: str, *args: object) -> None:
+def _print(method: str, message: str, *args: object, **named: object) -> None:
     "Print a message on stderr, if there is one"
-    if sys.stderr is not None: print(f"{method}: {message % args}", file=sys.stderr)
+    if sys.stderr is not None: print(f"{method}: {_shown(message) % tuple(map(_shown, args))}", file=sys.stderr)

@@ -19,13 +19,14 @@ from .conflict import ResourceBusy, ResourceConflict
 from .devices import device_key
 from .freeing import RoomMade, RoomMaker, RoomWanted
 from .ledger import find_cap
+from .logs import Log
 from .reservations import Request
 from .resources import DeviceStatus
 from .secrets import shown_error
 from .unloading import Unload
 
 # %% ../../nbs/core/making_room.ipynb #70bfdc1a
-_log = logging.getLogger(__name__)
+_log = Log(__name__)
 
 # %% ../../nbs/core/making_room.ipynb #d499c372
 def is_first(

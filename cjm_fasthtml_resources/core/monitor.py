@@ -4,13 +4,12 @@
 
 # %% auto #0
 __all__ = ['STALE_AFTER', 'Subscription', 'mark_stale', 'next_due', 'read_patiently', 'newest_samples', 'TakesSamples',
-           'check_setting', 'note_loss', 'ResourceMonitor', 'share_monitor', 'DevicePoint', 'History', 'Point',
-           'Sample', 'take_sample', 'to_point']
+           'check_setting', 'check_monitor', 'note_loss', 'ResourceMonitor', 'share_monitor', 'DevicePoint', 'History',
+           'Point', 'Sample', 'take_sample', 'to_point']
 
 # %% ../../nbs/core/monitor.ipynb #19d669e1
 import atexit
 import contextlib
-import logging
 import math
 import threading
 import time
@@ -20,10 +19,12 @@ from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
+from .arguments import has_methods
 from .copies import StaysHere
 from .forks import reset_in_child
 from .gpu import GpuSnapshot, read_gpus
 from .history import DevicePoint, History, Point, to_point
+from .logs import Log
 from .manager import ResourceManager
 from .samples import Sample, take_sample
 from .secrets import shown_error
@@ -37,7 +38,7 @@ if TYPE_CHECKING:
     import asyncio
 
 # %% ../../nbs/core/monitor.ipynb #129b5337
-_log = logging.getLogger(__name__)
+_log = Log(__name__)
 # all monitors of this process by identity, to close them at exit; reloading the module keeps them
 _monitors: dict[int, "weakref.ref[ResourceMonitor]"] = globals().get("_monitors", {})
 
@@ -156,8 +157,20 @@ def _is_new(sample: Sample, running: bool, interval: float) -> bool:
     return not sample.stale and (running or sample.age <= min(interval, 1))
 
 def _check_manager(manager: Any) -> ResourceManager | TakesSamples:
-    if isinstance(manager, (ResourceManager, TakesSamples)): return manager
+    if isinstance(manager, ResourceManager) or has_methods(manager, "take_sample"):
+        watched: ResourceManager | TakesSamples = manager
+        return watched
     raise TypeError(f"manager must be a ResourceManager, or a cluster's, not {type(manager).__name__}")
+
+# %% ../../nbs/core/monitor.ipynb #e1d7f88e
+def check_monitor(monitor: Any) -> "ResourceMonitor | None":
+    "Return a monitor or `None`; raise `TypeError` for anything else"
+    if isinstance(monitor, ResourceMonitor | None): return monitor
+    raise TypeError(f"monitor must be a ResourceMonitor or None, not {type(monitor).__name__}")
+
+def _check_sample(sample: Any) -> Sample:
+    if isinstance(sample, Sample): return sample
+    raise TypeError(f"sample must be a Sample, not {type(sample).__name__}")
 
 # %% ../../nbs/core/monitor.ipynb #d21f0e11
 def note_loss(
@@ -223,7 +236,7 @@ class ResourceMonitor(StaysHere):
     def keep(self, sample: Sample) -> Sample:
         "Number a sample and keep it as the latest, and its figures in the history"
         with self._changed:
-            sample = replace(sample, number=(self._latest.number if self._latest else 0) + 1)
+            sample = replace(_check_sample(sample), number=(self._latest.number if self._latest else 0) + 1)
             point = to_point(sample)
             note_loss(self.manager, self._latest, sample)
             self._latest = sample

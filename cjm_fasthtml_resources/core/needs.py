@@ -35,7 +35,8 @@ from cjm_fasthtml_resources.core.learned import (
     same_settings,
     without_refuted,
 )
-from .arguments import check_fields, check_number
+from .arguments import check_fields, check_number, check_text
+from .copies import copy_config
 from .folder import chosen_folder
 from .forks import reset_in_child
 from .locking import holding
@@ -317,8 +318,8 @@ class NeedsReader:
         resource: str | None = None,  # its `loaded_plugin_resource`
     ) -> float | None:  # MiB, margin excluded; `None` if it is unknown
         "Return the most GPU memory that jobs and workers were seen to need with this plugin and resource"
-        check_fields(plugin_name=plugin_name, resource=resource)
-        return self.needs.expected(plugin_name, resource or "")/2**20 or None
+        plugin_name, named = check_text(plugin_name, "plugin_name"), check_fields(resource=resource)["resource"]
+        return self.needs.expected(plugin_name, named or "")/2**20 or None
 
     def expected_need(
         self,
@@ -331,5 +332,6 @@ class NeedsReader:
     ) -> LearnedNeed | None:  # `None` if it is unknown; its `gpu_memory_mb` is the amount to request
         "Return the usage of jobs with this plugin, resource and settings, with a margin"
         margin = check_number(margin_percent, "margin_percent", 0, 1000)
+        if config is not None: config = copy_config(config)
         mark = find_mark(config, self.needs.key_path)
         return self.needs.find(need_key(plugin_name, resource, config, devices, mark), config is None, margin)

@@ -25,6 +25,7 @@ from cjm_fasthtml_resources.core.nvml_memory import (
 from .nvml_errors import ASLEEP, NO_MEMORY, OF_THE_DRIVER, ask, in_words
 from .nvml_processes import KINDS, GpuProcess, Listed, ProcessLists, lists_whole, merge_processes
 from .sysfs import ListedGpu, jetson_load, jetson_temperature
+from .text import keep_printable
 
 if TYPE_CHECKING:
     from cjm_fasthtml_resources.core.loads import LoadReader
@@ -62,6 +63,8 @@ class GpuDevice:
     max_clock: int | None = None                  # of the processors, in MHz
     notes: tuple[str, ...] = ()                   # impossible figures that were left out, in words
     pci: str | None = None                        # PCI address, such as "0000:01:00.0"; for a MIG instance, its GPU's
+
+    def __post_init__(self) -> None: keep_printable(self)
 
     @property
     def id(self) -> int | str:

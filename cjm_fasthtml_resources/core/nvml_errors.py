@@ -9,6 +9,8 @@ __all__ = ['NO_MEMORY', 'ASLEEP', 'OF_THE_DRIVER', 'lacks_descriptors', 'in_word
 import os
 from typing import Any
 
+from .text import printable
+
 # %% ../../nbs/core/nvml_errors.ipynb #040694a0
 NO_MEMORY = "the device does not report its memory"  # this is permanent
 ASLEEP = "it is asleep, suspended by power management; reserve() or cjm-resources --wake wakes it"
@@ -52,7 +54,7 @@ def in_words(
     code = getattr(error, "value", None) or 0
     if code in (2, 12, 17, 999) and lacks_descriptors():
         return "this process is out of file descriptors, so it cannot ask the NVIDIA driver (ulimit -n)"
-    return _WORDS.get(code) or f"the NVIDIA driver answered: {error}"
+    return _WORDS.get(code) or printable(f"the NVIDIA driver answered: {error}")
 
 # %% ../../nbs/core/nvml_errors.ipynb #d41efe0d
 def ask(

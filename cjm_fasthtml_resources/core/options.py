@@ -29,7 +29,7 @@ from cjm_fasthtml_resources.core.room import (
 )
 from .learned import format_range
 from .resources import DeviceStatus, Promise, ResourceStatus, WorkerState
-from .text import format_bytes
+from .text import format_bytes, keep_printable
 
 # %% ../../nbs/core/options.ipynb #d63f43fd
 _all_ = ["find_ancestors", "with_status", "without_worker", "without_workers"]   # of core.room
@@ -66,6 +66,8 @@ class Option:
     freed: int = 0                 # bytes of GPU memory that it frees
     cost: str = ""                 # what is lost, such as "llama has to be loaded again"
     evidence: str = ""             # the source of the time
+
+    def __post_init__(self) -> None: keep_printable(self)
 
     def __str__(self) -> str:
         time, source = describe_when(self.when), self.evidence

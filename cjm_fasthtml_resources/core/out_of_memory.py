@@ -550,7 +550,7 @@ def explain_found(
     said = [say_wanted(found, devices), *_say_gpu(found, scene, devices)]
     is_full = bool(devices) and find_cause(found, scene, devices[0]) not in ("freed", "limit")
     if found.kind is None and not is_full: said.append(f"The text fits RAM, too. {_say_ram(found, scene.memory)}")
-    return " ".join(said)
+    return printable(" ".join(said))
 
 # %% ../../nbs/core/out_of_memory.ipynb #1effdebb
 _ELSEWHERE = re.compile(r"RemoteTraceback|RayTaskError|in DataLoader worker process")

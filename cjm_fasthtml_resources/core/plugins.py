@@ -13,8 +13,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NoReturn, Protocol, runtime_checkable
 
-from .arguments import check_config, check_number, check_pid
-from .copies import copy_in_depth
+from .arguments import check_config, check_number, check_pid, is_all
+from .copies import copy_config, text_of
 from .old_calls import refuse_old_requirements
 from .secrets import PLUGIN_RESOURCE_CONFIG_KEYS, shown_repr, shown_text
 
@@ -78,9 +78,11 @@ class PluginNeeds:
     devices: int = 1                     # how many GPUs it uses at the same time
 
     def __post_init__(self) -> None:
-        if self.gpu_memory_mb not in (None, "all"): check_number(self.gpu_memory_mb, "gpu_memory_mb")
-        check_number(self.ram_mb, "ram_mb")
-        check_pid(self.devices, "devices")
+        memory: Any = self.gpu_memory_mb
+        if memory is not None and not is_all(memory): memory = check_number(memory, "gpu_memory_mb")
+        given = dict(gpu_memory_mb=memory, ram_mb=check_number(self.ram_mb, "ram_mb"),
+                     devices=check_pid(self.devices, "devices"))
+        for name, value in given.items(): object.__setattr__(self, name, value)
 
 # %% ../../nbs/core/plugins.ipynb #a55b61e7
 def declared_needs(
@@ -91,7 +93,7 @@ def declared_needs(
     if found is None or isinstance(found, PluginNeeds): return found or PluginNeeds()
     if not isinstance(found, Mapping):
         raise TypeError(f"needs must be a PluginNeeds or a mapping, not {type(found).__name__}")
-    return PluginNeeds(**check_config(found, ("gpu_memory_mb", "ram_mb", "devices")))
+    return PluginNeeds(**check_config(found, ("gpu_memory_mb", "ram_mb", "devices"), "needs"))
 
 # %% ../../nbs/core/plugins.ipynb #3d2d06e5
 def _get(thing: Any, name: str) -> Any:
@@ -126,8 +128,12 @@ def get_plugin_resource_identifier(
     plugin_config: Mapping[str, Any] | None,
 ) -> str | None:  # `None` if it is missing
     "Return the model or other resource that a configuration names"
-    found = ((plugin_config or {}).get(key) for key in PLUGIN_RESOURCE_CONFIG_KEYS)
-    return next((str(value) for value in found if value not in (None, "")), None)
+    for key in PLUGIN_RESOURCE_CONFIG_KEYS:
+        value = None if plugin_config is None else plugin_config.get(key)
+        text = "" if value is None else text_of(value)
+        if text is None: raise ValueError(f"plugin_config has a {key} without a text: its own methods fail")
+        if text: return text
+    return None
 
 # %% ../../nbs/core/plugins.ipynb #b3ffff1d
 def compare_plugin_resources(
@@ -160,7 +166,8 @@ def find_plugin(
     if plugin is None: raise LookupError(f"no plugin is called {shown_text(plugin_id)!r}")
     name = _get(plugin, "name")
     config = plugin_registry.load_plugin_config(plugin_id) if plugin_config is None else plugin_config
-    return plugin, name if isinstance(name, str) and name else plugin_id, copy_in_depth(dict(config or {}))
+    config = copy_config({} if config is None else config, "plugin_config")
+    return plugin, name if isinstance(name, str) and name else plugin_id, config
 
 # %% ../../nbs/core/plugins.ipynb #d1687911
 @dataclass(frozen=True, repr=False)

@@ -23,7 +23,7 @@ from typing import NamedTuple
 
 from .containers import read_container
 from .forks import cache_until_fork
-from .text import printable
+from .text import keep_printable
 
 # %% ../../nbs/core/process.ipynb #32716ca3
 class ProcessId(NamedTuple):
@@ -150,6 +150,7 @@ class ProcessInfo:
     lineage: tuple[ProcessId, ...] = field(init=False, repr=False, compare=False)   # the process itself, its ancestors
 
     def __post_init__(self) -> None:   # until Python 3.12 a `cached_property` has a lock, which a fork would copy
+        keep_printable(self)
         object.__setattr__(self, "lineage", (ProcessId(self.pid, self.start_time), *self.ancestors))
 
 # %% ../../nbs/core/process.ipynb #b2800bd0
@@ -303,7 +304,7 @@ def _look_at(pid: int, stat: Stat, found: _Found | None = None) -> ProcessInfo:
     name, username = _name_and_user(pid, stat)
     ancestors = find_ancestors(pid, stat, found or {})
     if found is not None: found[ProcessId(pid, stat.start_time)] = ancestors
-    return ProcessInfo(pid, stat.start_time, printable(name), username, ancestors)
+    return ProcessInfo(pid, stat.start_time, name, username, ancestors)
 
 def is_whole(info: ProcessInfo) -> bool:
     "Return whether every readable fact was read; False if, for example, file descriptors were short"
@@ -467,7 +468,7 @@ def _read_through(proc: str, pid: int) -> ProcessInfo:
     if (stat := read_stat(pid, proc)) is None: return ProcessInfo(pid, foreign=True)
     try: container = _foreign_container(proc, pid, stat.start_time)
     except OSError: container = None   # out of file descriptors
-    return ProcessInfo(pid, name=printable(stat.name), foreign=True, container=container)
+    return ProcessInfo(pid, name=stat.name, foreign=True, container=container)
 
 def driver_pid_reader(
     listed: Iterable[int] = (),  # the PIDs in the driver's lists; used only where the kind of driver is unknown

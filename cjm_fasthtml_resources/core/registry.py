@@ -126,6 +126,7 @@ class WorkerRegistry(AnswersQuestions):
 
     def get_all_related_pids(self, parent_pid: int) -> list[int]:
         "Return a worker's PID and those of its declared children; the PID alone if it is unregistered"
+        parent_pid = check_pid(parent_pid, "parent_pid")
         worker = self.workers.get(parent_pid)
         return [parent_pid, *(worker.child_pids if worker else [])]
 

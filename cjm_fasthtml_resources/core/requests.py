@@ -21,7 +21,7 @@ import threading
 import time
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeGuard, TypeVar
 from weakref import WeakSet
 
 from cjm_fasthtml_resources.core.explain import (
@@ -31,10 +31,11 @@ from cjm_fasthtml_resources.core.explain import (
     name_unusable,
     suggest_room,
 )
-from .arguments import check_flag, check_number, check_pid, shorten
+from .arguments import check_flag, check_number, check_pid, is_all, shorten
 from .blocks import block, make_undo
 from .claims import read_use
 from .conflict import ResourceBusy, ResourceConflict, ResourceUnavailable
+from .copies import plain
 from .devices import device_key, device_place, doubtful_places, explain_doubt, see_devices, select_devices
 from .forks import reset_in_child
 from .gpu import GpuDevice, GpuSnapshot, read_gpu_links
@@ -81,8 +82,8 @@ def check_priority(priority: Any) -> int:
     "Return a request's priority, from -20 to 19 as nice has it; `TypeError` or `ValueError`"
     if isinstance(priority, bool) or not isinstance(priority, int):
         raise TypeError(f"priority must be an int, not {shorten(priority)}")
-    if not -20 <= priority <= 19: raise ValueError(f"priority must be from -20 to 19, not {priority}")
-    return priority
+    if not -20 <= priority <= 19: raise ValueError(f"priority must be from -20 to 19, not {shorten(priority)}")
+    return int(plain(priority))
 
 def check_count(n: Any) -> int:
     "Return how many devices a request is for; `TypeError` or `ValueError` unless it is a positive number"
@@ -122,10 +123,11 @@ def check_asked(
     pid: int | None = None,   # the process that it is for; `None`: this one
 ) -> Asked:
     "Return the memory of a request; `TypeError` or `ValueError`, `TooMuchMemory` for more RAM than there is"
-    ram, count = int(check_number(memory_mb, "memory_mb")*2**20), check_count(n)
+    memory_mb, count = check_number(memory_mb, "memory_mb"), check_count(n)
+    ram = int(memory_mb*2**20)
     beside = find_ram(ram, memory_mb, pid) if ram else ()
-    if gpu_memory_mb == "all": return Asked(1, count, beside, ALL)
-    if ram and gpu_memory_mb in (None, 0): return Asked(0, 0, beside)
+    if is_all(gpu_memory_mb): return Asked(1, count, beside, ALL)
+    if ram and (gpu_memory_mb is None or gpu_memory_mb == 0): return Asked(0, 0, beside)
     return Asked(check_memory(gpu_memory_mb), count, beside)
 
 # %% ../../nbs/core/requests.ipynb #2a06e1be
@@ -182,6 +184,10 @@ def whose_beside(
     beside = ram and any(d.unified for d in devices)
     return f"{whose} minus this request's {format_bytes(ram)} of RAM" if beside else whose
 
+# %% ../../nbs/core/requests.ipynb #c725123b
+def _are_devices(wanted: Any) -> TypeGuard[tuple[GpuDevice, ...]]:
+    return isinstance(wanted, tuple) and all(isinstance(device, GpuDevice) for device in wanted)
+
 # %% ../../nbs/core/requests.ipynb #fd556944
 def choose_devices(
     snapshot: GpuSnapshot,
@@ -194,8 +200,9 @@ def choose_devices(
 ) -> list[GpuDevice]:
     """Return the devices for a request; `ResourceUnavailable` if all are unusable.
     `ValueError` if no device has so much memory, or if a name such as `cuda:0` can mean several GPUs"""
-    if count > 1 or isinstance(wanted, tuple):
+    if count > 1 or _are_devices(wanted):
         return choose_several(snapshot, wanted, memory, judge, count, holder, ram)
+    if isinstance(wanted, tuple): raise TypeError(f"device must be one device, not {shorten(wanted)}")
     visible, others, _ = see_devices(snapshot.devices, os.environ)
     is_place = not isinstance(wanted, GpuDevice) and device_place(wanted) is not None
     readable = [d for d in (*visible, *others) if d.memory_total and d.memory_used is not None]
@@ -253,9 +260,10 @@ def choose_several(
         hints = [_ONE_INSTANCE]*any(d.mig_mode for d in gpus) + [_ONE_MEMORY]*(most < len(gpus))
         hint = f" ({'; '.join(hints)})" if hints else ""
         raise ValueError(f"n must be at most {most}, the number of GPUs of this machine, not {count}{hint}")
-    if not (wanted is None or isinstance(wanted, tuple) or wanted in ("cuda", "gpu", "auto")):
+    wanted = plain(wanted)
+    if not (wanted is None or _are_devices(wanted) or isinstance(wanted, str) and wanted in ("cuda", "gpu", "auto")):
         raise ValueError(f"device must be None with n={count}, not {shorten(wanted)}: it names one device")
-    keys = {device_key(d) for d in wanted} if isinstance(wanted, tuple) else None
+    keys = {device_key(d) for d in wanted} if _are_devices(wanted) else None
     allowed = [d for d in (*visible, *others) if not d.mig_mode and (keys is None or device_key(d) in keys)]
     found = [d for d in allowed if d.mig_parent is None and d.memory_total and d.memory_used is not None]
     if found: found = keep_seen(found, snapshot, judge, holder)
@@ -384,7 +392,8 @@ def time_for_driver(
     most: Callable[[], float],    # seconds that a reading gets at most
 ) -> Callable[[], float]:
     "Return a function for the seconds that a reading gets: what is left of the caller's time"
-    until = time.monotonic() + timeout if timeout and check_timeout(timeout) else None
+    seconds = check_timeout(timeout)
+    until = time.monotonic() + seconds if seconds else None
     return lambda: most() if until is None else min(most(), max(until - time.monotonic(), LEAST_TIME))
 
 _Answer = TypeVar("_Answer")
@@ -525,7 +534,7 @@ def complete(
     "Wait for a request's reservation; whatever ends the waiting, nothing stays reserved"
     undo = make_undo(request.withdraw)
     try:
-        with show_progress(request, check, progress) as show: return request.wait(show)
+        with show_progress(request, check, check_flag(progress, "progress")) as show: return request.wait(show)
     except BaseException:
         undo()
         raise
@@ -539,6 +548,7 @@ async def acquire(
     "Make a request and wait for its reservation; the event loop goes on"
     import asyncio  # when it is used
 
+    check_flag(progress, "progress")
     request = await in_thread(make)
     try:
         with show_progress(request, check, progress) as show:

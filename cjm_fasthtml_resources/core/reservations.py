@@ -31,7 +31,7 @@ from cjm_fasthtml_resources.core.claims import (
     observe,
     read_use,
 )
-from .arguments import check_number
+from .arguments import check_number, shorten
 from .blocks import at_end, block_end, block_start, make_end, make_undo
 from .conflict import ResourceBusy, ResourceConflict, ResourceUnavailable
 from .copies import StaysHere
@@ -194,7 +194,7 @@ class Reservation(OnDevices, StaysHere, contextlib.AbstractContextManager["Reser
         ttl: float | None = None,  # seconds from now on; `None`: until it is released
     ) -> bool:  # False if it has run out; then reserve again
         "Change when the reservation ends. `ValueError` for a later end, if it was granted ahead of another request"
-        return self._ledger.renew(self.lease, ttl)
+        return self._ledger.renew(self.lease, None if ttl is None else check_number(ttl, "ttl"))
 
     def hand_over(
         self,
@@ -208,6 +208,8 @@ class Reservation(OnDevices, StaysHere, contextlib.AbstractContextManager["Reser
         """Return the reservation for another process with its child processes; `ReservationOver` if it is over
 
         It lasts until it is released. If this process ends first, it lasts until the other process ends."""
+        if not isinstance(holder, ProcessId):
+            raise TypeError(f"holder must be a ProcessId, as `this_process` returns it, not {shorten(holder)}")
         keys = (*map(device_key, self.devices), *self.ram)
         bases = {key: base if isinstance(base, int) else base[key] for key in keys}
         self._ledger.note_outlasting(self.lease)

@@ -17,6 +17,7 @@ from .display import repr_html
 from .gpu import GpuDevice
 from .memory import HostMemory
 from .secrets import shown_fields, shown_repr
+from .text import keep_printable
 
 # %% ../../nbs/core/resources.ipynb #5c0d6bcb
 class ResourceType(Enum):
@@ -75,6 +76,8 @@ class OwnedProcess:
     command: str | None = None            # its command line, shortened, with secrets hidden; only in a sample
     load: int | None = None               # percent of the device's time that it computed, where the driver reports it
 
+    def __post_init__(self) -> None: keep_printable(self)
+
     @property
     def is_worker(self) -> bool:
         "Return whether it is a registered worker of this app itself"
@@ -96,6 +99,8 @@ class Promise:
     most_used: int | None = None  # bytes: its highest observed use; `None`: unknown
     hint: str = ""                # for its holder, in a sentence: the part that stayed unused
     name: str | None = None       # of the process, if it uses no memory on the device and is visible from here
+
+    def __post_init__(self) -> None: keep_printable(self)
 
 # %% ../../nbs/core/resources.ipynb #fd30f6ec
 @dataclass(frozen=True)
@@ -121,6 +126,8 @@ class Waiting:
     answers: str = ""                    # the answers of these holders so far, in sentences
     behind: int | None = None            # the ID of the request before it, for one of the same devices
     is_capped: bool = False              # whether a cap makes it wait, even where memory is free
+
+    def __post_init__(self) -> None: keep_printable(self)
 
 # %% ../../nbs/core/resources.ipynb #264b4bc5
 SHARE_WORDS = dict(app="app", external="other programs", unattributed="not visible", promised="reserved",
@@ -254,4 +261,6 @@ class WorkerState:
 
     def shown(self) -> "WorkerState":
         "Return a copy that can be shown and written: secrets hidden, as plain JSON"
-        return replace(self, **shown_fields(vars(self)))
+        shown = replace(self, **shown_fields(vars(self)))
+        keep_printable(shown)
+        return shown

@@ -25,8 +25,9 @@ def _content(value: Any) -> str:
     "Return the content of an object, also what its text hides; its type, if it cannot be written"
     import pickle  # when it is needed, as hashlib
 
-    if isinstance(value, (set, frozenset)): return repr(sorted(map(repr, value)))   # in one order
-    try: return pickle.dumps(value, protocol=5).hex()
+    try:
+        if isinstance(value, (set, frozenset)): return repr(sorted(map(repr, value)))   # in one order
+        return pickle.dumps(value, protocol=5).hex()
     except Exception: return f"<{type(value).__name__}>"
 
 # %% ../../nbs/core/roster.ipynb #5ad0c1fd

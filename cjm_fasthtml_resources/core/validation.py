@@ -51,7 +51,7 @@ from cjm_fasthtml_resources.core.plugins import (
     find_plugin,
     read_requirements,
 )
-from .arguments import check_flag, check_number, check_pid, check_text, shorten
+from .arguments import check_flag, check_number, check_pid, check_text, has_methods, shorten
 from .classify import conclude
 from .conflict import ResourceBusy, ResourceConflict, ResourceUnavailable
 from .copies import copy_config, handed_out
@@ -67,7 +67,7 @@ from .room import by_hope, held_by, is_at_work, largest_capacity, most_room, roo
 from .secrets import shown_error, shown_repr, shown_text
 from .stopping import find_idle, own_lineage
 from .store import StoreError
-from .text import format_bytes, list_names, printable
+from .text import format_bytes, keep_printable, list_names, printable
 
 # %% ../../nbs/core/validation.ipynb #1b331914
 _all_ = ["Option", "OptionKind"]   # the types of a result's `options`
@@ -115,6 +115,8 @@ class ValidationResult:
     device: GpuDevice | None = None               # the GPU to use, or the first of several, if it needs one
     options: tuple[Option, ...] = ()              # the ways out of a refusal, the soonest first, also in `message`
     devices: tuple[GpuDevice, ...] = ()           # the GPUs to use, for a job on several
+
+    def __post_init__(self) -> None: keep_printable(self)
 
     @property
     def verdict(self) -> str:
@@ -633,6 +635,15 @@ def _decide(
         why = f"The job runs on the CPU because no GPU can be used: {conflict.reason}"
     return decide_on_cpu(manager.check_memory_availability(memory_threshold_percent), workers, why)
 
+# %% ../../nbs/core/validation.ipynb #1acfb91f
+def _check_partners(manager: Any, registry: Any) -> None:
+    "Raise `TypeError` unless the manager and the registry have the methods that a validation calls"
+    if not has_methods(manager, "get_all_workers", "check_gpu_availability", "check_memory_availability"):
+        raise TypeError(f"resource_manager must be a ResourceManager, not {type(manager).__name__}")
+    if not has_methods(registry, "get_plugin", "load_plugin_config"):
+        need = "must have the methods get_plugin and load_plugin_config"
+        raise TypeError(f"plugin_registry {need}, which {type(registry).__name__} lacks")
+
 # %% ../../nbs/core/validation.ipynb #17450b87
 @refuse_old_validation
 def validate_resources_for_job(
@@ -653,14 +664,16 @@ def validate_resources_for_job(
     """Decide whether this job can start now, and otherwise the next step and the ways out.
 
     Only reads. Raise `TypeError` or `ValueError` for a malformed argument."""
+    _check_partners(resource_manager, plugin_registry)
     need = None if gpu_memory_mb is None else check_number(gpu_memory_mb, "gpu_memory_mb")*2**20
     plugin_id, worker_type = check_text(plugin_id, "plugin_id"), check_text(worker_type, "worker_type")
-    check_number(memory_threshold_percent, "memory_threshold_percent", 0, 100)
+    threshold = check_number(memory_threshold_percent, "memory_threshold_percent", 0, 100)
     check_flag(concurrent, "concurrent")
-    if n is not None: check_pid(n, "n")
-    if job_id is not None: check_text(job_id, "job_id")
+    if n is not None: n = check_pid(n, "n")
+    if job_id is not None: job_id = check_text(job_id, "job_id")
     if plugin_config is not None: plugin_config = copy_config(plugin_config, "plugin_config")
-    own = None if worker_pid is None else resource_manager.get_worker_by_pid(worker_pid)  # checks the PID, too
+    if worker_pid is not None: worker_pid = check_pid(worker_pid, "worker_pid")
+    own = None if worker_pid is None else resource_manager.get_worker_by_pid(worker_pid)
     try: plugin, name, config = find_plugin(plugin_registry, plugin_id, plugin_config)
     except LookupError as error: result = _result(ValidationAction.ABORT, f"The job cannot run: {shown_error(error)}.")
     else:
@@ -670,6 +683,6 @@ def validate_resources_for_job(
         job = Job(plugin_id, name, config, requirements, worker_type, need, concurrent, job_id, n or declared.devices)
         _log.debug("%s needs %r", shown_text(plugin_id), job.needs)
         durations = known_durations(resource_manager)
-        result = _decide(resource_manager, job, own, memory_threshold_percent, durations, cluster)
+        result = _decide(resource_manager, job, own, threshold, durations, cluster)
     _log.debug("%s: %s. %s", shown_text(plugin_id), result.action.value, result.message)
     return result

@@ -39,7 +39,7 @@ def make_state(
 ) -> WorkerState:
     "Return a new worker's state; `TypeError` or `ValueError` names a malformed argument"
     pid = check_pid(pid)
-    if not isinstance(worker_type, str) or not worker_type:
+    if not isinstance(worker_type, str) or not str.__len__(worker_type):
         raise TypeError(f"worker_type must be a non-empty string, not {shorten(worker_type)}")
     given = check_fields(worker_type=worker_type, **texts, config=config, gpu_memory_mb=gpu_memory_mb)
     return WorkerState(pid, **given, status="running" if given.get("job_id") else "idle",

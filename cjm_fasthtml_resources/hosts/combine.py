@@ -30,6 +30,7 @@ from ..core.memory import HostMemory
 from ..core.ram import NAMED
 from ..core.room import usable
 from ..core.samples import Sample
+from ..core.text import keep_printable
 
 # %% ../../nbs/hosts/combine.ipynb #d8c56c12
 def missing_device(
@@ -66,6 +67,7 @@ class HostAnswer:
     usable: list[DeviceStatus] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:   # until Python 3.12 a `cached_property` has a lock, which a fork would copy
+        keep_printable(self)
         object.__setattr__(self, "devices", _devices_of(self.host, self.sample, self.reason))
         object.__setattr__(self, "usable", usable(self.devices))
 

@@ -12,12 +12,12 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from ..core.arguments import check_number
+from ..core.arguments import check_number, is_all
 from ..core.conflict import ResourceBusy, ResourceUnavailable
 from ..core.devices import visible_env
 from ..core.forks import reset_in_child
 from ..core.gpu import GpuDevice
-from ..core.requests import ALL, check_count, check_memory
+from ..core.requests import ALL, check_count, check_memory, check_timeout
 from ..core.resources import DeviceStatus
 from ..core.room import check_capacity, largest_capacity
 from ..core.text import format_bytes
@@ -44,10 +44,10 @@ def check_need(
     memory_mb: float = 0,                # MiB of RAM
 ) -> Need:
     "Return the need of a task; raise `TypeError` or `ValueError` for a malformed argument"
-    if timeout is not None: check_number(timeout, "timeout", 0, threading.TIMEOUT_MAX)
+    check_timeout(timeout)
     ram, count = int(check_number(memory_mb, "memory_mb")*2**20), check_count(n)
-    if gpu_memory_mb == "all": return Need(1, count, ram, ALL)
-    if ram and gpu_memory_mb in (None, 0): return Need(0, 0, ram)
+    if is_all(gpu_memory_mb): return Need(1, count, ram, ALL)
+    if ram and (gpu_memory_mb is None or gpu_memory_mb == 0): return Need(0, 0, ram)
     return Need(check_memory(gpu_memory_mb), count, ram)
 
 # %% ../../nbs/hosts/placing.ipynb #d64c224a

@@ -9,6 +9,7 @@ __all__ = ['Moment', 'MOST_ROWS', 'to_seconds', 'levels_for', 'to_records', 'Rec
 import math
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from functools import partial
@@ -23,7 +24,8 @@ from cjm_fasthtml_resources.recorded.file import (
     read_figures,
     read_rows,
 )
-from ..core.arguments import shorten
+from ..core.arguments import check_number, check_path, shorten
+from ..core.copies import plain
 from ..core.needs import history_path
 from .changes import Change
 from .rows import Row, merge_rows
@@ -34,6 +36,8 @@ if TYPE_CHECKING:
 
 # %% ../../nbs/recorded/history.ipynb #b9f49e6a
 Moment = float | str | datetime
+_LATEST = 253_402_214_400   # the end of the year 9999
+_LONGEST = 64               # characters of a time
 
 def _on_day(text: str, now: float) -> float:
     "Return the last time at which a clock showed this text, such as 03:12"
@@ -45,18 +49,19 @@ def _on_day(text: str, now: float) -> float:
 def to_seconds(
     moment: Moment,            # seconds since the epoch, a `datetime`, or a text: "03:12" or "2026-11-26 03:12"
     now: float | None = None,  # the present in seconds since the epoch; `None`: by the clock
+    name: str = "a time",      # the argument's name, for the message
 ) -> float:
     "Return a time in seconds since the epoch, such as the last 03:12; raise `ValueError` or `TypeError` otherwise"
-    if isinstance(moment, datetime): return moment.timestamp()
-    if isinstance(moment, bool) or not isinstance(moment, (int, float, str)):
-        raise TypeError(f"a time is seconds since the epoch, a datetime or a text, not {type(moment).__name__}")
-    if isinstance(moment, str):
-        try: return _on_day(moment, time.time() if now is None else now)
-        except ValueError: pass
-        try: return datetime.fromisoformat(moment).timestamp()
-        except (ValueError, OverflowError): pass
-    elif math.isfinite(moment): return float(moment)
-    raise ValueError(f"a time is such as 03:12 or 2026-11-26T03:12, not {shorten(str(moment))}")
+    given = plain(moment)
+    if isinstance(given, bool) or not isinstance(given, (int, float, str, datetime)):
+        raise TypeError(f"{name} must be seconds since the epoch, a datetime or a text, not {type(moment).__name__}")
+    if isinstance(given, (int, float)): return float(check_number(given, name, 0, _LATEST))
+    if isinstance(given, str) and len(given) <= _LONGEST:
+        with suppress(ValueError): return _on_day(given, time.time() if now is None else now)
+    with suppress(ValueError, OverflowError, OSError):
+        when = (given if isinstance(given, datetime) else datetime.fromisoformat(given[:_LONGEST])).timestamp()
+        if 0 <= when <= _LATEST: return when
+    raise ValueError(f"{name} must be a time such as 03:12 or 2026-11-26T03:12, not {shorten(given)}")
 
 # %% ../../nbs/recorded/history.ipynb #255fac06
 def levels_for(
@@ -96,6 +101,10 @@ def to_records(
             for share in [dict[str, Any](pid=s.pid, owner=s.owner, process=s.name, user=s.user, memory=s.memory)
                           for s in place.shares] or [none]]
 
+# %% ../../nbs/recorded/history.ipynb #84283e77
+def _stretch(since: Moment, until: Moment | None) -> tuple[float, float]:
+    return to_seconds(since, name="since"), time.time() if until is None else to_seconds(until, name="until")
+
 # %% ../../nbs/recorded/history.ipynb #1da381bb
 MOST_ROWS = 1500   # in an answer, as far as coarser rows exist
 
@@ -103,6 +112,9 @@ MOST_ROWS = 1500   # in an answer, as far as coarser rows exist
 class RecordedHistory:
     "The data of a recorder; each method reads the file, and raises `StoreError` if the file is unusable"
     path: Path | None = None   # of the file; `None`: this user's history on this machine
+
+    def __post_init__(self) -> None:
+        if self.path is not None: object.__setattr__(self, "path", check_path(self.path, "path"))
 
     @property
     def file(self) -> Path:
@@ -114,7 +126,7 @@ class RecordedHistory:
         moment: Moment,
     ) -> Row | None:  # `None` if the data of that time is missing
         "Return the finest row that stands for a moment"
-        when = to_seconds(moment)
+        when = to_seconds(moment, name="moment")
         for level in LEVELS:
             for row in reversed(read_rows(self.file, level, when, when)):
                 if row.time <= when < row.time + max(row.seconds, level.width): return row
@@ -127,17 +139,17 @@ class RecordedHistory:
         width: float | None = None,      # seconds of a row, at least; `None`: as fits about a thousand rows
     ) -> list[Row]:
         "Return the rows of a stretch of time, the oldest first: the finest that are there, `width` or coarser"
-        start, end = to_seconds(since), time.time() if until is None else to_seconds(until)
-        least = (end - start)/MOST_ROWS if width is None else width
+        start, end = _stretch(since, until)
+        least = (end - start)/MOST_ROWS if width is None else check_number(width, "width")
         return _collect(partial(read_rows, self.file), start, end, least)
 
     def figures(self, since: Moment, until: Moment, width: float) -> list[Row]:
         "Return rows as `between` does, for a chart: the figures of each process are left out"
-        return _collect(partial(read_figures, self.file), to_seconds(since), to_seconds(until), width)
+        return _collect(partial(read_figures, self.file), *_stretch(since, until), check_number(width, "width"))
 
     def changes(self, since: Moment, until: Moment | None = None) -> list[tuple[float, Change]]:
         "Return the changes in a stretch of time, each with its time in seconds since the epoch"
-        return read_changes(self.file, to_seconds(since), time.time() if until is None else to_seconds(until))
+        return read_changes(self.file, *_stretch(since, until))
 
     def to_frame(self, since: Moment, until: Moment | None = None) -> "pandas.DataFrame":
         "Return a row for each place and process as a pandas DataFrame; `ImportError` where pandas is missing"

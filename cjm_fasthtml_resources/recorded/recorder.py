@@ -6,14 +6,15 @@
 __all__ = ['FLUSH_SECONDS', 'count_ran_out', 'Recorder']
 
 # %% ../../nbs/recorded/recorder.ipynb #3d91ef12
-import logging
 import threading
 from contextlib import ExitStack
 from pathlib import Path
 
+from ..core.arguments import check_path
 from ..core.copies import StaysHere
 from ..core.folder import StoreError
 from ..core.forks import reset_in_child
+from ..core.logs import Log
 from ..core.manager import ResourceManager
 from ..core.monitor import ResourceMonitor
 from ..core.needs import history_path
@@ -23,7 +24,7 @@ from .file import add, alone
 from .notes import Notes
 
 # %% ../../nbs/recorded/recorder.ipynb #7c96a6ec
-_log = logging.getLogger(__name__)
+_log = Log(__name__)
 FLUSH_SECONDS = 10.0   # between two writes
 
 def count_ran_out(monitor: ResourceMonitor) -> int | None:
@@ -43,7 +44,8 @@ class Recorder(StaysHere):
     ) -> None:
         if not isinstance(monitor, ResourceMonitor):
             raise TypeError(f"monitor must be a ResourceMonitor, not {type(monitor).__name__}")
-        self.monitor, self.path, self._is_own = monitor, Path(path or history_path()), path is not None
+        self.monitor, self._is_own = monitor, path is not None
+        self.path = Path(history_path() if path is None else check_path(path, "path"))
         self.after_fork()
         reset_in_child(self)
 

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from ..core.arguments import check_number
+from ..core.arguments import check_items, check_number
 from ..core.classify import classify_device, conclude
 from ..core.gpu import GpuDevice
 from ..core.resources import DeviceStatus, OwnedProcess, Promise, ResourceStatus
@@ -99,6 +99,7 @@ def replay(
     usual: float = 45.0,         # percent, to compare with: the default of a manager
 ) -> Replay:
     "Return the answers of checks at each recorded time, with a threshold and with the usual one"
+    rows = check_items(rows, "rows", Row)
     for name, percent in (("threshold", threshold), ("usual", usual)): check_number(percent, name, 0, 100)
     return Replay(threshold, usual, tuple(
         Answers(row.time, row.seconds, recheck_row(row, usual), recheck_row(row, threshold)) for row in rows))

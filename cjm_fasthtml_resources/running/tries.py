@@ -8,7 +8,6 @@ __all__ = ['Wanted', 'plain_text', 'CommandFailed', 'watch', 'env_of', 'run_insi
 
 # %% ../../nbs/running/tries.ipynb #eb244e09
 import contextlib
-import logging
 import os
 import re
 import signal
@@ -18,6 +17,7 @@ from typing import Any
 
 from ..core.conflict import ResourceBusy, ResourceUnavailable
 from ..core.job import ALONE, ActiveJob, PluginNeeds
+from ..core.logs import Log
 from ..core.out_of_memory import OutOfMemory, find_out_of_memory
 from ..core.room import largest_capacity
 from ..core.store import StoreError
@@ -25,7 +25,7 @@ from ..core.text import format_bytes
 from .child import CannotRun, Child, Ended, has_exited
 
 # %% ../../nbs/running/tries.ipynb #d5509797
-_log = logging.getLogger(__name__)
+_log = Log(__name__)
 
 @dataclass(frozen=True)
 class Wanted:

@@ -18,7 +18,7 @@ from typing import Any, get_args, get_origin
 from ..core import memory, process, sysfs
 from ..core.arguments import shorten
 from ..core.command import show_command
-from ..core.copies import unfit_text
+from ..core.copies import plain, unfit_text
 from ..core.text import printable
 
 # %% ../../nbs/simulated/machine.ipynb #6ea156c3
@@ -53,7 +53,7 @@ class Checked:
         declared = getattr(self, "__dataclass_fields__", {}).get(name)
         if declared and (complaint := _complaint(name, value, declared.type)):
             raise ScenarioError(f"{type(self).__name__}.{name} {complaint}")
-        super().__setattr__(name, value)
+        super().__setattr__(name, plain(value))
 
 def to_bytes(mb: float) -> int:
     "Return MiB as bytes"

@@ -7,6 +7,7 @@ __all__ = ['build', 'build_list', 'parse_scenario', 'state_names', 'find_scenari
 
 # %% ../../nbs/simulated/scenarios.ipynb #5223649e
 import json
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields
 from importlib.resources import files
@@ -20,8 +21,8 @@ from cjm_fasthtml_resources.simulated.machine import (
     SimulatedMachine,
     SimulatedProcess,
 )
-from ..core.arguments import shorten
-from ..core.copies import copy_config
+from ..core.arguments import check_path, shorten
+from ..core.copies import copy_config, plain
 from .faults import Fault
 from .habits import Habits
 from .presets import PRESETS
@@ -72,7 +73,7 @@ def parse_scenario(
 ) -> dict[str, Any]:  # the arguments of a simulated driver
     "Return the parts of a scenario; raise `ScenarioError` if a part is invalid"
     if not isinstance(scenario, Mapping): raise ScenarioError(f"a scenario must be an object, not {shorten(scenario)}")
-    try: scenario = copy_config(scenario, "a scenario")
+    try: scenario = copy_config(scenario, "a scenario", math.inf)   # its numbers are checked by name
     except (TypeError, ValueError) as error: raise ScenarioError(str(error)) from None
     if is_report(scenario): scenario = scenario_of(scenario)
     description = scenario.get("description", "")
@@ -93,21 +94,24 @@ def state_names() -> list[str]:
     "Return the names of the states of real machines"
     return sorted(file.name.removesuffix(".json") for file in _STATES.iterdir() if file.name.endswith(".json"))
 
-# %% ../../nbs/simulated/scenarios.ipynb #fd7ec829
+# %% ../../nbs/simulated/scenarios.ipynb #71d329e6
 def _text_of(name: str | Path) -> str:
     "Return the text of a scenario's file; raise `ScenarioError` for an unknown name"
     if str(name) in state_names(): return (_STATES/f"{name}.json").read_text(encoding="utf-8")
     path = Path(name)
     if path.suffix == ".json": return path.read_text(encoding="utf-8")
-    raise ScenarioError(f"no preset is called {str(name)!r}. Presets: {', '.join(PRESETS)}. States of real machines: "
+    shown = shorten(str(name))
+    raise ScenarioError(f"no preset is called {shown}. Presets: {', '.join(PRESETS)}. States of real machines: "
                         f"{', '.join(state_names())}. Or give the path of a .json file")
 
+# %% ../../nbs/simulated/scenarios.ipynb #fd7ec829
 def find_scenario(
     name: str | Path,  # of a preset or of a real machine's state, or the path of a JSON file
 ) -> Any:
     "Return a preset, or the content of a JSON file; raise `ScenarioError` if neither exists"
+    name = check_path(name, "name") if not isinstance(name, str) else plain(name)
     if str(name) in PRESETS: return PRESETS[str(name)]()
     try: return json.loads(_text_of(name))
     except ScenarioError: raise
     except (OSError, ValueError, RecursionError) as error:
-        raise ScenarioError(f"cannot read the scenario {str(Path(name))!r}: {error}") from None
+        raise ScenarioError(f"cannot read the scenario {shorten(str(name))}: {error}") from None

@@ -9,6 +9,7 @@ __all__ = ['check_controls', 'follow_answers', 'find_asked', 'name_question']
 import contextlib
 from typing import Any
 
+from ..core.arguments import check_flag
 from ..core.manager import ResourceManager
 from ..core.resources import WorkerState
 from ..core.threads import NoThreadError
@@ -19,7 +20,7 @@ def check_controls(
     controls: bool,   # whether its workers can be stopped
 ) -> None:
     "Raise `ValueError` for controls of a cluster, whose workers cannot be stopped from here"
-    if controls and not isinstance(manager, ResourceManager):
+    if check_flag(controls, "controls") and not isinstance(manager, ResourceManager):
         raise ValueError("controls=True needs a ResourceManager: "
                          "workers of other hosts can only be stopped there")
 

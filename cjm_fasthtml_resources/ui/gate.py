@@ -95,9 +95,10 @@ def _equal(a: str, b: str) -> bool: return hmac.compare_digest(a.encode(errors="
 def check_token(token: Any) -> str:
     "Return a valid token; `TypeError` or `ValueError` if it is invalid, with a message that hides it"
     if not isinstance(token, str): raise TypeError(f"token must be a text, not {type(token).__name__}")
-    if not token or len(token) > 1000 or unfit_text(token):
+    text: str = str.__str__(token)
+    if not text or len(text) > 1000 or unfit_text(text):
         raise ValueError("token must have 1 to 1000 characters, without NUL or lone surrogates")
-    return token
+    return text
 
 # %% ../../nbs/ui/gate.ipynb #57bc64fc
 class Gate:
@@ -108,7 +109,7 @@ class Gate:
         token: str | None = None,   # `None`: loopback names only
     ) -> None:
         self.app, self.token = app, None if token is None else check_token(token)
-        self.cookie = hashlib.sha256(f"cjm-resources {token}".encode()).hexdigest()
+        self.cookie = hashlib.sha256(f"cjm-resources {self.token}".encode()).hexdigest()
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         answer = self.refuse(Request(scope)) if scope["type"] == "http" else None

@@ -9,13 +9,14 @@ __all__ = ['device_metrics', 'process_metrics', 'worker_metrics', 'reservation_m
 
 # %% ../../nbs/ui/metrics.ipynb #43e765da
 from ..core.extras import explain_missing
+from ..core.logs import Log
+from ..core.text import printable
 
 try:
     from prometheus_client import CollectorRegistry
 except ModuleNotFoundError as error: raise explain_missing(error, "prometheus") from None
 
 # %% ../../nbs/ui/metrics.ipynb #d75e0bdd
-import logging
 import math
 import time
 from collections import Counter
@@ -42,7 +43,7 @@ from ..core.samples import Sample
 from ..core.secrets import shown_text
 
 # %% ../../nbs/ui/metrics.ipynb #0f19545a
-_log = logging.getLogger(__name__)
+_log = Log(__name__)
 
 # %% ../../nbs/ui/metrics.ipynb #d9e97976
 _PREFIX = "cjm_resources"
@@ -51,13 +52,14 @@ def _gauge(name: str, text: str, labels: Iterable[str], rows: Iterable[tuple[lis
     "Return a gauge of the known values"
     metric = GaugeMetricFamily(f"{_PREFIX}_{name}", text, labels=list(labels))
     for given, value in rows:
-        if value is not None: metric.add_metric(given, value)
+        if value is not None: metric.add_metric([*map(printable, given)], value)
     return metric
 
 def _states(name: str, text: str, labels: Iterable[str], rows: Iterable[tuple[list[str], ResourceStatus]]) -> Metric:
     "Return a metric with every status: 1 for the present one, 0 for the others"
     metric = StateSetMetricFamily(f"{_PREFIX}_{name}", text, labels=list(labels))
-    for given, status in rows: metric.add_metric(given, {s.value: s is status for s in ResourceStatus})
+    for given, status in rows:
+        metric.add_metric([*map(printable, given)], {s.value: s is status for s in ResourceStatus})
     return metric
 
 # %% ../../nbs/ui/metrics.ipynb #c643852a
@@ -86,7 +88,7 @@ def device_metrics(
     "Yield the figures of each device, its memory by owner, and its status"
     devices = list(devices)
     info = InfoMetricFamily(f"{_PREFIX}_gpu", "The device's name", labels=_DEVICE)
-    for d in devices: info.add_metric(_labels(d), {"name": d.device.name or ""})
+    for d in devices: info.add_metric(_labels(d), {"name": printable(d.device.name or "")})
     yield info
     for name, text, read in _DEVICE_FIGURES: yield _gauge(name, text, _DEVICE, [(_labels(d), read(d)) for d in devices])
     readable = [d for d in devices if d.device.memory_used is not None]
@@ -245,6 +247,8 @@ class ResourceCollector:
         monitor: ResourceMonitor,
         processes: bool = False,   # a metric for each process, too: unlimited labels
     ) -> None:
+        if not isinstance(monitor, ResourceMonitor):
+            raise TypeError(f"monitor must be a ResourceMonitor, not {type(monitor).__name__}")
         self.monitor, self.processes, self._users, self._logged = monitor, processes, UserLabels(), False
         self._events = monitor.manager.events if isinstance(monitor.manager, ResourceManager) else Events()
 

@@ -33,7 +33,7 @@ from ..core.copies import StaysHere
 from ..core.forks import reset_in_child
 from ..core.history import History
 from ..core.manager import ResourceManager
-from ..core.monitor import ResourceMonitor, TakesSamples, share_monitor
+from ..core.monitor import ResourceMonitor, TakesSamples, check_monitor, share_monitor
 from ..core.questions import Question
 from ..core.resources import WorkerState
 from ..core.samples import Sample
@@ -42,12 +42,12 @@ from ..core.text import printable
 from ..core.threads import NoThreadError, start_thread
 from .assets import read_asset
 from .cards import ABOVE, CSS
-from .charts import RANGES, REDRAW, charts_of
+from .charts import REDRAW, charts_of
 from .controls import check_controls, find_asked, follow_answers, name_question
 from .kept import find_shell, picture
 from .parts import to_html
 from .seen import SeenBox
-from .view import SORTS, View, render, render_reservations
+from .view import RANGES, SORTS, View, render, render_reservations
 
 # %% ../../nbs/ui/panel.ipynb #b0f5ae54
 def _halves(
@@ -271,7 +271,7 @@ class ResourcePanel(StaysHere, SeenBox):
         self.manager: Any = manager
         self._view, self._controls, self._charts = View(rows=rows, charts=charts), controls, PanelCharts(charts)
         self._question: WorkerState | None = None   # the worker to stop, until that is answered
-        super().__init__(monitor or share_monitor(manager, interval, history))
+        super().__init__(check_monitor(monitor) or share_monitor(manager, interval, history))
         self._paused = self.monitor.paused
         self._make_widgets()
         if controls: follow_answers(manager)

@@ -40,11 +40,11 @@ from cjm_fasthtml_resources.ui.stream import (
     layout_event,
     to_event,
 )
-from ..core.arguments import check_pid, check_text
+from ..core.arguments import check_flag, check_pid, check_text, shorten
 from ..core.conflict import ResourceBusy, ResourceUnavailable
 from ..core.forks import reset_in_child
 from ..core.manager import ResourceManager
-from ..core.monitor import ResourceMonitor, TakesSamples
+from ..core.monitor import ResourceMonitor, TakesSamples, check_monitor
 from ..core.store import StoreError
 from ..core.threads import NoThreadError, SharedCalls
 from ..recorded.history import RecordedHistory
@@ -91,6 +91,11 @@ def _component(
     return Div(Style(Safe(CSS)), lost, place, *forms, script, cls="cjm ages", data_cjm_stream=f"{base}/stream",
                data_cjm_charts=f"{base}/charts", data_cjm_now=f"{1000*now:.0f}", data_cjm_read=f"{1000*read:.0f}")
 
+# %% ../../nbs/ui/web.ipynb #b99373ca
+def _check_path(name: str, path: str) -> None:
+    if not check_text(path, name).startswith("/") or path.endswith("/"):
+        raise ValueError(f"{name} must begin with a slash and not end with one, not {shorten(path)}")
+
 # %% ../../nbs/ui/web.ipynb #c3000543
 _LOOP_WAITS = 0.04   # maximum of seconds that a component can block an event loop
 _looks = SharedCalls()
@@ -130,6 +135,7 @@ def ResourceCard(
     """Return all figures as a component. It is live if the app has the routes, and else a picture of this moment.
     An `async` handler, and each thread beyond the first eight, waits at most 0.04 s for a slow driver or cluster.
     Then the stream brings the picture"""
+    _check_path("prefix", prefix)
     return _component(_look(manager), prefix, current_base(prefix))
 
 # %% ../../nbs/ui/web.ipynb #e3728359
@@ -312,13 +318,15 @@ def _check_app(app: Any) -> None:
                         "mount it in your app: app.mount('/gpu', fasthtml_app)")
 
 def _check_guard(guard: Any, controls: bool) -> None:
+    if not (guard is None or callable(guard)): raise TypeError(f"guard must be a function, not {shorten(guard)}")
     if controls and guard is None:
         raise ValueError("controls=True needs a guard: a function that takes the request and returns None to allow it, "
                          "or a response to refuse it")
 
-def _check_path(name: str, path: str | None) -> None:
-    if path is not None and (not check_text(path, name).startswith("/") or path.endswith("/")):
-        raise ValueError(f"{name} must begin with a slash and not end with one, not {path!r}")
+def _check_shown(view: Any, recorded: Any) -> None:
+    if not isinstance(view, View): raise TypeError(f"view must be a View, not {shorten(view)}")
+    if not isinstance(recorded, RecordedHistory | None):
+        raise TypeError(f"recorded must be a RecordedHistory, not {shorten(recorded)}")
 
 # %% ../../nbs/ui/web.ipynb #e12d4aee
 @dataclass(frozen=True)
@@ -350,9 +358,12 @@ def resource_routes(
     _check_app(app)
     check_controls(manager, controls)
     _check_guard(guard, controls)
+    _check_shown(view, recorded)
+    check_flag(process_metrics, "process_metrics")
     places = Places(check_pid(streams, "streams"))
-    for name, path in (("prefix", prefix), ("metrics", metrics)): _check_path(name, path)
-    monitor = monitor or ResourceMonitor(manager, interval)
+    _check_path("prefix", prefix)
+    if metrics is not None: _check_path("metrics", metrics)
+    monitor = check_monitor(monitor) or ResourceMonitor(manager, interval)
     # before any route is added, because the extra can be missing
     scrape = _metrics_handler(monitor, process_metrics) if metrics else None
     hub = Hub(monitor, view, *(((_stop_column(prefix),), answer_buttons(prefix)) if controls else ()))
@@ -377,7 +388,7 @@ def make_app(
     "Return an app with the page at /resources, and metrics if they are wanted"
     from fasthtml.core import FastHTML
     app = FastHTML(default_hdrs=False, secret_key=secrets.token_hex(16))  # keeps keys out of the current folder
-    resource_routes(app, manager, interval=interval, metrics="/metrics" if metrics else None,
+    resource_routes(app, manager, interval=interval, metrics="/metrics" if check_flag(metrics, "metrics") else None,
                     process_metrics=process_metrics, streams=streams)
 
     async def home(req: Request) -> Any: return RedirectResponse(find_base(req, "/resources"))
