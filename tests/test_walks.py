@@ -106,7 +106,7 @@ print(interrupted, left)
 """
 
 
-@pytest.mark.skipif(sys.version_info < (3, 11), reason="up to Python 3.10, a signal can come between a call and `return`")
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="before 3.11, a signal can come between a call and `return`")
 @pytest.mark.parametrize("gap", [3e-5, 1e-4, 3e-4])
 def test_two_signals_in_a_row_leave_nothing_behind(gap, tmp_path):
     "As a terminal and a parent send them: the second one comes while the first one's cleanup runs"
