@@ -11,6 +11,7 @@ import random
 import re
 import secrets
 import string
+import time
 from collections import OrderedDict
 from dataclasses import dataclass
 from enum import Enum
@@ -22,12 +23,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from cjm_fasthtml_resources.core.command import show_command
 from cjm_fasthtml_resources.core.learned import need_key
 from cjm_fasthtml_resources.core.manager import ResourceManager
 from cjm_fasthtml_resources.core.monitor import ResourceMonitor
 from cjm_fasthtml_resources.core.resources import WorkerState
 from cjm_fasthtml_resources.core.roster import WorkerRow, from_row, to_row
 from cjm_fasthtml_resources.core.samples import take_sample
+from cjm_fasthtml_resources.core.secret_names import SECRET_PARTS, names_secret, small_letters
 from cjm_fasthtml_resources.core.secrets import (
     SECRETS,
     describe,
@@ -35,7 +38,6 @@ from cjm_fasthtml_resources.core.secrets import (
     shown_config,
     shown_error,
     shown_text,
-    small_letters,
 )
 from cjm_fasthtml_resources.core.validation import validate_resources_for_job
 from cjm_fasthtml_resources.simulate import SimulatedDriver, SimulatedGpu
@@ -103,6 +105,18 @@ WRITTEN = {   # how a password that looks like nothing is told
     "python": "{{'client_secret': '{}'}}",
     "azure": "AccountName=x;AccountKey={};Suffix=y",
     "cookie": "Cookie: id={}",
+    "variable": "DB_PASS={}",
+    "yaml": "KEY: {}",
+    "session": "SESSION_ID={}",
+    "subscript": "os.environ['HF_TOKEN']='{}'",
+    "three quotes": 'TOKEN="""a {}"""',
+    "star": "password=*{}",
+    "nested json": '{{"password": {{"value": "{}"}}}}',
+    "percent": "token%3D{}",
+    "code": """python -c "login('{}')" """,
+    "chained": "a;mysql -p{}",
+    "chained twice": "b &&mysql -p '{}'",
+    "nested shells": """sh -c "sh -c 'mysql -p{}'" """,
     "pem": "-----BEGIN RSA PRIVATE KEY-----\n{}\n-----END RSA PRIVATE KEY-----",
 }
 
@@ -371,3 +385,128 @@ def test_a_letter_that_a_pattern_takes_for_another_one_is_that_one():
     taken = {letter: re.findall(letter, every, re.IGNORECASE) for letter in string.ascii_lowercase}
     assert len(taken["k"]) > 2 and len(taken["i"]) > 2
     assert all(small_letters(char) == letter for letter, chars in taken.items() for char in chars)
+
+
+# The table of notations: H is the secret, a password that looks like nothing
+
+NAMED = [
+    "DB_PASS={}", "KEY: {}", "SESSION_ID={}", "userPin: {}", "pw={}", "pass1={}", "otp={}", "CVV2={}", "cookie={}",
+    "bearer={}", "auth: {}", "api key: {}", "API.KEY={}", "private key: {}", "pass-phrase: {}", "creds={}",
+    "session id: {}", "the password is: {}", "export KEY={}", "$env:KEY={}"]
+NOTATIONS = (   # of Python, a shell, JSON, YAML, URLs, HTML, XML, make
+    "os.environ['HF_TOKEN']='{}'", 'os.environ["HF_TOKEN"] = "{}"', "config[ 'password' ] = '{}'",
+    'TOKEN="""{} {}"""', "TOKEN=\'\'\'a 'b' {}\'\'\'", "token = rb'{} {}'", 'password: str = "{}"', "password != '{}'",
+    '("password", "{}")', '["api_key", "{}"]', 'os.putenv("HF_TOKEN", "{}")', "SecretStr('a {}')", "f(key='{}')",
+    'config["password"]["value"] = "{}"', "password.value = '{}'", "password -> {}",
+    "password=*{}", "password=**{}**", "password=***{}", "password=[x]{}", "password=({}", "-e 'PASSWORD=a {}'",
+    'PASS=abc"d {}"', """PASS="a"'b {}'""", "PASS=a\\ {}", "TOKEN=$(echo {})", "TOKEN=${X:-a {}}", "password=`a {}`",
+    "['vllm', '--api-key', '{} x']", '"--token","{}"', "--token -{}", "--token 'a {}'", "-password {}",
+    '{"password": {"value": "{}"}}', '{"password": {"value": "a}{}", "x": ["{}"]}}', '{"password": ["a", "{}"]}',
+    '{\\"password\\": {\\"value\\": \\"a}{}\\"}}', '{"a":"{\\"pw\\":\\"{\\\\\\"v\\\\\\":\\\\\\"{}\\\\\\"}\\"}"}',
+    '{"name": "DB_PASS", "value": "{}"}', 'password="x\\"{}"', "password:\n  value: {}", "password:\n  - {}",
+    "password: |\n  {}", "password: >-\n  {}", "{'password' => '{}'}", "a=1&pw={}&b=2", "token%3D{}", "token%253D{}",
+    "api_key%3A%20{}", "%22password%22%3A%22{}%22", "\\u0022password\\u0022: \\u0022{}\\u0022", "token\\u003d{}",
+    "&quot;password&quot;: &quot;a {}&quot;", "password&#61;{}", '<add key="DB_PASS" value="{}"/>',
+    "<password>a {}</password>", "token ?= {}", "token := '{}'")
+COMMANDS = (
+    "a;mysql -p{}", "&&mysql -p{}", """sh -c "sh -c 'mysql -p{}'" """, "mysql -p'a {}' -h x", "$(mysql -p{})",
+    "`mysql -p{}`", "['mysql', '-p', '{} x']", "['mysql', '-p{} x']", "curl 'h?a=1&b=2; c' -u ada:{}", "{mysql -p{}}",
+    "docker login -p {}", "sudo /usr/bin/mysql -u x -p{} db", "x=1;mysql \\\n -p{}", "curl --user=ada:{}",
+    """python -c "login('ada', '{}')" """, """sh -c "python3 -u -c \\"f('{}')\\"" """, """node -e 'f("{}")' """,
+    "python -c 'import os; os.environ[\"HF_TOKEN\"]=\"{}\"'")
+
+
+@pytest.mark.parametrize("form", [*NAMED, *NOTATIONS, *COMMANDS])
+def test_a_secret_is_found_in_each_notation(form):
+    for text in (form, f"it failed: {form}", f"{form} and more", f"x\n{form}\ny", f"--tokens 5 tokenizer=x {form}"):
+        for secret in ("hunter2", password()):
+            shown = shown_text(text.replace("{}", secret))
+            assert secret not in shown and shown_text(shown) == shown, shown
+            assert secret not in show_command(["sh", "-c", text.replace("{}", secret)])
+    assert shown_text(f"--max-tokens 512 {form}".replace("{}", "hunter2")).startswith("--max-tokens 512")
+
+
+@pytest.mark.parametrize("option", ["-c", "-uc"])
+def test_code_of_a_command_shows_no_text_that_can_be_a_secret(option):
+    code = "import x; x.login('ada', 'hunter2', pw='hush'); x.load('a/model.pt', 'cuda')"
+    shown = show_command(["/usr/bin/python3", option, code])
+    assert "hunter2" not in shown and "hush" not in shown and "'a/model.pt', 'cuda'" in shown
+
+
+SECRET_NAMES = [
+    "pw", "userPw", "DB_PW", "userPin", "user_pin", "userPIN", "PIN", "pin2", "pass1", "dbPass", "DB_PASS", "PASS",
+    "passWord", "passwd", "PaSsWoRd", "passphrase", "passPhrase", "pwd", "mnemonic", "otp", "totp", "OTP1", "cvv",
+    "CVV2", "credential", "creds", "auth", "oauth2", "Authorization", "bearer", "Set-Cookie", "session",
+    "SESSION_ID", "sessionId", "apikey", "api_key", "apiKey", "API_KEY", "api-key", "api.key", "APIKEY", "apikey2",
+    "seed_phrase", "seedPhrase", "seed_words", "secret", "clientSecret", "HF_TOKEN", "accessToken", "access_tokens",
+    "key", "KEY", "myKey", "MYKEY", "openaiKey", "sshkey", "userpass", "PGPASSWORD", "2fa", "2faCode",
+    "securityCode", "api_key_value", "secret_key_frames", "X-Api-Key", "db.password", "auth_token2", "keyId",
+    "API_KEY_2", "PHPSESSID"]
+PLAIN_NAMES = [
+    "max_tokens", "num_tokens", "maxTokens", "tokenizer", "tokenizer_mode", "tokenizerPath", "tokens_per_second",
+    "tokenization", "keyboard", "monkey", "key_frames", "keyframes", "keyFrames", "keywords", "num_key_value_heads",
+    "author", "authors", "pin_memory", "pinMemory", "bypass", "compass", "session_len", "sessions", "passes",
+    "passed", "spin", "mapping", "PATH", "path", "spatial", "compat", "CUDA_VISIBLE_DEVICES", "model", "device",
+    "seed", "beams", "turkey", "KeyError", "AuthenticationError", "credits", "passenger", "dispatch", "certain",
+    "signal", "assign", "sigma"]
+
+
+def test_one_rule_judges_names_in_configurations_and_in_texts():
+    assert [name for name in SECRET_NAMES if not names_secret(name)] == []
+    assert [name for name in PLAIN_NAMES if names_secret(name)] == []
+    assert all(any(part in small_letters(name) for part in SECRET_PARTS) for name in SECRET_NAMES)
+    for name in SECRET_NAMES:
+        assert list(shown_config({name: "hush"}).values()) == ["<str, 4 characters>"], name
+        assert "hush" not in shown_text(f"{name}=hush") + shown_text(f'{{"{name}": "hush"}}'), name
+    for name in PLAIN_NAMES:
+        assert shown_config({name: "hush"}) == {name: "hush"} and shown_text(f"{name}=hush") == f"{name}=hush"
+
+
+KEPT = r"""
+vllm serve meta-llama/Llama-3.1-8B --max-tokens 512 --tokenizer bert --num-key-value-heads 8
+keyboard=us monkey=1 key_frames=3 {"key_frames": [1, 2]} keywords: a, Tokens: 512, tokens per second: 30.5
+CUDA_VISIBLE_DEVICES=0,1 PATH=/usr/local/bin:/usr/bin HOME=/home/ada PYTHONPATH=. LD_LIBRARY_PATH=/usr/lib
+the job of ada waits for GPU 0: 13.6 GiB free; train.py (PID 42, user bob, 27.0 GiB on GPU 0)
+KeyError: 'model', ConnectionError: [Errno 111] Connection refused, AuthenticationError: no such user
+File "/app/auth.py", line 12, in login; tests/test_secrets.py:45: error
+Lost the connection: timed out after 5 s; the token is missing; no secret, the key of the matter
+author: ada, pin_memory=True, num_workers=4, session_len=4096, Signature: f(x, y)
+python train.py --seed 42 --lr 3e-4 seed=42 /models/whisper/large-v3-turbo-q5_0.bin
+https://huggingface.co/meta-llama/Llama-3.1-8B?download=true
+docker run -p 8080:80 vllm --port 80 -u ada; mysql -uroot -h db
+GPU 0 (GPU-51000000-0000-4000-8000-000000000000): 13.6 GiB, RTX6000ADA, A100-SXM4-80GB, 20240501T123000Z
+tokenizer('x') count_tokens("x") bypass("x"), PYTORCH_CUDA_ALLOC_CONF, TRANSCRIPTIONWORKER
+python3 -c "import torch; torch.load('a/model.pt', 'cuda')"
+TheBloke/Mixtral-8x7B-Instruct-v0.1-GGUF sha256:0a1b2c3d0a1b2c3d0a1b2c3d0a1b2c3d0a1b2c3d0a1b2c3d0a1b2c3d0a1b2c3d
+""".strip().splitlines()
+
+
+@pytest.mark.parametrize("text", KEPT)
+def test_what_people_need_stays_readable(text): assert shown_text(text) == text
+
+
+def test_capitals_and_digits_alone_can_be_a_secret():
+    rng = random.Random(1)
+    for letters in ("ABCDEFGHIJKLMNOPQRSTUVWXYZ234567", "0123456789ABCDEFGHJKMNPQRSTVWXYZ", "0123456789ABCDEF"):
+        words = ["".join(rng.choice(letters) for _ in range(n)) for n in (20, 26, 32, 52) for _ in range(200)]
+        assert sum(shown_text(word) == word for word in words) < 16   # of 800
+    assert shown_text("JBSWY3DPEHPK3PXP JBSWY3DPEHPK3PXPJBSWY3DPEHPK3PXP") == "*** ***"
+
+
+HOSTILE = (
+    "token", "token ", "token=", "key'", "key   ", '\\"', "\\", '"', "=", ":", "://:", "a:", "{", '{"password":', "%3D",
+    "%", "eyJ", "eyJaaaa.", "authorization: ", "key\n", "sh -c '", "mysql -p", "&&mysql -pX", "mysql 'x", "KEY']",
+    "key] ", "token='", "token=(", 'name="key" value=', "<key>", "'key=x ", "key=a'\"b ", "%25", "\\u003d",
+    "python -c '", "python -a ", "Aa", "A2", "aA_", "key:=|", "phrase: a ", "Ab3Ab3Ab3Ab3Ab3x ")
+
+
+@pytest.mark.parametrize("part", HOSTILE)
+@pytest.mark.parametrize("end", ["", "@", "="])
+def test_a_long_text_takes_time_in_proportion_to_its_length(part, end):
+    def seconds(n):
+        text = part*(n//len(part)) + end
+        began = time.process_time()
+        show_command(["python", "-c", text])
+        shown_text.__wrapped__(text)
+        return time.process_time() - began
+    assert seconds(300_000) < 8   # half a second; a squared time is minutes

@@ -7,64 +7,43 @@ __all__ = ['COMMAND', 'shown_arguments', 'show_command', 'read_command']
 
 # %% ../../nbs/core/command.ipynb #d2847b64
 import re
-import shlex
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from io import FileIO
 
 from . import process
-from .secrets import cut_text, names_secret, shown_text
+from .secret_names import names_secret
+from .secret_programs import CODE_OPTION, PASSWORDS, find_password, hide_texts, runs_code
+from .secrets import cut_text, mask_tokens, shown_text
 from .text import printable
 
-# %% ../../nbs/core/command.ipynb #6da509d3
-def _letters(letters: str) -> str: return rf"(-[a-z\dS]*?[{letters}])(.*)"   # alone, after letters, or with its value
-
-_PASSWORDS = {   # by program: options that take a password and have an unclear name
-    **dict.fromkeys(("mysql", "mysqladmin", "mysqldump", "mariadb", "mariadb-dump", "mongosh", "mongodump", "cqlsh",
-                     "sshpass", "login", "7z", "7za"), _letters("p")),
-    **dict.fromkeys(("http", "https", "xh", "redis-cli"), _letters("a")),
-    **dict.fromkeys(("mosquitto_pub", "mosquitto_sub", "sqlcmd", "ipmitool", "unzip", "zip"), _letters("P")),
-    **dict.fromkeys(("ldapsearch", "ldapmodify", "ldapadd"), _letters("w")),
-    "curl": rf"{_letters('uU')}|(--(?:proxy-)?user(?:=|$))(.*)", "smbclient": _letters("U"),
-    "openssl": r"(-pass(?:in|out)?)(.*)"}
-
-def _program(argument: str) -> str:
-    "Return the name of a program that `_PASSWORDS` knows, else an empty string"
-    return base if (base := argument.rpartition("/")[2]) in _PASSWORDS else ""
-
-def _find_password(argument: str, program: str) -> tuple[str, str] | None:
-    "Return an option that takes a password, and the value behind it in the same argument"
-    found = re.fullmatch(_PASSWORDS[program], argument) if program else None
-    if found is None: return None
-    option, value = (text for text in found.groups() if text is not None)
-    return option, value
-
 # %% ../../nbs/core/command.ipynb #0f1b7f13
-def _as_script(argument: str) -> list[str] | None:  # `None` for anything else
-    "Return the words of a script that calls such a program, as `sh -c` gets it in one argument"
-    if " " not in argument: return None
-    try: words = shlex.split(argument)
-    except ValueError: words = argument.split()
-    return words if any(map(_program, words)) else None
+def _hide_value(argument: str, program: str) -> tuple[str, bool]:
+    "Return an argument as it can be shown, and whether the next one is a secret"
+    given = re.match(r"(?s)([\w.-]{1,60})([=:]\s*)(.)", argument)
+    if given and names_secret(given[1]): return f"{given[1]}{given[2]}***", False
+    option, attached = find_password(argument, program) or ("", "")
+    if attached: return f"{option}***", False
+    return argument, bool(option) or argument.startswith("-") and "=" not in argument and names_secret(argument)
+
+def _hide_values(arguments: Sequence[str]) -> Iterator[str]:
+    program, interpreted, before, secret = "", False, "", False
+    for argument in arguments:
+        base = argument.rpartition("/")[2]
+        program = base if base in PASSWORDS else program
+        interpreted = interpreted or runs_code(base)
+        if secret and not argument.startswith("--"): argument, secret = "***", False
+        else:
+            in_code = interpreted and (re.fullmatch(CODE_OPTION, before) or re.match("-[a-zA-Z]", argument))
+            shown, secret = _hide_value(argument, program)
+            before, argument = argument, hide_texts(mask_tokens(shown)) if in_code else shown
+        yield argument
 
 def shown_arguments(
     arguments: Sequence[str],   # of a command line
 ) -> str:
     "Return arguments as one text, with `***` for likely secrets and for values after names of secrets"
-    shown, hide, program = list[str](), False, ""
-    for argument in arguments:
-        if words := _as_script(argument): argument = shown_arguments(words)
-        if hide and not argument.startswith("--"):
-            shown.append("***")
-            hide = False
-            continue
-        name, equals, value = argument.partition("=")
-        secret = names_secret(name) and re.fullmatch(r"[\w.-]{1,60}", name) is not None
-        program = _program(argument) or program
-        option, attached = _find_password(argument, program) or ("", "")
-        shown.append(f"{option}***" if attached else f"{name}=***" if secret and equals and value else argument)
-        hide = bool(option and not attached) or secret and not equals and argument.startswith("-")
-    return shown_text(cut_text(" ".join(shown), 2000))   # far more than is shown
+    return shown_text(cut_text(" ".join(_hide_values(arguments)), 2000))   # far more than is shown
 
 # %% ../../nbs/core/command.ipynb #2bdb393d
 COMMAND = 120   # characters that are shown

@@ -16,7 +16,8 @@ from numbers import Number
 from typing import Any
 
 from .copies import text_of
-from .secrets import is_description, mask_tokens, names_secret, shown_text
+from .secret_names import names_secret
+from .secrets import is_description, mask_tokens, shown_text
 
 # %% ../../nbs/core/exact.ipynb #fc35023c
 _WORDS = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|\d+")

@@ -11,7 +11,8 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from ..core.exact import is_of_one_job
-from ..core.secrets import mask_tokens, names_secret
+from ..core.secret_names import names_secret
+from ..core.secrets import mask_tokens
 
 # %% ../../nbs/running/words.ipynb #ce53f1b0
 _SWITCHES = {"verbose", "debug", "cache"}   # options that are left out alone; the next word stays
