@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['PASSWORDS', 'INTERPRETERS', 'CODE_OPTION', 'find_password', 'hide_passwords', 'runs_code', 'hide_texts', 'hide_code']
 
-# %% ../../nbs/core/secret_programs.ipynb #b5a8eb6e
+# %% ../../nbs/core/secret_programs.ipynb #3d3c14b3
 import re
+from collections.abc import Iterator
 
-from .secret_values import Places, find_quote, hide_value, quoted_end, replace_places
+from .secret_values import find_quote, hide_value, quoted_end, replace_places
 
 # %% ../../nbs/core/secret_programs.ipynb #724eba2a
 def _letters(letters: str) -> str: return rf"(-[a-z\dS]*?[{letters}])(.*)"   # alone, after letters, or with its value
@@ -34,7 +35,7 @@ _PROGRAM = rf"(?<![\w.-])(?:{'|'.join(PASSWORDS)})(?=\\*[\"'`]|\s)"
 _WORD = r"[^\s\"'`,()\[\]]+|(?<!\\)\n"   # of a command, which ends with its line
 _BETWEEN = r"\\*[\"'`]\s*,\s*|\\*[\"'`]\s+|\s+"   # an option and its value: "-p", "x"
 
-def _passwords(text: str) -> Places:
+def _passwords(text: str) -> Iterator[tuple[int, int, str]]:
     "Yield the passwords in options of known programs"
     end, programs = 0, [*re.finditer(_PROGRAM, text)]
     for i, program in enumerate(programs):
@@ -66,7 +67,7 @@ def runs_code(program: str) -> bool:
     "Return whether a program is an interpreter that takes code as an argument"
     return re.fullmatch(_INTERPRETER, program.rpartition("/")[2]) is not None
 
-def _texts(code: str) -> Places:
+def _texts(code: str) -> Iterator[tuple[int, int, str]]:
     at = 0
     while quoted := re.compile(r"((?<!\\)\\*)(\"\"\"|'''|[\"'])").search(code, at):
         slashes, quote = quoted.groups()
@@ -75,16 +76,14 @@ def _texts(code: str) -> Places:
         if not re.fullmatch(_SHOWN_TEXT, inner): yield start, start + len(inner), "***"
         at += len(quote)
 
-def hide_texts(
-    code: str,
-) -> str:
+def hide_texts(code: str) -> str:
     "Return a program with `***` in place of its texts in quotes, except short words, paths and names"
     return replace_places(code, _texts(code))
 
 # %% ../../nbs/core/secret_programs.ipynb #e40f88ee
 _CODE = rf"(?<![\w.-]){_INTERPRETER}(?:\s+-[\w-]+)*?\s+(?:{CODE_OPTION})\s+(\\*)([\"'])"
 
-def _programs(text: str) -> Places:
+def _programs(text: str) -> Iterator[tuple[int, int, str]]:
     "Yield the code behind `python -c` in a text"
     end = 0
     for given in re.finditer(_CODE, text):
