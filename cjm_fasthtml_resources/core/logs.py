@@ -17,6 +17,8 @@ from .text import printable_lines
 def _shown(value: Any) -> Any:   # a number as it is, for `%d`
     return printable_lines(str(value)) if isinstance(value, (str, BaseException, PathLike)) else value
 
+_WRITES = {"debug", "info", "warning", "error", "exception", "critical"}
+
 class Log:
     "The logger of this name, for rare messages, which it writes without control characters"
     def __init__(self, name: str) -> None: self.name = name
@@ -26,6 +28,7 @@ class Log:
             import logging
         except OSError: return partial(_print, method)   # as if this process is out of file descriptors
         write = getattr(logging.getLogger(self.name), method)
+        if method not in _WRITES: return write
         return lambda *args, **named: write(*map(_shown, args), stacklevel=2, **named)
 
 def _print(method: str, message: str, *args: object, **named: object) -> None:
