@@ -212,8 +212,8 @@ def test_monitors_and_records(tmp_path):
     manager = new_manager()
     monitor = ResourceMonitor(manager)
     assert not complaints(ResourceMonitor.__init__, ResourceMonitor, manager=manager)
-    for method in ("keep", "subscribe"):
-        assert not complaints(getattr(ResourceMonitor, method), getattr(monitor, method))
+    assert not complaints(ResourceMonitor.keep, monitor.keep)
+    assert not complaints(ResourceMonitor.subscribe, lambda callback: monitor.subscribe(callback).close())
     assert not complaints(Recorder.__init__, Recorder, monitor=monitor)
     history = RecordedHistory(tmp_path/"history.sqlite")
     for method, usual in dict(at={}, between=dict(since=5), changes=dict(since=5),

@@ -36,6 +36,16 @@ def manager():
     wait_until(lambda: samplers() == 0)
 
 
+@pytest.mark.parametrize("module, kind", [("panel", "ResourcePanel"), ("live_view", "LiveView")])
+def test_a_widget_that_refuses_its_arguments_ends_without_a_word(manager, monkeypatch, module, kind):
+    if module == "live_view": pytest.importorskip("anywidget", reason="the extra marimo is not installed")
+    make, said = getattr(importlib.import_module(f"cjm_fasthtml_resources.ui.{module}"), kind), []
+    monkeypatch.setattr(sys, "unraisablehook", said.append)
+    with pytest.raises(ValueError, match="rows"): make(manager, rows=0)
+    gc.collect()
+    assert said == []
+
+
 def test_a_notebook_that_is_run_without_cell_ids_keeps_the_last_sample_of_each_panel(tmp_path):
     "As papermill, nbconvert and `jupyter execute` do it"
     nbclient, nbformat = pytest.importorskip("nbclient"), pytest.importorskip("nbformat")

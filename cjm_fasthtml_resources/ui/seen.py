@@ -78,10 +78,11 @@ def _make_sign(box: Any, act: Callable[[Any], None]) -> widgets.Button:
 class LeftAtTheEnd:
     "A widget that closes when it is garbage-collected, and stays as it is when Python ends"
     close: Callable[[], None]
+    _lock: Any = None   # a widget that refused its arguments has none, and nothing to close
     _is_ending = staticmethod(sys.is_finalizing)   # stored here, because a module's names are deleted by then
 
     def __del__(self) -> None:
-        if not self._is_ending(): self.close()
+        if self._lock is not None and not self._is_ending(): self.close()
 
 # %% ../../nbs/ui/seen.ipynb #187af873
 class SeenBox(LeftAtTheEnd, widgets.VBox):  # type: ignore[misc]  # ipywidgets has no types
