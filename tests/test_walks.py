@@ -64,44 +64,45 @@ def test_a_signal_between_two_instructions_leaves_a_lock_free(kind):
     assert number > 100 and left == 0
 
 
-BURSTS = """
+PRESSES = """
 import os, random, signal, sys, time
+for line in sys.stdin:
+    time.sleep(random.uniform(0, 4e-3))
+    os.kill(os.getppid(), signal.SIGINT)
+    time.sleep(float(sys.argv[1]))
+    os.kill(os.getppid(), signal.SIGINT)
+    print(flush=True)
+"""
+BURSTS = """
+import os, random, select, subprocess, sys
 from cjm_fasthtml_resources import ResourceManager
 from cjm_fasthtml_resources.simulate import SimulatedDriver, SimulatedGpu
 
-gap, pressed, interrupted, left = float(sys.argv[1]), 0, 0, 0
-
-def press(*_):
-    global pressed
-    if pressed >= 2: return
-    pressed += 1
-    if pressed == 2: signal.setitimer(signal.ITIMER_REAL, 0)
-    raise KeyboardInterrupt
+presses = subprocess.Popen([sys.executable, "-c", *sys.argv[1:]], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+go, done, interrupted, left = presses.stdin.fileno(), presses.stdout.fileno(), 0, 0
 
 def work():
     with manager.reserve(100, timeout=0): pass
     manager.update_worker_state(os.getpid(), status=random.choice(["idle", "running"]))
 
-def until_pressed():
-    while pressed < 2: work()
-
 with SimulatedDriver([SimulatedGpu(memory_total_mb=24000)]):
     manager = ResourceManager(app="a")
     manager.register_worker(os.getpid(), "llm")
     work()
-    signal.signal(signal.SIGALRM, press)
     for _ in range(1500):
         try:
             try:
-                pressed = 0
-                signal.setitimer(signal.ITIMER_REAL, random.uniform(1e-5, 4e-3), gap)
-                until_pressed()
+                os.write(go, b"\\n")
+                while not select.select([done], [], [], 0)[0]: work()
             except KeyboardInterrupt:
                 interrupted += 1
-                while pressed < 2: time.sleep(1e-3)
-        except KeyboardInterrupt: pass   # the second one
+                select.select([done], [], [])
+        except KeyboardInterrupt: select.select([done], [], [])   # the second one
+        os.read(done, 1)
         left += len(manager.get_claims())
         work()   # an error if the gate stays locked
+presses.stdin.close()
+presses.wait()
 print(interrupted, left)
 """
 
@@ -110,7 +111,7 @@ print(interrupted, left)
 @pytest.mark.parametrize("gap", [3e-5, 1e-4, 3e-4])
 def test_two_signals_in_a_row_leave_nothing_behind(gap, tmp_path):
     "As a terminal and a parent send them: the second one comes while the first one's cleanup runs"
-    program = [sys.executable, "-c", BURSTS, str(gap)]
+    program = [sys.executable, "-c", BURSTS, PRESSES, str(gap)]
     environment = dict(os.environ, CJM_RESOURCES_DIR=str(tmp_path/"state"))
     ended = subprocess.run(program, capture_output=True, text=True, timeout=120, env=environment)
     assert ended.returncode == 0, ended.stderr
