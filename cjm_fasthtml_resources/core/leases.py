@@ -148,18 +148,18 @@ class Leases:
         id: int,   # of its claim
     ) -> None:
         "Lock the mark of a lease's claim in place of its earlier claim's; call it just before the claim is written"
-        if lease not in self.held or self.path is None: return
-        if self._entered.get(lease, id) != id: self._unlock_claim(self.path, lease)   # an attempt before has failed
-        self._entered[lease] = id
-        _quietly(lock_byte, self._folder, _mark_of_claim(0, id))
-        _quietly(lock_byte, self._above, _mark_of_claim(_mark(self.path), id))
+        if self.path is None: return
+        with holding(self._opening):   # or another thread could drop it meanwhile
+            if lease in self.held: self._enter(self.path, lease, id)
 
     def drop(self, lease: int) -> bool:
         "End a lease; return False if this process lacks it"
         if lease not in self.held: return False
-        if not self._unlock(lease): self._to_drop.add(lease)
-        _holding.pop(lease, None)
-        self.held.discard(lease)   # last: if an interruption came before, a second call does all of it
+        with holding(self._opening):   # or another thread could lock a part of it again
+            if lease not in self.held: return False
+            if not self._unlock(lease): self._to_drop.add(lease)
+            _holding.pop(lease, None)
+            self.held.discard(lease)   # last: if an interruption came before, a second call does all of it
         return True
 
     @property
@@ -224,6 +224,12 @@ class Leases:
             _quietly(lock_byte, file, mark)
             if id is not None and first is not None: _quietly(lock_byte, file, _mark_of_claim(first, id))
             os.set_inheritable(file.fileno(), True)
+
+    def _enter(self, path: Path, lease: int, id: int) -> None:
+        if self._entered.get(lease, id) != id: self._unlock_claim(path, lease)   # an attempt before has failed
+        self._entered[lease] = id
+        _quietly(lock_byte, self._folder, _mark_of_claim(0, id))
+        _quietly(lock_byte, self._above, _mark_of_claim(_mark(path), id))
 
     def _open(self, path: Path) -> None:
         if self._file is None or not self.held and self.is_replaced():   # a new file, while this process had no lease
