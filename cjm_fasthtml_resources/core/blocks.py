@@ -44,7 +44,8 @@ class _Ending:
         is_dropped: bool,   # whether a block that is dropped without its end has ended
     ) -> None:
         self.call, self.is_dropped = call, is_dropped
-        self.thread, self.is_tried = threading.get_ident(), False
+        self.thread: int | None = threading.get_ident()
+        self.is_tried = False
         self.run: weakref.ref[Any] | None = None   # the generator, once it is made
 
     def is_going_on(self) -> bool:
@@ -65,9 +66,13 @@ def end_again(
         if not everywhere and ending.thread != threading.get_ident(): continue
         ending.is_tried = True
         try: ending.call(type(ending.error), ending.error, ending.error.__traceback__)
-        except Exception: _log.exception("giving back what a block held failed")
+        except Exception:
+            ending.thread = None   # it is called once more, at the exit
+            _log.exception("giving back what a block held failed")
+            continue
         finally: ending.is_tried = False
         _unended.pop(ending, None)
+        del ending.error   # its traceback refers to the program's variables
 
 @atexit.register
 def _end_all() -> None: end_again(everywhere=True)
@@ -98,6 +103,7 @@ def _run(begin: Callable[[], Any], ending: _Ending) -> Generator[Any, Any, None]
             ending.error, _unended[ending] = raised, None   # without a call, which another interruption could end
             end(type(raised), raised, raised.__traceback__)
             _unended.pop(ending, None)
+            del ending.error
         if not is_last: raise
         answer = _Raises(raised)
     kind = error = trace = None   # a traceback keeps the variables of the program's functions

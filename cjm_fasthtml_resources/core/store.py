@@ -13,6 +13,7 @@ import threading
 import zlib
 from collections.abc import Collection, Iterator
 from io import FileIO
+from operator import methodcaller
 from typing import TYPE_CHECKING
 
 from cjm_fasthtml_resources.core.database import (
@@ -41,7 +42,7 @@ from cjm_fasthtml_resources.core.lockfile import (
     write_ledger,
     write_number,
 )
-from .blocks import at_end, block
+from .blocks import block
 from .folder import StoreError
 from .forks import no_fork, reset_in_child, waited_in_vain
 from .leases import Leases, is_used_elsewhere, new_lease
@@ -92,16 +93,25 @@ def make_in_memory() -> "sqlite3.Connection":
 
 # %% ../../nbs/core/store.ipynb #10ea59a6
 @block
-def nested_transaction(db: "sqlite3.Connection") -> Iterator[None]:
-    "Open a transaction for the block; if one is open, as when a change also reads, make the block a part of it"
-    if db.in_transaction: yield
-    else:
-        with at_end(db.rollback):   # nothing, after COMMIT
-            db.execute("BEGIN")
-            yield
-            db.execute("COMMIT")
+def nested_transaction(
+    db: "sqlite3.Connection",
+    is_nested: bool,   # whether this thread is in such a block, as when a change also reads: then this is a part of it
+) -> Iterator[None]:
+    "Open a transaction for the block. One that an interruption has left open is undone first"
+    if is_nested and db.in_transaction:
+        yield
+        return
+    if db.in_transaction: db.execute("ROLLBACK")
+    try:
+        db.execute("BEGIN")
+        yield
+        db.execute("COMMIT")
+    finally:
+        if db.in_transaction: db.execute("ROLLBACK")
 
 # %% ../../nbs/core/store.ipynb #9a7f1c52
+_IS_OWNED = methodcaller("_is_owned")   # as `threading.Condition` asks a lock
+
 class Draft:
     "The ledger inside a change"
     def __init__(self, data: bytes) -> None: self.data = data
@@ -255,9 +265,10 @@ class Store:
     @block
     def _tables(self) -> Iterator["sqlite3.Connection"]:
         "Open a transaction in memory"
+        is_nested = _IS_OWNED(self._lock)
         with no_fork(), holding(self._lock):
             if self._db is None: self._db = make_in_memory()
-            with nested_transaction(self._db): yield self._db
+            with nested_transaction(self._db, is_nested): yield self._db
 
     def _set_looked_at(self, file: FileIO | None, at: float) -> None:
         if file is None: self._looked_at = at
