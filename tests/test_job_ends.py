@@ -20,6 +20,7 @@ from cjm_fasthtml_resources.core.claims import is_ram
 from cjm_fasthtml_resources.core.conflict import ResourceBusy, ResourceUnavailable
 from cjm_fasthtml_resources.core.job import JobRequest, PluginNeeds
 from cjm_fasthtml_resources.core.manager import ResourceManager
+from cjm_fasthtml_resources.core.reservations import Request
 from cjm_fasthtml_resources.simulate import SimulatedDriver, SimulatedGpu, SimulatedProcess
 
 TOTAL = 24_000
@@ -611,3 +612,20 @@ def test_a_full_disk_keeps_no_job_at_its_worker(folder):
     finally:
         worker.kill()
         worker.wait()
+
+
+def test_two_interruptions_in_a_row_at_the_end_of_a_job_leave_nothing(monkeypatch):
+    calls = []
+    real = Request.withdraw
+
+    def interrupted(request):
+        calls.append(request)
+        if len(calls) <= 2: raise KeyboardInterrupt
+        real(request)
+
+    monkeypatch.setattr(Request, "withdraw", interrupted)
+    with SimulatedDriver([SimulatedGpu(memory_total_mb=TOTAL)]):
+        manager = ResourceManager(track_self=False)
+        with pytest.raises(KeyboardInterrupt), manager.job("a job", 20_000, timeout=0): pass
+        with manager.reserve(20_000, timeout=0): pass   # at the next use
+        assert manager.get_claims() == [] and len(calls) > 2

@@ -6,7 +6,7 @@ import threading
 import pytest
 from conftest import GONE, MIB
 
-from cjm_fasthtml_resources.core import checks, devices, ram, requests
+from cjm_fasthtml_resources.core import checks, devices, leases, ram, requests
 from cjm_fasthtml_resources.core.conflict import ResourceBusy, ResourceUnavailable
 from cjm_fasthtml_resources.core.devices import env_by_index, visible_env
 from cjm_fasthtml_resources.core.gpu import GpuDevice, read_gpus
@@ -313,3 +313,30 @@ def test_a_request_that_was_withdrawn_is_given_nothing_and_one_of_a_dead_process
         with pytest.raises(ProcessLookupError, match=ended):
             for _ in range(100): waiting.poll()
         held.release()
+
+
+@pytest.mark.parametrize("number", range(1, 6))
+def test_a_request_that_another_thread_withdraws_while_it_enters_leaves_nothing(monkeypatch, tmp_path, number):
+    "As a cancelled task does: before each lock of its lease and of its mark"
+    monkeypatch.setenv("CJM_RESOURCES_DIR", str(tmp_path/"state"))
+    lock_byte, asking, locked, threads = leases.lock_byte, threading.get_ident(), [], []
+
+    def lock(*args):
+        if threading.get_ident() == asking:
+            locked.append(args)
+            if len(locked) == number:
+                threads.append(threading.Thread(target=request.withdraw))
+                threads[0].start()
+                threads[0].join(0.2)   # it waits until the lease is taken
+        return lock_byte(*args)
+
+    with SimulatedDriver([SimulatedGpu(memory_total_mb=24_000)]):
+        manager = ResourceManager(app="a", track_self=False)
+        manager.reserve(1, timeout=0).release()
+        request = manager.request(20_000, timeout=0)
+        monkeypatch.setattr(leases, "lock_byte", lock)
+        request.poll()
+        monkeypatch.setattr(leases, "lock_byte", lock_byte)
+        threads[0].join()
+        assert manager.get_claims() == [] and request.lease not in manager.ledger.leases.held
+        with ResourceManager(app="b", track_self=False).reserve(20_000, timeout=0): pass

@@ -298,9 +298,10 @@ class ActiveJob(StaysHere):
         self._exit.pop_all()
 
     def defer(self, call: Callable[..., Any], *args: Any) -> None:
-        "Call a function at the end of the block; twice, since Ctrl-C can interrupt the first call"
+        "Call a function at the end of the block; it is harmless when repeated, as after an interruption"
         undo = partial(call, *args)
-        for _ in range(2): self._exit.callback(_put_back, undo)
+        for _ in range(2):   # an exit stack can lose one before it calls it
+            self._exit.push(make_end(lambda *error: _put_back(undo)))
 
     def finish_first(self) -> None:
         "At the end of the block, before the deferred calls, learn its usage and explain its error"
