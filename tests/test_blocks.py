@@ -1,4 +1,5 @@
 "Ctrl-C by real signals, at any instruction: what a `with` block holds is given back, and no lock stays taken"
+import asyncio
 import os
 import subprocess
 import sys
@@ -7,6 +8,8 @@ from pathlib import Path
 import pytest
 
 import cjm_fasthtml_resources
+from cjm_fasthtml_resources.core.manager import ResourceManager
+from cjm_fasthtml_resources.simulate import SimulatedDriver, SimulatedGpu
 
 PACKAGE = Path(cjm_fasthtml_resources.__file__).parent
 
@@ -55,6 +58,34 @@ def test_a_signal_at_any_instruction_leaves_nothing_reserved_and_no_lock_taken(w
     out = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120)
     assert out.returncode == 0, out.stderr
     assert int(out.stdout) > 50
+
+
+MAKE = {"pending": lambda manager: manager.reserve_async(20_000, timeout=0),
+        "reservation": lambda manager: manager.reserve(20_000, timeout=0),
+        "job": lambda manager: manager.job("job-1", 20_000, timeout=0)}
+
+
+def interrupt_first(frame, event, arg):
+    "As a signal whose handler raises, at the first instruction of the end that `async with` calls"
+    is_end = frame.f_code.co_name in ("_run", "__aexit__") and frame.f_code.co_filename.startswith(str(PACKAGE))
+    if event == "call" and is_end:
+        sys.settrace(None)
+        raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("where", ["memory", "file"])
+@pytest.mark.parametrize("what", MAKE)
+def test_an_interruption_as_async_with_ends_leaves_nothing_reserved(what, where, tmp_path, monkeypatch):
+    monkeypatch.setenv("CJM_RESOURCES_DIR", str(tmp_path))
+
+    async def hold(manager):
+        async with MAKE[what](manager): sys.settrace(interrupt_first)
+
+    with SimulatedDriver([SimulatedGpu(memory_total_mb=24_000)]):
+        manager, loop = ResourceManager(app=None if where == "memory" else "chat"), asyncio.new_event_loop()
+        with pytest.raises(KeyboardInterrupt): loop.run_until_complete(hold(manager))
+        with manager.reserve(20_000, timeout=0): pass
+        loop.close()
 
 
 def test_the_package_uses_these_blocks_alone():

@@ -23,14 +23,6 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from cjm_fasthtml_resources.core.process import (
-    ProcessId,
-    has_ended,
-    is_free,
-    read_process,
-    since_boot,
-    this_process,
-)
 from cjm_fasthtml_resources.core.requests import (
     check_duration,
     check_grace,
@@ -43,6 +35,7 @@ from cjm_fasthtml_resources.core.requests import (
     show_progress,
 )
 from .arguments import check_fields, check_flag, check_number, check_pid, check_text, shorten
+from .async_blocks import make_async_end, surely
 from .blocks import block_end, make_end, make_undo
 from .claims import DeviceUse, any_for_ram, asks_for_ram, find_base, read_use, used_by
 from .conflict import ResourceBusy, ResourceConflict, ResourceUnavailable
@@ -58,8 +51,9 @@ from .locking import holding
 from .logs import Log
 from .making_room import RoomForRequest
 from .plugins import PluginNeeds, declared_needs, find_plugin, read_requirements
+from .process import ProcessId, has_ended, is_free, read_process, since_boot, this_process
 from .receipts import Receipt
-from .reservations import Request, Reservation, pauses, surely
+from .reservations import Request, Reservation, pauses
 from .resources import DeviceStatus, ResourceType, WorkerState
 from .room import held_by, largest_capacity, usable
 from .secrets import shown_error, shown_repr, shown_text
@@ -239,12 +233,13 @@ class ActiveJob(StaysHere):
         raise RuntimeError(f"the job {shorten(self.job_id)} is {self.phase}: use it inside its block, as in "
                            "`with manager.job(…) as job:`")
 
-    def enter(self) -> None:
-        "Note that the block begins; `RuntimeError` if it began before"
+    def enter(self) -> Iterator[float]:
+        "Return the steps of the beginning of the block; `RuntimeError` if it began before"
         if self.phase != "not begun":
             raise RuntimeError(f"the job {shorten(self.job_id)} is {self.phase}: make another one for another block")
         self.phase = "waiting"
         self._exit.callback(setattr, self, "phase", "over")
+        return begin(self)
 
     def watch(
         self,
@@ -255,32 +250,27 @@ class ActiveJob(StaysHere):
         return watch_process(self, check_pid(pid))
 
     def __enter__(self) -> "ActiveJob":
-        self.enter()
-        undo = make_undo(self._exit.close)
+        steps, undo = self.enter(), make_undo(self._exit.close)
         try:
-            for pause in begin(self): time.sleep(pause)
+            for pause in steps: time.sleep(pause)
             return self
         except BaseException:
             undo()
             raise
 
-    __exit__ = block_end()
+    __exit__, __aexit__ = block_end(), block_end("_leave_async")
+    _leave_async = property(lambda self: make_async_end(self.close))   # nothing is held yet when it is read
 
     async def __aenter__(self) -> "ActiveJob":
         import asyncio  # it takes longer to import than this library
-        self.enter()
-        steps = begin(self)
+        steps, undo = self.enter(), make_undo(self.close)
         try:
             while (pause := await in_thread(partial(self.step, steps))) is not None: await asyncio.sleep(pause)
             return self
-        except BaseException:
-            try: await surely(self.close)
-            finally: self.close()   # a second call is harmless
+        except BaseException as error:
+            try: await surely(self.close, error)
+            finally: undo()
             raise
-
-    async def __aexit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        try: await surely(partial(self.close, kind, error, trace))
-        finally: self.close()   # a second call is harmless
 
     def step(self, steps: Iterator[float]) -> float | None:  # `None`: it has begun
         "Take one step of its beginning, unless it is closed"
