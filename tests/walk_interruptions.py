@@ -450,6 +450,12 @@ def limited() -> Iterator[None]:
 swallowed: list[Any] = []   # errors in finalizers, which Python swallows, as in a generator that is closed
 
 
+def within(call: Callable[[], Any]) -> Iterator[Any]:
+    """Call within a generator: an error that a tracer raises as a `with` ends by another error leaves that one in
+    `sys.exc_info()`, from Python 3.11 on; a generator that ends takes it along"""
+    yield call()
+
+
 class Walker:
     "Calls in memory, or with a file"
     def __init__(self, folder: Path, shared: bool, error: type[BaseException]) -> None:
@@ -502,7 +508,7 @@ class Walker:
         swallowed.clear()
         out = None
         try:
-            with lines: call()
+            with lines: next(within(call))
         except self.error as error: out = str(error)
         except Stuck: raise
         except BaseException as error: out = f"{type(error).__name__}: {error}"
