@@ -50,9 +50,10 @@ class _Ending:
         self.call, self.thread, self.error, self.run = call, thread, None, None
         self.is_tried, self.again_at = False, 0.0   # the time at which one that failed is called again
 
-    def is_dropped(self) -> bool:
-        "Return whether the generator is being deleted, or is still to begin"
-        return self.run is None or self.run() is None
+    def is_dropped(self, error: BaseException) -> bool:
+        "Return whether the generator is being deleted, or is still to begin; a handler's error has its frame, too"
+        trace = error.__traceback__
+        return self.run is None or isinstance(error, GeneratorExit) and (trace and trace.tb_next) is None
 
     def is_due(self) -> bool:
         "Return whether this thread can call it now, and nobody else does"
@@ -111,7 +112,7 @@ def _run(begin: Callable[[], Any], end: _Exit, ending: _Ending) -> Generator[Any
         answer = bool(end(kind, error, trace))
     except BaseException as raised:
         ending.error, _unended[ending] = raised, None   # without a call, which another interruption could end
-        if ending.thread is None and ending.is_dropped(): _unended.pop(ending, None)   # its resource is kept
+        if ending.thread is None and ending.is_dropped(raised): _unended.pop(ending, None)   # its resource is kept
         else: ending.call_again()
         if not is_last: raise
         answer = _Raises(raised)
