@@ -447,6 +447,12 @@ def limited() -> Iterator[None]:
         faulthandler.cancel_dump_traceback_later()
 
 
+def wait_for_calls() -> None:
+    "Wait for the threads of an `async` call: an interruption of the event loop leaves them running"
+    for thread in threading.enumerate():
+        if thread.name == "call": thread.join(AT_ONCE)
+
+
 swallowed: list[Any] = []   # errors in finalizers, which Python swallows, as in a generator that is closed
 
 
@@ -485,6 +491,7 @@ class Walker:
         with limited():
             try:
                 world.wrong += self.call(next(scene), lines, world, at)
+                wait_for_calls()
                 for _ in scene: pass
                 world.wrong += self.look(world)
             except Stuck: world.wrong.append("it hangs")

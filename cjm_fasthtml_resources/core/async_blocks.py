@@ -8,6 +8,7 @@ __all__ = ['surely', 'make_async_end']
 # %% ../../nbs/core/async_blocks.ipynb #5e22453d
 from collections.abc import Callable, Generator
 from functools import partial
+from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
 from .blocks import make_end
@@ -31,22 +32,23 @@ async def surely(
 # %% ../../nbs/core/async_blocks.ipynb #fe386137
 class _Leaving:
     "Gives back in a thread, which begins before anything awaits this"
-    def __init__(self, call: Callable[..., object]) -> None:
-        self._call = call
-        self._future: asyncio.Future[Any] | None = None
+    def __init__(self, call: Callable[..., object]) -> None: self._call = call
 
     def begin(self, *error: Any) -> None:
-        "Start the thread"
-        self._future = in_thread(partial(self._call, *error))
+        "Start the thread, and what waits for it, up to the inside of its `try`"
+        steps = self._wait(in_thread(partial(self._call, *error)))
+        next(steps)
+        self._steps = partial(iter, steps)
 
-    async def _wait(self) -> None:
+    def _wait(self, future: "asyncio.Future[Any]") -> Generator[Any, None, None]:
         import asyncio
 
         try:
-            if self._future is not None: await asyncio.shield(self._future)
+            yield
+            yield from asyncio.shield(future)
         finally: self._call(None, None, None)   # harmless the second time
 
-    def __await__(self) -> Generator[Any, None, None]: return self._wait().__await__()
+    __await__ = property(attrgetter("_steps"))   # of C, as in core.blocks
 
 # %% ../../nbs/core/async_blocks.ipynb #2318bb5c
 def make_async_end(

@@ -504,7 +504,7 @@ class PendingReservation(StaysHere):
     _leave = property(lambda self: make_async_end(self._release))   # nothing is held yet when `async with` reads it
 
     def _release(self, *error: object) -> None:
-        "Release the reservations of this object; releasing one twice is harmless"
-        while self._held:
-            self._held[-1].release()
-            self._held.pop()
+        "Release the reservations of this object; harmless the second time, and in two threads at once"
+        for held in [*self._held]:
+            held.release()
+            with contextlib.suppress(ValueError): self._held.remove(held)
