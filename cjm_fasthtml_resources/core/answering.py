@@ -41,7 +41,7 @@ from .receipts import machine_user
 from .resources import WorkerState
 from .secrets import shown_error
 from .stopping import find_idle, find_waiting, with_lease
-from .threads import NoThreadError, start_thread
+from .threads import CallThread, NoThreadError, start_thread
 from .unloading import Unload, check_unload, find_unloader, has_loaded
 
 if TYPE_CHECKING:
@@ -251,7 +251,8 @@ class Follower:
         "Follow the queue on a thread; `NoThreadError` if starting one fails"
         with self._lock:
             if self.is_alive: return
-            self._thread = start_thread("questions", self._follow)
+            self._thread = CallThread("questions", self._follow)   # known before it begins, so it stays the only one
+            self._thread.begin()
 
     def look(self) -> None:
         "Ask the plugins that have yet to decide, and unload the workers that were agreed to"

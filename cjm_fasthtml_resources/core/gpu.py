@@ -22,7 +22,7 @@ from .forks import reset_in_child
 from .nvml import NO_NAME, GpuDevice, GpuProcess, NvmlSession, find_sleeping, in_words, merge_processes
 from .nvml_errors import ASLEEP, NO_MEMORY
 from .sysfs import listed_gpus, module_version
-from .threads import NoThreadError, start_thread, taken_lock
+from .threads import CallThread, NoThreadError, taken_lock
 from .topology import Links, read_links
 
 _all_ = ["GpuDevice", "GpuProcess", "in_words", "merge_processes", "visible_devices", "visible_env"]
@@ -146,7 +146,8 @@ class GpuReader:
         with self._starting:
             if self._is_running(): return
             self._since = math.inf   # a thread that ended during a reading left its time here
-            self._thread = start_thread("nvml-reader", self._run)
+            self._thread = CallThread("nvml-reader", self._run)   # known before it begins, so it stays the only one
+            self._thread.begin()
 
     def _run(self) -> None:
         "Answer all callers in the queue with one reading, until the program ends; close NVML when idle"

@@ -24,7 +24,7 @@ from .logs import Log
 from .process import ProcessId, read_process
 from .resources import MemoryStatus
 from .secrets import shown_error
-from .threads import NoThreadError, start_thread
+from .threads import CallThread, NoThreadError
 
 if TYPE_CHECKING:
     from cjm_fasthtml_resources.core.job import ActiveJob
@@ -90,7 +90,8 @@ class JobLooks:
         with holding(self._changed):
             self._jobs = (*(other for other in self._jobs if other is not job), job)
             if self._thread and self._thread.is_alive(): return
-            with contextlib.suppress(NoThreadError): self._thread = start_thread("job-looks", self._run)
+            self._thread = CallThread("job-looks", self._run)   # known before it begins, so it stays the only one
+            with contextlib.suppress(NoThreadError): self._thread.begin()
 
     def remove(self, job: "Looked") -> None:
         "Take a last sample of a job and stop; a second call is ignored"

@@ -17,7 +17,7 @@ from ..core.forks import reset_in_child
 from ..core.manager import ResourceManager
 from ..core.reservations import Reservation
 from ..core.store import StoreError
-from ..core.threads import NoThreadError, start_thread
+from ..core.threads import CallThread, NoThreadError
 
 # %% ../../nbs/hosts/handing.ipynb #55d25986
 Need = tuple[Any, ...]
@@ -138,7 +138,8 @@ class Handing:
     def _guard(self) -> bool:
         "Have a thread release leftover reservations; return False if starting it fails"
         if self._thread and self._thread.is_alive(): return True
-        try: self._thread = start_thread("kept-reservations", self._follow)
+        self._thread = CallThread("kept-reservations", self._follow)   # known before it begins: it stays the only one
+        try: self._thread.begin()
         except NoThreadError: return False
         return True
 
