@@ -127,7 +127,7 @@ def _make(path: Path, world: str) -> None:
     "Make a database under another name, and rename it"
     new = as_path(f"{path}.new")
     for suffix in ("", "-journal"): as_path(f"{new}{suffix}").unlink(missing_ok=True)
-    os.close(open_made(str(new), os.O_RDWR))   # with the rights that its folder requires; the journal gets them, too
+    open_made(new, FileIO).close()   # with the rights that its folder requires; the journal gets them, too
     with contextlib.closing(_connect(new)) as db: create_tables(db, world)
     as_path(f"{path}-journal").unlink(missing_ok=True)
     os.rename(new, path)
