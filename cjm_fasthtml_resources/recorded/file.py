@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import NamedTuple
 from urllib.parse import quote
 
-from ..core.blocks import block
+from ..core.blocks import at_end, block
 from ..core.folder import StoreError, explain_os_error
 from ..core.locking import lock_byte, open_owned
 from ..core.logs import Log
@@ -111,7 +111,7 @@ def _make(path: Path) -> None:
     new = Path(f"{path}.{os.getpid()}.new")
     try:
         open_owned(new, os.O_RDWR | os.O_CREAT | os.O_EXCL, "r+").close()
-        with contextlib.closing(_connect(new, "rw")) as db: db.executescript(_TABLES)
+        with at_end((db := _connect(new, "rw")).close): db.executescript(_TABLES)
         with contextlib.suppress(FileExistsError): os.link(new, path)
     finally: new.unlink(missing_ok=True)
 
@@ -125,7 +125,7 @@ def opened(
     try:
         check_place(path)
         if mode == "rw" and not path.exists(): _make(path)
-        with contextlib.closing(_connect(path, mode, waits)) as db:
+        with at_end((db := _connect(path, mode, waits)).close):
             db.execute("BEGIN" if mode == "ro" else "BEGIN IMMEDIATE")
             version = db.execute("PRAGMA user_version").fetchone()[0]
             if version != SCHEMA_VERSION:
