@@ -241,7 +241,7 @@ class Follower:
     def after_fork(self) -> None:
         "Start again in the child process of a fork"
         self._lock = threading.RLock()
-        self._thread: threading.Thread | None = None
+        self._thread: CallThread | None = None
         self._asked = set[tuple[int, str]]()   # the requests and workers about which plugins were asked
 
     @property
@@ -250,7 +250,7 @@ class Follower:
     def start(self) -> None:
         "Follow the queue on a thread; `NoThreadError` if starting one fails"
         with self._lock:
-            if self.is_alive: return
+            if self._thread is not None and self._thread.goes_on(): return
             self._thread = CallThread("questions", self._follow)   # known before it begins, so it stays the only one
             self._thread.begin()
 

@@ -138,13 +138,13 @@ class GpuReader:
         self._since = math.inf                                    # when the current reading began; infinite: none
         self._latest = GpuSnapshot(reason="not read yet")
         self._starting = threading.RLock()
-        self._thread: threading.Thread | None = None
+        self._thread: CallThread | None = None
 
     def _is_running(self) -> bool: return self._thread is not None and self._thread.is_alive()
 
     def _start(self) -> None:
         with self._starting:
-            if self._is_running(): return
+            if self._thread is not None and self._thread.goes_on(): return
             self._since = math.inf   # a thread that ended during a reading left its time here
             self._thread = CallThread("nvml-reader", self._run)   # known before it begins, so it stays the only one
             self._thread.begin()

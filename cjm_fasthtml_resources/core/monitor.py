@@ -202,7 +202,7 @@ class ResourceMonitor(StaysHere):
         "Begin as a new monitor in a fork's child"
         self._changed = threading.Condition()  # guards the fields below
         self._subscriptions: tuple[Subscription, ...] = ()
-        self._thread: threading.Thread | None = None
+        self._thread: CallThread | None = None
         self._latest: Sample | None = None
         self._points: deque[Point] = deque()
         self._paused, self._due = False, 0.0   # when the next sample is due, by `time.monotonic()`
@@ -255,7 +255,7 @@ class ResourceMonitor(StaysHere):
         with self._changed:
             self._subscriptions += (subscription,)
             try:
-                if not self.running: self._start()
+                if not self._thread or not self._thread.goes_on(): self._start()
             except BaseException as error:
                 if isinstance(error, NoThreadError) and error.ending: return subscription  # at exit: it gets no samples
                 self._leave(subscription)

@@ -65,6 +65,12 @@ class CallThread(threading.Thread):
         for call in self._calls:
             self._decided.release()
             call()
+            return
+        self._decided.release()
+
+    def goes_on(self) -> bool:
+        "Return whether the call is running; if it has yet to begin, it never does"
+        return not self.never_begins() and self.is_alive()
 
     def never_begins(self) -> bool:
         "Return whether the call has yet to begin, and prevent it then"

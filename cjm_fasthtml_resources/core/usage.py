@@ -85,13 +85,13 @@ class JobLooks:
         self._changed = threading.Condition(threading.RLock())   # reentrant: a signal handler can end a job
         self.turn = threading.RLock()   # guards the usages
         self._jobs: tuple[Looked, ...] = ()
-        self._thread: threading.Thread | None = None
+        self._thread: CallThread | None = None
 
     def add(self, job: "Looked") -> None:
         "Sample a job once a second from now on; only at its end if starting a thread fails"
         with holding(self._changed):
             self._jobs = (*(other for other in self._jobs if other is not job), job)
-            if self._thread and self._thread.is_alive(): return
+            if self._thread and self._thread.goes_on(): return
             self._thread = CallThread("job-looks", self._run)   # known before it begins, so it stays the only one
             with contextlib.suppress(NoThreadError): self._thread.begin()
 
