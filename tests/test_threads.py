@@ -112,3 +112,14 @@ def test_a_failure_to_start_is_one(monkeypatch):
     def fail(*args): raise MemoryError
     monkeypatch.setattr("threading.Thread.start", fail)
     with pytest.raises(NoThreadError, match="MemoryError"): start_thread("a-call", print)
+
+
+def test_a_signal_within_is_alive_makes_no_running_thread_look_gone(monkeypatch):
+    "Up to Python 3.12, such a thread counts as ended from then on"
+    end = threading.Event()
+    thread = start_thread("a-call", end.wait, 60)
+    monkeypatch.setattr(thread, "is_alive", lambda: False)
+    assert thread.goes_on()
+    end.set()
+    thread.join()
+    assert not thread.goes_on()

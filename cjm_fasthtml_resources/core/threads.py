@@ -45,7 +45,7 @@ class CallThread(threading.Thread):
     def __init__(self, name: str, call: Callable[..., Any], *args: Any) -> None:
         super().__init__(name=name, daemon=True)
         self._calls, self._left = iter([partial(call, *args)]), list[Any]()
-        self._decided, self._failed = taken_lock(), list[Exception]()
+        self._decided, self._failed, self._is_over = taken_lock(), list[Exception](), False
 
     def begin(self) -> None:
         "Start the thread; `NoThreadError` if that fails. After the error of a signal, too, `is_alive` is right"
@@ -64,13 +64,14 @@ class CallThread(threading.Thread):
         "Call, unless it never begins"
         for call in self._calls:
             self._decided.release()
-            call()
+            try: call()
+            finally: self._is_over = True
             return
         self._decided.release()
 
     def goes_on(self) -> bool:
         "Return whether the call is running; if it has yet to begin, it never does"
-        return not self.never_begins() and self.is_alive()
+        return not self.never_begins() and not self._is_over   # a signal in `is_alive` can make that wrong from then on
 
     def never_begins(self) -> bool:
         "Return whether the call has yet to begin, and prevent it then"
