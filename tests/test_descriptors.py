@@ -125,3 +125,32 @@ def test_ram_that_cannot_be_read_is_unavailable_in_words_wherever_it_is_shown(mo
     panel = ResourcePanel(manager, interval=3600)
     panel._show(take_sample(manager))
     panel.close()
+
+
+WITHOUT_DESCRIPTORS = """import os, sys
+from cjm_fasthtml_resources import ResourceManager
+from cjm_fasthtml_resources.core.folder import StoreError
+from cjm_fasthtml_resources.simulate import SimulatedDriver, SimulatedGpu
+USES = dict(reserve=lambda: manager.reserve(1_000, timeout=0).release(), claims=lambda: manager.get_claims(),
+            job=lambda: manager.job("job-1", 1_000, timeout=0).__enter__().__exit__(None, None, None),
+            register=lambda: manager.register_worker(os.getpid(), "llm"), workers=lambda: manager.get_all_workers())
+with SimulatedDriver([SimulatedGpu(memory_total_mb=24_000)]):
+    manager, use, taken = ResourceManager(app="chat", track_self=False), USES[sys.argv[1]], []
+    try:
+        while True: taken.append(os.open(os.devnull, os.O_RDONLY))
+    except OSError: pass
+    try: use()
+    except StoreError as error: said = str(error)
+    for fd in taken: os.close(fd)
+    print(said)
+    use()"""
+
+
+@pytest.mark.parametrize("use", ["reserve", "claims", "job", "register", "workers"])
+def test_without_a_free_descriptor_each_call_says_so_also_where_it_imports(use, tmp_path):
+    "And it works afterwards"
+    env = {**os.environ, "CJM_RESOURCES_DIR": str(tmp_path/"state")}
+    limits = "import resource, sys; resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64)); "
+    command = [sys.executable, "-c", f"{limits}exec(sys.argv.pop())", use, WITHOUT_DESCRIPTORS]
+    ended = subprocess.run(command, env=env, capture_output=True, text=True, timeout=60)
+    assert "is out of file descriptors (ulimit -n)" in ended.stdout and ended.returncode == 0, ended.stderr

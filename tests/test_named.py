@@ -2,7 +2,6 @@
 import enum
 import json
 import os
-import threading
 
 import numpy as np
 import pytest
@@ -12,6 +11,7 @@ from cjm_fasthtml_resources.core.conflict import ResourceBusy
 from cjm_fasthtml_resources.core.gpu import GpuReader
 from cjm_fasthtml_resources.core.manager import ResourceManager
 from cjm_fasthtml_resources.core.secrets import redact, shown_error
+from cjm_fasthtml_resources.core.threads import CallThread
 from cjm_fasthtml_resources.simulate import SimulatedDriver, SimulatedGpu, SimulatedProcess
 
 ONE, OTHER = "vytxeTZskVKR7C7WgdSP3d", "aAbBcC3TZskVKR7C7WgdSP"   # as shortuuid makes them: they look like secrets
@@ -64,7 +64,7 @@ def test_an_odd_wake_is_refused_and_a_reader_whose_thread_ended_works_again():
         reader = GpuReader()
         assert reader.read().devices
         with pytest.raises(TypeError, match="wake must be True or False"): reader.read(wake=np.array([True, False]))
-        reader._thread, reader._since = threading.Thread(), 0.0     # as after an end within a reading
+        reader._thread, reader._since = CallThread("old", print), 0.0     # as after an end within a reading
         assert reader.read().devices
 
 

@@ -41,7 +41,7 @@ from .receipts import machine_user
 from .resources import WorkerState
 from .secrets import shown_error
 from .stopping import find_idle, find_waiting, with_lease
-from .threads import NoThreadError, start_thread
+from .threads import CallThread, NoThreadError, start_thread
 from .unloading import Unload, check_unload, find_unloader, has_loaded
 
 if TYPE_CHECKING:
@@ -241,7 +241,7 @@ class Follower:
     def after_fork(self) -> None:
         "Start again in the child process of a fork"
         self._lock = threading.RLock()
-        self._thread: threading.Thread | None = None
+        self._thread: CallThread | None = None
         self._asked = set[tuple[int, str]]()   # the requests and workers about which plugins were asked
 
     @property
@@ -250,8 +250,9 @@ class Follower:
     def start(self) -> None:
         "Follow the queue on a thread; `NoThreadError` if starting one fails"
         with self._lock:
-            if self.is_alive: return
-            self._thread = start_thread("questions", self._follow)
+            if self._thread is not None and self._thread.goes_on(): return
+            self._thread = CallThread("questions", self._follow)   # known before it begins, so it stays the only one
+            self._thread.begin()
 
     def look(self) -> None:
         "Ask the plugins that have yet to decide, and unload the workers that were agreed to"

@@ -11,7 +11,6 @@ import re
 import stat
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import replace
-from io import FileIO
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,6 +19,7 @@ from .endings import name_user
 from .folder import StoreError, is_hidden
 from .gpu import GpuDevice
 from .ledger import CAP_FILE
+from .locking import open_owned
 from .text import format_bytes
 
 # %% ../../nbs/core/caps.ipynb #f8aac82e
@@ -141,15 +141,13 @@ def to_toml(cap: Cap) -> str:
     return f'max_share = {cap.share:g}   # of each GPU and of RAM, the limit of one {cap.per}\nper = "{cap.per}"\n'
 
 # %% ../../nbs/core/caps.ipynb #9cc1cfb4
-def _open_no_link(path: str, flags: int) -> int: return os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK)
-
 def read_cap(
     folder: Path,   # with the reservations
 ) -> Cap | None:  # `None` without the file
     "Return the cap of a folder; raise `StoreError` if its file is invalid, or writable by others"
     path = folder/CAP_FILE
     try:
-        with FileIO(str(path), opener=_open_no_link) as file:
+        with open_owned(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK, "r") as file:
             found, text = os.fstat(file.fileno()), file.read(65_536).decode(errors="replace")
     except FileNotFoundError: return None
     except OSError as error: raise StoreError(f"{path} is unreadable: {error.strerror}") from error

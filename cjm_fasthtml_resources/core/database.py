@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SCHEMA_VERSION', 'NO_WORLD', 'create_tables', 'add_needs_table', 'has_needs_table', 'is_damage', 'poison',
-           'wait_for_lock', 'changed_database', 'read_database']
+           'wait_for_lock', 'changed_database', 'Opened', 'read_database']
 
 # %% ../../nbs/core/database.ipynb #918a6035
 import contextlib
@@ -127,8 +127,8 @@ def _make(path: Path, world: str) -> None:
     "Make a database under another name, and rename it"
     new = as_path(f"{path}.new")
     for suffix in ("", "-journal"): as_path(f"{new}{suffix}").unlink(missing_ok=True)
-    os.close(open_made(str(new), os.O_RDWR))   # with the rights that its folder requires; the journal gets them, too
-    with contextlib.closing(_connect(new)) as db: create_tables(db, world)
+    open_made(new, FileIO).close()   # with the rights that its folder requires; the journal gets them, too
+    with at_end((db := _connect(new)).close): create_tables(db, world)
     as_path(f"{path}-journal").unlink(missing_ok=True)
     os.rename(new, path)
 
@@ -244,42 +244,69 @@ def _end_change(file: FileIO, copied: Path) -> None:
     if file.closed: return           # an end that is called again, later
     if (counter := read_header(file).counter)%2: write_number(file, "counter", counter + 1)
 
+# %% ../../nbs/core/database.ipynb #26c084af
+class Opened:
+    "What a reading has opened"
+    def __init__(self) -> None:
+        self.connections: list[sqlite3.Connection] = []
+        self.folders: list[Path] = []
+
+    def folder(self) -> Path:
+        "Make a folder for a copy of the database"
+        import tempfile
+        folder = as_path(tempfile.gettempdir())/f"cjm-resources-{os.urandom(8).hex()}"
+        self.folders.append(folder)
+        folder.mkdir(mode=0o700)
+        return folder
+
+    def close(self) -> None:
+        "Close the connections, and remove the folders; harmless if it is called again"
+        for db in self.connections: db.close()
+        for folder in self.folders:
+            import shutil
+            shutil.rmtree(folder, ignore_errors=True)
+
 # %% ../../nbs/core/database.ipynb #1d704aef
 NO_WORLD = "none"   # the world of the empty database that a reading gets if the file is missing
 
 @block
 def read_database(path: Path) -> Iterator["sqlite3.Connection"]:
     "Open the database for the block, or an empty one; `StoreError` if the file was lost during its use"
-    import sqlite3
     for place in (path.parent, path.with_suffix(".lock"), path): check_owner(place)
-    with no_fork(), contextlib.ExitStack() as opened:
-        for _ in range(50):
-            header, used = _look_at(path.with_suffix(".lock"))
-            db, problem = _open_to_read(path, header, opened)
-            if not used or not problem or not _is_being_made(path, header): break
-            time.sleep(0.004)
-        if used and problem:
-            raise StoreError(f"{path} {problem} while other programs use it. End them; the file is then re-created")
-        if db is None:
-            db = opened.enter_context(contextlib.closing(sqlite3.connect(":memory:", isolation_level=None)))
-            create_tables(db, NO_WORLD)
-        with at_end(db.close): yield db   # an interruption can come just before the stack's end
+    opened = Opened()
+    with no_fork(), at_end(opened.close): yield _open_good(path, opened)
+
+# %% ../../nbs/core/database.ipynb #389e60a9
+def _open_good(path: Path, opened: Opened) -> "sqlite3.Connection":
+    "Open the database, or an empty one; `StoreError` if the file was lost during its use"
+    import sqlite3
+    for _ in range(50):
+        header, used = _look_at(path.with_suffix(".lock"))
+        db, problem = _open_to_read(path, header, opened)
+        if not used or not problem or not _is_being_made(path, header): break
+        time.sleep(0.004)
+    if used and problem:
+        raise StoreError(f"{path} {problem} while other programs use it. End them; the file is then re-created")
+    if db is None:
+        opened.connections.append(db := sqlite3.connect(":memory:", isolation_level=None))
+        create_tables(db, NO_WORLD)
+    return db
 
 # %% ../../nbs/core/database.ipynb #85e626dd
 def _open_to_read(
     path: Path,
     header: Header,
-    opened: contextlib.ExitStack,
+    opened: Opened,
 ) -> "tuple[sqlite3.Connection | None, str]":
     "Return a connection to a good database, or the problem in words; empty if the database is yet to be made"
     import sqlite3
     lost = "was removed" if header.counter or not header.is_good else ""
     if not path.exists(): return None, lost   # checked before opening: another process can make it at any moment
     try:
-        try: db, world = _open_world(_copied(path, opened) if _is_poisoned(path) else path, opened)
+        try: db, world = _open_world(_copied(path, opened.folder()) if _is_poisoned(path) else path, opened)
         except sqlite3.OperationalError as error:
             if "locked" not in str(error): raise
-            db, world = _open_world(_copied(path, opened), opened)   # a process was suspended while it commits
+            db, world = _open_world(_copied(path, opened.folder()), opened)   # a process was suspended while it commits
     except sqlite3.DatabaseError as error:
         if path.exists():
             if not is_damage(error): raise
@@ -287,10 +314,10 @@ def _open_to_read(
         return None, lost
     return (db, "") if header.is_good and world == header.world.hex() else (None, "was replaced")
 
-def _open_world(path: Path, opened: contextlib.ExitStack) -> "tuple[sqlite3.Connection, str]":
+def _open_world(path: Path, opened: Opened) -> "tuple[sqlite3.Connection, str]":
     "Return a connection whose SELECTs all see the same state of the database, and the world"
     db = _connect(path, _COMMIT_SECONDS)
-    opened.callback(db.close)
+    opened.connections.append(db)   # before it locks the file
     db.execute("BEGIN")
     return db, _world_of(db, path)
 
@@ -309,10 +336,8 @@ def _look_at(lock_path: Path) -> tuple[Header, bool]:
     except FileNotFoundError: return NO_HEADER, is_used_elsewhere(lock_path)
 
 # %% ../../nbs/core/database.ipynb #a9ee2b82
-def _copied(path: Path, opened: contextlib.ExitStack) -> Path:
-    "Return a copy of a database, which is deleted with the stack"
-    import tempfile
-    folder = as_path(opened.enter_context(tempfile.TemporaryDirectory()))
+def _copied(path: Path, folder: Path) -> Path:
+    "Return a copy of a database in another folder"
     lock_path, target = path.with_suffix(".lock"), folder/path.name
     for _ in range(100):
         before = _look_at(lock_path)[0].counter

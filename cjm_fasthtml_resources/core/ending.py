@@ -29,7 +29,7 @@ def send_signal(
 ) -> bool:  # False if it has ended, was never seen, or its start is unreadable now
     "Send a signal to exactly that process; raise `PermissionError` if that is forbidden"
     if process.start_time is None: return False
-    try: pidfd = FileIO(os.pidfd_open(process.pid))   # an object closes it, wherever an interruption comes
+    try: pidfd = next(map(FileIO, map(os.pidfd_open, (process.pid,))))   # one instruction: an object has it at once
     except ProcessLookupError: return False
     except (AttributeError, OSError): pidfd = None
     try:

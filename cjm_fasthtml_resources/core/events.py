@@ -18,7 +18,7 @@ from io import FileIO
 from typing import NamedTuple
 
 from .forks import reset_in_child
-from .locking import holding
+from .locking import holding, open_owned
 from .logs import Log
 from .paths import Path
 from .sharing import open_made
@@ -53,20 +53,16 @@ class _Tally:
         self.waited += seconds
 
 # %% ../../nbs/core/events.ipynb #1dc79788
-_FLAGS = os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK   # refuses links, and opens a pipe at once
-
-def _open(path: str, flags: int) -> int: return os.open(path, flags | _FLAGS)
-
-def _open_made(path: str, flags: int) -> int: return open_made(path, flags | _FLAGS)
+_FLAGS = os.O_NOFOLLOW | os.O_NONBLOCK   # refuses links, and opens a pipe at once
 
 def _append(path: Path, line: str) -> None:
     "Add a line at the end of a file"
-    with FileIO(path, "a", opener=_open_made) as file: file.write(line.encode())
+    with open_made(path, FileIO, os.O_WRONLY | os.O_APPEND | _FLAGS, "a") as file: file.write(line.encode())
 
 def _read_from(path: Path, at: int) -> tuple[int, list[str]]:
     "Return where the last whole line ends, and the lines from `at` on; from 0 if the file is shorter, so made again"
     try:
-        with FileIO(path, "r", opener=_open) as file:
+        with open_owned(path, os.O_RDONLY | _FLAGS, "r") as file:
             if os.fstat(file.fileno()).st_size < at: at = 0
             file.seek(at)
             whole = file.readall().rpartition(b"\n")[0]

@@ -22,7 +22,7 @@ from .forks import reset_in_child
 from .nvml import NO_NAME, GpuDevice, GpuProcess, NvmlSession, find_sleeping, in_words, merge_processes
 from .nvml_errors import ASLEEP, NO_MEMORY
 from .sysfs import listed_gpus, module_version
-from .threads import NoThreadError, start_thread, taken_lock
+from .threads import CallThread, NoThreadError, taken_lock
 from .topology import Links, read_links
 
 _all_ = ["GpuDevice", "GpuProcess", "in_words", "merge_processes", "visible_devices", "visible_env"]
@@ -138,15 +138,16 @@ class GpuReader:
         self._since = math.inf                                    # when the current reading began; infinite: none
         self._latest = GpuSnapshot(reason="not read yet")
         self._starting = threading.RLock()
-        self._thread: threading.Thread | None = None
+        self._thread: CallThread | None = None
 
     def _is_running(self) -> bool: return self._thread is not None and self._thread.is_alive()
 
     def _start(self) -> None:
         with self._starting:
-            if self._is_running(): return
+            if self._thread is not None and self._thread.goes_on(): return
             self._since = math.inf   # a thread that ended during a reading left its time here
-            self._thread = start_thread("nvml-reader", self._run)
+            self._thread = CallThread("nvml-reader", self._run)   # known before it begins, so it stays the only one
+            self._thread.begin()
 
     def _run(self) -> None:
         "Answer all callers in the queue with one reading, until the program ends; close NVML when idle"

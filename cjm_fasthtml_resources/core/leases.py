@@ -235,7 +235,7 @@ class Leases:
         if self._file is None or not self.held and self.is_replaced():   # a new file, while this process had no lease
             try: opened = OpenFile(path), _open_folder(path.parent.parent), _open_folder(path.parent)
             except OSError as error: raise StoreError(explain_os_error(path, error)) from error
-            self._file, self._above, self._folder = opened
+            self._above, self._folder, self._file = opened[1], opened[2], opened[0]   # the file last: then it is open
 
     def _lock(self, lease: int) -> None:
         if self._file is None or self.path is None: return

@@ -166,7 +166,7 @@ def in_gate(path: Path) -> Iterator[FileIO]:
     "Open the lock file, made if it is missing, with its gate locked for the block"
     _forbid_nested(path)
     while True:
-        with at_end((file := _Gate(path, "r+", opener=open_made)).leave):
+        with at_end((file := open_made(path, _Gate)).leave):
             _inside[threading.get_ident()] = reset_in_child(file)
             _pass(file, path, BUSY_SECONDS)
             if not _is_at(path, file): continue   # it was replaced while this process waited

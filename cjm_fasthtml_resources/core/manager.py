@@ -35,6 +35,7 @@ from .ledger import Ledger, Waits
 from .needs import Needs, NeedsReader, needs_roster
 from .registry import WorkerRegistry
 from .requests import acquire, complete, make_check, make_request, pend
+from .reservations import PendingReservation, Request, Reservation
 from .resources import ResourceStatus, ResourceType, WorkerState
 from .room import plan_room
 from .roster import Roster
@@ -46,7 +47,6 @@ from .workers import Workers
 
 if TYPE_CHECKING:
     from cjm_fasthtml_resources.core.freeing import RoomMade
-    from cjm_fasthtml_resources.core.reservations import PendingReservation, Request, Reservation
     from cjm_fasthtml_resources.core.unloading import Unload
 
 # %% ../../nbs/core/manager.ipynb #4c3e71ce

@@ -29,7 +29,7 @@ from .manager import ResourceManager
 from .samples import Sample, take_sample
 from .secrets import shown_error
 from .settings import MONITOR_SCHEMA, check_bounds
-from .threads import NoThreadError, start_thread
+from .threads import CallThread, NoThreadError
 
 _all_ = ["DevicePoint", "History", "Point", "Sample", "take_sample", "to_point"]
 
@@ -202,7 +202,7 @@ class ResourceMonitor(StaysHere):
         "Begin as a new monitor in a fork's child"
         self._changed = threading.Condition()  # guards the fields below
         self._subscriptions: tuple[Subscription, ...] = ()
-        self._thread: threading.Thread | None = None
+        self._thread: CallThread | None = None
         self._latest: Sample | None = None
         self._points: deque[Point] = deque()
         self._paused, self._due = False, 0.0   # when the next sample is due, by `time.monotonic()`
@@ -255,7 +255,7 @@ class ResourceMonitor(StaysHere):
         with self._changed:
             self._subscriptions += (subscription,)
             try:
-                if self._thread is None: self._start()
+                if not self._thread or not self._thread.goes_on(): self._start()
             except BaseException as error:
                 if isinstance(error, NoThreadError) and error.ending: return subscription  # at exit: it gets no samples
                 self._leave(subscription)
@@ -284,14 +284,13 @@ class ResourceMonitor(StaysHere):
     def interval(self, seconds: float) -> None:
         seconds = check_setting("interval", seconds)
         with self._changed:
-            self._due += seconds - self._interval
-            self._interval = seconds
+            self._due, self._interval = self._due + seconds - self._interval, seconds
             self._changed.notify_all()
 
     @property
     def running(self) -> bool:
         "Return whether the sampling thread runs: from the first subscriber to the last"
-        return self._thread is not None
+        return self._thread is not None and self._thread.is_alive()
 
     @property
     def paused(self) -> bool: return self._paused
@@ -313,7 +312,8 @@ class ResourceMonitor(StaysHere):
 
     def _start(self) -> None:  # the first sample is due at once, unless one has just been taken
         self._due = max(time.monotonic(), self._latest.taken + self._interval if self._latest else 0.0)
-        self._thread = start_thread("resource-monitor", self._run)
+        self._thread = CallThread("resource-monitor", self._run)   # known before it begins, so it stays the only one
+        self._thread.begin()
 
     def _run(self) -> None:
         while self._wait_until_due():

@@ -42,6 +42,7 @@ from .forks import reset_in_child
 from .locking import holding
 from .logs import Log
 from .paths import Path, as_path
+from .private_key import PROCESS_KEY, make_key, read_key
 from .resources import DeviceStatus, WorkerState
 from .roster import Roster, mark_in
 from .secrets import shown_text
@@ -117,8 +118,9 @@ def watch(
 # %% ../../nbs/core/needs.ipynb #0ac84600
 def machine_id() -> str:
     "Return a text that identifies this machine for longer than a boot; \"\" if it is unknown"
-    import hashlib
-    try: found = as_path("/etc/machine-id").read_bytes().strip()
+    try:
+        import hashlib
+        found = as_path("/etc/machine-id").read_bytes().strip()
     except OSError: return ""
     return hashlib.sha256(b"cjm-fasthtml-resources" + found).hexdigest()[:16] if len(found) == 32 else ""
 
@@ -147,9 +149,9 @@ def find_mark(
 ) -> str:
     "Return the mark of a configuration; \"\" for `None`, or if the key is unusable"
     if config is None: return ""
-    from cjm_fasthtml_resources.core.exact import settings_mark  # when it is used, as is the other
-    from cjm_fasthtml_resources.core.private_key import PROCESS_KEY, read_key
-    try: key = PROCESS_KEY if path is None else (get or read_key)(path)
+    try:
+        from cjm_fasthtml_resources.core.exact import settings_mark  # when it is used
+        key = PROCESS_KEY if path is None else (get or read_key)(path)
     except (OSError, AttributeError) as error:   # or a system without these calls
         _tell_once(str(error))
         return ""
@@ -219,7 +221,6 @@ class Needs:
 
     def mark(self, config: Mapping[str, Any] | None) -> str:
         "Return a configuration's mark, to write evidence with it; make the key if it is missing"
-        from cjm_fasthtml_resources.core.private_key import make_key  # when it is used
         return find_mark(config, self.key_path, make_key)
 
     def record(self, run: JobRun) -> None:

@@ -7,6 +7,7 @@ __all__ = ['NO_MEMORY', 'ASLEEP', 'OF_THE_DRIVER', 'lacks_descriptors', 'in_word
 
 # %% ../../nbs/core/nvml_errors.ipynb #8273f560
 import os
+from io import FileIO
 from typing import Any
 
 from .text import printable
@@ -34,12 +35,12 @@ _NEEDED = 16   # descriptors; NVML opens fewer for one GPU
 
 def lacks_descriptors() -> bool:
     "Return whether this process is almost out of file descriptors"
-    opened: list[int] = []
+    opened = list[FileIO]()
     try:
-        for _ in range(_NEEDED): opened.append(os.open(os.devnull, os.O_RDONLY))
+        for _ in range(_NEEDED): opened.append(FileIO(os.devnull))
     except OSError: return True
     finally:
-        for descriptor in opened: os.close(descriptor)
+        for file in opened: file.close()
     return False
 
 # %% ../../nbs/core/nvml_errors.ipynb #237fec9a

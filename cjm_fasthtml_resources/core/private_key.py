@@ -10,22 +10,21 @@ import contextlib
 import os
 import stat
 
+from .locking import open_owned
 from .paths import Path
 
 # %% ../../nbs/core/private_key.ipynb #050b69aa
 KEY_SIZE = 32                     # bytes
 PROCESS_KEY = os.urandom(KEY_SIZE)   # for data in the memory of this process alone
 
-def _open_plain(path: str, flags: int) -> int:
-    "Open a file, refusing symbolic links, and without waiting for the other end of a pipe"
-    return os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+_PLAIN = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK   # refuses symbolic links, and opens a pipe at once
 
 def read_key(
     path: Path,
 ) -> bytes | None:  # `None`: the file is missing
     "Return the key in a file; raise `PermissionError` if others can read or replace it, `OSError` if invalid"
     try:
-        with open(path, "rb", buffering=0, opener=_open_plain) as file:
+        with open_owned(path, _PLAIN, "r") as file:
             found, key = os.fstat(file.fileno()), file.read(KEY_SIZE + 1)
     except FileNotFoundError: return None
     if found.st_uid != os.geteuid() or found.st_mode & 0o077:
@@ -43,8 +42,7 @@ def make_key(
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     draft = path.with_name(f".{path.name}-{os.urandom(8).hex()}")
     try:
-        with open(draft, "xb", opener=lambda name, flags: os.open(name, flags | os.O_CLOEXEC, 0o600)) as file:
-            file.write(os.urandom(KEY_SIZE))
+        with open_owned(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, "w") as file: file.write(os.urandom(KEY_SIZE))
         with contextlib.suppress(FileExistsError): os.link(draft, path)
     finally:
         with contextlib.suppress(FileNotFoundError): os.unlink(draft)

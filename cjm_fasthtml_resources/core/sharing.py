@@ -11,9 +11,11 @@ import os
 import stat
 from functools import partial
 from io import FileIO
+from typing import TypeVar
 
 from .blocks import at_end
 from .folder import StoreError, is_hidden
+from .locking import open_owned
 from .paths import Path, as_path
 
 # %% ../../nbs/core/sharing.ipynb #d982d34b
@@ -121,15 +123,20 @@ def _make_shared(path: Path) -> None:
 def _remove(path: str) -> None:
     with contextlib.suppress(OSError): os.unlink(path)
 
+_File = TypeVar("_File", bound=FileIO)
+
 def open_made(
-    path: str,
-    flags: int,   # of `os.open`
-) -> int:  # the descriptor
-    "Open a file, or make it with the rights that its folder requires; for use as the `opener` of `open`"
-    if not is_shared(os.path.dirname(path)): return os.open(path, flags | os.O_CREAT | os.O_NOFOLLOW, 0o600)
+    path: Path,
+    kind: type[_File],   # `FileIO`, or a class of it
+    flags: int = os.O_RDWR,
+    mode: str = "r+",    # which goes with the flags
+) -> _File:
+    "Open a file, or make it with the rights that its folder requires"
+    flags |= os.O_NOFOLLOW
+    if not is_shared(path.parent): return open_owned(path, flags | os.O_CREAT, mode, kind)
     while True:
-        try: return os.open(path, flags & ~os.O_CREAT | os.O_NOFOLLOW)
-        except FileNotFoundError: _make_shared(as_path(path))
+        try: return open_owned(path, flags, mode, kind)
+        except FileNotFoundError: _make_shared(path)
 
 # %% ../../nbs/core/sharing.ipynb #9df1a9ed
 def map_user(

@@ -16,15 +16,17 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from .claims import read_use, used_by
 from .devices import device_key
+from .folder import StoreError, explain_os_error
 from .forks import reset_in_child
 from .gpu import GpuDevice
 from .learned import Level
 from .locking import holding
 from .logs import Log
+from .paths import as_path
 from .process import ProcessId, read_process
 from .resources import MemoryStatus
 from .secrets import shown_error
-from .threads import NoThreadError, start_thread
+from .threads import CallThread, NoThreadError
 
 if TYPE_CHECKING:
     from cjm_fasthtml_resources.core.job import ActiveJob
@@ -83,14 +85,15 @@ class JobLooks:
         self._changed = threading.Condition(threading.RLock())   # reentrant: a signal handler can end a job
         self.turn = threading.RLock()   # guards the usages
         self._jobs: tuple[Looked, ...] = ()
-        self._thread: threading.Thread | None = None
+        self._thread: CallThread | None = None
 
     def add(self, job: "Looked") -> None:
         "Sample a job once a second from now on; only at its end if starting a thread fails"
         with holding(self._changed):
             self._jobs = (*(other for other in self._jobs if other is not job), job)
-            if self._thread and self._thread.is_alive(): return
-            with contextlib.suppress(NoThreadError): self._thread = start_thread("job-looks", self._run)
+            if self._thread and self._thread.goes_on(): return
+            self._thread = CallThread("job-looks", self._run)   # known before it begins, so it stays the only one
+            with contextlib.suppress(NoThreadError): self._thread.begin()
 
     def remove(self, job: "Looked") -> None:
         "Take a last sample of a job and stop; a second call is ignored"
@@ -176,6 +179,14 @@ def look_at_jobs(
         job.usage = used._replace(ram=max(used.ram, ram), mixed=mixed)
 
 # %% ../../nbs/core/usage.ipynb #c04b2ad5
+def _load_job() -> "Callable[..., ActiveJob]":
+    "Import `core.job` for the first job: it takes a tenth of the time that a manager takes"
+    try:
+        from cjm_fasthtml_resources.core.job import make_job
+    except OSError as error:   # the program is out of descriptors
+        raise StoreError(explain_os_error(as_path(error.filename or "core.job"), error)) from error
+    return make_job
+
 class JobStarter:
     "The method of a manager that begins jobs"
     job_looks: JobLooks
@@ -208,8 +219,7 @@ class JobStarter:
     ) -> "ActiveJob":
         """Return a job for a `with` or `async with` block. The block waits for the memory and releases it at the end.
         It raises the errors of `reserve` and `raise_if_blocked`, and `ProcessLookupError` if the worker ends"""
-        from cjm_fasthtml_resources.core.job import make_job  # when it is used
-        return make_job(self, job_id, gpu_memory_mb, needs, unknown, registry, memory_mb, n=n, plugin_name=plugin,
+        return _load_job()(self, job_id, gpu_memory_mb, needs, unknown, registry, memory_mb, n=n, plugin_name=plugin,
                         priority=priority, grace=grace, duration=duration, ask_idle=ask_idle,
                         resource=resource, config=config, worker_pid=worker, worker_type=worker_type,
                         device=device, timeout=timeout, concurrent=concurrent, progress=progress,

@@ -17,7 +17,7 @@ from ..core.forks import reset_in_child
 from ..core.manager import ResourceManager
 from ..core.reservations import Reservation
 from ..core.store import StoreError
-from ..core.threads import NoThreadError, start_thread
+from ..core.threads import CallThread, NoThreadError
 
 # %% ../../nbs/hosts/handing.ipynb #55d25986
 Need = tuple[Any, ...]
@@ -84,7 +84,7 @@ class Handing:
     def after_fork(self) -> None:
         "Start empty in a forked child: the reservations belong to the parent"
         self._lock, self._kept, self._since = threading.RLock(), list[_Kept](), dict[int, float]()
-        self._thread: threading.Thread | None = None
+        self._thread: CallThread | None = None
         self._last = _Reading()
 
     def keep(self, asked: Mapping[str, Any], held: Reservation) -> bool:
@@ -137,8 +137,9 @@ class Handing:
 
     def _guard(self) -> bool:
         "Have a thread release leftover reservations; return False if starting it fails"
-        if self._thread and self._thread.is_alive(): return True
-        try: self._thread = start_thread("kept-reservations", self._follow)
+        if self._thread and self._thread.goes_on(): return True
+        self._thread = CallThread("kept-reservations", self._follow)   # known before it begins: it stays the only one
+        try: self._thread.begin()
         except NoThreadError: return False
         return True
 

@@ -17,11 +17,12 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from distributed import Client, Future, Reschedule, get_worker, secede
 
-from ..core.blocks import block, make_undo
+from ..core.blocks import at_end, block, make_undo
 from ..core.conflict import ResourceUnavailable
 from ..core.forks import reset_in_child
 from ..core.reservations import Request, Reservation
@@ -150,13 +151,13 @@ def using(
 ) -> Iterator[None]:
     """Release a reservation after the block, or keep it for the worker's next task if the block has succeeded.
     Threads release in turn, because this takes a third of the time on the shared file"""
-    with contextlib.ExitStack() as ends:
-        ends.enter_context(held)
-        ends.callback(_release_in_turn, plugin, held)
+    kept = list[bool]()
+    with at_end(partial(_release_in_turn, plugin, held, kept)):
         yield
-        if plugin.handing.keep(asked, held): ends.pop_all()
+        kept.append(plugin.handing.keep(asked, held))
 
-def _release_in_turn(plugin: Any, held: Reservation) -> None:
+def _release_in_turn(plugin: Any, held: Reservation, kept: Sequence[bool]) -> None:
+    if any(kept): return
     with plugin.turn: held.release()
 
 # %% ../../nbs/hosts/tasks.ipynb #8a61e145

@@ -16,14 +16,13 @@ import os
 import sqlite3
 import stat
 from collections.abc import Iterable, Iterator, Sequence
-from io import FileIO
 from pathlib import Path
 from typing import NamedTuple
 from urllib.parse import quote
 
-from ..core.blocks import block
+from ..core.blocks import at_end, block
 from ..core.folder import StoreError, explain_os_error
-from ..core.locking import lock_byte
+from ..core.locking import lock_byte, open_owned
 from ..core.logs import Log
 from ..core.sharing import check_owner
 from .changes import Asked, Change
@@ -111,8 +110,8 @@ def _make(path: Path) -> None:
     os.makedirs(path.parent, mode=0o700, exist_ok=True)
     new = Path(f"{path}.{os.getpid()}.new")
     try:
-        os.close(os.open(new, os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600))
-        with contextlib.closing(_connect(new, "rw")) as db: db.executescript(_TABLES)
+        open_owned(new, os.O_RDWR | os.O_CREAT | os.O_EXCL, "r+").close()
+        with at_end((db := _connect(new, "rw")).close): db.executescript(_TABLES)
         with contextlib.suppress(FileExistsError): os.link(new, path)
     finally: new.unlink(missing_ok=True)
 
@@ -126,7 +125,7 @@ def opened(
     try:
         check_place(path)
         if mode == "rw" and not path.exists(): _make(path)
-        with contextlib.closing(_connect(path, mode, waits)) as db:
+        with at_end((db := _connect(path, mode, waits)).close):
             db.execute("BEGIN" if mode == "ro" else "BEGIN IMMEDIATE")
             version = db.execute("PRAGMA user_version").fetchone()[0]
             if version != SCHEMA_VERSION:
@@ -276,9 +275,9 @@ def alone(
     try:
         check_place(lock)
         os.makedirs(path.parent, mode=0o700, exist_ok=True)
-        fd = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+        file = open_owned(lock, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, "r+")
     except OSError as error: raise StoreError(explain_os_error(lock, error)) from error
-    with FileIO(fd, "r+") as file:
+    with file:
         try: lock_byte(file.fileno(), 0, alone=True)
         except BlockingIOError: yield False
         else: yield True

@@ -19,7 +19,7 @@ from ..core.manager import ResourceManager
 from ..core.monitor import ResourceMonitor
 from ..core.needs import history_path
 from ..core.samples import Sample
-from ..core.threads import start_thread
+from ..core.threads import CallThread
 from .file import add, alone
 from .notes import Notes
 
@@ -60,15 +60,16 @@ class Recorder(StaysHere):
 
     def start(self) -> None:
         "Begin to record, at once or after another recorder of the file has ended; raise `StoreError` on failure"
-        if self._thread is not None: return
+        if self._thread is not None and self._thread.is_alive(): return
         self._take_over()
-        self._thread = start_thread("recorder", self._run)
+        self._thread = CallThread("recorder", self._run)   # known before it begins, so it stays the only one
+        self._thread.begin()
 
     def close(self) -> None:
         "Write the rest, and end. A second call does nothing"
         self._ending.set()
         thread, self._thread = self._thread, None
-        if thread is not None: thread.join()
+        if thread is not None and thread.is_alive(): thread.join()
         self._held.close()
         self.records = False
 
