@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from cjm_fasthtml_resources.core.claims import Claim, DeviceUse, find_pools, grant
 from cjm_fasthtml_resources.core.conflict import ResourceBusy, ResourceUnavailable
-from cjm_fasthtml_resources.core.gpu import GpuDevice, read_gpus
+from cjm_fasthtml_resources.core.gpu import GpuDevice, read_gpus, release_driver
 from cjm_fasthtml_resources.core.manager import ResourceManager
 from cjm_fasthtml_resources.core.process import ProcessId
 from cjm_fasthtml_resources.core.resources import ResourceStatus
@@ -337,3 +337,40 @@ def test_a_request_for_a_device_that_is_away_waits_for_that_one():
         driver.gpus.insert(0, gone)
         time.sleep(0.3)
         assert (waiting.poll() or waiting.wait()).uuid == "GPU-b"
+
+
+@pytest.mark.parametrize("gpus", [
+    [SimulatedGpu(memory_total_mb=24*1024)],
+    [SimulatedGpu(memory_total_mb=24*1024), SimulatedGpu(memory_total_mb=4*1024)],
+    [SimulatedGpu(memory_total_mb=40*1024, mig=[SimulatedGpu("NVIDIA A100 MIG 3g.20gb", 24*1024)])],
+], ids=["one", "two", "instance"])
+def test_a_promise_of_a_program_that_reads_no_uuid_counts_for_one_that_reads_no_address(folder, gpus):
+    with SimulatedDriver(gpus) as driver:
+        driver.fail("nvmlDeviceGetUUID", pynvml.NVML_ERROR_NOT_SUPPORTED)
+        held = ResourceManager(app="a", track_self=False).reserve(20*1024, timeout=0)
+        assert held.uuid is None
+        driver.recover()
+        release_driver()   # the next reading is another program's
+        driver.fail("nvmlDeviceGetPciInfo_v3", pynvml.NVML_ERROR_UNKNOWN)
+        with pytest.raises(REFUSED): ResourceManager(app="b", track_self=False).reserve(10*1024, timeout=0)
+        held.release()
+        with ResourceManager(app="b", track_self=False).reserve(10*1024, timeout=0) as other: assert other.uuid
+
+
+def test_a_program_that_has_another_gpu_leaves_ended_promises_to_those_that_have_this_one(folder, spawn):
+    gpus = [SimulatedGpu(memory_total_mb=8*1024, uuid="GPU-1"), SimulatedGpu(memory_total_mb=24*1024, uuid="GPU-0")]
+    with SimulatedDriver(gpus) as driver:
+        manager, child = ResourceManager(app="a", track_self=False), spawn("input()")
+        def room() -> float: return manager.check_gpu_availability().allowed[1].room/GIB
+
+        with manager.reserve(10*1024, "GPU-0", timeout=0), driver.allocate(10*1024, gpu=1):
+            manager.reserve(4*1024, "GPU-0", timeout=0, pid=child.pid)
+            assert room() == 10
+            child.kill()
+            child.wait()
+            seen = driver.gpus.pop()   # as in a container without it
+            with ResourceManager(app="b").reserve(100, timeout=0) as other: assert other.uuid == "GPU-1"
+            driver.gpus.append(seen)
+            assert room() == 14
+            with manager.reserve(14*1024, "GPU-0", timeout=0): assert room() == 0
+            assert 2 not in [c.id for c in manager.ledger.rows().claims]   # deleted by who has the GPU

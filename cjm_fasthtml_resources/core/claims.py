@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['RAM', 'PLACES', 'LEAST_USE', 'Claim', 'is_ram', 'asks_for_ram', 'any_for_ram', 'has_partners', 'DeviceUse', 'no_less',
            'lineage_here', 'read_use', 'Pool', 'used_by', 'find_pools', 'owner_of', 'find_promises', 'find_base',
-           'find_covered', 'find_freed', 'lower_bases', 'drop', 'move', 'in_queue', 'MayHave', 'has_no_cap', 'MayPass',
-           'passes_none', 'choose_any', 'choose_first', 'grant', 'find_most_used', 'observe']
+           'find_covered', 'find_freed', 'lower_bases', 'drop', 'find_unseen', 'move', 'in_queue', 'MayHave',
+           'has_no_cap', 'MayPass', 'passes_none', 'choose_any', 'choose_first', 'grant', 'find_most_used', 'observe']
 
 # %% ../../nbs/core/claims.ipynb #effac725
 import re
@@ -120,6 +120,8 @@ def _is_instance(key: str) -> bool:
     "Return whether a name in a claim is that of a MIG instance"
     return key.startswith("MIG-") or "/" in key
 
+def _is_uuid(key: str) -> bool: return key.rpartition(" ")[2].startswith(("GPU-", "MIG-"))
+
 # %% ../../nbs/core/claims.ipynb #5a435654
 @dataclass(frozen=True)
 class DeviceUse:
@@ -127,7 +129,7 @@ class DeviceUse:
     device: GpuDevice
     processes: tuple[tuple[tuple[ProcessId, ...], int], ...] | None  # lineage and bytes of each; `None`: unknown
     whole: bool = True                       # `processes` has every process on the device
-    others: frozenset[str] = frozenset()     # keys of the machine's other devices
+    others: frozenset[str] = frozenset()     # names of the machine's other devices
     sharing: frozenset[str] = frozenset()    # names of the `others` that share this device's memory, or can
     # a process and its ancestors, itself first; `None` if it is hidden from here
     lineage_of: Callable[[ProcessId], tuple[ProcessId, ...] | None] = field(
@@ -139,6 +141,7 @@ class DeviceUse:
     has_partners: bool = field(init=False, repr=False, compare=False)   # the result of `has_partners(device)`
     key: str = field(init=False, repr=False, compare=False)      # the device's name in a claim
     address: str = field(init=False, repr=False, compare=False)  # its name for a program whose driver omits the UUID
+    lacks_address: bool = field(init=False, repr=False, compare=False)   # a GPU whose address was not read
 
     def __post_init__(self) -> None:   # until Python 3.12 a `cached_property` has a lock, which a fork would copy
         if self.processes is None: object.__setattr__(self, "whole", False)
@@ -146,6 +149,7 @@ class DeviceUse:
         object.__setattr__(self, "has_partners", has_partners(self.device))
         object.__setattr__(self, "key", device_key(self.device))
         object.__setattr__(self, "address", device_address(self.device))
+        object.__setattr__(self, "lacks_address", self.device.address is None and not is_ram(self.key))
 
     def holder_of(self, claim: Claim) -> ProcessId:
         "Return a claim's holder; from another PID namespace, with a negative PID, which is free here"
@@ -156,7 +160,9 @@ class DeviceUse:
         by UUID or address; if in doubt, also by any name that no device has now"""
         if key is None or key in (self.key, self.address) or key in self.sharing: return key is not None
         if key in self.others or is_ram(key): return False
-        return self.in_doubt or self.has_partners and _is_instance(key)
+        if self.in_doubt or self.lacks_address and not _is_uuid(key): return True
+        return self.has_partners and _is_instance(key)
+
 
 # %% ../../nbs/core/claims.ipynb #caf98103
 def no_less(
@@ -209,7 +215,7 @@ def read_use(
     "Return the processes on each device, as far as the driver shows them"
     devices = list(devices)
     read = driver_pid_reader(p.pid for d in devices for p in d.processes or ())
-    keys = frozenset(device_key(d) for d in devices)
+    every = frozenset(name for d in devices for name in _names(d))
     lineage_of = cache(lineage_here)   # of this moment: the lineage of a known process is constant
 
     def on(device: GpuDevice) -> DeviceUse:
@@ -219,8 +225,8 @@ def read_use(
         listed, complete = _listed_in(pool), all(d.processes_whole for d in pool) and not unread
         names, in_doubt = frozenset(name for d in near for name in _names(d)), any(d.uuid is None for d in unread)
         known, whole = (None, False) if read is None or listed is None else _identify(listed, complete, read)
-        key, shown = {device_key(device)}, device if len(pool) == 1 else replace(device, processes=listed)
-        return DeviceUse(no_less(shown), known, whole, keys - key, names - key, lineage_of, pid_namespace(), in_doubt)
+        own, shown = _names(device), device if len(pool) == 1 else replace(device, processes=listed)
+        return DeviceUse(no_less(shown), known, whole, every - own, names - own, lineage_of, pid_namespace(), in_doubt)
 
     return [on(d) for d in devices if d.memory_total and d.memory_used is not None and not d.mig_mode]
 
@@ -379,6 +385,17 @@ def drop(
     "Return the claims that are left, with bases that make none look more used than before"
     return move(claims, dict.fromkeys(over), uses)
 
+def find_unseen(
+    over: Sequence[Claim],       # claims that are over
+    claims: Sequence[Claim],     # all claims
+    uses: Sequence[DeviceUse],   # every device that this program reads
+) -> set[int]:
+    "Return the ids of those on an unread device on which others have promises"
+    ids = {c.id for c in over}
+    shared = {c.device for c in claims if c.id not in ids}
+    unseen = {name for c in over if (name := c.device) in shared and not any(use.is_called(name) for use in uses)}
+    return {c.id for c in over if c.device is not None and c.device in unseen}
+
 def move(
     claims: Sequence[Claim],
     moved: Mapping[int, Claim | None],   # by id: the claim with its new holder; `None`: it is over
@@ -474,16 +491,16 @@ class _Share(NamedTuple):
     missing: int      # bytes beyond its holder's present use
     taken: int        # `missing`, and the bytes of other promises that become unused
 
-def _whole_of(claim: Claim, room: _Room, beside: Sequence[Claim]) -> Claim:
+def _whole_of(claim: Claim, room: _Room, beside: Sequence[Claim], owed: int) -> Claim:
     "Return a request for a device of its own, with all free memory of the device, at least its share"
     capacity = room.use.device.capacity
     covered = find_covered(replace(claim, memory=capacity), room.use, beside)
-    return replace(claim, memory=max(int(claim.share*capacity), room.free + covered, 1))
+    return replace(claim, memory=max(int(claim.share*capacity), room.free - owed + covered, 1))
 
-def _share(claim: Claim, key: str, room: _Room, beside: Sequence[Claim]) -> _Share:
-    "Return the bytes that a request takes of a room given all other claims"
+def _share(claim: Claim, key: str, room: _Room, beside: Sequence[Claim], owed: int = 0) -> _Share:
+    "Return the bytes that a request takes of a room given all other claims; beside it, it takes `owed` bytes there"
     if not (claim.share or claim.covers): return _Share(claim, key, room, claim.memory, claim.memory)   # most are so
-    if claim.share: claim = _whole_of(claim, room, beside)
+    if claim.share: claim = _whole_of(claim, room, beside, owed)
     missing = claim.memory - find_covered(claim, room.use, beside)
     return _Share(claim, key, room, missing, missing + find_freed(claim, room.use, beside))
 
@@ -586,7 +603,7 @@ def _offer(claim: Claim, rooms: Mapping[str, _Room], after: Mapping[int, Claim],
     if not all(may_have(s.claim, s.room.use, beside) for s in named): return _Offer(claim, {}, (), {}, False, (), False)
     owed, needed = {id(s.room): s.taken for s in named}, {id(s.room): s.missing for s in named}
     beside += [replace(s.claim, device=s.key) for s in named]
-    shares = {key: _share(claim, key, rooms[key], beside) for key in claim.allowed
+    shares = {key: _share(claim, key, rooms[key], beside, owed.get(id(rooms[key]), 0)) for key in claim.allowed
               if key in rooms and may_have(claim, rooms[key].use, beside)}
     fitting = {key: s.room for key, s in shares.items()
                if not s.room.blocked and s.room.free >= s.taken + owed.get(id(s.room), 0)

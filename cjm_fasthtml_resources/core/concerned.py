@@ -36,9 +36,10 @@ def find_concerned(
     uses: Sequence[DeviceUse],   # every device
 ) -> Sequence[Claim]:  # in the same order
     "Return the claims that can affect a request, and those that it can affect"
-    if any(use.in_doubt or use.has_partners for use in uses): return claims
     known = {name for use in uses for name in (use.key, use.address)}
-    names = {*_wants(asked), *({c.device for c in claims if c.device is not None} - known)}
+    unknown = {c.device for c in claims if c.device is not None} - known
+    if any(use.in_doubt or use.has_partners or any(map(use.is_called, unknown)) for use in uses): return claims
+    names = {*_wants(asked), *unknown}
     leases, found, left = {asked.lease}, list[Claim](), claims
     while True:
         _add_names(names, uses)

@@ -26,6 +26,7 @@ from cjm_fasthtml_resources.core.claims import (
     MayHave,
     any_for_ram,
     drop,
+    find_unseen,
     grant,
     has_no_cap,
     is_ram,
@@ -526,6 +527,8 @@ def _plan(
     mine = find_concerned(asked, rows.claims, uses) if asked else rows.claims
     held_now, over_now = _examine(ledger, [c for c in mine if c.device is None])
     gone = [c for c in mine if c.id in over_now or (c.lease, c.id) in over]
+    if gone and (unseen := find_unseen(gone, mine, uses)):
+        mine, gone = ([c for c in found if c.id not in unseen] for found in (mine, gone))
     left = drop(mine, [c.id for c in gone], uses) if gone else [*mine]
     released = {c.id for c in left if c.expires == 0.0}   # since the devices were read
     if asked: left.append(_receive(asked, rows.last_id + 1, now))
