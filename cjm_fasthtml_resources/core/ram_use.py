@@ -4,19 +4,26 @@
 
 # %% auto #0
 __all__ = ['Figures', 'group_name', 'read_limits', 'ram_needs', 'most_ram', 'read_anonymous', 'list_anonymous', 'read_ram',
-           'add_ram', 'see_ram']
+           'add_ram', 'find_in_ram', 'see_ram']
 
 # %% ../../nbs/core/ram_use.ipynb #274cf4ab
 import os
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import replace
 from io import FileIO
 
+from cjm_fasthtml_resources.core.claims import (
+    RAM,
+    Claim,
+    DeviceUse,
+    any_for_ram,
+    asks_for_ram,
+    can_be_in_ram,
+    lineage_here,
+)
 from . import memory
-from .claims import RAM, Claim, DeviceUse, any_for_ram, asks_for_ram, lineage_here
 from .gpu import GpuDevice
 from .memory import HostMemory
-from .nvml_memory import has_unified_memory
 from .process import ProcessId, is_free, pid_namespace, read_process, read_stat
 from .resident import is_fork
 
@@ -139,27 +146,40 @@ def _join(use: DeviceUse, beside: Sequence[DeviceUse], gpu: DeviceUse, ram: Devi
     return replace(use, device=device, processes=rows, slack=slack, whole=ram.whole and gpu.whole,
                    sharing=names - {use.key})
 
+def _without_rest(ram: DeviceUse) -> DeviceUse:
+    "Return RAM with the known figures alone: the figures of a GPU that uses it are unread"
+    return replace(ram, whole=False, processes=tuple(row for row in ram.processes or () if row[0]))
+
 def add_ram(
     uses: Sequence[DeviceUse],      # of the GPUs
     rams: Sequence[DeviceUse],      # as `read_ram` returns them
-    unified: bool = False,          # whether a GPU is known to use the machine's memory, if all are unreadable now
+    in_ram: Collection[str] = (),   # GPUs that have promises and can use the machine's RAM, also unreadable ones
 ) -> list[DeviceUse]:
     "Return the GPUs and RAM, with all that share the machine's memory as one"
     ram, groups = next(u for u in rams if u.key == RAM), [u for u in rams if u.key != RAM]
     shared, others = [u for u in uses if u.device.unified], [u for u in uses if not u.device.unified]
-    is_one = unified or bool(shared) or has_unified_memory()
-    ram = replace(ram, others=frozenset(u.key for u in others), in_doubt=is_one)
+    ram = replace(ram, others=frozenset(u.key for u in others), sharing=frozenset(in_ram))
+    if not all(any(u.is_called(name) for u in shared) for name in in_ram): ram = _without_rest(ram)
     one = [*shared, ram] if shared else []
     joined = [_join(use, [u for u in one if u is not use], shared[0], ram) for use in one]
     return [*others, *(joined or [ram]), *groups]
+
+# %% ../../nbs/core/ram_use.ipynb #c3a90f52
+def find_in_ram(
+    uses: Sequence[DeviceUse],   # of the GPUs
+    claims: Iterable[Claim],     # all
+) -> frozenset[str]:  # as in a claim's `device`
+    "Return the GPUs with promises that count against RAM: all except those that are known to have their own memory"
+    own = {name for u in uses if not u.device.unified for name in (u.key, u.address)}
+    return frozenset(c.device for c in claims if c.device is not None and can_be_in_ram(c) and c.device not in own)
 
 # %% ../../nbs/core/ram_use.ipynb #79cf0efd
 def see_ram(
     uses: Sequence[DeviceUse],    # of the GPUs
     claims: Collection[Claim],    # all
-    unified: bool = False,        # as for `add_ram`
 ) -> list[DeviceUse]:
     "Return the GPUs, and RAM if a claim is for RAM"
     if not any_for_ram(claims): return list(uses)
-    is_one = any(u.device.unified for u in uses)
-    return add_ram(uses, read_ram({c.holder for c in claims if is_one or asks_for_ram(c)}), unified)
+    is_one, in_ram = any(u.device.unified for u in uses), find_in_ram(uses, claims)
+    holders = {c.holder for c in claims if is_one or asks_for_ram(c) or c.device in in_ram}
+    return add_ram(uses, read_ram(holders), in_ram)
