@@ -107,6 +107,23 @@ def test_any_sequence_is_answered_as_a_plain_list_of_runs_would(in_file, happene
             if each: assert mine.expected(*key[:2]) == max(found.highest or 0, found.floor or 0)
 
 
+@pytest.mark.parametrize("in_file", [False, True])
+@pytest.mark.parametrize("off", [400*DAY, 2*DAY, -NOW])
+def test_a_clock_that_was_wrong_once_leaves_the_order_of_the_evidence(in_file, off):
+    needs, key = Needs(Roster(Store(), "app") if in_file else None), KEYS[0]
+    with patch.object(Needs, "_start_writer"):
+        def note(moment, call, *args, **more):
+            with at(moment):
+                call(*args, **more)
+                needs.write()
+                return needs.find(key).gpu_memory_mb
+        for day in range(4): note(NOW + day*DAY, needs.record, ran(key, 4_000, ended=NOW + day*DAY))
+        wants = note(NOW + 4*DAY + off, needs.raise_after_out_of_memory, key, 4_000*MIB, wanted=16_000*MIB)
+        later = [NOW + day*DAY for day in range(5, 10)]
+        asked = [note(moment, needs.record, ran(key, 4_000, ended=moment)) for moment in later]
+    assert wants == 20_000 and asked[:2] == [20_000]*2 and asked[-1] == 5_000
+
+
 digits = [st.integers(0, 9)]*5
 none = dict.fromkeys(("jobs", "seconds", "shortest", "longest", "floor"), st.just(0))
 evidence = st.builds(Evidence, *digits, **none, failures=digits[0]) | st.builds(

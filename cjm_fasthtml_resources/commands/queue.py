@@ -85,7 +85,7 @@ def read_queue(
     uses = read_use(conflict.snapshot.devices) if conflict.snapshot else []
     suspended = [c.id for c in claims if c.device is None and c.is_suspended]
     known, awake = known_times(claims), [c for c in claims if c.id not in suspended]
-    rule, every = find_rule(ledger.store), see_ram(uses, claims, ledger.unified)
+    rule, every = find_rule(ledger.store), see_ram(uses, claims)
     capped = explain_caps(find_cap(ledger.store), awake, every)
     starts, asked = find_starts(claims, every, now, known, rule, suspended), name_asked(claims, ledger)
     return queue_rows(claims, uses, conflict.allowed, now, _name, suspended, starts, capped, asked)

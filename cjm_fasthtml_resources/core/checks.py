@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['CONTAINER_NOTE', 'SILENT_NOTE', 'NO_INSTANCE', 'LISTS_NOTE', 'SHARED_NOTE', 'GROUP_NOTE', 'UNSEEN_NOTE',
            'UNREAD_NOTE', 'EARLIER_NOTE', 'UNREAD_RAM_NOTE', 'estimate_notes', 'seen_notes', 'each_memory_once',
-           'tell_unified', 'number_here', 'unseen_promises', 'stand_in', 'memory_for', 'reserves_ram', 'least_left',
-           'Prepared', 'Checks', 'promises_on', 'count_reported', 'name_holder', 'name_absent', 'see_waiting',
-           'find_waiting', 'pick_devices']
+           'number_here', 'unseen_promises', 'stand_in', 'memory_for', 'reserves_ram', 'least_left', 'Prepared',
+           'Checks', 'promises_on', 'count_reported', 'name_holder', 'name_absent', 'see_waiting', 'find_waiting',
+           'pick_devices']
 
 # %% ../../nbs/core/checks.ipynb #2e3507fe
 import os
@@ -20,6 +20,7 @@ from cjm_fasthtml_resources.core.claims import (
     Claim,
     DeviceUse,
     asks_for_ram,
+    can_be_in_ram,
     drop,
     find_promises,
     in_queue,
@@ -49,7 +50,6 @@ from .gpu import GpuDevice, GpuSnapshot
 from .ledger import Ledger, LedgerReading
 from .memory import HostMemory, process_memory, read_memory
 from .needs import Needs
-from .nvml_errors import NO_MEMORY
 from .nvml_memory import has_unified_memory
 from .ram import RamReader
 from .resources import DeviceStatus, OwnedProcess, Promise, ResourceStatus, Waiting
@@ -115,23 +115,14 @@ UNREAD_NOTE = "Reading the reservations on a GPU that uses this memory failed, s
 EARLIER_NOTE = "The list of workers can be out of date: {}"
 UNREAD_RAM_NOTE = "Reading the reservations failed, so no memory counts as free"
 
-def tell_unified(
-    snapshot: GpuSnapshot,
-) -> bool | None:   # `None`: reading a GPU failed
-    "Return whether a GPU uses the machine's memory"
-    if has_unified_memory() or any(d.unified for d in snapshot.devices): return True
-    lacking = [d for d in snapshot.devices if d.memory_total is None and not d.mig_mode and d.reason != NO_MEMORY]
-    return None if snapshot.reason or lacking else False
-
 def number_here(claim: Claim) -> int:
     "Return the PID of a claim's holder; 0 if it is in another PID namespace, where PIDs differ"
     return claim.holder.pid if claim.space == pid_namespace() else 0
 
 def unseen_promises(machine: Sequence[GpuDevice], known: LedgerReading, app: str) -> list[Promise]:
-    "Return the reservations on unreadable devices"
+    "Return the reservations on unreadable devices that can use the machine's RAM"
     keys = {device_key(d) for d in machine if d.memory_total is not None}
-    lost = [c for c in known.claims
-            if c.device and c.device not in keys and c.id not in known.over and not is_ram(c.device)]
+    lost = [c for c in known.claims if c.device not in keys and c.id not in known.over and can_be_in_ram(c)]
     uses = read_use(machine) if lost else []
     return [Promise(number_here(c), owner_of(c, app), c.memory, c.memory, c.app, c.id)
             for c in lost if not any(use.is_called(c.device) for use in uses)]
@@ -188,7 +179,7 @@ class Checks:
     ) -> None:
         self.workers, self.ledger, self.needs, self.app, self.track_self = workers, ledger, needs, app, track_self
         self.ram = RamReader()
-        self.unified: bool | None = None   # whether a GPU uses the machine's memory, once that is known
+        self.unified = False   # whether a GPU is known to use the machine's memory
 
     def me(self) -> ProcessId | None:
         "Return this process (after a fork, the child) if its child processes belong to the app"
@@ -316,15 +307,14 @@ class Checks:
         known = self._find_claims(prepared)
         if isinstance(known, str): return [Promise(0, "external", available, available)]
         from cjm_fasthtml_resources.core.ram_use import see_ram  # when it is used
-        uses = see_ram(read_use(snapshot.devices) if snapshot else [], known.claims, bool(self.unified))
+        uses = see_ram(read_use(snapshot.devices) if snapshot else [], known.claims)
         claims = drop(known.claims, known.over, uses)
         return least_left([(use.device.memory_free or 0, find_promises(use, claims, self.app))
                            for use in uses if is_ram(use.key)], available)
 
     def asks_gpus(self, known: LedgerReading) -> bool:
-        "Return whether a check of RAM needs the GPUs: they use it, or memory is reserved and they are still unread"
-        may_share = self.unified is None and any(c.device and not is_ram(c.device) for c in known.claims)
-        return has_unified_memory() or bool(self.unified) or may_share
+        "Return whether a check of RAM needs the GPUs: one uses it, or reserved memory can be on one that does"
+        return has_unified_memory() or self.unified or any(map(can_be_in_ram, known.claims))
 
     def on_this_memory(
         self,
@@ -334,8 +324,9 @@ class Checks:
     ) -> tuple[list[DeviceStatus], list[str]]:   # and notes
         "Return the GPUs that use the machine's memory; one entry stands for the unreadable ones"
         if snapshot is None: return [], []
-        self.unified = self.unified or tell_unified(snapshot)
-        known = self._find_claims(prepared) if self.unified else LedgerReading()
+        self.unified = self.unified or has_unified_memory() or any(d.unified for d in snapshot.devices)
+        may_share = self.unified or any(map(can_be_in_ram, prepared.claims.claims))
+        known = self._find_claims(prepared) if may_share else LedgerReading()
         if isinstance(known, str): return [stand_in([Promise(0, "external", available, available)])], [UNREAD_NOTE]
         found, _ = self.classify([d for d in snapshot.devices if d.unified], snapshot.devices, known, 100)
         once = [d if n == 0 else replace(d, promises=()) for n, d in enumerate(found)]   # they share one memory

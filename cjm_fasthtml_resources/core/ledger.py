@@ -195,7 +195,7 @@ class _Plan(NamedTuple):
 class Ledger:
     "The requests and reservations of all processes that share a store"
     def __init__(self, store: Store, events: Events | None = None) -> None:
-        self.store, self.leases, self.events, self.unified = store, store.leases, events or Events(), False
+        self.store, self.leases, self.events = store, store.leases, events or Events()
         self.waits, self._read, self.wakers = Waits(self.events), _Reading(), Wakers()
         self.after_fork()
         reset_in_child(self)
@@ -368,11 +368,10 @@ def _see(
 ) -> tuple[Sequence[DeviceUse], Claim | None]:
     "Read the devices, and RAM if a claim is for it; return the new claim, too"
     uses, asked = look(), ask()
-    ledger.unified = ledger.unified or any(use.device.unified for use in uses)   # also if that GPU is lost later
     every = claims if asked is None else (*claims, asked)
     if not any_for_ram(every): return uses, asked
     from cjm_fasthtml_resources.core.ram_use import see_ram  # when it is used
-    return see_ram(uses, every, ledger.unified), asked
+    return see_ram(uses, every), asked
 
 # %% ../../nbs/core/ledger.ipynb #22632a53
 def _examine(

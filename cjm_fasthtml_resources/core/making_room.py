@@ -86,7 +86,7 @@ def find_all_capped(
     from cjm_fasthtml_resources.core.caps import explain_caps  # this and the next are imported if there is a cap
     from cjm_fasthtml_resources.core.ram_use import see_ram
     snapshot = check().snapshot
-    uses = see_ram(read_use(snapshot.devices if snapshot else ()), claims, request.ledger.unified)
+    uses = see_ram(read_use(snapshot.devices if snapshot else ()), claims)
     return explain_caps(cap, claims, uses).keys()
 
 def can_be_helped(

@@ -282,7 +282,7 @@ class Needs:
 
     def _add(self, key: NeedKey, found: Evidence) -> None:
         with holding(self._lock):
-            add_evidence(self._new, key, found, day_of(found.ended))
+            add_evidence(self._new, key, found, day_of(found.ended), day_of(time.time()))
             forget_marks(self._new, key)
             self._start_writer()
 

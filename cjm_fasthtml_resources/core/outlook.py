@@ -41,7 +41,7 @@ def find_outlook(
     "Return why requests wait and their expected starts; empty where the settings are unreadable"
     try: cap, rule = find_cap(ledger.store), find_rule(ledger.store)
     except StoreError: return Outlook()   # a reservation raises this error; a check ignores it
-    uses, told = see_ram(read_use(devices), claims, ledger.unified), {c.id for c in in_queue(claims)[:TOLD]}
+    uses, told = see_ram(read_use(devices), claims), {c.id for c in in_queue(claims)[:TOLD]}
     why = explain_caps(cap, [c for c in claims if c.device is not None or c.id in told], uses)
     if len(claims) > MOST_ROWS: return Outlook(why)
     suspended = [c.id for c in claims if c.device is None and c.is_suspended]

@@ -57,6 +57,7 @@ class Receipt(NamedTuple):
     passed: int | None = None          # ID of the request that it was granted ahead of: it ends before that one
     asks_idle: int | None = None       # 1: while it waits, it asks idle holders of other apps to unload
     kept: int | None = None            # 1: its lease is locked until its holder has ended (see `core.keeper`)
+    in_ram: int | None = None          # 1: its device uses the machine's RAM. 0: the device has memory of its own
     is_late: bool = False              # as it was read: it waits, and was not polled again in time. It is never written
 
     def seen(
@@ -129,7 +130,7 @@ def is_receipt(text: str) -> bool:
 def from_text(text: str) -> Receipt:
     "Return the receipt of a text, with the fields that this version knows"
     parts = text.removeprefix(_BEGIN).split(",")
-    kinds: tuple[Any, ...] = (int, float, float, int, int, float, str, *(float,)*6, int, int, int)
+    kinds: tuple[Any, ...] = (int, float, float, int, int, float, str, *(float,)*6, *(int,)*4)
     values: list[Any] = [kind(part) if part else None for kind, part in zip(kinds, parts, strict=False)]
     values += [None]*(len(kinds) - len(values))
     grace = Grace(*values[7:10]) if values[7] else None

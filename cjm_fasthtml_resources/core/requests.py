@@ -313,7 +313,7 @@ def find_capped(
     from cjm_fasthtml_resources.core.ram_use import see_ram
     claims, devices = request.ledger.claims(), conflict.snapshot.devices if conflict.snapshot else ()
     mine = next((c for c in claims if c.lease == request.lease), None)
-    return explain_cap(cap, mine, see_ram(read_use(devices), claims, request.ledger.unified), claims) if mine else ""
+    return explain_cap(cap, mine, see_ram(read_use(devices), claims), claims) if mine else ""
 
 # %% ../../nbs/core/requests.ipynb #afd00373
 def _concerned(request: "Request", conflict: ResourceConflict) -> list[DeviceStatus]:

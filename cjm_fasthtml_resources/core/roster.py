@@ -9,12 +9,24 @@ __all__ = ['make_seal', 'fits', 'mark_in', 'WorkerRow', 'to_row', 'from_row', 'R
 # %% ../../nbs/core/roster.ipynb #6ffdd340
 import json
 import os
+import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from typing import Any, NamedTuple
 
+from cjm_fasthtml_resources.core.learned import (
+    CLOCK_SET,
+    MOST_DAYS,
+    MOST_MARKS,
+    Days,
+    Evidence,
+    NeedKey,
+    bring_back,
+    date_note,
+    day_of,
+    merge,
+)
 from .database import add_needs_table, has_needs_table
-from .learned import MOST_DAYS, MOST_MARKS, Days, Evidence, NeedKey, merge
 from .process import ProcessId, has_ended, is_free, pid_namespace, this_process
 from .resources import WorkerState
 from .secrets import redact
@@ -158,6 +170,22 @@ def forget_needs(
     with store.transaction() as db: db.execute(f"DELETE FROM needs WHERE {where}", values)
     return found
 
+# %% ../../nbs/core/roster.ipynb #42b7c9e0
+def _bring_back(db: Any, app: str, key: NeedKey, today: int) -> None:
+    "Let the rows of a plugin and resource from after tomorrow be today's"
+    place, later = [app, *key[:2], today + 1], "app = ? AND plugin = ? AND resource = ? AND day > ?"
+    rows = db.execute(f"SELECT settings, day, evidence FROM needs WHERE {later}", place).fetchall()
+    db.execute(f"DELETE FROM needs WHERE {later}", place)
+    for settings, day, text in rows:
+        _add_days(db, app, NeedKey(*key[:2], settings), bring_back({day: _parse(text)}, today))
+
+def _add_new(db: Any, app: str, key: NeedKey, days: Mapping[int, Evidence], today: int) -> None:
+    "Add evidence that is later than all rows of its plugin and resource"
+    if today >= CLOCK_SET: _bring_back(db, app, key, today)
+    known = [day for day, in db.execute(f"SELECT day FROM needs WHERE {_IS_KEY}", [app, *key]).fetchall()]
+    for day, found in bring_back(days, today).items():
+        _add_days(db, app, key, {date_note(day, known, today): found})
+
 # %% ../../nbs/core/roster.ipynb #9f99fd34
 def _forget_marks(db: Any, app: str, key: NeedKey) -> None:
     "Keep the newest `MOST_MARKS` marks of a plugin and resource; add older ones to the key without a mark"
@@ -211,10 +239,10 @@ class Roster:
         return read_needs(self.store, self.app, plugin, resource).get(self.app, {})
 
     def add(self, days: Days) -> None:
-        "Add to the known needs, atomically; raise `StoreError` on failure"
+        "Add new evidence to the known needs, atomically; raise `StoreError` on failure"
         with self.store.transaction() as db:
             add_needs_table(db)
-            for key, by_day in days.items(): _add_days(db, self.app, key, by_day)
+            for key, by_day in days.items(): _add_new(db, self.app, key, by_day, day_of(time.time()))
             for key in {key[:2]: key for key in days}.values(): _forget_marks(db, self.app, key)
 
 _IS_IT = "app = ? AND pid = ? AND space IS ?"
