@@ -3,7 +3,9 @@ import errno
 import json
 import os
 import pwd
+import signal
 import sqlite3
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -119,6 +121,32 @@ def test_of_another_run_of_the_machine_nothing_lives_and_of_another_container_ev
     assert [pid for _, pid, _ in rows(other)] == [lives, GONE, GONE]
     other.unregister_worker(GONE)
     assert ResourceManager(app="rows").get_worker_by_pid(GONE).worker_type == "llm"
+
+
+def test_a_reader_that_is_suspended_holds_up_one_change_and_no_reservation_for_long(folder, spawn):
+    mine, path = ResourceManager(app="rows"), folder/"resources.sqlite"
+    mine.register_worker(os.getpid(), "w")
+    reader = spawn("import os, signal\n"
+                   "from cjm_fasthtml_resources.core.store import Store, store_path\n"
+                   "with Store(store_path()).reading() as db:\n"
+                   "    read = lambda: db.execute('SELECT count(*) FROM workers').fetchone()[0]\n"
+                   "    before = read(); print(flush=True); os.kill(os.getpid(), signal.SIGSTOP)\n"
+                   "    print(before, read(), flush=True)\n"
+                   "with Store(store_path()).reading() as db: print(read(), flush=True)")
+    reader.stdout.readline()
+    os.waitpid(reader.pid, os.WUNTRACED)   # until it is suspended
+    inode, others, took = path.stat().st_ino, [spawn("input()") for _ in range(3)], []
+    for other in others:
+        began = time.monotonic()
+        ResourceManager(app="rows").register_worker(other.pid, "w")
+        took.append(time.monotonic() - began)
+    assert took[0] < 5 and min(took[1:]) < 0.4 and path.stat().st_ino != inode
+    assert len(mine.get_all_workers()) == 4
+    with mine.reserve(memory_mb=1, timeout=0): pass
+    reader.send_signal(signal.SIGCONT)
+    assert [reader.stdout.readline() for _ in range(2)] == ["1 1\n", "4\n"]
+    mine.register_worker(others[0].pid, "w")
+    assert sorted(file.name for file in folder.glob("resources*")) == ["resources.lock", "resources.sqlite"]
 
 
 def test_a_secret_that_another_process_changed_is_seen_as_changed_and_never_written(folder):
