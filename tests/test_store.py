@@ -7,10 +7,12 @@ import signal
 import sqlite3
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
 from conftest import GONE, Server, warned
+from lines import interrupted_at
 
 from cjm_fasthtml_resources.core import asking, database, store
 from cjm_fasthtml_resources.core import folder as places
@@ -147,6 +149,32 @@ def test_a_reader_that_is_suspended_holds_up_one_change_and_no_reservation_for_l
     assert [reader.stdout.readline() for _ in range(2)] == ["1 1\n", "4\n"]
     mine.register_worker(others[0].pid, "w")
     assert sorted(file.name for file in folder.glob("resources*")) == ["resources.lock", "resources.sqlite"]
+
+
+def test_an_interruption_of_such_a_change_leaves_the_old_tables_or_the_new_ones(tmp_path, monkeypatch):
+    monkeypatch.setattr(database, "_READER_SECONDS", 0.0)
+    one, number, found = store.Store(tmp_path/"state"/"resources.sqlite"), 0, set()
+    one.prepare()
+    def change(name):
+        with one.transaction() as db: db.execute("INSERT INTO apps VALUES (?, 1)", [name])
+    def apps():
+        with one.reading() as db: return [name for name, in db.execute("SELECT app FROM apps ORDER BY app")]
+    is_over = False
+    while not is_over:
+        before, reader = apps(), sqlite3.connect(one.path, isolation_level=None)
+        reader.execute("BEGIN")
+        reader.execute("SELECT * FROM apps").fetchall()   # and then it is suspended
+        is_over = not interrupted_at(number, ("core/database.py",), partial(change, f"{number:04}"))
+        after = apps()
+        found.add(after == before)
+        assert after in (before, [*before, f"{number:04}"]), number
+        change(f"{number:04}+")
+        reader.close()
+        assert apps() == [*after, f"{number:04}+"], number
+        left = sorted(file.name for file in one.path.parent.iterdir())
+        assert left == ["resources.lock", "resources.sqlite"], number
+        number += 1
+    assert found == {True, False} and number > 60
 
 
 def test_a_secret_that_another_process_changed_is_seen_as_changed_and_never_written(folder):

@@ -236,6 +236,8 @@ def _write_out(new: "sqlite3.Connection", db: "sqlite3.Connection") -> None:
         _copy_rows(new, db, name)
     for name, in new.execute(f"SELECT name FROM sqlite_master WHERE type = 'table' AND {own}").fetchall():
         _copy_rows(new, db, name)
+    others = "SELECT sql FROM sqlite_master WHERE type <> 'table' AND sql IS NOT NULL"   # a newer release's indexes
+    for sql, in db.execute(others).fetchall(): new.execute(sql)
     new.execute(f"PRAGMA user_version = {db.execute('PRAGMA user_version').fetchone()[0]}")
     new.execute("COMMIT")
     db.close()   # with its journal, which has the name of the new file's, too
