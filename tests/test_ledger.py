@@ -1,12 +1,14 @@
 "What is handed out, and how long it holds"
 from dataclasses import replace
+from functools import partial
 
 import pytest
+from lines import interrupted_at
 
 from cjm_fasthtml_resources.core import host, store
 from cjm_fasthtml_resources.core.claims import Claim, DeviceUse, find_pools, grant, read_use
 from cjm_fasthtml_resources.core.gpu import GpuDevice
-from cjm_fasthtml_resources.core.leases import new_lease
+from cjm_fasthtml_resources.core.leases import hides_any, new_lease
 from cjm_fasthtml_resources.core.ledger import WAIT_BUCKETS, Ledger, Waits
 from cjm_fasthtml_resources.core.process import ProcessId
 
@@ -175,3 +177,31 @@ def test_waits_are_counted_in_the_bucket_that_holds_them():
     buckets, total = waits.read()
     assert [count for _, count in buckets] == [1, 3, 4, 4, 4, 4, 4, 4, 5]
     assert [limit for limit, _ in buckets] == list(WAIT_BUCKETS) and total == 1_000_005.71
+
+
+FILES = "core/ledger.py", "core/leases.py", "core/store.py", "core/lockfile.py", "core/locking.py"
+
+
+@pytest.mark.parametrize("part", range(4))
+def test_an_interruption_while_a_request_is_entered_leaves_a_mark_exactly_where_there_is_a_claim(tmp_path, part):
+    ledger, other = (Ledger(store.Store(tmp_path/"state"/"resources.sqlite")) for _ in range(2))
+    ledger.store.prepare()
+    theirs = new_lease()
+    def enter(one, lease): one.settle(list, lambda: Claim(0, host.this_process(), 10, (), lease=lease))
+    enter(other, theirs)   # so that this ledger was read and written before
+    number, found = part, set()
+    lease = new_lease()
+    while interrupted_at(number, FILES, partial(enter, ledger, lease)):
+        rest = [c.id for c in other.rows().claims if c.lease != lease]
+        is_in = [c.lease for c in other.claims()].count(lease)
+        assert hides_any(ledger.store.lock_path, rest) == bool(is_in), number
+        found.add(is_in)
+        enter(other, more := new_lease())   # with the id that may have been planned for the first
+        enter(ledger, lease)                # as a program that polls again
+        assert [c.lease for c in other.claims()] == [theirs, *([lease, more] if is_in else [more, lease])], number
+        rest = [c.id for c in other.rows().claims if c.lease != lease]
+        assert hides_any(ledger.store.lock_path, rest), number
+        assert ledger.withdraw(lease) and other.withdraw(more)
+        other.settle(list)                  # which deletes them
+        number, lease = number + 4, new_lease()
+    assert found == {0, 1} and number > 200

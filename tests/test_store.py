@@ -3,12 +3,16 @@ import errno
 import json
 import os
 import pwd
+import signal
 import sqlite3
+import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
 from conftest import GONE, Server, warned
+from lines import interrupted_at
 
 from cjm_fasthtml_resources.core import asking, database, store
 from cjm_fasthtml_resources.core import folder as places
@@ -119,6 +123,58 @@ def test_of_another_run_of_the_machine_nothing_lives_and_of_another_container_ev
     assert [pid for _, pid, _ in rows(other)] == [lives, GONE, GONE]
     other.unregister_worker(GONE)
     assert ResourceManager(app="rows").get_worker_by_pid(GONE).worker_type == "llm"
+
+
+def test_a_reader_that_is_suspended_holds_up_one_change_and_no_reservation_for_long(folder, spawn):
+    mine, path = ResourceManager(app="rows"), folder/"resources.sqlite"
+    mine.register_worker(os.getpid(), "w")
+    reader = spawn("import os, signal\n"
+                   "from cjm_fasthtml_resources.core.store import Store, store_path\n"
+                   "with Store(store_path()).reading() as db:\n"
+                   "    read = lambda: db.execute('SELECT count(*) FROM workers').fetchone()[0]\n"
+                   "    before = read(); print(flush=True); os.kill(os.getpid(), signal.SIGSTOP)\n"
+                   "    print(before, read(), flush=True)\n"
+                   "with Store(store_path()).reading() as db: print(read(), flush=True)")
+    reader.stdout.readline()
+    os.waitpid(reader.pid, os.WUNTRACED)   # until it is suspended
+    inode, others, took = path.stat().st_ino, [spawn("input()") for _ in range(3)], []
+    for other in others:
+        began = time.monotonic()
+        ResourceManager(app="rows").register_worker(other.pid, "w")
+        took.append(time.monotonic() - began)
+    assert took[0] < 5 and min(took[1:]) < 0.4 and path.stat().st_ino != inode
+    assert len(mine.get_all_workers()) == 4
+    with mine.reserve(memory_mb=1, timeout=0): pass
+    reader.send_signal(signal.SIGCONT)
+    assert [reader.stdout.readline() for _ in range(2)] == ["1 1\n", "4\n"]
+    mine.register_worker(others[0].pid, "w")
+    assert sorted(file.name for file in folder.glob("resources*")) == ["resources.lock", "resources.sqlite"]
+
+
+def test_an_interruption_of_such_a_change_leaves_the_old_tables_or_the_new_ones(tmp_path, monkeypatch):
+    monkeypatch.setattr(database, "_READER_SECONDS", 0.0)
+    one, number, found = store.Store(tmp_path/"state"/"resources.sqlite"), 0, set()
+    one.prepare()
+    def change(name):
+        with one.transaction() as db: db.execute("INSERT INTO apps VALUES (?, 1)", [name])
+    def apps():
+        with one.reading() as db: return [name for name, in db.execute("SELECT app FROM apps ORDER BY app")]
+    is_over = False
+    while not is_over:
+        before, reader = apps(), sqlite3.connect(one.path, isolation_level=None)
+        reader.execute("BEGIN")
+        reader.execute("SELECT * FROM apps").fetchall()   # and then it is suspended
+        is_over = not interrupted_at(number, ("core/database.py",), partial(change, f"{number:04}"))
+        after = apps()
+        found.add(after == before)
+        assert after in (before, [*before, f"{number:04}"]), number
+        change(f"{number:04}+")
+        reader.close()
+        assert apps() == [*after, f"{number:04}+"], number
+        left = sorted(file.name for file in one.path.parent.iterdir())
+        assert left == ["resources.lock", "resources.sqlite"], number
+        number += 1
+    assert found == {True, False} and number > 60
 
 
 def test_a_secret_that_another_process_changed_is_seen_as_changed_and_never_written(folder):

@@ -10,7 +10,7 @@ __all__ = ['SCHEMA_VERSION', 'NO_WORLD', 'create_tables', 'add_needs_table', 'ha
 import contextlib
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from io import FileIO
 from typing import TYPE_CHECKING
@@ -123,20 +123,20 @@ def _set_aside(path: Path) -> Path:
     return as_path(f"{path}.damaged-{number}")
 
 # %% ../../nbs/core/database.ipynb #474026d0
-def _make(path: Path, world: str) -> None:
-    "Make a database under another name, and rename it"
+def _make(path: Path, fill: Callable[["sqlite3.Connection"], object]) -> None:
+    "Make a database under another name, let `fill` write its tables, and rename it"
     new = as_path(f"{path}.new")
     for suffix in ("", "-journal"): as_path(f"{new}{suffix}").unlink(missing_ok=True)
     open_made(new, FileIO).close()   # with the rights that its folder requires; the journal gets them, too
-    with at_end((db := _connect(new)).close): create_tables(db, world)
+    with at_end((db := _connect(new)).close): fill(db)
     as_path(f"{path}-journal").unlink(missing_ok=True)
     os.rename(new, path)
 
 # %% ../../nbs/core/database.ipynb #b59576dc
-def _insist(db: "sqlite3.Connection", statement: str) -> None:
-    "Run BEGIN or COMMIT as soon as the file is unlocked; `sqlite3.OperationalError` after `BUSY_SECONDS`"
+def _insist(db: "sqlite3.Connection", statement: str, seconds: float = BUSY_SECONDS) -> None:
+    "Run BEGIN or COMMIT as soon as the file is unlocked; `sqlite3.OperationalError` after `seconds`"
     import sqlite3
-    until = time.monotonic() + BUSY_SECONDS
+    until = time.monotonic() + seconds
     while True:
         try:
             db.execute(statement)
@@ -153,7 +153,7 @@ def _open_in_gate(path: Path, file: FileIO, header: Header) -> "sqlite3.Connecti
     check_owner(path)
     if not path.exists():
         if header.counter: forbid_new(path, file, "was removed")   # 0: this world has yet to get a database
-        _make(path, world)
+        _make(path, partial(create_tables, world=world))
     try:
         db = _connect(path)
         if _world_of(db, path) == world: return db
@@ -218,6 +218,39 @@ def wait_for_lock(path: Path) -> None:
         if time.monotonic() > until: raise StoreError(explain_error(path, RuntimeError("locked")))
         time.sleep(1e-3)
 
+# %% ../../nbs/core/database.ipynb #5ad0d402
+_READER_SECONDS = 0.5   # how long a commit waits for readers
+
+def _copy_rows(new: "sqlite3.Connection", db: "sqlite3.Connection", table: str) -> None:
+    "Copy the rows of a table exactly; `iterdump` cuts texts at a NUL, and fails for infinite numbers"
+    rows = db.execute(f'SELECT * FROM "{table}"')
+    new.execute(f'DELETE FROM "{table}"')   # `sqlite_sequence` has a row for each filled table already
+    new.executemany(f'INSERT INTO "{table}" VALUES ({", ".join("?"*len(rows.description))})', rows)
+
+def _write_out(new: "sqlite3.Connection", db: "sqlite3.Connection") -> None:
+    "Write the tables with their uncommitted change into an empty database, and close the old one"
+    own = "name LIKE 'sqlite%'"   # those that SQLite makes itself: `sqlite_sequence`
+    new.execute("BEGIN")
+    for name, sql in db.execute(f"SELECT name, sql FROM sqlite_master WHERE type = 'table' AND NOT {own}").fetchall():
+        new.execute(sql)
+        _copy_rows(new, db, name)
+    for name, in new.execute(f"SELECT name FROM sqlite_master WHERE type = 'table' AND {own}").fetchall():
+        _copy_rows(new, db, name)
+    others = "SELECT sql FROM sqlite_master WHERE type <> 'table' AND sql IS NOT NULL"   # a newer release's indexes
+    for sql, in db.execute(others).fetchall(): new.execute(sql)
+    new.execute(f"PRAGMA user_version = {db.execute('PRAGMA user_version').fetchone()[0]}")
+    new.execute("COMMIT")
+    db.close()   # with its journal, which has the name of the new file's, too
+
+# %% ../../nbs/core/database.ipynb #5ad0d405
+def _commit(db: "sqlite3.Connection", path: Path) -> None:
+    "Commit a change, in the gate; into a new file if a reader keeps the old one locked"
+    import sqlite3
+    try: _insist(db, "COMMIT", _READER_SECONDS)
+    except sqlite3.OperationalError as error:
+        if "locked" not in str(error): raise
+        _make(path, partial(_write_out, db=db))
+
 # %% ../../nbs/core/database.ipynb #467672a5
 @block
 def changed_database(
@@ -235,12 +268,12 @@ def changed_database(
                 _insist(db, "BEGIN IMMEDIATE")
                 write_number(file, "counter", header.counter | 1)
                 yield db
-                _insist(db, "COMMIT")
+                _commit(db, copied if is_poisoned else path)
                 if is_poisoned: _put_in_place(db, copied, path)
 
 # %% ../../nbs/core/database.ipynb #5b1e7a03
 def _end_change(file: FileIO, copied: Path) -> None:
-    copied.unlink(missing_ok=True)   # if it was not put in place
+    for left in (copied, copied.with_suffix(".new")): left.unlink(missing_ok=True)   # if it was not put in place
     if file.closed: return           # an end that is called again, later
     if (counter := read_header(file).counter)%2: write_number(file, "counter", counter + 1)
 

@@ -147,7 +147,7 @@ class Leases:
         lease: int,
         id: int,   # of its claim
     ) -> None:
-        "Lock the mark of a lease's claim in place of its earlier claim's; call it just before the claim is written"
+        "Lock the mark of a lease's claim in place of its earlier claim's; call it once the claim is written"
         if self.path is None: return
         with holding(self._opening):   # or another thread could drop it meanwhile
             if lease in self.held: self._enter(self.path, lease, id)
@@ -226,7 +226,7 @@ class Leases:
             os.set_inheritable(file.fileno(), True)
 
     def _enter(self, path: Path, lease: int, id: int) -> None:
-        if self._entered.get(lease, id) != id: self._unlock_claim(path, lease)   # an attempt before has failed
+        if self._entered.get(lease, id) != id: self._unlock_claim(path, lease)   # its earlier claim was deleted
         self._entered[lease] = id
         _quietly(lock_byte, self._folder, _mark_of_claim(0, id))
         _quietly(lock_byte, self._above, _mark_of_claim(_mark(path), id))

@@ -14,8 +14,9 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from itertools import islice
 from operator import attrgetter, is_
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -33,11 +34,13 @@ from cjm_fasthtml_resources.core.claims import (
     move,
     observe,
 )
+from .blocks import at_end, block
 from .concerned import find_concerned
 from .containers import host_name
 from .events import WAIT_BUCKETS, Events
 from .forks import reset_in_child
-from .leases import hides_any
+from .leases import Leases, hides_any
+from .lockfile import read_ledger
 from .logs import Log
 from .passing import passing_rule
 from .process import ProcessId, machine_time, pid_namespace
@@ -190,6 +193,7 @@ class _Plan(NamedTuple):
     ended: list[Claim]    # the reservations that are deleted
     unused: list[Claim]   # the reservations that are given back now, because they stayed unused
     is_granted: bool      # whether the new request is granted
+    closed: set[int]      # the leases in `_to_end` whose claims are deleted
 
 # %% ../../nbs/core/ledger.ipynb #88e17b83
 class Ledger:
@@ -303,29 +307,28 @@ class Ledger:
         for _ in range(3):
             before = _look_ahead(self, self.rows())
             uses, asked = _see(self, look, ask, before.rows.claims)
-            with self.store.changing() as draft:
+            with _entering(self) as (draft, entered):
                 rows = self._parse(draft.data)
                 if rows.version == before.rows.version:
                     plan = _plan(self, before._replace(rows=rows), uses, asked, allowed)
                     if plan.is_granted or _look_ahead(self, rows).over == before.over:
-                        return self._write(draft, rows, plan, asked)
+                        return self._write(draft, entered, plan, asked)
         return self._settle_inside(look, ask, allowed)
 
     def _settle_inside(self, look: _Look, ask: _Ask, allowed: Mapping[int, Collection[str]]) -> _Plan:
         "Read the driver inside the change, which keeps other processes out (step 6)"
-        with self.store.changing() as draft:
+        with _entering(self) as (draft, entered):
             now = _look_ahead(self, self._parse(draft.data))
             uses, asked = _see(self, look, ask, now.rows.claims)
-            return self._write(draft, now.rows, _plan(self, now, uses, asked, allowed), asked)
+            return self._write(draft, entered, _plan(self, now, uses, asked, allowed), asked)
 
-    def _write(self, draft: Draft, before: Rows, plan: _Plan, asked: Claim | None) -> _Plan:
+    def _write(self, draft: Draft, entered: list[int], plan: _Plan, asked: Claim | None) -> _Plan:
         "Do step 5, within a change; return the plan"
         if asked:
             self.leases.take(asked.lease)
-            self.leases.enter(asked.lease, before.last_id + 1)
+            entered.append(asked.lease)
         now = self._read = _write_on(plan.rows, self._read)
         draft.data = now.data
-        _keep_unended(self, self._to_end and self._to_end.intersection(c.lease for c in plan.rows.claims))
         return plan
 
     def end_later(self, lease: int) -> None:
@@ -361,6 +364,21 @@ class Ledger:
         if not self.change(lease, for_other=True): return False
         if self.leases.keep_over_exec(lease): self.change(lease, lambda rows: _note_kept(rows, lease, 1))
         return True
+
+# %% ../../nbs/core/ledger.ipynb #5ad0c2b4
+@block
+def _entering(ledger: Ledger) -> Iterator[tuple[Draft, list[int]]]:
+    "Change the ledger in the block; the leases in the list get the marks of their claims, if these were written"
+    entered = list[int]()
+    with at_end(partial(_mark_written, ledger.leases, entered)), ledger.store.changing() as draft: yield draft, entered
+
+def _mark_written(leases: Leases, entered: list[int]) -> None:
+    "Lock the marks of the claims that are in the file. A failure leaves them unlocked: they are a second net"
+    if not entered or (file := leases.file) is None: return
+    with contextlib.suppress(OSError, ValueError):
+        data = read_ledger(file)[1]
+        for lease in entered:
+            if claim := find_claim(data, lease): leases.enter(lease, claim.id)
 
 # %% ../../nbs/core/ledger.ipynb #f7ef5f4b
 def _see(
@@ -462,7 +480,7 @@ def _sure(read: Callable[[], Rows], store: Store) -> Rows:
         rows = read()
         try: _check_complete(rows, store)
         except HiddenClaims:
-            if store.is_changing(): return rows   # the mark is locked a moment before the claim is written
+            if store.is_changing(): return rows   # the marks can be newer than the rows
         else: return rows
     _check_complete(rows, store)
     return rows
@@ -507,6 +525,12 @@ def _choose_again(claim: Claim, allowed: Mapping[int, Collection[str]]) -> Claim
     suiting = tuple(allowed.get(claim.lease, claim.allowed))
     return claim if suiting == claim.allowed else replace(claim, allowed=suiting)
 
+def _unless_entered(asked: Claim | None, moment: _Moment) -> Claim | None:
+    "Return the new request; `None` if it is in the ledger, entered by an attempt that was interrupted afterwards"
+    if asked is None: return None
+    mine = [(c.lease, c.id) for c in moment.rows.claims if c.lease == asked.lease]
+    return asked if moment.over.issuperset(mine) else None
+
 def _receive(asked: Claim, id: int, now: float) -> Claim:
     "Return a new request, with its receipt"
     receipt = (asked.receipt or Receipt())._replace(user=machine_user(), asked_at=now, asked=asked.memory,
@@ -521,7 +545,7 @@ def _plan(
     allowed: Mapping[int, Collection[str]],
 ) -> _Plan:
     "Return the ledger after steps 3 and 4"
-    (rows, held, over), now = moment, machine_time()
+    (rows, held, over), now, asked = moment, machine_time(), _unless_entered(asked, moment)
     _check_complete(rows, ledger.store)
     mine = find_concerned(asked, rows.claims, uses) if asked else rows.claims
     held_now, over_now = _examine(ledger, [c for c in mine if c.device is None])
@@ -537,7 +561,8 @@ def _plan(
                machine_devices(uses), rows.last_id + (asked.size if asked else 0),
                tuple(sorted(pair for pair in ended if pair[0] in held or pair[0] in held_now)))
     unused = [c for c in after if c.expires == 0.0 and c.id not in released]
-    return _Plan(new, [c for c in gone if c.device is not None], unused, rows.last_id + 1 in given)
+    return _Plan(new, [c for c in gone if c.device is not None], unused, rows.last_id + 1 in given,
+                 ledger._to_end.difference(c.lease for c in new.claims))
 
 # %% ../../nbs/core/ledger.ipynb #3f412476
 def mark_late(claims: Sequence[Claim], store: Store) -> tuple[Claim, ...]:
@@ -587,6 +612,7 @@ def _note_unused(ledger: "Ledger", claims: Iterable[Claim]) -> None:
 # %% ../../nbs/core/ledger.ipynb #39b9354a
 def _announce(ledger: "Ledger", plan: _Plan) -> list[Claim]:
     "Count the ended reservations of a written plan, note the unused, wake the granted; return all claims"
+    if plan.closed: _keep_unended(ledger, ledger._to_end - plan.closed)
     for claim in plan.ended: ledger.events.of(claim.app).count("ended")
     if plan.unused: _note_unused(ledger, plan.unused)
     ledger.wakers.wake(c.lease for c in plan.rows.claims if c.device is not None)
