@@ -84,7 +84,8 @@ def _open(
     "Return a connection that has yet to read the file; the caller closes it"
     import sqlite3  # on use: few programs open one
     from urllib.parse import quote
-    return sqlite3.connect(f"file:{quote(str(path))}?mode=rw", uri=True, timeout=timeout, isolation_level=None)
+    uri = f"file:{quote(str(path))}?mode=rw"   # another thread can close it, if this one ends before it does
+    return sqlite3.connect(uri, uri=True, timeout=timeout, isolation_level=None, check_same_thread=False)
 
 def _connect(
     path: Path,
