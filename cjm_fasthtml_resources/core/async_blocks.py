@@ -23,7 +23,7 @@ async def surely(
     call: Callable[[], Any],
     error: BaseException | None = None,   # the one that ended the coroutine, if any
 ) -> None:
-    "Call a function in a thread, to its end. A closed coroutine (`GeneratorExit`) cannot wait: it calls it here"
+    "Call a function in a thread, which no cancellation ends. A coroutine that is closed cannot wait: call it here then"
     import asyncio  # it takes longer to import than this library
 
     if isinstance(error, GeneratorExit): call()
@@ -35,9 +35,9 @@ class _Leaving:
     def __init__(self, call: Callable[..., object]) -> None: self._call = call
 
     def begin(self, *error: Any) -> None:
-        "Start the thread, and what waits for it, up to the inside of its `try`"
+        "Start the thread, and the generator that waits for it"
         steps = self._wait(in_thread(partial(self._call, *error)))
-        next(steps)
+        next(steps)   # it is inside its `try` before anything awaits it
         self._steps = partial(iter, steps)
 
     def _wait(self, future: "asyncio.Future[Any]") -> Generator[Any, None, None]:
@@ -46,9 +46,11 @@ class _Leaving:
         try:
             yield
             yield from asyncio.shield(future)
-        finally: self._call(None, None, None)   # harmless the second time
+        except BaseException:   # the task waits for the thread no longer: give back here, so that it goes on without
+            self._call(None, None, None)
+            raise
 
-    __await__ = property(attrgetter("_steps"))   # of C, as in core.blocks
+    __await__ = property(attrgetter("_steps"))   # an interruption could end a function of Python before its first line
 
 # %% ../../nbs/core/async_blocks.ipynb #2318bb5c
 def make_async_end(
@@ -56,4 +58,4 @@ def make_async_end(
 ) -> Callable[..., Any]:
     "Return a function written in C that works like an `__aexit__`, for one block"
     leaving = _Leaving(call)
-    return make_end(leaving.begin, leaving, call)   # after an interruption, nothing awaits a thread
+    return make_end(leaving.begin, leaving, call)   # after an interruption, nothing awaits a thread: call here

@@ -51,12 +51,12 @@ class _Ending:
         self.is_tried, self.again_at = False, 0.0   # the time at which one that failed is called again
 
     def is_dropped(self, error: BaseException) -> bool:
-        "Return whether the generator is being deleted, or is still to begin; a handler's error has its frame, too"
-        trace = error.__traceback__
+        "Return whether the generator has not begun, or is being deleted"
+        trace = error.__traceback__   # of a deletion, it is this generator alone; a handler of a signal adds its frame
         return self.run is None or isinstance(error, GeneratorExit) and (trace and trace.tb_next) is None
 
     def is_due(self) -> bool:
-        "Return whether this thread can call it now, and nobody else does"
+        "Return whether this thread can call it, and no other call of it is going on"
         if self.is_tried or self.run is not None and (run := self.run()) is not None and run.gi_frame is not None:
             return False
         if self.thread not in (None, threading.get_ident()) and self.thread in sys._current_frames(): return False
@@ -71,7 +71,7 @@ class _Ending:
         _unended.pop(self, None)
         self.error = None   # its traceback refers to the program's variables
 
-_unended = dict[_Ending, None]()   # those that were interrupted twice, or are called the second time now
+_unended = dict[_Ending, None]()   # still to be called: they were interrupted twice, or are called again now
 
 if hasattr(os, "register_at_fork"): os.register_at_fork(after_in_child=_unended.clear)   # they are the parent's
 
@@ -86,9 +86,9 @@ def end_again() -> None:
         try: ending.call_again()
         except (RecursionError, MemoryError): raise   # the block that begins would fail, too
         except Exception:
-            if not _fails(ending): raise   # the error came from outside, as from the handler of a signal
+            if not _fails_again(ending): raise   # the error came from outside, as from the handler of a signal
 
-def _fails(ending: _Ending) -> bool:
+def _fails_again(ending: _Ending) -> bool:
     "Call an end once more at once; return whether it fails again, so that the failure is its own"
     is_new, ending.again_at = not ending.again_at, time.monotonic() + AGAIN_AFTER
     try: ending.call_again()
@@ -112,7 +112,7 @@ def _run(begin: Callable[[], Any], end: _Exit, ending: _Ending) -> Generator[Any
         answer = bool(end(kind, error, trace))
     except BaseException as raised:
         ending.error, _unended[ending] = raised, None   # without a call, which another interruption could end
-        if ending.thread is None and ending.is_dropped(raised): _unended.pop(ending, None)   # its resource is kept
+        if ending.thread is None and ending.is_dropped(raised): _unended.pop(ending, None)   # as a reservation stays
         else: ending.call_again()
         if not is_last: raise
         answer = _Raises(raised)

@@ -31,7 +31,8 @@ def holding(
     held = list[Any]()   # the lock, while it is taken
     return Pair(partial(_take, held, lock), partial(_free, held))
 
-# each assignment is one instruction: a signal comes before or after it. The second one also empties the list
+# each assignment is one instruction: a signal comes before or after it. `zip` releases, then finds its second part
+# empty, so `held` is empty, too
 def _take(held: list[Any], lock: Any) -> None: held[:] = filter(_ACQUIRE, [lock])
 def _free(held: list[Any], *error: object) -> None: held[:] = zip(map(_RELEASE, held), (), strict=False)
 
@@ -95,7 +96,7 @@ def is_locked_beside(
     length: int,
     known: Iterable[int],   # some of these bytes, counted from `start`
 ) -> bool:
-    "Return whether another open file has locked a byte of this range that is unknown"
+    "Return whether another open file has locked a byte of this range besides the known ones"
     gaps = [(at + 1, end - at - 1) for at, end in pairwise((-1, *sorted(known), length)) if end - at > 1]
     return any(is_locked(fd, start + at, count) for at, count in gaps)
 
@@ -113,17 +114,19 @@ def open_owned(
     mode: str,    # of `FileIO`, which goes with them
     kind: type[FileIO] = FileIO,
 ) -> FileIO:
-    "Open a file with flags that `open` lacks"
-    opened, again = tee(map(os.open, (path,), (flags | os.O_CLOEXEC,), (0o600,)))
+    "Open a file, so that no interruption leaves its descriptor open"
+    opened, fds = tee(map(os.open, (path,), (flags | os.O_CLOEXEC,), (0o600,)))
     try: return next(map(kind, opened, (mode,)))
     except IsADirectoryError:   # `FileIO` refuses a folder, and leaves it open
-        for fd in again: os.close(fd)
+        for fd in fds: os.close(fd)
         raise
 
 # %% ../../nbs/core/locking.ipynb #40c0a136
 _FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
 
-def _chance() -> int: return 1 + int.from_bytes(os.urandom(4), "big")//2   # a position that every file system allows
+def _random_place() -> int:
+    "Return a position that every file system allows, and that no new file has"
+    return 1 + int.from_bytes(os.urandom(4), "big")//2
 
 def _close_own(opened: list[int]) -> None:
     "Close a descriptor, if it is still at the position to which it was set"
@@ -133,21 +136,21 @@ def _close_own(opened: list[int]) -> None:
 
 def _end(opened: list[int]) -> None:
     if not opened: return
-    _close_own(opened)   # if an interruption comes next, it finds out that this was done
+    _close_own(opened)   # if an interruption comes next, a second call finds the number closed, or another's
     opened.clear()
 
 class OpenFolder:
     "A descriptor of a folder, closed with the last reference to this object, while it is its own"
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self._opened = list[int]()   # the descriptor, and its position; one instruction opens and notes it
-        self._ends = [weakref.finalize(self, _end, self._opened) for _ in range(2)]   # if one is interrupted
+        self._ends = [weakref.finalize(self, _end, self._opened) for _ in range(2)]   # one that is interrupted is lost
         for end in self._ends: end.atexit = False
         self._opened.extend(map(os.open, (path,), (_FOLDER,)))
-        self._opened.extend(map(os.lseek, self._opened[:1], (_chance(),), (os.SEEK_SET,)))
+        self._opened.extend(map(os.lseek, self._opened[:1], (_random_place(),), (os.SEEK_SET,)))
 
     def fileno(self) -> int:
         "Return the descriptor; `ValueError` if it is closed"
-        for fd in self._opened: return fd
+        for fd in self._opened: return fd   # another thread can close it meanwhile
         raise ValueError("the folder is closed")
 
     def close(self) -> None:
@@ -159,14 +162,14 @@ class OpenFolder:
     def __exit__(self, *exc: object) -> None: self.close()
 
 # %% ../../nbs/core/locking.ipynb #5ad0c1e9
-_lost: list["OpenFile"] = []   # their numbers are those of other files, so they are never closed
+_lost: list["OpenFile"] = []   # kept, because deleting one closes its number, which is another file's now
 
 class OpenFile(FileIO):
     "A file that is open for reading and writing at offsets; it closes its descriptor only while that is its own"
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self._position = 0
         super().__init__(path, "r+")
-        self._position = os.lseek(self.fileno(), _chance(), os.SEEK_SET)
+        self._position = os.lseek(self.fileno(), _random_place(), os.SEEK_SET)
 
     def is_own(self) -> bool:
         "Return whether the descriptor is still the one that was opened"

@@ -44,24 +44,24 @@ class CallThread(threading.Thread):
     "A daemon thread whose call begins once, or never"
     def __init__(self, name: str, call: Callable[..., Any], *args: Any) -> None:
         super().__init__(name=name, daemon=True)
-        self._calls, self._left = iter([partial(call, *args)]), list[Any]()
+        self._calls, self._prevented = iter([partial(call, *args)]), list[Any]()
         self._decided, self._failed, self._is_over = taken_lock(), list[Exception](), False
 
     def begin(self) -> None:
-        "Start the thread; `NoThreadError` if that fails. After the error of a signal, too, `is_alive` is right"
+        "Start the thread; `NoThreadError` if that fails. After the error of a signal, the call has begun or will not"
         steps = list[Any]()   # each is one instruction: a signal comes before or after it
         try:
             steps.extend(map(_thread.start_new_thread, (self._launch,), ((),)))
             steps.extend(map(self._decided.acquire, (True,)))
         except BaseException as error:
-            if len(steps) == 1: self._decided.acquire()
+            if len(steps) == 1: self._decided.acquire()   # the helper runs: wait for its result
             if not steps and isinstance(error, (RuntimeError, MemoryError)) and _is_of_c(error):
                 raise _explain(error) from error
             raise
         for failure in self._failed: raise _explain(failure) from failure
 
     def run(self) -> None:
-        "Call, unless it never begins"
+        "Make the call, unless it was prevented"
         for call in self._calls:
             self._decided.release()
             try: call()
@@ -70,18 +70,18 @@ class CallThread(threading.Thread):
         self._decided.release()
 
     def goes_on(self) -> bool:
-        "Return whether the call is running; if it has yet to begin, it never does"
-        return not self.never_begins() and not self._is_over   # a signal in `is_alive` can make that wrong from then on
+        "Prevent the call if it has not begun; return whether it runs"
+        return not self.prevent() and not self._is_over   # a signal inside `is_alive` can make that wrong for good
 
-    def never_begins(self) -> bool:
-        "Return whether the call has yet to begin, and prevent it then"
-        self._left.extend(self._calls)
-        return bool(self._left)
+    def prevent(self) -> bool:
+        "Prevent the call if it has not begun; return whether it is prevented"
+        self._prevented.extend(self._calls)
+        return bool(self._prevented)
 
     def _launch(self) -> None:
         try: self.start()
         except Exception as error:
-            if not self.never_begins(): return   # it has begun all the same
+            if not self.prevent(): return   # it has begun all the same
             self._failed.append(error)
             self._decided.release()
 
@@ -172,7 +172,7 @@ class SharedCalls:
         return await asyncio.wrap_future(self.start(key, call))
 
     def _forget(self, key: Hashable, thread: CallThread) -> None:
-        if thread.never_begins(): self._running.pop(key, None)
+        if thread.prevent(): self._running.pop(key, None)
 
     def _call(self, key: Hashable, call: Callable[[], Any], future: "Future[Any]") -> None:
         outcome = _outcome(call)
