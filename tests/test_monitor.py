@@ -312,4 +312,5 @@ def test_the_time_of_day_is_read_for_people_and_for_days_alone():
     """
     found = [path.name for path in Path(gpu.__file__).parents[1].rglob("*.py") if "time.time()" in calls(path)]
     assert sorted(found) == ["age.py", "gpu.py", "history.py", "history.py", "history.py", "job.py", "needs.py",
-                             "needs.py", "out_of_memory.py", "process.py", "report.py", "rows.py", "screen.py"]
+                             "needs.py", "out_of_memory.py", "process.py", "report.py", "roster.py", "rows.py",
+                             "screen.py"]

@@ -224,9 +224,9 @@ _READER_SECONDS = 0.5   # how long a commit waits for readers
 
 def _copy_rows(new: "sqlite3.Connection", db: "sqlite3.Connection", table: str) -> None:
     "Copy the rows of a table exactly; `iterdump` cuts texts at a NUL, and fails for infinite numbers"
-    rows = db.execute(f'SELECT * FROM "{table}"')
+    rows = db.execute(f'SELECT * FROM "{table}"').fetchall()
     new.execute(f'DELETE FROM "{table}"')   # `sqlite_sequence` has a row for each filled table already
-    new.executemany(f'INSERT INTO "{table}" VALUES ({", ".join("?"*len(rows.description))})', rows)
+    if rows: new.executemany(f'INSERT INTO "{table}" VALUES ({", ".join("?"*len(rows[0]))})', rows)
 
 def _write_out(new: "sqlite3.Connection", db: "sqlite3.Connection") -> None:
     "Write the tables with their uncommitted change into an empty database, and close the old one"
