@@ -374,3 +374,14 @@ def test_a_program_that_has_another_gpu_leaves_ended_promises_to_those_that_have
             assert room() == 14
             with manager.reserve(14*1024, "GPU-0", timeout=0): assert room() == 0
             assert 2 not in [c.id for c in manager.ledger.rows().claims]   # deleted by who has the GPU
+
+
+@pytest.mark.parametrize("listed", [True, False], ids=["another", "none"])
+def test_what_a_holder_used_before_the_driver_lists_it_is_none_of_its_promise(folder, listed):
+    with SimulatedDriver([SimulatedGpu(memory_total_mb=24*1024, memory_used_mb=10*1024)]) as driver:
+        gpu = driver.gpus[0]
+        gpu.processes = [SimulatedProcess(OUTSIDER, 2*1024)] if listed else []
+        with ResourceManager(app="a").reserve(10*1024, timeout=0):
+            gpu.processes = [SimulatedProcess(OUTSIDER, 2*1024), SimulatedProcess(os.getpid(), 8*1024)]
+            with pytest.raises(ResourceBusy): ResourceManager(app="b").reserve(5*1024, timeout=0)
+            with ResourceManager(app="b").reserve(4*1024, timeout=0) as other: assert other.index == 0

@@ -329,6 +329,12 @@ def _most_used(use: DeviceUse, holder: ProcessId, used: int) -> int:
     known = sum(memory for _, memory in use.processes or ())
     return max((use.device.memory_used or 0) - (known - used), used)
 
+def _could_use(use: DeviceUse, holder: ProcessId, used: int) -> int:
+    "Return `_most_used`; until the driver lists the holder, memory in use that no process accounts for can be its own"
+    most = _most_used(use, holder, used)
+    if used or use.device.unified: return most
+    return max((use.device.memory_used or 0) - sum(memory for _, memory in use.processes or ()), most)
+
 def find_base(
     holder: ProcessId,
     use: DeviceUse,
@@ -337,7 +343,7 @@ def find_base(
     "Return the largest possible base of a new promise"
     here = [c for c in claims if use.is_called(c.device)]
     used = used_by(use, {holder, *map(use.holder_of, here)}).get(holder, 0)
-    return Pool(tuple(c for c in here if use.holder_of(c) == holder), _most_used(use, holder, used)).base
+    return Pool(tuple(c for c in here if use.holder_of(c) == holder), _could_use(use, holder, used)).base
 
 # %% ../../nbs/core/claims.ipynb #5a700d20
 def find_covered(
@@ -432,7 +438,7 @@ def _raise_bases(
         gone = sum(min(spent.get(c.id, c.memory), c.memory) for c in was.claims if c.id in moved)
         if use.whole and not gone and was.used == now.used: return claim
         kept = max(was.consumed - gone, 0)   # surely used of the rest
-        return replace(claim, base=max(claim.base, _most_used(use, holder, now.used) - kept))
+        return replace(claim, base=max(claim.base, _could_use(use, holder, now.used) - kept))
 
     return [raised(c) for c in left]
 
