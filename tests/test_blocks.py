@@ -88,6 +88,37 @@ def test_an_interruption_as_async_with_ends_leaves_nothing_reserved(what, where,
         loop.close()
 
 
+def delete_with_an_interruption(objects, number):
+    "Delete an object, with Ctrl-C before so many lines of its end; return how many there are"
+    lines = []
+    def trace(frame, event, arg):
+        if frame.f_code.co_name not in ("_run", "call_again") or "blocks" not in frame.f_code.co_filename: return None
+        if event == "line": lines.append(frame.f_lineno)
+        if len(lines) == number: raise KeyboardInterrupt
+        return trace
+    sys.settrace(trace)
+    objects.clear()
+    sys.settrace(None)
+    return len(lines)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_an_interruption_while_a_reservation_is_deleted_leaves_its_rest_reserved(tmp_path, monkeypatch):
+    monkeypatch.setenv("CJM_RESOURCES_DIR", str(tmp_path))
+    number = 1
+    with SimulatedDriver([SimulatedGpu(memory_total_mb=24_000)]):
+        manager = ResourceManager(app="chat", track_self=False)
+        while True:
+            first = [manager.reserve(20_000, timeout=0)]
+            rest = first[0].shrink(10_000)   # of the same lease
+            lines = delete_with_an_interruption(first, number)
+            for _ in range(2): assert len(manager.get_claims()) == 1, f"line {number}"
+            rest.release()
+            if lines < number: break
+            number += 1
+    assert number > 6   # two objects, with some lines each
+
+
 def test_the_package_uses_these_blocks_alone():
     found = [f"{path.relative_to(PACKAGE)}" for path in sorted(PACKAGE.rglob("*.py"))
              if path.name != "blocks.py" and "contextmanager" in path.read_text().replace("asynccontextmanager", "")]

@@ -50,11 +50,6 @@ class _Ending:
         self.call, self.thread, self.error, self.run = call, thread, None, None
         self.is_tried, self.again_at = False, 0.0   # the time at which one that failed is called again
 
-    def is_dropped(self, error: BaseException) -> bool:
-        "Return whether the generator has not begun, or is being deleted"
-        trace = error.__traceback__   # of a deletion, it is this generator alone; a handler of a signal adds its frame
-        return self.run is None or isinstance(error, GeneratorExit) and (trace and trace.tb_next) is None
-
     def is_due(self) -> bool:
         "Return whether this thread can call it, and no other call of it is going on"
         if self.is_tried or self.run is not None and (run := self.run()) is not None and run.gi_frame is not None:
@@ -111,9 +106,12 @@ def _run(begin: Callable[[], Any], end: _Exit, ending: _Ending) -> Generator[Any
         trace, is_last = (yield False), True
         answer = bool(end(kind, error, trace))
     except BaseException as raised:
-        ending.error, _unended[ending] = raised, None   # without a call, which another interruption could end
-        if ending.thread is None and ending.is_dropped(raised): _unended.pop(ending, None)   # as a reservation stays
-        else: ending.call_again()
+        # up to the note in `_unended` without a call, which another interruption could end
+        is_own = raised.__traceback__.tb_next is None   # type: ignore[union-attr] # a signal's handler adds its frame
+        is_deleted = is_own and raised.__class__ is GeneratorExit
+        if ending.thread is None and (is_deleted or ending.run is None): raise   # the resource is kept
+        ending.error, _unended[ending] = raised, None
+        ending.call_again()
         if not is_last: raise
         answer = _Raises(raised)
     kind = error = trace = None   # a traceback keeps the variables of the program's functions
